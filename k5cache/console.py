@@ -1,0 +1,126 @@
+"""What a person sees: stdout is the result, stderr is progress and errors. Shared by both command lines."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from k5cache.errors import K5Error
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def run(app: Callable[[], object]) -> NoReturn:
+    """Run a command line to its end: exit 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    try:
+        app()
+    except K5Error as error:
+        print_error(error.problem, error.fix)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("Stopped. What was finished is kept.", style="yellow")
+        sys.exit(130)
+    except BrokenPipeError:  # `k5cache info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print_error(
+            f"The disk is full{where}", "Free some space and run the same command again: what was finished is kept"
+        )
+        sys.exit(2)
+    sys.exit(0)
+
+
+def print_error(problem: str, fix: str) -> None:
+    """Two lines on stderr. Nothing in them is read as markup."""
+    err.print(Text.assemble(("error: ", "bold red"), problem))
+    err.print(Text.assemble(("  fix: ", "bold"), fix))
+
+
+def note(message: str, style: str = "dim") -> None:
+    """One line of progress on stderr; ``message`` is plain text."""
+    err.print(Text(message, style=style))
+
+
+def warn(message: str) -> None:
+    """One line that a person should not miss, on stderr."""
+    err.print(Text.assemble(("warning: ", "bold yellow"), message))
+
+
+def next_step(message: str, command: str) -> None:
+    """The line that ends a success: what to run next, the user's own paths filled in."""
+    out.print(Text.assemble((f"{message}: ", "bold"), (command, "cyan")))
+
+
+def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """The one table style. ``numbers`` names the columns that are right-aligned."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+class _Rate(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        unit = task.fields.get("unit", "")
+        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}", style="dim")
+
+
+def progress() -> Progress:
+    """A progress display with a rate and the time left. Give each task ``unit="image"``."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        console=err,
+        transient=not err.is_terminal,
+        refresh_per_second=4,
+    )
+
+
+def human_bytes(num_bytes: float) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """``75`` -> ``1 min 15 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

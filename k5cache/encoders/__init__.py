@@ -1,0 +1,1 @@
+"""The three encoders, each loaded alone and freed before the next. The only place that names ``transformers``."""

@@ -1,0 +1,59 @@
+"""Errors a user can cause: what was found, where, and what to do about it.
+
+Every one ends a command with exit code 2 and one or two lines on stderr (``console.run``). Anything else rises.
+"""
+
+from __future__ import annotations
+
+
+class K5Error(Exception):
+    """An error that the user can mend.
+
+    Args:
+        problem: what was found and where, one sentence without a full stop.
+        fix: what to do, an imperative; a command to run where there is one.
+    """
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"{problem}\n{fix}")
+        self.problem = problem
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[K5Error], tuple[str, str]]:
+        return type(self), (self.problem, self.fix)
+
+
+class RecipeError(K5Error):
+    """A recipe or an option is misspelt, of the wrong type or out of range."""
+
+
+class DatasetError(K5Error):
+    """The source of images cannot be used at all (a single bad item is skipped and reported instead)."""
+
+
+class ModelError(K5Error):
+    """A checkpoint is missing, incomplete or of another architecture."""
+
+
+class CacheError(K5Error):
+    """A folder is not a cache, or not one that can be used here."""
+
+
+class CacheCorrupt(CacheError):
+    """Bytes of a cache are not the bytes that were written."""
+
+
+class CacheStale(CacheError):
+    """A cache was made by another recipe than the one asked for."""
+
+
+class CacheLocked(CacheError):
+    """Another process is writing this cache."""
+
+
+class RunError(K5Error):
+    """A training run cannot start, go on or be read."""
+
+
+class DoesNotFit(K5Error):
+    """The plan needs more memory than there is."""

@@ -1,0 +1,91 @@
+"""Find a checkpoint: a diffusers-layout folder, or a hub repository of which only the needed parts are fetched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from k5cache.config import ModelConfig
+from k5cache.errors import ModelError
+
+ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
+_CONFIG_OF = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+}
+
+
+def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
+    """The local folder of a checkpoint, with ``parts`` (``transformer``, ``vae``, ...) in it.
+
+    Raises:
+        ModelError: there is no such folder or repository, it cannot be reached, or it lacks a part.
+    """
+    source = model.source
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if model.path and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+            raise ModelError(
+                f"There is no model folder {source}", "Give a folder in the diffusers layout with --model DIR"
+            )
+        folder = _fetch(source, model.revision, parts)
+    for part in parts:
+        config = folder / part / _CONFIG_OF.get(part, "config.json")
+        if not config.is_file():
+            raise ModelError(
+                f"The model folder {folder} lacks {part}/{config.name}",
+                "Give a whole Kandinsky 5 Image repository in the diffusers layout with --model DIR",
+            )
+    return folder
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """``part``'s config as plain values.
+
+    Raises:
+        ModelError: it is not JSON.
+    """
+    path = folder / part / _CONFIG_OF.get(part, "config.json")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "Download the model again") from error
+    return config
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files of one part, in name order, all of them present and whole by their index.
+
+    Raises:
+        ModelError: there is none, or one named in the index is missing.
+    """
+    files = sorted((folder / part).glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder / part} has no .safetensors file", "Download the model again, in the safetensors format"
+        )
+    for index in sorted((folder / part).glob("*.safetensors.index.json")):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        absent = sorted(named - {f.name for f in files})
+        if absent:
+            raise ModelError(f"{folder / part} lacks {', '.join(absent)}", "Download the model again")
+        return [f for f in files if f.name in named]
+    return files
+
+
+def _fetch(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)])
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, ConnectionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ModelError(
+            f"The model {repo} is not on this machine and cannot be downloaded ({reason})",
+            "Connect to the hub once, or give a local folder with --model DIR",
+        ) from error

@@ -1,0 +1,1 @@
+"""The cache on disk, format 1: stdlib and pyarrow, no torch at import."""
