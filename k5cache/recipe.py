@@ -5,9 +5,13 @@ A schema is a frozen dataclass; this file turns TOML tables into it and back. It
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
+import textwrap
 import tomllib
 import types
 import typing
@@ -184,7 +188,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     elif origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.5)
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
         problems.append(f"{where} must be one of {', '.join(map(repr, args))}, found {_shown(value)}{hint_text}")
         return _BAD
@@ -239,3 +243,40 @@ def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:
 def _join(problems: list[str], path: Path | None) -> str:
     where = f"{path}: " if path else ""
     return where + "; ".join(problems)
+
+
+def document_options(schemas: dict[str, type[Any]]) -> str:
+    """Every option with its default and its help, as TOML text to copy from; options unset by default are comments."""
+    lines: list[str] = []
+    for name, schema in schemas.items():
+        _document(schema, name, lines)
+    return "\n".join(lines).strip()
+
+
+def _document(schema: type[Any], name: str, lines: list[str]) -> None:
+    helps, hints = _option_helps(schema), typing.get_type_hints(schema)
+    lines += ["", f"# --- {(schema.__doc__ or '').strip()}", f"[{name}]"]
+    inner: list[tuple[str, type[Any]]] = []
+    default = schema()
+    for option in dataclasses.fields(schema):
+        value = getattr(default, option.name)
+        if dataclasses.is_dataclass(hints[option.name]):
+            inner.append((option.name, typing.cast(type[Any], hints[option.name])))
+            continue
+        plain = list(value) if isinstance(value, tuple) else value
+        lines += [f"# {help_line}" for help_line in textwrap.wrap(helps.get(option.name, ""), 110)]
+        lines.append(f"# {option.name} =" if value is None else f"{option.name} = {_toml_value(plain)}")
+    for key, table in inner:
+        _document(table, f"{name}.{key}", lines)
+
+
+def _option_helps(schema: type[Any]) -> dict[str, str]:
+    """The docstring under each option of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    helps: dict[str, str] = {}
+    for option, text in itertools.pairwise(body.body):
+        if isinstance(option, ast.AnnAssign) and isinstance(option.target, ast.Name) and isinstance(text, ast.Expr):
+            assert isinstance(text.value, ast.Constant)
+            helps[option.target.id] = " ".join(str(text.value.value).split())
+    return helps

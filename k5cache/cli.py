@@ -1,0 +1,102 @@
+"""The command line of stage 1. A command parses, calls one function and prints its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k5cache import console
+
+app = typer.Typer(
+    help="Encode images and captions once, for as many Kandinsky 5 LoRAs as you like.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
+Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
+CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def encode(
+    source: Annotated[Path, typer.Argument(help="A folder of images with .txt captions beside them.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")] = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.")] = "auto",
+) -> None:
+    """Encode a folder of images and captions into a cache, or bring one up to date."""
+    from k5cache.config import CacheConfig, ModelConfig, validation_prompts
+    from k5cache.encode import encode as run
+    from k5cache.info import print_report
+    from k5cache.recipe import parse, read
+
+    document = read(recipe, options or [])
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    model_config, cache_config = parse(document, {"model": ModelConfig, "cache": CacheConfig}, recipe)
+    root = out or Path("cache") / source.resolve().name
+    with console.progress() as bars:
+        report = run(source, root, model_config, cache_config, validation_prompts(document), _device(device), bars)
+    print_report(report, root)
+    given = f" --recipe {recipe}" if recipe else f" --model {model}" if model else ""
+    console.next_step("Next, train a LoRA", f"k5train run {root}{given}")
+
+
+@app.command()
+def info(cache: CachePath) -> None:
+    """Show what a cache holds: items, buckets, caption lengths, sizes, model and recipe."""
+    from k5cache.store.reader import open_cache
+
+    from k5cache.info import print_info
+
+    print_info(open_cache(cache))
+    console.next_step("Next, train a LoRA", f"k5train run {cache}")
+
+
+@app.command()
+def options() -> None:
+    """List every option of [model] and [cache] with its default, as a recipe to copy from."""
+    from k5cache.config import CacheConfig, ModelConfig
+    from k5cache.recipe import document_options
+
+    console.out.print(document_options({"model": ModelConfig, "cache": CacheConfig}), markup=False)
+
+
+def _device(name: str) -> str:
+    """``auto`` as the device there is; a wrong name is refused before anything is loaded."""
+    import torch
+
+    from k5cache.errors import K5Error
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise K5Error(f"--device {name} is not a device", "Use auto, cuda, cuda:1 or cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise K5Error(
+            f"--device {name}: torch {torch.__version__} sees no CUDA GPU",
+            "Use --device cpu, or install torch for CUDA",
+        )
+    return name
+
+
+def main() -> None:
+    """Entry point of ``k5cache``."""
+    console.run(app)

@@ -1,0 +1,145 @@
+"""The command line of stage 2. A command parses, calls one function and prints its result."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k5cache import console
+from k5cache.errors import CacheError
+
+if TYPE_CHECKING:
+    from k5train.loop import Result
+
+app = typer.Typer(
+    help="Train a Kandinsky 5 Image LoRA from a cache, on the card you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
+Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
+RunPath = Annotated[Path, typer.Argument(help="A folder made by `k5train run`.")]
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def run(
+    cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run. Default: runs/<name of CACHE>.")] = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+) -> None:
+    """Train a LoRA on a cache. Loads the transformer only, never a text encoder."""
+    from k5cache.config import ModelConfig
+    from k5cache.recipe import parse, read
+    from k5train.config import TrainConfig
+
+    document = read(recipe, options or [])
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
+    root = cache or find_cache(Path("cache"))
+
+    from k5cache.store.reader import open_cache
+
+    from k5cache.hub import model_folder
+    from k5train.checkpoint import create_run, free_name
+    from k5train.loop import train
+
+    opened = open_cache(root)
+    folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
+    named = out or (Path("runs") / config.name if config.name else None)
+    target = named or free_name(Path("runs"), root.resolve().name)
+    result = train(opened, folder, config, create_run(target, root, model_config, replace(config, name=target.name)))
+    print_result(result, target)
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt that the cache holds. May be repeated.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Draw this checkpoint. Default: the finished LoRA.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG grid. Default: in the run's samples/.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Noise. Default: the recipe's.")] = None,
+    options: Set = None,
+) -> None:
+    """Draw more pictures with a run's LoRA, the base model's beside them."""
+    from k5cache.recipe import parse, read
+    from k5train.checkpoint import open_run
+    from k5train.config import ValidationConfig
+    from k5train.resample import resample
+
+    opened, model_config, config, cache = open_run(run)
+    document = read(opened.root / "recipe.toml", options or [])
+    chosen = document.setdefault("train", {}).setdefault("validation", {})
+    chosen |= {"prompts": prompts} if prompts else {}
+    chosen |= {"seed": seed} if seed is not None else {}
+    (validation,) = parse(document["train"], {"validation": ValidationConfig})
+    grid = resample(opened, model_config, replace(config, validation=validation), cache, step, out)
+    console.out.print(f"Wrote {grid}", markup=False)
+
+
+@app.command()
+def options() -> None:
+    """List every option with its default, as a recipe to copy from: [model], [cache] and [train]."""
+    from k5cache.config import CacheConfig, ModelConfig
+    from k5cache.recipe import document_options
+    from k5train.config import TrainConfig
+
+    text = document_options({"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig})
+    console.out.print(text, markup=False)
+
+
+def find_cache(parent: Path) -> Path:
+    """The only cache under ``parent``; a person at a terminal is asked which one, where there are several.
+
+    Raises:
+        CacheError: there is none, or there are several and nobody to ask.
+    """
+    found = sorted(p.parent for p in parent.glob("*/manifest.json"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CacheError(f"There is no cache under {parent}/", "Make one first: k5cache encode datasets/my_images")
+    names = ", ".join(str(p) for p in found)
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise CacheError(f"There are {len(found)} caches: {names}", f"Say which one: k5train run {found[0]}")
+    for number, path in enumerate(found, 1):
+        console.err.print(f"  {number}  {path}", markup=False)
+    number = typer.prompt("Which cache", type=int, err=True)
+    if not 1 <= number <= len(found):
+        raise CacheError(f"There is no cache number {number}", f"Say which one: k5train run {found[0]}")
+    return found[number - 1]
+
+
+def print_result(result: Result, root: Path) -> None:
+    """What ends a run."""
+    console.out.print(
+        f"Trained {result.steps} steps in {console.human_seconds(result.seconds)}, "
+        f"loss {result.first_loss:.4f} -> {result.last_loss:.4f} (means of the first and last tenth)",
+        markup=False,
+    )
+    console.out.print(f"LoRA     {result.lora}", markup=False)
+    if result.grid:
+        console.out.print(f"pictures {result.grid}", markup=False)
+    console.next_step("Next, draw more", f"k5train sample {root}")
+
+
+def main() -> None:
+    """Entry point of ``k5train``."""
+    console.run(app)

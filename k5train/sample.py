@@ -1,0 +1,187 @@
+"""Pictures from cached prompts: Euler flow steps without a text encoder; the VAE is loaded to decode, then freed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import Progress
+from torch import Tensor
+
+from k5cache.errors import RecipeError
+from k5train.base.forward import predict_velocity
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
+    from k5cache.store.reader import Cache, TextRow
+
+    from k5train.config import ValidationConfig
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are drawn; the same settings give the same noise, whatever the adapter."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+
+def settings_for(cache: Cache, chosen: ValidationConfig) -> SampleSettings:
+    """The recipe's settings; a size it leaves open is the cache's resolution, square."""
+    side = cache.manifest.recipe["selection"]["resolution"]
+    return SampleSettings(
+        chosen.width or side, chosen.height or side, chosen.num_inference_steps, chosen.guidance_scale, chosen.seed
+    )
+
+
+def draw_prompts(
+    transformer: Kandinsky5Transformer3DModel,
+    folder: Path,
+    rows: Sequence[TextRow],
+    negative: TextRow,
+    settings: SampleSettings,
+    bars: Progress,
+    description: str,
+) -> list[Image.Image]:
+    """One picture a prompt, all from the same noise: sample every prompt, then load the VAE, decode, free it."""
+    task = bars.add_task(description, total=len(rows) * settings.num_inference_steps, unit="step", note="")
+    scheduler = load_scheduler(folder)
+    on_step = partial(bars.advance, task)
+    latents = [sample_latents(transformer, scheduler, row, negative, settings, on_step) for row in rows]
+    pictures = decode(folder, latents, transformer.device, torch.float32)
+    bars.remove_task(task)
+    return pictures
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The checkpoint's own scheduler: its shift decides which sigmas inference visits."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: Kandinsky5Transformer3DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    prompt: TextRow,
+    negative: TextRow,
+    settings: SampleSettings,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """The latents that ``Kandinsky5T2IPipeline`` ends with for the same noise, scheduler and guidance.
+
+    Noise comes from a CPU generator seeded with ``settings.seed``, in the transformer's dtype, as the pipeline draws it
+    for ``generator=torch.Generator("cpu").manual_seed(seed)``.
+
+    Returns:
+        ``[1, 1, H/8, W/8, 16]``, scaled by ``scaling_factor``.
+    """
+    device, dtype = transformer.device, transformer.dtype
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (1, 1, settings.height // 8, settings.width // 8, transformer.config.out_visual_dim)
+    latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    scheduler.set_timesteps(settings.num_inference_steps, device=device)
+
+    def predict(text: TextRow, sigma: Tensor) -> Tensor:
+        embeds, pooled = text.prompt_embeds[None].to(device), text.pooled[None].to(device)
+        return predict_velocity(transformer, latents, sigma, embeds, pooled, gradient_checkpointing=False)
+
+    for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):  # sigmas ends with an extra 0
+        velocity = predict(prompt, sigma.reshape(1))
+        if settings.guidance_scale > 1.0:
+            unguided = predict(negative, sigma.reshape(1))
+            velocity = unguided + settings.guidance_scale * (velocity - unguided)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        on_step()
+    return latents
+
+
+@torch.no_grad()
+def decode(folder: Path, latents: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Image.Image]:
+    """Latents ``[1, 1, H/8, W/8, 16]`` to pictures. The VAE is loaded for this alone and freed again.
+
+    Kandinsky 5 ignores ``shift_factor``: ``Kandinsky5T2IPipeline`` decodes ``latents / scaling_factor``.
+    """
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, local_files_only=True).to(device)
+    processor = VaeImageProcessor(vae_scale_factor=8)
+    pictures: list[Image.Image] = []
+    for one in latents:
+        channels_first = one[:, 0].permute(0, 3, 1, 2).to(device, dtype)
+        pixels = vae.decode(channels_first / vae.config.scaling_factor).sample
+        pictures += processor.postprocess(pixels, output_type="pil")
+    del vae
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return pictures
+
+
+def prompt_rows(cache: Cache, prompts: Sequence[str], negative_prompt: str) -> tuple[list[TextRow], TextRow]:
+    """The cached embeddings of the validation prompts and of the negative prompt.
+
+    Raises:
+        RecipeError: there are no prompts to draw.
+        CacheError: a prompt is not in the cache.
+    """
+    if not prompts:
+        raise RecipeError(
+            "There is no prompt to draw", 'Add prompts = ["..."] under [train.validation] and encode again'
+        )
+    return [cache.prompt(p) for p in prompts], cache.prompt(negative_prompt)
+
+
+def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
+    """One picture of labelled rows (the checkpoints) and columns (the prompts).
+
+    Args:
+        rows: label and pictures; every row has ``len(columns)`` pictures.
+        columns: what each column shows, wrapped above it.
+    """
+    cell_width = max(max(p.width for _, pictures in rows for p in pictures), 160)
+    cell_height = max(p.height for _, pictures in rows for p in pictures)
+    scale = max(1, 192 // cell_height) if cell_height < 192 else 1  # toy pictures are shown larger
+    cell_width, cell_height = max(cell_width, cell_height * scale), cell_height * scale
+    font = ImageFont.load_default(14)
+    label_width = 24 + max(int(font.getlength(label)) for label, _ in rows)
+    headers = [_wrap(text, font, cell_width - 8) for text in columns]
+    header_height = 12 + 18 * max(len(lines) for lines in headers)
+    gap = 6
+    sheet = Image.new("RGB", (label_width + len(columns) * (cell_width + gap),
+                              header_height + len(rows) * (cell_height + gap)), "white")  # fmt: skip
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(headers):
+        draw.multiline_text(
+            (label_width + column * (cell_width + gap) + 4, 6), "\n".join(lines), "black", font, spacing=4
+        )
+    for row, (label, pictures) in enumerate(rows):
+        top = header_height + row * (cell_height + gap)
+        draw.text((10, top + cell_height // 2 - 8), label, "black", font)
+        for column, picture in enumerate(pictures):
+            shown = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            left = label_width + column * (cell_width + gap) + (cell_width - shown.width) // 2
+            sheet.paste(shown, (left, top))
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, most: int = 4) -> list[str]:
+    lines = [""]
+    for word in (text or "(the empty prompt)").split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
