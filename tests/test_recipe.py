@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_the_option_list_is_a_recipe_of_the_defaults_and_every_option_has_help()
     text = document_options(SCHEMAS)
     assert parse(tomllib.loads(text), SCHEMAS) == [ModelConfig(), CacheConfig(), TrainConfig()]
     lines = text.splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in itertools.pairwise(lines):
         if re.match(r"(# )?\w+ =", line):
             assert re.match(r"# (?!\w+ =)", above), f"{line} has no help"
 
