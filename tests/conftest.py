@@ -1,0 +1,25 @@
+"""What do all tests share? The toy checkpoint, made once a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests reach it from the repo
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Kandinsky 5 Image in the diffusers layout, seed 0. Read it, never write into it: workers share it."""
+    from pipelines.demo.make_checkpoint import make
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base  # pytest-xdist: one folder above the workers'
+    folder = shared / "toy_model"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "model_index.json").exists():  # written last
+            make(folder)
+    return folder
