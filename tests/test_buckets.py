@@ -1,0 +1,123 @@
+"""Which size is an image trained at, and which part of it?"""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+import pytest
+
+from k5cache.buckets import NATIVE_RESOLUTIONS, Bucket, bucket_table, choose_bucket, cover
+
+NATIVE = bucket_table(1024, "native")
+
+
+def test_the_native_resolutions_are_those_of_the_installed_pipeline():
+    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2IPipeline
+
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipeline = Kandinsky5T2IPipeline(**dict.fromkeys(parts), scheduler=FlowMatchEulerDiscreteScheduler())
+    assert list(NATIVE_RESOLUTIONS) == [tuple(size) for size in pipeline.resolutions]
+
+
+def test_a_bucket_names_its_width_first_and_its_latents_rows_first():
+    bucket = Bucket(width=640, height=1408)
+    assert bucket.name == "640x1408"
+    assert bucket.latent_shape == (176, 80)
+
+
+def test_at_1024_the_table_is_the_native_one():
+    assert [(b.width, b.height) for b in NATIVE] == list(NATIVE_RESOLUTIONS)
+
+
+def test_at_512_every_side_is_halved():
+    assert [b.name for b in bucket_table(512, "native")] == [
+        "512x512", "320x704", "704x320", "384x640", "640x384", "448x576", "576x448",
+    ]  # fmt: skip
+
+
+def test_sides_round_to_the_nearest_multiple_of_16_half_up():
+    # 768 is 3/4 of 1024: 640 -> 480, 1408 -> 1056, 1280 -> 960, 896 -> 672, 1152 -> 864
+    assert [b.name for b in bucket_table(768, "native")] == [
+        "768x768", "480x1056", "1056x480", "576x960", "960x576", "672x864", "864x672",
+    ]  # fmt: skip
+    # 80 / 1024: 640 -> 50, 1408 -> 110, 768 -> 60, 1280 -> 100; 896x1152 -> 70x90 is 64x96 as well, and listed once
+    assert [b.name for b in bucket_table(80, "native")] == [
+        "80x80", "48x112", "112x48", "64x96", "96x64",
+    ]  # fmt: skip
+
+
+def test_every_scaled_table_is_of_distinct_sizes_whose_sides_are_multiples_of_16_and_starts_with_the_square():
+    for resolution in range(64, 2049, 16):
+        table = bucket_table(resolution, "native")
+        assert table[0] == Bucket(resolution, resolution)
+        assert len(set(table)) == len(table) <= 7
+        assert all(side % 16 == 0 and side >= 16 for b in table for side in (b.width, b.height))
+        assert {Bucket(b.height, b.width) for b in table} == set(table)
+
+
+def test_square_is_one_size():
+    assert bucket_table(512, "square") == (Bucket(512, 512),)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        ((1024, 1024), "1024x1024"),
+        ((50, 50), "1024x1024"),
+        ((4000, 3000), "1152x896"),
+        ((3000, 4000), "896x1152"),
+        ((1920, 1080), "1280x768"),
+        ((3440, 1440), "1408x640"),
+        ((1, 100_000), "640x1408"),
+        ((1100, 1000), "1024x1024"),
+        ((1140, 1000), "1152x896"),  # sqrt(1152/896) = 1.1339 is halfway in log space; 1.1429 is halfway in linear
+    ],
+)
+def test_an_image_goes_to_the_bucket_of_nearest_aspect_ratio_in_log_space(size, name):
+    assert choose_bucket(*size, NATIVE).name == name
+
+
+def test_a_mirrored_image_goes_to_the_mirrored_bucket():
+    for width in range(1, 60):
+        for height in range(1, 60):
+            upright, turned = choose_bucket(width, height, NATIVE), choose_bucket(height, width, NATIVE)
+            assert (upright.width, upright.height) == (turned.height, turned.width)
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket", "resized", "left_top", "upscaled"),
+    [
+        ((1024, 1024), (1024, 1024), (1024, 1024), (0, 0), False),
+        ((2048, 1024), (1024, 1024), (2048, 1024), (512, 0), False),
+        ((1000, 3000), (512, 512), (512, 1536), (0, 512), False),
+        ((4000, 3000), (1152, 896), (1195, 896), (21, 0), False),  # 4000 * 896 / 3000 = 1194.67
+        ((8, 8), (1024, 1024), (1024, 1024), (0, 0), True),
+        ((2000, 500), (1024, 1024), (4096, 1024), (1536, 0), True),
+        ((1023, 1024), (1024, 1024), (1024, 1025), (0, 0), True),
+        ((3, 2), (16, 16), (24, 16), (4, 0), True),
+        ((5, 2), (16, 16), (40, 16), (12, 0), True),
+        ((31, 16), (16, 16), (31, 16), (7, 0), False),  # of an odd remainder the left side loses the smaller half
+    ],
+)
+def test_an_image_is_resized_to_cover_its_bucket_and_cropped_at_the_centre(size, bucket, resized, left_top, upscaled):
+    geometry = cover(*size, Bucket(*bucket))
+    assert (geometry.width, geometry.height) == size
+    assert (geometry.resized_width, geometry.resized_height) == resized
+    assert (geometry.left, geometry.top) == left_top
+    assert geometry.upscaled is upscaled
+    assert geometry.flipped is False
+
+
+def test_of_any_image_the_resize_keeps_the_aspect_to_half_a_pixel_and_one_side_fits_exactly():
+    draw = random.Random(0)
+    for _ in range(2000):
+        width, height = (round(10 ** draw.uniform(0, 4.5)) for _ in range(2))
+        g = cover(width, height, draw.choice(NATIVE))
+        assert g.resized_width == g.bucket.width or g.resized_height == g.bucket.height
+        assert g.resized_width >= g.left + g.bucket.width
+        assert g.resized_height >= g.top + g.bucket.height
+        scale = max(Fraction(g.bucket.width, width), Fraction(g.bucket.height, height))
+        assert abs(scale * width - g.resized_width) <= Fraction(1, 2)
+        assert abs(scale * height - g.resized_height) <= Fraction(1, 2)
+        assert g.upscaled == (scale > 1 and (g.resized_width, g.resized_height) != (width, height))
