@@ -1,0 +1,138 @@
+"""Colour: any picture that Pillow opens as 8-bit sRGB without transparency. What is on disk, as a viewer shows it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, TiffImagePlugin
+
+WHITE = (255, 255, 255, 255)
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_SRGB = ImageCms.createProfile("sRGB")
+_NEVER_VISIBLE = 2
+"""Of 255. A profile that moves no colour by more is sRGB under another name, and the pixels stay as they are."""
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Mode ``RGB``: deep greys scaled to 8 bits, palettes looked up, the embedded profile applied, alpha over white.
+
+    Args:
+        image: loaded; any mode. A profile that is broken or of another colour space is ignored, as viewers do.
+    """
+    profile = image.info.get("icc_profile")
+    colour, alpha = _split_alpha(_eight_bit(image))
+    if colour.mode not in ("RGB", "L", "CMYK"):
+        colour = colour.convert("RGB")
+    colour = _apply_profile(colour, profile) if profile else colour
+    rgb = colour if colour.mode == "RGB" else colour.convert("RGB")
+    if alpha is None or alpha.getextrema() == (255, 255):
+        return rgb
+    rgb.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, WHITE), rgb).convert("RGB")
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colour (``RGB``, ``L``, ``CMYK`` or another opaque mode) and alpha (``L``), or None where all is opaque."""
+    if image.mode in ("LA", "La"):  # kept grey: its profile may be a grey one
+        grey, alpha = image.convert("LA").split()
+        return grey, alpha
+    if image.has_transparency_data:
+        *bands, alpha = image.convert("RGBA").split()
+        return Image.merge("RGB", bands), alpha
+    return image.convert("L") if image.mode == "1" else image, None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bits as ``L`` or ``LA``; anything else as it is.
+
+    16-bit RGB needs nothing: Pillow reads its high bytes. White is 2^bits - 1 where the file says how many bits there
+    are. 32-bit integers and floats do not say: white is the least of 255, 65535, 2^32 - 1 (floats: 1.0, 255, 65535)
+    that the values stay within. Floats may pass 1.0 up to 16 and are still on that scale, as HDR highlights are.
+    """
+    if image.mode == "RGB" and isinstance(image.info.get("transparency"), tuple):
+        _narrow_transparency(image)
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
+        white = _first_holding(values, (1.0, 16.0), (255.0, 255.0), (65535.0, np.inf))
+    elif image.mode == "I":
+        white = _first_holding(values, (255.0, 255.0), (65535.0, 65535.0), (2.0**32 - 1, np.inf))
+    else:
+        white = 2.0 ** _bits(image) - 1
+    grey = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
+    if _tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit files only
+        grey = 255 - grey
+    narrow = Image.fromarray(grey)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # PNG tRNS: this one grey is fully transparent
+        narrow.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    narrow.info.update({k: v for k, v in image.info.items() if k != "transparency"})
+    return narrow
+
+
+def _narrow_transparency(image: Image.Image) -> None:
+    """The transparent colour of a 16-bit RGB PNG, as the high bytes that its pixels were read as."""
+    colour = image.info["transparency"]
+    if max(colour) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _first_holding(values: np.ndarray[Any, Any], *scales: tuple[float, float]) -> float:
+    """The first (white, limit) whose limit the values do not pass."""
+    largest = float(values.max(initial=0))
+    return next(white for white, limit in scales if largest <= limit)
+
+
+def _bits(image: Image.Image) -> int:
+    bits = _tag(image, _TIFF_BITS)
+    return int(bits[0]) if isinstance(bits, tuple) else 16
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    return image.tag_v2.get(number) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+
+
+def _apply_profile(colour: Image.Image, profile: bytes) -> Image.Image:
+    if _space(profile) == "RGB" and colour.mode == "L":
+        colour = colour.convert("RGB")
+    transform = _to_srgb_transform(profile, colour.mode)
+    return colour if transform is None else transform.apply(colour)
+
+
+@lru_cache(maxsize=32)
+def _space(profile: bytes) -> str | None:
+    """``RGB``, ``GRAY``, ``CMYK``, ...; None for bytes that are no profile."""
+    try:
+        return ImageCms.ImageCmsProfile(BytesIO(profile)).profile.xcolor_space.strip()
+    except (ImageCms.PyCMSError, OSError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=32)
+def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform from a profile to sRGB; None where it is invalid, of another space than ``mode``, or sRGB itself.
+
+    lcms transforms may be shared by threads.
+    """
+    if _space(profile) != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        transform = ImageCms.buildTransform(source, _SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
+        if mode == "RGB" and _is_identity(transform):
+            return None
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    return transform
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    before = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+    after = np.asarray(transform.apply(Image.fromarray(before)))
+    return int(np.abs(after.astype(np.int16) - before).max()) <= _NEVER_VISIBLE
