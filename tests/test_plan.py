@@ -1,0 +1,274 @@
+"""What is left to compute when a folder is encoded again?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from hashlib import sha256
+
+import pytest
+
+from k5cache.buckets import Bucket, bucket_table, cover
+from k5cache.images import Skipped, SourceItem, UnreadableImage
+from k5cache.plan import Plan, latent_key, make_plan, text_key
+
+VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
+TABLE = bucket_table(1024, "native")
+
+
+class Folder:
+    """Images in memory: path -> (content, (width, height), captions), and the cache that encoding them would leave."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, tuple[str, tuple[int, int], tuple[str, ...]]] = {}
+        self.touched: dict[str, int] = {}
+        self.probed: list[str] = []
+        self.known, self.latents, self.texts = {}, set(), set()
+
+    def put(self, path: str, content: str, *captions: str, size: tuple[int, int] = (2000, 2000)) -> None:
+        self.images[path] = (content, size, captions or ("a cat",))
+        self.touched[path] = len(self.touched) + self.touched.get(path, 0) + 1
+
+    def plan(self, vae=VAE, text=TEXT, prompts=("",), table=TABLE, skipped=(), rehash=False) -> Plan:
+        self.probed = []
+        items = [
+            SourceItem(path, len(content), self.touched[path], 7, captions)
+            for path, (content, _, captions) in sorted(self.images.items())
+        ]
+
+        def probe(item: SourceItem) -> tuple[str, int, int]:
+            self.probed.append(item.path)
+            content, size, _ = self.images[item.path]
+            if content == "damaged":
+                raise UnreadableImage("is damaged")
+            return f"hash of {content}", *size
+
+        return make_plan(
+            items, skipped, self.known, self.latents, self.texts, prompts, table, vae, text, str.strip, probe, rehash
+        )  # fmt: skip
+
+    def encode(self, **options) -> Plan:
+        made = self.plan(**options)
+        self.known = {row.path: row for row in made.rows}
+        self.latents |= {job.key for job in made.latent_jobs}
+        self.texts |= {job.key for job in made.text_jobs}
+        return made
+
+
+@pytest.fixture
+def three() -> Folder:
+    """Three images with a caption each, encoded."""
+    folder = Folder()
+    for name in ("cat", "dog", "owl"):
+        folder.put(f"{name}.jpg", name, f"a {name}")
+    folder.encode()
+    return folder
+
+
+def summary(plan: Plan) -> dict[str, object]:
+    """What a plan would do, what is nothing left out."""
+    said = {
+        "latents": [job.path for job in plan.latent_jobs],
+        "texts": [job.caption for job in plan.text_jobs],
+        "added": list(plan.added), "changed": list(plan.changed), "removed": list(plan.removed),
+        "skipped": list(plan.skipped),
+    }  # fmt: skip
+    return {name: value for name, value in said.items() if value}
+
+
+def test_a_new_folder_is_encoded_whole_and_the_prompts_with_it():
+    folder = Folder()
+    folder.put("cat.jpg", "cat", "a cat")
+    folder.put("sub/dog.jpg", "dog", " a dog ", "a hound", size=(4000, 3000))
+    made = folder.plan(prompts=("", "a fox "))
+    assert summary(made) == {
+        "latents": ["cat.jpg", "sub/dog.jpg"],
+        "texts": ["", "a fox", "a cat", "a dog", "a hound"],
+        "added": ["cat.jpg", "sub/dog.jpg"],
+    }
+    assert (made.num_reused_latents, made.num_reused_texts) == (0, 0)
+    row = made.rows[1]
+    geometry = cover(4000, 3000, Bucket(1152, 896))
+    assert (row.path, row.content_hash, row.num_bytes, row.inode) == ("sub/dog.jpg", "hash of dog", 3, 7)
+    assert (row.width, row.height, row.bucket_width, row.bucket_height) == (4000, 3000, 1152, 896)
+    assert (row.resized_width, row.resized_height, row.left, row.top, row.flipped) == (1195, 896, 21, 0, False)
+    assert row.latent_key == made.latent_jobs[1].key == latent_key("hash of dog", geometry, VAE)
+    assert row.caption_keys == (text_key("a dog", TEXT), text_key("a hound", TEXT))
+    assert made.latent_jobs[1].geometry == geometry
+
+
+def test_an_unchanged_folder_leaves_nothing_to_do_and_no_image_is_read(three):
+    made = three.plan()
+    assert summary(made) == {}
+    assert three.probed == []
+    assert made.rows == tuple(three.known.values())
+    assert (made.num_reused_latents, made.num_reused_texts) == (3, 4)
+
+
+def test_one_image_more_is_one_more_to_encode(three):
+    three.put("fox.jpg", "fox", "a fox")
+    assert summary(three.plan()) == {"latents": ["fox.jpg"], "texts": ["a fox"], "added": ["fox.jpg"]}
+    assert three.probed == ["fox.jpg"]
+
+
+def test_an_edited_caption_is_encoded_alone_and_its_image_is_not_read(three):
+    three.images["dog.jpg"] = ("dog", (2000, 2000), ("a spaniel",))
+    assert summary(three.plan()) == {"texts": ["a spaniel"], "changed": ["dog.jpg"]}
+    assert three.probed == []
+
+
+def test_an_edited_image_is_encoded_alone(three):
+    three.put("dog.jpg", "dog, retouched", "a dog")
+    assert summary(three.plan()) == {"latents": ["dog.jpg"], "changed": ["dog.jpg"]}
+
+
+def test_an_image_that_was_only_touched_is_read_and_not_encoded(three):
+    three.put("dog.jpg", "dog", "a dog")
+    made = three.plan()
+    assert summary(made) == {}
+    assert three.probed == ["dog.jpg"]
+    assert made.rows[1].mtime_ns == three.touched["dog.jpg"] != three.known["dog.jpg"].mtime_ns
+
+
+@pytest.mark.parametrize("field", ["num_bytes", "mtime_ns", "inode"])
+def test_any_difference_of_size_or_time_or_inode_is_doubt_enough_to_read_the_image(three, field):
+    before = three.known["dog.jpg"]
+    three.known["dog.jpg"] = replace(before, **{field: getattr(before, field) + 1})
+    three.plan()
+    assert three.probed == ["dog.jpg"]
+
+
+def test_rehash_reads_every_image(three):
+    assert summary(three.plan(rehash=True)) == {}
+    assert three.probed == ["cat.jpg", "dog.jpg", "owl.jpg"]
+
+
+def test_a_renamed_image_keeps_its_latents(three):
+    three.put("new/hound.jpg", "dog", "a dog")
+    del three.images["dog.jpg"]
+    made = three.plan()
+    assert summary(made) == {"added": ["new/hound.jpg"], "removed": ["dog.jpg"]}
+    assert made.num_reused_latents == 3
+
+
+def test_a_deleted_image_leaves_the_rows_and_its_latents_are_found_when_it_comes_back(three):
+    kept = three.images.pop("dog.jpg")
+    assert summary(three.encode()) == {"removed": ["dog.jpg"]}
+    assert list(three.known) == ["cat.jpg", "owl.jpg"]
+    three.images["dog.jpg"] = kept
+    assert summary(three.plan()) == {"added": ["dog.jpg"]}
+
+
+def test_an_image_found_twice_is_encoded_once(three):
+    three.put("a.jpg", "fox", "a fox")
+    three.put("b.jpg", "fox", "a red fox")
+    three.put("c.jpg", "cat", "a cat")
+    made = three.plan()
+    assert summary(made) == {
+        "latents": ["a.jpg"],
+        "texts": ["a fox", "a red fox"],
+        "added": ["a.jpg", "b.jpg", "c.jpg"],
+    }
+    keys = {row.path: row.latent_key for row in made.rows}
+    assert keys["a.jpg"] == keys["b.jpg"]
+    assert keys["c.jpg"] == keys["cat.jpg"]
+    assert made.num_reused_latents == 3
+
+
+def test_a_caption_that_several_images_and_a_prompt_share_is_encoded_once(three):
+    for name in "ab":
+        three.put(f"{name}.jpg", name, "a fox", " a fox", "a cat")
+    made = three.plan(prompts=("", "a fox"))
+    assert summary(made)["texts"] == ["a fox"]
+    assert made.rows[0].caption_keys == (text_key("a fox", TEXT), text_key("a fox", TEXT), text_key("a cat", TEXT))
+    assert made.num_reused_texts == 4  # the empty prompt, cat, dog, owl
+
+
+def test_another_vae_recipe_leaves_the_texts_alone(three):
+    made = three.plan(vae={**VAE, "vae": "cccc"})
+    everything = ["cat.jpg", "dog.jpg", "owl.jpg"]
+    assert summary(made) == {"latents": everything, "changed": everything}
+    assert (made.num_reused_latents, made.num_reused_texts) == (0, 4)
+    assert three.probed == []
+
+
+def test_another_text_recipe_leaves_the_latents_alone(three):
+    made = three.plan(text={**TEXT, "max_sequence_length": 256})
+    assert summary(made) == {
+        "texts": ["", "a cat", "a dog", "a owl"],
+        "changed": ["cat.jpg", "dog.jpg", "owl.jpg"],
+    }
+    assert (made.num_reused_latents, made.num_reused_texts) == (3, 0)
+
+
+def test_other_buckets_encode_only_the_images_that_fall_into_other_ones(three):
+    three.put("wide.jpg", "wide", size=(4000, 2000))
+    three.encode()
+    assert summary(three.plan(table=bucket_table(1024, "square"))) == {"latents": ["wide.jpg"], "changed": ["wide.jpg"]}
+
+
+def test_an_unreadable_image_is_skipped_with_its_reason_and_leaves_the_rows(three):
+    three.put("dog.jpg", "damaged", "a rare caption")
+    made = three.plan(skipped=[Skipped("fox.jpg", "missing caption")])
+    assert summary(made) == {
+        "removed": ["dog.jpg"],
+        "skipped": [Skipped("fox.jpg", "missing caption"), Skipped("dog.jpg", "is damaged")],
+    }
+    assert [row.path for row in made.rows] == ["cat.jpg", "owl.jpg"]
+
+
+def test_rows_lost_with_their_shard_are_encoded_again(three):
+    three.latents.discard(three.known["cat.jpg"].latent_key)
+    three.texts.discard(three.known["owl.jpg"].caption_keys[0])
+    assert summary(three.plan()) == {"latents": ["cat.jpg"], "texts": ["a owl"]}
+
+
+def test_images_smaller_than_their_bucket_are_counted(three):
+    three.put("icon.png", "icon", size=(8, 8))
+    made = three.plan()
+    assert (made.upscaled, made.num_upscaled) == (("icon.png",), 1)
+
+
+def test_a_key_is_half_the_sha256_of_canonical_json():
+    crop = '{"bucket":[1152,896],"flipped":false,"left_top":[21,0],"resized":[1195,896]}'
+    written = f'{{"content":"ba7816bf","crop":{crop},"recipe":{{"resize":"bicubic","vae":"aaaa"}}}}'
+    assert (
+        latent_key("ba7816bf", cover(4000, 3000, Bucket(1152, 896)), VAE) == sha256(written.encode()).hexdigest()[:32]
+    )
+    written = r'{"caption":"K\u00e4tzchen","recipe":{"max_sequence_length":512,"qwen":"bbbb"}}'
+    assert text_key("Kätzchen", TEXT) == sha256(written.encode()).hexdigest()[:32]
+
+
+def test_a_key_depends_on_the_content_and_the_crop_and_each_field_of_the_recipe_and_not_on_their_order():
+    geometry = cover(4000, 3000, Bucket(1152, 896))
+    variants = [
+        latent_key("b", geometry, VAE),
+        *(latent_key("a", replace(geometry, **{name: getattr(geometry, name) + 1}), VAE)
+          for name in ("resized_width", "resized_height", "left", "top")),
+        latent_key("a", replace(geometry, flipped=True), VAE),
+        latent_key("a", replace(geometry, bucket=Bucket(1152, 880)), VAE),
+        latent_key("a", replace(geometry, bucket=Bucket(1136, 896)), VAE),
+        *(latent_key("a", geometry, VAE | {name: "other"}) for name in VAE),
+        latent_key("a", geometry, VAE | {"posterior": "mean"}),
+        latent_key("a", geometry, VAE),
+    ]  # fmt: skip
+    assert len(set(variants)) == len(variants)
+    assert latent_key("a", geometry, dict(reversed(VAE.items()))) == variants[-1]
+    assert len({text_key("a", TEXT), text_key("b", TEXT), text_key("a", TEXT | {"qwen": "c"}), text_key("a", VAE)}) == 4
+
+
+def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
+    folder = Folder()
+    for i in range(10_000):
+        folder.put(f"{i:05}.jpg", str(i), f"a photo of number {i}")
+    folder.encode()
+    started = time.process_time()
+    assert summary(folder.plan()) == {}
+    assert time.process_time() - started < 0.9  # 0.2 s measured
+
+
+def test_planning_needs_no_torch():
+    code = "import sys, k5cache.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
