@@ -174,15 +174,22 @@ def load_pixels(path: Path, geometry: Geometry) -> Tensor:
     return (crop.flip(2) if geometry.flipped else crop).contiguous()
 
 
-def load_many(jobs: Iterable[tuple[Path, Geometry]], workers: int) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
+def load_many(
+    jobs: Iterable[tuple[Path, Geometry]], workers: int | None = None
+) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
     """``load_pixels`` of every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
 
     At most ``2 * workers`` images are in work or waiting, and ``jobs`` is drawn from no faster. Closing the iterator
     ends the threads.
 
+    Args:
+        jobs: image and geometry.
+        workers: threads; by default one a core, at most 8.
+
     Yields:
         (position in ``jobs``, uint8 ``[3, H, W]`` or why there is none).
     """
+    workers = workers or min(8, os.cpu_count() or 1)
     remaining = iter(jobs)
     with ThreadPoolExecutor(workers, thread_name_prefix="k5-load") as pool:
         waiting = deque(pool.submit(_load, *job) for job in islice(remaining, 2 * workers))
