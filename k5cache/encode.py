@@ -1,4 +1,4 @@
-"""Stage 1's loop: plan, then Qwen, CLIP and the VAE one after another, each freed before the next, shard by shard.
+"""Stage 1's loop: plan, then CLIP, Qwen and the VAE one after another, each freed before the next, shard by shard.
 
 Commit order: a shard is whole on disk before the manifest names it, and the index is written last. A crash at any
 instant loses at most the shard in flight; the next run finds what the manifest names and goes on from there.
@@ -7,6 +7,7 @@ instant loses at most the shard in flight; the next run finds what the manifest 
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.buckets import Bucket, bucket_table
-from k5cache.store.index import IndexRow, index_rows, read_index, write_index
+from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, lock, read_manifest, write_manifest
 from k5cache.store.shards import ShardWriter, read_keys
 from k5cache.store.tensors import TensorSpec
@@ -164,7 +165,7 @@ def _encode_locked(
         reused_texts=made.num_reused_texts,
         skipped=(*made.skipped, *unreadable),
         truncated=truncated,
-        upscaled=tuple(row.path for row in rows if row.resized_width > row.width or row.resized_height > row.height),
+        upscaled=made.upscaled,
         removed=made.removed,
         num_buckets=len({(r.bucket_width, r.bucket_height) for r in rows}),
         num_bytes=sum(s.num_bytes for s in commit.manifest.shards),
@@ -232,35 +233,38 @@ def _plan(
 
 
 def _encode_texts(job: _Job, commit: _Committer, jobs: Sequence[plan.TextJob]) -> tuple[tuple[str, int], ...]:
-    """Qwen over every new caption, then CLIP, then one row each. Returns the captions that were cut."""
+    """CLIP over every new caption, then Qwen, which writes each row as it comes. Returns the captions that were cut.
+
+    CLIP goes first because its vectors are small (1.5 KB a caption): Qwen's (2 MB) then never pile up in memory.
+    """
     if not jobs:
         return ()
     from k5cache.encoders import clip, qwen
 
-    with _bar(job.bars, "Qwen2.5-VL: loading", len(jobs), "caption") as advance:
-        encoder = qwen.load_qwen(job.folder, job.device, _dtype(job.config.text_encoder_1_precision))
-        tokens = [qwen.tokenize(encoder.tokenizer, j.caption, job.config.max_sequence_length) for j in jobs]
-        prompt_embeds = []
-        advance(0, "Qwen2.5-VL: captions")
-        for one in tokens:
-            prompt_embeds += [embeds.cpu() for embeds in qwen.encode_prompt_embeds(encoder, [one])]
+    with _bar(job.bars, "CLIP", len(jobs), "caption") as advance:
+        tower = clip.load_clip(job.folder, job.device, _dtype(job.config.text_encoder_2_precision))
+        pooled = []
+        for one in jobs:
+            pooled.append(clip.encode_pooled(tower, [one.caption])[0])
             advance(1)
-        del encoder
+        del tower
     _free()
-    with _bar(job.bars, "CLIP: loading", len(jobs), "caption") as advance:
-        towers = clip.load_clip(job.folder, job.device, _dtype(job.config.text_encoder_2_precision))
-        advance(0, "CLIP: captions")
+    with _bar(job.bars, "Qwen2.5-VL", len(jobs), "caption") as advance:
+        tokenizer = qwen.load_tokenizer(job.folder)
+        tokens = [qwen.tokenize(tokenizer, one.caption, job.config.max_sequence_length) for one in jobs]
+        encoder = qwen.load_qwen(job.folder, job.device, _dtype(job.config.text_encoder_1_precision))
+        width = encoder.model.config.hidden_size
         specs = {
-            "prompt_embeds": TensorSpec(_dtype_name(prompt_embeds[0]), (None, prompt_embeds[0].shape[-1])),
-            "pooled": TensorSpec(DTYPES[job.config.text_encoder_2_precision], (towers.dim,)),
+            "prompt_embeds": TensorSpec(DTYPES[job.config.text_encoder_1_precision], (None, width)),
+            "pooled": TensorSpec(DTYPES[job.config.text_encoder_2_precision], (len(pooled[0]),)),
         }
         with commit.shards("text", specs) as append:
-            for one, text, embeds in zip(jobs, tokens, prompt_embeds, strict=True):
-                pooled = clip.encode_pooled(towers, [one.caption])[0].cpu()
-                append({"key": one.key, "prompt_embeds": embeds, "pooled": pooled,
+            for one, text, vector in zip(jobs, tokens, pooled, strict=True):
+                (embeds,) = qwen.encode_prompt_embeds(encoder, [text])
+                append({"key": one.key, "prompt_embeds": embeds, "pooled": vector,
                         "n_tokens": text.n_tokens, "caption": one.caption})  # fmt: skip
                 advance(1)
-        del towers
+        del encoder
     _free()
     return tuple((j.caption, len(t.truncated)) for j, t in zip(jobs, tokens, strict=True) if t.truncated)
 
@@ -285,7 +289,7 @@ def _encode_latents(job: _Job, commit: _Committer, jobs: Sequence[plan.LatentJob
             specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
             wanted = [(job.source / one.path, one.geometry) for one in members]
             with commit.shards("latents", specs, bucket) as append:
-                for i, pixels in images.load_many(wanted):
+                for i, pixels in images.load_many(wanted, _workers()):
                     if isinstance(pixels, images.UnreadableImage):
                         failed[members[i].key] = pixels.reason
                     else:
@@ -336,11 +340,9 @@ class _Committer:
 
     def index(self, rows: Sequence[IndexRow], prompts: dict[str, str]) -> None:
         """Write the index and name it: from here on readers see these rows."""
-        old = self.manifest.index
-        generation = int(old.file.removeprefix("index-").removesuffix(".parquet")) + 1 if old else 0
-        info = write_index(self.root, rows, generation)
-        write_manifest(self.root, replace(self.manifest, index=info, prompts={**self.manifest.prompts, **prompts}))
-        self.manifest = read_manifest(self.root)
+        prompts = {**self.manifest.prompts, **prompts}
+        self.manifest = with_index(self.root, replace(self.manifest, prompts=prompts), rows)
+        write_manifest(self.root, self.manifest)
 
     def _add(self, shard: ShardInfo) -> None:
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
@@ -360,15 +362,16 @@ def _bar(bars: Progress, description: str, total: int, unit: str) -> Iterator[Ca
         bars.remove_task(task)
 
 
+def _workers() -> int:
+    """Threads that decode ahead of the VAE: Pillow and torch release the GIL."""
+    return min(8, os.cpu_count() or 1)
+
+
 def _dtype(precision: str) -> torch.dtype:
     import torch
 
     dtype: torch.dtype = getattr(torch, DTYPES[precision])
     return dtype
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _free() -> None:

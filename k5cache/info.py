@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from k5cache import console
-from k5cache.encode import EncodeReport
 
 if TYPE_CHECKING:
+    from k5cache.encode import EncodeReport
     from k5cache.store.reader import Cache
 
 SHOWN = 5  # examples of a list; the count is always given
@@ -42,9 +42,8 @@ def print_info(cache: Cache) -> None:
     recipe = manifest.recipe
     buckets: Counter[tuple[int, int]] = Counter()
     lengths = cache.text_lengths()
-    for i in range(len(cache)):
-        row = cache.row(i)
-        buckets[row.bucket_width, row.bucket_height] += 1
+    sizes = cache.columns("bucket_width", "bucket_height")
+    buckets.update(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
     table = console.table(f"{cache.root}", "bucket", "items", "share", numbers=("items", "share"))
     for (width, height), count in sorted(buckets.items(), key=lambda pair: (-pair[1], pair[0])):
         table.add_row(f"{width}x{height}", str(count), f"{count / len(cache):.0%}")

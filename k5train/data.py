@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -101,8 +101,8 @@ class Loader:
 
     def __init__(self, cache: Cache, config: TrainConfig, scaling_factor: float) -> None:
         self.cache, self.config, self.scaling_factor = cache, config, scaling_factor
-        rows = [cache.row(i) for i in range(len(cache))]
-        self.buckets = [(row.bucket_width, row.bucket_height) for row in rows]
+        sizes = cache.columns("bucket_width", "bucket_height")
+        self.buckets = list(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
         self.batches_per_epoch = len(self._epoch(0))
         self._cached_epoch: tuple[int, list[list[int]]] = (0, self._epoch(0))
 
@@ -153,7 +153,7 @@ class Loader:
         )
 
 
-def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> Iterator[Batch]:
+def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
     """Yield ``read(first) .. read(last - 1)`` in order, read ahead by a background thread.
 
     An error of the reading thread rises here, at the batch it belongs to.

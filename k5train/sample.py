@@ -115,7 +115,7 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device, dtype:
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, local_files_only=True).to(device)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device, dtype)
     processor = VaeImageProcessor(vae_scale_factor=8)
     pictures: list[Image.Image] = []
     for one in latents:

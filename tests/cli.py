@@ -1,0 +1,70 @@
+"""Run a command line in this process, as a user would: arguments in, exit code, stdout and stderr out."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from k5cache import console
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Cli:
+    """Commands run in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, app: Callable[..., object], *arguments: str) -> Done:
+        out, err = io.StringIO(), io.StringIO()
+        with _inside(self.folder), _consoles(out, err), _argv(arguments):
+            code = 0
+            try:
+                console.run(app)
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return Done(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _inside(folder: Path):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _consoles(out: io.StringIO, err: io.StringIO):
+    before = console.out.file, console.err.file
+    console.out.file, console.err.file = out, err
+    stdout, stderr, sys.stdout, sys.stderr = sys.stdout, sys.stderr, out, err
+    try:
+        yield
+    finally:
+        console.out.file, console.err.file = before
+        sys.stdout, sys.stderr = stdout, stderr
+
+
+@contextmanager
+def _argv(arguments: tuple[str, ...]):
+    before, sys.argv = sys.argv, ["command", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
