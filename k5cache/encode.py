@@ -17,17 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import Progress
+
+from k5cache import fingerprint, images, plan
 from k5cache.buckets import Bucket, bucket_table
+from k5cache.config import CacheConfig, ModelConfig
+from k5cache.errors import CacheStale, DatasetError
+from k5cache.hub import ENCODER_PARTS, model_folder, read_config
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, lock, read_manifest, write_manifest
 from k5cache.store.shards import ShardWriter, read_keys
 from k5cache.store.tensors import TensorSpec
-from rich.progress import Progress
-
-from k5cache import fingerprint, images, plan
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.errors import CacheStale, DatasetError
-from k5cache.hub import ENCODER_PARTS, model_folder, read_config
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,6 @@ from k5train import flow
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
-
     from k5train.config import TrainConfig
 
 LOOK_AHEAD = 4  # batches read before they are needed; one is under 10 MB at 1024x1024

@@ -30,6 +30,7 @@ from k5train.optim import learning_rate, make_optimizer
 
 if TYPE_CHECKING:
     from diffusers import Kandinsky5Transformer3DModel
+
     from k5cache.store.reader import Cache
 
 LARGE = 4 * 2**30  # bytes of bf16 weights from which a CPU is no place to train

@@ -19,8 +19,8 @@ from k5train.base.forward import predict_velocity
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
-    from k5cache.store.reader import Cache, TextRow
 
+    from k5cache.store.reader import Cache, TextRow
     from k5train.config import ValidationConfig
 
 

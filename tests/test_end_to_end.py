@@ -146,8 +146,8 @@ def test_sample_draws_more_from_a_finished_run(workplace, trained):
 def test_a_training_process_never_loads_an_encoders_modelling_module(workplace, trained, toy_model):
     code = (
         "import sys\n"
-        "sys.argv = ['k5train', 'run', 'cache/my_images', '-r', 'recipe.toml', '--model', sys.argv[1], '-o', 'runs/lean',"
-        " '--set', 'train.steps=1', '--set', 'train.checkpoint_every=0']\n"
+        "sys.argv = ['k5train', 'run', 'cache/my_images', '-r', 'recipe.toml', '--model', sys.argv[1],"
+        " '-o', 'runs/lean', '--set', 'train.steps=1', '--set', 'train.checkpoint_every=0']\n"
         "from k5train.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "encoders = ('transformers.models.qwen2', 'transformers.models.clip', 'k5cache.encoders')\n"
