@@ -1,0 +1,105 @@
+"""The index: which image has which latents and captions. One row an item, in the order of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from k5cache.store import locations, tables
+from k5cache.store.manifest import IndexInfo, Manifest
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """One item: an image on disk and what the cache holds for it."""
+
+    path: str
+    """Of the image, relative to the source folder, with ``/``."""
+    content_hash: str
+    num_bytes: int
+    mtime_ns: int
+    inode: int
+    width: int
+    """Of the image in pixels, after EXIF rotation."""
+    height: int
+    bucket_width: int
+    bucket_height: int
+    resized_width: int
+    """Of the image in pixels before the crop."""
+    resized_height: int
+    left: int
+    """Of the crop in the resized image, in pixels."""
+    top: int
+    flipped: bool
+    latent_key: str
+    caption_keys: tuple[str, ...]
+    mask_key: str | None = None
+    caption_lengths: tuple[int, ...] = ()
+    """``n_tokens`` of each caption; filled in by ``with_index``."""
+
+
+_TYPES: dict[str, tuple[pa.DataType, bool]] = {
+    **{f.name: (pa.int32(), False) for f in fields(IndexRow)},
+    **{name: (pa.string(), False) for name in ("path", "content_hash", "latent_key")},
+    **{name: (pa.int64(), False) for name in ("num_bytes", "mtime_ns")},
+    "inode": (pa.uint64(), False),
+    "flipped": (pa.bool_(), False),
+    "caption_keys": (pa.list_(pa.field("element", pa.string(), nullable=False)), False),
+    "caption_lengths": (pa.list_(pa.field("element", pa.int32(), nullable=False)), False),
+    "mask_key": (pa.string(), True),
+}
+SCHEMA = pa.schema([pa.field(f.name, *_TYPES[f.name]) for f in fields(IndexRow)])
+_LISTS = ("caption_keys", "caption_lengths")
+
+
+def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Manifest:
+    """Write the next index and locations files for ``rows``; returns the manifest that names them.
+
+    The manifest is not written: ``write_manifest(root, with_index(root, manifest, rows))`` is the commit. Only the
+    footers of shards that the last locations file does not know are read.
+
+    Raises:
+        KeyError: a row names a latent or text key that no shard of ``manifest`` holds.
+    """
+    generation = 1 + max((_generation(info) for info in (manifest.index, manifest.locations) if info), default=-1)
+    where = locations.write_locations(root, manifest.shards, generation, manifest.locations)
+    table = locations.Locations(root, where, manifest.shards)
+    lengths = table.text_lengths()
+    table.check_latents(row.latent_key for row in rows)
+    filled = [replace(row, caption_lengths=tuple(lengths[key] for key in row.caption_keys)) for row in rows]
+    return replace(manifest, index=write_index(root, filled, generation), locations=where)
+
+
+def write_index(root: Path, rows: Sequence[IndexRow], generation: int) -> IndexInfo:
+    """Write ``index-<generation>.parquet``; ``with_index`` is what an encode calls."""
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(IndexRow)}
+    return tables.write_table(root, pa.Table.from_pydict(columns, schema=SCHEMA), f"index-{generation:06d}.parquet")
+
+
+def read_index(root: Path, info: IndexInfo) -> pa.Table:
+    """The whole index, checked against its sha256; columns as in ``IndexRow``.
+
+    Raises:
+        CacheCorrupt: the file is missing or its bytes are not those written.
+        CacheError: it holds something else than an index.
+    """
+    return tables.read_table(tables.open_table(root, info, SCHEMA))
+
+
+def index_rows(table: pa.Table) -> list[IndexRow]:
+    """Every row of an index as a value."""
+    return [row_of(values) for values in table.to_pylist()]
+
+
+def row_of(values: Mapping[str, Any]) -> IndexRow:
+    """One row of an index, from ``to_pylist``."""
+    made: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in values.items()}
+    return IndexRow(**made)
+
+
+def _generation(info: IndexInfo) -> int:
+    return int(info.file.rpartition("-")[2].removesuffix(".parquet"))

@@ -1,0 +1,132 @@
+"""Locations: in which shard and row each key lies, and how many tokens a text has. One table, sorted for bisection.
+
+It is derived from the shards' footers, so that opening a cache of thousands of shards reads none of them. A location
+is a hint: the row's own key is compared with the key asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from k5cache.store import tables
+from k5cache.store.manifest import IndexInfo, ShardInfo, ShardKind
+from k5cache.store.shards import Shard
+
+FILES_KEY = b"k5cache.files"
+SCHEMA = pa.schema(
+    [
+        pa.field("is_text", pa.bool_(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+    ]
+)
+
+
+def write_locations(
+    root: Path, shards: Sequence[ShardInfo], generation: int, previous: IndexInfo | None = None
+) -> IndexInfo:
+    """Write ``locations-<generation>.parquet`` for all rows of ``shards``.
+
+    Args:
+        previous: the last locations file; only footers of shards that it lacks are read.
+    """
+    table = locate(root, shards, previous)
+    return tables.write_table(root, table, f"locations-{generation:06d}.parquet")
+
+
+def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None = None) -> pa.Table:
+    """The table of ``write_locations``, not written; a key that two shards hold is located in the earlier one."""
+    numbers = {shard.file: i for i, shard in enumerate(shards)}
+    parts = []
+    known: set[str] = set()
+    if previous:
+        file = tables.open_table(root, previous, SCHEMA)
+        names = _file_names(root, previous, file.schema_arrow)
+        known = numbers.keys() & set(names)
+        renumbered = pa.array([numbers.get(name) for name in names], pa.int32())
+        old = tables.read_table(file)
+        old = old.set_column(2, SCHEMA.field("shard"), pc.take(renumbered, old["shard"]))
+        parts.append(old.filter(pc.is_valid(old["shard"])).cast(SCHEMA))
+    parts += [_rows_of(Shard(root, shard), numbers[shard.file]) for shard in shards if shard.file not in known]
+    order = [("is_text", "ascending"), ("key", "ascending"), ("shard", "ascending"), ("row", "ascending")]
+    table = pa.concat_tables(parts).sort_by(order) if parts else SCHEMA.empty_table()
+    return table.replace_schema_metadata({FILES_KEY: json.dumps(list(numbers))})
+
+
+class Locations:
+    """The locations of one manifest, open for look-ups. Thread-safe: it never changes.
+
+    Args:
+        info: its file, or None: then the footers of all shards are read.
+
+    Raises:
+        CacheCorrupt: the file is missing or its bytes are not those written.
+        CacheError: it names shards or rows that the manifest has not.
+    """
+
+    def __init__(self, root: Path, info: IndexInfo | None, shards: Sequence[ShardInfo]) -> None:
+        if info is None:
+            table, names = locate(root, shards), [shard.file for shard in shards]
+        else:
+            file = tables.open_table(root, info, SCHEMA)
+            table, names = tables.read_table(file), _file_names(root, info, file.schema_arrow)
+        by_name = {shard.file: shard for shard in shards}
+        self._shards = [by_name.get(name) for name in names]
+        columns = [table.column(name).combine_chunks() for name in SCHEMA.names]
+        is_text, self._keys, self._shard, self._row, self._n_tokens = columns
+        self._num_latents = len(is_text) - (pc.sum(is_text).as_py() or 0)
+
+    def find(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
+        """The shard and row of ``key``, or None when the cache has no such row. 10 us."""
+        low, high = (0, self._num_latents) if kind == "latents" else (self._num_latents, len(self._keys))
+        at = bisect_left(range(high), key, low, high, key=lambda i: self._keys[i].as_py())
+        if at == high or self._keys[at].as_py() != key:
+            return None
+        number, row = self._shard[at].as_py(), self._row[at].as_py()
+        shard = self._shards[number] if 0 <= number < len(self._shards) else None
+        if shard is None or shard.kind != kind or not 0 <= row < shard.num_rows:
+            return None
+        return shard, row
+
+    def text_lengths(self) -> dict[str, int]:
+        """Text key -> ``n_tokens``, for every text row."""
+        texts = slice(self._num_latents, None)
+        return dict(zip(self._keys[texts].to_pylist(), self._n_tokens[texts].to_pylist(), strict=True))
+
+    def check_latents(self, keys: Iterable[str]) -> None:
+        """KeyError for the first of ``keys`` that no latents row has."""
+        known = set(self._keys[: self._num_latents].to_pylist())
+        for key in keys:
+            if key not in known:
+                raise KeyError(key)
+
+
+def _rows_of(shard: Shard, number: int) -> pa.Table:
+    count = len(shard.keys)
+    columns = {
+        "is_text": [shard.info.kind == "text"] * count,
+        "key": shard.keys,
+        "shard": [number] * count,
+        "row": range(count),
+        "n_tokens": shard.n_tokens or [0] * count,
+    }
+    return pa.Table.from_pydict({name: pa.array(v, SCHEMA.field(name).type) for name, v in columns.items()}, SCHEMA)
+
+
+def _file_names(root: Path, info: IndexInfo, schema: pa.Schema) -> list[str]:
+    """The shard names that the numbers in the ``shard`` column stand for."""
+    try:
+        names = json.loads((schema.metadata or {})[FILES_KEY])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise tables.refused(root / info.file, f"no list of shards: {error!r}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise tables.refused(root / info.file, "its list of shards is not one")
+    return names

@@ -1,0 +1,284 @@
+"""The manifest: which files make up a cache, what made them, and who may write. The only file that changes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from k5cache.errors import CacheError, CacheLocked
+from k5cache.store import files
+
+FORMAT = 1
+FILE = "manifest.json"
+MAX_BYTES = 1 << 28  # 256 MiB, about 800,000 shards
+MAX_ROWS = 1 << 31  # of an index or a shard: row numbers are int32
+MAX_FILE_BYTES = 1 << 48
+
+ShardKind = Literal["latents", "text"]
+_SHARD_FILE = re.compile(r"(latents/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII)
+_INDEX_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: rows that never change."""
+
+    file: str
+    """``latents/1024x1024-<id>.parquet`` or ``text/<id>.parquet``, in the cache; the id begins its sha256."""
+    kind: ShardKind
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    """Of the whole file."""
+    footer_sha256: str
+    """From the first byte of the Parquet metadata to the end of the file: readers check it without reading the rest."""
+    bucket: tuple[int, int] | None = None
+    """(width, height) in pixels for latents, None for text."""
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """One table file: ``index-000003.parquet`` or ``locations-000003.parquet``."""
+
+    file: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is made of."""
+
+    recipe: dict[str, Any]
+    """Everything that changes the numbers: plain JSON values."""
+    shards: tuple[ShardInfo, ...] = ()
+    index: IndexInfo | None = None
+    """None until the first encode has ended."""
+    locations: IndexInfo | None = None
+    """Where each row lies; a reader can do without it by reading every shard's footer."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Raw prompt -> text key; the empty prompt is always there once encoded."""
+    created_by: dict[str, str] = field(default_factory=dict)
+    """Package -> version."""
+    format: int = FORMAT
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check ``root/manifest.json``.
+
+    Raises:
+        CacheError: no cache is there, or it has a newer format, or names files outside the cache.
+        CacheCorrupt: a byte of the file is not the byte that was written.
+    """
+    path = root / FILE
+    if not path.is_file():
+        found = "has no manifest.json" if root.is_dir() else "does not exist"
+        raise CacheError(f"{root} is not a cache: it {found}", f"Make one: k5cache encode SOURCE -o {root}")
+    fd = files.open_inside(root, FILE)
+    with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
+        size = os.fstat(fd).st_size
+        if size > MAX_BYTES:
+            raise CacheError(f"{path} has {size} bytes, more than {MAX_BYTES >> 20} MiB", "Use another cache")
+        raw = file.readall()
+    return _parse(root, raw)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replace ``root/manifest.json`` atomically, then remove index files that it no longer names.
+
+    Call it with the lock held, after every file it names is durable.
+    """
+    document = asdict(manifest)
+    document["sha256"] = _self_sha256(document)
+    raw = _canonical(document)
+    _parse(root, raw)  # what we write is what a reader accepts
+    with files.new_file(root / FILE) as file:
+        file.write(raw)
+    named = {info.file for info in (manifest.index, manifest.locations) if info}
+    for path in root.iterdir():
+        if _INDEX_FILE.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
+    """Be the only writer of the cache at ``root``; readers need no lock. Removes what a killed writer left.
+
+    The kernel frees the lock when its process ends, however it ends.
+
+    Raises:
+        CacheLocked: another process held it for all of ``wait_seconds``; says which.
+        CacheError: the folder cannot be written.
+    """
+    path = root / ".lock"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise CacheError(
+            f"{root} cannot be written: {error.strerror}", "Choose another folder with -o, or change its permissions"
+        ) from None
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while not _try_lock(fd):
+            if time.monotonic() >= deadline:
+                raise CacheLocked(
+                    f"{root} is being written by {_holder(fd)}", "Wait for it to end, then run the same command again"
+                )
+            time.sleep(0.05)
+        os.ftruncate(fd, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)
+        files.remove_leftovers(root)
+        yield
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int) -> str:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not said yet who it is
+        return "another process"
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    """The one way to write a manifest, so that any other byte is damage: sorted keys, one space, ASCII, a newline."""
+    return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def _self_sha256(document: dict[str, Any]) -> str:
+    return hashlib.sha256(_canonical({k: v for k, v in document.items() if k != "sha256"})).hexdigest()
+
+
+def _parse(root: Path, raw: bytes) -> Manifest:
+    path = root / FILE
+    damaged = files.corrupt(root, f"{path} is not the file that was written: its checksum does not match")
+    try:
+        document = json.loads(raw)
+        canonical = _canonical(document)
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(document, dict) or raw != canonical or document.get("sha256") != _self_sha256(document):
+        raise damaged
+    version = document.get("format")
+    if type(version) is int and version > FORMAT:
+        raise CacheError(
+            f"{root} has cache format {version}, this k5cache reads up to {FORMAT}",
+            "Upgrade: pip install -U kandinsky5-lora",
+        )
+    try:
+        return _manifest(document)
+    except ValueError as error:
+        raise CacheError(
+            f"{path} is well-formed but not a manifest: {error}", "Use a cache made by: k5cache encode"
+        ) from None
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    """Check every value; unknown keys are ignored (FORMAT.md, versions). ValueError says what is wrong."""
+    if type(document.get("format")) is not int or document["format"] != FORMAT:
+        _wrong("format", document.get("format"))
+    if not isinstance(document.get("recipe"), dict):
+        _wrong("recipe", document.get("recipe"))
+    if not isinstance(document.get("shards"), list):
+        _wrong("shards", document.get("shards"))
+    shards = tuple(_shard(value) for value in document["shards"])
+    if len({shard.file for shard in shards}) != len(shards):
+        raise ValueError("a shard is named twice")
+    return Manifest(
+        recipe=document["recipe"],
+        shards=shards,
+        index=_table(document.get("index"), "index-"),
+        locations=_table(document.get("locations"), "locations-"),
+        prompts=_strings(document, "prompts"),
+        created_by=_strings(document, "created_by"),
+    )
+
+
+def _shard(value: object) -> ShardInfo:
+    if not isinstance(value, dict):
+        _wrong("shard", value)
+    bucket = value.get("bucket")
+    kind: ShardKind = "text" if value.get("kind") == "text" else "latents"
+    if value.get("kind") != kind:
+        _wrong("kind", value.get("kind"))
+    file = _match(value, "file", _SHARD_FILE)
+    if kind == "text":
+        expected = "text/"
+        if bucket is not None:
+            _wrong("bucket", bucket)
+    else:
+        if not (isinstance(bucket, list) and len(bucket) == 2 and all(type(v) is int and v > 0 for v in bucket)):
+            _wrong("bucket", bucket)
+        expected = f"latents/{bucket[0]}x{bucket[1]}-"
+    if not file.startswith(expected):
+        raise ValueError(f"file {file!r} does not fit its kind and bucket")
+    return ShardInfo(
+        file=file,
+        kind=kind,
+        num_rows=_count(value, "num_rows", MAX_ROWS),
+        num_bytes=_count(value, "num_bytes", MAX_FILE_BYTES),
+        sha256=_match(value, "sha256", _SHA256),
+        footer_sha256=_match(value, "footer_sha256", _SHA256),
+        bucket=(bucket[0], bucket[1]) if bucket else None,
+    )
+
+
+def _table(value: object, prefix: str) -> IndexInfo | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        _wrong(prefix, value)
+    file = _match(value, "file", _INDEX_FILE)
+    if not file.startswith(prefix):
+        _wrong("file", file)
+    rows, size = _count(value, "num_rows", MAX_ROWS), _count(value, "num_bytes", MAX_FILE_BYTES)
+    return IndexInfo(file, rows, size, _match(value, "sha256", _SHA256))
+
+
+def _strings(document: dict[str, Any], key: str) -> dict[str, str]:
+    value = document.get(key)
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        _wrong(key, value)
+    return value
+
+
+def _match(value: dict[str, Any], key: str, pattern: re.Pattern[str]) -> str:
+    found = value.get(key)
+    if not isinstance(found, str) or not pattern.fullmatch(found):
+        _wrong(key, found)
+    return found
+
+
+def _count(value: dict[str, Any], key: str, limit: int) -> int:
+    found = value.get(key)
+    if type(found) is not int or not 0 <= found < limit:
+        _wrong(key, found)
+    return found
+
+
+def _wrong(key: str, found: object) -> NoReturn:
+    raise ValueError(f"{key} is {repr(found)[:80]}")

@@ -1,0 +1,197 @@
+"""The reader: a cache opened for training, by any number of processes and threads, also while it is being extended.
+
+A trainer of another make needs no more than this::
+
+    import k5cache
+
+    cache = k5cache.open("cache/my_images")
+    for item in cache:  # or cache[i], in any order, from any thread
+        latents = item["mean"] + item["std"] * torch.randn_like(item["std"])  # times the VAE's scaling_factor
+        caption = random.choice(item["captions"])
+        train(latents, caption.prompt_embeds, caption.pooled)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from k5cache.errors import CacheCorrupt, CacheError
+from k5cache.store import files, tables
+from k5cache.store.index import SCHEMA, IndexRow, row_of
+from k5cache.store.locations import Locations
+from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, read_manifest
+from k5cache.store.shards import Shard, StoredRow
+
+if TYPE_CHECKING:
+    import torch
+
+OPEN_SHARDS = 128  # descriptors and parsed footers (about 0.3 MB each) that are kept; opening one takes 1 ms
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """What one caption or prompt became."""
+
+    key: str
+    prompt_embeds: torch.Tensor
+    """``[L, D]``: exact length, no padding; D is 3584."""
+    pooled: torch.Tensor
+    """``[768]``."""
+    n_tokens: int
+    """L."""
+    caption: str
+    """As it was encoded, after the pipeline's cleaning."""
+
+
+class Cache:
+    """An open cache: ``len(cache)`` items, ``cache[i]`` as tensors. Thread-safe. Made by ``open_cache``.
+
+    Every read checks the bytes it returns against the checksums that were written; ``CacheCorrupt`` names the row.
+    """
+
+    root: Path
+    manifest: Manifest
+
+    def __init__(self, root: Path, manifest: Manifest, pin_memory: bool = False) -> None:
+        if manifest.index is None:
+            raise CacheError(
+                f"{root} holds no finished index: its encode was interrupted",
+                f"Run the same command again, it goes on from there: k5cache encode SOURCE -o {root}",
+            )
+        self.root, self.manifest, self._pin_memory = root, manifest, pin_memory
+        self._index_file = tables.open_table(root, manifest.index, SCHEMA)
+        self._num_items = manifest.index.num_rows
+        self._locations = Locations(root, manifest.locations, manifest.shards)
+        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Item ``i`` (negative counts from the end).
+
+        Returns:
+            ``mean`` and, unless the posterior is "mean", ``std``: ``[H/8, W/8, 16]`` float16, not yet times the VAE's
+            ``scaling_factor``; ``captions``: a tuple of ``TextRow``, one or more; ``path`` of the image; ``bucket``,
+            (width, height) in pixels; ``row``, the whole ``IndexRow``.
+
+        Raises:
+            IndexError: there is no such item.
+            CacheCorrupt: a byte read is not the byte that was written.
+        """
+        row = self.row(i)
+        return {
+            **self.latents(row.latent_key),
+            "captions": tuple(self.text(key) for key in row.caption_keys),
+            "path": row.path,
+            "bucket": (row.bucket_width, row.bucket_height),
+            "row": row,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def row(self, i: int) -> IndexRow:
+        """What the index says of item ``i``: no tensor is read."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        return row_of({name: column[i % len(self)].as_py() for name, column in self._columns.items()})
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """The whole index as an Arrow table, one row an item, columns as in ``IndexRow``; read on first use."""
+        return tables.read_table(self._index_file)
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns of the index, read afresh: what a planner of a million items needs, and no more."""
+        return tables.read_table(self._index_file, names)
+
+    def latents(self, key: str) -> dict[str, torch.Tensor]:
+        """``mean`` and ``std``, ``[H/8, W/8, 16]`` float16, unscaled; no ``std`` where the posterior is "mean".
+
+        Raises:
+            CacheError: the cache has no such row.
+            CacheCorrupt: a byte read is not the byte that was written.
+        """
+        return self._read("latents", key).tensors
+
+    def text(self, key: str) -> TextRow:
+        """The embeddings of one caption. Raises as ``latents``."""
+        row = self._read("text", key)
+        try:
+            prompt_embeds, pooled = row.tensors["prompt_embeds"], row.tensors["pooled"]
+        except KeyError as error:
+            raise files.corrupt(self.root, f"{self.root}, text row {key} has no {error.args[0]}") from None
+        return TextRow(key, prompt_embeds, pooled, row.n_tokens or 0, row.caption or "")
+
+    def prompt(self, raw: str) -> TextRow:
+        """The embeddings of a prompt that was named at encode, as its user wrote it.
+
+        Raises:
+            CacheError: it was not; says how to add it.
+        """
+        if raw not in self.manifest.prompts:
+            shown = raw if len(raw) <= 80 else raw[:77] + "..."
+            raise CacheError(
+                f"{self.root} does not hold the prompt {shown!r}",
+                "Name it under prompts in [train.validation] of the recipe, then run k5cache encode again with it",
+            )
+        return self.text(self.manifest.prompts[raw])
+
+    def text_lengths(self) -> dict[str, int]:
+        """Text key -> ``n_tokens``, for all captions and prompts; no tensor is read."""
+        return self._locations.text_lengths()
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.Array]:
+        return {name: self.index.column(name).chunk(0) for name in SCHEMA.names}
+
+    def _read(self, kind: ShardKind, key: str) -> StoredRow:
+        found = self._locations.find(kind, key)
+        if found is None:
+            raise CacheError(
+                f"{self.root} has no {kind} row with key {key[:80]!r}",
+                f"Encode again: k5cache encode SOURCE -o {self.root}",
+            )
+        shard, row = found
+        return self._shard(shard).read(row, key, self._pin_memory)
+
+    def _shard(self, info: ShardInfo) -> Shard:
+        """The open shard, least recently used out first; one that a thread still reads closes after that read."""
+        with self._lock:
+            shard = self._open.pop(info.file, None) or Shard(self.root, info)
+            self._open[info.file] = shard
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+
+def open_cache(path: str | Path, pin_memory: bool = False) -> Cache:
+    """Open the cache at ``path`` for reading. No lock is taken and nothing is written.
+
+    Args:
+        pin_memory: read tensors into page-locked memory, for copies to a GPU that do not wait.
+
+    Raises:
+        CacheError: no cache is there, it is unfinished, or of a newer format.
+        CacheCorrupt: its manifest, index or locations are not the bytes that were written.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    while True:
+        try:
+            return Cache(root, manifest, pin_memory)
+        except CacheCorrupt:  # or a writer put a new index in the place of ours, between our two reads
+            newer = read_manifest(root)
+            if newer == manifest:
+                raise
+            manifest = newer
