@@ -1,0 +1,168 @@
+"""Load the frozen transformer: bf16 safetensors in, int8 blocks out, one tensor in host memory at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import Kandinsky5Transformer3DModel
+from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from k5cache.errors import ModelError
+from k5cache.hub import read_config, weight_files
+from k5train.base.linear import Float32Linear, Int8Linear
+
+# What becomes int8: 5.4 of the 6.0 B parameters. The embeddings, the output head and the modulations stay.
+INT8_MODULES = re.compile(
+    r"(text|visual)_transformer_blocks\.\d+\.((self|cross)_attention\.(to_query|to_key|to_value|out_layer)"
+    r"|feed_forward\.(in_layer|out_layer))"
+)
+_BYTES_MAPPED_AT_ONCE = 512 * 2**20  # mapped pages count as resident until unmapped: the file is reopened this often
+_DOWNLOAD = "Download the model again, or give another folder with --model DIR"
+
+
+def load_transformer(
+    folder: Path,
+    precision: Literal["int8-quanto", "no_change"],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Kandinsky5Transformer3DModel:
+    """The frozen transformer, in evaluation mode, on ``device``.
+
+    ``no_change`` computes bit for bit what ``from_pretrained(folder, torch_dtype=dtype)`` computes. ``int8-quanto``
+    holds exactly the int8 weights and scales of ``quanto.quantize(weights=qint8)`` and ``freeze`` on ``INT8_MODULES``.
+    In both, what diffusers keeps in float32 is computed in float32, from weights stored as the checkpoint has them.
+
+    Args:
+        folder: a checkpoint in the diffusers layout; ``folder/transformer`` is read.
+        dtype: of activations, scales and unquantised weights.
+
+    Raises:
+        ModelError: another architecture, or tensors that are missing, unexpected, misshapen or unreadable.
+    """
+    transformer = _empty_transformer(folder)
+    fp32_names = set(transformer._keep_in_fp32_modules)
+    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    loaded: set[str] = set()
+    for file in weight_files(folder, "transformer"):
+        for name, tensor in _stream(file, expected):
+            loaded.add(name)
+            module_name, _, leaf = name.rpartition(".")
+            module = transformer.get_submodule(module_name)
+            tensor = tensor.to(device, copy=True)  # its own memory: the map ends with the file
+            if fp32_names & set(module_name.split(".")):
+                _place_float32(transformer, module_name, module, leaf, tensor, dtype)
+            elif precision == "int8-quanto" and INT8_MODULES.fullmatch(module_name) and leaf == "weight":
+                weight, scale = quantize_int8(tensor.to(dtype))
+                _replace(transformer, module_name, Int8Linear(weight, scale), bias=module.bias)
+            else:
+                module.register_parameter(leaf, _frozen(tensor.to(dtype)))
+    if missing := sorted(set(expected) - loaded):
+        raise ModelError(f"{folder / 'transformer'} lacks {_some(missing)}", _DOWNLOAD)
+    _move_tables(transformer, torch.device(device))
+    return transformer.requires_grad_(False).eval()
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """quanto's ``qint8`` of one weight, as ``quantize`` and ``freeze`` make it.
+
+    Args:
+        weight: ``[out, in]`` in the dtype that the scale shall have.
+
+    Returns:
+        ``[out, in]`` int8 and ``[out, 1]`` scale, on the weight's device.
+    """
+    scale = AbsmaxOptimizer()(weight, qtype=qint8, axis=0)
+    quantized = quantize_weight(weight, qtype=qint8, axis=0, scale=scale, optimized=False)
+    return quantized._data, quantized._scale.reshape(-1, 1)
+
+
+def _empty_transformer(folder: Path) -> Kandinsky5Transformer3DModel:
+    """The module tree with parameters on the meta device; RoPE and frequency tables are real, as diffusers has them."""
+    config = read_config(folder, "transformer")
+    path = folder / "transformer" / "config.json"
+    found = config.get("_class_name")
+    if found != Kandinsky5Transformer3DModel.__name__:
+        raise ModelError(
+            f"{path} describes a {found}, not a {Kandinsky5Transformer3DModel.__name__}",
+            "Give a Kandinsky 5 Image checkpoint in the diffusers layout with --model DIR",
+        )
+    if config.get("attention_type", "regular") != "regular":
+        raise ModelError(
+            f"{path} has attention_type = {config['attention_type']!r}: a video model",
+            "Give a Kandinsky 5 Image checkpoint (T2I-Lite or I2I-Lite) with --model DIR",
+        )
+    try:
+        with init_empty_weights():
+            return Kandinsky5Transformer3DModel.from_config(config)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be built: {error}", _DOWNLOAD) from error
+
+
+def _stream(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in one file, checked against ``expected`` first. Tensors live until the next."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
+        if unexpected := sorted(set(shapes) - set(expected)):
+            raise ModelError(f"{file} has tensors that this model does not know: {_some(unexpected)}", _DOWNLOAD)
+        if wrong := [n for n in sorted(shapes) if shapes[n] != expected[n]]:
+            text = _some([f"{n} is {list(shapes[n])}, expected {list(expected[n])}" for n in wrong])
+            raise ModelError(f"{file} does not fit its config.json: {text}", _DOWNLOAD)
+        names = iter(sorted(shapes))
+        name = next(names, None)
+        while name is not None:
+            num_bytes = 0
+            with safe_open(file, framework="pt") as opened:
+                while name is not None and num_bytes < _BYTES_MAPPED_AT_ONCE:
+                    tensor = opened.get_tensor(name)
+                    num_bytes += tensor.nbytes
+                    yield name, tensor
+                    name = next(names, None)
+    except SafetensorError as error:
+        raise ModelError(f"{file} cannot be read: {error}", _DOWNLOAD) from error
+
+
+def _place_float32(
+    root: nn.Module, name: str, module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype
+) -> None:
+    """Store a tensor of a float32 module as it came if the run is 16-bit, else as float32."""
+    tensor = tensor if tensor.dtype.itemsize == 2 and dtype.itemsize == 2 else tensor.float()
+    if leaf == "weight" and isinstance(module, nn.Linear) and not isinstance(module, Float32Linear):
+        _replace(root, name, Float32Linear(tensor), bias=module.bias)
+    else:
+        module.register_parameter(leaf, _frozen(tensor))
+
+
+def _replace(root: nn.Module, name: str, new: nn.Module, bias: nn.Parameter | None) -> None:
+    """Put ``new`` at ``name``; the bias that the old module had, loaded or still to come, goes along."""
+    new.register_parameter("bias", bias)
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, new)
+
+
+def _move_tables(transformer: nn.Module, device: torch.device) -> None:
+    """What is not in the checkpoint goes to the device too: RoPE buffers, and the plain tensor of frequencies."""
+    for name, module in transformer.named_modules():
+        for key, table in module.named_buffers(recurse=False):
+            module._buffers[key] = table.to(device)
+        attributes: dict[str, Any] = vars(module)
+        for key, value in attributes.items():
+            if isinstance(value, Tensor):
+                attributes[key] = value.to(device)
+        held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        assert all(t.device.type == device.type for _, t in held), f"{name} was not loaded"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _some(items: list[str], most: int = 4) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

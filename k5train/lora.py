@@ -1,0 +1,256 @@
+"""The adapter: which modules get one, how it starts, and the one file that diffusers and ComfyUI both load in full."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Kandinsky5Transformer3DModel
+from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from k5cache.errors import RecipeError, RunError
+from k5train.checkpoint import write_whole
+from k5train.config import LoraConfig
+
+ADAPTER = "default"
+PREFIX = "transformer."  # diffusers loads nothing without it, and says nothing; ComfyUI takes it too
+
+_BLOCK = r"(?:text|visual)_transformer_blocks\.\d+\."
+_ADAPTED = re.compile(_BLOCK + r"(?:(?:self|cross)_attention|feed_forward)\.\w+")
+PRESETS = {
+    # The official trainer's configs/trainer/lora_image.yaml: ten suffixes, self_attention.to_query and so on.
+    "official": _BLOCK
+    + r"(?:(?:self|cross)_attention\.(?:to_query|to_key|to_value|out_layer)|feed_forward\.(?:in_layer|out_layer))",
+    "attention": _BLOCK + r"(?:self|cross)_attention\.(?:to_query|to_key|to_value|out_layer)",
+    "qkv": _BLOCK + r"(?:self|cross)_attention\.(?:to_query|to_key|to_value)",
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What each target matched: pattern -> module names, in the recipe's order."""
+
+    patterns: Mapping[str, tuple[str, ...]]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every matched module once."""
+        return tuple(dict.fromkeys(name for names in self.patterns.values() for name in names))
+
+
+def describe(matched: Matched) -> str:
+    """One line a target: what it matched, block numbers left out, and how many modules in all."""
+    lines = [
+        f"LoRA on {len(names)} modules by {target}: {', '.join(_endings(names))}"
+        for target, names in matched.patterns.items()
+    ]
+    return "\n".join(lines)
+
+
+def match_targets(transformer: nn.Module, targets: Iterable[str]) -> Matched:
+    """Find the linears that ``targets`` name.
+
+    A target is a preset (``official``, ``attention``, ``qkv``); or the end of a dotted module name
+    (``cross_attention.to_value``), as peft reads a list; or, when it has any other character, a regular expression
+    for the whole name (``visual_transformer_blocks\\.(1|2)\\d\\..*attention\\.to_query``), as peft reads a string.
+
+    Modulations, embeddings and the output head are taken only when the target spells their parent out
+    (``visual_modulation.out_layer``): a bare ``out_layer`` would hit all of them.
+
+    Raises:
+        RecipeError: a target matches nothing, or more than it says.
+    """
+    linears = [n.replace(".base_layer", "") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    linears = [n for n in linears if ".lora_" not in n]
+    return Matched({target: _match(target, linears) for target in targets})
+
+
+def _match(target: str, linears: list[str]) -> tuple[str, ...]:
+    try:
+        pattern = re.compile(
+            PRESETS.get(target) or (rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target)
+        )
+    except re.error as error:
+        raise RecipeError(f"train.lora.targets: {target!r} is no regular expression: {error}", "Mend it") from error
+    names = tuple(n for n in linears if pattern.fullmatch(n))
+    if not names:
+        endings = _endings(linears)
+        words = [*PRESETS, *endings, *(e.rpartition(".")[2] for e in endings)]
+        near = difflib.get_close_matches(target, dict.fromkeys(words), n=3, cutoff=0.5) or sorted(PRESETS)
+        raise RecipeError(f"train.lora.targets: {target!r} matches no module", f"Did you mean {', '.join(near)}?")
+    spelt = target.replace("\\", "")
+    surprising = [n for n in names if not _ADAPTED.fullmatch(n) and _parent(n) not in spelt]
+    if surprising:
+        parents = ", ".join(dict.fromkeys(_parent(n) for n in surprising))
+        meant = ", ".join(_endings(n for n in names if n not in surprising))
+        raise RecipeError(
+            f"train.lora.targets: {target!r} also matches {len(surprising)} modules of {parents}",
+            f"Write the parent too: {meant or parents}",
+        )
+    return names
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    """Names without the block they are in, each once."""
+    return list(dict.fromkeys(n.split(".", 2)[-1] if "_blocks." in n else n for n in names))
+
+
+def _parent(name: str) -> str:
+    """What must be spelt out for a linear outside attention and feed-forward; the head is ``out_layer.out_layer``."""
+    parent = name.rpartition(".")[0].rpartition(".")[2]
+    return name if parent == "out_layer" else parent
+
+
+def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed: int) -> Matched:
+    """Wrap the target linears with LoRA through peft, and freeze everything else.
+
+    The start is peft's (A uniform in +-1/sqrt(in), B zero) but drawn from (seed, module name): the same whatever
+    else was drawn before, whatever other modules are targeted, on any device. Weights are float32.
+
+    Raises:
+        RecipeError: a target matches nothing, or more than it says.
+    """
+    matched = match_targets(transformer, config.targets)
+    with torch.random.fork_rng(devices=[]):  # peft draws a start of its own
+        transformer.add_adapter(
+            PeftLoraConfig(
+                r=config.rank,
+                lora_alpha=config.rank if config.alpha is None else config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=list(matched.modules),
+            ),
+            adapter_name=ADAPTER,
+        )
+    for name, layer in _layers(transformer):
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        start = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
+        down.data = start.to(down.device)
+        up.data = torch.zeros_like(up, dtype=torch.float32)
+    return matched
+
+
+def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """What is trained: A and B of every adapted module, in module order."""
+    return [p for _, m in _layers(transformer) for p in (m.lora_A[ADAPTER].weight, m.lora_B[ADAPTER].weight)]
+
+
+def lora_state_dict(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The adapter as it is saved: ``transformer.<module>.lora_{A,B}.weight``, alpha / rank folded into B, on the CPU.
+
+    diffusers and ComfyUI then take alpha = rank, and agree; a separate ``.alpha`` makes diffusers raise.
+    """
+    state = {}
+    for name, layer in _layers(transformer):
+        down, up = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+        state[f"{PREFIX}{name}.lora_A.weight"] = down.to("cpu", dtype)
+        state[f"{PREFIX}{name}.lora_B.weight"] = (up.float() * layer.scaling[ADAPTER]).to("cpu", dtype)
+    return {key: tensor.contiguous() for key, tensor in state.items()}
+
+
+def save_lora(
+    path: Path,
+    transformer: nn.Module,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the adapter, whole or not at all.
+
+    float32 by default: the file is all that is left of the run, and further training, merging and the comparison with
+    diffusers start from it. 16 bits halve it (438 to 219 MB at rank 32) and can be had later; the other way cannot.
+    There is no ``lora_adapter_metadata``: diffusers reads rank, and alpha = rank, off the tensors.
+
+    Args:
+        metadata: strings for the file's header; what is not a string goes in as JSON by the caller.
+    """
+    header = {"format": "pt", **(metadata or {})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: save_file(lora_state_dict(transformer, dtype), temporary, metadata=header))
+
+
+def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[str, ...]:
+    """Load what ``save_lora`` wrote: into the adapter that is there, or else into a new one with alpha = rank.
+
+    Returns:
+        the names of the adapted modules.
+
+    Raises:
+        RunError: the file is not such a LoRA, or does not fit the transformer or its adapter.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in list(file.keys())}
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
+    names = _names(path, state)
+    ranks = {name: state[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in names}
+    if not _layers(transformer):
+        _add_empty(transformer, path, ranks)
+    layers = dict(_layers(transformer))
+    if set(layers) != set(names):
+        odd = sorted(set(layers) ^ set(names))
+        raise RunError(
+            f"{path} adapts {len(names)} modules, the adapter here {len(layers)}; they differ in {odd[0]}",
+            "Use the targets that the LoRA was trained with",
+        )
+    for name, layer in layers.items():
+        scaling = layer.scaling[ADAPTER]
+        for part, factor in (("lora_A", 1.0), ("lora_B", scaling)):
+            weight = getattr(layer, part)[ADAPTER].weight
+            tensor = state[f"{PREFIX}{name}.{part}.weight"]
+            if weight.shape != tensor.shape:
+                raise RunError(
+                    f"{path} has {name}.{part} as {list(tensor.shape)}, expected {list(weight.shape)}",
+                    "Use the base model and the rank that the LoRA was trained with",
+                )
+            weight.data = (tensor.float() / factor).to(weight.device)
+    return tuple(layers)
+
+
+def _names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+    pattern = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
+    matches = [pattern.fullmatch(key) for key in state]
+    for key, match in zip(state, matches, strict=True):
+        if match is None:
+            raise RunError(
+                f"{path} has the key {key}, not {PREFIX}<module>.lora_A.weight or lora_B.weight",
+                "Give a LoRA in the diffusers format for Kandinsky 5",
+            )
+    names = list(dict.fromkeys(m.group(1) for m in matches if m))
+    odd = [n for n in names if any(f"{PREFIX}{n}.lora_{p}.weight" not in state for p in "AB")]
+    if odd or not names:
+        found = f"half of the pair for {odd[0]}" if odd else "no tensors"
+        raise RunError(f"{path} has {found}", "Give a whole LoRA file")
+    return names
+
+
+def _add_empty(transformer: Kandinsky5Transformer3DModel, path: Path, ranks: Mapping[str, int]) -> None:
+    """A float32 adapter of these ranks, its values still to come."""
+    linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    if absent := sorted(set(ranks) - linears):
+        raise RunError(f"{path} adapts {absent[0]}, which this model does not have", "Use it with its own base model")
+    rank = max(ranks.values())
+    others: dict[str, Any] = {f"^{re.escape(n)}$": r for n, r in ranks.items() if r != rank}
+    with torch.random.fork_rng(devices=[]):
+        transformer.add_adapter(
+            PeftLoraConfig(
+                r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others, target_modules=list(ranks)
+            ),
+            adapter_name=ADAPTER,
+        )
+
+
+def _layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(n, m) for n, m in transformer.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
