@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+# Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests reach it from the repo
 
 
