@@ -24,10 +24,9 @@ import torch
 from store_samples import LATENTS, TEXT, index_row, latents_row, make_cache, text_row
 
 from k5cache.errors import CacheCorrupt, CacheError, CacheLocked
-from k5cache.store import manifest as manifests
 from k5cache.store import tables
 from k5cache.store.index import SCHEMA, with_index
-from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, lock, read_manifest, write_manifest
+from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, encode_document, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.shards import Shard, ShardWriter, verify_shard
 
@@ -303,8 +302,8 @@ def sign(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrite the manifest with its checksum right, as an attacker would."""
     document = json.loads((root / "manifest.json").read_bytes())
     change(document)
-    document["sha256"] = manifests._self_sha256(document)
-    (root / "manifest.json").write_bytes(manifests._canonical(document))
+    del document["sha256"]
+    (root / "manifest.json").write_bytes(encode_document(document))
 
 
 @pytest.mark.parametrize(
@@ -362,10 +361,19 @@ def test_a_newer_format_asks_for_an_upgrade_and_an_unknown_key_does_not(tmp_path
     assert "pip install -U" in caught.value.fix
 
 
-@pytest.mark.parametrize("raw", [b"", b"[" * 10**6, b"9" * 10**5, b"NaN", b"[]", b'{"a":1,"a":1}', b"\xff\xfe"])
-def test_a_manifest_that_is_not_json_is_refused(tmp_path: Path, raw: bytes) -> None:
+@pytest.mark.parametrize("raw", [b"", b"{}", b"[" * 10**6, b"9" * 10**5, b"[]", b"\xff\xfe"])
+def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(raw)
-    with pytest.raises(CacheCorrupt):
+    with pytest.raises(CacheCorrupt, match="its checksum does not match"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("value", [b"[" * 10**6, b"9" * 10**5, b"NaN", b"1 2", b"\xff\xfe", b"-"])
+def test_a_manifest_that_unfolds_to_no_json_is_refused(tmp_path: Path, value: bytes) -> None:
+    raw = encode_document({"recipe": {}, "zero": 0}).replace(b'"zero": 0', b'"zero": ' + value)
+    blank = raw[:14] + b"0" * 64 + raw[78:]
+    (tmp_path / "manifest.json").write_bytes(raw[:14] + hashlib.sha256(blank).hexdigest().encode() + raw[78:])
+    with pytest.raises(CacheError, match=r"is not JSON|not a manifest"):
         open_cache(tmp_path)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,6 +63,16 @@ def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None =
     return table.replace_schema_metadata({FILES_KEY: json.dumps(list(numbers))})
 
 
+@dataclass(frozen=True)
+class _Columns:
+    shards: list[ShardInfo | None]
+    num_latents: int
+    key: pa.StringArray
+    shard: pa.Int32Array
+    row: pa.Int32Array
+    n_tokens: pa.Int32Array
+
+
 class Locations:
     """The locations of one manifest, open for look-ups. Thread-safe: it never changes.
 
@@ -73,37 +85,44 @@ class Locations:
     """
 
     def __init__(self, root: Path, info: IndexInfo | None, shards: Sequence[ShardInfo]) -> None:
-        if info is None:
-            table, names = locate(root, shards), [shard.file for shard in shards]
+        self._root, self._info, self._infos = root, info, shards
+        self._file = tables.open_table(root, info, SCHEMA) if info else None
+
+    @cached_property
+    def _table(self) -> _Columns:
+        """Decoded on the first look-up: 0.4 s for 2 million rows."""
+        if self._info and self._file:
+            table, names = tables.read_table(self._file), _file_names(self._root, self._info, self._file.schema_arrow)
         else:
-            file = tables.open_table(root, info, SCHEMA)
-            table, names = tables.read_table(file), _file_names(root, info, file.schema_arrow)
-        by_name = {shard.file: shard for shard in shards}
-        self._shards = [by_name.get(name) for name in names]
-        columns = [table.column(name).combine_chunks() for name in SCHEMA.names]
-        is_text, self._keys, self._shard, self._row, self._n_tokens = columns
-        self._num_latents = len(is_text) - (pc.sum(is_text).as_py() or 0)
+            table, names = locate(self._root, self._infos), [shard.file for shard in self._infos]
+        by_name = {shard.file: shard for shard in self._infos}
+        is_text, *columns = [table.column(name).combine_chunks() for name in SCHEMA.names]
+        num_texts = pc.sum(is_text).as_py() or 0
+        return _Columns([by_name.get(name) for name in names], len(is_text) - num_texts, *columns)
 
     def find(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
         """The shard and row of ``key``, or None when the cache has no such row. 10 us."""
-        low, high = (0, self._num_latents) if kind == "latents" else (self._num_latents, len(self._keys))
-        at = bisect_left(range(high), key, low, high, key=lambda i: self._keys[i].as_py())
-        if at == high or self._keys[at].as_py() != key:
+        table = self._table
+        keys = table.key
+        low, high = (0, table.num_latents) if kind == "latents" else (table.num_latents, len(keys))
+        at = bisect_left(range(high), key, low, high, key=lambda i: keys[i].as_py())
+        if at == high or keys[at].as_py() != key:
             return None
-        number, row = self._shard[at].as_py(), self._row[at].as_py()
-        shard = self._shards[number] if 0 <= number < len(self._shards) else None
+        number, row = table.shard[at].as_py(), table.row[at].as_py()
+        shard = table.shards[number] if 0 <= number < len(table.shards) else None
         if shard is None or shard.kind != kind or not 0 <= row < shard.num_rows:
             return None
         return shard, row
 
     def text_lengths(self) -> dict[str, int]:
         """Text key -> ``n_tokens``, for every text row."""
-        texts = slice(self._num_latents, None)
-        return dict(zip(self._keys[texts].to_pylist(), self._n_tokens[texts].to_pylist(), strict=True))
+        table = self._table
+        texts = slice(table.num_latents, None)
+        return dict(zip(table.key[texts].to_pylist(), table.n_tokens[texts].to_pylist(), strict=True))
 
     def check_latents(self, keys: Iterable[str]) -> None:
         """KeyError for the first of ``keys`` that no latents row has."""
-        known = set(self._keys[: self._num_latents].to_pylist())
+        known = set(self._table.key[: self._table.num_latents].to_pylist())
         for key in keys:
             if key not in known:
                 raise KeyError(key)

@@ -25,6 +25,8 @@ MAX_ROWS = 1 << 31  # of an index or a shard: row numbers are int32
 MAX_FILE_BYTES = 1 << 48
 
 ShardKind = Literal["latents", "text"]
+_BEGIN = b'{\n "sha256": "'
+_DIGITS = slice(len(_BEGIN), len(_BEGIN) + 64)
 _SHARD_FILE = re.compile(r"(latents/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII)
 _INDEX_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -100,9 +102,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
     Call it with the lock held, after every file it names is durable.
     """
-    document = asdict(manifest)
-    document["sha256"] = _self_sha256(document)
-    raw = _canonical(document)
+    raw = encode_document(asdict(manifest))
     _parse(root, raw)  # what we write is what a reader accepts
     with files.new_file(root / FILE) as file:
         file.write(raw)
@@ -164,25 +164,22 @@ def _holder(fd: int) -> str:
         return "another process"
 
 
-def _canonical(document: dict[str, Any]) -> bytes:
-    """The one way to write a manifest, so that any other byte is damage: sorted keys, one space, ASCII, a newline."""
-    return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
-
-
-def _self_sha256(document: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical({k: v for k, v in document.items() if k != "sha256"})).hexdigest()
+def encode_document(document: dict[str, Any]) -> bytes:
+    """JSON for people and machines whose first value is the sha256 of its bytes, those 64 digits taken as zeros."""
+    document = {"sha256": "0" * 64, **{key: document[key] for key in sorted(document)}}
+    raw = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+    return raw[: _DIGITS.start] + hashlib.sha256(raw).hexdigest().encode() + raw[_DIGITS.stop :]
 
 
 def _parse(root: Path, raw: bytes) -> Manifest:
     path = root / FILE
-    damaged = files.corrupt(root, f"{path} is not the file that was written: its checksum does not match")
+    blank = raw[: _DIGITS.start] + b"0" * 64 + raw[_DIGITS.stop :]
+    if not raw.startswith(_BEGIN) or hashlib.sha256(blank).hexdigest().encode() != raw[_DIGITS]:
+        raise files.corrupt(root, f"{path} is not the file that was written: its checksum does not match")
     try:
         document = json.loads(raw)
-        canonical = _canonical(document)
-    except (ValueError, RecursionError):
-        raise damaged from None
-    if not isinstance(document, dict) or raw != canonical or document.get("sha256") != _self_sha256(document):
-        raise damaged
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is not JSON: {str(error)[:80]}", "Use a cache made by: k5cache encode") from None
     version = document.get("format")
     if type(version) is int and version > FORMAT:
         raise CacheError(
