@@ -1,0 +1,177 @@
+"""Bad input: one or two lines that say what, where and what to do; exit code 2; nothing half-written, the rest done."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import k5cache
+from k5cache.cli import app as cache_app
+from k5cache.store import files
+from k5train.cli import app as train_app
+from tests.cli import Cli, Done
+
+
+@pytest.fixture
+def cli(tmp_path) -> Cli:
+    return Cli(tmp_path)
+
+
+def picture(path: Path, width: int = 96, height: int = 80, caption: str | None = "a picture") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def refused(done: Done, *words: str) -> None:
+    """Exit code 2, at most two short lines, holding these words; a traceback is not a message."""
+    assert done.code == 2, done.out + done.err
+    lines = [line for line in done.err.splitlines() if line.strip()]
+    assert [line.split(":")[0].strip() for line in lines[-2:]] == ["error", "fix"], done.err
+    for word in words:
+        assert word in done.err
+
+
+def small(model: Path) -> list[str]:
+    return ["--model", str(model), "--set", "cache.resolution=64"]
+
+
+def test_a_source_that_is_not_there(cli, toy_model):
+    refused(cli(cache_app, "encode", "nowhere", *small(toy_model)), "There is no folder nowhere")
+
+
+def test_a_folder_without_images_leaves_no_cache(cli, toy_model):
+    (cli.folder / "empty").mkdir()
+    refused(cli(cache_app, "encode", "empty", *small(toy_model)), "empty holds no image", ".avif")
+    assert not (cli.folder / "cache").exists()
+
+
+def test_images_without_captions_are_named(cli, toy_model):
+    picture(cli.folder / "set" / "bare.png", caption=None)
+    refused(cli(cache_app, "encode", "set", *small(toy_model)), "bare.png", "caption")
+
+
+def test_bad_images_are_skipped_with_reasons_and_the_rest_is_encoded(cli, toy_model):
+    folder = cli.folder / "set"
+    picture(folder / "good.png")
+    picture(folder / "tiny.png", 8, 8)
+    picture(folder / "bare.png", caption=None)
+    cut = picture(folder / "cut.jpg", 200, 200)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    picture(folder / "zero.png").write_bytes(b"")
+    picture(folder / "text.png").write_text("not a picture")
+    done = cli(cache_app, "encode", "set", *small(toy_model))
+    assert done.code == 0, done.err
+    assert "4 skipped" in done.out
+    assert all(f"  {name}: " in done.out for name in ("bare.png", "cut.jpg", "zero.png", "text.png"))
+    assert "1 upscaled" in done.out
+    cache = k5cache.open(cli.folder / "cache" / "set")
+    assert [item["path"] for item in cache] == ["good.png", "tiny.png"]
+
+
+def test_a_source_of_broken_images_only(cli, toy_model):
+    picture(cli.folder / "set" / "cut.jpg", 200, 200)
+    cut = cli.folder / "set" / "cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    refused(cli(cache_app, "encode", "set", *small(toy_model)), "cut.jpg")
+
+
+def test_a_caption_of_2000_words_is_cut_and_reported(cli, toy_model):
+    picture(cli.folder / "set" / "long.png", caption="word " * 2000)
+    done = cli(cache_app, "encode", "set", *small(toy_model))
+    assert done.code == 0, done.err
+    assert "1 truncated captions" in done.out
+    assert cli(cache_app, "info", "cache/set").code == 0
+    lengths = k5cache.open(cli.folder / "cache" / "set").text_lengths()
+    assert max(lengths.values()) <= 512
+
+
+@pytest.mark.parametrize("command", [(cache_app, "info"), (train_app, "run")], ids=["info", "run"])
+def test_a_cache_that_is_not_one(cli, toy_model, command):
+    app, name = command
+    (cli.folder / "stuff").mkdir()
+    (cli.folder / "stuff" / "notes.txt").write_text("hello")
+    extra = ["--model", str(toy_model)] if name == "run" else []
+    refused(cli(app, name, "stuff", *extra), "stuff is not a cache")
+    refused(cli(app, name, "missing", *extra), "missing is not a cache")
+    assert not (cli.folder / "runs").exists()
+
+
+def test_no_cache_or_several_to_choose_from(cli, toy_model):
+    refused(cli(train_app, "run", "--model", str(toy_model)), "no cache under cache/", "k5cache encode")
+    for name in ("one", "two"):
+        picture(cli.folder / name / "a.png")
+        assert cli(cache_app, "encode", name, *small(toy_model)).code == 0
+    refused(cli(train_app, "run", "--model", str(toy_model)), "There are 2 caches: cache/one, cache/two")
+
+
+def test_a_misspelt_key_and_a_wrong_type_are_named_before_anything_is_loaded(cli, toy_model):
+    picture(cli.folder / "set" / "a.png")
+    (cli.folder / "r.toml").write_text('[cache]\nresolutoin = 64\nshard_mb = "big"\n')
+    done = cli(cache_app, "encode", "set", "--recipe", "r.toml", "--model", str(toy_model))
+    refused(done, "r.toml: [cache] unknown key 'resolutoin'; did you mean 'resolution'?", "cache.shard_mb")
+    done = cli(train_app, "run", "--set", "train.optim.learning_rate=1")
+    refused(done, "[train.optim] unknown key 'learning_rate'")
+    refused(cli(cache_app, "encode", "set", "--recipe", "absent.toml"), "There is no recipe absent.toml")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+def test_a_model_folder_that_lacks_a_part(cli, toy_model, part):
+    picture(cli.folder / "set" / "a.png")
+    model = cli.folder / "model"
+    shutil.copytree(toy_model, model, ignore=lambda folder, names: [part] if Path(folder) == toy_model else [])
+    refused(cli(cache_app, "encode", "set", *small(model)), f"lacks {part}/", "--model DIR")
+    assert not (cli.folder / "cache").exists()
+
+
+def test_a_model_that_is_not_there_and_cannot_be_downloaded(cli):
+    picture(cli.folder / "set" / "a.png")
+    refused(cli(cache_app, "encode", "set", "--model", "./models/none"), "There is no model folder ./models/none")
+    refused(cli(cache_app, "encode", "set"), "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers", "--model DIR")
+
+
+def test_a_full_size_transformer_without_a_gpu(cli, toy_model, monkeypatch):
+    import torch
+
+    from k5train import loop
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loop, "LARGE", 1000)  # bytes: the toy counts as full size
+    picture(cli.folder / "set" / "a.png")
+    assert cli(cache_app, "encode", "set", *small(toy_model)).code == 0
+    refused(cli(train_app, "run", "--model", str(toy_model)), "There is no GPU", "train.device=cpu")
+
+
+@pytest.mark.parametrize("free", [1_000, 8_000, 16_000], ids=["text", "latents", "index"])
+def test_a_full_disk_names_itself_and_the_next_encode_goes_on(cli, toy_model, monkeypatch, free):
+    for i in range(2):
+        picture(cli.folder / "set" / f"{i}.png", 90 + i, caption=f"picture {i}")
+    write, room = files.NewFile.write, [free]
+
+    def write_until_full(self: files.NewFile, data: bytes) -> int:
+        room[0] -= len(data)
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.NewFile, "write", write_until_full)
+        done = cli(cache_app, "encode", "set", *small(toy_model))
+    refused(done, "The disk is full")
+    left = [p.name for p in (cli.folder / "cache" / "set").rglob("*") if p.is_file() and p.name.startswith(".tmp")]
+    assert left == []
+    again = cli(cache_app, "encode", "set", *small(toy_model))
+    assert again.code == 0, again.err
+    assert len([*k5cache.open(cli.folder / "cache" / "set")]) == 2
+
+
+def test_an_error_shows_a_users_brackets_as_they_are(cli, toy_model):
+    refused(cli(cache_app, "encode", "[bold]nowhere[/bold]", *small(toy_model)), "[bold]nowhere[/bold]")
