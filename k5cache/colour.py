@@ -71,7 +71,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # PNG tRNS: this one grey is fully transparent
         narrow.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    narrow.info.update({k: v for k, v in image.info.items() if k != "transparency"})
     return narrow
 
 
@@ -115,12 +114,12 @@ def _space(profile: bytes) -> str | None:
 
 @lru_cache(maxsize=32)
 def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from a profile to sRGB; None where it is invalid, of another space than ``mode``, or sRGB itself.
+    """The transform from a profile to sRGB; None where it is sRGB itself, or where lcms refuses it.
+
+    It does so for an invalid profile and for one of another space than ``mode``.
 
     lcms transforms may be shared by threads.
     """
-    if _space(profile) != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
-        return None
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         transform = ImageCms.buildTransform(source, _SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL)

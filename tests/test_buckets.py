@@ -95,6 +95,7 @@ def test_a_mirrored_image_goes_to_the_mirrored_bucket():
         ((8, 8), (1024, 1024), (1024, 1024), (0, 0), True),
         ((2000, 500), (1024, 1024), (4096, 1024), (1536, 0), True),
         ((1023, 1024), (1024, 1024), (1024, 1025), (0, 0), True),
+        ((660, 1407), (640, 1408), (660, 1408), (10, 0), True),  # enlarged by one row, no column
         ((3, 2), (16, 16), (24, 16), (4, 0), True),
         ((5, 2), (16, 16), (40, 16), (12, 0), True),
         ((31, 16), (16, 16), (31, 16), (7, 0), False),  # of an odd remainder the left side loses the smaller half

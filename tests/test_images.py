@@ -352,7 +352,7 @@ def test_16_bit_rgb_keeps_its_high_bytes(tmp_path):
 def test_16_bit_rgb_may_have_alpha_or_a_transparent_colour(tmp_path):
     path = png(tmp_path / "rgba.png", (2, 1), 16, 6, b"\0" + struct.pack(">8H", 65535, 0, 0, 65535, 0, 0, 0, 0))
     assert whole(path)[:, 0].T.tolist() == [[*RED], [*WHITE]]
-    rows, key = b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 65535, 0), struct.pack(">3H", 0, 65535, 0)
+    rows, key = b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 0x80FE, 0), struct.pack(">3H", 0, 0x80FE, 0)
     path = png(tmp_path / "key.png", (2, 1), 16, 2, rows, before=chunk(b"tRNS", key))
     assert whole(path)[:, 0].T.tolist() == [[*RED], [*WHITE]]
 
@@ -402,7 +402,7 @@ def test_content_counts_not_the_suffix_and_an_animated_gif_gives_its_first_frame
 
 
 def profile(**changes: float | bool) -> bytes:
-    """lcms's sRGB profile with red and blue swapped, or with a pure power for its curve."""
+    """lcms's sRGB profile with red and blue swapped, or a pure power for its curve, or its own power of 2.4 changed."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     if changes.get("swapped"):
         red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
@@ -410,7 +410,38 @@ def profile(**changes: float | bool) -> bytes:
     if "gamma" in changes:
         at = data.index(b"para\0\0\0\0")
         data[at + 8 : at + 16] = struct.pack(">HHi", 0, 0, round(changes["gamma"] * 65536))
+    if "power" in changes:
+        at = data.index(b"para\0\0\0\0")
+        data[at + 12 : at + 16] = struct.pack(">i", round(changes["power"] * 65536))
     return bytes(data)
+
+
+def grey_profile(gamma: float) -> bytes:
+    """The least that ICC.1:2001 asks of a grey display profile: a white point and a curve."""
+    tags = [(b"wtpt", b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)),
+            (b"kTRC", b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0))]  # fmt: skip
+    at, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags:
+        table += struct.pack(">4sII", name, at + len(body), len(data))
+        body += data
+    head = struct.pack(">I4xI4s4s4s12x4s", at + len(body), 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+    white = struct.pack(">28xiii", 63190, 65536, 54061)
+    return (head + white).ljust(128, b"\0") + table + body
+
+
+def test_a_grey_profile_is_applied_to_grey_pictures_with_and_without_alpha(tmp_path):
+    path, linear = tmp_path / "cat.png", grey_profile(1.0)
+    for image in (
+        Image.new("L", (2, 2), 128),
+        Image.new("LA", (2, 2), (128, 255)),
+        Image.fromarray(np.full((2, 2), 128 * 257, np.uint16)),
+    ):
+        image.save(path, icc_profile=linear)
+        assert colour(path) == (188, 188, 188)
+    Image.new("LA", (2, 2), (128, 128)).save(path, icc_profile=linear)
+    assert colour(path) == (221, 221, 221)  # halfway from 188 to white
+    Image.new("RGB", (2, 2), (128, 128, 128)).save(path, icc_profile=linear)
+    assert colour(path) == (128, 128, 128)  # not a profile of this picture's colours
 
 
 def test_an_embedded_profile_is_applied(tmp_path):
@@ -435,11 +466,11 @@ def test_alpha_and_palette_and_grey_pictures_have_their_profile_applied_too(tmp_
     assert colour(path) == (188, 188, 188)
 
 
-def test_srgb_and_invalid_and_foreign_profiles_change_no_pixel(tmp_path):
+def test_srgb_in_other_words_and_invalid_and_foreign_profiles_change_no_pixel(tmp_path):
     path = tmp_path / "cat.png"
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    for embedded in (profile(), b"no profile", profile()[:200], lab):
+    for embedded in (profile(), profile(power=2.42), b"no profile", profile()[:200], lab):
         Image.fromarray(noise).save(path, icc_profile=embedded)
         assert torch.equal(whole(path), torch.from_numpy(noise).permute(2, 0, 1))
 
@@ -540,6 +571,9 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(tmp_path, kin
 
 
 @pytest.mark.parametrize("side", [23_000, 40_000, 2**31 - 1])
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # silenced by k5cache.images outside of pytest
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     path = png(tmp_path / "bomb.png", (side, side), 8, 0, b"")
     with pytest.raises(UnreadableImage, match="more than 500 million pixels"):
