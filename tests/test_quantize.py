@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from k5cache.errors import ModelError
+from k5train.base import quantize as loading
 from k5train.base.linear import Float32Linear, Int8Linear
 from k5train.base.quantize import INT8_MODULES, load_transformer, quantize_int8
 
@@ -199,6 +200,14 @@ def test_the_loaded_model_does_not_lean_on_the_file(toy_model, tmp_path):
         opened.seek(-1000, 2)
         opened.write(b"\x7f" * 1000)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_file_read_through_many_small_maps_loads_the_same(toy_model, monkeypatch):
+    whole = load_transformer(toy_model, "int8-quanto", torch.bfloat16, "cpu").state_dict()
+    monkeypatch.setattr(loading, "_BYTES_MAPPED_AT_ONCE", 10_000)  # the toy's transformer has 4 MB
+    pieces = load_transformer(toy_model, "int8-quanto", torch.bfloat16, "cpu").state_dict()
+    assert list(whole) == list(pieces)
+    assert all(torch.equal(whole[n], pieces[n]) for n in whole)
 
 
 def copy_without_weights(toy_model: Path, folder: Path) -> Path:
