@@ -24,12 +24,21 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "tokenizers"
 CLIP_NUM_MERGES = 49152 - 256 - 2  # open_clip's SimpleTokenizer reads this many lines after the first
 
-# What a prompt is wrapped in by diffusers (either spelling, see DESIGN section 2) and the marks captions are built of.
-TEMPLATE = (
+# What a prompt is wrapped in by diffusers, T2I and I2I (either spelling, see DESIGN section 2).
+TEMPLATES = (
     "system\nYou are a prompt engineer. You are a promt engineer. Describe the image by detailing the color, shape, "
-    "size, texture, quantity, text, spatial relationships of the objects and background:\nuser\n"
+    "size, texture, quantity, text, spatial relationships of the objects and background:\nuser\n Based on the provided "
+    "source image (first image) and target image (second image), create an interesting text prompt that can be used "
+    "together with the source image to create the target image:"
 )
-MARKS = ". , ; : ! ? - -- ( ) [ ] / & % ' \" 's 't 're 've 'll 'd ... .\n \n \n\n ’ ’s “ ” – — × é"
+MARKS = [
+    *(".", ",", ";", ":", "!", "?", "-", "--", "(", ")", "[", "]", "/", "&", "%", "'", '"', "...", "’", "“", "”", "–"),
+    *("'s", "'t", "'re", "'ve", "'ll", "'d", "’s", "—", "×", "é", ").", "),", ":\n", ".\n", "\n", "\n\n"),
+]
+HYPHENATED = [  # close-up, twenty-four, heart-shaped
+    *("up", "four", "five", "six", "seven", "eight", "nine", "ten", "like", "shaped", "style", "colored", "coloured"),
+    *("eyed", "haired", "dimensional"),
+]
 
 
 def byte_characters() -> dict[int, str]:
@@ -50,19 +59,19 @@ def main() -> None:
 
 
 def qwen_pieces(words: list[str]) -> list[str]:
-    """Each word as it stands in a sentence, at its start and capitalised; then template and marks, with a space or not.
+    """Each word as it stands in a sentence and at its start, small or capitalised; then the templates and the marks.
 
-    The split into pieces is Qwen2's pre-tokenizer: a word takes the one character before it along.
+    The split into pieces is that of Qwen2's pre-tokenizer: a word takes the one character before it along.
     """
-    forms = [f" {word}" for word in words] + words + [word.capitalize() for word in words[:1500]]
-    template = re.findall(r"[^\r\n\w]?[^\W\d_]+| ?[^\s\w]+[\r\n]*|\s+", TEMPLATE)
-    marks = [form for mark in MARKS.split(" ") for form in (mark, f" {mark}")]
-    return [*forms, *template, *marks, "  ", "   "]
+    forms = [*words, *(word.capitalize() for word in words)]
+    forms += [f" {form}" for form in forms] + [f"-{word}" for word in HYPHENATED]
+    templates = re.findall(r"[^\r\n\w]?[^\W\d_]+| ?[^\s\w]+[\r\n]*|\s+", TEMPLATES)
+    return [*forms, *templates, *MARKS, *(f" {mark}" for mark in MARKS), "  ", "   "]
 
 
 def clip_pieces(words: list[str]) -> list[str]:
     """CLIP lowers the text and ends every piece with ``</w>``: a word has one form."""
-    return [word.lower() for word in words] + [mark for mark in MARKS.split() if mark] + list("0123456789")
+    return [word.lower() for word in words] + [mark for mark in MARKS if mark.strip()] + list("0123456789")
 
 
 def symbols(piece: str) -> tuple[str, ...]:
