@@ -58,9 +58,8 @@ def encode(
 @app.command()
 def info(cache: CachePath) -> None:
     """Show what a cache holds: items, buckets, caption lengths, sizes, model and recipe."""
-    from k5cache.store.reader import open_cache
-
     from k5cache.info import print_info
+    from k5cache.store.reader import open_cache
 
     print_info(open_cache(cache))
     console.next_step("Next, train a LoRA", f"k5train run {cache}")

@@ -53,9 +53,8 @@ def run(
     model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
     root = cache or find_cache(Path("cache"))
 
-    from k5cache.store.reader import open_cache
-
     from k5cache.hub import model_folder
+    from k5cache.store.reader import open_cache
     from k5train.checkpoint import create_run, free_name
     from k5train.loop import train
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from k5cache.store.reader import open_cache
-
 from k5cache import console
 from k5cache.config import ModelConfig
 from k5cache.errors import RunError
 from k5cache.hub import model_folder
+from k5cache.store.reader import open_cache
 from k5train import lora, sample
 from k5train.base.quantize import load_transformer
 from k5train.checkpoint import Run, write_whole
