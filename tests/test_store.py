@@ -86,7 +86,8 @@ def test_an_item_is_a_dict_of_tensors_and_what_is_known_of_its_image(tmp_path: P
     cache = k5cache.open(str(tmp_path))
     item = cache[-1]
     assert len(cache) == 4
-    assert sorted(item) == ["bucket", "captions", "mean", "path", "row", "std"]
+    assert sorted(item) == ["bucket", "captions", "mask", "mean", "path", "row", "std"]
+    assert item["mask"] is None
     assert (item["path"], item["bucket"]) == ("sub/é 3.png", (64, 64))
     assert [caption.caption for caption in item["captions"]] == ["a dög\nruns", "a cat"]
     assert item["row"] == replace(index_row(3, ("t-dog", "t-cat")), caption_lengths=(7, 3))

@@ -107,7 +107,7 @@ def sync_folder(folder: Path) -> None:
 def remove_leftovers(root: Path) -> list[str]:
     """Delete temporary files that a killed writer left; call it with the lock held. Returns their names."""
     removed = []
-    for folder in (root, root / "latents", root / "text"):
+    for folder in (root, root / "latents", root / "masks", root / "text"):
         if folder.is_dir() and not folder.is_symlink():
             for path in folder.glob(f"{TEMPORARY}*"):
                 with suppress(FileNotFoundError):

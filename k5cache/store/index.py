@@ -38,19 +38,28 @@ class IndexRow:
     latent_key: str
     caption_keys: tuple[str, ...]
     mask_key: str | None = None
+    mask_hash: str | None = None
+    """Content hash of the mask file; the key also says how it is cropped."""
+    mask_num_bytes: int = 0
+    mask_mtime_ns: int = 0
+    mask_inode: int = 0
     caption_lengths: tuple[int, ...] = ()
     """``n_tokens`` of each caption; filled in by ``with_index``."""
+    captions_hash: str = ""
+    """Of the raw captions; the encoder's business: it tells whether ``caption_keys`` still hold."""
 
 
 _TYPES: dict[str, tuple[pa.DataType, bool]] = {
     **{f.name: (pa.int32(), False) for f in fields(IndexRow)},
-    **{name: (pa.string(), False) for name in ("path", "content_hash", "latent_key")},
-    **{name: (pa.int64(), False) for name in ("num_bytes", "mtime_ns")},
+    **{name: (pa.string(), False) for name in ("path", "content_hash", "latent_key", "captions_hash")},
+    **{name: (pa.int64(), False) for name in ("num_bytes", "mtime_ns", "mask_num_bytes", "mask_mtime_ns")},
     "inode": (pa.uint64(), False),
+    "mask_inode": (pa.uint64(), False),
     "flipped": (pa.bool_(), False),
     "caption_keys": (pa.list_(pa.field("element", pa.string(), nullable=False)), False),
     "caption_lengths": (pa.list_(pa.field("element", pa.int32(), nullable=False)), False),
     "mask_key": (pa.string(), True),
+    "mask_hash": (pa.string(), True),
 }
 SCHEMA = pa.schema([pa.field(f.name, *_TYPES[f.name]) for f in fields(IndexRow)])
 _LISTS = ("caption_keys", "caption_lengths")
@@ -69,7 +78,7 @@ def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Mani
     where = locations.write_locations(root, manifest.shards, generation, manifest.locations)
     table = locations.Locations(root, where, manifest.shards)
     lengths = table.text_lengths()
-    table.check_latents(row.latent_key for row in rows)
+    table.check_latents(key for row in rows for key in (row.latent_key, row.mask_key) if key)
     filled = [replace(row, caption_lengths=tuple(lengths[key] for key in row.caption_keys)) for row in rows]
     return replace(manifest, index=write_index(root, filled, generation), locations=where)
 

@@ -104,7 +104,7 @@ class Locations:
         """The shard and row of ``key``, or None when the cache has no such row. 10 us."""
         table = self._table
         keys = table.key
-        low, high = (0, table.num_latents) if kind == "latents" else (table.num_latents, len(keys))
+        low, high = (table.num_latents, len(keys)) if kind == "text" else (0, table.num_latents)
         at = bisect_left(range(high), key, low, high, key=lambda i: keys[i].as_py())
         if at == high or keys[at].as_py() != key:
             return None
@@ -121,7 +121,7 @@ class Locations:
         return dict(zip(table.key[texts].to_pylist(), table.n_tokens[texts].to_pylist(), strict=True))
 
     def check_latents(self, keys: Iterable[str]) -> None:
-        """KeyError for the first of ``keys`` that no latents row has."""
+        """KeyError for the first of ``keys`` that no latents or masks row has."""
         known = set(self._table.key[: self._table.num_latents].to_pylist())
         for key in keys:
             if key not in known:

@@ -24,10 +24,12 @@ MAX_BYTES = 1 << 28  # 256 MiB, about 800,000 shards
 MAX_ROWS = 1 << 31  # of an index or a shard: row numbers are int32
 MAX_FILE_BYTES = 1 << 48
 
-ShardKind = Literal["latents", "text"]
+ShardKind = Literal["latents", "masks", "text"]
 _BEGIN = b'{\n "sha256": "'
 _DIGITS = slice(len(_BEGIN), len(_BEGIN) + 64)
-_SHARD_FILE = re.compile(r"(latents/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII)
+_SHARD_FILE = re.compile(
+    r"((latents|masks)/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII
+)
 _INDEX_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -37,7 +39,7 @@ class ShardInfo:
     """One shard: rows that never change."""
 
     file: str
-    """``latents/1024x1024-<id>.parquet`` or ``text/<id>.parquet``, in the cache; the id begins its sha256."""
+    """``latents/1024x1024-<id>.parquet``, ``masks/...`` or ``text/<id>.parquet``; the id begins its sha256."""
     kind: ShardKind
     num_rows: int
     num_bytes: int
@@ -46,7 +48,7 @@ class ShardInfo:
     footer_sha256: str
     """From the first byte of the Parquet metadata to the end of the file: readers check it without reading the rest."""
     bucket: tuple[int, int] | None = None
-    """(width, height) in pixels for latents, None for text."""
+    """(width, height) in pixels for latents and masks, None for text."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,9 @@ def _shard(value: object) -> ShardInfo:
     if not isinstance(value, dict):
         _wrong("shard", value)
     bucket = value.get("bucket")
-    kind: ShardKind = "text" if value.get("kind") == "text" else "latents"
-    if value.get("kind") != kind:
-        _wrong("kind", value.get("kind"))
+    kind = value.get("kind")
+    if kind not in ("latents", "masks", "text"):
+        _wrong("kind", kind)
     file = _match(value, "file", _SHARD_FILE)
     if kind == "text":
         expected = "text/"
@@ -230,7 +232,7 @@ def _shard(value: object) -> ShardInfo:
     else:
         if not (isinstance(bucket, list) and len(bucket) == 2 and all(type(v) is int and v > 0 for v in bucket)):
             _wrong("bucket", bucket)
-        expected = f"latents/{bucket[0]}x{bucket[1]}-"
+        expected = f"{kind}/{bucket[0]}x{bucket[1]}-"
     if not file.startswith(expected):
         raise ValueError(f"file {file!r} does not fit its kind and bucket")
     return ShardInfo(

@@ -81,8 +81,8 @@ class Cache:
 
         Returns:
             ``mean`` and, unless the posterior is "mean", ``std``: ``[H/8, W/8, 16]`` float16, not yet times the VAE's
-            ``scaling_factor``; ``captions``: a tuple of ``TextRow``, one or more; ``path`` of the image; ``bucket``,
-            (width, height) in pixels; ``row``, the whole ``IndexRow``.
+            ``scaling_factor``; ``captions``: a tuple of ``TextRow``, one or more; ``mask``: ``[H/8, W/8]`` float32 from
+            0 to 1, or None; ``path`` of the image; ``bucket``, (width, height) in pixels; ``row``: the ``IndexRow``.
 
         Raises:
             IndexError: there is no such item.
@@ -92,6 +92,7 @@ class Cache:
         return {
             **self.latents(row.latent_key),
             "captions": tuple(self.text(key) for key in row.caption_keys),
+            "mask": self.mask(row.mask_key) if row.mask_key else None,
             "path": row.path,
             "bucket": (row.bucket_width, row.bucket_height),
             "row": row,
@@ -123,6 +124,16 @@ class Cache:
             CacheCorrupt: a byte read is not the byte that was written.
         """
         return self._read("latents", key).tensors
+
+    def mask(self, key: str) -> torch.Tensor:
+        """``[H/8, W/8]`` float32 from 0 to 1: how much of each latent's 8x8 pixels the mask covers.
+
+        Raises as ``latents``.
+        """
+        row = self._read("masks", key)
+        if "mask" not in row.tensors:
+            raise files.corrupt(self.root, f"{self.root}, masks row {key} has no mask")
+        return row.tensors["mask"].float() / 255
 
     def text(self, key: str) -> TextRow:
         """The embeddings of one caption. Raises as ``latents``."""

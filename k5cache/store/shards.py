@@ -41,7 +41,7 @@ class ShardWriter:
     Args:
         root: the cache; its lock is held by the caller.
         specs: the tensor columns, in order.
-        bucket: (width, height) in pixels, for latents.
+        bucket: (width, height) in pixels, for latents and masks.
 
     As a context manager it leaves nothing behind unless ``finish`` was called. A full disk raises ``OSError``, after
     the temporary file is gone.
@@ -50,8 +50,8 @@ class ShardWriter:
     def __init__(
         self, root: Path, kind: ShardKind, specs: Mapping[str, TensorSpec], bucket: tuple[int, int] | None = None
     ) -> None:
-        if (kind == "latents") != (bucket is not None):
-            raise ValueError("latents have a bucket, text has none")
+        if (kind == "text") != (bucket is None):
+            raise ValueError("latents and masks have a bucket, text has none")
         self.root, self.kind, self.specs, self.bucket = root, kind, dict(specs), bucket
         fields = [pa.field("key", pa.string(), nullable=False)]
         fields += [pa.field(name, pa.binary(), nullable=False) for name in self.specs]
