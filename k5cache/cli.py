@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from k5cache import console
+
+if TYPE_CHECKING:
+    from k5cache.config import CacheConfig, ModelConfig
 
 app = typer.Typer(
     help="Encode images and captions once, for as many Kandinsky 5 LoRAs as you like.",
@@ -20,6 +23,8 @@ app = typer.Typer(
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
 
 
@@ -35,21 +40,31 @@ def encode(
     recipe: Recipe = None,
     model: Model = None,
     options: Set = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.")] = "auto",
+    device: Device = "auto",
+    update: Annotated[
+        bool, typer.Option("--update", help="Where the recipe differs, encode again what it changes.")
+    ] = False,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Read every image; do not trust size, mtime, inode.")
+    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Check every byte; encode damaged shards again.")] = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for another encode of this cache.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Encode a folder of images and captions into a cache, or bring one up to date."""
-    from k5cache.config import CacheConfig, ModelConfig, validation_prompts
+    from k5cache.device import check_name
+    from k5cache.encode import EncodeOptions
     from k5cache.encode import encode as run
     from k5cache.info import print_report
-    from k5cache.recipe import parse, read
 
-    document = read(recipe, options or [])
-    if model is not None:
-        document.setdefault("model", {})["path"] = model
-    model_config, cache_config = parse(document, {"model": ModelConfig, "cache": CacheConfig}, recipe)
+    model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / source.resolve().name
+    chosen = EncodeOptions(update, rehash, repair, wait, check_name(device))
     with console.progress() as bars:
-        report = run(source, root, model_config, cache_config, validation_prompts(document), _device(device), bars)
+        report = run(source, root, model_config, cache_config, prompts, bars, chosen)
+    if as_json:
+        console.print_json(report)
+        return
     print_report(report, root)
     given = f" --recipe {recipe}" if recipe else f" --model {model}" if model else ""
     console.next_step("Next, train a LoRA", f"k5train run {root}{given}")
@@ -74,26 +89,18 @@ def options() -> None:
     console.out.print(document_options({"model": ModelConfig, "cache": CacheConfig}), markup=False)
 
 
-def _device(name: str) -> str:
-    """``auto`` as the device there is; a wrong name is refused before anything is loaded."""
-    import torch
+def _configs(
+    recipe: Path | None, model: str | None, options: list[str] | None
+) -> tuple[ModelConfig, CacheConfig, tuple[str, ...]]:
+    """[model], [cache] and the validation prompts of a recipe with its overrides."""
+    from k5cache.config import CacheConfig, ModelConfig, validation_prompts
+    from k5cache.recipe import parse, read
 
-    from k5cache.errors import K5Error
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise K5Error(f"--device {name} is not a device", "Use auto, cuda, cuda:1 or cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise K5Error(
-            f"--device {name}: torch {torch.__version__} sees no CUDA GPU",
-            "Use --device cpu, or install torch for CUDA",
-        )
-    return name
+    document = read(recipe, options or [])
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    model_config, cache_config = parse(document, {"model": ModelConfig, "cache": CacheConfig}, recipe)
+    return model_config, cache_config, validation_prompts(document)
 
 
 def main() -> None:

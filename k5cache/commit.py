@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from k5cache.buckets import Bucket
-from k5cache.store.index import IndexRow, with_index
-from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, write_manifest
-from k5cache.store.shards import ShardWriter, read_keys
+from k5cache.errors import CacheError
+from k5cache.store import files
+from k5cache.store.index import SCHEMA as INDEX_SCHEMA
+from k5cache.store.index import IndexRow, index_rows, read_index, with_index
+from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
+from k5cache.store.locations import locate
+from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, write_manifest
+from k5cache.store.shards import ShardWriter, verify_shard
+from k5cache.store.tables import open_table, read_table
 from k5cache.store.tensors import TensorSpec
 
 
@@ -20,10 +30,15 @@ class Committer:
 
     def __init__(self, root: Path, manifest: Manifest, shard_bytes: int) -> None:
         self.root, self.manifest, self.shard_bytes = root, manifest, shard_bytes
+        self._located: pa.Table | None = None
 
-    def keys(self, kind: str) -> set[str]:
-        """Keys of every row of this kind that is committed."""
-        return {key for shard in self.manifest.shards if shard.kind == kind for key in read_keys(self.root, shard)}
+    def keys(self, kind: ShardKind) -> set[str]:
+        """Keys of every row of this kind that is committed; footers are read of shards that no index knows yet."""
+        if self._located is None:
+            self._located = locate(self.root, self.manifest.shards, self.manifest.locations)
+        shards = self.manifest.shards
+        numbers = pa.array([i for i, shard in enumerate(shards) if shard.kind == kind], pa.int32())
+        return set(self._located.filter(pc.is_in(self._located["shard"], numbers))["key"].to_pylist())
 
     @contextmanager
     def shards(
@@ -50,12 +65,65 @@ class Committer:
         if writer:
             self._add(writer.finish())
 
-    def index(self, rows: Sequence[IndexRow], prompts: dict[str, str]) -> None:
-        """Write the index and name it: from here on readers see these rows."""
-        prompts = {**self.manifest.prompts, **prompts}
-        self.manifest = with_index(self.root, replace(self.manifest, prompts=prompts), rows)
+    def index(
+        self, rows: Sequence[IndexRow], prompts: dict[str, str], recipe: dict[str, Any], versions: dict[str, str]
+    ) -> bool:
+        """Write the index and name it, with the recipe that made its rows: from here on readers see these rows.
+
+        Returns:
+            False where the cache says all this already: then nothing is written.
+        """
+        before = self.manifest
+        self.manifest = replace(before, prompts={**before.prompts, **prompts}, recipe=recipe)
+        if before == self.manifest and before.index and _same(rows, index_rows(read_index(self.root, before.index))):
+            return False
+        self.manifest = with_index(self.root, replace(self.manifest, created_by=versions), rows)
         write_manifest(self.root, self.manifest)
+        return True
 
     def _add(self, shard: ShardInfo) -> None:
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         write_manifest(self.root, self.manifest)
+
+
+def require_shards(root: Path, manifest: Manifest) -> None:
+    """Whether every shard is there and has its size: 20 us a shard, no byte is read.
+
+    Raises:
+        CacheCorrupt: names the first that is not.
+    """
+    for shard in manifest.shards:
+        os.close(files.open_inside(root, shard.file, shard.num_bytes))
+
+
+def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest without the files that are damaged, and their names; every byte is read.
+
+    On disk nothing changes: no file is deleted, and the manifest is written with the next commit.
+    """
+    damaged = {shard.file for shard in manifest.shards if verify_shard(root, shard)}
+    kept = tuple(shard for shard in manifest.shards if shard.file not in damaged)
+    manifest = replace(manifest, shards=kept)
+    if not _is_whole(root, manifest.index, INDEX_SCHEMA):
+        damaged.add(manifest.index.file if manifest.index else "")
+        manifest = replace(manifest, index=None)
+    if not _is_whole(root, manifest.locations, LOCATIONS_SCHEMA):
+        damaged.add(manifest.locations.file if manifest.locations else "")
+        manifest = replace(manifest, locations=None)
+    return manifest, tuple(sorted(damaged))
+
+
+def _is_whole(root: Path, info: IndexInfo | None, schema: pa.Schema) -> bool:
+    try:
+        if info:
+            read_table(open_table(root, info, schema))
+    except CacheError:
+        return False
+    return True
+
+
+def _same(rows: Sequence[IndexRow], before: Sequence[IndexRow]) -> bool:
+    """Whether two indexes say the same; ``caption_lengths`` follow from the keys and are not known before writing."""
+    if len(rows) != len(before):
+        return False
+    return all(replace(old, caption_lengths=()) == new for old, new in zip(before, rows, strict=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import os
 import sys
 import warnings
@@ -73,6 +75,17 @@ def warn(message: str) -> None:
 def next_step(message: str, command: str) -> None:
     """The line that ends a success: what to run next, the user's own paths filled in."""
     out.print(Text.assemble((f"{message}: ", "bold"), (command, "cyan")))
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout, for scripts; dataclasses as objects, paths as strings."""
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return str(value)
+
+    print(json.dumps(value, default=plain, indent=1), file=out.file)  # not through rich: it would wrap and colour
 
 
 def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:

@@ -19,18 +19,29 @@ SHOWN = 5  # examples of a list; the count is always given
 
 
 def print_report(report: EncodeReport, root: Path) -> None:
-    """The summary that ends an encode."""
-    table = console.table(f"Encoded {root}", "what", "images", "captions", numbers=("images", "captions"))
-    table.add_row("encoded now", str(report.num_latents), str(report.num_texts))
-    table.add_row("reused", str(report.reused_latents), str(report.reused_texts))
-    console.out.print(table)
-    console.out.print(
-        f"{report.num_items} items in {report.num_buckets} buckets, {console.human_bytes(report.num_bytes)}, "
-        f"{console.human_seconds(report.seconds)}",
-        markup=False,
-    )
-    _some("skipped", [f"{s.path}: {s.reason}" for s in report.skipped], "yellow")
+    """The summary that ends an encode: what changed, what was computed for it, what was left out."""
+    if report.is_unchanged:
+        console.out.print(
+            f"{root} is up to date: {report.num_items} items, {console.human_bytes(report.num_bytes)}, nothing to do "
+            f"({console.human_seconds(report.seconds)})",
+            markup=False,
+        )
+    else:
+        table = console.table(f"Encoded {root}", "what", "images", "captions", numbers=("images", "captions"))
+        table.add_row("encoded now", str(report.num_latents), str(report.num_texts))
+        table.add_row("reused", str(report.reused_latents), str(report.reused_texts))
+        console.out.print(table)
+        console.out.print(
+            f"{report.num_items} items in {report.num_buckets} buckets, {console.human_bytes(report.num_bytes)}, "
+            f"{console.human_seconds(report.seconds)}",
+            markup=False,
+        )
+    _some("added", list(report.added), "green")
+    _some("changed", list(report.changed), "green")
+    _some("renamed", [f"{before} -> {now}" for before, now in report.renamed], "green")
     _some("removed", list(report.removed), "yellow")
+    _some("damaged and encoded again", list(report.repaired), "yellow")
+    _some("skipped", [f"{s.path}: {s.reason}" for s in report.skipped], "yellow")
     cut = [f"{_short(caption)} (last {count} characters)" for caption, count in report.truncated]
     _some("truncated captions", cut, "yellow")
     _some("upscaled, smaller than their bucket", list(report.upscaled), "yellow")

@@ -19,6 +19,7 @@ from k5cache import images, plan
 from k5cache.buckets import Bucket
 from k5cache.commit import Committer
 from k5cache.config import CacheConfig
+from k5cache.hub import read_config
 from k5cache.store.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -87,13 +88,13 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
     by_bucket: dict[Bucket, list[plan.LatentJob]] = {}
     for one in jobs:
         by_bucket.setdefault(one.geometry.bucket, []).append(one)
-    with _bar(job.bars, "VAE: loading", len(jobs), "image") as advance:
-        encoder = vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision))
+    encoder = None  # loaded for the first image that can be read: a broken one alone is no reason to
+    with _bar(job.bars, "VAE", len(jobs), "image") as advance:
         for bucket, members in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
             height, width = bucket.latent_shape
             names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
-            channels = encoder.config.latent_channels
+            channels = read_config(job.folder, "vae")["latent_channels"]
             specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
             wanted = [(job.source / one.path, one.geometry) for one in members]
             with commit.shards("latents", specs, bucket) as append:
@@ -101,6 +102,8 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
                     if isinstance(pixels, images.UnreadableImage):
                         failed[members[i].key] = pixels.reason
                     else:
+                        if encoder is None:
+                            encoder = vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision))
                         batch = vae.to_model_range(pixels.unsqueeze(0))
                         posterior = vae.encode_pixels(encoder, batch)
                         moments = {"mean": posterior.mean, "std": posterior.std}

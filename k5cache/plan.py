@@ -41,13 +41,18 @@ class Plan:
     rows: tuple[IndexRow, ...]
     latent_jobs: tuple[LatentJob, ...]
     text_jobs: tuple[TextJob, ...]
+    prompts: dict[str, str]
+    """Raw prompt to text key."""
     num_reused_latents: int
     """Latents that ``rows`` need and the cache has; each counts once however many rows share it."""
     num_reused_texts: int
     """The same for texts, the prompts' among them."""
     removed: tuple[str, ...]
-    """Paths that the previous index had and ``rows`` have not."""
+    """Paths that the previous index had and ``rows`` have not, those of ``renamed`` left out."""
     added: tuple[str, ...]
+    """Paths that the previous index had not, those of ``renamed`` left out."""
+    renamed: tuple[tuple[str, str], ...]
+    """(path in the previous index, path now) of images whose bytes are the same."""
     changed: tuple[str, ...]
     """Paths whose latents or texts have other keys than in the previous index."""
     skipped: tuple[Skipped, ...]
@@ -69,10 +74,29 @@ def text_key(cleaned_caption: str, text_recipe: Mapping[str, Any]) -> str:
     return _text_key(cleaned_caption, _canonical(text_recipe))
 
 
+STAT_COLUMNS = ("path", "num_bytes", "mtime_ns", "inode", "captions_hash")
+
+
+def captions_hash(item: SourceItem) -> str:
+    """What an index row keeps of the raw captions: unchanged means that its ``caption_keys`` still hold."""
+    return hashlib.sha256("\0".join(item.captions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def is_unchanged(items: Sequence[SourceItem], known: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether every image and caption is as the index says, by size, mtime, inode and the captions' hash.
+
+    Args:
+        known: the index's ``STAT_COLUMNS``.
+    """
+    rows = set(zip(*(known[name] for name in STAT_COLUMNS), strict=True))
+    found = {(item.path, item.num_bytes, item.mtime_ns, item.inode, captions_hash(item)) for item in items}
+    return rows == found
+
+
 def make_plan(
-    items: Iterable[SourceItem],
+    items: Sequence[SourceItem],
     skipped: Iterable[Skipped],
-    known: Mapping[str, IndexRow],
+    known: Iterable[IndexRow],
     stored_latents: Set[str],
     stored_texts: Set[str],
     prompts: Sequence[str],
@@ -82,13 +106,14 @@ def make_plan(
     clean: Callable[[str], str],
     probe: Probe,
     rehash: bool = False,
+    known_prompts: Mapping[str, str] | None = None,
 ) -> Plan:
     """Compare a folder with the cache it has.
 
     Args:
         items: the images found, in the order that the rows will have.
         skipped: what was found and cannot be used; unreadable images are added to it.
-        known: the previous index, by path.
+        known: the previous index.
         stored_latents: keys that the cache's shards hold.
         stored_texts: keys that the cache's shards hold.
         prompts: raw prompts that the cache must hold besides the captions.
@@ -98,10 +123,15 @@ def make_plan(
         clean: the pipeline's own prompt cleaning.
         probe: reads an image's hash and header; called only for items whose size, time or inode is not the known one.
         rehash: probe every item.
+        known_prompts: raw prompt to key, given when the text recipe and the cleaning are those that made ``known``:
+            then captions and prompts that did not change keep their keys and are not cleaned.
     """
+    before = _Before(known, items)
     texts = _Texts(text_recipe, clean)
-    for prompt in prompts:
-        texts.key(prompt)
+    kept = known_prompts or {}
+    keys_of_prompts = {
+        prompt: kept[prompt] if kept.get(prompt) in stored_texts else texts.key(prompt) for prompt in prompts
+    }
     rows: list[IndexRow] = []
     recipe = _canonical(latent_recipe)
     geometries: dict[tuple[int, int], Geometry] = {}
@@ -110,7 +140,7 @@ def make_plan(
     upscaled: list[str] = []
     for item in items:
         try:
-            content_hash, width, height = _identity(item, known.get(item.path), probe, rehash)
+            content_hash, width, height = _identity(item, before, probe, rehash)
         except UnreadableImage as error:
             unusable.append(Skipped(item.path, error.reason))
             continue
@@ -118,24 +148,69 @@ def make_plan(
         if geometry is None:
             geometry = geometries[width, height] = cover(width, height, choose_bucket(width, height, table))
         key = _latent_key(content_hash, geometry, recipe)
-        caption_keys = tuple(texts.key(caption) for caption in item.captions)
+        row = before.at.get(item.path)
+        is_kept = known_prompts is not None and row is not None and row.captions_hash == captions_hash(item)
+        if row is not None and is_kept and all(key in stored_texts for key in row.caption_keys):
+            caption_keys = row.caption_keys
+        else:
+            caption_keys = tuple(texts.key(caption) for caption in item.captions)
         rows.append(_row(item, content_hash, geometry, key, caption_keys))
         latent_jobs.setdefault(key, LatentJob(key, item.path, geometry))
         if geometry.upscaled:
             upscaled.append(item.path)
-    paths = {row.path for row in rows}
+    needed_texts = {key for row in rows for key in row.caption_keys} | set(keys_of_prompts.values())
+    added, removed, renamed = before.compare(rows)
     return Plan(
         rows=tuple(rows),
         latent_jobs=tuple(job for key, job in latent_jobs.items() if key not in stored_latents),
+        prompts=keys_of_prompts,
         text_jobs=tuple(TextJob(key, text) for text, key in texts.keys.items() if key not in stored_texts),
         num_reused_latents=len(latent_jobs.keys() & stored_latents),
-        num_reused_texts=len(set(texts.keys.values()) & stored_texts),
-        removed=tuple(path for path in known if path not in paths),
-        added=tuple(row.path for row in rows if row.path not in known),
-        changed=tuple(row.path for row in rows if row.path in known and not _same_keys(row, known[row.path])),
+        num_reused_texts=len(needed_texts & stored_texts),
+        removed=removed,
+        added=added,
+        renamed=renamed,
+        changed=tuple(row.path for row in rows if row.path in before.at and not _same_keys(row, before.at[row.path])),
         skipped=tuple(unusable),
         upscaled=tuple(upscaled),
     )
+
+
+class _Before:
+    """The previous index, looked up by path and, for images that were renamed, by stat and by content."""
+
+    def __init__(self, known: Iterable[IndexRow], items: Sequence[SourceItem]) -> None:
+        self.at = {row.path: row for row in known}
+        here = {item.path for item in items}
+        self._gone = {_stat(row): row for row in self.at.values() if row.path not in here}
+
+    def same_file(self, item: SourceItem) -> IndexRow | None:
+        """The row of this very file: same path, or a path that is gone, and same size, time and inode."""
+        row = self.at.get(item.path)
+        if row is not None:
+            return row if _stat(row) == _stat(item) else None
+        return self._gone.get(_stat(item))
+
+    def compare(self, rows: Sequence[IndexRow]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """(added, removed, renamed) of ``rows`` against the previous index."""
+        paths = {row.path for row in rows}
+        gone: dict[str, list[str]] = {}
+        for row in self.at.values():
+            if row.path not in paths:
+                gone.setdefault(row.content_hash, []).append(row.path)
+        added, renamed = [], []
+        for row in rows:
+            if row.path not in self.at:
+                if gone.get(row.content_hash):
+                    renamed.append((gone[row.content_hash].pop(0), row.path))
+                else:
+                    added.append(row.path)
+        left = {path for paths_left in gone.values() for path in paths_left}
+        return tuple(added), tuple(path for path in self.at if path in left), tuple(renamed)
+
+
+def _stat(of: IndexRow | SourceItem) -> tuple[int, int, int]:
+    return of.num_bytes, of.mtime_ns, of.inode
 
 
 class _Texts:
@@ -154,11 +229,10 @@ class _Texts:
         return self._by_raw[raw]
 
 
-def _identity(item: SourceItem, row: IndexRow | None, probe: Probe, rehash: bool) -> tuple[str, int, int]:
+def _identity(item: SourceItem, before: _Before, probe: Probe, rehash: bool) -> tuple[str, int, int]:
     """(content hash, width, height), read from the file only when its stat is not the one in the index."""
-    if row is None or rehash or (item.num_bytes, item.mtime_ns, item.inode) != (row.num_bytes, row.mtime_ns, row.inode):
-        return probe(item)
-    return row.content_hash, row.width, row.height
+    row = None if rehash else before.same_file(item)
+    return probe(item) if row is None else (row.content_hash, row.width, row.height)
 
 
 def _row(item: SourceItem, content_hash: str, geometry: Geometry, key: str, caption_keys: tuple[str, ...]) -> IndexRow:
@@ -180,6 +254,7 @@ def _row(item: SourceItem, content_hash: str, geometry: Geometry, key: str, capt
         latent_key=key,
         caption_keys=caption_keys,
         mask_key=None,
+        captions_hash=captions_hash(item),
     )
 
 

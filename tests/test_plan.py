@@ -12,7 +12,7 @@ import pytest
 
 from k5cache.buckets import Bucket, bucket_table, cover
 from k5cache.images import Skipped, SourceItem, UnreadableImage
-from k5cache.plan import Plan, latent_key, make_plan, text_key
+from k5cache.plan import Plan, is_unchanged, latent_key, make_plan, text_key
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
 TABLE = bucket_table(1024, "native")
@@ -25,14 +25,14 @@ class Folder:
         self.images: dict[str, tuple[str, tuple[int, int], tuple[str, ...]]] = {}
         self.touched: dict[str, int] = {}
         self.probed: list[str] = []
-        self.known, self.latents, self.texts = {}, set(), set()
+        self.known, self.latents, self.texts, self.prompts = {}, set(), set(), {}
 
     def put(self, path: str, content: str, *captions: str, size: tuple[int, int] = (2000, 2000)) -> None:
         self.images[path] = (content, size, captions or ("a cat",))
         self.touched[path] = len(self.touched) + self.touched.get(path, 0) + 1
 
     def plan(self, vae=VAE, text=TEXT, prompts=("",), table=TABLE, skipped=(), rehash=False) -> Plan:
-        self.probed = []
+        self.probed, self.cleaned = [], []
         items = [
             SourceItem(path, len(content), self.touched[path], 7, captions)
             for path, (content, _, captions) in sorted(self.images.items())
@@ -46,7 +46,8 @@ class Folder:
             return f"hash of {content}", *size
 
         return make_plan(
-            items, skipped, self.known, self.latents, self.texts, prompts, table, vae, text, str.strip, probe, rehash
+            items, skipped, self.known.values(), self.latents, self.texts, prompts, table, vae, text,
+            self.clean, probe, rehash, known_prompts=self.prompts if text == TEXT else None,
         )  # fmt: skip
 
     def encode(self, **options) -> Plan:
@@ -54,7 +55,12 @@ class Folder:
         self.known = {row.path: row for row in made.rows}
         self.latents |= {job.key for job in made.latent_jobs}
         self.texts |= {job.key for job in made.text_jobs}
+        self.prompts = made.prompts
         return made
+
+    def clean(self, caption: str) -> str:
+        self.cleaned.append(caption)
+        return caption.strip()
 
 
 @pytest.fixture
@@ -72,7 +78,8 @@ def summary(plan: Plan) -> dict[str, object]:
     said = {
         "latents": [job.path for job in plan.latent_jobs],
         "texts": [job.caption for job in plan.text_jobs],
-        "added": list(plan.added), "changed": list(plan.changed), "removed": list(plan.removed),
+        "added": list(plan.added), "removed": list(plan.removed), "renamed": list(plan.renamed),
+        "changed": list(plan.changed),
         "skipped": list(plan.skipped),
     }  # fmt: skip
     return {name: value for name, value in said.items() if value}
@@ -145,12 +152,32 @@ def test_rehash_reads_every_image(three):
     assert three.probed == ["cat.jpg", "dog.jpg", "owl.jpg"]
 
 
-def test_a_renamed_image_keeps_its_latents(three):
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_a_renamed_image_keeps_its_latents_and_is_read_only_when_its_stat_changed(three, is_copied):
     three.put("new/hound.jpg", "dog", "a dog")
+    if not is_copied:
+        three.touched["new/hound.jpg"] = three.touched["dog.jpg"]
     del three.images["dog.jpg"]
     made = three.plan()
-    assert summary(made) == {"added": ["new/hound.jpg"], "removed": ["dog.jpg"]}
+    assert summary(made) == {"renamed": [("dog.jpg", "new/hound.jpg")]}
+    assert three.probed == (["new/hound.jpg"] if is_copied else [])
     assert made.num_reused_latents == 3
+
+
+def test_of_two_copies_that_are_gone_one_is_renamed_and_one_removed(three):
+    three.put("dog2.jpg", "dog", "a dog")
+    three.encode()
+    del three.images["dog.jpg"], three.images["dog2.jpg"]
+    three.put("hound.jpg", "dog", "a dog")
+    assert summary(three.plan()) == {"renamed": [("dog.jpg", "hound.jpg")], "removed": ["dog2.jpg"]}
+
+
+def test_captions_that_did_not_change_are_not_cleaned_again(three):
+    three.images["dog.jpg"] = ("dog", (2000, 2000), ("a spaniel",))
+    three.plan()
+    assert three.cleaned == ["a spaniel"]
+    three.plan(text={**TEXT, "max_sequence_length": 256})
+    assert three.cleaned == ["", "a cat", "a spaniel", "a owl"]
 
 
 def test_a_deleted_image_leaves_the_rows_and_its_latents_are_found_when_it_comes_back(three):
@@ -267,6 +294,28 @@ def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
     started = time.process_time()
     assert summary(folder.plan()) == {}
     assert time.process_time() - started < 0.9  # 0.2 s measured
+
+
+def test_an_unchanged_folder_is_known_from_five_columns_and_any_change_is_seen(three):
+    columns = {
+        name: [getattr(row, name) for row in three.known.values()]
+        for name in ("path", "num_bytes", "mtime_ns", "inode", "captions_hash")
+    }
+
+    def items() -> list[SourceItem]:
+        return [SourceItem(p, len(c), three.touched[p], 7, captions) for p, (c, _, captions) in three.images.items()]
+
+    assert is_unchanged(items(), columns)
+    for change in (
+        lambda: three.images.pop("cat.jpg"),
+        lambda: three.put("fox.jpg", "fox"),
+        lambda: three.touched.update({"dog.jpg": 99}),
+        lambda: three.images.update({"dog.jpg": ("dog", (2000, 2000), ("a dog", "a hound"))}),
+    ):
+        images, touched = dict(three.images), dict(three.touched)
+        change()
+        assert not is_unchanged(items(), columns)
+        three.images, three.touched = images, touched
 
 
 def test_planning_needs_no_torch():
