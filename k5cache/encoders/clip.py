@@ -1,0 +1,93 @@
+"""CLIP: one pooled vector a caption, as the pipeline computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k5cache.errors import ModelError
+from k5cache.hub import read_config, weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``CLIPTextModel`` and its tokenizer, evaluation mode, gradients off."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load_clip(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Clip:
+    """Load ``folder/text_encoder_2`` and ``folder/tokenizer_2``.
+
+    Raises:
+        ModelError: the folder holds another model, or lacks a tensor or the tokenizer.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    where = folder / "text_encoder_2"
+    if read_config(folder, where.name).get("model_type") not in ("clip_text_model", "clip"):
+        raise ModelError(f"{where} is not a CLIP text encoder", "Download the model again")
+    weight_files(folder, where.name)
+    try:
+        with _no_progress_bar():
+            model, info = CLIPTextModel.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"CLIP in {folder} cannot be loaded: {str(error).splitlines()[0]}", "Download the model again"
+        ) from error
+    if info["missing_keys"]:
+        raise ModelError(f"{where} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "Download the model again")
+    return Clip(model=model.to(device).eval().requires_grad_(False), tokenizer=tokenizer)
+
+
+def encode_pooled(clip: Clip, captions: Sequence[str], *, exact: bool = True, batch_size: int = 64) -> torch.Tensor:
+    """The pooler output of each cleaned caption: 77 tokens, longer captions cut as the pipeline cuts them.
+
+    Args:
+        exact: one caption a forward, the bits that ``Kandinsky5T2IPipeline.encode_prompt`` gives for it alone. False
+            batches: then a mask is built that a full caption alone would not have, and matrix products differ in size.
+
+    Returns:
+        ``[B, 768]`` on the CPU, in the model's dtype.
+    """
+    import torch
+
+    size = 1 if exact else batch_size
+    pooled = []
+    with torch.no_grad():
+        for start in range(0, len(captions), size):
+            # The arguments of Kandinsky5T2IPipeline._encode_prompt_clip; a test compares the outcome.
+            inputs = clip.tokenizer(
+                list(captions[start : start + size]),
+                max_length=77,
+                truncation=True,
+                add_special_tokens=True,
+                padding="max_length",
+                return_tensors="pt",
+            ).to(clip.model.device)
+            pooled.append(clip.model(**inputs)["pooler_output"].cpu())
+    return torch.cat(pooled) if pooled else torch.empty(0, clip.model.config.hidden_size, dtype=clip.model.dtype)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hold back the library's own bar: the command has one."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
