@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 NATIVE_RESOLUTIONS: tuple[tuple[int, int], ...] = (  # (width, height); Kandinsky5T2IPipeline.resolutions
@@ -17,6 +18,7 @@ NATIVE_RESOLUTIONS: tuple[tuple[int, int], ...] = (  # (width, height); Kandinsk
     (1152, 896),
 )
 SIDE_MULTIPLE = 16  # VAE 8 x patch 2
+MAX_SIDE = 2048  # Kandinsky5RoPE3D has 128 positions a side, SIDE_MULTIPLE pixels apart
 VAE_SCALE = 8  # Kandinsky5T2IPipeline.vae_scale_factor_spatial
 
 
@@ -59,6 +61,44 @@ class Geometry:
         return self.resized_width > self.width or self.resized_height > self.height
 
 
+@dataclass(frozen=True)
+class Framing:
+    """Which images are trained on, and which part of each, at which size."""
+
+    table: tuple[Bucket, ...]
+    """The square bucket first."""
+    crop: Literal["center", "random", "none"] = "center"
+    flip: bool = False
+    minimum_image_size: int = 0
+    no_upscale: bool = False
+
+    def frame(self, width: int, height: int, content_hash: str) -> tuple[Geometry, ...]:
+        """The crops of an image of ``width`` x ``height`` pixels: one, and with ``flip`` its mirror image.
+
+        Args:
+            content_hash: of the image; a random crop is a function of it, the same on every machine.
+        """
+        if self.crop == "none":
+            geometry = squash(width, height, choose_bucket(width, height, self.table))
+        else:
+            geometry = cover(width, height, choose_bucket(width, height, self.table))
+        if self.crop == "random":
+            drawn = hashlib.sha256(f"crop {content_hash}".encode()).digest()
+            free = geometry.resized_width - geometry.bucket.width, geometry.resized_height - geometry.bucket.height
+            left, top = (int.from_bytes(d) % (f + 1) for d, f in zip((drawn[:8], drawn[8:16]), free, strict=True))
+            geometry = replace(geometry, left=left, top=top)
+        return (geometry, replace(geometry, flipped=True)) if self.flip else (geometry,)
+
+    def refusal(self, geometry: Geometry) -> str:
+        """Why an image is not trained on; empty where it is."""
+        size = f"is {geometry.width}x{geometry.height} pixels"
+        if min(geometry.width, geometry.height) < self.minimum_image_size:
+            return f"{size}, a side is below minimum_image_size = {self.minimum_image_size}"
+        if self.no_upscale and geometry.upscaled:
+            return f"{size}, smaller than its bucket {geometry.bucket.name} (no_upscale)"
+        return ""
+
+
 def bucket_table(resolution: int, mode: Literal["native", "square"]) -> tuple[Bucket, ...]:
     """The buckets of a recipe, the square one first.
 
@@ -70,6 +110,22 @@ def bucket_table(resolution: int, mode: Literal["native", "square"]) -> tuple[Bu
     sizes = NATIVE_RESOLUTIONS if mode == "native" else NATIVE_RESOLUTIONS[:1]
     scaled = (Bucket(_scaled(width, resolution), _scaled(height, resolution)) for width, height in sizes)
     return tuple(dict.fromkeys(scaled))  # small resolutions round two buckets to one
+
+
+def fine_table(resolution: int) -> tuple[Bucket, ...]:
+    """Buckets so close to each other that images can be squashed into them instead of cropped, the square one first.
+
+    One for every longer side, in steps of 16 up to ``MAX_SIDE``: the other side is the largest multiple of 16 that
+    keeps the area within ``resolution`` squared. At 1024 these are 191, and up to 3.8:1 one of them has the
+    aspect of an image to 2 %.
+    """
+    pixels = resolution**2
+    longest = min(MAX_SIDE, pixels // SIDE_MULTIPLE)
+    sizes = [
+        (side, pixels // side // SIDE_MULTIPLE * SIDE_MULTIPLE) for side in range(resolution, longest, SIDE_MULTIPLE)
+    ]
+    sizes += [(longest, side) for side in range(pixels // longest // SIDE_MULTIPLE * SIDE_MULTIPLE, 0, -SIDE_MULTIPLE)]
+    return tuple(dict.fromkeys(Bucket(*size) for long, short in sizes for size in ((long, short), (short, long))))
 
 
 def choose_bucket(width: int, height: int, table: Sequence[Bucket]) -> Bucket:
@@ -101,6 +157,11 @@ def cover(width: int, height: int, bucket: Bucket) -> Geometry:
         left=(resized_width - bucket.width) // 2,
         top=(resized_height - bucket.height) // 2,
     )
+
+
+def squash(width: int, height: int, bucket: Bucket) -> Geometry:
+    """Resize all of the image to ``bucket``, cutting nothing."""
+    return Geometry(width, height, bucket, bucket.width, bucket.height, left=0, top=0)
 
 
 def _scaled(side: int, resolution: int) -> int:

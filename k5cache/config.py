@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from k5cache.buckets import MAX_SIDE, Framing, bucket_table, fine_table
 from k5cache.errors import RecipeError
 
 Flavour = Literal["t2i-lite-sft", "t2i-lite-pretrain", "i2i-lite-sft", "i2i-lite-pretrain"]
@@ -35,6 +36,12 @@ class ModelConfig:
         return self.path or FLAVOURS[self.flavour]
 
 
+_SELECTION = (
+    *("resolution", "buckets", "crop", "flip", "minimum_image_size", "no_upscale"),
+    *("caption_strategy", "instance_prompt", "trigger", "caption_column", "image_column", "split", "dataset_config"),
+)
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """``[cache]``: stage 1, images and captions to shards."""
@@ -43,8 +50,35 @@ class CacheConfig:
     """Pixels on the side of the square bucket; the other native buckets are scaled with it. A multiple of 16."""
     buckets: Literal["native", "square"] = "native"
     """``native``: the seven sizes the model was trained at, scaled to ``resolution``. ``square``: one size only."""
-    caption_strategy: Literal["textfile"] = "textfile"
-    """Where captions come from. ``textfile``: ``name.txt`` beside ``name.jpg``."""
+    crop: Literal["center", "random", "none"] = "center"
+    """Which part of an image is kept when it has covered its bucket. ``random``: drawn from the image's own bytes, so
+    the same at every encode. ``none``: nothing is cut; the image is resized to the nearest of about 200 buckets of its
+    own aspect (at 1024 to within 2 %) instead of the seven native ones."""
+    flip: bool = False
+    """Each image a second time, mirrored left to right, as an item of its own. Not for faces, hands or writing."""
+    minimum_image_size: int = 0
+    """Images with a side of fewer pixels are skipped and reported."""
+    no_upscale: bool = False
+    """Images smaller than their bucket are skipped and reported; otherwise they are enlarged and reported."""
+    caption_strategy: Literal["textfile", "filename", "instanceprompt", "metadata"] = "textfile"
+    """Where captions come from. ``textfile``: ``name.txt`` beside ``name.jpg``, one caption a line, a step draws one.
+    ``filename``: the image's name, ``_`` and ``-`` as spaces. ``instanceprompt``: ``instance_prompt`` for every image.
+    ``metadata``: ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name``, as `datasets` defines it.
+    Tables, tars and datasets have captions in a column: ``textfile`` and ``metadata`` both mean ``caption_column``."""
+    instance_prompt: str | None = None
+    """The caption of every image, for ``caption_strategy = "instanceprompt"``."""
+    trigger: str | None = None
+    """Put before every caption, with ``, `` between unless it ends in a space: ``sks`` makes ``sks, a cat``."""
+    caption_column: str | None = None
+    """Of a table, tar or dataset: the column with captions, a string or a list of them; ``json.caption`` for a field of
+    a column. By default ``text``, ``caption``, ``captions``, ``prompt`` or ``txt``, whichever there is."""
+    image_column: str | None = None
+    """Of a table, tar or dataset: the column with images, or with their paths relative to the table. By default the one
+    that holds images, or ``image``, ``file_name``, ``image_path``, ``path`` or ``filename``."""
+    split: str = "train"
+    """Of a dataset; slices as `datasets` writes them: ``train[:1000]``."""
+    dataset_config: str | None = None
+    """Of a hub dataset that has several."""
     max_sequence_length: int = 512
     """Tokens of a caption that are kept, after the template. The pipeline's own default is 512; at most 1024."""
     posterior: Literal["sample", "mean"] = "sample"
@@ -58,11 +92,30 @@ class CacheConfig:
     shard_mb: int = 256
     """Megabytes after which a shard is committed: what a crash can lose."""
 
+    @property
+    def framing(self) -> Framing:
+        """Which images are used and which part of each."""
+        table = fine_table(self.resolution) if self.crop == "none" else bucket_table(self.resolution, self.buckets)
+        return Framing(table, self.crop, self.flip, self.minimum_image_size, self.no_upscale)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """For the manifest's recipe: what decides which rows there are, with which crops and captions."""
+        return {name: getattr(self, name) for name in _SELECTION}
+
     def check(self) -> list[str]:
         """What is out of range, one phrase an option."""
         problems = []
         if self.resolution < 64 or self.resolution > 2048 or self.resolution % 16:
             problems.append(f"resolution must be a multiple of 16 from 64 to 2048, found {self.resolution}")
+        elif (side := max(max(b.width, b.height) for b in self.framing.table)) > MAX_SIDE:
+            problems.append(f"resolution makes a bucket with a side of {side} pixels, the model takes {MAX_SIDE}")
+        if self.crop == "none" and self.buckets == "square":
+            problems.append('crop = "none" needs buckets = "native": it would press every image into a square')
+        if self.minimum_image_size < 0:
+            problems.append(f"minimum_image_size must be 0 or more, found {self.minimum_image_size}")
+        if (self.caption_strategy == "instanceprompt") != bool((self.instance_prompt or "").strip()):
+            problems.append('instance_prompt and caption_strategy = "instanceprompt" need each other')
         if not 1 <= self.max_sequence_length <= 1024:
             problems.append(f"max_sequence_length must be 1 to 1024, found {self.max_sequence_length}")
         if self.shard_mb < 1:
