@@ -18,21 +18,31 @@ RECIPE = DEMO / "demo.toml"
 def main() -> int:
     """Make the model, encode, look, train. Returns the exit code of the first command that fails, else 0."""
     os.chdir(ROOT)
-    started, cache, run = time.monotonic(), BUILD / "cache", free(BUILD / "runs" / "demo")
-    commands = [
+    # Toy tensors: threads that wait for each other on a busy machine made the training ten times slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    started, cache = time.monotonic(), BUILD / "cache"
+    before = [
         ["python", f"{DEMO}/make_checkpoint.py", f"{BUILD}/model"],
         ["k5cache", "encode", f"{DEMO}/images", "--recipe", f"{RECIPE}", "-o", f"{cache}"],
         ["k5cache", "info", f"{cache}"],
-        ["k5train", "run", f"{cache}", "--recipe", f"{RECIPE}", "-o", f"{run}"],
     ]
-    for command in commands:
-        print(f"\n$ {shlex.join(command)}", flush=True)
-        code = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=False).returncode
-        if code:
-            print(f"\nThat command failed with exit code {code}; the demo stops here.", file=sys.stderr)
+    for command in before:
+        if code := show_and_run(command):
             return code
+    run = free(BUILD / "runs" / "demo")
+    if code := show_and_run(["k5train", "run", f"{cache}", "--recipe", f"{RECIPE}", "-o", f"{run}"]):
+        return code
     print(ending(run, time.monotonic() - started))
     return 0
+
+
+def show_and_run(command: list[str]) -> int:
+    """Print a command as one would type it, run it from this environment and return its exit code."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    code = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=False).returncode
+    if code:
+        print(f"\nThat command failed with exit code {code}; the demo stops here.", file=sys.stderr)
+    return code
 
 
 def free(run: Path) -> Path:
