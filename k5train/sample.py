@@ -107,19 +107,20 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(folder: Path, latents: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Image.Image]:
-    """Latents ``[1, 1, H/8, W/8, 16]`` to pictures. The VAE is loaded for this alone and freed again.
+def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> list[Image.Image]:
+    """Latents ``[1, 1, H/8, W/8, 16]`` to pictures. The float32 VAE is loaded for this alone and freed again.
 
     Kandinsky 5 ignores ``shift_factor``: ``Kandinsky5T2IPipeline`` decodes ``latents / scaling_factor``.
     """
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device, dtype)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device)
     processor = VaeImageProcessor(vae_scale_factor=8)
     pictures: list[Image.Image] = []
     for one in latents:
-        channels_first = one[:, 0].permute(0, 3, 1, 2).to(device, dtype)
+        # The strides of the pipeline's own view: with others a convolution rounds differently, 1 pixel in 20,000 by 1/255.
+        channels_first = one[0, 0].permute(2, 0, 1).unsqueeze(0).to(device, dtype)
         pixels = vae.decode(channels_first / vae.config.scaling_factor).sample
         pictures += processor.postprocess(pixels, output_type="pil")
     del vae
