@@ -57,7 +57,7 @@ def draw_prompts(
     scheduler = load_scheduler(folder)
     on_step = partial(bars.advance, task)
     latents = [sample_latents(transformer, scheduler, row, negative, settings, on_step) for row in rows]
-    pictures = decode(folder, latents, transformer.device, torch.float32)
+    pictures = decode(folder, latents, transformer.device)
     bars.remove_task(task)
     return pictures
 

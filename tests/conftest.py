@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,18 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "model_index.json").exists():  # written last
             make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_cache(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``toy_cache("bf16")`` or ``"fp32"``: ``parity.make_cache`` of the toy's encoders in that precision, once."""
+    from tests.parity import make_cache
+
+    made: dict[str, Path] = {}
+
+    def cache(precision: str) -> Path:
+        if precision not in made:
+            made[precision] = make_cache(tmp_path_factory.mktemp(precision), toy_model, precision)
+        return made[precision]
+
+    return cache
