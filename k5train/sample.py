@@ -119,8 +119,8 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     processor = VaeImageProcessor(vae_scale_factor=8)
     pictures: list[Image.Image] = []
     for one in latents:
-        # The strides of the pipeline's own view: with others a convolution rounds differently, 1 pixel in 20,000 by 1/255.
-        channels_first = one[0, 0].permute(2, 0, 1).unsqueeze(0).to(device, dtype)
+        # The strides of the pipeline's own view: with others a convolution rounds 1 pixel in 20,000 off by 1/255.
+        channels_first = one[0, 0].permute(2, 0, 1).unsqueeze(0).to(device, torch.float32)
         pixels = vae.decode(channels_first / vae.config.scaling_factor).sample
         pictures += processor.postprocess(pixels, output_type="pil")
     del vae
