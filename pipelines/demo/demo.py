@@ -19,7 +19,7 @@ def main() -> int:
     """Make the model, encode, look, train. Returns the exit code of the first command that fails, else 0."""
     os.chdir(ROOT)
     # Toy tensors: on a busy machine threads wait for each other. Training took 46 s on one thread at load 6; on two at
-    # load 9 it was stopped after 9 minutes, two thirds done. On a quieter one two threads took 52 s, so no gain is lost.
+    # load 9 it was stopped after 9 minutes, two thirds done. On a quieter machine two threads took 52 s, no less.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, cache = time.monotonic(), BUILD / "cache"
     before = [
