@@ -16,8 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from k5cache import fingerprint, images, plan, stale
-from k5cache.buckets import bucket_table
+from k5cache import fingerprint, images, masks, plan, sources, stale
 from k5cache.commit import Committer, drop_damaged, require_shards
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.device import pick_device
@@ -100,11 +99,7 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
             "resize": RESIZE,
         },
         "cleaning": cleaning(),
-        "selection": {
-            "resolution": config.resolution,
-            "buckets": config.buckets,
-            "caption_strategy": config.caption_strategy,
-        },
+        "selection": config.selection,
     }
 
 
@@ -130,7 +125,8 @@ def encode(
     asked = look(source, root, model, config, prompts, options)
     if not (options.rehash or options.repair) and is_up_to_date(asked):
         return EncodeReport(
-            num_items=len(asked.items), skipped=tuple(asked.skipped), is_unchanged=True,
+            num_items=asked.manifest.index.num_rows if asked.manifest.index else 0,
+            skipped=tuple(asked.found.skipped), is_unchanged=True,
             num_bytes=sum(s.num_bytes for s in asked.manifest.shards), seconds=time.monotonic() - started,
         )  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
@@ -149,8 +145,7 @@ class Asked:
     """Of the checkpoint."""
     config: CacheConfig
     recipe: dict[str, Any]
-    items: list[images.SourceItem]
-    skipped: list[images.Skipped]
+    found: sources.Source
     prompts: tuple[str, ...]
     """Raw, the empty one among them, with those that the cache holds already."""
     manifest: Manifest
@@ -171,19 +166,10 @@ def look(
     options: EncodeOptions = EncodeOptions(),
 ) -> Asked:
     """Read what is asked for and what there is; nothing is written and no model is loaded. Raises as ``encode``."""
-    if not source.is_dir():
-        raise DatasetError(f"There is no folder {source}", "Give a folder of images with .txt captions beside them")
-    items, skipped = images.find_items(source, config)
-    if not items:
-        seen = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
-        found = f"no image with a caption ({len(skipped)} skipped: {seen})" if skipped else "no image"
-        suffixes = " ".join(sorted(images.IMAGE_SUFFIXES))
-        raise DatasetError(
-            f"{source} holds {found}", f"Put images ({suffixes}) there, each with a .txt caption beside it"
-        )
+    found = sources.find(source, config)
     folder = model_folder(model, ENCODER_PARTS)
     recipe = build_recipe(model, config, folder)
-    asked = Asked(source, root, folder, config, recipe, items, skipped, tuple(prompts), Manifest(recipe=recipe))
+    asked = Asked(source, root, folder, config, recipe, found, tuple(prompts), Manifest(recipe=recipe))
     asked = replace(asked, manifest=_manifest(asked))
     asked = replace(asked, prompts=tuple(dict.fromkeys(["", *asked.manifest.prompts, *prompts])))
     if asked.differences and not options.update:
@@ -203,7 +189,7 @@ def is_up_to_date(asked: Asked) -> bool:
         return False
     require_shards(asked.root, manifest)
     columns = read_table(open_table(asked.root, manifest.index, SCHEMA), plan.STAT_COLUMNS)
-    return plan.is_unchanged(asked.items, columns.to_pydict())
+    return plan.is_unchanged(asked.found.items, columns.to_pydict())
 
 
 def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | None) -> plan.Plan:
@@ -212,30 +198,35 @@ def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | No
 
     manifest = asked.manifest
     known = index_rows(read_index(asked.root, manifest.index)) if manifest.index else []
-    task = bars.add_task("reading image headers", total=len(asked.items), unit="image", note="") if bars else None
+    task = bars.add_task("reading image headers", total=len(asked.found.items), unit="image", note="") if bars else None
 
     def probe(item: images.SourceItem) -> tuple[str, int, int]:
-        path = asked.source / item.path
         try:
-            return (images.hash_file(path), *images.image_size(path))
+            content = asked.found.read(item.path)
+            return (images.hash_content(content), *images.image_size(content))
         finally:
             if bars and task is not None:
                 bars.advance(task)
 
+    def probe_mask(item: images.SourceItem, width: int, height: int) -> str:
+        return masks.check(asked.found.read, item, width, height)
+
     texts_differ = any(d.table == "text" for d in asked.differences)
     made = plan.make_plan(
-        asked.items,
-        asked.skipped,
+        asked.found.items,
+        asked.found.skipped,
         known,
         commit.keys("latents"),
         commit.keys("text"),
         asked.prompts,
-        bucket_table(asked.config.resolution, asked.config.buckets),
+        asked.config.framing,
         asked.recipe["latents"],
         asked.recipe["text"],
         clean,
         probe,
         rehash=rehash,
+        stored_masks=commit.keys("masks"),
+        probe_mask=probe_mask,
         known_prompts=manifest.prompts if not texts_differ and _is_clean_as_before(asked) else None,
     )
     if bars and task is not None:
@@ -255,22 +246,26 @@ def _encode_locked(asked: Asked, options: EncodeOptions, bars: Progress) -> Enco
         raise _nothing_readable(asked, made.skipped)
     truncated: tuple[tuple[str, int], ...] = ()
     failed: dict[str, str] = {}
+    if made.mask_jobs:
+        failed |= masks.encode_masks(asked.found.read, commit, made.mask_jobs)
     if made.text_jobs or made.latent_jobs:
         device = pick_device(options.device)
-        job = Job(asked.source, asked.root, asked.folder, asked.recipe, asked.config, device, bars)
+        job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars)
         truncated = encode_texts(job, commit, made.text_jobs)
-        failed = encode_latents(job, commit, made.latent_jobs)
-    rows = [row for row in made.rows if row.latent_key not in failed]
-    unreadable = tuple(
-        images.Skipped(row.path, failed[row.latent_key]) for row in made.rows if row.latent_key in failed
-    )
+        failed |= encode_latents(job, commit, made.latent_jobs)
+    rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
+    lost = {
+        row.path: failed.get(row.latent_key) or failed[row.mask_key or ""]
+        for row in made.rows
+        if failed.keys() & {row.latent_key, row.mask_key}
+    }
+    unreadable = tuple(images.Skipped(path, reason) for path, reason in lost.items())
     if not rows:
         raise _nothing_readable(asked, unreadable)
-    lost = {skip.path for skip in unreadable}
     is_written = commit.index(rows, made.prompts, asked.recipe, _versions())
     return EncodeReport(
         num_items=len(rows),
-        num_latents=len(made.latent_jobs) - len(failed),
+        num_latents=sum(job.key not in failed for job in made.latent_jobs),
         num_texts=len(made.text_jobs),
         reused_latents=made.num_reused_latents,
         reused_texts=made.num_reused_texts,

@@ -1,4 +1,4 @@
-"""Images: which there are with which captions, and the exact pixels that each one is trained on.
+"""Images: what is known of each one, and the exact pixels that it is trained on.
 
 Pillow reads, torch resizes. torch is imported where pixels are loaded, so that planning does without it.
 """
@@ -6,14 +6,15 @@ Pillow reads, torch resizes. torch is imported where pixels are loaded, so that 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import re
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from k5cache.buckets import Geometry
-from k5cache.config import CacheConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
+Content = Path | bytes
+"""An image as a file, or as the bytes of one that lies in a table."""
+
+
 class UnreadableImage(Exception):
     """One image that cannot be used. Caught where images are looped over: it is skipped and reported."""
 
@@ -60,17 +64,29 @@ class UnreadableImage(Exception):
 
 
 @dataclass(frozen=True)
-class SourceItem:
-    """One image with its captions, as found on disk."""
+class MaskFile:
+    """A mask as found: which part of an image counts."""
 
     path: str
-    """Relative to the source folder, with forward slashes."""
     num_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One image with its captions, as found."""
+
+    path: str
+    """Its name in the source, unique: relative to a folder with forward slashes, or table and row."""
+    num_bytes: int
+    """With time and inode: other values mean that the image may have changed. Of a table's row they are the table's."""
     mtime_ns: int
     inode: int
     """Its lower 63 bits, so that it fits a signed column."""
     captions: tuple[str, ...]
     """As written, at least one."""
+    mask: MaskFile | None = None
 
 
 @dataclass(frozen=True)
@@ -81,62 +97,31 @@ class Skipped:
     reason: str
 
 
-def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
-    """List the images under ``source`` that have a caption, and those that cannot be used. No image is opened.
-
-    The caption of ``cat.jpg`` is ``cat.txt`` beside it, one caption a line; ``cat.png`` would share it. Hidden files
-    and folders are passed over. Links are followed, each folder is entered once.
-
-    Returns:
-        both sorted by path.
-    """
-    items: list[SourceItem] = []
-    skipped: list[Skipped] = []
-    for folder, prefix in _folders(source, skipped):
-        images, texts = [], {}
-        for entry in folder:
-            stem, dot, suffix = entry.name.rpartition(".")
-            if dot + suffix.lower() in IMAGE_SUFFIXES:
-                images.append((stem, entry))
-            elif dot + suffix.lower() == ".txt":
-                texts[stem] = entry.path
-        captions: dict[str, tuple[str, ...] | str] = {}
-        for stem, entry in images:
-            if stem not in captions:
-                captions[stem] = _read_captions(texts.get(stem), stem)
-            found = _item(entry, prefix + entry.name, captions[stem])
-            if isinstance(found, Skipped):
-                skipped.append(found)
-            else:
-                items.append(found)
-    return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
-
-
-def hash_file(path: Path) -> str:
+def hash_content(content: Content) -> str:
     """The sha256 of the bytes, 32 hex digits.
 
     Raises:
         UnreadableImage: it cannot be opened or read.
     """
-    with _reasons(), path.open("rb") as file:
+    with _reasons(), _stream(content) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(content: Content) -> tuple[int, int]:
     """(width, height) after EXIF rotation, from the header alone.
 
     Raises:
         UnreadableImage: it is no image, or too large.
     """
-    with _open(path) as image:
+    with open_image(content) as image:
         if image.format == "TIFF":  # Pillow itself turns TIFF, and says so in its size
             return image.size
-        if image.format == "PNG" and _has_late_metadata(path):
+        if image.format == "PNG" and _has_late_metadata(content):
             image.load()
-        return (image.height, image.width) if _orientation(image) in _TURNS_SIDES else image.size
+        return (image.height, image.width) if orientation(image) in _TURNS_SIDES else image.size
 
 
-def load_pixels(path: Path, geometry: Geometry) -> Tensor:
+def load_pixels(content: Content, geometry: Geometry) -> Tensor:
     """The crop that is trained on.
 
     EXIF rotation applied, colours as ``colour.to_srgb`` says, the first frame of an animation. The resize is torch's
@@ -157,11 +142,10 @@ def load_pixels(path: Path, geometry: Geometry) -> Tensor:
     bucket, resized = geometry.bucket, (geometry.resized_height, geometry.resized_width)
     if resized[0] * resized[1] > MAX_PIXELS:
         raise UnreadableImage(f"{geometry.width}x{geometry.height} is too long and thin to fill {bucket.name}")
-    with _open(path) as image:
+    with open_image(content) as image:
         image.load()
-        method = _TRANSPOSE.get(_orientation(image))
-        rgb = to_srgb(image)
-        rgb = rgb if method is None else rgb.transpose(method)
+        turned = orientation(image)
+        rgb = turn(to_srgb(image), turned)
         rows = np.array(rgb)
     if rgb.size != (geometry.width, geometry.height):
         found, expected = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
@@ -175,7 +159,7 @@ def load_pixels(path: Path, geometry: Geometry) -> Tensor:
 
 
 def load_many(
-    jobs: Iterable[tuple[Path, Geometry]], workers: int | None = None
+    jobs: Iterable[tuple[str, Geometry]], read: Callable[[str], Content], workers: int | None = None
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
     """``load_pixels`` of every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
 
@@ -183,7 +167,8 @@ def load_many(
     ends the threads.
 
     Args:
-        jobs: image and geometry.
+        jobs: an image's path in its source, and geometry.
+        read: the image at a path; may raise ``UnreadableImage``. Called on the threads.
         workers: threads; by default one a core, at most 8.
 
     Yields:
@@ -192,12 +177,12 @@ def load_many(
     workers = workers or min(8, os.cpu_count() or 1)
     remaining = iter(jobs)
     with ThreadPoolExecutor(workers, thread_name_prefix="k5-load") as pool:
-        waiting = deque(pool.submit(_load, *job) for job in islice(remaining, 2 * workers))
+        waiting = deque(pool.submit(_load, read, *job) for job in islice(remaining, 2 * workers))
         try:
             index = 0
             while waiting:
                 loaded = waiting.popleft().result()
-                waiting.extend(pool.submit(_load, *job) for job in islice(remaining, 1))
+                waiting.extend(pool.submit(_load, read, *job) for job in islice(remaining, 1))
                 yield index, loaded
                 index += 1
         finally:
@@ -205,17 +190,17 @@ def load_many(
                 future.cancel()
 
 
-def _load(path: Path, geometry: Geometry) -> Tensor | UnreadableImage:
+def _load(read: Callable[[str], Content], path: str, geometry: Geometry) -> Tensor | UnreadableImage:
     try:
-        return load_pixels(path, geometry)
+        return load_pixels(read(path), geometry)
     except UnreadableImage as error:
         return error
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
-    """The image at ``path``, not yet decoded. Whatever goes wrong while it is open is an ``UnreadableImage``."""
-    with _reasons(), path.open("rb") as file:
+def open_image(content: Content) -> Iterator[Image.Image]:
+    """An image, not yet decoded. Whatever goes wrong while it is open is an ``UnreadableImage``."""
+    with _reasons(), _stream(content) as file:
         if not file.read(1):
             raise UnreadableImage("is empty (0 bytes)")
         file.seek(0)
@@ -247,11 +232,21 @@ def _reasons() -> Iterator[None]:
         raise UnreadableImage(f"cannot be read ({reason or type(error).__name__})") from error
 
 
+def _stream(content: Content) -> BufferedReader | io.BytesIO:
+    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+
+
 def _too_large(what: str) -> str:
     return f"{what} has more than {MAX_PIXELS // 1_000_000} million pixels"
 
 
-def _orientation(image: Image.Image) -> int:
+def turn(image: Image.Image, turned: int) -> Image.Image:
+    """``image`` upright, given its ``orientation``."""
+    method = _TRANSPOSE.get(turned)
+    return image if method is None else image.transpose(method)
+
+
+def orientation(image: Image.Image) -> int:
     """The EXIF (or XMP) orientation, 1 to 8; 1 where there is none or it is damaged."""
     try:
         # The base class's: PNG's own getexif decodes the whole image to look behind the pixels.
@@ -260,80 +255,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _has_late_metadata(path: Path) -> bool:
+def _has_late_metadata(content: Content) -> bool:
     """Whether a PNG may say behind its pixels how it is turned, as exiftool writes it."""
-    with path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+    with _stream(content) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         behind = file.read().rpartition(b"IDAT")[2]
     return any(name in behind for name in _LATE_METADATA)
-
-
-def _folders(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
-    """Every folder's visible entries, with its path relative to ``source`` ("" or "sub/").
-
-    Real folders come before linked ones, so that an image is found under its own path where it has one.
-    """
-    entered = {_file_id(parent.stat()) for parent in source.resolve().parents}  # a link there would lead back here
-    real, linked = deque([(os.fspath(source), "")]), deque[tuple[str, str]]()
-    while real or linked:
-        folder, prefix = real.popleft() if real else linked.popleft()
-        try:
-            identity = _file_id(Path(folder).stat())
-            if identity in entered:
-                continue
-            entered.add(identity)
-            with os.scandir(folder) as found:
-                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
-        except OSError as error:
-            skipped.append(Skipped(_printable(prefix) or ".", f"this folder cannot be read ({error.strerror})"))
-            continue
-        files = []
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                real.append((entry.path, f"{prefix}{entry.name}/"))
-            elif entry.is_symlink() and Path(entry.path).is_dir():  # DirEntry.is_dir raises on a link to itself
-                linked.append((entry.path, f"{prefix}{entry.name}/"))
-            else:
-                files.append(entry)
-        yield files, prefix
-
-
-def _item(entry: os.DirEntry[str], path: str, captions: tuple[str, ...] | str) -> SourceItem | Skipped:
-    """``captions`` is a reason where there are none."""
-    if _printable(path) != path:
-        return Skipped(_printable(path), "its name is not valid UTF-8")
-    try:
-        stat = entry.stat()
-        if not entry.is_file():  # a pipe would block whoever opens it
-            return Skipped(path, "is not a file")
-    except OSError:
-        return Skipped(path, "is a broken link" if entry.is_symlink() else "is no longer there")
-    if isinstance(captions, str):
-        return Skipped(path, captions)
-    return SourceItem(path, stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1), captions)
-
-
-def _read_captions(path: str | None, stem: str) -> tuple[str, ...] | str:
-    """A caption file's lines that are not blank, stripped; or, as a string, why there is no caption."""
-    name = _printable(stem) + ".txt"
-    if path is None:
-        return f"missing caption {name}"
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123 (10,000 of them: pathlib would take as long as reading)
-            text = file.read().decode("utf-8-sig")
-    except OSError as error:
-        return f"caption {name} cannot be read ({error.strerror})"
-    except UnicodeDecodeError:
-        return f"caption {name} is not UTF-8"
-    if "\0" in text:  # UTF-16 without a mark decodes so
-        return f"caption {name} is not UTF-8"
-    return tuple(line for line in map(str.strip, re.split(r"[\r\n]+", text)) if line) or "empty caption"
-
-
-def _file_id(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino
-
-
-def _printable(path: str) -> str:
-    """File names that are not UTF-8 reach us with lone surrogates, which can be neither printed nor stored."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

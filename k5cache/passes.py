@@ -32,7 +32,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 class Job:
     """What an encode needs to know all the way through."""
 
-    source: Path
+    read: Callable[[str], images.Content]
+    """An image by its path in the source: a file, or its bytes."""
     root: Path
     folder: Path
     recipe: dict[str, Any]
@@ -96,9 +97,9 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
             names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
             channels = read_config(job.folder, "vae")["latent_channels"]
             specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
-            wanted = [(job.source / one.path, one.geometry) for one in members]
+            wanted = ((one.path, one.geometry) for one in members)
             with commit.shards("latents", specs, bucket) as append:
-                for i, pixels in images.load_many(wanted, _workers()):
+                for i, pixels in images.load_many(wanted, job.read, _workers()):
                     if isinstance(pixels, images.UnreadableImage):
                         failed[members[i].key] = pixels.reason
                     else:

@@ -8,12 +8,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from k5cache.buckets import Bucket, Geometry, choose_bucket, cover
+from k5cache.buckets import Framing, Geometry
 from k5cache.images import Skipped, SourceItem, UnreadableImage
 from k5cache.store.index import IndexRow
 
 Probe = Callable[[SourceItem], tuple[str, int, int]]
 """An item's (content hash, width, height); raises ``UnreadableImage``."""
+
+
+ProbeMask = Callable[[SourceItem, int, int], str]
+"""The content hash of an item's mask, given the image's width and height; raises ``UnreadableImage``."""
+
+
+@dataclass(frozen=True)
+class MaskJob:
+    """Bring one mask to latent size under one crop."""
+
+    key: str
+    path: str
+    geometry: Geometry
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Plan:
     rows: tuple[IndexRow, ...]
     latent_jobs: tuple[LatentJob, ...]
     text_jobs: tuple[TextJob, ...]
+    mask_jobs: tuple[MaskJob, ...]
     prompts: dict[str, str]
     """Raw prompt to text key."""
     num_reused_latents: int
@@ -74,7 +88,8 @@ def text_key(cleaned_caption: str, text_recipe: Mapping[str, Any]) -> str:
     return _text_key(cleaned_caption, _canonical(text_recipe))
 
 
-STAT_COLUMNS = ("path", "num_bytes", "mtime_ns", "inode", "captions_hash")
+_MASK_COLUMNS = ("mask_num_bytes", "mask_mtime_ns", "mask_inode")
+STAT_COLUMNS = ("path", "num_bytes", "mtime_ns", "inode", "captions_hash", *_MASK_COLUMNS)
 
 
 def captions_hash(item: SourceItem) -> str:
@@ -89,7 +104,9 @@ def is_unchanged(items: Sequence[SourceItem], known: Mapping[str, Sequence[Any]]
         known: the index's ``STAT_COLUMNS``.
     """
     rows = set(zip(*(known[name] for name in STAT_COLUMNS), strict=True))
-    found = {(item.path, item.num_bytes, item.mtime_ns, item.inode, captions_hash(item)) for item in items}
+    found = {
+        (item.path, item.num_bytes, item.mtime_ns, item.inode, captions_hash(item), *_mask_stat(item)) for item in items
+    }
     return rows == found
 
 
@@ -100,12 +117,14 @@ def make_plan(
     stored_latents: Set[str],
     stored_texts: Set[str],
     prompts: Sequence[str],
-    table: Sequence[Bucket],
+    framing: Framing,
     latent_recipe: Mapping[str, Any],
     text_recipe: Mapping[str, Any],
     clean: Callable[[str], str],
     probe: Probe,
     rehash: bool = False,
+    stored_masks: Set[str] = frozenset(),
+    probe_mask: ProbeMask | None = None,
     known_prompts: Mapping[str, str] | None = None,
 ) -> Plan:
     """Compare a folder with the cache it has.
@@ -117,12 +136,14 @@ def make_plan(
         stored_latents: keys that the cache's shards hold.
         stored_texts: keys that the cache's shards hold.
         prompts: raw prompts that the cache must hold besides the captions.
-        table: the buckets to choose from.
+        framing: the buckets to choose from, and which part of an image is used.
         latent_recipe: all that changes latents besides image and crop. Plain JSON values.
         text_recipe: all that changes embeddings besides the caption. Plain JSON values.
         clean: the pipeline's own prompt cleaning.
         probe: reads an image's hash and header; called only for items whose size, time or inode is not the known one.
         rehash: probe every item.
+        stored_masks: keys that the cache's shards hold.
+        probe_mask: reads a mask's hash, and checks its size.
         known_prompts: raw prompt to key, given when the text recipe and the cleaning are those that made ``known``:
             then captions and prompts that did not change keep their keys and are not cleaned.
     """
@@ -134,35 +155,41 @@ def make_plan(
     }
     rows: list[IndexRow] = []
     recipe = _canonical(latent_recipe)
-    geometries: dict[tuple[int, int], Geometry] = {}
+    crops = _Crops(framing)
     latent_jobs: dict[str, LatentJob] = {}  # one a key: an image found twice is encoded once
+    mask_jobs: dict[str, MaskJob] = {}
     unusable = list(skipped)
     upscaled: list[str] = []
     for item in items:
         try:
             content_hash, width, height = _identity(item, before, probe, rehash)
+            geometries = crops.of(width, height, content_hash)
+            mask_hash = _mask_identity(item, width, height, before, probe_mask, rehash)
         except UnreadableImage as error:
             unusable.append(Skipped(item.path, error.reason))
             continue
-        geometry = geometries.get((width, height))  # a camera's images share a few sizes
-        if geometry is None:
-            geometry = geometries[width, height] = cover(width, height, choose_bucket(width, height, table))
-        key = _latent_key(content_hash, geometry, recipe)
         row = before.at.get(item.path)
         is_kept = known_prompts is not None and row is not None and row.captions_hash == captions_hash(item)
         if row is not None and is_kept and all(key in stored_texts for key in row.caption_keys):
             caption_keys = row.caption_keys
         else:
             caption_keys = tuple(texts.key(caption) for caption in item.captions)
-        rows.append(_row(item, content_hash, geometry, key, caption_keys))
-        latent_jobs.setdefault(key, LatentJob(key, item.path, geometry))
-        if geometry.upscaled:
+        for geometry in geometries:
+            key = _latent_key(content_hash, geometry, recipe)
+            mask_key = _mask_key(mask_hash, geometry) if mask_hash else None
+            rows.append(_row(item, content_hash, geometry, key, caption_keys, mask_key, mask_hash))
+            latent_jobs.setdefault(key, LatentJob(key, item.path, geometry))
+            if mask_key and item.mask:
+                mask_jobs.setdefault(mask_key, MaskJob(mask_key, item.mask.path, geometry))
+        if geometries[0].upscaled:
             upscaled.append(item.path)
     needed_texts = {key for row in rows for key in row.caption_keys} | set(keys_of_prompts.values())
-    added, removed, renamed = before.compare(rows)
+    firsts = [row for row in rows if not row.flipped]
+    added, removed, renamed = before.compare(firsts)
     return Plan(
         rows=tuple(rows),
         latent_jobs=tuple(job for key, job in latent_jobs.items() if key not in stored_latents),
+        mask_jobs=tuple(job for key, job in mask_jobs.items() if key not in stored_masks),
         prompts=keys_of_prompts,
         text_jobs=tuple(TextJob(key, text) for text, key in texts.keys.items() if key not in stored_texts),
         num_reused_latents=len(latent_jobs.keys() & stored_latents),
@@ -170,17 +197,35 @@ def make_plan(
         removed=removed,
         added=added,
         renamed=renamed,
-        changed=tuple(row.path for row in rows if row.path in before.at and not _same_keys(row, before.at[row.path])),
+        changed=tuple(row.path for row in firsts if row.path in before.at and not _same_keys(row, before.at[row.path])),
         skipped=tuple(unusable),
         upscaled=tuple(upscaled),
     )
+
+
+class _Crops:
+    """Geometries of images; a camera's images share a few sizes, so each is worked out once."""
+
+    def __init__(self, framing: Framing) -> None:
+        self._framing = framing
+        self._known: dict[tuple[int, int], tuple[Geometry, ...]] = {}
+
+    def of(self, width: int, height: int, content_hash: str) -> tuple[Geometry, ...]:
+        """One crop, or two with a flip; ``UnreadableImage`` where a guard refuses the image."""
+        found = self._known.get((width, height))
+        if found is None or self._framing.crop == "random":
+            found = self._known[width, height] = self._framing.frame(width, height, content_hash)
+        reason = self._framing.refusal(found[0])
+        if reason:
+            raise UnreadableImage(reason)
+        return found
 
 
 class _Before:
     """The previous index, looked up by path and, for images that were renamed, by stat and by content."""
 
     def __init__(self, known: Iterable[IndexRow], items: Sequence[SourceItem]) -> None:
-        self.at = {row.path: row for row in known}
+        self.at = {row.path: row for row in known if not row.flipped}
         here = {item.path for item in items}
         self._gone = {_stat(row): row for row in self.at.values() if row.path not in here}
 
@@ -235,7 +280,32 @@ def _identity(item: SourceItem, before: _Before, probe: Probe, rehash: bool) -> 
     return probe(item) if row is None else (row.content_hash, row.width, row.height)
 
 
-def _row(item: SourceItem, content_hash: str, geometry: Geometry, key: str, caption_keys: tuple[str, ...]) -> IndexRow:
+def _mask_identity(
+    item: SourceItem, width: int, height: int, before: _Before, probe: ProbeMask | None, rehash: bool
+) -> str | None:
+    """The content hash of the mask, if there is one, read only when the stat of mask or image is not in the index."""
+    if item.mask is None or probe is None:
+        return None
+    row = None if rehash else before.same_file(item)
+    if row is not None and row.mask_hash and _mask_stat(item) == tuple(getattr(row, name) for name in _MASK_COLUMNS):
+        return row.mask_hash
+    return probe(item, width, height)
+
+
+def _mask_stat(item: SourceItem) -> tuple[int, int, int]:
+    return (item.mask.num_bytes, item.mask.mtime_ns, item.mask.inode) if item.mask else (0, 0, 0)
+
+
+def _row(
+    item: SourceItem,
+    content_hash: str,
+    geometry: Geometry,
+    key: str,
+    caption_keys: tuple[str, ...],
+    mask_key: str | None,
+    mask_hash: str | None,
+) -> IndexRow:
+    mask_stat = _mask_stat(item)
     return IndexRow(
         path=item.path,
         content_hash=content_hash,
@@ -253,23 +323,36 @@ def _row(item: SourceItem, content_hash: str, geometry: Geometry, key: str, capt
         flipped=geometry.flipped,
         latent_key=key,
         caption_keys=caption_keys,
-        mask_key=None,
+        mask_key=mask_key,
+        mask_hash=mask_hash,
+        mask_num_bytes=mask_stat[0],
+        mask_mtime_ns=mask_stat[1],
+        mask_inode=mask_stat[2],
         captions_hash=captions_hash(item),
     )
 
 
 def _same_keys(row: IndexRow, before: IndexRow) -> bool:
-    return (row.latent_key, row.caption_keys) == (before.latent_key, before.caption_keys)
+    now, then = ((r.latent_key, r.mask_key, r.caption_keys) for r in (row, before))
+    return now == then
 
 
 def _latent_key(content_hash: str, geometry: Geometry, recipe: str) -> str:
-    crop = {
+    crop = _canonical(_crop(geometry))
+    return _digest(f'{{"content":{_canonical(content_hash)},"crop":{crop},"recipe":{recipe}}}')
+
+
+def _mask_key(content_hash: str, geometry: Geometry) -> str:
+    return _digest(_canonical({"crop": _crop(geometry), "mask": content_hash}))
+
+
+def _crop(geometry: Geometry) -> dict[str, Any]:
+    return {
         "bucket": [geometry.bucket.width, geometry.bucket.height],
         "flipped": geometry.flipped,
         "left_top": [geometry.left, geometry.top],
         "resized": [geometry.resized_width, geometry.resized_height],
     }
-    return _digest(f'{{"content":{_canonical(content_hash)},"crop":{_canonical(crop)},"recipe":{recipe}}}')
 
 
 def _text_key(cleaned_caption: str, recipe: str) -> str:

@@ -20,7 +20,8 @@ from PIL import Image
 from k5cache import images
 from k5cache.buckets import Bucket, cover
 from k5cache.config import CacheConfig
-from k5cache.images import Skipped, UnreadableImage, find_items, hash_file, image_size, load_many, load_pixels
+from k5cache.folder import find_items
+from k5cache.images import Skipped, UnreadableImage, hash_content, image_size, load_many, load_pixels
 
 CONFIG = CacheConfig()
 
@@ -138,9 +139,9 @@ def test_a_file_name_that_is_not_utf8_is_skipped_under_a_name_that_can_be_printe
 
 def test_the_hash_is_of_the_bytes(tmp_path):
     path = put(tmp_path, "cat.jpg", image=b"abc")
-    assert hash_file(path) == "ba7816bf8f01cfea414140de5dae2223"  # FIPS 180-2's own example
+    assert hash_content(path) == "ba7816bf8f01cfea414140de5dae2223"  # FIPS 180-2's own example
     with pytest.raises(UnreadableImage, match="no longer there"):
-        hash_file(tmp_path / "gone.jpg")
+        hash_content(tmp_path / "gone.jpg")
 
 
 def test_finding_and_measuring_images_needs_no_torch():
@@ -338,7 +339,7 @@ def jobs_of(tmp_path: Path, count: int) -> list[tuple[Path, images.Geometry]]:
 def test_many_images_come_in_order_and_an_unreadable_one_keeps_its_place(tmp_path):
     jobs = jobs_of(tmp_path, 20)
     jobs[7][0].write_bytes(b"")
-    loaded = list(load_many(jobs, workers=3))
+    loaded = list(load_many(jobs, Path, workers=3))
     assert [index for index, _ in loaded] == list(range(20))
     assert isinstance(loaded[7][1], UnreadableImage)
     assert [int(p[0, 0, 0]) for _, p in loaded if not isinstance(p, UnreadableImage)] == [*range(7), *range(8, 20)]
@@ -354,13 +355,13 @@ def test_loading_runs_ahead_by_at_most_two_images_a_worker(tmp_path):
             position = next(drawn) + 1
             yield job
 
-    for index, _ in load_many(watched(), workers=2):
+    for index, _ in load_many(watched(), Path, workers=2):
         assert position <= index + 1 + 4
     assert position == 30
 
 
 def test_closing_the_loader_early_ends_its_threads(tmp_path):
-    loader = load_many(jobs_of(tmp_path, 30), workers=2)
+    loader = load_many(jobs_of(tmp_path, 30), Path, workers=2)
     next(loader)
     assert any(thread.name.startswith("k5-load") for thread in threading.enumerate())
     loader.close()
@@ -373,4 +374,4 @@ def test_a_fault_that_is_not_the_images_rises(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images, "load_pixels", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        list(load_many(jobs_of(tmp_path, 2), workers=1))
+        list(load_many(jobs_of(tmp_path, 2), Path, workers=1))

@@ -10,9 +10,9 @@ from hashlib import sha256
 
 import pytest
 
-from k5cache.buckets import Bucket, bucket_table, cover
+from k5cache.buckets import Bucket, Framing, bucket_table, cover
 from k5cache.images import Skipped, SourceItem, UnreadableImage
-from k5cache.plan import Plan, is_unchanged, latent_key, make_plan, text_key
+from k5cache.plan import STAT_COLUMNS, Plan, is_unchanged, latent_key, make_plan, text_key
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
 TABLE = bucket_table(1024, "native")
@@ -46,7 +46,7 @@ class Folder:
             return f"hash of {content}", *size
 
         return make_plan(
-            items, skipped, self.known.values(), self.latents, self.texts, prompts, table, vae, text,
+            items, skipped, self.known.values(), self.latents, self.texts, prompts, Framing(table), vae, text,
             self.clean, probe, rehash, known_prompts=self.prompts if text == TEXT else None,
         )  # fmt: skip
 
@@ -296,10 +296,10 @@ def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
     assert time.process_time() - started < 0.9  # 0.2 s measured
 
 
-def test_an_unchanged_folder_is_known_from_five_columns_and_any_change_is_seen(three):
+def test_an_unchanged_folder_is_known_from_a_few_columns_and_any_change_is_seen(three):
     columns = {
         name: [getattr(row, name) for row in three.known.values()]
-        for name in ("path", "num_bytes", "mtime_ns", "inode", "captions_hash")
+        for name in STAT_COLUMNS
     }
 
     def items() -> list[SourceItem]:

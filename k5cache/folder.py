@@ -1,0 +1,166 @@
+"""Which images and captions does a plain folder hold? Names and stats only: no image is opened."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from k5cache.captions import Captions, finish, from_lines, without_source
+from k5cache.config import CacheConfig
+from k5cache.images import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
+
+MASK_SUFFIXES = frozenset({".png", ".webp"})
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image as a scan of its folder sees it."""
+
+    path: str
+    """Relative to the source, with forward slashes."""
+    entry: os.DirEntry[str]
+    text: str | None
+    """The file of captions beside it."""
+    mask: tuple[str, os.DirEntry[str]] | None
+    """The mask beside it: its path relative to the source, and its entry."""
+
+
+def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
+    """List the images under ``source`` that have a caption, and those that cannot be used. No image is opened.
+
+    The captions of ``cat.jpg`` are in ``cat.txt`` beside it, one a line; ``cat.png`` would share them; other strategies
+    need no file. Its mask is ``cat.mask.png`` or ``cat.mask.webp``. Hidden files and folders are passed over. Links are
+    followed, each folder is entered once.
+
+    Returns:
+        both sorted by path.
+    """
+    items: list[SourceItem] = []
+    images, skipped = scan(source)
+    texts: dict[str, Captions] = {}
+    for found in images:
+        captions = without_source(_printable(found.path), config)
+        if captions is None:
+            stem = found.path.rpartition(".")[0]
+            if stem not in texts:
+                texts[stem] = _read_captions(found.text, stem.rpartition("/")[2])
+            captions = texts[stem]
+        made = item(found, finish(captions, config))
+        if isinstance(made, Skipped):
+            skipped.append(made)
+        else:
+            items.append(made)
+    return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
+
+
+def scan(source: Path) -> tuple[list[Found], list[Skipped]]:
+    """Every image under ``source``, and folders that cannot be read and masks of no image. Only names are read."""
+    found: list[Found] = []
+    skipped: list[Skipped] = []
+    for folder, prefix in _folders(source, skipped):
+        images: list[tuple[str, os.DirEntry[str]]] = []
+        texts: dict[str, str] = {}
+        masks: dict[str, os.DirEntry[str]] = {}
+        for entry in folder:
+            stem, dot, suffix = entry.name.rpartition(".")
+            suffix = dot + suffix.lower()
+            if stem.lower().endswith(".mask") and suffix in MASK_SUFFIXES:
+                masks.setdefault(stem[: -len(".mask")], entry)
+            elif suffix in IMAGE_SUFFIXES:
+                images.append((stem, entry))
+            elif suffix == ".txt":
+                texts[stem] = entry.path
+        for stem, entry in images:
+            mask = (prefix + masks[stem].name, masks[stem]) if stem in masks else None
+            found.append(Found(prefix + entry.name, entry, texts.get(stem), mask))
+        stems = {stem for stem, _ in images}
+        for stem, entry in masks.items():
+            if stem not in stems:
+                skipped.append(Skipped(_printable(prefix + entry.name), "is a mask, and there is no image beside it"))
+    return found, skipped
+
+
+def item(found: Found, captions: Captions) -> SourceItem | Skipped:
+    """An image with its captions and the stats of its files, or why it cannot be used."""
+    made = _item(found.entry, found.path, captions)
+    if isinstance(made, Skipped) or found.mask is None:
+        return made
+    path, entry = found.mask
+    mask = _item(entry, path, ("a mask",))
+    if isinstance(mask, Skipped):
+        return Skipped(made.path, f"its mask {mask.path} {mask.reason}")
+    return replace(made, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
+
+
+def _folders(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
+    """Every folder's visible entries, with its path relative to ``source`` ("" or "sub/").
+
+    Real folders come before linked ones, so that an image is found under its own path where it has one.
+    """
+    entered = {_file_id(parent.stat()) for parent in source.resolve().parents}  # a link there would lead back here
+    real, linked = deque([(os.fspath(source), "")]), deque[tuple[str, str]]()
+    while real or linked:
+        folder, prefix = real.popleft() if real else linked.popleft()
+        try:
+            identity = _file_id(Path(folder).stat())
+            if identity in entered:
+                continue
+            entered.add(identity)
+            with os.scandir(folder) as found:
+                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            skipped.append(Skipped(_printable(prefix) or ".", f"this folder cannot be read ({error.strerror})"))
+            continue
+        files = []
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                real.append((entry.path, f"{prefix}{entry.name}/"))
+            elif entry.is_symlink() and Path(entry.path).is_dir():  # DirEntry.is_dir raises on a link to itself
+                linked.append((entry.path, f"{prefix}{entry.name}/"))
+            else:
+                files.append(entry)
+        yield files, prefix
+
+
+def _item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem | Skipped:
+    """``captions`` is a reason where there are none."""
+    if _printable(path) != path:
+        return Skipped(_printable(path), "its name is not valid UTF-8")
+    try:
+        stat = entry.stat()
+        if not entry.is_file():  # a pipe would block whoever opens it
+            return Skipped(path, "is not a file")
+    except OSError:
+        return Skipped(path, "is a broken link" if entry.is_symlink() else "is no longer there")
+    if isinstance(captions, str):
+        return Skipped(path, captions)
+    return SourceItem(path, stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1), captions)
+
+
+def _read_captions(path: str | None, stem: str) -> Captions:
+    """A caption file's lines that are not blank, stripped; or, as a string, why there is no caption."""
+    name = _printable(stem) + ".txt"
+    if path is None:
+        return f"missing caption {name}"
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 (10,000 of them: pathlib would take as long as reading)
+            text = file.read().decode("utf-8-sig")
+    except OSError as error:
+        return f"caption {name} cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return f"caption {name} is not UTF-8"
+    if "\0" in text:  # UTF-16 without a mark decodes so
+        return f"caption {name} is not UTF-8"
+    return from_lines(text)
+
+
+def _file_id(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
+
+
+def _printable(path: str) -> str:
+    """File names that are not UTF-8 reach us with lone surrogates, which can be neither printed nor stored."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,93 @@
+"""Masks: which part of an image counts, at the size of its latents. A greyscale file beside the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from k5cache.buckets import Bucket, Geometry
+from k5cache.images import Content, SourceItem, UnreadableImage, hash_content, image_size, open_image, orientation, turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from k5cache.commit import Committer
+    from k5cache.plan import MaskJob
+
+
+def check(read: Callable[[str], Content], item: SourceItem, width: int, height: int) -> str:
+    """The content hash of an item's mask.
+
+    Raises:
+        UnreadableImage: it cannot be read, or is not of the image's size.
+    """
+    assert item.mask is not None
+    try:
+        content = read(item.mask.path)
+        found = image_size(content)
+        if found != (width, height):
+            raise UnreadableImage(f"is {found[0]}x{found[1]}, the image {width}x{height}")
+        return hash_content(content)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"its mask {item.mask.path} {error.reason}") from None
+
+
+def load_mask(content: Content, geometry: Geometry) -> Tensor:
+    """The mask under the crop of its image, averaged over the area of each latent.
+
+    White counts, black does not. Colours count by their luminance, transparent parts not at all; EXIF rotation as for
+    images. The average is over the mask's own pixels, weighted where a cell's border cuts one (Pillow's box filter):
+    it is never resized twice.
+
+    Returns:
+        uint8 ``[H/8, W/8]``, 255 where all of it counts.
+
+    Raises:
+        UnreadableImage: it cannot be decoded, or is not of the image's size.
+    """
+    import torch
+
+    with open_image(content) as image:
+        image.load()
+        grey = turn(_grey(image), orientation(image))
+    if grey.size != (geometry.width, geometry.height):
+        raise UnreadableImage(f"is {grey.width}x{grey.height}, the image {geometry.width}x{geometry.height}")
+    across, down = geometry.width / geometry.resized_width, geometry.height / geometry.resized_height
+    right, bottom = geometry.left + geometry.bucket.width, geometry.top + geometry.bucket.height
+    box = geometry.left * across, geometry.top * down, min(right * across, grey.width), min(bottom * down, grey.height)
+    height, width = geometry.bucket.latent_shape
+    cells = torch.from_numpy(np.array(grey.resize((width, height), Image.Resampling.BOX, box)))
+    return (cells.flip(1) if geometry.flipped else cells).contiguous()
+
+
+def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequence[MaskJob]) -> dict[str, str]:
+    """Every new mask into shards, one bucket after another. Returns mask key -> reason for unreadable ones."""
+    from k5cache.store.tensors import TensorSpec
+
+    failed: dict[str, str] = {}
+    by_bucket: dict[Bucket, list[MaskJob]] = {}
+    for job in jobs:
+        by_bucket.setdefault(job.geometry.bucket, []).append(job)
+    for bucket, members in sorted(by_bucket.items()):
+        with commit.shards("masks", {"mask": TensorSpec("uint8", bucket.latent_shape)}, bucket) as append:
+            for job in members:
+                try:
+                    mask = load_mask(read(job.path), job.geometry)
+                except UnreadableImage as error:
+                    failed[job.key] = f"its mask {job.path} {error.reason}"
+                else:
+                    append({"key": job.key, "mask": mask})
+    return failed
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8 bits a pixel, transparency as black."""
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them
+        return Image.fromarray((np.array(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, (0, 0, 0, 255)), layers)
+    return image.convert("L")
