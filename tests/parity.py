@@ -1,4 +1,4 @@
-"""What do the parity tests share? A small cache made by the command itself, and diffusers called as its pipeline calls."""
+"""What do the parity tests share? A small cache made by the command itself, and diffusers as its pipeline calls it."""
 
 from __future__ import annotations
 

@@ -100,5 +100,5 @@ def test_the_picture_is_the_pipelines_too(toy_model, toy_cache, pipelines, preci
                       generator=torch.Generator().manual_seed(5)).image[0]  # fmt: skip
     transformer = load_transformer(toy_model, "no_change", PRECISIONS[precision], "cpu")
     latents = drawn_by_us(transformer, toy_model, cache, PROMPTS[0], 3.5, 5)
-    (ours,) = sample.decode(toy_model, [latents], torch.device("cpu"), torch.float32)
+    (ours,) = sample.decode(toy_model, [latents], torch.device("cpu"))
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))

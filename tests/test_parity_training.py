@@ -1,0 +1,135 @@
+"""Training parity: a hundred of our steps are a hundred steps of diffusers + peft + torch's AdamW, written out below."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+from optimum.quanto import freeze, qint8, quantize
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+
+from k5cache.hub import read_config
+from k5cache.store.reader import open_cache
+from k5train import lora
+from k5train.base.forward import predict_velocity
+from k5train.base.quantize import load_transformer
+from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
+from k5train.data import Batch, Loader, prefetch
+from k5train.loop import accumulate, update
+from k5train.optim import learning_rate, make_optimizer
+from tests.parity import as_the_pipeline_calls_it, reference_transformer
+
+RANK, ALPHA, LR, WARMUP, BETAS, DECAY, CLIP = 4, 8.0, 1e-3, 10, (0.9, 0.95), 0.01, 0.05
+CONFIG = TrainConfig(
+    steps=100,
+    batch_size=2,
+    flow_schedule_shift=3.0,
+    caption_dropout_probability=0.25,
+    lora=LoraConfig(rank=RANK, alpha=ALPHA),
+    optim=OptimConfig(lr=LR, warmup_steps=WARMUP, betas=BETAS, weight_decay=DECAY, max_grad_norm=CLIP),
+    memory=MemoryConfig(gradient_checkpointing=True),
+)
+OFFICIAL = [  # the official trainer's configs/trainer/lora_image.yaml
+    *(f"{part}_attention.{m}" for part in ("self", "cross") for m in ("to_query", "to_key", "to_value", "out_layer")),
+    *("feed_forward.in_layer", "feed_forward.out_layer"),
+]
+QUANTO_INCLUDE = ["*_transformer_blocks.*attention.*", "*.feed_forward.*"]
+
+
+def our_steps(model, cache, precision, dtype, steps, config):
+    """The pieces of ``k5train.loop.train``, without its files. Returns losses, norms, the adapter, its start, batches."""
+    transformer = load_transformer(model, precision, dtype, "cpu")
+    lora.add_lora(transformer, config.lora, config.seed)
+    start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, config.optim)
+    loader = Loader(cache, config, read_config(model, "vae")["scaling_factor"])
+    predict = partial(predict_velocity, transformer, gradient_checkpointing=True)
+    micro = config.gradient_accumulation_steps
+    batches = prefetch(loader.batch, 0, steps * micro, pin=False)
+    seen, losses, norms = [], [], []
+    transformer.train()
+    for step in range(steps):
+        seen.append(list(islice(batches, micro)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.optim)
+        losses.append(accumulate(predict, seen[-1], cache, torch.device("cpu")))
+        norms.append(update(optimizer, parameters, config.optim.max_grad_norm))
+    return losses, norms, get_peft_model_state_dict(transformer), start, seen
+
+
+def plain_steps(model, precision, dtype, start, seen: list[list[Batch]]):
+    """The same training with diffusers, peft and torch alone: nothing of ours but the random draws."""
+    transformer = reference_transformer(model, dtype)
+    if precision == "int8-quanto":
+        quantize(transformer, weights=qint8, include=QUANTO_INCLUDE)
+        freeze(transformer)
+    transformer.add_adapter(PeftLoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=OFFICIAL))
+    for module in transformer.modules():  # peft counts on float32 adapters, which diffusers' add_adapter leaves to us
+        if isinstance(module, LoraLayer):
+            for part in (module.lora_A, module.lora_B):
+                part.to(torch.float32)
+    assert not set_peft_model_state_dict(transformer, start).unexpected_keys
+    transformer.requires_grad_(False).train()
+    parameters = [p.requires_grad_() for name, p in transformer.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=1e-8, weight_decay=DECAY)
+    losses, norms = [], []
+    for step, batches in enumerate(seen):
+        groups = [group for batch in batches for group in batch.groups]
+        num_rows = sum(len(group.sigma) for group in groups)
+        total = 0.0
+        for group in groups:
+            sigma = group.sigma.view(-1, 1, 1, 1, 1)
+            noisy = (1 - sigma) * group.latents + sigma * group.noise
+            velocity = as_the_pipeline_calls_it(
+                transformer, noisy, group.sigma, group.prompt_embeds, group.pooled_projections
+            )
+            loss = torch.nn.functional.mse_loss(velocity.float(), group.noise - group.latents)
+            share = len(group.sigma) / num_rows
+            (loss * share).backward()
+            total += loss.item() * share
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = LR * min(1.0, (step + 1) / WARMUP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, norms, get_peft_model_state_dict(transformer)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "steps", "accumulation"),
+    [
+        ("no_change", torch.float32, 100, 1),
+        ("no_change", torch.bfloat16, 10, 2),
+        ("int8-quanto", torch.float32, 10, 2),
+    ],
+)
+def test_losses_gradient_norms_and_lora_weights_are_a_plain_loops_bit_for_bit(
+    toy_model, toy_cache, precision, dtype, steps, accumulation
+):
+    cache, config = open_cache(toy_cache("bf16")), replace(CONFIG, gradient_accumulation_steps=accumulation)
+    losses, norms, ours, start, seen = our_steps(toy_model, cache, precision, dtype, steps, config)
+    their_losses, their_norms, theirs = plain_steps(toy_model, precision, dtype, start, seen)
+    assert losses == their_losses
+    assert norms == their_norms
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # What was compared is a training: weights moved, gradients were clipped, batches had several groups and lengths.
+    assert min((ours[n] - start[n]).abs().max() for n in ours) > LR
+    assert max(norms) > CLIP
+    assert {len(batch.groups) for batches in seen for batch in batches} == {1, 2}
+    assert len({group.prompt_embeds.shape[1] for batches in seen for b in batches for group in b.groups}) > 3
+
+
+def test_the_adapter_sits_where_the_official_trainer_puts_it(toy_model, toy_cache):
+    transformer = load_transformer(toy_model, "no_change", torch.float32, "cpu")
+    matched = lora.add_lora(transformer, LoraConfig(rank=RANK), 0)
+    reference = reference_transformer(toy_model, torch.float32)
+    reference.add_adapter(PeftLoraConfig(r=RANK, target_modules=OFFICIAL))
+    assert set(matched.modules) == {n for n, m in reference.named_modules() if isinstance(m, LoraLayer)}
