@@ -28,16 +28,20 @@ _BYTES_MAPPED_AT_ONCE = 100 * 2**20
 _DOWNLOAD = "Download the model again, or give another folder with --model DIR"
 
 
+Precision = Literal["int8-quanto", "int8-dynamic", "no_change"]
+"""How the frozen weights are held and multiplied. The int8 ones hold the same weights."""
+
+
 def load_transformer(
     folder: Path,
-    precision: Literal["int8-quanto", "no_change"],
+    precision: Precision,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Kandinsky5Transformer3DModel:
     """The frozen transformer, in evaluation mode, on ``device``.
 
-    ``no_change`` computes bit for bit what ``from_pretrained(folder, torch_dtype=dtype)`` computes. ``int8-quanto``
-    holds exactly the int8 weights and scales of ``quanto.quantize(weights=qint8)`` and ``freeze`` on ``INT8_MODULES``.
+    ``no_change`` computes bit for bit what ``from_pretrained(folder, torch_dtype=dtype)`` computes. The others
+    hold exactly the int8 weights and scales of ``quanto.quantize(weights=qint8)`` and ``freeze`` on ``INT8_MODULES``.
     In both, what diffusers keeps in float32 is computed in float32, from weights stored as the checkpoint has them.
 
     Args:
@@ -47,27 +51,73 @@ def load_transformer(
     Raises:
         ModelError: another architecture, or tensors that are missing, unexpected, misshapen or unreadable.
     """
-    transformer = _empty_transformer(folder)
-    fp32_names = set(transformer._keep_in_fp32_modules)
+    transformer = empty_transformer(folder)
+    for name, tensor in converted(folder, transformer, precision, dtype, device):
+        place(transformer, name, tensor)
+    return finish(transformer, device)
+
+
+def converted(
+    folder: Path,
+    transformer: Kandinsky5Transformer3DModel,
+    precision: Precision,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the frozen transformer under its name, on ``device``, one at a time.
+
+    An int8 weight is followed by its ``scale``.
+
+    Args:
+        transformer: from ``empty_transformer``, nothing placed in it yet.
+
+    Raises:
+        ModelError: tensors that are missing, unexpected, misshapen or unreadable.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     loaded: set[str] = set()
     for file in weight_files(folder, "transformer"):
         for name, tensor in _stream(file, expected):
             loaded.add(name)
             module_name, _, leaf = name.rpartition(".")
-            module = transformer.get_submodule(module_name)
             tensor = tensor.to(device, copy=True)  # its own memory: the map ends with the file
-            if fp32_names & set(module_name.split(".")):
-                _place_float32(transformer, module_name, module, leaf, tensor, dtype)
-            elif precision == "int8-quanto" and INT8_MODULES.fullmatch(module_name) and leaf == "weight":
+            if _is_float32(transformer, module_name):
+                # As it came if the run is 16-bit: float32 holds nothing more.
+                yield name, tensor if tensor.dtype.itemsize == 2 and dtype.itemsize == 2 else tensor.float()
+            elif precision != "no_change" and INT8_MODULES.fullmatch(module_name) and leaf == "weight":
                 weight, scale = quantize_int8(tensor.to(dtype))
-                _replace(transformer, module_name, Int8Linear(weight, scale), bias=module.bias)
+                yield name, weight
+                yield f"{module_name}.scale", scale
             else:
-                module.register_parameter(leaf, _frozen(tensor.to(dtype)))
+                yield name, tensor.to(dtype)
     if missing := sorted(set(expected) - loaded):
         raise ModelError(f"{folder / 'transformer'} lacks {_some(missing)}", _DOWNLOAD)
+
+
+def place(transformer: Kandinsky5Transformer3DModel, name: str, tensor: Tensor) -> None:
+    """Put one of ``converted``'s tensors where it belongs."""
+    module_name, _, leaf = name.rpartition(".")
+    module: Any = transformer.get_submodule(module_name)
+    if leaf == "scale":
+        module.scale = tensor
+    elif tensor.dtype == torch.int8:
+        to_come = torch.empty(tensor.shape[0], 1, device=tensor.device)
+        _replace(transformer, module_name, Int8Linear(tensor, to_come), bias=module.bias)
+    elif leaf == "weight" and type(module) is nn.Linear and _is_float32(transformer, module_name):
+        _replace(transformer, module_name, Float32Linear(tensor), bias=module.bias)
+    else:
+        module.register_parameter(leaf, _frozen(tensor))
+
+
+def finish(transformer: Kandinsky5Transformer3DModel, device: torch.device | str) -> Kandinsky5Transformer3DModel:
+    """The last step of loading, once every tensor is placed: frozen, in evaluation mode, its tables on ``device``."""
     _move_tables(transformer, torch.device(device))
     return transformer.requires_grad_(False).eval()
+
+
+def _is_float32(transformer: Kandinsky5Transformer3DModel, module_name: str) -> bool:
+    """Whether diffusers keeps a module in float32."""
+    return not set(transformer._keep_in_fp32_modules).isdisjoint(module_name.split("."))
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +134,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantized._data, quantized._scale.reshape(-1, 1)
 
 
-def _empty_transformer(folder: Path) -> Kandinsky5Transformer3DModel:
+def empty_transformer(folder: Path) -> Kandinsky5Transformer3DModel:
     """The module tree with parameters on the meta device; RoPE and frequency tables are real, as diffusers has them."""
     config = read_config(folder, "transformer")
     path = folder / "transformer" / "config.json"
@@ -130,17 +180,6 @@ def _stream(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[tuple[
         raise ModelError(f"{file} cannot be read: {error}", _DOWNLOAD) from error
 
 
-def _place_float32(
-    root: nn.Module, name: str, module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype
-) -> None:
-    """Store a tensor of a float32 module as it came if the run is 16-bit, else as float32."""
-    tensor = tensor if tensor.dtype.itemsize == 2 and dtype.itemsize == 2 else tensor.float()
-    if leaf == "weight" and isinstance(module, nn.Linear) and not isinstance(module, Float32Linear):
-        _replace(root, name, Float32Linear(tensor), bias=module.bias)
-    else:
-        module.register_parameter(leaf, _frozen(tensor))
-
-
 def _replace(root: nn.Module, name: str, new: nn.Module, bias: nn.Parameter | None) -> None:
     """Put ``new`` at ``name``; the bias that the old module had, loaded or still to come, goes along."""
     new.register_parameter("bias", bias)
@@ -158,7 +197,7 @@ def _move_tables(transformer: nn.Module, device: torch.device) -> None:
             if isinstance(value, Tensor):
                 attributes[key] = value.to(device)
         held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        assert all(t.device.type == device.type for _, t in held), f"{name} was not loaded"
+        assert not any(t.is_meta for _, t in held), f"{name} was not loaded"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
