@@ -1,4 +1,4 @@
-"""Training parity: a hundred of our steps are a hundred steps of diffusers + peft + torch's AdamW, written out below."""
+"""Training parity: a hundred of our steps are a hundred of diffusers + peft + torch's AdamW, written out below."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from k5train.base.forward import predict_velocity
 from k5train.base.quantize import load_transformer
 from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
 from k5train.data import Batch, Loader, prefetch
-from k5train.loop import accumulate, update
+from k5train.step import accumulate, update
 from k5train.optim import learning_rate, make_optimizer
 from tests.parity import as_the_pipeline_calls_it, reference_transformer
 
@@ -42,7 +42,7 @@ QUANTO_INCLUDE = ["*_transformer_blocks.*attention.*", "*.feed_forward.*"]
 
 
 def our_steps(model, cache, precision, dtype, steps, config):
-    """The pieces of ``k5train.loop.train``, without its files. Returns losses, norms, the adapter, its start, batches."""
+    """The pieces of ``k5train.loop.train``, without its files. Returns losses, norms, adapter, its start, batches."""
     transformer = load_transformer(model, precision, dtype, "cpu")
     lora.add_lora(transformer, config.lora, config.seed)
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
