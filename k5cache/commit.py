@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,6 @@ import pyarrow.compute as pc
 
 from k5cache.buckets import Bucket
 from k5cache.errors import CacheError
-from k5cache.store import files
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
@@ -66,7 +64,12 @@ class Committer:
             self._add(writer.finish())
 
     def index(
-        self, rows: Sequence[IndexRow], prompts: dict[str, str], recipe: dict[str, Any], versions: dict[str, str]
+        self,
+        rows: Sequence[IndexRow],
+        prompts: dict[str, str],
+        recipe: dict[str, Any],
+        versions: dict[str, str],
+        source: str = "",
     ) -> bool:
         """Write the index and name it, with the recipe that made its rows: from here on readers see these rows.
 
@@ -74,7 +77,7 @@ class Committer:
             False where the cache says all this already: then nothing is written.
         """
         before = self.manifest
-        self.manifest = replace(before, prompts={**before.prompts, **prompts}, recipe=recipe)
+        self.manifest = replace(before, prompts={**before.prompts, **prompts}, recipe=recipe, source=source)
         if before == self.manifest and before.index and _same(rows, index_rows(read_index(self.root, before.index))):
             return False
         self.manifest = with_index(self.root, replace(self.manifest, created_by=versions), rows)
@@ -84,16 +87,6 @@ class Committer:
     def _add(self, shard: ShardInfo) -> None:
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         write_manifest(self.root, self.manifest)
-
-
-def require_shards(root: Path, manifest: Manifest) -> None:
-    """Whether every shard is there and has its size: 20 us a shard, no byte is read.
-
-    Raises:
-        CacheCorrupt: names the first that is not.
-    """
-    for shard in manifest.shards:
-        os.close(files.open_inside(root, shard.file, shard.num_bytes))
 
 
 def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, ...]]:

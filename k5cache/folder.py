@@ -10,7 +10,7 @@ from pathlib import Path
 
 from k5cache.captions import Captions, finish, from_lines, without_source
 from k5cache.config import CacheConfig
-from k5cache.images import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
+from k5cache.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
 

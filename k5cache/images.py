@@ -13,21 +13,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedReader
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from k5cache.buckets import Geometry
+from k5cache.items import Content, UnreadableImage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
 MAX_PIXELS = 500_000_000  # 1.5 GB as RGB; the largest photographs have about 250 million
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF")  # by content, whatever the suffix says
 _ORIENTATION = 0x0112  # EXIF tag
@@ -49,52 +47,6 @@ _TAIL_BYTES = 1 << 20
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
-
-Content = Path | bytes
-"""An image as a file, or as the bytes of one that lies in a table."""
-
-
-class UnreadableImage(Exception):
-    """One image that cannot be used. Caught where images are looped over: it is skipped and reported."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class MaskFile:
-    """A mask as found: which part of an image counts."""
-
-    path: str
-    num_bytes: int
-    mtime_ns: int
-    inode: int
-
-
-@dataclass(frozen=True)
-class SourceItem:
-    """One image with its captions, as found."""
-
-    path: str
-    """Its name in the source, unique: relative to a folder with forward slashes, or table and row."""
-    num_bytes: int
-    """With time and inode: other values mean that the image may have changed. Of a table's row they are the table's."""
-    mtime_ns: int
-    inode: int
-    """Its lower 63 bits, so that it fits a signed column."""
-    captions: tuple[str, ...]
-    """As written, at least one."""
-    mask: MaskFile | None = None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Something in the source that is not used, and why."""
-
-    path: str
-    reason: str
 
 
 def hash_content(content: Content) -> str:

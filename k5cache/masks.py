@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from k5cache.buckets import Bucket, Geometry
-from k5cache.images import Content, SourceItem, UnreadableImage, hash_content, image_size, open_image, orientation, turn
+from k5cache.images import hash_content, image_size, open_image, orientation, turn
+from k5cache.items import Content, SourceItem, UnreadableImage
 
 if TYPE_CHECKING:
     from torch import Tensor

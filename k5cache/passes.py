@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, plan
+from k5cache import images, items, plan
 from k5cache.buckets import Bucket
 from k5cache.commit import Committer
 from k5cache.config import CacheConfig
@@ -32,7 +32,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 class Job:
     """What an encode needs to know all the way through."""
 
-    read: Callable[[str], images.Content]
+    read: Callable[[str], items.Content]
     """An image by its path in the source: a file, or its bytes."""
     root: Path
     folder: Path
@@ -100,7 +100,7 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
             wanted = ((one.path, one.geometry) for one in members)
             with commit.shards("latents", specs, bucket) as append:
                 for i, pixels in images.load_many(wanted, job.read, _workers()):
-                    if isinstance(pixels, images.UnreadableImage):
+                    if isinstance(pixels, items.UnreadableImage):
                         failed[members[i].key] = pixels.reason
                     else:
                         if encoder is None:

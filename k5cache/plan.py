@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k5cache.buckets import Framing, Geometry
-from k5cache.images import Skipped, SourceItem, UnreadableImage
+from k5cache.items import Skipped, SourceItem, UnreadableImage
 from k5cache.store.index import IndexRow
 
 Probe = Callable[[SourceItem], tuple[str, int, int]]
@@ -89,25 +89,11 @@ def text_key(cleaned_caption: str, text_recipe: Mapping[str, Any]) -> str:
 
 
 _MASK_COLUMNS = ("mask_num_bytes", "mask_mtime_ns", "mask_inode")
-STAT_COLUMNS = ("path", "num_bytes", "mtime_ns", "inode", "captions_hash", *_MASK_COLUMNS)
 
 
 def captions_hash(item: SourceItem) -> str:
     """What an index row keeps of the raw captions: unchanged means that its ``caption_keys`` still hold."""
     return hashlib.sha256("\0".join(item.captions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def is_unchanged(items: Sequence[SourceItem], known: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether every image and caption is as the index says, by size, mtime, inode and the captions' hash.
-
-    Args:
-        known: the index's ``STAT_COLUMNS``.
-    """
-    rows = set(zip(*(known[name] for name in STAT_COLUMNS), strict=True))
-    found = {
-        (item.path, item.num_bytes, item.mtime_ns, item.inode, captions_hash(item), *_mask_stat(item)) for item in items
-    }
-    return rows == found
 
 
 def make_plan(

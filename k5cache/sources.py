@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,10 @@ from pathlib import Path
 from k5cache import folder
 from k5cache.config import CacheConfig
 from k5cache.errors import DatasetError
-from k5cache.images import IMAGE_SUFFIXES, Content, Skipped, SourceItem
+from k5cache.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,110 @@ class Source:
 def find(source: Path, config: CacheConfig) -> Source:
     """The images at ``source`` with their captions; none is opened.
 
+    Args:
+        source: a folder of images, or of tars or Parquet files; a table, a tar, or a pattern of them (``cats-*.tar``);
+            a folder of ``Dataset.save_to_disk``; or the name of a dataset on the hub.
+
     Raises:
         DatasetError: nothing is there, or nothing that can be used.
     """
-    if not source.is_dir():
-        raise DatasetError(f"There is no folder {source}", "Give a folder of images with .txt captions beside them")
-    items, skipped = folder.find_items(source, config)
-    if not items:
-        seen = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
-        found = f"no image with a caption ({len(skipped)} skipped: {seen})" if skipped else "no image"
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+    found = _plain_folder(source, config) if source.is_dir() else None
+    found = found or _through_datasets(source, config)
+    if not found.items:
+        raise _nothing(source, found.skipped, config)
+    return found
+
+
+def default_name(source: Path) -> str:
+    """What a cache of ``source`` is called: ``cats`` for ``data/cats/``, ``cats.csv``, ``cats-*.tar``, ``me/cats``."""
+    name = source.resolve().name if source.is_dir() else source.name
+    return re.sub(r"[*?\[\]{}]+", "", source.stem if not source.is_dir() else name).strip("-_. ") or "images"
+
+
+def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
+    """A folder of image files; None where it holds tables or tars and no image."""
+    from_metadata = config.caption_strategy == "metadata"
+    if from_metadata and _metadata_files(source):
+        items, skipped = _from_metadata(source, config)
+    else:
+        items, skipped = folder.find_items(source, config)
+    if not items and not folder.scan(source)[0] and _has_tables(source):
+        return None
+    if from_metadata and not _metadata_files(source):
         raise DatasetError(
-            f"{source} holds {found}", f"Put images ({suffixes}) there, each with a .txt caption beside it"
+            f"{source} holds none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
         )
     return Source(items, skipped, lambda path: source / path)
+
+
+def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
+    """`datasets`' imagefolder: each metadata file names images relative to its own folder."""
+    from k5cache import tables
+
+    files = _metadata_files(source)
+    if len({file.name for file in files}) > 1:
+        names = ", ".join(file.relative_to(source).as_posix() for file in files[:4])
+        raise DatasetError(f"{source} has metadata of several kinds: {names}", "Keep the files of one kind")
+    items: dict[str, SourceItem] = {}
+    skipped: list[Skipped] = []
+    for file in files:
+        table = tables.load_files(file.relative_to(source).as_posix(), [file], config)
+        column = config.image_column or "file_name"
+        if column not in table.schema.names:
+            raise table.refuse(f"has no column {column}", "cache.image_column to the one with file names")
+        made, refused = tables.files_named(table, column, config, source, is_strict=True)
+        items |= {item.path: item for item in made}
+        skipped += refused
+    images, unusable = folder.scan(source)
+    known = items.keys() | {skip.path for skip in skipped}
+    skipped += [Skipped(found.path, f"has no row in {files[0].name}") for found in images if found.path not in known]
+    return sorted(items.values(), key=lambda item: item.path), skipped + unusable
+
+
+def _metadata_files(source: Path) -> list[Path]:
+    found = (file for name in METADATA for file in source.rglob(name))
+    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(source).parts))
+
+
+def _has_tables(source: Path) -> bool:
+    from k5cache import tables
+
+    return tables.is_saved(source) or any(
+        file.suffix.lower() in tables.BUILDERS and file.name not in METADATA for file in source.rglob("*")
+    )
+
+
+def _through_datasets(source: Path, config: CacheConfig) -> Source:
+    """Tables, tars and datasets."""
+    name = str(source)
+    files = [source] if source.is_file() else [Path(file) for file in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 (an absolute pattern too)
+    if not files and not _HUB_NAME.fullmatch(name):
+        raise DatasetError(
+            f"There is no folder {source}",
+            "Give a folder of images with .txt captions beside them, a table, a tar, or a dataset's name",
+        )
+    from k5cache import tables
+
+    if source.is_dir():
+        table = tables.load_folder(source, config)
+    elif files:
+        table = tables.load_files(source.name, files, config)
+    else:
+        table = tables.load_hub(name, config)
+    return Source(*tables.find_items(table, config))
+
+
+def _nothing(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:
+    seen = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
+    found = f"no image with a caption ({len(skipped)} skipped: {seen})" if skipped else "no image"
+    suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+    fix = f"Put images ({suffixes}) there, each with a .txt caption beside it"
+    if not source.is_dir():
+        fix = "Mend these rows, or use another source"
+    elif config.caption_strategy == "textfile" and (files := _metadata_files(source)):
+        fix = (
+            f"Set cache.caption_strategy=metadata to use {files[0].relative_to(source).as_posix()}, or write .txt files"
+        )
+    elif config.caption_strategy != "textfile":
+        fix = f"Put images ({suffixes}) there"
+    return DatasetError(f"{source} holds {found}", fix)

@@ -21,7 +21,8 @@ from k5cache import images
 from k5cache.buckets import Bucket, cover
 from k5cache.config import CacheConfig
 from k5cache.folder import find_items
-from k5cache.images import Skipped, UnreadableImage, hash_content, image_size, load_many, load_pixels
+from k5cache.images import hash_content, image_size, load_many, load_pixels
+from k5cache.items import Skipped, UnreadableImage
 
 CONFIG = CacheConfig()
 

@@ -11,8 +11,8 @@ from hashlib import sha256
 import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
-from k5cache.images import Skipped, SourceItem, UnreadableImage
-from k5cache.plan import STAT_COLUMNS, Plan, is_unchanged, latent_key, make_plan, text_key
+from k5cache.items import Skipped, SourceItem, UnreadableImage
+from k5cache.plan import Plan, latent_key, make_plan, text_key
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
 TABLE = bucket_table(1024, "native")
@@ -294,28 +294,6 @@ def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
     started = time.process_time()
     assert summary(folder.plan()) == {}
     assert time.process_time() - started < 0.9  # 0.2 s measured
-
-
-def test_an_unchanged_folder_is_known_from_a_few_columns_and_any_change_is_seen(three):
-    columns = {
-        name: [getattr(row, name) for row in three.known.values()]
-        for name in STAT_COLUMNS
-    }
-
-    def items() -> list[SourceItem]:
-        return [SourceItem(p, len(c), three.touched[p], 7, captions) for p, (c, _, captions) in three.images.items()]
-
-    assert is_unchanged(items(), columns)
-    for change in (
-        lambda: three.images.pop("cat.jpg"),
-        lambda: three.put("fox.jpg", "fox"),
-        lambda: three.touched.update({"dog.jpg": 99}),
-        lambda: three.images.update({"dog.jpg": ("dog", (2000, 2000), ("a dog", "a hound"))}),
-    ):
-        images, touched = dict(three.images), dict(three.touched)
-        change()
-        assert not is_unchanged(items(), columns)
-        three.images, three.touched = images, touched
 
 
 def test_planning_needs_no_torch():

@@ -12,6 +12,7 @@ from typing import Any
 
 from k5cache.errors import CacheCorrupt, CacheError
 
+FOLDERS = ("latents", "masks", "text")
 TEMPORARY = ".tmp-"
 
 
@@ -107,7 +108,7 @@ def sync_folder(folder: Path) -> None:
 def remove_leftovers(root: Path) -> list[str]:
     """Delete temporary files that a killed writer left; call it with the lock held. Returns their names."""
     removed = []
-    for folder in (root, root / "latents", root / "masks", root / "text"):
+    for folder in (root, *(root / name for name in FOLDERS)):
         if folder.is_dir() and not folder.is_symlink():
             for path in folder.glob(f"{TEMPORARY}*"):
                 with suppress(FileNotFoundError):

@@ -51,7 +51,7 @@ def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None =
     known: set[str] = set()
     if previous:
         file = tables.open_table(root, previous, SCHEMA)
-        names = _file_names(root, previous, file.schema_arrow)
+        names = file_names(root, previous, file.schema_arrow)
         known = numbers.keys() & set(names)
         renumbered = pa.array([numbers.get(name) for name in names], pa.int32())
         old = tables.read_table(file)
@@ -92,7 +92,7 @@ class Locations:
     def _table(self) -> _Columns:
         """Decoded on the first look-up: 0.4 s for 2 million rows."""
         if self._info and self._file:
-            table, names = tables.read_table(self._file), _file_names(self._root, self._info, self._file.schema_arrow)
+            table, names = tables.read_table(self._file), file_names(self._root, self._info, self._file.schema_arrow)
         else:
             table, names = locate(self._root, self._infos), [shard.file for shard in self._infos]
         by_name = {shard.file: shard for shard in self._infos}
@@ -140,7 +140,7 @@ def _rows_of(shard: Shard, number: int) -> pa.Table:
     return pa.Table.from_pydict({name: pa.array(v, SCHEMA.field(name).type) for name, v in columns.items()}, SCHEMA)
 
 
-def _file_names(root: Path, info: IndexInfo, schema: pa.Schema) -> list[str]:
+def file_names(root: Path, info: IndexInfo, schema: pa.Schema) -> list[str]:
     """The shard names that the numbers in the ``shard`` column stand for."""
     try:
         names = json.loads((schema.metadata or {})[FILES_KEY])

@@ -31,6 +31,7 @@ _SHARD_FILE = re.compile(
     r"((latents|masks)/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII
 )
 _INDEX_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
+_SOURCE = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -76,6 +77,8 @@ class Manifest:
     """Raw prompt -> text key; the empty prompt is always there once encoded."""
     created_by: dict[str, str] = field(default_factory=dict)
     """Package -> version."""
+    source: str = ""
+    """The encoder's note of the source it saw: paths, stats and captions in one hash. Readers have no use for it."""
     format: int = FORMAT
 
 
@@ -112,6 +115,17 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     for path in root.iterdir():
         if _INDEX_FILE.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
+
+
+def require_files(root: Path, manifest: Manifest) -> None:
+    """Whether every file the manifest names is there and has its size: 20 us a file, no byte is read.
+
+    Raises:
+        CacheCorrupt: names the first that is not.
+    """
+    for info in (*manifest.shards, manifest.index, manifest.locations):
+        if info:
+            os.close(files.open_inside(root, info.file, info.num_bytes))
 
 
 @contextmanager
@@ -214,6 +228,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         locations=_table(document.get("locations"), "locations-"),
         prompts=_strings(document, "prompts"),
         created_by=_strings(document, "created_by"),
+        source=_match({"source": "", **document}, "source", _SOURCE),
     )
 
 

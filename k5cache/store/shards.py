@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -321,16 +321,24 @@ def read_keys(root: Path, shard: ShardInfo) -> list[str]:
     return Shard(root, shard).keys
 
 
-def verify_shard(root: Path, info: ShardInfo) -> list[str]:
-    """Read the whole shard; what is wrong with it, one sentence each, none when it is as written."""
+def verify_shard(
+    root: Path, info: ShardInfo, visit: Callable[[int, StoredRow], Iterable[str]] | None = None
+) -> list[str]:
+    """Read the whole shard; what is wrong with it, one sentence each, none when it is as written.
+
+    Args:
+        visit: called with each row that is as written; what it says is added to the problems.
+    """
     problems = []
     try:
         shard = Shard(root, info)
         for row, key in enumerate(shard.keys):
             try:
-                shard.read(row, key)
+                stored = shard.read(row, key)
             except CacheCorrupt as error:
                 problems.append(error.problem)
+            else:
+                problems.extend(f"{shard.path}, row {row}: {said}" for said in (visit(row, stored) if visit else ()))
         fd = files.open_inside(root, info.file, info.num_bytes)
         try:
             if files.sha256_of(fd) != info.sha256:

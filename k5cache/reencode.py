@@ -1,0 +1,179 @@
+"""Do the encoders still give what the cache holds? A few random rows, encoded again and compared bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+from k5cache import images, items, plan, sources, stale
+from k5cache.buckets import Bucket, Geometry
+from k5cache.commit import Committer
+from k5cache.config import CacheConfig, ModelConfig
+from k5cache.device import pick_device
+from k5cache.encode import build_recipe
+from k5cache.errors import CacheError, CacheStale
+from k5cache.hub import ENCODER_PARTS, model_folder
+from k5cache.passes import Job, encode_latents, encode_texts
+from k5cache.store.index import IndexRow
+from k5cache.store.manifest import ShardKind
+from k5cache.store.reader import Cache
+from k5cache.store.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = {"text": 0.02, "latents": 0.002}
+"""Largest error, as a part of the row's norm, that another machine or library version may cause. Texts are bfloat16
+through 28 layers (8 bits of mantissa: 0.4 % a rounding), latents float16 from a float32 VAE (11 bits: 0.05 %)."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row that was encoded again."""
+
+    kind: str
+    name: str
+    """Path of the image, or the caption."""
+    is_exact: bool
+    error: float
+    """Norm of the difference over the norm of the stored row, the largest of the row's tensors."""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the difference is larger than another machine explains."""
+        return not self.error <= TOLERANCE[self.kind]
+
+
+@dataclass(frozen=True)
+class Reencoded:
+    """The rows that were encoded again, and images that could not be."""
+
+    compared: tuple[Compared, ...]
+    not_compared: tuple[str, ...]
+    """``path: why``: the image has changed since, or is not there. Not a fault of the cache."""
+
+
+class Collector(Committer):
+    """Takes rows as a ``Committer`` does, and keeps them in memory."""
+
+    def __init__(self, root: Path, cache: Cache) -> None:
+        super().__init__(root, cache.manifest, 0)
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def shards(
+        self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
+    ) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Yield ``append``; nothing is written."""
+        yield lambda row: self.rows.update({row["key"]: row})
+
+
+def reencode(
+    cache: Cache, count: int, source: Path | None, model: ModelConfig, device: str, bars: Progress, seed: int = 0
+) -> Reencoded:
+    """Encode ``count`` random captions and, where ``source`` is given, ``count`` random images again and compare.
+
+    Args:
+        source: where the images are.
+        model: the encoders; their weights must be those of the cache.
+
+    Raises:
+        CacheStale: they are not.
+    """
+    folder = model_folder(model, ENCODER_PARTS)
+    recipe = cache.manifest.recipe
+    config = config_of(recipe)
+    found = stale.differences(recipe, build_recipe(model, config, folder), ("text", "latents"))
+    if found:
+        raise CacheStale(
+            f"{cache.root} was not encoded by {model.source}: {'; '.join(map(str, found))}",
+            "Name the model that made it with --model DIR",
+        )
+    chance = random.Random(seed)
+    keys = chance.sample(sorted(cache.text_lengths()), min(count, len(cache.text_lengths())))
+    texts = {key: cache.text(key) for key in keys}
+    numbers = chance.sample(range(len(cache)), min(count, len(cache))) if source else []
+    rows = {row.latent_key: row for row in map(cache.row, numbers)}
+    job, not_compared = _job(cache, config, folder, recipe, source, pick_device(device), bars), list[str]()
+    again = Collector(cache.root, cache)
+    encode_texts(job, again, [plan.TextJob(key, text.caption) for key, text in texts.items()])
+    jobs = []
+    for key, row in rows.items():
+        reason = _changed(job, row)
+        if reason:
+            not_compared.append(f"{row.path}: {reason}")
+        else:
+            jobs.append(plan.LatentJob(key, row.path, geometry_of(row)))
+    failed = encode_latents(job, again, jobs)
+    not_compared += [f"{rows[key].path}: {reason}" for key, reason in failed.items()]
+    compared = [
+        _compare("text", text.caption, {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}, again.rows[key])
+        for key, text in texts.items()
+    ]
+    compared += [
+        _compare("latents", rows[one.key].path, cache.latents(one.key), again.rows[one.key])
+        for one in jobs
+        if one.key not in failed
+    ]
+    return Reencoded(tuple(compared), tuple(not_compared))
+
+
+def config_of(recipe: dict[str, Any]) -> CacheConfig:
+    """The options that a recipe was built from.
+
+    Raises:
+        CacheError: the recipe is not one that this version writes.
+    """
+    tables = [recipe.get(name) for name in stale.TABLES]
+    known = {f.name for f in fields(CacheConfig)}
+    try:
+        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in known}
+        return CacheConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"The recipe in the manifest is not complete: {error}", "Encode again") from None
+
+
+def geometry_of(row: IndexRow) -> Geometry:
+    """The crop of an index row."""
+    return Geometry(
+        width=row.width, height=row.height, bucket=Bucket(row.bucket_width, row.bucket_height),
+        resized_width=row.resized_width, resized_height=row.resized_height,
+        left=row.left, top=row.top, flipped=row.flipped,
+    )  # fmt: skip
+
+
+def _job(
+    cache: Cache, config: CacheConfig, folder: Path, recipe: dict[str, Any], source: Path | None, device: str,
+    bars: Progress,
+) -> Job:  # fmt: skip
+    read = sources.find(source, config).read if source else Path
+    return Job(read, cache.root, folder, recipe, config, device, bars)
+
+
+def _changed(job: Job, row: IndexRow) -> str:
+    try:
+        same = images.hash_content(job.read(row.path)) == row.content_hash
+    except items.UnreadableImage as error:
+        return error.reason
+    return "" if same else "has changed since it was encoded"
+
+
+def _compare(kind: str, name: str, stored: dict[str, torch.Tensor], again: dict[str, Any]) -> Compared:
+    import torch
+
+    errors = []
+    for tensor_name, tensor in stored.items():
+        other = again[tensor_name]
+        if other.shape != tensor.shape:
+            errors.append(float("inf"))
+        else:
+            norm = tensor.float().norm().item() or 1.0
+            errors.append((other.float() - tensor.float()).norm().item() / norm)
+    exact = all(torch.equal(tensor, again[n]) and tensor.dtype == again[n].dtype for n, tensor in stored.items())
+    return Compared(kind, name, exact, max(errors))

@@ -1,0 +1,122 @@
+"""The work of one encode: plan, then CLIP, Qwen and the VAE one after another, each freed before the next.
+
+Commit order: a shard is whole on disk before the manifest names it, and the index is written last, together with the
+recipe that its rows were made by. A crash at any instant loses at most the shard in flight; the next run finds what
+the manifest names and goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.progress import Progress
+
+from k5cache import images, items, masks, plan, stale
+from k5cache.commit import Committer, drop_damaged
+from k5cache.device import pick_device
+from k5cache.encode import Asked, EncodeOptions, EncodeReport, digest, is_clean_as_before, versions
+from k5cache.errors import DatasetError
+from k5cache.passes import Job, encode_latents, encode_texts
+from k5cache.store.index import index_rows, read_index
+from k5cache.store.manifest import require_files
+
+
+def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | None) -> plan.Plan:
+    """What is new, changed and gone. Images are read where their stat is not the one in the index."""
+    from k5cache.encoders.pipeline import clean
+
+    manifest = asked.manifest
+    known = index_rows(read_index(asked.root, manifest.index)) if manifest.index else []
+    task = bars.add_task("reading image headers", total=len(asked.found.items), unit="image", note="") if bars else None
+
+    def probe(item: items.SourceItem) -> tuple[str, int, int]:
+        try:
+            content = asked.found.read(item.path)
+            return (images.hash_content(content), *images.image_size(content))
+        finally:
+            if bars and task is not None:
+                bars.advance(task)
+
+    def probe_mask(item: items.SourceItem, width: int, height: int) -> str:
+        return masks.check(asked.found.read, item, width, height)
+
+    texts_differ = any(d.table == "text" for d in asked.differences)
+    made = plan.make_plan(
+        asked.found.items,
+        asked.found.skipped,
+        known,
+        commit.keys("latents"),
+        commit.keys("text"),
+        asked.prompts,
+        asked.config.framing,
+        asked.recipe["latents"],
+        asked.recipe["text"],
+        clean,
+        probe,
+        rehash=rehash,
+        stored_masks=commit.keys("masks"),
+        probe_mask=probe_mask,
+        known_prompts=manifest.prompts if not texts_differ and is_clean_as_before(asked) else None,
+    )
+    if bars and task is not None:
+        bars.remove_task(task)
+    return made
+
+
+def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> EncodeReport:
+    """Encode what is new or changed and commit it; the lock is held. Raises as ``encode``."""
+    if asked.differences and not options.update:  # another process has changed it while we waited
+        raise stale.refuse(asked.root, asked.differences, f"k5cache encode {asked.source} -o {asked.root}")
+    manifest, repaired = drop_damaged(asked.root, asked.manifest) if options.repair else (asked.manifest, ())
+    require_files(asked.root, manifest)
+    asked = replace(asked, manifest=manifest)
+    commit = Committer(asked.root, manifest, asked.config.shard_mb * 2**20)
+    made = make_plan(asked, commit, options.rehash, bars)
+    if not made.rows:
+        raise _nothing_readable(asked, made.skipped)
+    truncated: tuple[tuple[str, int], ...] = ()
+    failed: dict[str, str] = {}
+    if made.mask_jobs:
+        failed |= masks.encode_masks(asked.found.read, commit, made.mask_jobs)
+    if made.text_jobs or made.latent_jobs:
+        device = pick_device(options.device)
+        job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars)
+        truncated = encode_texts(job, commit, made.text_jobs)
+        failed |= encode_latents(job, commit, made.latent_jobs)
+    rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
+    lost = {
+        row.path: failed.get(row.latent_key) or failed[row.mask_key or ""]
+        for row in made.rows
+        if failed.keys() & {row.latent_key, row.mask_key}
+    }
+    unreadable = tuple(items.Skipped(path, reason) for path, reason in lost.items())
+    if not rows:
+        raise _nothing_readable(asked, unreadable)
+    # A source with images that cannot be used is looked at again next time: they are reported until they are mended.
+    is_usable = not unreadable and len(made.skipped) == len(asked.found.skipped)
+    source = digest(asked.found) if is_usable else ""
+    is_written = commit.index(rows, made.prompts, asked.recipe, versions(), source)
+    return EncodeReport(
+        num_items=len(rows),
+        num_latents=sum(job.key not in failed for job in made.latent_jobs),
+        num_texts=len(made.text_jobs),
+        reused_latents=made.num_reused_latents,
+        reused_texts=made.num_reused_texts,
+        added=tuple(path for path in made.added if path not in lost),
+        changed=tuple(path for path in made.changed if path not in lost),
+        removed=made.removed,
+        renamed=made.renamed,
+        skipped=(*made.skipped, *unreadable),
+        truncated=truncated,
+        upscaled=made.upscaled,
+        repaired=repaired,
+        num_buckets=len({(r.bucket_width, r.bucket_height) for r in rows}),
+        num_bytes=sum(s.num_bytes for s in commit.manifest.shards),
+        is_unchanged=not is_written,
+    )
+
+
+def _nothing_readable(asked: Asked, skipped: Sequence[items.Skipped]) -> DatasetError:
+    reasons = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
+    return DatasetError(f"No image in {asked.source} could be read ({reasons})", "Replace these files and encode again")
