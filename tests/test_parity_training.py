@@ -20,8 +20,8 @@ from k5train.base.forward import predict_velocity
 from k5train.base.quantize import load_transformer
 from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
 from k5train.data import Batch, Loader, prefetch
-from k5train.step import accumulate, update
 from k5train.optim import learning_rate, make_optimizer
+from k5train.step import accumulate, update
 from tests.parity import as_the_pipeline_calls_it, reference_transformer
 
 RANK, ALPHA, LR, WARMUP, BETAS, DECAY, CLIP = 4, 8.0, 1e-3, 10, (0.9, 0.95), 0.01, 0.05
