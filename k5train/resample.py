@@ -14,7 +14,7 @@ from k5train import lora, sample
 from k5train.base.quantize import load_transformer
 from k5train.checkpoint import Run, write_whole
 from k5train.config import TrainConfig
-from k5train.loop import DTYPES, pick_device
+from k5train.setup import DTYPES, pick_device
 
 
 def resample(

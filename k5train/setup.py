@@ -1,0 +1,57 @@
+"""What a run starts from: the device, and a cache that fits the transformer, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from k5cache import console
+from k5cache.errors import CacheStale, RunError
+from k5cache.hub import read_config, weight_files
+
+if TYPE_CHECKING:
+    from k5cache.store.reader import Cache
+
+LARGE = 4 * 2**30  # bytes of bf16 weights from which a CPU is no place to train
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def pick_device(name: str, folder: Path) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        RunError: a GPU is asked for and there is none, or a full-size model would land on the CPU unasked.
+    """
+    if torch.cuda.is_available() and name != "cpu":
+        return torch.device("cuda")
+    if name == "cuda":
+        raise RunError(
+            f"train.device is cuda and torch {torch.__version__} sees no GPU", "Install torch for CUDA, or use cpu"
+        )
+    num_bytes = sum(f.stat().st_size for f in weight_files(folder, "transformer"))
+    if name == "auto" and num_bytes > LARGE:
+        raise RunError(
+            f"There is no GPU that torch {torch.__version__} sees, and the transformer has "
+            f"{console.human_bytes(num_bytes)} of weights: one step on a CPU would take minutes",
+            "Run on a machine with a GPU and torch for CUDA; --set train.device=cpu trains on the CPU all the same",
+        )
+    return torch.device("cpu")
+
+
+def check_fit(cache: Cache, folder: Path) -> None:
+    """Refuse a cache whose tensors this transformer cannot take, before anything is loaded.
+
+    Raises:
+        CacheStale: widths differ: the cache was made by another family of encoders.
+    """
+    wanted = read_config(folder, "transformer")
+    text = cache.prompt("")
+    found = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
+    for name, width in found.items():
+        if width != wanted[name]:
+            raise CacheStale(
+                f"{cache.root} holds text embeddings {width} wide, the transformer in {folder} takes {wanted[name]}",
+                "Encode with the same model: k5cache encode SOURCE -o OTHER --model DIR",
+            )
