@@ -11,9 +11,12 @@ Captions = tuple[str, ...] | str
 """One or more captions; or, as a string, the reason why there is none."""
 
 
+_NEWLINES = re.compile(r"[\r\n]+")
+
+
 def from_lines(text: str) -> Captions:
     """One caption a line; blank lines count for nothing."""
-    return tuple(line for line in map(str.strip, re.split(r"[\r\n]+", text)) if line) or "empty caption"
+    return tuple(line for line in map(str.strip, _NEWLINES.split(text)) if line) or "empty caption"
 
 
 def from_file_name(name: str) -> Captions:

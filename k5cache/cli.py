@@ -25,6 +25,10 @@ Model = Annotated[str | None, typer.Option("--model", help="A folder in the diff
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Source = Annotated[
+    Path,
+    typer.Argument(help="A folder of images with .txt captions; or a table, tars, or a dataset's name (see options)."),
+]
 CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
 
 
@@ -35,7 +39,7 @@ def _root() -> None:
 
 @app.command()
 def encode(
-    source: Annotated[Path, typer.Argument(help="A folder of images with .txt captions beside them.")],
+    source: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")] = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -51,14 +55,20 @@ def encode(
     wait: Annotated[float, typer.Option(help="Seconds to wait for another encode of this cache.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Encode a folder of images and captions into a cache, or bring one up to date."""
+    """Encode images and captions into a cache, or bring one up to date.
+
+    SOURCE is a folder of images with captions beside them; a .csv, .jsonl, .parquet or .tar, or a pattern of them
+    ("cats-*.tar"); a folder of such files; or a dataset of the hub (owner/name). A greyscale cat.mask.png
+    beside cat.jpg is its mask. Captions, crops, flips and size guards are options of [cache]: see `k5cache options`.
+    """
     from k5cache.device import check_name
     from k5cache.encode import EncodeOptions
     from k5cache.encode import encode as run
     from k5cache.info import print_report
+    from k5cache.sources import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
-    root = out or Path("cache") / source.resolve().name
+    root = out or Path("cache") / default_name(source)
     chosen = EncodeOptions(update, rehash, repair, wait, check_name(device))
     with console.progress() as bars:
         report = run(source, root, model_config, cache_config, prompts, bars, chosen)
