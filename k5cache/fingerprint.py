@@ -26,8 +26,8 @@ _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_clas
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """Where one tensor lies: its bytes are ``[start, start + num_bytes)`` of ``path``."""
+class StoredTensor:
+    """Where a safetensors file has one tensor: its bytes are ``[start, start + num_bytes)`` of ``path``."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ def fingerprint(folder: Path, part: str) -> str:
         for path in _tokenizer_files(folder / part):
             _feed(digest, path.name.encode(), path.read_bytes())
     elif part != "scheduler":
-        tensors = sorted((t for path in weight_files(folder, part) for t in _read_header(path)), key=lambda t: t.name)
+        tensors = sorted((t for path in weight_files(folder, part) for t in read_header(path)), key=lambda t: t.name)
         for tensor, sampled in zip(tensors, _sample(tensors), strict=True):
             _feed(digest, json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode(), sampled)
     return digest.hexdigest()[:32]
@@ -93,7 +93,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in (*_TOKENIZER_FILES, *slow) if (folder / name).is_file()]
 
 
-def _read_header(path: Path) -> list[_Tensor]:
+def read_header(path: Path) -> list[StoredTensor]:
     """Every tensor of a safetensors file: 8 bytes of length, that much JSON, then the data.
 
     Raises:
@@ -106,7 +106,7 @@ def _read_header(path: Path) -> list[_Tensor]:
             header = json.loads(file.read(min(length, size)))
         header.pop("__metadata__", None)
         tensors = [
-            _Tensor(name, t["dtype"], tuple(t["shape"]), path, 8 + length + t["data_offsets"][0],
+            StoredTensor(name, t["dtype"], tuple(t["shape"]), path, 8 + length + t["data_offsets"][0],
                     t["data_offsets"][1] - t["data_offsets"][0])
             for name, t in header.items()
         ]  # fmt: skip
@@ -118,12 +118,12 @@ def _read_header(path: Path) -> list[_Tensor]:
     return tensors
 
 
-def _sample(tensors: list[_Tensor]) -> list[bytes]:
+def _sample(tensors: list[StoredTensor]) -> list[bytes]:
     """The sampled bytes of each tensor, or for a small part the sha256 of all of them."""
     whole = sum(t.num_bytes for t in tensors) < WHOLE_BELOW
     files = {path: os.open(path, os.O_RDONLY) for path in {t.path for t in tensors}}
 
-    def read(tensor: _Tensor) -> bytes:
+    def read(tensor: StoredTensor) -> bytes:
         descriptor, size = files[tensor.path], tensor.num_bytes
         if whole:
             return hashlib.sha256(os.pread(descriptor, size, tensor.start)).digest()
