@@ -5,19 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, TreadConfig
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """``[[train.lora.ranks]]``: another rank for some modules."""
+
+    target: str
+    """A preset or pattern, as in ``targets``; where several match a module, the last one counts."""
+    rank: int
+    """Rank of the modules that it matches."""
+
+    def check(self) -> list[str]:
+        """What is out of range."""
+        return [] if self.rank >= 1 else [f"rank must be at least 1, found {self.rank}"]
+
 
 @dataclass(frozen=True)
 class LoraConfig:
     """``[train.lora]``: the adapter."""
 
+    algo: Literal["lora", "rslora", "dora", "lokr"] = "lora"
+    """``rslora``: scaled by alpha / sqrt(rank), for high ranks. ``dora``: a trained magnitude for each output, only on
+    ``base_model_precision = "no_change"``. ``lokr``: Kronecker products, small files; diffusers loads them by
+    ``pipe.transformer.load_lora_adapter(FILE, prefix="transformer")``, not by ``pipe.load_lora_weights``."""
     rank: int = 32
     """Rank of each pair of matrices."""
+    ranks: tuple[RankConfig, ...] = ()
+    """``[[train.lora.ranks]]`` entries, each ``target`` and ``rank``: another rank for the modules that match."""
     alpha: float | None = None
     """Strength: the adapter is scaled by alpha / rank. None: alpha = rank, as the official trainer does."""
     dropout: float = 0.0
     """Share of the adapter's inputs dropped in training."""
     targets: tuple[str, ...] = ("official",)
     """Presets (``official``, ``attention``, ``qkv``) or patterns of module names; a pattern must match something."""
+    init_lora: str | None = None
+    """Start from this .safetensors file: one of ours, diffusers', peft's, ComfyUI's or kohya's keys. Its rank may be
+    smaller than ``rank``."""
+    init_lora_weights: str = "default"
+    """Stays ``default``, peft's start. PiSSA and its like are refused, with the reason."""
+    decompose_factor: int = -1
+    """Of ``lokr``: how large the first factor may be. -1: as near to square as it goes, the smallest file."""
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -28,25 +57,54 @@ class LoraConfig:
             problems.append(f"dropout must be in [0, 1), found {self.dropout}")
         if not self.targets:
             problems.append("targets must name at least one preset or pattern")
+        if self.init_lora_weights != "default":
+            problems.append(
+                "init_lora_weights must be 'default': PiSSA, OLoRA, CorDA and EVA move part of the base's weights into"
+                " the adapter, and the base here is frozen, int8 and shared by every run; a LoRA made so would need"
+                f" that same changed base to be loaded, found {self.init_lora_weights!r}"
+            )
+        if self.algo == "lokr" and (self.ranks or self.dropout or self.init_lora or self.alpha is not None):
+            problems.append("algo 'lokr' takes rank and targets only: ranks, alpha, dropout and init_lora are for LoRA")
+        if self.algo == "dora" and self.init_lora:
+            problems.append("init_lora must be a plain LoRA's start: algo 'dora' has magnitudes besides")
         return problems
+
+
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "came", "muon"]
+ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex"]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """``[train.optim]``: AdamW and its learning rate. Defaults are the official trainer's."""
+    """``[train.optim]``: the optimizer and its learning rate. Defaults are the official trainer's."""
 
+    optimizer: OptimizerName = "adamw"
+    """``adafactor``, ``muon`` and ``adamw`` are torch's. ``adamw8bit``, ``prodigy``, ``lion``, ``schedulefree`` (AdamW)
+    and ``came`` need an extra: pip install "kandinsky5-lora[prodigy]". Prodigy finds its own rate: lr = 1.0."""
     lr: float = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging of gradient and of its square."""
+    """Averaging of gradient and of its square. ``adafactor`` has none, ``muon`` uses the first, ``came`` a third of its
+    own."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """What keeps AdamW's division finite; for AdamW's kin (8-bit, Prodigy, schedule-free) too."""
+    lr_scheduler: ScheduleName = "constant"
+    """How the learning rate goes on after warm-up, until the last step."""
+    lr_num_cycles: int = 1
+    """Of ``cosine_with_restarts``: how many times it falls."""
+    lr_power: float = 1.0
+    """Of ``polynomial``: 1 is a straight line, 2 a parabola."""
+    lr_end: float = 0.0
+    """Where ``linear``, ``polynomial``, ``cosine``, ``cosine_with_restarts`` and ``rex`` end, as a share of ``lr``."""
     warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises from 0 to ``lr``."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm. 0: never."""
+    ema_decay: float = 0.0
+    """Also keep an average of the adapter, each step this share old: 0.99 to 0.9999. 0: none. It is saved beside the
+    LoRA, as ``-ema``, and drawn as a row of its own."""
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -55,6 +113,16 @@ class OptimConfig:
             problems.append(f"lr must be above 0, found {self.lr}")
         if self.warmup_steps < 0:
             problems.append(f"warmup_steps must be 0 or more, found {self.warmup_steps}")
+        if self.lr_num_cycles < 1:
+            problems.append(f"lr_num_cycles must be at least 1, found {self.lr_num_cycles}")
+        if self.lr_power <= 0:
+            problems.append(f"lr_power must be above 0, found {self.lr_power}")
+        if not 0 <= self.lr_end <= 1:
+            problems.append(f"lr_end must be 0 to 1, found {self.lr_end}")
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay must be at least 0 and below 1, found {self.ema_decay}")
+        if self.optimizer == "schedulefree" and (self.lr_scheduler != "constant" or self.ema_decay):
+            problems.append("optimizer 'schedulefree' averages by itself: lr_scheduler must be constant, ema_decay 0")
         return problems
 
 
@@ -109,14 +177,22 @@ class TrainConfig:
     """Folder under ``runs/``. None: the cache's name."""
     steps: int = 1000
     """Optimizer updates."""
+    epochs: int | None = None
+    """Passes over the data, in place of ``steps``."""
+    max_hours: float | None = None
+    """End after the step at which this much time has passed, as if it were the last."""
     batch_size: int = 1
-    """Rows of one forward pass. Its captions have one length and its images one bucket."""
+    """Rows of a micro-batch. They share a bucket; ``unequal_captions`` says what becomes of their captions."""
+    unequal_captions: Literal["split", "mask"] = "split"
+    """Captions of different lengths in a batch. ``split``: one forward pass a length. ``mask``: one for all, padded."""
     gradient_accumulation_steps: int = 1
     """Forward passes of one optimizer update."""
     repeats: int = 1
     """How often each image counts in one epoch."""
     caption_dropout_probability: float = 0.1
     """Share of rows trained with the empty prompt, so that guidance keeps working."""
+    caption_choice: Literal["random", "first"] = "random"
+    """Which of an image's captions a step trains on."""
     base_model_precision: Literal["int8-quanto", "no_change"] = "int8-quanto"
     """The frozen transformer: int8 weights by quanto's ``qint8`` scheme, or bf16 as it came."""
     mixed_precision: Literal["bf16", "fp32"] = "bf16"
@@ -129,8 +205,14 @@ class TrainConfig:
     """Optimizer steps between saved LoRAs. 0: only the last."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
+    data: tuple[DataConfig, ...] = ()
+    """``[[train.data]]`` entries in place of CACHE arguments, each ``cache``, ``weight`` (share of the rows),
+    ``repeats`` and ``is_regularisation_data`` (weighed by ``objective.prior_loss_weight``)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    tread: TreadConfig = field(default_factory=TreadConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -150,4 +232,17 @@ class TrainConfig:
             problems.append(f"caption_dropout_probability must be 0 to 1, found {self.caption_dropout_probability}")
         if self.flow_schedule_shift <= 0:
             problems.append(f"flow_schedule_shift must be above 0, found {self.flow_schedule_shift}")
+        if self.flow_schedule_shift != 1 and self.objective.flow_schedule_auto_shift:
+            problems.append("flow_schedule_shift must be 1 where objective.flow_schedule_auto_shift finds the shift")
+        if self.epochs is not None and self.epochs < 1:
+            problems.append(f"epochs must be at least 1, found {self.epochs}")
+        if self.max_hours is not None and self.max_hours <= 0:
+            problems.append(f"max_hours must be above 0, found {self.max_hours}")
+        if len({entry.weight is None for entry in self.data}) > 1:
+            problems.append("data has entries with a weight and entries without: give one to all, or to none")
+        if self.lora.algo == "dora" and self.base_model_precision != "no_change":
+            problems.append(
+                "lora.algo is dora: it needs the norm of every weight, which peft reads off the raw int8 numbers as if"
+                ' they had no scale; set base_model_precision = "no_change"'
+            )
         return problems
