@@ -156,6 +156,16 @@ class ValidationConfig:
     """Noise of the samples: the same for every checkpoint, so that rows can be compared."""
     before: bool = True
     """Also draw the base model's pictures before the first step."""
+    prompt_library: str | None = None
+    """A JSON file of further prompts, a list or an object of names to prompts. The run's recipe then holds them all."""
+    split: float = 0.0
+    """Share of the cache's rows that are held out of training, to measure the loss on. 0: none."""
+    held_out_every: int = 100
+    """Optimizer steps between measurements of the held-out loss. 0: only before and after."""
+    held_out_sigmas: int = 4
+    """Noise levels at which each held-out row is measured, one in each equal part of 0 to 1."""
+    patience: int = 0
+    """End once the held-out loss has not fallen for this many measurements. 0: never."""
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -166,7 +176,28 @@ class ValidationConfig:
         ]
         if self.num_inference_steps < 1:
             problems.append(f"num_inference_steps must be at least 1, found {self.num_inference_steps}")
+        if not 0 <= self.split <= 0.5:
+            problems.append(f"split must be 0 to 0.5, found {self.split}")
+        if self.held_out_sigmas < 1:
+            problems.append(f"held_out_sigmas must be at least 1, found {self.held_out_sigmas}")
+        if self.patience and not self.split:
+            problems.append("patience needs rows to measure on: set split, for example split = 0.1")
+        problems += [f"{name} must be 0 or more, found {value}" for name, value in
+                     (("every", self.every), ("held_out_every", self.held_out_every), ("patience", self.patience))
+                     if value < 0]  # fmt: skip
         return problems
+
+
+@dataclass(frozen=True)
+class TrackersConfig:
+    """``[train.trackers]``: where a run is also shown. ``metrics.jsonl`` is always written."""
+
+    use: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Each is an extra: pip install "kandinsky5-lora[tensorboard]"."""
+    project: str = "kandinsky5-lora"
+    """Name under which wandb and trackio group runs."""
+    offline: bool = False
+    """wandb writes only into the run's folder; `wandb sync` sends it later. TensorBoard and trackio are always local."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +233,12 @@ class TrainConfig:
     seed: int = 42
     """Order, noise, sigma and dropout are functions of this and the step."""
     checkpoint_every: int = 250
-    """Optimizer steps between saved LoRAs. 0: only the last."""
+    """Optimizer steps between saved LoRAs, each with all that `k5train resume` needs. 0: only the last."""
+    checkpoints_total_limit: int | None = None
+    """How many of these LoRAs are kept, the newest; the best is kept besides. None: all. The state to resume from is
+    always one."""
+    loss_limit: float = 20.0
+    """A loss above this ends the run before its update: predicting nothing at all gives about 2. 0: no limit."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     data: tuple[DataConfig, ...] = ()
@@ -215,6 +251,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -236,6 +273,12 @@ class TrainConfig:
             problems.append("flow_schedule_shift must be 1 where objective.flow_schedule_auto_shift finds the shift")
         if self.epochs is not None and self.epochs < 1:
             problems.append(f"epochs must be at least 1, found {self.epochs}")
+        if self.checkpoint_every < 0:
+            problems.append(f"checkpoint_every must be 0 or more, found {self.checkpoint_every}")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            problems.append(f"checkpoints_total_limit must be at least 1, found {self.checkpoints_total_limit}")
+        if self.loss_limit < 0:
+            problems.append(f"loss_limit must be 0 or more, found {self.loss_limit}")
         if self.max_hours is not None and self.max_hours <= 0:
             problems.append(f"max_hours must be above 0, found {self.max_hours}")
         if len({entry.weight is None for entry in self.data}) > 1:
