@@ -148,36 +148,42 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
     """One picture of labelled rows (the checkpoints) and columns (the prompts).
 
     Args:
-        rows: label and pictures; every row has ``len(columns)`` pictures.
+        rows: label and pictures; every row has ``len(columns)`` pictures. They are shown at most 512 pixels large, and
+            toy pictures enlarged; the files beside the grid keep their size.
         columns: what each column shows, wrapped above it.
     """
-    cell_width = max(max(p.width for _, pictures in rows for p in pictures), 160)
-    cell_height = max(p.height for _, pictures in rows for p in pictures)
-    scale = max(1, 192 // cell_height) if cell_height < 192 else 1  # toy pictures are shown larger
-    cell_width, cell_height = max(cell_width, cell_height * scale), cell_height * scale
-    font = ImageFont.load_default(14)
-    label_width = 24 + max(int(font.getlength(label)) for label, _ in rows)
+    shown = [(label, [_shown(picture) for picture in pictures]) for label, pictures in rows]
+    cell_width = max(160, *(p.width for _, pictures in shown for p in pictures))
+    cell_height = max(p.height for _, pictures in shown for p in pictures)
+    font = ImageFont.load_default(max(14, cell_width // 28))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow is always built with FreeType in its wheels
+    line, gap = font.size + 4, 6
+    label_width = 24 + max(int(font.getlength(label)) for label, _ in shown)
     headers = [_wrap(text, font, cell_width - 8) for text in columns]
-    header_height = 12 + 18 * max(len(lines) for lines in headers)
-    gap = 6
-    sheet = Image.new("RGB", (label_width + len(columns) * (cell_width + gap),
-                              header_height + len(rows) * (cell_height + gap)), "white")  # fmt: skip
+    header_height = 12 + line * max(len(lines) for lines in headers)
+    size = (label_width + len(columns) * (cell_width + gap), header_height + len(rows) * (cell_height + gap))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(headers):
-        draw.multiline_text(
-            (label_width + column * (cell_width + gap) + 4, 6), "\n".join(lines), "black", font, spacing=4
-        )
-    for row, (label, pictures) in enumerate(rows):
+        left = label_width + column * (cell_width + gap)
+        draw.multiline_text((left, 6), "\n".join(lines), "black", font, spacing=4)
+    for row, (label, pictures) in enumerate(shown):
         top = header_height + row * (cell_height + gap)
-        draw.text((10, top + cell_height // 2 - 8), label, "black", font)
+        draw.text((10, top + cell_height // 2 - line // 2), label, "black", font)
         for column, picture in enumerate(pictures):
-            shown = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-            left = label_width + column * (cell_width + gap) + (cell_width - shown.width) // 2
-            sheet.paste(shown, (left, top))
+            sheet.paste(picture, (label_width + column * (cell_width + gap), top))
     return sheet
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, most: int = 4) -> list[str]:
+def _shown(picture: Image.Image, most: int = 512, least: int = 192) -> Image.Image:
+    side = max(picture.size)
+    if side > most:
+        return picture.resize((picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS)
+    times = max(1, least // side)
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 4) -> list[str]:
     lines = [""]
     for word in (text or "(the empty prompt)").split():
         longer = f"{lines[-1]} {word}".strip()

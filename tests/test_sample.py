@@ -1,0 +1,34 @@
+"""Grids: what a person sees of a run."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from k5train.sample import grid
+
+
+def square(colour: str, side: int = 200) -> Image.Image:
+    return Image.new("RGB", (side, side), colour)
+
+
+def test_a_grid_shows_rows_of_checkpoints_over_columns_of_prompts():
+    rows = [("before", [square("red"), square("lime")]), ("step 5", [square("blue"), square("yellow")])]
+    sheet = grid(rows, ["a cat", "a very long prompt " * 20])
+    centres = [
+        [sheet.getpixel((sheet.width - 306 + 206 * c, sheet.height - 312 + 206 * r)) for c in (0, 1)] for r in (0, 1)
+    ]
+    assert centres == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
+
+
+def test_toy_pictures_are_shown_larger_without_blurring_them():
+    small = square("white", 64)
+    small.putpixel((0, 0), (255, 0, 0))
+    sheet = grid([("x", [small])], ["p"])
+    colours = sheet.getcolors(1 << 16)
+    assert (9, (255, 0, 0)) in colours
+
+
+def test_pictures_of_other_shapes_keep_their_own():
+    sheet = grid([("x", [Image.new("RGB", (300, 100), "red"), Image.new("RGB", (100, 300), "blue")])], ["a", "b"])
+    counts = {colour: count for count, colour in sheet.getcolors(1 << 16)}
+    assert counts[255, 0, 0] == counts[0, 0, 255] == 300 * 100
