@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from k5train import flow
@@ -27,7 +28,7 @@ LOOK_AHEAD = 4  # batches read before they are needed; one is under 10 MB at 102
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch whose captions have one length: one forward pass, no padding, no mask."""
+    """One forward pass: rows whose captions have one length, or padded ones with the lengths they had."""
 
     latents: Tensor
     """``[B, 1, H/8, W/8, 16]`` float32, scaled."""
@@ -39,14 +40,20 @@ class Group:
     """``[B, L, 3584]`` in the dtype of the cache."""
     pooled_projections: Tensor
     """``[B, 768]``."""
+    text_lengths: tuple[int, ...] | None = None
+    """Of each caption, where ``prompt_embeds`` is padded behind it: the forward pass masks the rest. None: all L."""
 
     def to(self, device: torch.device) -> Group:
         """The same group on another device."""
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Group:
         """The same group in page-locked memory, for copies that do not wait."""
-        return replace(self, **{name: value.pin_memory() for name, value in vars(self).items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Group:
+        changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ class Loader:
         """
         rows = self.rows_of(micro)
         drawn = [self._draw(row, micro, place) for place, row in enumerate(rows)]
+        if self.config.unequal_captions == "mask":
+            return Batch(tuple(rows), (pad(drawn),))
         by_length: dict[int, list[Group]] = {}
         for one in drawn:
             by_length.setdefault(one.prompt_embeds.shape[1], []).append(one)
@@ -189,8 +198,22 @@ def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> 
         thread.join()
 
 
-def _cat(members: list[Group]) -> Group:
-    return Group(**{name: torch.cat([vars(m)[name] for m in members]) for name in vars(members[0])})
+def pad(members: Sequence[Group]) -> Group:
+    """Rows of one bucket as one group: captions end in zeros up to the longest, and ``text_lengths`` says where."""
+    lengths = tuple(m.prompt_embeds.shape[1] for m in members for _ in m.sigma)
+    longest = max(lengths)
+    if set(lengths) == {longest}:
+        return _cat(members)
+    padded = [
+        replace(m, prompt_embeds=F.pad(m.prompt_embeds, (0, 0, 0, longest - m.prompt_embeds.shape[1]))) for m in members
+    ]
+    return replace(_cat(padded), text_lengths=lengths)
+
+
+def _cat(members: Sequence[Group]) -> Group:
+    tensors = [name for name, value in vars(members[0]).items() if isinstance(value, Tensor)]
+    together: dict[str, Any] = {name: torch.cat([vars(m)[name] for m in members]) for name in tensors}
+    return Group(**together)
 
 
 def _generator(seed: int, *what: str | int) -> torch.Generator:

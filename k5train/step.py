@@ -16,14 +16,15 @@ from k5train.data import Batch, Group
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity."""
+Predict = Callable[..., Tensor]
+"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``."""
 
 
 def train_step(predict: Predict, group: Group) -> Tensor:
     """The flow-matching loss of one forward pass, a mean over its rows and elements, in float32."""
     noisy = flow.add_noise(group.latents, group.noise, group.sigma)
-    velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections)
+    lengths = {} if group.text_lengths is None else {"text_lengths": group.text_lengths}
+    velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **lengths)
     return flow.flow_loss(velocity, flow.velocity_target(group.latents, group.noise))
 
 

@@ -17,6 +17,8 @@ from diffusers.models.transformers.transformer_kandinsky import fractal_flatten,
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from k5train.base.masked import MaskedTextBlock, MaskedVisualBlock, text_mask
+
 ROPE_SCALE = (1.0, 1.0, 1.0)  # Kandinsky5T2IPipeline; the video models use (1, 2, 2)
 
 BlockPolicy = Callable[..., Tensor]
@@ -44,6 +46,7 @@ def predict_velocity(
     prompt_embeds: Tensor,
     pooled_projections: Tensor,
     *,
+    text_lengths: Sequence[int] | None = None,
     gradient_checkpointing: bool = False,
     block_policies: Sequence[BlockPolicy] | None = None,
 ) -> Tensor:
@@ -54,8 +57,10 @@ def predict_velocity(
         latents: ``[B, 1, H, W, C]`` noisy latents, H and W even (pixels / 8); I2I appends its conditioning channels.
         sigma: ``[B]`` float32 in [0, 1].
         prompt_embeds: ``[B, L, D]``. The transformer has no text mask, so all captions of a batch must have length L
-            by themselves: padding would be attended to.
+            by themselves, or say in ``text_lengths`` how long they are: padding would be attended to.
         pooled_projections: ``[B, 768]``.
+        text_lengths: of each caption; what is behind it in ``prompt_embeds`` is padding and masked out of every
+            attention (``masked.py``). Blocks then run eagerly, without ``block_policies``. None: every caption has L.
         gradient_checkpointing: ``recompute`` every block; otherwise ``keep``.
         block_policies: one for each block, text blocks first, instead of the one for all.
 
@@ -63,10 +68,17 @@ def predict_velocity(
         velocity, ``[B, 1, H, W, 16]`` in the transformer's dtype.
 
     Raises:
-        ValueError: shapes that do not belong together, or positions beyond the RoPE tables.
+        ValueError: shapes that do not belong together, positions beyond the RoPE tables, or policies under a mask.
     """
     _check_shapes(transformer, latents, sigma, prompt_embeds, pooled_projections)
-    text_blocks, visual_blocks = transformer.text_transformer_blocks, transformer.visual_transformer_blocks
+    text_blocks: Sequence[Any] = transformer.text_transformer_blocks
+    visual_blocks: Sequence[Any] = transformer.visual_transformer_blocks
+    if text_lengths is not None and set(text_lengths) != {prompt_embeds.shape[1]}:
+        if len(text_lengths) != len(prompt_embeds) or block_policies is not None:
+            raise ValueError("captions under a mask need one length each, and run without block_policies")
+        mask = text_mask(text_lengths, prompt_embeds.shape[1], prompt_embeds.device)
+        text_blocks = [MaskedTextBlock(block, mask) for block in text_blocks]
+        visual_blocks = [MaskedVisualBlock(block, mask) for block in visual_blocks]
     num_blocks = len(text_blocks) + len(visual_blocks)
     policies = block_policies or [recompute if gradient_checkpointing else keep] * num_blocks
     if len(policies) != num_blocks:

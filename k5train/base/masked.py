@@ -1,0 +1,100 @@
+"""Captions of different lengths in one forward pass: how are pad tokens kept out of every attention?
+
+diffusers' ``Kandinsky5AttnProcessor`` takes no mask, so its two blocks are written out here with one: pad tokens are
+keys that no query of the caption (text blocks) and none of the picture (cross attention) attends to. Everything else
+in a block works on each token by itself. ``tests/test_parity_masks.py`` holds a masked batch to its rows one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+
+def text_mask(lengths: Sequence[int], num_tokens: int, device: torch.device) -> Tensor:
+    """Which tokens of padded captions are theirs.
+
+    Args:
+        lengths: one a caption, each from 1 to ``num_tokens``.
+        num_tokens: L, of the padded captions.
+
+    Returns:
+        ``[B, 1, 1, L]`` bool, as attention over ``[B, heads, queries, keys]`` takes it; True: attended to.
+
+    Raises:
+        ValueError: a length is out of range. A caption without tokens would attend to nothing, which is not a number.
+    """
+    if not all(0 < length <= num_tokens for length in lengths):
+        raise ValueError(f"text_lengths must each be 1 to {num_tokens}, found {list(lengths)}")
+    return (torch.arange(num_tokens) < torch.tensor(lengths)[:, None])[:, None, None].to(device, non_blocking=True)
+
+
+class MaskedTextBlock:
+    """A ``Kandinsky5TransformerEncoderBlock`` called with its own arguments, attending under ``mask``."""
+
+    def __init__(self, block: nn.Module, mask: Tensor) -> None:
+        self.block: Any = block
+        self.mask = mask
+
+    def __call__(self, x: Tensor, time_embed: Tensor, rope: Tensor) -> Tensor:
+        block = self.block
+        attention, feed_forward = block.text_modulation(time_embed).unsqueeze(1).chunk(2, dim=-1)
+        out = _modulate(block.self_attention_norm, x, attention)
+        x = _gate(x, _attend(block.self_attention, out, out, rope, self.mask), attention)
+        out = block.feed_forward(_modulate(block.feed_forward_norm, x, feed_forward))
+        return _gate(x, out, feed_forward)
+
+
+class MaskedVisualBlock:
+    """A ``Kandinsky5TransformerDecoderBlock`` called with its own arguments, the caption under ``mask``."""
+
+    def __init__(self, block: nn.Module, mask: Tensor) -> None:
+        self.block: Any = block
+        self.mask = mask
+
+    def __call__(self, x: Tensor, text: Tensor, time_embed: Tensor, rope: Tensor, sparse_params: None) -> Tensor:
+        block = self.block
+        own, cross, feed_forward = block.visual_modulation(time_embed).unsqueeze(1).chunk(3, dim=-1)
+        out = block.self_attention(_modulate(block.self_attention_norm, x, own), rotary_emb=rope)
+        x = _gate(x, out, own)
+        out = _modulate(block.cross_attention_norm, x, cross)
+        x = _gate(x, _attend(block.cross_attention, out, text, None, self.mask), cross)
+        out = block.feed_forward(_modulate(block.feed_forward_norm, x, feed_forward))
+        return _gate(x, out, feed_forward)
+
+
+def _modulate(norm: nn.Module, x: Tensor, parameters: Tensor) -> Tensor:
+    """Normed, scaled and shifted in float32, back in x's dtype. ``parameters``: shift, scale, gate side by side."""
+    shift, scale, _ = parameters.chunk(3, dim=-1)
+    return (norm(x.float()) * (scale.float() + 1.0) + shift.float()).type_as(x)
+
+
+def _gate(x: Tensor, out: Tensor, parameters: Tensor) -> Tensor:
+    gate = parameters.chunk(3, dim=-1)[2]
+    return (x.float() + gate.float() * out.float()).type_as(x)
+
+
+def _attend(attention: Any, x: Tensor, keys: Tensor, rope: Tensor | None, mask: Tensor) -> Tensor:
+    """``Kandinsky5AttnProcessor``: queries from ``x``, keys and values from ``keys``, and a mask over these."""
+    query, key, value = (
+        projection(tokens).unflatten(-1, (attention.num_heads, -1))
+        for projection, tokens in ((attention.to_query, x), (attention.to_key, keys), (attention.to_value, keys))
+    )
+    query = attention.query_norm(query.float()).type_as(query)
+    key = attention.key_norm(key.float()).type_as(key)
+    if rope is not None:
+        query, key = (_rotate(t, rope).type_as(t) for t in (query, key))
+    processor = attention.processor
+    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend)
+    mixed: Tensor = attention.out_layer(out.flatten(-2, -1))
+    return mixed
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """diffusers rounds what it rotates to bfloat16, whatever x is."""
+    pairs = x.reshape(*x.shape[:-1], -1, 1, 2).to(torch.float32)
+    return (rope * pairs).sum(dim=-1).reshape(*x.shape).to(torch.bfloat16)
