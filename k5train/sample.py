@@ -155,9 +155,10 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
     shown = [(label, [_shown(picture) for picture in pictures]) for label, pictures in rows]
     cell_width = max(160, *(p.width for _, pictures in shown for p in pictures))
     cell_height = max(p.height for _, pictures in shown for p in pictures)
-    font = ImageFont.load_default(max(14, cell_width // 28))
+    font_size = max(14, cell_width // 28)
+    font = ImageFont.load_default(font_size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow is always built with FreeType in its wheels
-    line, gap = font.size + 4, 6
+    line, gap = font_size + 4, 6
     label_width = 24 + max(int(font.getlength(label)) for label, _ in shown)
     headers = [_wrap(text, font, cell_width - 8) for text in columns]
     header_height = 12 + line * max(len(lines) for lines in headers)
