@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from k5train.base.memory import parse_vram
+
 from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, TreadConfig
 
 
@@ -130,8 +132,43 @@ class OptimConfig:
 class MemoryConfig:
     """``[train.memory]``: what is traded for memory."""
 
-    gradient_checkpointing: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    vram: str | None = None
+    """VRAM to plan for and never exceed, as a card's size: "12GB". None: what is free on the GPU."""
+    activations: Literal["auto", "nothing", "attention", "selective", "matmuls", "all"] = "auto"
+    """What blocks keep from forward to backward; the rest is computed again. auto: as much as fits (`k5train plan`)."""
+    execution: Literal["auto", "compiled", "eager", "diffusers"] = "auto"
+    """How blocks run: compiled, one op at a time, or as diffusers' own modules. auto: compiled, diffusers on a CPU."""
+    enable_group_offload: bool = False
+    """Hold the blocks' weights in host memory and copy them ahead of use. Without it: only as many as must be."""
+    group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
+    """What is copied at a time. leaf_level: one block, the smallest group here."""
+    group_offload_blocks_per_group: int = 1
+    """Blocks of a group; two groups have room on the GPU, with group_offload_use_stream."""
+    group_offload_use_stream: bool = True
+    """Copy on a stream of its own while blocks are computed."""
+    enable_model_cpu_offload: bool = False
+    """Known from elsewhere, refused here: stage 2 never holds two models at once, so there is none to move away."""
+
+    def check(self) -> list[str]:
+        """What is out of range or cannot be had together."""
+        problems = []
+        if self.vram is not None:
+            try:
+                parse_vram(self.vram)
+            except ValueError:
+                problems.append(f'vram must be an amount such as "12GB", found {self.vram!r}')
+        if self.enable_model_cpu_offload:
+            beside = " and enable_group_offload exclude each other" if self.enable_group_offload else " does nothing here"
+            problems.append(f"enable_model_cpu_offload{beside}; enable_group_offload moves weights block by block")
+        if self.group_offload_blocks_per_group < 1:
+            problems.append(
+                f"group_offload_blocks_per_group must be at least 1, found {self.group_offload_blocks_per_group}"
+            )
+        if self.group_offload_type == "leaf_level" and self.group_offload_blocks_per_group > 1:
+            problems.append("group_offload_blocks_per_group belongs to group_offload_type = block_level")
+        if self.execution == "diffusers" and self.activations not in ("auto", "nothing", "all"):
+            problems.append(f"activations = {self.activations} needs execution = compiled or eager")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -197,7 +234,7 @@ class TrackersConfig:
     project: str = "kandinsky5-lora"
     """Name under which wandb and trackio group runs."""
     offline: bool = False
-    """wandb writes only into the run's folder; `wandb sync` sends it later. TensorBoard and trackio are always local."""
+    """wandb writes only into the run's folder, for `wandb sync` to send later. TensorBoard and trackio are local."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +261,8 @@ class TrainConfig:
     """Share of rows trained with the empty prompt, so that guidance keeps working."""
     caption_choice: Literal["random", "first"] = "random"
     """Which of an image's captions a step trains on."""
-    base_model_precision: Literal["int8-quanto", "no_change"] = "int8-quanto"
-    """The frozen transformer: int8 weights by quanto's ``qint8`` scheme, or bf16 as it came."""
+    base_model_precision: Literal["int8-quanto", "int8-dynamic", "no_change"] = "int8-quanto"
+    """The frozen transformer: int8 weights by quanto's ``qint8`` scheme, the same on int8 tensor cores, or bf16."""
     mixed_precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of activations and of unquantised weights. fp32 is for CPUs and tests."""
     flow_schedule_shift: float = 1.0
