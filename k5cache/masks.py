@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from k5cache.buckets import Bucket, Geometry
+from k5cache.buckets import VAE_SCALE, Bucket, Geometry
 from k5cache.images import hash_content, image_size, open_image, orientation, turn
 from k5cache.items import Content, SourceItem, UnreadableImage
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from k5cache.commit import Committer
@@ -40,8 +41,8 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
     """The mask under the crop of its image, averaged over the area of each latent.
 
     White counts, black does not. Colours count by their luminance, transparent parts not at all; EXIF rotation as for
-    images. The average is over the mask's own pixels, weighted where a cell's border cuts one (Pillow's box filter):
-    it is never resized twice.
+    images. The average is exact: over the mask's own pixels, those that a latent's border cuts in proportion. (Pillow's
+    box filter takes whole pixels.)
 
     Returns:
         uint8 ``[H/8, W/8]``, 255 where all of it counts.
@@ -56,11 +57,10 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
         grey = turn(_grey(image), orientation(image))
     if grey.size != (geometry.width, geometry.height):
         raise UnreadableImage(f"is {grey.width}x{grey.height}, the image {geometry.width}x{geometry.height}")
-    across, down = geometry.width / geometry.resized_width, geometry.height / geometry.resized_height
-    right, bottom = geometry.left + geometry.bucket.width, geometry.top + geometry.bucket.height
-    box = geometry.left * across, geometry.top * down, min(right * across, grey.width), min(bottom * down, grey.height)
     height, width = geometry.bucket.latent_shape
-    cells = torch.from_numpy(np.array(grey.resize((width, height), Image.Resampling.BOX, box)))
+    down = _shares(geometry.height, geometry.resized_height, geometry.top, height)
+    across = _shares(geometry.width, geometry.resized_width, geometry.left, width)
+    cells = torch.from_numpy((down @ (np.asarray(grey) @ across.T)).round().astype(np.uint8))
     return (cells.flip(1) if geometry.flipped else cells).contiguous()
 
 
@@ -82,6 +82,14 @@ def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequen
                 else:
                     append({"key": job.key, "mask": mask})
     return failed
+
+
+def _shares(size: int, resized: int, start: int, cells: int) -> NDArray[np.float32]:
+    """``[cells, size]``: how much of each latent's side, 8 resized pixels from ``start`` on, each pixel makes up."""
+    edges = (start + VAE_SCALE * np.arange(cells + 1)) * (size / resized)
+    pixels = np.arange(size)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (covered.clip(0) / np.diff(edges)[:, None]).astype(np.float32)
 
 
 def _grey(image: Image.Image) -> Image.Image:
