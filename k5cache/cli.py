@@ -11,6 +11,7 @@ from k5cache import console
 
 if TYPE_CHECKING:
     from k5cache.config import CacheConfig, ModelConfig
+    from k5cache.store.manifest import Manifest
 
 app = typer.Typer(
     help="Encode images and captions once, for as many Kandinsky 5 LoRAs as you like.",
@@ -29,6 +30,9 @@ Source = Annotated[
     Path,
     typer.Argument(help="A folder of images with .txt captions; or a table, tars, or a dataset's name (see options)."),
 ]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")]
+Rehash = Annotated[bool, typer.Option("--rehash", help="Read every image; do not trust size, mtime, inode.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for another process that writes this cache.")]
 CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
 
 
@@ -40,7 +44,7 @@ def _root() -> None:
 @app.command()
 def encode(
     source: Source,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")] = None,
+    out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
     options: Set = None,
@@ -48,11 +52,9 @@ def encode(
     update: Annotated[
         bool, typer.Option("--update", help="Where the recipe differs, encode again what it changes.")
     ] = False,
-    rehash: Annotated[
-        bool, typer.Option("--rehash", help="Read every image; do not trust size, mtime, inode.")
-    ] = False,
+    rehash: Rehash = False,
     repair: Annotated[bool, typer.Option("--repair", help="Check every byte; encode damaged shards again.")] = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for another encode of this cache.")] = 0,
+    wait: Wait = 0,
     as_json: Json = False,
 ) -> None:
     """Encode images and captions into a cache, or bring one up to date.
@@ -81,13 +83,166 @@ def encode(
 
 
 @app.command()
-def info(cache: CachePath) -> None:
+def diff(
+    source: Source,
+    out: Out = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    rehash: Rehash = False,
+    as_json: Json = False,
+) -> None:
+    """Show what encode would do with the same arguments. Loads no model and writes nothing."""
+    from k5cache.encode import EncodeOptions, look
+    from k5cache.reports import print_preview
+    from k5cache.sources import default_name
+    from k5cache.update import preview
+
+    model_config, cache_config, prompts = _configs(recipe, model, options)
+    root = out or Path("cache") / default_name(source)
+    asked = look(source, root, model_config, cache_config, prompts, EncodeOptions(update=True))
+    with console.progress() as bars:
+        would = preview(asked, rehash, bars)
+    if as_json:
+        console.print_json(would)
+    else:
+        print_preview(would, root)
+
+
+@app.command()
+def info(cache: CachePath, as_json: Json = False) -> None:
     """Show what a cache holds: items, buckets, caption lengths, sizes, model and recipe."""
-    from k5cache.info import print_info
+    from k5cache.info import info_json, print_info
     from k5cache.store.reader import open_cache
 
-    print_info(open_cache(cache))
+    opened = open_cache(cache)
+    if as_json:
+        console.print_json(info_json(opened))
+        return
+    print_info(opened)
     console.next_step("Next, train a LoRA", f"k5train run {cache}")
+
+
+@app.command()
+def verify(
+    cache: CachePath,
+    reencode: Annotated[int, typer.Option(help="Encode this many random rows again and compare.")] = 0,
+    source: Annotated[
+        Path | None, typer.Option(help="Where the images are; without it --reencode compares captions only.")
+    ] = None,
+    model: Model = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Check every byte and number of a cache. Lists every problem; exit code 1 where there is one."""
+    from k5cache.reports import print_verified
+    from k5cache.verify import verify as run
+
+    again = None
+    with console.progress() as bars:
+        task = bars.add_task("verifying", total=None, unit="byte", note="")
+        found = run(cache, lambda num_bytes: bars.advance(task, num_bytes))
+        bars.remove_task(task)
+        if reencode and not found.problems:
+            from k5cache.reencode import reencode as run_again
+            from k5cache.store.reader import open_cache
+
+            opened = open_cache(cache)
+            again = run_again(opened, reencode, source, _model_of(opened.manifest, model), device, bars, seed)
+            found = again.added_to(found)
+    if as_json:
+        console.print_json({"verified": found, "reencoded": again})
+    else:
+        print_verified(found, again)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    cache: CachePath,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG. Default: <CACHE>.png beside the cache.")] = None,
+    count: Annotated[int, typer.Option(help="Random items to show.", min=1, max=400)] = 16,
+    model: Model = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
+) -> None:
+    """Draw a contact sheet of what will be trained on: decoded latents with bucket and caption."""
+    from k5cache.show import show as run
+    from k5cache.store.reader import open_cache
+
+    opened = open_cache(cache)
+    target = out or cache.resolve().with_name(f"{cache.resolve().name}.png")
+    with console.progress() as bars:
+        number = run(opened, target, count, _model_of(opened.manifest, model), device, bars, seed)
+    console.out.print(f"Wrote {target}: {number} of {len(opened)} items", markup=False)
+
+
+@app.command()
+def gc(
+    cache: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    wait: Wait = 0,
+    as_json: Json = False,
+) -> None:
+    """Delete rows that no item and no prompt needs any more, and what a crash left.
+
+    Not while a run trains on this cache: it may need rows of an index that has been replaced.
+    """
+    from k5cache.gc import collect
+    from k5cache.reports import print_collected
+
+    found = collect(cache, dry_run, wait)
+    if as_json:
+        console.print_json(found)
+    else:
+        print_collected(found, cache, dry_run)
+
+
+@app.command()
+def merge(
+    caches: Annotated[list[Path], typer.Argument(help="Two or more caches with the same recipe.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The merged cache: a new folder.")],
+    as_json: Json = False,
+) -> None:
+    """Put caches together, for example of parts encoded on several machines."""
+    from k5cache.merge import merge as run
+    from k5cache.reports import print_merged
+
+    made = run(caches, out)
+    if as_json:
+        console.print_json(made)
+        return
+    print_merged(made, out)
+    console.next_step("Next, train a LoRA", f"k5train run {out}")
+
+
+prompts_app = typer.Typer(help="Prompts that a cache holds for validation and sampling.", no_args_is_help=True)
+app.add_typer(prompts_app, name="prompts")
+
+
+@prompts_app.command("add")
+def prompts_add(
+    cache: CachePath,
+    prompts: Annotated[list[str], typer.Argument(help="One or more, each in quotes.")],
+    model: Model = None,
+    device: Device = "auto",
+    wait: Wait = 0,
+    as_json: Json = False,
+) -> None:
+    """Encode more prompts into a cache. Loads the text encoders, only for prompts that are not there."""
+    from k5cache.prompts import add_prompts
+    from k5cache.reports import print_added
+    from k5cache.store.manifest import read_manifest
+
+    model_config = _model_of(read_manifest(cache), model)
+    with console.progress() as bars:
+        added = add_prompts(cache, prompts, model_config, device, bars, wait)
+    if as_json:
+        console.print_json(added)
+    else:
+        print_added(added, cache)
 
 
 @app.command()
@@ -111,6 +266,16 @@ def _configs(
         document.setdefault("model", {})["path"] = model
     model_config, cache_config = parse(document, {"model": ModelConfig, "cache": CacheConfig}, recipe)
     return model_config, cache_config, validation_prompts(document)
+
+
+def _model_of(manifest: Manifest, model: str | None) -> ModelConfig:
+    """The model that made a cache, or the folder that it is in now."""
+    from k5cache.config import FLAVOURS, ModelConfig
+
+    made_by = manifest.recipe.get("model", {})
+    path, flavour = str(made_by.get("source", "")), made_by.get("flavour")
+    chosen = model or (path if path != FLAVOURS.get(flavour, "") else None)
+    return ModelConfig(flavour if flavour in FLAVOURS else "t2i-lite-sft", chosen)
 
 
 def main() -> None:

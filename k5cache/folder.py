@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -146,8 +147,9 @@ def _read_captions(path: str | None, stem: str) -> Captions:
     if path is None:
         return f"missing caption {name}"
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (10,000 of them: pathlib would take as long as reading)
-            text = file.read().decode("utf-8-sig")
+        # 10,000 of them in an encode that has nothing to do: pathlib, a buffer or the codec with BOM double its time.
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            text = file.readall().removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         return f"caption {name} cannot be read ({error.strerror})"
     except UnicodeDecodeError:
@@ -163,4 +165,4 @@ def _file_id(stat: os.stat_result) -> tuple[int, int]:
 
 def _printable(path: str) -> str:
     """File names that are not UTF-8 reach us with lone surrogates, which can be neither printed nor stored."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

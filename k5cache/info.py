@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from k5cache import console
+from k5cache.reports import print_changes, short, some
 
 if TYPE_CHECKING:
     from k5cache.encode import EncodeReport
     from k5cache.store.reader import Cache
-
-SHOWN = 5  # examples of a list; the count is always given
 
 
 def print_report(report: EncodeReport, root: Path) -> None:
@@ -36,15 +35,32 @@ def print_report(report: EncodeReport, root: Path) -> None:
             f"{console.human_seconds(report.seconds)}",
             markup=False,
         )
-    _some("added", list(report.added), "green")
-    _some("changed", list(report.changed), "green")
-    _some("renamed", [f"{before} -> {now}" for before, now in report.renamed], "green")
-    _some("removed", list(report.removed), "yellow")
-    _some("damaged and encoded again", list(report.repaired), "yellow")
-    _some("skipped", [f"{s.path}: {s.reason}" for s in report.skipped], "yellow")
-    cut = [f"{_short(caption)} (last {count} characters)" for caption, count in report.truncated]
-    _some("truncated captions", cut, "yellow")
-    _some("upscaled, smaller than their bucket", list(report.upscaled), "yellow")
+    print_changes(report.added, report.changed, report.renamed, report.removed, report.num_items)
+    some("damaged and encoded again", list(report.repaired), "yellow")
+    some("skipped", [f"{s.path}: {s.reason}" for s in report.skipped], "yellow")
+    cut = [f"{short(caption)} (last {count} characters)" for caption, count in report.truncated]
+    some("truncated captions", cut, "yellow")
+    some("upscaled, smaller than their bucket", list(report.upscaled), "yellow")
+
+
+def info_json(cache: Cache) -> dict[str, Any]:
+    """The same facts for a script."""
+    manifest = cache.manifest
+    sizes = cache.columns("bucket_width", "bucket_height")
+    buckets = Counter(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
+    lengths = sorted(cache.text_lengths().values())
+    return {
+        "format": manifest.format,
+        "items": len(cache),
+        "buckets": {f"{width}x{height}": count for (width, height), count in sorted(buckets.items())},
+        "captions": len(lengths),
+        "tokens": {"min": lengths[0], "median": median(lengths), "max": lengths[-1]} if lengths else None,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.num_bytes for shard in manifest.shards),
+        "prompts": list(manifest.prompts),
+        "recipe": manifest.recipe,
+        "created_by": manifest.created_by,
+    }
 
 
 def print_info(cache: Cache) -> None:
@@ -69,25 +85,11 @@ def print_info(cache: Cache) -> None:
         shards = [s for s in manifest.shards if s.kind == kind]
         size = console.human_bytes(sum(s.num_bytes for s in shards))
         facts.add_row(kind, f"{sum(s.num_rows for s in shards)} rows in {len(shards)} shards, {size}")
-    facts.add_row("prompts for validation", ", ".join(_short(p) for p in manifest.prompts if p) or "none")
+    facts.add_row("prompts for validation", ", ".join(short(p) for p in manifest.prompts if p) or "none")
     facts.add_row("model", Text(str(recipe["model"]["source"])))
     for table_name in ("latents", "text", "selection"):
         for key, value in recipe[table_name].items():
-            facts.add_row(f"{table_name}.{key}", Text(_short(repr(value) if not isinstance(value, str) else value)))
+            facts.add_row(f"{table_name}.{key}", Text(short(repr(value) if not isinstance(value, str) else value)))
     facts.add_row("made by", ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()))
     facts.add_row("format", str(manifest.format))
     console.out.print(facts)
-
-
-def _some(title: str, entries: list[str], style: str) -> None:
-    if entries:
-        console.out.print(Text(f"{len(entries)} {title}", style=style))
-        for entry in entries[:SHOWN]:
-            console.out.print(Text(f"  {entry}"))
-        if len(entries) > SHOWN:
-            console.out.print(Text(f"  and {len(entries) - SHOWN} more"))
-
-
-def _short(text: str, width: int = 72) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else f"{line[: width - 3]}..."

@@ -154,11 +154,8 @@ def make_plan(
         except UnreadableImage as error:
             unusable.append(Skipped(item.path, error.reason))
             continue
-        row = before.at.get(item.path)
-        is_kept = known_prompts is not None and row is not None and row.captions_hash == captions_hash(item)
-        if row is not None and is_kept and all(key in stored_texts for key in row.caption_keys):
-            caption_keys = row.caption_keys
-        else:
+        caption_keys = before.caption_keys.get(captions_hash(item), ()) if known_prompts is not None else ()
+        if not caption_keys or any(key not in stored_texts for key in caption_keys):
             caption_keys = tuple(texts.key(caption) for caption in item.captions)
         for geometry in geometries:
             key = _latent_key(content_hash, geometry, recipe)
@@ -213,6 +210,7 @@ class _Before:
     def __init__(self, known: Iterable[IndexRow], items: Sequence[SourceItem]) -> None:
         self.at = {row.path: row for row in known if not row.flipped}
         here = {item.path for item in items}
+        self.caption_keys = {row.captions_hash: row.caption_keys for row in self.at.values()}
         self._gone = {_stat(row): row for row in self.at.values() if row.path not in here}
 
     def same_file(self, item: SourceItem) -> IndexRow | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from k5cache.store.index import IndexRow
 from k5cache.store.manifest import ShardKind
 from k5cache.store.reader import Cache
 from k5cache.store.tensors import TensorSpec
+from k5cache.verify import Verified
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,12 @@ class Reencoded:
     compared: tuple[Compared, ...]
     not_compared: tuple[str, ...]
     """``path: why``: the image has changed since, or is not there. Not a fault of the cache."""
+
+    def added_to(self, found: Verified) -> Verified:
+        """The verification with the rows that are wrong among its problems."""
+        wrong = [row for row in self.compared if row.is_wrong]
+        said = [f"{row.kind} of {row.name[:80]!r}: encoded again it differs by {row.error:.2g}" for row in wrong]
+        return replace(found, problems=(*found.problems, *said))
 
 
 class Collector(Committer):

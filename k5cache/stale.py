@@ -25,11 +25,18 @@ class Difference:
     now: Any
 
     def __str__(self) -> str:
+        return self._say("in the cache", "now")
+
+    def between(self, first: object, second: object) -> str:
+        """The difference between two caches."""
+        return self._say(f"in {first}", f"in {second}")
+
+    def _say(self, there: str, here: str) -> str:
         name = f"{self.table}.{self.key}"
         if self.key in ENCODER_PARTS and self.cached and self.now:
             kind = "vocabulary" if self.key.startswith("tokenizer") else "weights"
-            return f"{name} has other {kind} ({self.cached[:8]} in the cache, {self.now[:8]} now)"
-        return f"{name} is {_shown(self.cached)} in the cache, {_shown(self.now)} now"
+            return f"{name} has other {kind} ({self.cached[:8]} {there}, {self.now[:8]} {here})"
+        return f"{name} is {_shown(self.cached)} {there}, {_shown(self.now)} {here}"
 
     def to_json(self) -> dict[str, Any]:
         """``{"field", "cached", "now"}``."""

@@ -8,7 +8,7 @@ the manifest names and goes on from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rich.progress import Progress
 
@@ -114,6 +114,45 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         num_buckets=len({(r.bucket_width, r.bucket_height) for r in rows}),
         num_bytes=sum(s.num_bytes for s in commit.manifest.shards),
         is_unchanged=not is_written,
+    )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What an encode would do."""
+
+    differences: tuple[str, ...]
+    """Between the cache's recipe and the one asked for: an encode would need ``update``."""
+    num_items: int
+    num_latents: int
+    num_texts: int
+    reused_latents: int
+    reused_texts: int
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[items.Skipped, ...] = ()
+    upscaled: tuple[str, ...] = ()
+
+
+def preview(asked: Asked, rehash: bool, bars: Progress) -> Preview:
+    """The plan of an encode, without doing it: no lock is taken, no model loaded, nothing written."""
+    require_files(asked.root, asked.manifest)
+    made = make_plan(asked, Committer(asked.root, asked.manifest, 0), rehash, bars)
+    return Preview(
+        differences=tuple(map(str, asked.differences)),
+        num_items=len(made.rows),
+        num_latents=len(made.latent_jobs),
+        num_texts=len(made.text_jobs),
+        reused_latents=made.num_reused_latents,
+        reused_texts=made.num_reused_texts,
+        added=made.added,
+        changed=made.changed,
+        removed=made.removed,
+        renamed=made.renamed,
+        skipped=made.skipped,
+        upscaled=made.upscaled,
     )
 
 

@@ -176,6 +176,10 @@ def test_captions_that_did_not_change_are_not_cleaned_again(three):
     three.images["dog.jpg"] = ("dog", (2000, 2000), ("a spaniel",))
     three.plan()
     assert three.cleaned == ["a spaniel"]
+    three.put("fox.jpg", "fox", "a cat")  # known from another image
+    three.plan()
+    assert three.cleaned == ["a spaniel"]
+    del three.images["fox.jpg"]
     three.plan(text={**TEXT, "max_sequence_length": 256})
     assert three.cleaned == ["", "a cat", "a spaniel", "a owl"]
 

@@ -109,7 +109,7 @@ def test_prompts_are_found_as_their_user_wrote_them(tmp_path: Path) -> None:
     assert (cache.prompt("").n_tokens, cache.prompt(" A  cat").caption) == (1, "a cat")
     with pytest.raises(CacheError, match="does not hold the prompt 'a cat'") as caught:
         cache.prompt("a cat")
-    assert "k5cache encode" in caught.value.fix
+    assert caught.value.fix == f"Add it: k5cache prompts add {tmp_path} 'a cat'"
 
 
 def test_caption_lengths_are_known_without_reading_a_shard(tmp_path: Path) -> None:

@@ -161,5 +161,7 @@ def sha256_of(fd: int) -> str:
 def corrupt(root: Path, problem: str) -> CacheCorrupt:
     """The error for bytes that are not those written."""
     return CacheCorrupt(
-        problem, f"Restore it from a copy of {root}, or encode into a new cache: k5cache encode SOURCE -o OTHER"
+        problem,
+        f"k5cache verify {root} lists all damage; k5cache encode SOURCE -o {root} --repair encodes only that again "
+        "(a damaged manifest: restore it from a copy, or encode into a new cache)",
     )

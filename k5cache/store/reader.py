@@ -13,6 +13,7 @@ A trainer of another make needs no more than this::
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ class Cache:
             shown = raw if len(raw) <= 80 else raw[:77] + "..."
             raise CacheError(
                 f"{self.root} does not hold the prompt {shown!r}",
-                "Name it under prompts in [train.validation] of the recipe, then run k5cache encode again with it",
+                f"Add it: k5cache prompts add {shlex.quote(str(self.root))} {shlex.quote(shown)}",
             )
         return self.text(self.manifest.prompts[raw])
 
