@@ -1,0 +1,99 @@
+"""A cache made under another diffusers template is refused, in words that say what differs and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diffusers import Kandinsky5T2IPipeline
+
+from k5cache.encoders.pipeline import pipeline_facts
+from k5cache.errors import CacheStale
+from k5cache.store.manifest import lock, read_manifest, write_manifest
+from k5cache.store.reader import open_cache
+from k5train.skew import check_template, installed_template, read_template
+
+OLD = "promt engineer"  # diffusers before 0.42 spelt it so, and cropped 41
+
+
+@pytest.fixture
+def cache_made_with(toy_cache, tmp_path):
+    """The toy cache with other facts in its manifest. Its rows are never read here."""
+    manifest = read_manifest(toy_cache("bf16"))
+
+    def make(diffusers: str = "0.41.0", **text: object) -> Path:
+        root = tmp_path / "cache"
+        root.mkdir()
+        original = toy_cache("bf16")
+        for path in original.rglob("*.parquet"):
+            target = root / path.relative_to(original)
+            target.parent.mkdir(exist_ok=True)
+            target.hardlink_to(path)
+        recipe = manifest.recipe | {"text": manifest.recipe["text"] | text}
+        with lock(root):
+            write_manifest(
+                root, replace(manifest, recipe=recipe, created_by=manifest.created_by | {"diffusers": diffusers})
+            )
+        return root
+
+    return make
+
+
+def test_the_template_read_off_the_source_is_the_one_the_pipeline_has():
+    template, facts = installed_template("t2i"), pipeline_facts()
+    pipeline = Kandinsky5T2IPipeline(
+        **dict.fromkeys(Kandinsky5T2IPipeline._get_signature_keys(Kandinsky5T2IPipeline)[0])
+    )
+    assert template is not None
+    assert template.text == facts.prompt_template == pipeline.prompt_template
+    assert template.encode_start_idx == facts.encode_start_idx == pipeline.prompt_template_encode_start_idx
+
+
+def test_it_is_read_without_importing_diffusers():
+    code = (
+        "import sys\nfrom k5train.skew import installed_template\nfor kind in ('t2i', 'i2i'):\n"
+        "    assert '{}' in installed_template(kind).text\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_cache_of_the_installed_template_passes(cache_made_with):
+    check_template(open_cache(cache_made_with()))
+
+
+def test_a_cache_of_another_template_is_refused_with_both_wordings_versions_and_the_way_out(cache_made_with):
+    old = pipeline_facts().prompt_template.replace("prompt engineer", OLD)
+    root = cache_made_with(prompt_template=old, prompt_template_encode_start_idx=41)
+    with pytest.raises(CacheStale) as refused:
+        check_template(open_cache(root))
+    assert "under diffusers 0.41.0" in refused.value.problem
+    assert OLD in refused.value.problem
+    assert "prompt engineer" in refused.value.problem
+    assert f"k5cache encode SOURCE -o {root} --update" in refused.value.fix
+    assert "pip install diffusers==0.41.0" in refused.value.fix
+
+
+def test_a_cache_of_another_crop_is_refused(cache_made_with):
+    with pytest.raises(CacheStale, match="another crop"):
+        check_template(open_cache(cache_made_with(prompt_template_encode_start_idx=41)))
+
+
+def test_source_that_does_not_say_it_plainly_refuses_nothing():
+    assert read_template("class Kandinsky5T2IPipeline:\n    def __init__(self):\n        self.x = 1\n", "A") is None
+    assert installed_template("t2v") is None
+
+
+def test_k5train_run_refuses_before_it_loads_anything(cache_made_with, toy_model, tmp_path):
+    from k5train.cli import app
+    from tests.cli import Cli
+
+    old = pipeline_facts().prompt_template.replace("prompt engineer", OLD)
+    root = cache_made_with(prompt_template=old)
+    done = Cli(tmp_path)(app, "run", str(root), "--model", str(toy_model), "-o", "runs/a")
+    assert done.code == 2
+    assert OLD in done.err
+    assert "Loading the transformer" not in done.err
