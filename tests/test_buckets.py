@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
-from k5cache.buckets import NATIVE_RESOLUTIONS, Bucket, bucket_table, choose_bucket, cover
+from k5cache.buckets import (
+    MAX_SIDE,
+    NATIVE_RESOLUTIONS,
+    Bucket,
+    Geometry,
+    bucket_table,
+    choose_bucket,
+    cover,
+    fine_table,
+)
+from k5cache.config import CacheConfig
 
 NATIVE = bucket_table(1024, "native")
 
@@ -122,3 +134,86 @@ def test_of_any_image_the_resize_keeps_the_aspect_to_half_a_pixel_and_one_side_f
         assert abs(scale * width - g.resized_width) <= Fraction(1, 2)
         assert abs(scale * height - g.resized_height) <= Fraction(1, 2)
         assert g.upscaled == (scale > 1 and (g.resized_width, g.resized_height) != (width, height))
+
+
+# --- crops, flips and guards ---
+
+
+def frame(width: int, height: int, content: str = "aaaa", **options: object) -> tuple[Geometry, ...]:
+    return CacheConfig(**options).framing.frame(width, height, content)
+
+
+def test_without_options_an_image_is_cropped_at_the_centre_and_not_flipped():
+    assert frame(2000, 1000) == (cover(2000, 1000, Bucket(1408, 640)),)
+
+
+def test_a_flip_is_a_second_crop_of_the_same_part():
+    first, second = frame(1000, 800, flip=True, crop="random")
+    assert (first.flipped, second.flipped) == (False, True)
+    assert replace(second, flipped=False) == first
+
+
+def test_a_random_crop_is_drawn_from_the_content_and_covers_every_offset():
+    options = {"resolution": 64, "buckets": "square"}
+    drawn = [frame(1200, 1000, str(i), crop="random", **options)[0] for i in range(300)]
+    assert [g.left for g in drawn[:8]] == [11, 4, 9, 5, 1, 4, 4, 13]
+    [centre] = frame(1200, 1000, **options)
+    assert (centre.resized_width, centre.left) == (77, 6)
+    assert {g.left for g in drawn} == set(range(14))  # 0 and 77 - 64 among them
+    assert {replace(g, left=centre.left) for g in drawn} == {centre}
+    tall = [frame(1000, 1200, str(i), crop="random", **options)[0] for i in range(300)]
+    assert ({g.left for g in tall}, {g.top for g in tall}) == ({0}, set(range(14)))
+
+
+def test_crop_none_cuts_nothing_and_keeps_the_aspect():
+    for size, name in [
+        ((1000, 1000), "1024x1024"), ((4000, 3000), "1184x880"), ((3000, 4000), "880x1184"), ((1920, 1080), "1360x768"),
+        ((3, 2), "1248x832"), ((10_000, 100), "2048x16"), ((1, 100_000), "16x2048"),
+    ]:  # fmt: skip
+        [geometry] = frame(*size, crop="none")
+        assert geometry.bucket.name == name
+        assert geometry == Geometry(*size, geometry.bucket, geometry.bucket.width, geometry.bucket.height, 0, 0)
+
+
+def test_the_fine_table_has_191_buckets_at_1024_and_keeps_aspects_to_2_percent_up_to_3_8():
+    table = fine_table(1024)
+    assert (len(table), table[0]) == (191, Bucket(1024, 1024))
+    assert {Bucket(b.height, b.width) for b in table} == set(table)
+    for hundredths in range(100, 380):
+        bucket = choose_bucket(hundredths, 100, table)
+        assert abs(math.log(bucket.width / bucket.height) - math.log(hundredths / 100)) < 0.02
+
+
+def test_no_bucket_is_larger_than_the_square_or_longer_than_the_model_has_positions():
+    from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D
+
+    [positions] = set(Kandinsky5RoPE3D((32, 48, 48)).max_pos[1:])
+    assert positions * 16 == MAX_SIDE
+    for resolution in range(64, 2049, 16):
+        for options in ({"crop": "none"}, {"buckets": "native"}, {"buckets": "square"}):
+            config = CacheConfig(resolution=resolution, **options)
+            assert all(side % 16 == 0 for b in config.framing.table for side in (b.width, b.height))
+            if not config.check():
+                assert all(max(b.width, b.height) <= MAX_SIDE for b in config.framing.table)
+            if options != {"buckets": "native"}:
+                assert config.check() == []
+                assert all(b.width * b.height <= resolution**2 for b in config.framing.table)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "reason"),
+    [
+        ((640, 480), {}, ""),
+        ((640, 480), {"minimum_image_size": 480}, ""),
+        ((640, 480), {"minimum_image_size": 481}, "is 640x480 pixels, a side is below minimum_image_size = 481"),
+        ((640, 480), {"no_upscale": True}, "is 640x480 pixels, smaller than its bucket 1152x896 (no_upscale)"),
+        ((1200, 900), {"no_upscale": True}, ""),
+        ((1023, 1024), {"no_upscale": True}, "is 1023x1024 pixels, smaller than its bucket 1024x1024 (no_upscale)"),
+        ((1183, 880), {"no_upscale": True, "crop": "none"}, "is 1183x880 pixels, smaller than its bucket 1184x880"),
+    ],
+)  # fmt: skip
+def test_images_that_are_too_small_are_refused_with_their_size(size, options, reason):
+    framing = CacheConfig(**options).framing
+    found = framing.refusal(framing.frame(*size, "aaaa")[0])
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)

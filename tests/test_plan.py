@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ from hashlib import sha256
 import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
-from k5cache.items import Skipped, SourceItem, UnreadableImage
+from k5cache.config import CacheConfig
+from k5cache.items import MaskFile, Skipped, SourceItem, UnreadableImage
 from k5cache.plan import Plan, latent_key, make_plan, text_key
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
@@ -303,3 +305,106 @@ def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
 def test_planning_needs_no_torch():
     code = "import sys, k5cache.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- flips, random crops, guards and masks ---
+
+
+def plan_of(*items: SourceItem, known=(), probed=None, masks=frozenset(), **options: object) -> Plan:
+    """A plan for images of 2000x2000 pixels, or of the size that an item's name begins with."""
+
+    def probe(item: SourceItem) -> tuple[str, int, int]:
+        size = re.match(r"(\d+)x(\d+)", item.path) or re.match(r"(\d+)x(\d+)", "2000x2000")
+        return f"hash of {item.path}", int(size[1]), int(size[2])
+
+    def probe_mask(item: SourceItem, width: int, height: int) -> str:
+        assert item.mask is not None
+        if probed is not None:
+            probed.append(item.mask.path)
+        if item.mask.num_bytes == 0:
+            raise UnreadableImage("its mask is empty")
+        return f"hash of {item.mask.path}"
+
+    return make_plan(
+        items, [], known, set(), set(), [""], CacheConfig(**options).framing, VAE, TEXT, str.strip, probe,
+        stored_masks=masks, probe_mask=probe_mask,
+    )  # fmt: skip
+
+
+CAT = SourceItem("cat.jpg", 1, 2, 3, ("a cat",), MaskFile("cat.mask.png", 4, 5, 6))
+
+
+def test_a_flip_is_a_second_row_of_the_same_path_and_another_key():
+    made = plan_of(CAT, flip=True)
+    first, second = made.rows
+    assert (first.path, first.flipped, second.path, second.flipped) == ("cat.jpg", False, "cat.jpg", True)
+    assert first.latent_key != second.latent_key
+    assert first.caption_keys == second.caption_keys
+    assert [(job.key, job.geometry.flipped) for job in made.latent_jobs] == [
+        (first.latent_key, False),
+        (second.latent_key, True),
+    ]
+    assert (made.added, made.changed, made.removed) == (("cat.jpg",), (), ())
+    again = plan_of(CAT, flip=True, known=made.rows)
+    assert (again.added, again.changed, again.removed, again.rows) == ((), (), (), made.rows)
+    without = plan_of(CAT, known=made.rows)
+    assert (without.added, without.changed, without.removed, without.rows) == ((), (), (), made.rows[:1])
+
+
+def test_images_of_one_size_have_random_crops_of_their_own():
+    items = [replace(CAT, path=f"3000x1000.{name}.jpg", mask=None) for name in "abcdef"]
+    made = plan_of(*items, crop="random")
+    assert {(row.resized_width, row.top) for row in made.rows} == {(1920, 0)}
+    assert len({row.left for row in made.rows}) == 6
+    assert made.rows == plan_of(*reversed(items), crop="random").rows[::-1]
+    assert {row.left for row in plan_of(*items).rows} == {(1920 - 1408) // 2}
+
+
+def test_images_below_a_guard_are_skipped_with_their_size():
+    items = [replace(CAT, path=f"{size}x{size}.jpg", mask=None) for size in (100, 1024, 500)]
+    made = plan_of(*items, minimum_image_size=200)
+    assert [row.path for row in made.rows] == ["1024x1024.jpg", "500x500.jpg"]
+    assert made.skipped == (Skipped("100x100.jpg", "is 100x100 pixels, a side is below minimum_image_size = 200"),)
+    assert made.upscaled == ("500x500.jpg",)
+    made = plan_of(*items, no_upscale=True)
+    assert [row.path for row in made.rows] == ["1024x1024.jpg"]
+    assert [skip.path for skip in made.skipped] == ["100x100.jpg", "500x500.jpg"]
+    assert made.upscaled == ()
+
+
+def test_a_mask_is_a_job_of_its_own_with_its_images_crops():
+    made = plan_of(CAT, flip=True)
+    assert [(job.path, job.geometry) for job in made.mask_jobs] == [
+        ("cat.mask.png", job.geometry) for job in made.latent_jobs
+    ]
+    assert [job.key for job in made.mask_jobs] == [row.mask_key for row in made.rows]
+    crop = '{"bucket":[1024,1024],"flipped":false,"left_top":[0,0],"resized":[1024,1024]}'
+    written = f'{{"crop":{crop},"mask":"hash of cat.mask.png"}}'
+    assert made.rows[0].mask_key == sha256(written.encode()).hexdigest()[:32]
+    row = made.rows[0]
+    assert (row.mask_hash, row.mask_num_bytes, row.mask_mtime_ns, row.mask_inode) == ("hash of cat.mask.png", 4, 5, 6)
+
+
+@pytest.mark.parametrize("field", ["num_bytes", "mtime_ns", "inode"])
+def test_a_mask_is_read_only_when_its_stat_is_new(field):
+    before = plan_of(CAT)
+    probed: list[str] = []
+    keys = {row.mask_key for row in before.rows}
+    same = plan_of(CAT, known=before.rows, probed=probed, masks=keys)
+    assert (probed, same.rows, same.mask_jobs) == ([], before.rows, ())
+    assert CAT.mask is not None
+    touched = replace(CAT, mask=replace(CAT.mask, **{field: 9}))
+    made = plan_of(touched, known=before.rows, probed=probed, masks=keys)
+    assert (probed, made.mask_jobs, made.changed) == (["cat.mask.png"], (), ())
+    assert getattr(made.rows[0], f"mask_{field}") == 9
+
+
+def test_a_mask_that_comes_goes_or_is_broken_changes_its_image():
+    before = plan_of(CAT)
+    bare = replace(CAT, mask=None)
+    gone = plan_of(bare, known=before.rows)
+    assert (gone.changed, gone.rows[0].mask_key, gone.rows[0].mask_num_bytes) == (("cat.jpg",), None, 0)
+    assert plan_of(CAT, known=gone.rows).changed == ("cat.jpg",)
+    assert gone.rows[0].latent_key == before.rows[0].latent_key
+    broken = plan_of(replace(CAT, mask=MaskFile("cat.mask.png", 0, 5, 6)), known=before.rows)
+    assert (broken.rows, broken.skipped) == ((), (Skipped("cat.jpg", "its mask is empty"),))
