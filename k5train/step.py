@@ -28,35 +28,66 @@ def train_step(predict: Predict, group: Group) -> Tensor:
     return flow.flow_loss(velocity, flow.velocity_target(group.latents, group.noise))
 
 
-def accumulate(predict: Predict, batches: Sequence[Batch], cache: Cache, device: torch.device) -> float:
+def accumulate(
+    predict: Predict, batches: Sequence[Batch], cache: Cache, device: torch.device, loss_limit: float = 0.0
+) -> float:
     """Gradients of one update: every row weighs the same, however rows fall into batches and groups.
+
+    Args:
+        loss_limit: the largest loss that may lead to an update; 0: any finite one.
 
     Returns:
         The mean loss over the rows.
 
     Raises:
-        RunError: the loss is not finite; the rows are named and nothing was updated.
+        RunError: the loss is not finite, or beyond the limit; the rows are named and nothing was updated.
     """
     num_rows = sum(batch.num_rows for batch in batches)
-    total = 0.0
+    losses: list[Tensor] = []
     for batch in batches:
         for group in batch.groups:
             loss = train_step(predict, group.to(device))
-            share = group.latents.shape[0] / num_rows
-            torch.autograd.backward(loss * share)
-            total += loss.item() * share
-        if not math.isfinite(total):
-            names = ", ".join(cache.row(i).path for i in batch.rows)
-            raise RunError(
-                f"The loss is {total} at {names}", "Check these rows with `k5cache verify`, or lower train.optim.lr"
-            )
+            torch.autograd.backward(loss * (group.latents.shape[0] / num_rows))
+            losses.append(loss.detach())
+    found = torch.stack(losses).tolist()  # the only wait for the GPU: it has the whole update's work by now
+    total, each = 0.0, iter(found)
+    for batch in batches:
+        for group in batch.groups:
+            loss_of_group = next(each)
+            if not math.isfinite(loss_of_group) or 0 < loss_limit < loss_of_group:
+                raise exploded(f"The loss is {loss_of_group:.4g}", [batch], cache)
+            total += loss_of_group * (group.latents.shape[0] / num_rows)
     return total
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], max_grad_norm: float) -> float:
-    """Clip, step, clear. Returns the gradients' norm before clipping."""
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    max_grad_norm: float,
+    explain: Callable[[str], RunError] | None = None,
+) -> float:
+    """Clip, step, clear. Returns the gradients' norm before clipping.
+
+    Args:
+        explain: makes the error that names the rows.
+
+    Raises:
+        RunError: a gradient is not finite; nothing was updated.
+    """
     limit = max_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+    if not math.isfinite(norm):
+        problem = f"The gradients' norm is {norm}"
+        raise explain(problem) if explain else RunError(problem, ADVICE)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm
+
+
+ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
+
+
+def exploded(problem: str, batches: Sequence[Batch], cache: Cache) -> RunError:
+    """The error that ends a run before an update: what was found, and on which rows."""
+    names = ", ".join(dict.fromkeys(cache.row(i).path for batch in batches for i in batch.rows))
+    return RunError(f"{problem} at {names}; nothing was updated", ADVICE)
