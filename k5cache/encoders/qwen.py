@@ -6,14 +6,18 @@ safetensors files, so a host copy of the model never exists.
 
 from __future__ import annotations
 
+import copy
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from k5cache.encoders.hostio import fetched, read_ahead
+from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, make_packs, run_layer
 from k5cache.encoders.pipeline import pipeline_facts, pipeline_token_ids
 from k5cache.errors import ModelError
+from k5cache.fingerprint import StoredTensor, read_header
 from k5cache.hub import read_config, weight_files
 
 if TYPE_CHECKING:
@@ -37,12 +41,34 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Qwen:
-    """The text layers on a device, ready for ``encode_prompt_embeds``."""
+    """The text layers, ready for ``encode_prompt_embeds``, or for ``streaming`` where they are still in their files."""
 
     model: Any
-    """``Qwen2_5_VLTextModel`` in evaluation mode, gradients off."""
+    """``Qwen2_5_VLTextModel`` in evaluation mode, gradients off: norm and rotary table on the device, its layers too
+    unless they are streamed, embeddings on no device."""
     encode_start_idx: int
     """Hidden states cropped off the front: the template's."""
+    weights: TextWeights
+    embeddings: torch.Tensor
+    """``[vocabulary, 3584]`` in the file's dtype, mapped: a caption's rows are read when it is encoded."""
+    dtype: torch.dtype
+    """Of the arithmetic."""
+    is_int8: bool = False
+    """Whether the layers' matrices are held in 8 bits (quanto's ``qint8``)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute."""
+        return cast("torch.device", self.model.norm.weight.device)
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """``[1, tokens, 3584]`` on the device; the copy is queued, not waited for."""
+        import torch
+
+        is_cuda = self.device.type == "cuda"
+        rows = torch.empty(len(ids), self.embeddings.shape[1], dtype=self.embeddings.dtype, pin_memory=is_cuda)
+        torch.index_select(self.embeddings, 0, torch.tensor(ids), out=rows)
+        return rows.to(self.device, non_blocking=True).to(self.dtype)[None]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -84,25 +110,74 @@ def tokenize(tokenizer: Any, caption: str, max_sequence_length: int) -> Tokens:
     return Tokens(ids=ids, n_tokens=len(ids) - facts.encode_start_idx, truncated=truncated)
 
 
-def load_qwen(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Qwen:
+def load_qwen(
+    folder: Path, device: str | torch.device, dtype: torch.dtype, *, streamed: bool = False, int8: bool = False
+) -> Qwen:
     """Load the text layers of ``folder/text_encoder``.
 
-    On the CPU in the file's own dtype the weights stay mapped; elsewhere each tensor is read, cast, moved and let go.
+    On the CPU in the file's own dtype the weights stay mapped; on a GPU a layer is read while the one before moves.
 
     Args:
         dtype: of weights and arithmetic. Rotary frequencies stay float32, as ``from_pretrained`` keeps them.
+        streamed: leave the layers in their files, for ``streaming.stream_prompt_embeds``.
+        int8: hold the layers' matrices in 8 bits, each as soon as it is read.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or the folder holds another model.
     """
+    import torch
+
+    device = torch.device(device)
     model = empty_text_model(folder, dtype)
     weights = TextWeights(folder)
     weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
-    state = {name: weights.tensor(name).to(device=device, dtype=dtype) for name in model.state_dict()}
-    model.load_state_dict(state, strict=True, assign=True)
+    model.norm.load_state_dict(
+        {"weight": weights.tensor("norm.weight").to(device=device, dtype=dtype)}, strict=True, assign=True
+    )
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)  # made on the CPU, then moved: the same bits
+    attend_side_by_side(model.config)
+    embeddings = weights.tensor("embed_tokens.weight")
+    qwen = Qwen(model, pipeline_facts().encode_start_idx, weights, embeddings, dtype, int8)
+    if not streamed:
+        for i, layer in enumerate(read_layers(qwen, reuse=False)):
+            model.layers[i] = layer
     model.eval().requires_grad_(False)
-    return Qwen(model=model, encode_start_idx=pipeline_facts().encode_start_idx)
+    return qwen
+
+
+def read_layers(qwen: Qwen, *, reuse: bool) -> Iterator[Any]:
+    """The decoder layers in turn, on the device, read from the files; the next one is read meanwhile.
+
+    Args:
+        reuse: two layers' memory serves all: a layer is valid until the next one is asked for.
+    """
+    for layer, tensors in raw_layers(qwen, reuse=reuse):
+        yield finish_layer(qwen, layer, tensors)
+
+
+def raw_layers(qwen: Qwen, *, reuse: bool) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
+    """Each layer as a module without memory, and its tensors on the device as the file has them."""
+    names = [[f"layers.{i}.{name}" for name in layer.state_dict()] for i, layer in enumerate(qwen.model.layers)]
+    weights, skeleton = qwen.weights, copy.deepcopy(qwen.model.layers)
+    if qwen.device.type == "cpu" and not reuse:
+        for layer, mine in zip(skeleton, names, strict=True):
+            yield layer, {name.split(".", 2)[2]: weights.tensor(name) for name in mine}
+        return
+    groups = [[weights.stored(name) for name in mine] for mine in names]
+    for layer, tensors in zip(skeleton, read_ahead(groups, qwen.device, reuse=reuse), strict=True):
+        yield layer, {weights.own_name(name).split(".", 2)[2]: tensor for name, tensor in tensors.items()}
+
+
+def finish_layer(qwen: Qwen, layer: Any, tensors: dict[str, torch.Tensor], *, int8: bool | None = None) -> Any:
+    """``layer`` with ``tensors`` for its weights, in the dtype and precision asked for."""
+    layer.load_state_dict({name: t.to(qwen.dtype) for name, t in tensors.items()}, strict=True, assign=True)
+    layer.eval().requires_grad_(False)
+    if qwen.is_int8 if int8 is None else int8:
+        from optimum.quanto import freeze, qint8, quantize
+
+        quantize(layer, weights=qint8)
+        freeze(layer)
+    return layer
 
 
 def encode_prompt_embeds(
@@ -112,25 +187,43 @@ def encode_prompt_embeds(
 
     Args:
         exact: one caption a forward, so that every bit is what ``Kandinsky5T2IPipeline.encode_prompt`` gives for that
-            caption alone. False puts captions of equal length in one forward (never padded); a matrix product of
-            another size may round differently.
+            caption alone. False puts captions side by side in one forward (never padded); a matrix product of another
+            size may round differently.
         batch_tokens: most tokens, template included, in one forward of ``exact=False``.
 
     Returns:
         ``[n_tokens, 3584]`` a caption, in the order given, on the CPU, in the model's dtype.
     """
+    found = dict(iter_prompt_embeds(qwen, tokens, exact=exact, batch_tokens=batch_tokens))
+    return [found[i].clone() for i in range(len(tokens))]
+
+
+def iter_prompt_embeds(
+    qwen: Qwen, tokens: Sequence[Tokens], *, exact: bool = True, batch_tokens: int = 8192
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """``encode_prompt_embeds`` as (position, rows), as they come, longest captions first; the rows may share memory."""
     import torch
 
-    embeds: dict[int, torch.Tensor] = {}
-    device = qwen.model.norm.weight.device
+    def results() -> Iterator[tuple[Pack, torch.Tensor]]:
+        positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
+        for pack in make_packs([len(t.ids) for t in tokens], 1 if exact else batch_tokens):
+            states = qwen.embed([i for member in pack.members for i in tokens[member].ids])
+            table = positions.of(pack)
+            for layer in qwen.model.layers:
+                states = run_layer(layer, states, table, pack.runs)
+            yield pack, qwen.model.norm(states)[0]
+
     with torch.no_grad():
-        for batch in _batches(tokens, 1 if exact else batch_tokens):
-            input_ids = torch.tensor([tokens[i].ids for i in batch], device=device)
-            # No mask and no positions, like the pipeline: plain causal attention over 0..L-1 on all three axes.
-            hidden = qwen.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            hidden = hidden[:, qwen.encode_start_idx :].cpu()
-            embeds.update({i: hidden[row].clone() for row, i in enumerate(batch)})
-    return [embeds[i] for i in range(len(tokens))]
+        for pack, rows in fetched(results()):
+            yield from cropped(qwen, pack, rows)
+
+
+def cropped(qwen: Qwen, pack: Pack, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(position, rows after the template) of each caption in a pack."""
+    import torch
+
+    for member, own in zip(pack.members, torch.split(rows, list(pack.lengths)), strict=True):
+        yield member, own[qwen.encode_start_idx :]
 
 
 def empty_text_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -162,7 +255,8 @@ class TextWeights:
 
         self._files: dict[str, Any] = {}
         self._where = folder / "text_encoder"
-        for path in weight_files(folder, "text_encoder"):
+        self._paths = weight_files(folder, "text_encoder")
+        for path in self._paths:
             try:
                 opened: Any = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -174,6 +268,7 @@ class TextWeights:
                 f"{self._where} lacks embed_tokens.weight: no text layers", "Give a whole Qwen2.5-VL text encoder"
             )
         self._prefix = prefixes[0]
+        self._stored: dict[str, StoredTensor] = {}
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Every name is there in that shape, before anything is read.
@@ -195,19 +290,19 @@ class TextWeights:
         """One tensor, mapped: bytes are read when they are used."""
         return cast("torch.Tensor", self._files[self._prefix + name].get_tensor(self._prefix + name))
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor's bytes are, its name as in the file."""
+        if not self._stored:
+            for path in self._paths:
+                self._stored.update({tensor.name: tensor for tensor in read_header(path)})
+        return self._stored[self._prefix + name]
+
+    def own_name(self, stored_name: str) -> str:
+        """The model's name of a tensor, from the file's."""
+        return stored_name.removeprefix(self._prefix)
+
     def _slice(self, name: str) -> Any:
         return self._files[self._prefix + name].get_slice(self._prefix + name)
-
-
-def _batches(tokens: Sequence[Tokens], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of captions of one length, longest first so that a card too small says so at once."""
-    by_length: dict[int, list[int]] = {}
-    for i, caption in enumerate(tokens):
-        by_length.setdefault(len(caption.ids), []).append(i)
-    for length in sorted(by_length, reverse=True):
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(by_length[length]), size):
-            yield by_length[length][start : start + size]
 
 
 def _agreement(a: str, b: str) -> int:

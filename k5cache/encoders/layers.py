@@ -1,0 +1,137 @@
+"""How does one decoder layer take captions of any lengths at once? Side by side, never padded.
+
+A pack is a row of captions. Every linear and norm runs once over all its tokens; attention runs once for each length
+in it, through the library's own SDPA function, so no caption sees another and no token is wasted. A pack of one caption
+is the forward that the pipeline does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_ATTENTION = "k5_side_by_side"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Captions that share a forward."""
+
+    members: tuple[int, ...]
+    """Positions of the captions in what was asked for, in the order of their rows."""
+    lengths: tuple[int, ...]
+    """Tokens of each; equal ones side by side."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the pack's hidden states."""
+        return sum(self.lengths)
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(captions, tokens of each) for each length in turn."""
+        return tuple((len(list(equal)), length) for length, equal in groupby(self.lengths))
+
+
+def make_packs(lengths: Sequence[int], batch_tokens: int) -> list[Pack]:
+    """Captions of these lengths in packs of at most ``batch_tokens`` tokens; a caption longer than that has its own.
+
+    Longest first, so that a card too small says so at once. ``batch_tokens = 1`` gives each caption its own.
+    """
+    packs: list[list[int]] = []
+    left = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not packs or lengths[i] > left:
+            packs.append([])
+            left = batch_tokens
+        packs[-1].append(i)
+        left -= lengths[i]
+    return [Pack(tuple(pack), tuple(lengths[i] for i in pack)) for pack in packs]
+
+
+def attend_side_by_side(config: Any) -> None:
+    """Have the layers of this config run attention by the ``runs`` they are called with."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    config._attn_implementation = _ATTENTION
+
+
+def run_layer(layer: Any, states: torch.Tensor, positions: Any, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """One ``Qwen2_5_VLDecoderLayer`` over a pack.
+
+    Args:
+        states: ``[1, tokens, hidden]``.
+        positions: cosines and sines of the pack's rows, from ``Positions``.
+        runs: the pack's.
+    """
+    out = layer(
+        states, attention_mask=None, position_ids=None, position_embeddings=positions, use_cache=False, k5_runs=runs
+    )
+    return out[0] if isinstance(out, tuple) else out  # a tuple in some versions of transformers
+
+
+class Positions:
+    """Rotary cosines and sines of a pack, made by the model's own module once a length and then kept.
+
+    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them when it is given no positions.
+    """
+
+    def __init__(self, rotary: Any, states: torch.Tensor) -> None:
+        self._rotary, self._like = rotary, states
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of every token; their batch dimension is 1, the rest as the library shapes them."""
+        import torch
+
+        each = [self._of_length(length) for length in pack.lengths]
+        if len(each) == 1:
+            return each[0]
+        return torch.cat([cos for cos, _ in each], dim=-2), torch.cat([sin for _, sin in each], dim=-2)
+
+    def _of_length(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if length not in self._known:
+            ids = torch.arange(length, device=self._like.device).view(1, 1, -1).expand(3, 1, -1)
+            self._known[length] = self._rotary(self._like, ids)
+        return self._known[length]
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    k5_runs: tuple[tuple[int, int], ...] = (),
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each caption. query, key, value: ``[1, heads, tokens, head_dim]``, as a layer gives them.
+
+    Returns:
+        ``[1, tokens, heads, head_dim]``.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if len(k5_runs) <= 1 and sum(count for count, _ in k5_runs) <= 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs, start = [], 0
+    for count, length in k5_runs:
+        stop = start + count * length
+        parts = (
+            # [1, heads, count * length, d] as [count, heads, length, d]: a view
+            t[0, :, start:stop].view(t.shape[1], count, length, t.shape[3]).transpose(0, 1)
+            for t in (query, key, value)
+        )
+        output, _ = sdpa_attention_forward(module, *parts, None, **kwargs)
+        outputs.append(output.flatten(0, 1))  # [count, length, heads, d] -> rows
+        start = stop
+    return torch.cat(outputs)[None], None

@@ -1,0 +1,149 @@
+"""How do 7 billion parameters encode captions in 4 GB? Layer by layer over many captions: each weight is read once.
+
+All captions of a chunk pass layer i, then layer i+1, which was read meanwhile, takes its place. Between layers hidden
+states are parked on the device where they fit, else in pinned host memory.
+
+A chunk is as many captions as may be parked (``memory_plan``). Spilling more to disk instead would be slower at any
+size: parked states are read and written once a layer, 56 times their size in all, while another chunk reads 13 GB of
+weights once more, which 0.25 GB of states (160 captions) already outweigh. And a chunk's rows are committed when it is
+done, so a kill costs a chunk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from k5cache.encoders.hostio import fetched, new_stream, record_event
+from k5cache.encoders.layers import Pack, Positions, make_packs, run_layer
+from k5cache.encoders.qwen import Qwen, Tokens, cropped, finish_layer, raw_layers, read_layers
+
+if TYPE_CHECKING:
+    import torch
+
+Parking = Literal["device", "host"]
+
+
+def stream_prompt_embeds(
+    qwen: Qwen, tokens: Sequence[Tokens], *, exact: bool = True, batch_tokens: int = 8192, parking: Parking = "device"
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """``qwen.iter_prompt_embeds`` with the layers read from their files: the same forwards, so the same bits.
+
+    Args:
+        qwen: loaded with ``streamed=True``.
+        tokens: one chunk; 7 KB a token are parked.
+        parking: where hidden states wait for their next layer.
+
+    Yields:
+        (position, ``[n_tokens, 3584]`` on the CPU), once every layer is through.
+    """
+    import torch
+
+    packs = make_packs([len(t.ids) for t in tokens], 1 if exact else batch_tokens)
+    if not packs:
+        return
+    with torch.no_grad():
+        positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
+        is_away = parking == "host" and qwen.device.type == "cuda" and len(packs) > 1
+        parked = (_OnHost if is_away else _OnDevice)(qwen, packs)
+        for k, pack in enumerate(packs):
+            parked.put(k, qwen.embed([i for member in pack.members for i in tokens[member].ids]))
+        for layer in read_layers(qwen, reuse=True):
+            for k, pack in enumerate(packs):
+                parked.put(k, run_layer(layer, parked.take(k), positions.of(pack), pack.runs))
+        normed = ((pack, qwen.model.norm(parked.take(k))[0]) for k, pack in enumerate(packs))
+        for pack, rows in fetched(normed):
+            yield from cropped(qwen, pack, rows)
+
+
+def int8_error(qwen: Qwen, tokens: Sequence[Tokens]) -> float:
+    """What holding the matrices in 8 bits costs: norm of the difference over the norm, of all embeddings together.
+
+    Each layer runs twice, as the file has it and in 8 bits, so that neither model is ever whole in memory.
+
+    Args:
+        qwen: loaded with ``streamed=True``.
+        tokens: a few captions.
+    """
+    import torch
+
+    with torch.no_grad():
+        positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
+        packs = make_packs([len(t.ids) for t in tokens], 1)
+        plain = [qwen.embed(tokens[pack.members[0]].ids) for pack in packs]
+        rounded = list(plain)
+        for skeleton, tensors in raw_layers(qwen, reuse=True):
+            for int8, states in ((False, plain), (True, rounded)):
+                layer = finish_layer(qwen, skeleton, tensors, int8=int8)
+                for k, pack in enumerate(packs):
+                    states[k] = run_layer(layer, states[k], positions.of(pack), pack.runs)
+        expected, found = (
+            torch.cat([qwen.model.norm(s)[0, qwen.encode_start_idx :].double() for s in states])
+            for states in (plain, rounded)
+        )
+        return float((found - expected).norm() / expected.norm())
+
+
+class _OnDevice:
+    """Hidden states of every pack, kept where they are computed."""
+
+    def __init__(self, qwen: Qwen, packs: Sequence[Pack]) -> None:
+        import torch
+
+        total = sum(pack.num_tokens for pack in packs)
+        memory = torch.empty(1, total, qwen.embeddings.shape[1], dtype=qwen.dtype, device=qwen.device)
+        self._parts = torch.split(memory, [pack.num_tokens for pack in packs], dim=1)
+
+    def put(self, k: int, states: torch.Tensor) -> None:
+        self._parts[k].copy_(states)
+
+    def take(self, k: int) -> torch.Tensor:
+        return self._parts[k]
+
+
+class _OnHost:
+    """Hidden states of every pack in pinned memory. A pack is brought in while the one before is computed.
+
+    One stream does all copies in this order: bring k+1, put k away. So a pack that is brought again was put away
+    before, if there are at least two.
+    """
+
+    def __init__(self, qwen: Qwen, packs: Sequence[Pack]) -> None:
+        import torch
+
+        self._device = qwen.device
+        self._copies = new_stream(self._device)
+        total = sum(pack.num_tokens for pack in packs)
+        memory = torch.empty(1, total, qwen.embeddings.shape[1], dtype=qwen.dtype, pin_memory=True)
+        self._parts = torch.split(memory, [pack.num_tokens for pack in packs], dim=1)
+        self._ahead: tuple[int, torch.Tensor, Any] | None = None
+        self._leaving: deque[Any] = deque()
+
+    def put(self, k: int, states: torch.Tensor) -> None:
+        import torch
+
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            self._parts[k].copy_(states, non_blocking=True)
+            self._leaving.append(record_event())
+        states.record_stream(self._copies)
+        # Memory on its way out is not free for others: let no more than three packs be queued.
+        if len(self._leaving) > 3:
+            self._leaving.popleft().synchronize()
+
+    def take(self, k: int) -> torch.Tensor:
+        import torch
+
+        _, states, brought = self._ahead if self._ahead and self._ahead[0] == k else self._bring(k)
+        compute = torch.cuda.current_stream(self._device)
+        compute.wait_event(brought)
+        states.record_stream(compute)
+        self._ahead = self._bring((k + 1) % len(self._parts))
+        return states
+
+    def _bring(self, k: int) -> tuple[int, torch.Tensor, Any]:
+        import torch
+
+        with torch.cuda.stream(self._copies):
+            return k, self._parts[k].to(self._device, non_blocking=True), record_event()
