@@ -10,6 +10,7 @@ from k5cache.errors import RecipeError
 
 Flavour = Literal["t2i-lite-sft", "t2i-lite-pretrain", "i2i-lite-sft", "i2i-lite-pretrain"]
 Precision = Literal["bf16", "fp16", "fp32"]
+TextPrecision = Literal["bf16", "fp16", "fp32", "int8"]
 
 FLAVOURS: dict[str, str] = {
     "t2i-lite-sft": "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
@@ -83,10 +84,14 @@ class CacheConfig:
     """Tokens of a caption that are kept, after the template. The pipeline's own default is 512; at most 1024."""
     posterior: Literal["sample", "mean"] = "sample"
     """``sample``: store mean and std, each step draws a fresh sample. ``mean``: half the bytes, no sampling."""
-    text_encoder_1_precision: Precision = "bf16"
-    """Qwen2.5-VL. Inference runs it in bf16."""
+    text_encoder_1_precision: TextPrecision = "bf16"
+    """Qwen2.5-VL. Inference runs it in bf16. ``int8`` holds its matrices in 8 bits (7 GB instead of 13): embeddings are
+    then no longer the pipeline's, and by how much is printed."""
     text_encoder_2_precision: Precision = "bf16"
     """CLIP. Inference runs it in bf16."""
+    text_batching: Literal["exact", "fast"] = "exact"
+    """``exact``: a caption a forward, the bits that inference computes for it. ``fast``: captions side by side, never
+    padded; matrix products of another size round differently in the last bits."""
     vae_precision: Precision = "fp32"
     """The VAE. float32 costs little here and is nearest to the true latents."""
     shard_mb: int = 256

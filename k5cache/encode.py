@@ -37,6 +37,8 @@ class EncodeOptions:
     wait_seconds: float = 0
     """How long to wait for another process that writes the same cache."""
     device: str = "auto"
+    vram: int | None = None
+    """Bytes of VRAM to plan for, as if the card had no more; None takes what is free."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
             "max_sequence_length": config.max_sequence_length,
             "text_encoder_1_precision": config.text_encoder_1_precision,
             "text_encoder_2_precision": config.text_encoder_2_precision,
+            "text_batching": config.text_batching,
         },
         "latents": {
             "vae": fingerprint.fingerprint(folder, "vae"),
