@@ -46,7 +46,8 @@ def load_vae(folder: Path, device: str | torch.device, dtype: torch.dtype) -> An
         ) from error
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "Download the model again")
-    return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    vae = vae.to(device)  # float32 as loaded; a cast to float32 would do nothing but make diffusers warn
+    return (vae if dtype == vae.dtype else vae.to(dtype)).eval().requires_grad_(False)
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
