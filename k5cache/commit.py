@@ -78,7 +78,8 @@ class Committer:
         """
         before = self.manifest
         self.manifest = replace(before, prompts={**before.prompts, **prompts}, recipe=recipe, source=source)
-        if before == self.manifest and before.index and _same(rows, index_rows(read_index(self.root, before.index))):
+        is_whole = before.index and before.locations and before == self.manifest
+        if is_whole and before.index and _same(rows, index_rows(read_index(self.root, before.index))):
             return False
         self.manifest = with_index(self.root, replace(self.manifest, created_by=versions), rows)
         write_manifest(self.root, self.manifest)

@@ -111,7 +111,9 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
 
 
 def load_many(
-    jobs: Iterable[tuple[str, Geometry]], read: Callable[[str], Content], workers: int | None = None
+    jobs: Iterable[tuple[str, Geometry] | tuple[str, Geometry, str]],
+    read: Callable[[str], Content],
+    workers: int | None = None,
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
     """``load_pixels`` of every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
 
@@ -119,7 +121,8 @@ def load_many(
     ends the threads.
 
     Args:
-        jobs: an image's path in its source, and geometry.
+        jobs: an image's path in its source, its geometry and, where the bytes must still be those that were planned
+            for, their ``hash_content``.
         read: the image at a path; may raise ``UnreadableImage``. Called on the threads.
         workers: threads; by default one a core, at most 8.
 
@@ -142,9 +145,17 @@ def load_many(
                 future.cancel()
 
 
-def _load(read: Callable[[str], Content], path: str, geometry: Geometry) -> Tensor | UnreadableImage:
+def _load(
+    read: Callable[[str], Content], path: str, geometry: Geometry, content_hash: str = ""
+) -> Tensor | UnreadableImage:
     try:
-        return load_pixels(read(path), geometry)
+        content = read(path)
+        if content_hash:
+            with _reasons(), _stream(content) as file:
+                content = file.read()  # once: what is hashed is what is decoded
+            if hash_content(content) != content_hash:
+                return UnreadableImage("has changed since the encode began; encode again")
+        return load_pixels(content, geometry)
     except UnreadableImage as error:
         return error
 

@@ -97,7 +97,7 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
             names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
             channels = read_config(job.folder, "vae")["latent_channels"]
             specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
-            wanted = ((one.path, one.geometry) for one in members)
+            wanted = ((one.path, one.geometry, one.content_hash) for one in members)
             with commit.shards("latents", specs, bucket) as append:
                 for i, pixels in images.load_many(wanted, job.read, _workers()):
                     if isinstance(pixels, items.UnreadableImage):

@@ -36,6 +36,8 @@ class LatentJob:
     key: str
     path: str
     geometry: Geometry
+    content_hash: str = ""
+    """Of the bytes that ``key`` stands for: what is encoded must be these."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def make_plan(
             key = _latent_key(content_hash, geometry, recipe)
             mask_key = _mask_key(mask_hash, geometry) if mask_hash else None
             rows.append(_row(item, content_hash, geometry, key, caption_keys, mask_key, mask_hash))
-            latent_jobs.setdefault(key, LatentJob(key, item.path, geometry))
+            latent_jobs.setdefault(key, LatentJob(key, item.path, geometry, content_hash))
             if mask_key and item.mask:
                 mask_jobs.setdefault(mask_key, MaskJob(mask_key, item.mask.path, geometry))
         if geometries[0].upscaled:

@@ -116,7 +116,7 @@ def reencode(
         if reason:
             not_compared.append(f"{row.path}: {reason}")
         else:
-            jobs.append(plan.LatentJob(key, row.path, geometry_of(row)))
+            jobs.append(plan.LatentJob(key, row.path, geometry_of(row), row.content_hash))
     failed = encode_latents(job, again, jobs)
     not_compared += [f"{rows[key].path}: {reason}" for key, reason in failed.items()]
     compared = [

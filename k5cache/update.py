@@ -136,7 +136,7 @@ class Preview:
     upscaled: tuple[str, ...] = ()
 
 
-def preview(asked: Asked, rehash: bool, bars: Progress) -> Preview:
+def preview(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
     """The plan of an encode, without doing it: no lock is taken, no model loaded, nothing written."""
     require_files(asked.root, asked.manifest)
     made = make_plan(asked, Committer(asked.root, asked.manifest, 0), rehash, bars)

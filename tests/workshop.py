@@ -1,0 +1,54 @@
+"""A folder of images with captions and the cache that encodes of it leave, on the toy model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from k5cache import console
+from k5cache.config import CacheConfig, ModelConfig
+from k5cache.encode import EncodeOptions, EncodeReport, encode
+from k5cache.store.reader import Cache, open_cache
+
+
+class Workshop:
+    """``put`` images, ``encode``, look at the ``cache``."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.source, self.root, self.model = root / "images", root / "cache", model
+        self.source.mkdir(parents=True)
+
+    def put(self, name: str, caption: str = "a cat", seed: int = 0, size: tuple[int, int] = (64, 64)) -> Path:
+        """Write an image of noise and its caption."""
+        path = self.source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+        return path
+
+    def encode(self, *prompts: str, model: Path | None = None, **options: object) -> EncodeReport:
+        """Encode with options of ``CacheConfig`` or ``EncodeOptions``."""
+        own = {f.name for f in fields(EncodeOptions)}
+        chosen = {"resolution": 64, **{k: v for k, v in options.items() if k not in own}}
+        with console.progress() as bars:
+            return encode(
+                self.source, self.root, ModelConfig(path=str(model or self.model)), CacheConfig(**chosen), prompts,
+                bars, EncodeOptions(device="cpu", **{k: v for k, v in options.items() if k in own}),
+            )  # fmt: skip
+
+    @property
+    def cache(self) -> Cache:
+        """As a trainer opens it."""
+        return open_cache(self.root)
+
+    def files(self) -> dict[str, tuple[bytes, int, int]]:
+        """Bytes, mtime and inode of every file of the cache."""
+        return {
+            str(p.relative_to(self.root)): (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino)
+            for p in sorted(self.root.rglob("*"))
+            if p.is_file()
+        }
