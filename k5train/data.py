@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k5train import flow
+from k5cache.errors import RecipeError
+from k5train import flow, rollout, tread
+from k5train.mixture import Mixture, Source, epoch_batches
 
 if TYPE_CHECKING:
-    from k5cache.store.reader import Cache
+    from k5cache.store.index import IndexRow
+    from k5cache.store.reader import Cache, TextRow
     from k5train.config import TrainConfig
 
 LOOK_AHEAD = 4  # batches read before they are needed; one is under 10 MB at 1024x1024
@@ -43,6 +46,17 @@ class Group:
     text_lengths: tuple[int, ...] | None = None
     """Of each caption, where ``prompt_embeds`` is padded behind it: the forward pass masks the rest. None: all L."""
 
+    weight: Tensor | None = None
+    """``[B]`` float32: what each row's error counts. None: 1."""
+    mask: Tensor | None = None
+    """``[B, 1, H/8, W/8, 1]`` float32, 0 to 1: where errors count. None: everywhere."""
+    path: Tensor | None = None
+    """``[B, k + 1]`` sigmas down to ``sigma``, of rows whose input the model makes itself. None: no row's."""
+    scores: Tensor | None = None
+    """``[B, routes, N]``: the order in which TREAD keeps tokens; on its way to ``routes``."""
+    routes: tuple[tread.Route, ...] = ()
+    """TREAD's, of this forward pass."""
+
     def to(self, device: torch.device) -> Group:
         """The same group on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -53,7 +67,7 @@ class Group:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Group:
         changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        return replace(self, **changed, routes=tuple(replace(r, kept=change(r.kept)) for r in self.routes))
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Batch:
     """One micro-batch: rows of one bucket."""
 
     rows: tuple[int, ...]
-    """Positions in the cache's index."""
+    """Of the mixture; of a single cache: positions in its index."""
     groups: tuple[Group, ...]
 
     @property
@@ -70,54 +84,38 @@ class Batch:
         return len(self.rows)
 
 
-def epoch_batches(
-    buckets: list[tuple[int, int]], batch_size: int, repeats: int, seed: int, epoch: int
-) -> list[list[int]]:
-    """The batches of one epoch, in order.
-
-    Args:
-        buckets: the bucket of each row.
-        batch_size: rows of a batch; the last batch of a bucket may be smaller.
-        repeats: how often each row comes.
-
-    Returns:
-        Lists of row positions; the rows of one list share a bucket, and every row comes ``repeats`` times.
-    """
-    generator = _generator(seed, "order", epoch)
-    order = torch.randperm(len(buckets) * repeats, generator=generator).tolist()
-    by_bucket: dict[tuple[int, int], list[int]] = {}
-    for position in order:
-        row = position % len(buckets)
-        by_bucket.setdefault(buckets[row], []).append(row)
-    batches = [
-        rows[i : i + batch_size] for _, rows in sorted(by_bucket.items()) for i in range(0, len(rows), batch_size)
-    ]
-    shuffled = torch.randperm(len(batches), generator=generator).tolist()
-    return [batches[i] for i in shuffled]
-
-
 class Loader:
     """Micro-batch ``i`` of a run, for any ``i``, in any order.
 
     Args:
-        cache: opened by ``k5cache.store.reader.open_cache``.
-        config: seeds, sizes and dropout.
+        data: a mixture of caches, or one cache opened by ``k5cache.store.reader.open_cache``.
+        config: seeds, sizes, dropout, objective, TREAD and rollout.
         scaling_factor: of the VAE whose moments the cache holds.
+        inference_sigmas: the scheduler's, from 1 down to 0; rollouts step along them.
+
+    Raises:
+        RecipeError: the recipe counts on masks and no row has one.
     """
 
-    def __init__(self, cache: Cache, config: TrainConfig, scaling_factor: float) -> None:
-        self.cache, self.config, self.scaling_factor = cache, config, scaling_factor
-        sizes = cache.columns("bucket_width", "bucket_height")
-        self.buckets = list(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
+    def __init__(
+        self, data: Mixture | Cache, config: TrainConfig, scaling_factor: float, inference_sigmas: Tensor | None = None
+    ) -> None:
+        self.data = data if isinstance(data, Mixture) else Mixture([Source(data, config.repeats)])
+        self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
+        for name, wanted in (
+            ("objective.masked_loss", config.objective.masked_loss),
+            ("tread.keep_masked", bool(config.tread.routes) and config.tread.keep_masked),
+        ):
+            if wanted and not self.data.has_masks():
+                raise RecipeError(f"train.{name} is set, and the cache holds no masks", "Encode with cache.masks set")
+        self._epochs: dict[int, list[list[int]]] = {}
+        self._slices: tuple[int, list[int], list[int]] = (-1, [], [])
         self.batches_per_epoch = len(self._epoch(0))
-        self._cached_epoch: tuple[int, list[list[int]]] = (0, self._epoch(0))
 
     def rows_of(self, micro: int) -> list[int]:
-        """Row positions of micro-batch ``micro`` (counted from the start of the run)."""
+        """Rows of micro-batch ``micro`` (counted from the start of the run)."""
         epoch, position = divmod(micro, self.batches_per_epoch)
-        if self._cached_epoch[0] != epoch:
-            self._cached_epoch = (epoch, self._epoch(epoch))
-        return self._cached_epoch[1][position]
+        return self._epoch(epoch)[position]
 
     def batch(self, micro: int) -> Batch:
         """Read micro-batch ``micro`` from the cache and draw its noise.
@@ -128,37 +126,107 @@ class Loader:
         rows = self.rows_of(micro)
         drawn = [self._draw(row, micro, place) for place, row in enumerate(rows)]
         if self.config.unequal_captions == "mask":
-            return Batch(tuple(rows), (pad(drawn),))
-        by_length: dict[int, list[Group]] = {}
-        for one in drawn:
-            by_length.setdefault(one.prompt_embeds.shape[1], []).append(one)
-        groups = tuple(_cat(members) for _, members in sorted(by_length.items()))
-        return Batch(tuple(rows), groups)
+            groups = [pad(drawn)]
+        else:
+            by_length: dict[int, list[Group]] = {}
+            for one in drawn:
+                by_length.setdefault(one.prompt_embeds.shape[1], []).append(one)
+            groups = [_cat(members) for _, members in sorted(by_length.items())]
+        return Batch(tuple(rows), tuple(self._route(group, micro) for group in groups))
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        return epoch_batches(self.buckets, self.config.batch_size, self.config.repeats, self.config.seed, epoch)
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # an update may lie across two epochs
+                del self._epochs[min(self._epochs)]
+            generator = _generator(self.config.seed, "order", epoch)
+            self._epochs[epoch] = epoch_batches(self.data.pools, self.config.batch_size, generator)
+        return self._epochs[epoch]
+
+    def _step(self, micro: int) -> int:
+        return micro // self.config.gradient_accumulation_steps
 
     def _draw(self, row_index: int, micro: int, place: int) -> Group:
-        row = self.cache.row(row_index)
+        config, objective = self.config, self.config.objective
+        source, _ = self.data.locate(row_index)
+        row = self.data.row(row_index)
         # One generator a row, drawn from in a fixed order: sigma, dropout, caption, posterior, noise.
-        generator = _generator(self.config.seed, "row", micro, place)
-        sigma = flow.sample_sigmas(1, generator, shift=self.config.flow_schedule_shift)
-        dropout, choice = torch.rand(2, generator=generator).tolist()
-        if dropout < self.config.caption_dropout_probability:
-            text = self.cache.prompt("")
-        else:
-            text = self.cache.text(row.caption_keys[int(choice * len(row.caption_keys))])
-        moments = self.cache.latents(row.latent_key)
-        mean = moments["mean"].float()
-        std = moments["std"].float() if "std" in moments else torch.zeros_like(mean)
-        latents = flow.sample_posterior(mean, std, torch.randn(mean.shape, generator=generator), self.scaling_factor)
+        generator = _generator(config.seed, "row", micro, place)
+        u = torch.rand(1, generator=generator, dtype=torch.float64)
+        text = self._text(source.cache, row, generator)
+        latents, noise = self._latents(source.cache, row, generator)
+        if objective.stratified_sigmas:
+            u = self._stratified(u, micro, place)
+        num_tokens = latents.shape[0] * latents.shape[1] // 4
+        shift = flow.auto_shift(num_tokens) if objective.flow_schedule_auto_shift else config.flow_schedule_shift
+        sigma = flow.shift_sigmas(flow.sigma_quantile(u, objective), shift)
+        path = None
+        if config.rollout.probability:
+            assert self.inference_sigmas is not None, "rollout needs the scheduler's sigmas"
+            draw = _generator(config.seed, "rollout", micro, place)
+            path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, self._step(micro), draw)
+            sigma = path[-1:]
+        mask = None
+        if row.mask_key and (objective.masked_loss or config.tread.keep_masked):
+            mask = source.cache.mask(row.mask_key)
         return Group(
             latents=latents[None, None],
-            noise=torch.randn(latents.shape, generator=generator)[None, None],
+            noise=noise[None, None],
             sigma=sigma,
             prompt_embeds=text.prompt_embeds[None],
             pooled_projections=text.pooled[None],
+            weight=self._weight(sigma, source),
+            mask=self._mask(mask, latents) if objective.masked_loss else None,
+            path=None if path is None else path[None],
+            scores=self._scores(mask, num_tokens, micro, place) if config.tread.routes else None,
         )
+
+    def _text(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> TextRow:
+        dropout, choice = torch.rand(2, generator=generator).tolist()
+        if dropout < self.config.caption_dropout_probability:
+            return cache.prompt("")
+        number = 0 if self.config.caption_choice == "first" else int(choice * len(row.caption_keys))
+        return cache.text(row.caption_keys[number])
+
+    def _latents(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        moments = cache.latents(row.latent_key)
+        mean = moments["mean"].float()
+        std = moments["std"].float() if "std" in moments else torch.zeros_like(mean)
+        latents = flow.sample_posterior(mean, std, torch.randn(mean.shape, generator=generator), self.scaling_factor)
+        return latents, torch.randn(latents.shape, generator=generator)
+
+    def _stratified(self, u: Tensor, micro: int, place: int) -> Tensor:
+        """Each row of an update draws from a slice of its own, whatever micro-batch it falls into."""
+        step, count = self._step(micro), self.config.gradient_accumulation_steps
+        if self._slices[0] != step:
+            sizes = [len(self.rows_of(m)) for m in range(step * count, (step + 1) * count)]
+            order = torch.randperm(sum(sizes), generator=_generator(self.config.seed, "slices", step)).tolist()
+            self._slices = (step, sizes, order)
+        _, sizes, order = self._slices
+        number = order[sum(sizes[: micro - step * count]) + place]
+        return (number + u) / len(order)
+
+    def _weight(self, sigma: Tensor, source: Source) -> Tensor | None:
+        weight = flow.loss_weights(sigma, self.config.objective)
+        prior = self.config.objective.prior_loss_weight
+        if prior == 1 or not any(s.is_regularisation_data for s in self.data.sources):
+            return weight
+        return (torch.ones_like(sigma) if weight is None else weight) * (prior if source.is_regularisation_data else 1)
+
+    def _mask(self, mask: Tensor | None, latents: Tensor) -> Tensor:
+        whole = torch.ones(latents.shape[:2]) if mask is None else mask
+        return whole.clamp(min=self.config.objective.unmasked_weight)[None, None, ..., None]
+
+    def _scores(self, mask: Tensor | None, num_tokens: int, micro: int, place: int) -> Tensor:
+        forced = tread.masked_tokens(mask) if mask is not None and self.config.tread.keep_masked else None
+        generator = _generator(self.config.seed, "tread", micro, place)
+        routes = self.config.tread.routes
+        return torch.stack([tread.token_scores(num_tokens, generator, forced) for _ in routes])[None]
+
+    def _route(self, group: Group, micro: int) -> Group:
+        if group.scores is None:
+            return group
+        routes = tread.choose(group.scores, self.config.tread, self._step(micro), self.config.steps)
+        return replace(group, scores=None, routes=routes)
 
 
 def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> Generator[Batch, None, None]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from k5train import flow
+from k5train.objective import ObjectiveConfig
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,18 +70,129 @@ def test_the_shift_is_the_schedulers_own():
     torch.testing.assert_close(flow.shift_sigmas(plain.sigmas, 3.0), shifted.sigmas, rtol=0, atol=1e-6)
 
 
-def test_sigmas_are_the_sigmoid_of_a_gaussian_and_follow_their_generator():
-    sigmas = flow.sample_sigmas(20_000, torch.Generator().manual_seed(7))
-    logits = torch.logit(sigmas.double())
-    assert sigmas.dtype == torch.float32
-    assert abs(logits.mean().item()) < 0.03  # 4 standard errors of 20,000 draws
-    assert abs(logits.std().item() - 1) < 0.02
-    assert torch.equal(sigmas, flow.sample_sigmas(20_000, torch.Generator().manual_seed(7)))
-    assert torch.equal(sigmas, torch.sigmoid(gaussian(20_000, seed=7)))
-    assert torch.equal(
-        flow.sample_sigmas(5, torch.Generator().manual_seed(7), 3.0),
-        flow.shift_sigmas(torch.sigmoid(gaussian(5, seed=7)), 3.0),
+def sigmas(n: int, **options) -> torch.Tensor:
+    """Equally spaced quantiles: the distribution without chance."""
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    return flow.sigma_quantile(u, ObjectiveConfig(**options))
+
+
+def test_sigmas_are_the_sigmoid_of_a_gaussian():
+    made = sigmas(10_001)
+    assert made.dtype == torch.float32
+    assert made[5000].item() == 0.5
+    logits = torch.logit(made.double())
+    assert abs(logits.mean().item()) < 1e-6
+    assert abs(logits.std().item() - 1) < 2e-3  # the tails beyond 1 in 20,000 are missing
+    assert sigmas(5, sigmoid_scale=2.0).tolist() == pytest.approx(torch.sigmoid(2 * torch.logit(sigmas(5))).tolist())
+    assert ((made > 0) & (made < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"sigma_sampling": "uniform"}, {"weighting_scheme": "none"}),
+        (
+            {"sigma_sampling": "logit_normal", "logit_mean": -0.5, "logit_std": 1.5},
+            {"weighting_scheme": "logit_normal", "logit_mean": -0.5, "logit_std": 1.5},
+        ),
+        ({"sigma_sampling": "mode", "mode_scale": 1.29}, {"weighting_scheme": "mode", "mode_scale": 1.29}),
+        ({"sigma_sampling": "mode", "mode_scale": -0.8}, {"weighting_scheme": "mode", "mode_scale": -0.8}),
+    ],
+)
+def test_each_distribution_is_diffusers_own(options, theirs):
+    drawn = compute_density_for_timestep_sampling(
+        batch_size=40_000, generator=torch.Generator().manual_seed(1), **{"logit_mean": 0, "logit_std": 1, **theirs}
     )
+    shares = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+    ours = flow.sigma_quantile(shares, ObjectiveConfig(**options))
+    torch.testing.assert_close(ours, torch.quantile(drawn, shares), rtol=0, atol=0.012)  # 4 standard errors of 40,000
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "quantile"),
+    [
+        (1.0, 1.0, lambda u: u),
+        (3.0, 1.0, lambda u: u ** (1 / 3)),
+        (1.0, 4.0, lambda u: 1 - (1 - u) ** 0.25),
+        (0.5, 0.5, lambda u: torch.sin(math.pi * u / 2) ** 2),
+        (2.0, 2.0, lambda u: 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)),
+    ],
+)
+def test_beta_sigmas_have_the_quantiles_of_the_closed_forms(a, b, quantile):
+    u = torch.tensor([1e-4, 0.03, 0.25, 0.5, 0.8, 0.999], dtype=torch.float64)
+    objective = ObjectiveConfig(sigma_sampling="beta", beta_schedule_alpha=a, beta_schedule_beta=b)
+    torch.testing.assert_close(flow.sigma_quantile(u, objective), quantile(u).float(), rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampling", ["sigmoid", "uniform", "logit_normal", "mode", "beta"])
+def test_even_the_ends_of_the_unit_interval_give_sigmas_inside_it(sampling):
+    made = flow.sigma_quantile(torch.tensor([0.0, 1.0]), ObjectiveConfig(sigma_sampling=sampling))
+    assert 0 < made[0] < 0.01
+    assert 0.99 < made[1] <= 1
+
+
+def test_the_automatic_shift_is_flux_s_own():
+    for width, height in ((256, 256), (512, 512), (1024, 1024), (1280, 768)):
+        tokens = width * height // 256
+        assert flow.auto_shift(tokens) == pytest.approx(math.exp(calculate_shift(tokens)), rel=1e-9)
+    assert flow.auto_shift(4096) == pytest.approx(3.158, abs=1e-3)
+    assert flow.auto_shift(1024) == pytest.approx(1.878, abs=1e-3)
+
+
+def test_no_weighting_leaves_every_row_as_it_is():
+    assert flow.loss_weights(torch.tensor([0.1, 0.9]), ObjectiveConfig()) is None
+
+
+def test_cosmap_is_diffusers_own():
+    sigma = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    theirs = compute_loss_weighting_for_sd3("cosmap", sigma)
+    assert torch.equal(flow.loss_weights(sigma, ObjectiveConfig(weighting="cosmap")), theirs)
+
+
+def test_the_bell_is_0_at_the_ends_highest_in_the_middle_and_1_on_average():
+    sigma = torch.linspace(0, 1, 100_001)
+    weights = flow.loss_weights(sigma, ObjectiveConfig(weighting="bell"))
+    assert weights[[0, -1]].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert sigma[weights.argmax()].item() == pytest.approx(0.5, abs=1e-3)  # flat there
+    assert weights.mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_min_snr_weighs_the_velocity_as_it_weighs_v_prediction():
+    sigma = torch.tensor([0.1, 0.3, 0.5, 0.9])
+    snr = ((1 - sigma) / sigma) ** 2
+    expected = torch.minimum(snr, torch.tensor(5.0)) * sigma**2
+    torch.testing.assert_close(flow.loss_weights(sigma, ObjectiveConfig(weighting="min_snr")), expected)
+    # hand computed: at 0.1 SNR is 81, capped to 5, times 0.01; at 0.5 SNR is 1, times 0.25
+    assert flow.loss_weights(sigma, ObjectiveConfig(weighting="min_snr"))[[0, 2]].tolist() == pytest.approx(
+        [0.05, 0.25]
+    )
+
+
+def test_a_weighted_loss_is_the_mean_of_weighted_rows():
+    predicted, velocity = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.zeros(2, 2)
+    assert flow.flow_loss(predicted, velocity, weight=torch.tensor([1.0, 0.5])).item() == (5.0 + 0.5 * 2.0) / 2
+    assert torch.equal(flow.flow_loss(predicted, velocity, weight=torch.ones(2)), flow.flow_loss(predicted, velocity))
+
+
+def test_a_masked_loss_is_the_mean_over_what_each_mask_covers():
+    predicted, velocity = torch.tensor([[1.0, 3.0], [2.0, 4.0], [5.0, 5.0]]), torch.zeros(3, 2)
+    mask = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 0.0]])
+    rows = [1.0, (0.5 * 4 + 16) / 1.5, 0.0]  # a mask of nothing teaches nothing, and is no NaN
+    assert flow.flow_loss(predicted, velocity, mask=mask).item() == pytest.approx(sum(rows) / 3)
+
+
+def test_huber_is_squared_to_its_limit_and_linear_beyond():
+    predicted = torch.tensor([[0.5], [3.0]])
+    assert flow.flow_loss(predicted, torch.zeros(2, 1), huber_c=1.0).item() == (0.25 + (2 * 3 - 1)) / 2
+    assert torch.equal(  # within the limit it is the squared error
+        flow.flow_loss(predicted, torch.zeros(2, 1), huber_c=10.0), flow.flow_loss(predicted, torch.zeros(2, 1))
+    )
+
+
+def test_noise_offset_is_refused_with_the_reason():
+    (problem,) = ObjectiveConfig(noise_offset=0.05).check()
+    assert "flow matching does, at sigma 1" in problem
+    assert "flow_schedule_shift" in problem
 
 
 def test_a_posterior_sample_is_diffusers_own_times_the_scaling_factor_without_a_shift():

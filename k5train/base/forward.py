@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_kandinsky import fractal_flatten,
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from k5train import tread
 from k5train.base.masked import MaskedTextBlock, MaskedVisualBlock, text_mask
 
 ROPE_SCALE = (1.0, 1.0, 1.0)  # Kandinsky5T2IPipeline; the video models use (1, 2, 2)
@@ -47,6 +48,7 @@ def predict_velocity(
     pooled_projections: Tensor,
     *,
     text_lengths: Sequence[int] | None = None,
+    routes: Sequence[tread.Route] = (),
     gradient_checkpointing: bool = False,
     block_policies: Sequence[BlockPolicy] | None = None,
 ) -> Tensor:
@@ -60,27 +62,31 @@ def predict_velocity(
             by themselves, or say in ``text_lengths`` how long they are: padding would be attended to.
         pooled_projections: ``[B, 768]``.
         text_lengths: of each caption; what is behind it in ``prompt_embeds`` is padding and masked out of every
-            attention (``masked.py``). Blocks then run eagerly, without ``block_policies``. None: every caption has L.
+            attention (``masked.py``). A policy is then given blocks that know their mask. None: every caption has L.
+        routes: TREAD's, for training only: which visual tokens walk through which blocks.
         gradient_checkpointing: ``recompute`` every block; otherwise ``keep``.
-        block_policies: one for each block, text blocks first, instead of the one for all.
+        block_policies: one for each block, text blocks first, instead of the one for all. Default: what
+            ``use_policies`` was told for this transformer.
 
     Returns:
         velocity, ``[B, 1, H, W, 16]`` in the transformer's dtype.
 
     Raises:
-        ValueError: shapes that do not belong together, positions beyond the RoPE tables, or policies under a mask.
+        ValueError: shapes that do not belong together, positions beyond the RoPE tables, or lengths of other captions.
     """
     _check_shapes(transformer, latents, sigma, prompt_embeds, pooled_projections)
     text_blocks: Sequence[Any] = transformer.text_transformer_blocks
     visual_blocks: Sequence[Any] = transformer.visual_transformer_blocks
     if text_lengths is not None and set(text_lengths) != {prompt_embeds.shape[1]}:
-        if len(text_lengths) != len(prompt_embeds) or block_policies is not None:
-            raise ValueError("captions under a mask need one length each, and run without block_policies")
+        if len(text_lengths) != len(prompt_embeds):
+            raise ValueError(f"{len(prompt_embeds)} captions under a mask, {len(text_lengths)} lengths")
         mask = text_mask(text_lengths, prompt_embeds.shape[1], prompt_embeds.device)
         text_blocks = [MaskedTextBlock(block, mask) for block in text_blocks]
         visual_blocks = [MaskedVisualBlock(block, mask) for block in visual_blocks]
     num_blocks = len(text_blocks) + len(visual_blocks)
-    policies = block_policies or [recompute if gradient_checkpointing else keep] * num_blocks
+    policies = (
+        block_policies or _policies.get(transformer) or [recompute if gradient_checkpointing else keep] * num_blocks
+    )
     if len(policies) != num_blocks:
         raise ValueError(f"block_policies has {len(policies)} entries, the transformer {num_blocks} blocks")
 
@@ -96,11 +102,25 @@ def predict_velocity(
         text = run(block, text, time, rope.text)
 
     visual, visual_rope = fractal_flatten(visual, rope.visual, grid)  # tokens: [B, N, model_dim], [1, N, 1, d/2, 2, 2]
-    for block, run in zip(visual_blocks, policies[len(text_blocks) :], strict=True):
+    starts, ends = ({getattr(r, side) % len(visual_blocks): r for r in routes} for side in ("start", "end"))
+    for i, (block, run) in enumerate(zip(visual_blocks, policies[len(text_blocks) :], strict=True)):
+        if i in starts:
+            whole, whole_rope = visual, visual_rope
+            visual, visual_rope = tread.leave(whole, whole_rope, starts[i].kept)
         visual = run(block, visual, text, time, visual_rope, None)
+        if i in ends:
+            visual, visual_rope = tread.come_back(whole, visual, ends[i].kept), whole_rope
 
     velocity: Tensor = transformer.out_layer(fractal_unflatten(visual, grid), text, time)
     return velocity
+
+
+def use_policies(transformer: Kandinsky5Transformer3DModel, policies: Sequence[BlockPolicy]) -> None:
+    """From now on ``predict_velocity`` runs this transformer's blocks so, in training and in sampling."""
+    _policies[transformer] = policies
+
+
+_policies: WeakKeyDictionary[nn.Module, Sequence[BlockPolicy]] = WeakKeyDictionary()
 
 
 def compute_dtype(transformer: Kandinsky5Transformer3DModel) -> torch.dtype:
