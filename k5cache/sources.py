@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from k5cache.errors import DatasetError
 from k5cache.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
+_DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
+_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|tar)$", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
@@ -46,8 +48,9 @@ def find(source: Path, config: CacheConfig) -> Source:
 
 def default_name(source: Path) -> str:
     """What a cache of ``source`` is called: ``cats`` for ``data/cats/``, ``cats.csv``, ``cats-*.tar``, ``me/cats``."""
-    name = source.resolve().name if source.is_dir() else source.name
-    return re.sub(r"[*?\[\]{}]+", "", source.stem if not source.is_dir() else name).strip("-_. ") or "images"
+    if source.is_dir():
+        return source.resolve().name or "images"
+    return re.sub(r"[*?\[\]]+", "", _SUFFIX.sub("", source.name)).strip("-_. ") or "images"
 
 
 def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
@@ -91,15 +94,21 @@ def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem],
 
 
 def _metadata_files(source: Path) -> list[Path]:
-    found = (file for name in METADATA for file in source.rglob(name))
-    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(source).parts))
+    return sorted(file for file in _visible(source) if file.name in METADATA)
 
 
 def _has_tables(source: Path) -> bool:
     from k5cache import tables
 
     return tables.is_saved(source) or any(
-        file.suffix.lower() in tables.BUILDERS and file.name not in METADATA for file in source.rglob("*")
+        file.suffix.lower() in _DATA and file.name not in METADATA for file in _visible(source)
+    )
+
+
+def _visible(source: Path) -> Iterator[Path]:
+    """Every entry below ``source``, hidden ones and those in hidden folders left out."""
+    return (
+        path for path in source.rglob("*") if not any(part.startswith(".") for part in path.relative_to(source).parts)
     )
 
 

@@ -201,6 +201,9 @@ def _embedded(table: Table, column: str, config: CacheConfig) -> Items:
         if isinstance(found, str) or not filled[i]:
             skipped.append(Skipped(path, str(found) if filled[i] else "holds no image"))
             continue
+        if path in cells:
+            skipped.append(Skipped(path, "is there a second time"))
+            continue
         cells[path] = (i, column)
         mask = None
         if has_mask[i]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -165,6 +166,7 @@ def test_metadata_gives_what_imagefolder_gives(pictures):
     theirs = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train").cast_column(
         "image", datasets.Image(decode=False)
     )
+    gc.collect()  # here, where the warning is expected, and not in a later test
     assert ours == sorted((row["image"]["path"], str(row["text"])) for row in theirs)
     assert [path for path, _ in ours] == [str(pictures / name) for name in ("a.png", "sub/b.png", "sub/c.png")]
     assert found.skipped == []
@@ -327,6 +329,7 @@ def test_a_saved_dataset_is_read_from_its_folder(tmp_path):
         tmp_path / "many"
     )
     assert list(captions(tmp_path / "one").values()) == [("one",)]
+    assert list(captions(tmp_path / "one" / "data-00000-of-00001.arrow").values()) == [("one",)]
     found = find(tmp_path / "many", CacheConfig(split="test"))
     assert [(item.captions, found.read(item.path)) for item in found.items] == [(("three",), png(3))]
     assert "many has no split dev; it has train, test" in refusal(tmp_path / "many", split="dev")
@@ -375,7 +378,48 @@ def test_a_mask_in_a_tar_belongs_to_the_image_of_its_name(tmp_path):
     assert found.read(item.mask.path) == png(2)
 
 
+def test_members_of_one_name_are_used_once(tmp_path):
+    members = [("a.png", png(1)), ("a.txt", b"one"), ("b.png", png(2)), ("b.txt", b"two"), ("a.png", png(3))]
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name, data in [*members, ("a.txt", b"other")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    found = find(tmp_path / "t.tar", CacheConfig())
+    assert [(i.captions, found.read(i.path)) for i in found.items] == [(("one",), png(1)), (("two",), png(2))]
+    assert found.skipped == [Skipped("t.tar/a.png", "is there a second time")]
+
+
+# --- the hub ---
+
+
+def test_a_name_is_loaded_from_the_hub_with_its_configuration_and_split(monkeypatch):
+    import datasets
+
+    asked: list[object] = []
+
+    def load_dataset(*name: str, **options: object):
+        asked.append((name, options))
+        return rows((png(1), "one"), (png(2), "two"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = CacheConfig(split="train[:2]", dataset_config="small")
+    first, second = find(Path("me/cats"), config), find(Path("me/cats"), config)
+    assert asked == [(("me/cats",), {"name": "small", "split": "train[:2]"})] * 2
+    assert [(i.path, i.captions, first.read(i.path)) for i in first.items] == [
+        ("me/cats#0", ("one",), png(1)),
+        ("me/cats#1", ("two",), png(2)),
+    ]
+    assert len({item.inode for item in first.items}) == 2
+    assert first.items == second.items  # rows of one fingerprint
+
+
 # --- what cannot be used at all ---
+
+
+def test_a_folder_with_other_files_and_hidden_tables_holds_no_image(tmp_path):
+    put(tmp_path, config_json="{}", notes_csv="a,b", **{".hidden__t_parquet": "x"})
+    assert refusal(tmp_path).startswith(f"{tmp_path} holds no image; Put images (.avif .bmp")
 
 
 def test_what_is_nowhere_is_said_without_asking_the_hub_unless_it_may_be_a_name(tmp_path, monkeypatch):
@@ -442,6 +486,7 @@ def test_tars_without_pairs_and_datasets_without_images_are_refused(tmp_path):
     [
         ("data/cats", "cats"),
         ("data/a.b.csv", "a.b"),
+        ("me/cats-v1.5", "cats-v1.5"),
         ("x/cats-*.tar", "cats"),
         ("me/cats", "cats"),
         ("*.tar", "images"),
