@@ -223,6 +223,8 @@ class Loader:
         return torch.stack([tread.token_scores(num_tokens, generator, forced) for _ in routes])[None]
 
     def _route(self, group: Group, micro: int) -> Group:
+        if group.path is not None and torch.equal(group.path, group.path[:, -1:].expand_as(group.path)):
+            group = replace(group, path=None)  # no row of it is rolled
         if group.scores is None:
             return group
         routes = tread.choose(group.scores, self.config.tread, self._step(micro), self.config.steps)

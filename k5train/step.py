@@ -4,37 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from k5cache.errors import RunError
-from k5train import flow
+from k5train import flow, rollout
 from k5train.data import Batch, Group
+from k5train.objective import ObjectiveConfig
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
+    from k5train.mixture import Mixture
 
 Predict = Callable[..., Tensor]
-"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``."""
+"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``, TREAD adds
+``routes=``."""
 
 
-def train_step(predict: Predict, group: Group) -> Tensor:
-    """The flow-matching loss of one forward pass, a mean over its rows and elements, in float32."""
-    noisy = flow.add_noise(group.latents, group.noise, group.sigma)
-    lengths = {} if group.text_lengths is None else {"text_lengths": group.text_lengths}
-    velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **lengths)
-    return flow.flow_loss(velocity, flow.velocity_target(group.latents, group.noise))
+def train_step(
+    predict: Predict, group: Group, objective: ObjectiveConfig = ObjectiveConfig(), cost: rollout.Cost | None = None
+) -> Tensor:
+    """The flow-matching loss of one forward pass, a mean over its rows and elements, in float32.
+
+    Args:
+        cost: adds up what rollouts take.
+    """
+    if group.path is not None:
+        noisy, target = _own_input(predict, group, cost or rollout.Cost())
+    else:
+        noisy = flow.add_noise(group.latents, group.noise, group.sigma)
+        target = flow.velocity_target(group.latents, group.noise)
+    extra: dict[str, Any] = {} if group.text_lengths is None else {"text_lengths": group.text_lengths}
+    if group.routes:
+        extra["routes"] = group.routes
+    velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **extra)
+    huber_c = objective.huber_c if objective.loss_type == "huber" else None
+    return flow.flow_loss(velocity, target, group.weight, group.mask, huber_c)
+
+
+def _own_input(predict: Predict, group: Group, cost: rollout.Cost) -> tuple[Tensor, Tensor]:
+    """Noisy latents that the model has made, and the velocity that leads from there to the data."""
+    assert group.path is not None
+
+    def predict_rows(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        lengths = group.text_lengths
+        extra = {} if lengths is None else {"text_lengths": tuple(lengths[i] for i in rows.tolist())}
+        return predict(noisy, sigma, group.prompt_embeds[rows], group.pooled_projections[rows], **extra)
+
+    return rollout.roll(predict_rows, group.latents, group.noise, group.path, cost)
 
 
 def accumulate(
-    predict: Predict, batches: Sequence[Batch], cache: Cache, device: torch.device, loss_limit: float = 0.0
+    predict: Predict,
+    batches: Sequence[Batch],
+    cache: Cache | Mixture,
+    device: torch.device,
+    loss_limit: float = 0.0,
+    loss_of: Callable[[Predict, Group], Tensor] = train_step,
 ) -> float:
     """Gradients of one update: every row weighs the same, however rows fall into batches and groups.
 
     Args:
         loss_limit: the largest loss that may lead to an update; 0: any finite one.
+        loss_of: ``train_step``, with the recipe's objective.
 
     Returns:
         The mean loss over the rows.
@@ -46,7 +80,7 @@ def accumulate(
     losses: list[Tensor] = []
     for batch in batches:
         for group in batch.groups:
-            loss = train_step(predict, group.to(device))
+            loss = loss_of(predict, group.to(device))
             torch.autograd.backward(loss * (group.latents.shape[0] / num_rows))
             losses.append(loss.detach())
     found = torch.stack(losses).tolist()  # the only wait for the GPU: it has the whole update's work by now
@@ -87,7 +121,7 @@ def update(
 ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
 
 
-def exploded(problem: str, batches: Sequence[Batch], cache: Cache) -> RunError:
+def exploded(problem: str, batches: Sequence[Batch], cache: Cache | Mixture) -> RunError:
     """The error that ends a run before an update: what was found, and on which rows."""
     names = ", ".join(dict.fromkeys(cache.row(i).path for batch in batches for i in batch.rows))
     return RunError(f"{problem} at {names}; nothing was updated", ADVICE)
