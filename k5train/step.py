@@ -12,23 +12,23 @@ from torch import Tensor
 from k5cache.errors import RunError
 from k5train import flow, rollout
 from k5train.data import Batch, Group
-from k5train.objective import ObjectiveConfig
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
     from k5train.mixture import Mixture
 
 Predict = Callable[..., Tensor]
-"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``, TREAD adds
+"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``, and TREAD
 ``routes=``."""
 
 
 def train_step(
-    predict: Predict, group: Group, objective: ObjectiveConfig = ObjectiveConfig(), cost: rollout.Cost | None = None
+    predict: Predict, group: Group, huber_c: float | None = None, cost: rollout.Cost | None = None
 ) -> Tensor:
     """The flow-matching loss of one forward pass, a mean over its rows and elements, in float32.
 
     Args:
+        huber_c: as in ``flow_loss``.
         cost: adds up what rollouts take.
     """
     if group.path is not None:
@@ -40,7 +40,6 @@ def train_step(
     if group.routes:
         extra["routes"] = group.routes
     velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **extra)
-    huber_c = objective.huber_c if objective.loss_type == "huber" else None
     return flow.flow_loss(velocity, target, group.weight, group.mask, huber_c)
 
 
