@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from k5train.base.memory import parse_vram
-
 from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, TreadConfig
 
 
@@ -158,8 +157,8 @@ class MemoryConfig:
             except ValueError:
                 problems.append(f'vram must be an amount such as "12GB", found {self.vram!r}')
         if self.enable_model_cpu_offload:
-            beside = " and enable_group_offload exclude each other" if self.enable_group_offload else " does nothing here"
-            problems.append(f"enable_model_cpu_offload{beside}; enable_group_offload moves weights block by block")
+            conflict = " and enable_group_offload exclude each other" if self.enable_group_offload else " is not needed"
+            problems.append(f"enable_model_cpu_offload{conflict}; enable_group_offload moves weights block by block")
         if self.group_offload_blocks_per_group < 1:
             problems.append(
                 f"group_offload_blocks_per_group must be at least 1, found {self.group_offload_blocks_per_group}"
@@ -325,4 +324,6 @@ class TrainConfig:
                 "lora.algo is dora: it needs the norm of every weight, which peft reads off the raw int8 numbers as if"
                 ' they had no scale; set base_model_precision = "no_change"'
             )
+        if self.base_model_precision == "int8-dynamic" and self.memory.execution == "diffusers":
+            problems.append("base_model_precision = int8-dynamic needs memory.execution = compiled or eager")
         return problems

@@ -15,14 +15,14 @@ from k5cache import console
 from k5cache.hub import read_config
 from k5train import lora
 from k5train.base.forward import predict_velocity
-from k5train.base.quantize import load_transformer
 from k5train.checkpoint import Run
 from k5train.config import TrainConfig
 from k5train.data import Loader, prefetch
 from k5train.metrics import Metrics
 from k5train.optim import learning_rate, make_optimizer
-from k5train.setup import DTYPES, check_fit, pick_device
-from k5train.step import accumulate, update
+from k5train.ready import announce, execute, largest, load, plan_training, when_memory_ends
+from k5train.setup import check_fit, pick_device
+from k5train.step import accumulate, train_step, update
 from k5train.validate import Painter
 
 if TYPE_CHECKING:
@@ -50,23 +50,41 @@ def train(cache: Cache, folder: Path, config: TrainConfig, run: Run) -> Result:
 
     Raises:
         CacheStale: the cache does not fit the transformer.
+        DoesNotFit: no plan fits, found before anything is loaded; or memory ended all the same: the LoRA is saved.
         RunError: there is no GPU for a full-size model, or the loss is not finite.
     """
     device = pick_device(config.device, folder)
     check_fit(cache, folder)
     painter = Painter(cache, folder, config, run) if config.validation.prompts else None
+    plan = plan_training(folder, config, device, largest(cache))
     console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
-    transformer = load_transformer(folder, config.base_model_precision, DTYPES[config.mixed_precision], device)
+    announce(plan)
+    transformer = load(folder, config, device, plan)
     matched = lora.add_lora(transformer, config.lora, config.seed)
     console.note(lora.describe(matched))
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, config.optim)
     loader = Loader(cache, config, read_config(folder, "vae")["scaling_factor"])
-    predict = partial(predict_velocity, transformer, gradient_checkpointing=config.memory.gradient_checkpointing)
+    execution = execute(transformer, config, device, plan)
+    predict = partial(predict_velocity, transformer)
     save = partial(lora.save_lora, transformer=transformer, metadata=_metadata(cache, config, run))
     started, losses = time.monotonic(), list[float]()
 
-    with console.progress() as bars, Metrics(run.metrics) as metrics:
+    def step_once() -> None:
+        torch.autograd.backward(train_step(predict, loader.batch(0).groups[0].to(device)))
+        optimizer.zero_grad(set_to_none=True)
+
+    def save_done() -> Path | None:
+        save(at := run.checkpoint(len(losses)))
+        return at
+
+    with (
+        console.progress() as bars,
+        Metrics(run.metrics) as metrics,
+        when_memory_ends(plan, lambda: save_done() if losses else None),
+    ):
+        if execution:
+            execution.warm_up(step_once)
         if painter and config.validation.before:
             painter.draw(transformer, 0, bars)
         task = bars.add_task(f"training {run.name}", total=config.steps, unit="step", note="")

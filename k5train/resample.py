@@ -11,10 +11,10 @@ from k5cache.errors import RunError
 from k5cache.hub import model_folder
 from k5cache.store.reader import open_cache
 from k5train import lora, sample
-from k5train.base.quantize import load_transformer
 from k5train.checkpoint import Run, write_whole
 from k5train.config import TrainConfig
-from k5train.setup import DTYPES, pick_device
+from k5train.ready import execute, largest, load, plan_training
+from k5train.setup import pick_device
 
 
 def resample(
@@ -44,7 +44,9 @@ def resample(
     settings = sample.settings_for(opened, config.validation)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     device = pick_device(config.device, folder)
-    transformer = load_transformer(folder, config.base_model_precision, DTYPES[config.mixed_precision], device)
+    plan = plan_training(folder, config, device, largest(opened))
+    transformer = load(folder, config, device, plan)
+    execute(transformer, config, device, plan)
     transformer.eval()
     with console.progress() as bars:
         before = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, "base model")

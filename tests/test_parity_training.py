@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
     caption_dropout_probability=0.25,
     lora=LoraConfig(rank=RANK, alpha=ALPHA),
     optim=OptimConfig(lr=LR, warmup_steps=WARMUP, betas=BETAS, weight_decay=DECAY, max_grad_norm=CLIP),
-    memory=MemoryConfig(gradient_checkpointing=True),
+    memory=MemoryConfig(),
 )
 OFFICIAL = [  # the official trainer's configs/trainer/lora_image.yaml
     *(f"{part}_attention.{m}" for part in ("self", "cross") for m in ("to_query", "to_key", "to_value", "out_layer")),

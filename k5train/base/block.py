@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_kandinsky import (
     Kandinsky5TransformerEncoderBlock,
 )
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from k5train.base.linear import Int8Linear
@@ -196,6 +197,17 @@ def gather(block: nn.Module, dropout: bool) -> Block | None:
     first = gathered[0]
     assert first is not None
     return Block(first, gathered[1] if len(gathered) > 1 else None, ff_in[0], ff_out[0])
+
+
+def adapter_state(block: Any) -> tuple[Any, ...]:
+    """What ``gather`` found depends on: equal as long as the same adapters are there, on or off."""
+    attentions = [block.self_attention] + ([block.cross_attention] if hasattr(block, "cross_attention") else [])
+    linears = [m for a in attentions for m in (a.to_query, a.to_key, a.to_value, a.out_layer)]
+    linears += [block.feed_forward.in_layer, block.feed_forward.out_layer]
+    return tuple(
+        (id(m), m.disable_adapters, m.merged, tuple(m.active_adapters)) if isinstance(m, BaseTunerLayer) else id(m)
+        for m in linears
+    )
 
 
 def _attention(module: Kandinsky5Attention, dropout: bool, cross: bool) -> Attention | None:

@@ -79,7 +79,7 @@ def predict_velocity(
     visual_blocks: Sequence[Any] = transformer.visual_transformer_blocks
     if text_lengths is not None and set(text_lengths) != {prompt_embeds.shape[1]}:
         if len(text_lengths) != len(prompt_embeds):
-            raise ValueError(f"{len(prompt_embeds)} captions under a mask, {len(text_lengths)} lengths")
+            raise ValueError(f"captions under a mask need one length each, found {list(text_lengths)}")
         mask = text_mask(text_lengths, prompt_embeds.shape[1], prompt_embeds.device)
         text_blocks = [MaskedTextBlock(block, mask) for block in text_blocks]
         visual_blocks = [MaskedVisualBlock(block, mask) for block in visual_blocks]

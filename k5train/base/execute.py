@@ -1,0 +1,226 @@
+"""How a plan is carried out: blocks compiled or eager, what each keeps for backward, weights resident or streamed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from k5cache import console
+from k5cache.errors import K5Error, RunError
+from k5train.base import ops
+from k5train.base.block import Block, Modes, adapter_state, gather, run_block
+from k5train.base.forward import BlockPolicy, keep, recompute
+from k5train.base.masked import MaskedTextBlock, MaskedVisualBlock
+from k5train.base.memory import LEVELS, Level, LevelName, Plan
+from k5train.base.stream import Streamer, spread
+
+if TYPE_CHECKING:
+    from diffusers import Kandinsky5Transformer3DModel
+
+_ATTENTIONS = tuple(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    for name in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+)
+_LORA = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_OURS = (torch.ops.k5.matmul.default, torch.ops.k5.int8_matmul.default)
+_COMPILED_VARIANTS = 64  # levels x text or picture x batch one or more x training or sampling; torch allows 8
+
+
+class Execution:
+    """A transformer made ready to run by a plan. ``policies`` go to ``predict_velocity``.
+
+    Args:
+        transformer: with its adapter. Streamed blocks' weights may still lie in host memory.
+        plan: for its visual blocks; text blocks are small and always resident, without recompute.
+        compiled: compile the blocks; ``warm_up`` falls back where that fails.
+    """
+
+    def __init__(
+        self,
+        transformer: Kandinsky5Transformer3DModel,
+        plan: Plan,
+        modes: Modes,
+        *,
+        compiled: bool,
+        device: torch.device,
+    ) -> None:
+        text, visual = list(transformer.text_transformer_blocks), list(transformer.visual_transformer_blocks)
+        self.plan, self.modes, self.device = plan, modes, device
+        self._run = _compile() if compiled else _run
+        streamed = spread(len(visual), plan.streaming.num_blocks) if plan.streaming else []
+        self.streamer = Streamer([visual[i] for i in streamed], plan.streaming, device) if plan.streaming else None
+        self.policies: list[BlockPolicy] = [self._policy("all") for _ in text]
+        for i, level in enumerate(plan.levels):
+            policy = self._policy(level)
+            place = streamed.index(i) if i in streamed else None
+            if self.streamer and place is not None:
+                policy = self.streamer.around(policy, place)
+            self.policies.append(policy)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks run compiled: asked for, and not found impossible since."""
+        return self._run is not _run
+
+    def warm_up(self, step: Callable[[], Any]) -> None:
+        """Run ``step`` (a forward and backward pass) once: compile, or say in one line that blocks run eagerly.
+
+        Raises:
+            torch.OutOfMemoryError: as it came.
+        """
+        if not self.is_compiled:
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                step()
+            return
+        except (torch.OutOfMemoryError, K5Error):
+            raise
+        # Dynamo, inductor, Triton, gcc and ptxas each fail in their own way; whatever it was, the eager run that
+        # follows answers it, and raises if the compiler was not to blame.
+        except Exception as error:
+            words = (str(error).strip() or type(error).__name__).splitlines()[0][:140]
+            console.warn(
+                f"The blocks cannot be compiled here and run eagerly, slower ({type(error).__name__}: {words})"
+            )
+        self._run = _run
+        if self.streamer:
+            self.streamer.reset()
+
+    def _policy(self, level: LevelName) -> BlockPolicy:
+        gathered: dict[Any, Block | None] = {}
+
+        def policy(given: Any, x: Tensor, *rest: Any) -> Tensor:
+            masked = isinstance(given, MaskedTextBlock | MaskedVisualBlock)
+            block, mask = (given.block, given.mask) if masked else (given, None)
+            state = (block.training, adapter_state(block))
+            if state not in gathered:
+                gathered.clear()
+                gathered[state] = gather(block, dropout=block.training)
+            weights = gathered[state]
+            if weights is None:
+                return (keep if level == "all" else recompute)(given, x, *rest)
+            text, time, rope = rest[:3] if weights.cross_attention else (None, *rest)
+            modulate: nn.Module = block.visual_modulation if weights.cross_attention else block.text_modulation
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x = x.detach().requires_grad_()  # the first block is then compiled with the others
+            if self.is_compiled:
+                for tensor, along in ((x, 1), (text, 1), (rope, 1), (mask, 3)):  # one compilation for every size
+                    if tensor is not None:
+                        torch._dynamo.maybe_mark_dynamic(tensor, along)
+            result: Tensor = self._run(x, text, mask, modulate(time), rope, weights, self.modes, level)
+            return result
+
+        return policy
+
+
+def choose_modes(device: torch.device, precision: str) -> Modes:
+    """How blocks compute on this device: what is asked for, and what is found to work.
+
+    Raises:
+        RunError: int8 tensor cores are asked for and the GPU has none.
+    """
+    if device.type != "cuda":
+        return Modes(int8_dynamic=precision == "int8-dynamic", cudnn=False)
+    capability = torch.cuda.get_device_capability(device)
+    if precision == "int8-dynamic":
+        if capability < (8, 0):
+            raise RunError(
+                f"{torch.cuda.get_device_name(device)} has no int8 tensor cores that this can use",
+                "Use --set train.base_model_precision=int8-quanto",
+            )
+        if not ops.kernel_works(device):
+            console.note("The int8 kernel does not run here: torch._int_mm is used, which is slower")
+    # Flash attention as torch ships it is written for Ampere; cuDNN's knows Hopper and Blackwell.
+    return Modes(int8_dynamic=precision == "int8-dynamic", cudnn=capability[0] in (9, 10) and _cudnn_works(device))
+
+
+def check_bfloat16(device: torch.device, mixed_precision: str) -> None:
+    """Refuse a GPU that only imitates bfloat16, before anything is loaded.
+
+    Raises:
+        RunError: it is older than Ampere.
+    """
+    if device.type == "cuda" and mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(False):
+        raise RunError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16",
+            "Use a GPU of the RTX 30 series or newer, or --set train.mixed_precision=fp32 (twice the memory, slow)",
+        )
+
+
+@functools.cache
+def _cudnn_works(device: torch.device) -> bool:
+    """Whether cuDNN attention gives what plain attention gives, forward and backward, on a small case."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, 2, 256, 128)
+    inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3)]
+    results = []
+    for cudnn in (True, False):
+        query, key, value = leaves = [t.clone().requires_grad_() for t in inputs]
+        try:
+            if cudnn:
+                out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[0]
+            else:
+                out = torch.softmax(query.float() @ key.float().mT / 128**0.5, -1) @ value.float()
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+        except RuntimeError:  # no kernel for this GPU, shape or cuDNN
+            return False
+    return all(_close(ours, plain) for ours, plain in zip(*results, strict=True))
+
+
+def _close(ours: Tensor, plain: Tensor) -> bool:
+    return ((ours.float() - plain.float()).norm() <= 2e-2 * plain.float().norm()).item() is True
+
+
+def _keep(level: Level, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Whether one op's result is kept; what is elementwise never is."""
+    if op in _ATTENTIONS:
+        # Over the picture, queries and keys are as many; cross attention is cheap and kept only with its linears.
+        kept = bool(level.matmuls) or (level.attention and args[0].shape[-2] == args[1].shape[-2])
+    else:
+        kept = (op in _OURS and args[-1] in level.matmuls) or (op in _LORA and bool(level.matmuls))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+
+
+_CONTEXTS = {
+    name: partial(create_selective_checkpoint_contexts, partial(_keep, level)) for name, level in LEVELS.items()
+}
+
+
+def _run(
+    x: Tensor,
+    text: Tensor | None,
+    mask: Tensor | None,
+    modulation: Tensor,
+    rope: Tensor,
+    block: Block,
+    modes: Modes,
+    level: LevelName,
+) -> Tensor:
+    args = (x, text, mask, modulation, rope, block, modes)
+    result: Tensor
+    if level == "all" or not torch.is_grad_enabled():
+        result = run_block(*args)
+    elif level == "nothing":
+        result = checkpoint(run_block, *args, use_reentrant=False)
+    else:
+        result = checkpoint(run_block, *args, use_reentrant=False, context_fn=_CONTEXTS[level])
+    return result
+
+
+def _compile() -> Callable[..., Tensor]:
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _COMPILED_VARIANTS)
+    # Says once that in-place ops would be wrong under selective checkpointing; there are none inside a block.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    return torch.compile(_run, fullgraph=True, dynamic=False)

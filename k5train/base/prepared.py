@@ -1,0 +1,252 @@
+"""The int8 base on disk: quantised once, content-addressed under ``K5_HOME``, read in seconds from then on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from k5cache import console
+from k5cache.errors import ModelError
+from k5cache.fingerprint import fingerprint
+from k5train.base.quantize import converted, empty_transformer, finish, place
+
+if TYPE_CHECKING:
+    from diffusers import Kandinsky5Transformer3DModel
+
+FORMAT = 1
+_DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+_HEADER_BYTES = 4 * 2**20  # 3,000 tensors take 0.5 MB; fixed, since tensors are written before their sums are known
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One file: what it was made of."""
+
+    path: Path
+    source: str
+    dtype: str
+    num_bytes: int
+    is_whole: bool
+    """Its header can be read and its length is the one the header tells."""
+
+
+def home() -> Path:
+    """Where prepared bases are kept: ``$K5_HOME/base``, by default ``~/.cache/k5/base``."""
+    return Path(os.environ.get("K5_HOME") or Path("~/.cache/k5").expanduser()) / "base"
+
+
+def prepared_path(folder: Path, dtype: torch.dtype) -> Path:
+    """Where the int8 base of a checkpoint is, or would be: named by everything that decides its numbers.
+
+    Raises:
+        ModelError: the checkpoint's weights are missing or damaged.
+    """
+    made_of = [FORMAT, fingerprint(folder, "transformer"), _DTYPES[dtype], version("optimum-quanto")]
+    return home() / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]}.safetensors"
+
+
+def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Path:
+    """Quantise a checkpoint into its file, tensor by tensor, unless it is there already.
+
+    The file is safetensors. It gets its name when it is whole and on disk: one half-written is never found.
+
+    Args:
+        dtype: of scales and of what is not quantised.
+        device: where quantisation is computed.
+
+    Raises:
+        ModelError: tensors that are missing, unexpected, misshapen or unreadable.
+    """
+    path = prepared_path(folder, dtype)
+    if path.is_file() and _describe(path).is_whole:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{path.stem}.*.tmp"):  # of a process that was killed
+        if not _is_alive(int(old.name.split(".")[-2])):
+            old.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            _write(file, folder, dtype, device)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load_prepared(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_host: Callable[[str, bool], bool] = lambda name, is_int8: False,
+) -> Kandinsky5Transformer3DModel:
+    """The frozen transformer of ``load_transformer(folder, "int8-quanto", dtype, device)``, from its prepared file.
+
+    Args:
+        on_host: told a tensor's name and whether its linear is int8; True: it stays in host memory, to be streamed.
+
+    Raises:
+        ModelError: as ``prepare``.
+    """
+    path = prepared_path(folder, dtype)
+    if not (path.is_file() and _describe(path).is_whole):
+        console.note(f"First use of this checkpoint: quantising it once, into {path}")
+        prepare(folder, dtype, device)
+    transformer = empty_transformer(folder)
+    try:
+        _fill(transformer, path, device, on_host)
+    except _Damaged as damage:
+        console.warn(f"{path} is damaged at {damage}: it is made again")
+        path.unlink()
+        prepare(folder, dtype, device)
+        transformer = empty_transformer(folder)
+        _fill(transformer, path, device, on_host)
+    return finish(transformer, device)
+
+
+def listed() -> list[Prepared]:
+    """Every prepared base."""
+    return [_describe(path) for path in sorted(home().glob("*.safetensors"))]
+
+
+def remove(name: str) -> Prepared:
+    """Remove one prepared base; it can be made again.
+
+    Args:
+        name: its file name, or the start of it.
+
+    Raises:
+        ModelError: none or several begin so.
+    """
+    found = [item for item in listed() if item.path.name.startswith(name)]
+    if len(found) != 1:
+        raise ModelError(
+            f"{len(found)} prepared bases under {home()} begin with {name!r}", "See their names: k5train base list"
+        )
+    found[0].path.unlink()
+    return found[0]
+
+
+class _Damaged(Exception):
+    """A tensor of a prepared file is not what was written."""
+
+
+def _write(file: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """The tensors first, after room for the header; then the header, with their sums."""
+    header: dict[str, Any] = {
+        "__metadata__": {"k5": json.dumps({"format": FORMAT, "source": str(folder), "dtype": _DTYPES[dtype]})}
+    }
+    sums: dict[str, str] = {}
+    file.write(b" " * (8 + _HEADER_BYTES))
+    start = 0
+    transformer = empty_transformer(folder)
+    for name, tensor in converted(folder, transformer, "int8-quanto", dtype, device):
+        data = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+        file.write(data)
+        sums[name] = xxhash.xxh3_64_hexdigest(data)
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start := start + data.nbytes],
+        }
+    header["__metadata__"]["xxh3_64"] = json.dumps(sums)
+    text = json.dumps(header).encode()
+    assert len(text) <= _HEADER_BYTES
+    file.seek(0)
+    file.write(struct.pack("<Q", _HEADER_BYTES) + text.ljust(_HEADER_BYTES))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if not 0 < size <= _HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        header: dict[str, Any] = json.loads(file.read(size))
+        return header
+
+
+def _describe(path: Path) -> Prepared:
+    num_bytes = path.stat().st_size
+    try:
+        header = _header(path)
+        facts = json.loads(header.pop("__metadata__")["k5"])
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        is_whole = num_bytes == 8 + _HEADER_BYTES + end and facts["format"] == FORMAT
+        return Prepared(path, facts["source"], facts["dtype"], num_bytes, is_whole)
+    except (ValueError, KeyError, TypeError, struct.error):
+        return Prepared(path, "unknown", "unknown", num_bytes, False)
+
+
+def _fill(
+    transformer: Kandinsky5Transformer3DModel,
+    path: Path,
+    device: torch.device,
+    on_host: Callable[[str, bool], bool],
+) -> None:
+    header = _header(path)
+    sums = json.loads(header.pop("__metadata__")["xxh3_64"])
+    int8 = {name.rpartition(".")[0] for name, entry in header.items() if entry["dtype"] == "I8"}
+
+    def where(name: str) -> torch.device:
+        return torch.device("cpu") if on_host(name, name.rpartition(".")[0] in int8) else device
+
+    for name, tensor in _read(path, header, sums, where):
+        place(transformer, name, tensor)
+
+
+def _read(
+    path: Path, header: dict[str, Any], sums: dict[str, str], where: Callable[[str], torch.device]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in file order, each checked. Read by threads into buffers: mapped pages would count as resident."""
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(name: str) -> Tensor:
+        entry = header[name]
+        start, end = entry["data_offsets"]
+        host = torch.empty(end - start, dtype=torch.uint8)
+        view, done = host.numpy().data, 0
+        while done < end - start:
+            count = os.preadv(descriptor, [view[done:]], 8 + _HEADER_BYTES + start + done)
+            if count == 0:
+                raise _Damaged(name)
+            done += count
+        if xxhash.xxh3_64_hexdigest(view) != sums[name]:
+            raise _Damaged(name)
+        return host.view(_TORCH[entry["dtype"]]).reshape(entry["shape"]).to(where(name))
+
+    names = list(header)
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            ahead = [pool.submit(read, name) for name in names[: 2 * _THREADS]]
+            for i, name in enumerate(names):
+                tensor = ahead[i % len(ahead)].result()
+                if i + len(ahead) < len(names):
+                    ahead[i % len(ahead)] = pool.submit(read, names[i + len(ahead)])
+                yield name, tensor
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False

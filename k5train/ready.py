@@ -1,0 +1,174 @@
+"""From a recipe to a transformer that fits: what will it take, and how is it loaded and run?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from k5cache import console
+from k5cache.errors import DoesNotFit
+from k5cache.hub import read_config
+from k5train import lora
+from k5train.base import memory, vram
+from k5train.base.execute import Execution, check_bfloat16, choose_modes
+from k5train.base.forward import keep, recompute, use_policies
+from k5train.base.memory import Architecture, Plan, Streaming, Work
+from k5train.base.prepared import load_prepared
+from k5train.base.quantize import empty_transformer, load_transformer
+from k5train.base.stream import spread
+from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+from k5train.setup import DTYPES
+
+if TYPE_CHECKING:
+    from diffusers import Kandinsky5Transformer3DModel
+
+    from k5cache.store.reader import Cache
+
+
+def plan_training(folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int]) -> Plan:
+    """What a run will keep, recompute and stream on ``device``.
+
+    Args:
+        folder: the checkpoint; its config.json is read, no weights.
+        sizes: the most tokens of a picture and of a caption, as ``largest`` finds them.
+
+    Raises:
+        DoesNotFit: no plan fits, or not the one that the recipe asks for.
+        RecipeError: a LoRA target matches nothing.
+        RunError: the GPU has no bfloat16.
+    """
+    check_bfloat16(device, config.mixed_precision)
+    arch = memory.architecture(read_config(folder, "transformer"))
+    work = work_of(folder, config, sizes, compiled=how_to_run(config, device) == "compiled")
+    streaming = streaming_of(config.memory, arch)
+    budget = vram.budget(device, config.memory.vram)
+    level: Any = None if config.memory.activations == "auto" else config.memory.activations
+    if level is None and (budget is None or how_to_run(config, device) == "diffusers"):
+        level = "nothing"  # on a CPU, and where only all or nothing can be kept
+    return memory.make_plan(arch, work, budget, level=level, streaming=streaming)
+
+
+def work_of(folder: Path, config: TrainConfig, sizes: tuple[int, int], compiled: bool) -> Work:
+    """The largest forward and backward pass of a run."""
+    parameters, width = adapter_size(folder, config.lora)
+    return Work(
+        batch_size=config.batch_size,
+        num_tokens=sizes[0],
+        num_text_tokens=sizes[1],
+        lora_parameters=parameters,
+        adapters_width=width,
+        precision=config.base_model_precision,
+        bytes_per_element=DTYPES[config.mixed_precision].itemsize,
+        compiled=compiled,
+    )
+
+
+def adapter_size(folder: Path, config: LoraConfig) -> tuple[int, int]:
+    """Trained parameters, and the sum of ranks over one picture block: from shapes alone.
+
+    Raises:
+        RecipeError: a target matches nothing.
+    """
+    transformer = empty_transformer(folder)
+    names = lora.match_targets(transformer, config.targets).modules
+    linears: list[Any] = [transformer.get_submodule(name) for name in names]
+    parameters = sum(config.rank * (m.in_features + m.out_features) for m in linears)
+    blocks = max(1, len(transformer.visual_transformer_blocks))
+    in_blocks = sum(name.startswith("visual_transformer_blocks.") for name in names)
+    return parameters, config.rank * -(-in_blocks // blocks)
+
+
+def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:
+    """The group-offload words as what they mean here. None: stream only what must be."""
+    if not config.enable_group_offload:
+        return None
+    groups = 2 if config.group_offload_use_stream else 1
+    slots = groups * config.group_offload_blocks_per_group
+    return Streaming(arch.num_visual_blocks, slots, config.group_offload_use_stream)
+
+
+def how_to_run(config: TrainConfig, device: torch.device) -> str:
+    """``compiled``, ``eager`` or ``diffusers``."""
+    if config.memory.execution != "auto":
+        return config.memory.execution
+    if device.type == "cuda":
+        return "compiled"
+    lean = config.base_model_precision == "int8-dynamic" or config.memory.enable_group_offload
+    return "eager" if lean or config.memory.activations not in ("auto", "nothing", "all") else "diffusers"
+
+
+def largest(cache: Cache) -> tuple[int, int]:
+    """The most tokens of a picture and of a caption in a cache: what the plan must hold."""
+    buckets = [shard.bucket for shard in cache.manifest.shards if shard.bucket]
+    pictures = max(((w // 16) * (h // 16) for w, h in buckets), default=0)
+    return pictures, max(cache.text_lengths().values(), default=1)
+
+
+def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) -> Kandinsky5Transformer3DModel:
+    """The frozen transformer where the plan wants it: on the GPU, the streamed blocks' weights in host memory.
+
+    On the GPU int8 weights come from the prepared file under ``K5_HOME``, which is made on first use.
+    """
+    vram.limit(device, plan.budget if config.memory.vram else None)
+    dtype, precision = DTYPES[config.mixed_precision], config.base_model_precision
+    if device.type != "cuda" or precision == "no_change":
+        return load_transformer(folder, precision, dtype, device)
+    count = len(plan.levels)
+    streamed = spread(count, plan.streaming.num_blocks) if plan.streaming else []
+    prefixes = tuple(f"visual_transformer_blocks.{i}." for i in streamed)
+    return load_prepared(folder, dtype, device, on_host=lambda name, is_int8: is_int8 and name.startswith(prefixes))
+
+
+def execute(
+    transformer: Kandinsky5Transformer3DModel, config: TrainConfig, device: torch.device, plan: Plan
+) -> Execution | None:
+    """Have ``predict_velocity`` run a transformer, with its adapter if it is to have one, by the plan.
+
+    Returns:
+        None where blocks run as diffusers' own modules.
+    """
+    how = how_to_run(config, device)
+    if how == "diffusers":
+        policy = keep if set(plan.levels) == {"all"} else recompute
+        num_blocks = len(transformer.text_transformer_blocks) + len(transformer.visual_transformer_blocks)
+        use_policies(transformer, [policy] * num_blocks)
+        return None
+    modes = choose_modes(device, config.base_model_precision)
+    execution = Execution(transformer, plan, modes, compiled=how == "compiled", device=device)
+    use_policies(transformer, execution.policies)
+    return execution
+
+
+@contextmanager
+def when_memory_ends(plan: Plan, save: Callable[[], Path | None]) -> Iterator[None]:
+    """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
+
+    Args:
+        save: writes the adapter as it is and says where; None: there is nothing to save yet.
+
+    Raises:
+        DoesNotFit: VRAM ended inside.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        words = str(error).splitlines()[0][:160]
+        torch.cuda.empty_cache()
+        saved = save()
+        kept = f"; the LoRA so far is in {saved}" if saved else ""
+        planned = plan.budget if plan.budget is not None else plan.peak
+        less = max(2.0, (planned + memory.CONTEXT_BYTES) / 2**30 - 1)
+        raise DoesNotFit(
+            f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{kept}",
+            f"Plan for less: --set train.memory.vram={less:.1f}GB, or --set train.memory.activations=nothing",
+        ) from error
+
+
+def announce(plan: Plan, print_line: Callable[[str], None] = console.note) -> None:
+    """The plan in a few lines, before anything is loaded."""
+    for what, how in memory.describe(plan):
+        print_line(f"  {what:<32} {how}")

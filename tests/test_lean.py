@@ -1,0 +1,245 @@
+"""Is every way to run the blocks the plain one? Lean, each memory level, compiled, streamed, int8 tensor cores."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from k5cache.errors import DoesNotFit
+from k5train import lora
+from k5train.base import execute, stream
+from k5train.base.block import Modes, gather
+from k5train.base.execute import Execution, choose_modes
+from k5train.base.forward import predict_velocity
+from k5train.base.memory import LEVELS, Plan, Streaming
+from k5train.base.quantize import load_transformer
+from k5train.config import LoraConfig
+
+CPU = torch.device("cpu")
+PLAIN = Modes(int8_dynamic=False, cudnn=False)
+
+
+def model(folder: Path, precision: Any = "int8-quanto", targets: tuple[str, ...] = ("official",), dropout: float = 0.0):
+    """The toy transformer in float32 with an adapter whose every matrix has a gradient."""
+    transformer = load_transformer(folder, precision, torch.float32, CPU)
+    lora.add_lora(transformer, LoraConfig(rank=4, alpha=8, targets=targets, dropout=dropout), seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return transformer.train()
+
+
+def batch(transformer: nn.Module, tokens: int = 7, side: int = 8, size: int = 2) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(1)
+    config: Any = transformer.config
+    return (
+        torch.randn(size, 1, side, side, config.in_visual_dim, generator=g),
+        torch.rand(size, generator=g),
+        torch.randn(size, tokens, config.in_text_dim, generator=g),
+        torch.randn(size, config.in_text_dim2, generator=g),
+    )
+
+
+def outcome(transformer: Any, policies: Any, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """The velocity and every gradient of the adapter."""
+    transformer.zero_grad()
+    velocity = predict_velocity(transformer, *inputs, block_policies=policies)
+    velocity.square().mean().backward()
+    grads = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
+    return {"velocity": velocity.detach(), **grads}
+
+
+def execution(transformer: Any, level: str = "nothing", streaming: Streaming | None = None, modes: Modes = PLAIN):
+    count = len(transformer.visual_transformer_blocks)
+    plan = Plan((level,) * count, streaming, {}, None, 0)  # type: ignore[arg-type]
+    return Execution(transformer, plan, modes, compiled=False, device=CPU)
+
+
+def assert_same(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], within: float) -> None:
+    assert ours.keys() == plain.keys()
+    for name in plain:
+        difference = (ours[name] - plain[name]).norm() / plain[name].norm()
+        assert difference <= within, (name, difference.item())
+
+
+# diffusers rounds rotated queries and keys to bfloat16: float32 noise before it may turn a bit of 2^-8 after it.
+WITHIN = 2e-3
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "no_change"])
+@pytest.mark.parametrize("targets", ["official", "qkv", r".*visual.*attention\.to_query"])
+def test_lean_blocks_are_diffusers_blocks_forward_and_backward(toy_model, precision, targets):
+    transformer = model(toy_model, precision, (targets,))
+    plain = outcome(transformer, None, batch(transformer))
+    assert_same(outcome(transformer, execution(transformer).policies, batch(transformer)), plain, WITHIN)
+
+
+@pytest.mark.parametrize("level", list(LEVELS))
+def test_what_a_block_keeps_never_changes_the_numbers(toy_model, level):
+    transformer = model(toy_model)
+    everything = outcome(transformer, execution(transformer, "all").policies, batch(transformer))
+    assert_same(outcome(transformer, execution(transformer, level).policies, batch(transformer)), everything, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "streaming", [Streaming(2), Streaming(3, slots=1, prefetch=False), Streaming(3, slots=3)], ids=str
+)
+def test_streamed_weights_give_the_same_numbers_step_after_step(toy_model, streaming):
+    transformer = model(toy_model)
+    count = len(transformer.visual_transformer_blocks)
+    streaming = Streaming(min(streaming.num_blocks, count), streaming.slots, streaming.prefetch)
+    inputs = batch(transformer)
+    resident = outcome(transformer, execution(transformer).policies, inputs)
+    streamed = execution(transformer, "selective", streaming)
+    for _ in range(2):
+        with torch.no_grad():  # a picture between two steps
+            drawn = predict_velocity(transformer, *inputs, block_policies=streamed.policies)
+        torch.testing.assert_close(drawn, resident["velocity"], rtol=0, atol=1e-6)
+        assert_same(outcome(transformer, streamed.policies, inputs), resident, 1e-6)
+
+
+def test_streamed_weights_have_one_copy_on_the_host_and_a_slot_on_the_device(toy_model):
+    transformer = model(toy_model)
+    streamer = execution(transformer, streaming=Streaming(2, slots=1)).streamer
+    assert streamer is not None
+    slot = streamer._slots[0].untyped_storage().data_ptr()
+    block = transformer.visual_transformer_blocks[-1]
+    held = {m.weight.untyped_storage().data_ptr() for m in block.modules() if isinstance(m, stream.Int8Linear)}
+    assert held == {slot}
+
+
+def test_streaming_more_than_the_host_has_is_refused(toy_model, monkeypatch):
+    monkeypatch.setattr(stream, "_free_host_memory", lambda: stream._HOST_RESERVE)
+    with pytest.raises(DoesNotFit, match="host memory"):
+        execution(model(toy_model), streaming=Streaming(2))
+
+
+def test_linears_of_one_input_are_fused_without_a_second_copy(toy_model):
+    transformer = model(toy_model)
+    block = transformer.visual_transformer_blocks[0]
+    gathered = gather(block, dropout=True)
+    assert gathered is not None
+    (qkv,) = gathered.self_attention.projections[0]
+    attention: Any = block.self_attention
+    parts = [attention.to_query, attention.to_key, attention.to_value]
+    assert {p.base_layer.weight.untyped_storage().data_ptr() for p in parts} == {
+        qkv.weight.untyped_storage().data_ptr()
+    }
+    again = gather(block, dropout=True)
+    assert again is not None
+    assert again.self_attention.projections[0][0].weight.data_ptr() == qkv.weight.data_ptr()
+
+
+def test_dropout_drops_in_training_and_not_in_sampling(toy_model):
+    transformer = model(toy_model, dropout=0.5)
+    policies = execution(transformer).policies
+    inputs = batch(transformer)
+
+    def velocity() -> torch.Tensor:
+        with torch.no_grad():
+            return predict_velocity(transformer, *inputs, block_policies=policies)
+
+    assert not torch.equal(velocity(), velocity())
+    transformer.eval()
+    torch.testing.assert_close(velocity(), predict_velocity(transformer, *inputs), rtol=0, atol=1e-4)
+
+
+def test_a_block_that_is_not_known_runs_as_the_module_it_is(toy_model):
+    transformer = model(toy_model)
+    transformer.visual_transformer_blocks[1].self_attention.to_query.use_dora["default"] = True
+    assert gather(transformer.visual_transformer_blocks[1], dropout=True) is None
+    transformer.visual_transformer_blocks[1].self_attention.to_query.use_dora["default"] = False
+    plain = outcome(transformer, None, batch(transformer))
+    transformer.visual_transformer_blocks[1].self_attention.processor = Odd()
+    assert_same(outcome(transformer, execution(transformer).policies, batch(transformer)), plain, WITHIN)
+
+
+class Odd(execute.gather.__globals__["Kandinsky5AttnProcessor"]):  # type: ignore[misc]
+    """A processor of somebody else's."""
+
+
+def test_int8_tensor_core_arithmetic_stays_near_sixteen_bit_gradients(toy_model):
+    transformer = model(toy_model)
+    inputs = batch(transformer)
+    near = outcome(transformer, execution(transformer, modes=choose_modes(CPU, "int8-dynamic")).policies, inputs)
+    plain = outcome(transformer, execution(transformer).policies, inputs)
+    for name in plain:
+        cosine = torch.cosine_similarity(near[name].flatten(), plain[name].flatten(), dim=0)
+        assert cosine > 0.99, (name, cosine.item())  # 7 bits a row of activations; random toy weights
+    assert any(not torch.equal(near[name], plain[name]) for name in plain)
+
+
+def test_compiled_blocks_take_any_caption_and_picture_with_one_compilation(toy_model, monkeypatch):
+    # aot_eager: the whole of torch.compile but the code generator, which takes a minute a block on a CPU.
+    compiling = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(execute.torch, "compile", compiling)
+    transformer = model(toy_model, targets=("qkv",))
+    plan = Plan(("selective",) * len(transformer.visual_transformer_blocks), None, {}, None, 0)
+    made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+    torch._dynamo.utils.counters.clear()
+    for tokens, side in ((7, 8), (9, 12), (12, 10)):
+        inputs = batch(transformer, tokens, side)
+        assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
+
+
+def test_a_compiler_that_fails_leaves_one_line_and_eager_blocks(toy_model, monkeypatch, capsys):
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no ptxas")
+
+    monkeypatch.setattr(execute.torch, "compile", lambda run, **_: broken)
+    transformer = model(toy_model)
+    plan = Plan(("nothing",) * len(transformer.visual_transformer_blocks), None, {}, None, 0)
+    made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+    inputs = batch(transformer)
+    made.warm_up(lambda: outcome(transformer, made.policies, inputs))
+    assert not made.is_compiled
+    assert "run eagerly" in (said := capsys.readouterr().err)
+    assert "no ptxas" in said
+    assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
+
+
+def test_running_out_of_memory_while_compiling_is_no_reason_to_run_eagerly(toy_model):
+    made = execution(model(toy_model))
+    made._run = lambda *a: None  # type: ignore[assignment, return-value]
+
+    def step() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        made.warm_up(step)
+
+
+def test_adapters_switched_off_and_on_are_noticed(toy_model):
+    transformer = model(toy_model)
+    inputs, policies = batch(transformer), execution(transformer).policies
+    transformer.eval()
+
+    def velocity(policies: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return predict_velocity(transformer, *inputs, block_policies=policies)
+
+    adapted = velocity(policies)
+    transformer.disable_adapters()
+    torch.testing.assert_close(velocity(policies), velocity(None), rtol=0, atol=1e-4)
+    assert (velocity(policies) - adapted).abs().max() > 1e-2
+    transformer.enable_adapters()
+    assert torch.equal(velocity(policies), adapted)
+
+
+@pytest.mark.parametrize("level", ["nothing", "selective"])
+def test_padded_captions_are_masked_as_in_the_plain_blocks(toy_model, level):
+    transformer = model(toy_model)
+    inputs = batch(transformer)
+    ours = predict_velocity(
+        transformer, *inputs, text_lengths=(7, 3), block_policies=execution(transformer, level).policies
+    )
+    plain = predict_velocity(transformer, *inputs, text_lengths=(7, 3))
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+    assert (plain - predict_velocity(transformer, *inputs)).abs().max() > 1e-3
