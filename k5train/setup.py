@@ -10,6 +10,7 @@ import torch
 from k5cache import console
 from k5cache.errors import CacheStale, RunError
 from k5cache.hub import read_config, weight_files
+from k5train.fit import check_encoders
 from k5train.skew import check_template
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def check_fit(cache: Cache, folder: Path) -> None:
     """Refuse a cache whose tensors this transformer cannot take, before anything is loaded.
 
     Raises:
-        CacheStale: widths differ: the cache was made by another family of encoders; or the installed diffusers would
-            encode its captions otherwise.
+        CacheStale: widths differ, or the encoders' weights are not those beside the transformer: the cache was made by
+            others; or the installed diffusers would encode its captions otherwise.
     """
     check_template(cache)
+    check_encoders(cache, folder)
     wanted = read_config(folder, "transformer")
     text = cache.prompt("")
     found = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
