@@ -69,26 +69,32 @@ def print_info(cache: Cache) -> None:
     recipe = manifest.recipe
     buckets: Counter[tuple[int, int]] = Counter()
     lengths = cache.text_lengths()
-    sizes = cache.columns("bucket_width", "bucket_height")
-    buckets.update(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
+    columns = cache.columns("bucket_width", "bucket_height", "flipped", "mask_key").to_pydict()
+    buckets.update(zip(columns["bucket_width"], columns["bucket_height"], strict=True))
+    num_flipped, num_masked = sum(columns["flipped"]), sum(key is not None for key in columns["mask_key"])
     table = console.table(f"{cache.root}", "bucket", "items", "share", numbers=("items", "share"))
     for (width, height), count in sorted(buckets.items(), key=lambda pair: (-pair[1], pair[0])):
         table.add_row(f"{width}x{height}", str(count), f"{count / len(cache):.0%}")
     console.out.print(table)
     facts = console.table("", "what", "value")
-    facts.add_row("items", str(len(cache)))
+    flipped = f", {num_flipped} of them mirrored" if num_flipped else ""
+    facts.add_row("items", f"{len(cache)}{flipped}{f', {num_masked} with a mask' if num_masked else ''}")
     facts.add_row("captions and prompts", str(len(lengths)))
     if lengths:
         values = sorted(lengths.values())
         facts.add_row("tokens a caption", f"{values[0]} to {values[-1]}, median {median(values):.0f}")
-    for kind in ("latents", "text"):
+    for kind in ("latents", "masks", "text"):
         shards = [s for s in manifest.shards if s.kind == kind]
+        if not shards:
+            continue
         size = console.human_bytes(sum(s.num_bytes for s in shards))
         facts.add_row(kind, f"{sum(s.num_rows for s in shards)} rows in {len(shards)} shards, {size}")
     facts.add_row("prompts for validation", ", ".join(short(p) for p in manifest.prompts if p) or "none")
     facts.add_row("model", Text(str(recipe["model"]["source"])))
     for table_name in ("latents", "text", "selection"):
         for key, value in recipe[table_name].items():
+            if value is None:
+                continue
             facts.add_row(f"{table_name}.{key}", Text(short(repr(value) if not isinstance(value, str) else value)))
     facts.add_row("made by", ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()))
     facts.add_row("format", str(manifest.format))

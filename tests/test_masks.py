@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,10 @@ def test_the_cache_gives_each_items_mask_and_its_mirror_image(place):
     assert mirrored.tolist() == [[0.0] * 6 + [1.0] * 2] * 8
     assert none == [None, None]
     assert len(list((place.folder / "cache/set/masks").glob("64x64-*.parquet"))) == 1
+    out = place(app, "info", "cache/set").out
+    assert "4, 2 of them mirrored, 2 with a mask" in out
+    assert re.search(r"masks +2 rows in 1 shards", out)
+    assert "instance_prompt" not in out
 
 
 def test_a_flipped_row_has_the_latents_of_the_mirrored_pixels(place, toy_model):
