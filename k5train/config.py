@@ -71,7 +71,7 @@ class LoraConfig:
         return problems
 
 
-OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "came", "muon"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "muon"]
 ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex"]
 
 
@@ -80,13 +80,12 @@ class OptimConfig:
     """``[train.optim]``: the optimizer and its learning rate. Defaults are the official trainer's."""
 
     optimizer: OptimizerName = "adamw"
-    """``adafactor``, ``muon`` and ``adamw`` are torch's. ``adamw8bit``, ``prodigy``, ``lion``, ``schedulefree`` (AdamW)
-    and ``came`` need an extra: pip install "kandinsky5-lora[prodigy]". Prodigy finds its own rate: lr = 1.0."""
+    """``adafactor``, ``muon`` and ``adamw`` are torch's. ``adamw8bit``, ``prodigy``, ``lion`` and ``schedulefree``
+    (AdamW) need the extra of their name: pip install "kandinsky5-lora[lion]". Prodigy finds its own rate: lr = 1.0."""
     lr: float = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Averaging of gradient and of its square. ``adafactor`` has none, ``muon`` uses the first, ``came`` a third of its
-    own."""
+    """Averaging of gradient and of its square. ``adafactor`` has none, ``muon`` uses the first."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     eps: float = 1e-8
