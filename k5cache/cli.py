@@ -246,6 +246,45 @@ def prompts_add(
 
 
 @app.command()
+def selftest(
+    cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Where its images are. Default: datasets/<name of CACHE>.")
+    ] = None,
+    model: Model = None,
+    count: Annotated[int, typer.Option(help="Rows of the cache to compare.", min=1)] = 4,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Prove on this machine that what is cached is what diffusers computes. Exit code 1 where it is not.
+
+    A few captions and images go through our encoders and through diffusers' own pipeline. With --model and no cache,
+    captions and pictures of ours; with neither, on a toy model.
+    """
+    from contextlib import ExitStack
+
+    from k5cache.compare import print_comparisons
+    from k5cache.config import ModelConfig
+    from k5cache.device import pick_device
+    from k5cache.selftest import selftest as run
+    from k5cache.store.reader import open_cache
+    from k5cache.toy import only_cache, toy_model
+
+    root = cache or (None if model else only_cache("k5cache selftest"))
+    with ExitStack() as stack:
+        opened = open_cache(root) if root else None
+        toy = None if opened or model else stack.enter_context(toy_model())
+        chosen = _model_of(opened.manifest, model) if opened else ModelConfig(path=model or str(toy))
+        bars = stack.enter_context(console.progress())
+        found = run(opened, chosen, source, count, pick_device(device), bars)
+    what = str(root or model or "a toy model")
+    if as_json:
+        console.print_json(found)
+    if any(one.is_failed for one in found) if as_json else not print_comparisons(f"Selftest of {what}", found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def options() -> None:
     """List every option of [model] and [cache] with its default, as a recipe to copy from."""
     from k5cache.config import CacheConfig, ModelConfig

@@ -1,0 +1,180 @@
+"""The reference of `k5cache selftest`: diffusers' own pipeline and VAE on a checkpoint of any size, part by part.
+
+A part that does not fit is spread over GPU, memory and disk by accelerate: the same modules, the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k5cache.encoders.pipeline import _silent as silent
+from k5cache.encoders.pipeline import clean
+from k5cache.encoders.qwen import load_tokenizer
+from k5cache.hub import weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+LOGGER = "diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i"
+ROOM = 0.8  # of free memory: what weights may take, so that activations have the rest
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What ``Kandinsky5T2IPipeline.encode_prompt`` makes of one caption alone."""
+
+    ids: list[int]
+    """Given to Qwen, template included."""
+    prompt_embeds: torch.Tensor
+    pooled: torch.Tensor
+
+
+def encode_as_the_pipeline(
+    folder: Path,
+    captions: Sequence[str],
+    max_sequence_length: int,
+    device: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> list[Encoded]:
+    """``encode_prompt`` on each caption alone, Qwen first, then CLIP, each freed before the next.
+
+    Args:
+        captions: raw or cleaned; the pipeline cleans them.
+        dtypes: of Qwen and of CLIP.
+    """
+    import torch
+
+    pipeline, at = _pipeline(folder), torch.device(device)
+    ids: list[list[int]] = []
+    embeds: list[torch.Tensor] = []
+    with torch.no_grad(), silent(LOGGER), _loaded_qwen(folder, device, dtypes[0]) as qwen:
+        hook = qwen.register_forward_pre_hook(
+            lambda _, __, inputs: ids.append(inputs["input_ids"][0].tolist()), with_kwargs=True
+        )
+        vars(pipeline)["text_encoder"] = qwen
+        for caption in captions:
+            found, _ = pipeline._encode_prompt_qwen([clean(caption)], at, max_sequence_length, dtypes[0])
+            embeds.append(found[0].cpu())
+        hook.remove()
+        vars(pipeline)["text_encoder"] = None
+    del qwen
+    _free()
+    with torch.no_grad():
+        vars(pipeline)["text_encoder_2"] = _clip(folder, dtypes[1]).to(at)
+        pooled = [pipeline._encode_prompt_clip([clean(caption)], at, dtypes[1])[0].cpu() for caption in captions]
+    del pipeline
+    _free()
+    return [Encoded(*row) for row in zip(ids, embeds, pooled, strict=True)]
+
+
+def moments_of_the_vae(
+    folder: Path, crops: Sequence[torch.Tensor], device: str, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``vae.encode`` of the pipeline's own ``image_processor.preprocess`` of each crop.
+
+    Args:
+        crops: uint8 ``[3, H, W]``.
+
+    Returns:
+        mean and std of each, ``[H/8, W/8, 16]`` float32, unscaled.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    processor = _pipeline(folder).image_processor
+    moments = []
+    with torch.no_grad(), silent("diffusers.models.modeling_utils"):  # it warns of every cast, of no module at all
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True).to(device)
+        for crop in crops:
+            pixels = processor.preprocess(Image.fromarray(crop.permute(1, 2, 0).numpy()))
+            posterior = vae.encode(pixels.to(device, dtype)).latent_dist
+            mean, std = (m[0].permute(1, 2, 0).float().cpu() for m in (posterior.mean, posterior.std))
+            moments.append((mean, std))
+    del vae
+    _free()
+    return moments
+
+
+def _pipeline(folder: Path) -> Any:
+    """The pipeline with its tokenizers and nothing else yet."""
+    from diffusers import Kandinsky5T2IPipeline
+    from transformers import CLIPTokenizer
+
+    parts = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"))
+    second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+    return Kandinsky5T2IPipeline(**parts, tokenizer=load_tokenizer(folder), tokenizer_2=second)
+
+
+@contextmanager
+def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]:
+    """``Qwen2_5_VLForConditionalGeneration``, whole, as diffusers loads it; spread by accelerate if it does not fit."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    where, free = folder / "text_encoder", _free_bytes(device)
+    num_bytes = sum(file.stat().st_size for file in weight_files(folder, where.name))
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    with tempfile.TemporaryDirectory() as spill, _no_progress_bar():
+        if num_bytes <= ROOM * free[device]:
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(where, **options).to(device)
+        else:
+            index = {name: int(name.partition(":")[2] or 0) if name != "cpu" else "cpu" for name in free}
+            room = {index[name]: int(ROOM * count) for name, count in free.items()}
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                where, device_map="auto", max_memory=room, offload_folder=spill, **options
+            )
+        yield model.eval()
+        del model
+        _free()
+
+
+def _clip(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextModel
+
+    with _no_progress_bar():
+        return CLIPTextModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, local_files_only=True).eval()
+
+
+def _free_bytes(device: str) -> dict[str, int]:
+    """Free memory of the device, and of the host."""
+    import torch
+
+    free = {"cpu": _free_host_bytes()}
+    return free if device == "cpu" else {device: torch.cuda.mem_get_info(device)[0], **free}
+
+
+def _free_host_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 2**40  # not Linux: let the system say no
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
