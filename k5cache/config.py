@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from k5cache.buckets import MAX_SIDE, Framing, bucket_table, fine_table
@@ -132,7 +134,8 @@ def validation_prompts(document: dict[str, Any]) -> tuple[str, ...]:
     """Prompts that stage 2 will sample, read off ``[train.validation]`` so that stage 1 encodes them.
 
     Returns:
-        ``prompts`` and ``negative_prompt`` in order, without repeats; the empty prompt always among them.
+        ``prompts``, ``negative_prompt`` and the ``prompt_library``'s in order, without repeats; the empty prompt always
+        among them.
 
     Raises:
         RecipeError: they are not strings. The other keys of ``[train]`` are stage 2's to check.
@@ -142,9 +145,30 @@ def validation_prompts(document: dict[str, Any]) -> tuple[str, ...]:
     validation = validation if isinstance(validation, dict) else {}
     prompts = validation.get("prompts", [])
     negative = validation.get("negative_prompt", "")
+    library = validation.get("prompt_library")
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in [*prompts, negative]):
         raise RecipeError(
             "train.validation.prompts must be a list of strings and negative_prompt a string",
             'Write it like prompts = ["a red bicycle", "a lighthouse at dusk"]',
         )
-    return tuple(dict.fromkeys(["", negative, *prompts]))
+    named = prompt_library(Path(library)) if isinstance(library, str) else ()
+    return tuple(dict.fromkeys(["", negative, *prompts, *named]))
+
+
+def prompt_library(path: Path) -> tuple[str, ...]:
+    """The prompts of a JSON file: a list of strings, or an object of names to prompts.
+
+    Raises:
+        RecipeError: there is no such file, or it holds something else.
+    """
+    fix = 'Write it like ["a red bicycle"] or {"bicycle": "a red bicycle"}'
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"train.validation.prompt_library: {path} cannot be read: {error.strerror}", fix) from error
+    except ValueError as error:
+        raise RecipeError(f"train.validation.prompt_library: {path} is not JSON: {error}", fix) from error
+    prompts = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise RecipeError(f"train.validation.prompt_library: {path} holds something other than prompts", fix)
+    return tuple(prompts)

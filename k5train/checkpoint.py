@@ -1,10 +1,13 @@
-"""The folder of a run: what is in it and how each file gets there whole or not at all."""
+"""The folder of a run: what is in it, who may write it, and how each file gets there whole or not at all."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +21,7 @@ from k5train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Run:
-    """``runs/<name>``: recipe.toml, run.json, metrics.jsonl, checkpoints/, samples/, samples.png, the LoRA."""
+    """``runs/<name>``: recipe.toml, run.json, metrics.jsonl, checkpoints/, state/, samples/, pictures, the LoRA."""
 
     root: Path
 
@@ -42,6 +45,42 @@ class Run:
         """One JSON line a step."""
         return self.root / "metrics.jsonl"
 
+    @property
+    def state(self) -> Path:
+        """What `k5train resume` goes on from."""
+        return self.root / "state"
+
+    @property
+    def result(self) -> Path:
+        """Written last: how the run ended. Without it the run is not finished."""
+        return self.root / "result.json"
+
+    @property
+    def best(self) -> Path:
+        """The LoRA with the lowest held-out loss."""
+        return self.root / f"{self.name}-best.safetensors"
+
+    @property
+    def ema(self) -> Path:
+        """The averaged LoRA, where the recipe keeps one."""
+        return self.root / f"{self.name}-ema.safetensors"
+
+    @property
+    def curve(self) -> Path:
+        """The losses as a picture."""
+        return self.root / "loss.png"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.result.is_file()
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The saved LoRAs by step, in order."""
+        found = {int(p.stem.removeprefix("step-")): p for p in (self.root / "checkpoints").glob("step-*.safetensors")
+                 if p.stem.removeprefix("step-").isdigit()}  # fmt: skip
+        return dict(sorted(found.items()))
+
     def checkpoint(self, step: int) -> Path:
         """The LoRA after ``step`` updates."""
         return self.root / "checkpoints" / f"step-{step:06d}.safetensors"
@@ -57,16 +96,57 @@ def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig)
     Raises:
         RunError: there is already something at ``root``.
     """
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and any(p.name not in _EMPTY for p in root.iterdir()):
         raise RunError(f"{root} already holds a run", "Give another folder with -o, or another --set train.name=NAME")
     for folder in (root, root / "checkpoints", root / "samples"):
         folder.mkdir(parents=True, exist_ok=True)
-    text = to_toml({"model": to_dict(model), "train": to_dict(config)})
-    write_whole(root / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
+    write_recipe(root, model, config)
     names = ("kandinsky5-lora", "torch", "diffusers", "peft", "optimum-quanto")
     facts = {"cache": str(cache), "versions": {name: version(name) for name in names}}
-    write_whole(root / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8"))
+    write_json(root / "run.json", facts)
     return Run(root)
+
+
+# What is there before run.json, which makes a folder a run: a kill in between leaves nothing to keep.
+_EMPTY = ("recipe.toml", "checkpoints", "samples")
+
+
+def write_recipe(root: Path, model: ModelConfig, config: TrainConfig) -> None:
+    """Put a run's recipe, with every option, in place."""
+    text = to_toml({"model": to_dict(model), "train": to_dict(config)})
+    write_whole(root / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def hold(run: Run) -> Iterator[None]:
+    """Be the only process that trains this run. The kernel lets go when the process ends, however it ends.
+
+    Raises:
+        RunError: another process trains it.
+    """
+    fd = os.open(run.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            raise RunError(
+                f"{run.root} is being trained by process {pid}", "Wait for it, or start another with -o"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def is_held(run: Run) -> bool:
+    """Whether a process trains this run right now."""
+    try:
+        with hold(run):
+            return False
+    except RunError:
+        return True
 
 
 def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
@@ -99,6 +179,9 @@ def free_name(runs: Path, name: str) -> Path:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place at once."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    for old in path.parent.iterdir():  # of a process that was killed: a run has one writer at a time
+        if re.fullmatch(rf"\.\d+-{re.escape(path.name)}", old.name):
+            old.unlink(missing_ok=True)
     try:
         write(temporary)
         with temporary.open("rb") as file:
@@ -107,3 +190,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """``value`` as an indented JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -11,8 +11,11 @@ import typer
 
 from k5cache import console
 from k5cache.errors import CacheError
+from k5train import cli_memory
 
 if TYPE_CHECKING:
+    from k5cache.config import ModelConfig
+    from k5train.config import TrainConfig
     from k5train.loop import Result
 
 app = typer.Typer(
@@ -22,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.command()(cli_memory.plan)
+app.command()(cli_memory.bench)
+app.add_typer(cli_memory.base, name="base")
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
@@ -40,30 +47,31 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run. Default: runs/<name of CACHE>.")] = None,
     recipe: Recipe = None,
     model: Model = None,
+    is_new: Annotated[bool, typer.Option("--new", help="Never go on with a run that was stopped.")] = False,
     options: Set = None,
 ) -> None:
-    """Train a LoRA on a cache. Loads the transformer only, never a text encoder."""
-    from k5cache.config import ModelConfig
-    from k5cache.recipe import parse, read
-    from k5train.config import TrainConfig
+    """Train a LoRA on a cache. Loads the transformer only, never a text encoder.
 
-    document = read(recipe, options or [])
-    if model is not None:
-        document.setdefault("model", {})["path"] = model
-    model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
-    root = cache or find_cache(Path("cache"))
+    The same command again, after a crash or Ctrl-C, goes on where the run was stopped.
+    """
+    model_config, config = read_recipe(recipe, model, options)
+    if cache is None and not config.data:
+        cache = find_cache(Path("cache"))
+    from k5train.start import start
 
-    from k5cache.hub import model_folder
-    from k5cache.store.reader import open_cache
-    from k5train.checkpoint import create_run, free_name
-    from k5train.loop import train
+    print_result(start(cache, out, model_config, config, is_new))
 
-    opened = open_cache(root)
-    folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
-    named = out or (Path("runs") / config.name if config.name else None)
-    target = named or free_name(Path("runs"), root.resolve().name)
-    result = train(opened, folder, config, create_run(target, root, model_config, replace(config, name=target.name)))
-    print_result(result, target)
+
+@app.command()
+def resume(
+    run: RunPath,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Where the cache is now, if it moved.")] = None,
+    options: Set = None,
+) -> None:
+    """Go on with a run that was stopped, exactly as if it had not been; or train a finished one for more steps."""
+    from k5train import start
+
+    print_result(start.resume(run, options or [], cache))
 
 
 @app.command()
@@ -126,17 +134,36 @@ def find_cache(parent: Path) -> Path:
     return found[number - 1]
 
 
-def print_result(result: Result, root: Path) -> None:
+def read_recipe(recipe: Path | None, model: str | None, options: list[str] | None) -> tuple[ModelConfig, TrainConfig]:
+    """[model] and [train] of a recipe with its overrides."""
+    from k5cache.config import ModelConfig
+    from k5cache.recipe import parse, read
+    from k5train.config import TrainConfig
+
+    document = read(recipe, options or [])
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
+    return model_config, config
+
+
+def print_result(result: Result) -> None:
     """What ends a run."""
+    reasons = {"max_hours": ", the time it was given", "patience": ", as the held-out loss no longer fell"}
     console.out.print(
-        f"Trained {result.steps} steps in {console.human_seconds(result.seconds)}, "
+        f"Trained {result.steps} steps in {console.human_seconds(result.seconds)}{reasons.get(result.ended_by, '')}, "
         f"loss {result.first_loss:.4f} -> {result.last_loss:.4f} (means of the first and last tenth)",
         markup=False,
     )
     console.out.print(f"LoRA     {result.lora}", markup=False)
+    if result.best_step is not None:
+        best = result.lora.with_name(f"{result.lora.stem}-best.safetensors")
+        console.out.print(
+            f"best     {best}, step {result.best_step}, held-out loss {result.best_loss:.4f}", markup=False
+        )
     if result.grid:
         console.out.print(f"pictures {result.grid}", markup=False)
-    console.next_step("Next, draw more", f"k5train sample {root}")
+    console.next_step("Next, draw more", f"k5train sample {result.lora.parent}")
 
 
 def main() -> None:

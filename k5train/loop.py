@@ -1,32 +1,38 @@
-"""The training loop: batches in, updates to the adapter, checkpoints and pictures out."""
+"""The training loop: batches in, updates to the adapter, checkpoints and pictures out. Stopped anywhere, it goes on."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.progress import Progress as Bars
 
 from k5cache import console
 from k5cache.hub import read_config
 from k5train import lora
 from k5train.base.forward import predict_velocity
-from k5train.checkpoint import Run
+from k5train.checkpoint import Run, hold, write_json
 from k5train.config import TrainConfig
 from k5train.data import Loader, prefetch
-from k5train.metrics import Metrics
-from k5train.optim import learning_rate, make_optimizer
-from k5train.ready import announce, execute, largest, load, plan_training, when_memory_ends
+from k5train.heldout import hold_out
+from k5train.interrupt import Interruptions
+from k5train.metadata import metadata
+from k5train.metrics import Metrics, read_metrics
+from k5train.mixture import Mixture
+from k5train.optim import learning_rate
+from k5train.ready import when_memory_ends
+from k5train.rollout import Cost
+from k5train.session import Base, Clock, Session, attach, check_same, identity, load_base
 from k5train.setup import check_fit, pick_device
-from k5train.step import accumulate, train_step, update
-from k5train.validate import Painter
-
-if TYPE_CHECKING:
-    from k5cache.store.reader import Cache
+from k5train.state import Progress, latest_state, save_state
+from k5train.step import accumulate, train_step
+from k5train.trackers import check_trackers, open_trackers
+from k5train.validate import Validation
 
 
 @dataclass(frozen=True)
@@ -40,96 +46,223 @@ class Result:
     last_loss: float
     """Mean of the first and of the last tenth of the steps: single losses jump with sigma."""
     seconds: float
+    ended_by: str
+    """``steps``, ``max_hours`` or ``patience``."""
+    best_step: int | None
+    best_loss: float | None
+    """The lowest held-out loss, and when; its LoRA is ``<name>-best.safetensors``."""
 
 
-def train(cache: Cache, folder: Path, config: TrainConfig, run: Run) -> Result:
-    """Train one LoRA on one cache.
+def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None) -> Result:
+    """Train one LoRA, from where ``run`` was left.
 
     Args:
         folder: the checkpoint; of it only ``transformer``, and ``scheduler`` and ``vae`` for samples, are read.
+        base: the loaded transformer, where several runs share one; it is handed back as it was.
 
     Raises:
         CacheStale: the cache does not fit the transformer.
         DoesNotFit: no plan fits, found before anything is loaded; or memory ended all the same: the LoRA is saved.
-        RunError: there is no GPU for a full-size model, or the loss is not finite.
+        RunError: there is no GPU for a full-size model, the loss is not finite, or the run was started differently.
+        KeyboardInterrupt: Ctrl-C; the state is saved.
     """
-    device = pick_device(config.device, folder)
-    check_fit(cache, folder)
-    painter = Painter(cache, folder, config, run) if config.validation.prompts else None
-    plan = plan_training(folder, config, device, largest(cache))
-    console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
-    announce(plan)
-    transformer = load(folder, config, device, plan)
-    matched = lora.add_lora(transformer, config.lora, config.seed)
-    console.note(lora.describe(matched))
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, config.optim)
-    loader = Loader(cache, config, read_config(folder, "vae")["scaling_factor"])
-    execution = execute(transformer, config, device, plan)
-    predict = partial(predict_velocity, transformer)
-    save = partial(lora.save_lora, transformer=transformer, metadata=_metadata(cache, config, run))
-    started, losses = time.monotonic(), list[float]()
+    device = base.device if base else pick_device(config.device, folder)
+    check_fit(data.first, folder)
+    check_trackers(config.trackers)
+    data = hold_out(data, config.validation.split)
+    with hold(run):
+        saved, this = latest_state(run.state), identity(data, folder, config)
+        if saved:
+            check_same(saved, this)
+        run.result.unlink(missing_ok=True)
+        validation = Validation(data, folder, config, run)
+        loader, config = open_loader(data, folder, config)
+        base = base or load_base(data, folder, config, device)
+        session = attach(base, config, saved)
+        progress = replace(saved.progress) if saved else Progress()
+        if saved:
+            console.note(f"Going on from step {progress.step}")
+        try:
+            ended_by = _Loop(data, config, run, session, loader, validation, progress, this).run_to_end()
+        finally:
+            session.close()
+        result = _result(run, progress, ended_by, with_grid=bool(config.validation.prompts))
+        write_json(run.result, {**asdict(result), "lora": result.lora.name, "grid": result.grid and result.grid.name})
+    return result
 
-    def step_once() -> None:
-        torch.autograd.backward(train_step(predict, loader.batch(0).groups[0].to(device)))
-        optimizer.zero_grad(set_to_none=True)
 
-    def save_done() -> Path | None:
-        save(at := run.checkpoint(len(losses)))
-        return at
+class _Loop:
+    """One run while it runs."""
 
-    with (
-        console.progress() as bars,
-        Metrics(run.metrics) as metrics,
-        when_memory_ends(plan, lambda: save_done() if losses else None),
-    ):
-        if execution:
-            execution.warm_up(step_once)
-        if painter and config.validation.before:
-            painter.draw(transformer, 0, bars)
-        task = bars.add_task(f"training {run.name}", total=config.steps, unit="step", note="")
-        micro_batches = config.steps * config.gradient_accumulation_steps
-        batches = prefetch(loader.batch, 0, micro_batches, pin=device.type == "cuda")
-        for step in range(config.steps):
-            tick = time.monotonic()
-            transformer.train()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.optim)
-            loss = accumulate(predict, list(islice(batches, config.gradient_accumulation_steps)), cache, device)
-            norm = update(optimizer, parameters, config.optim.max_grad_norm)
-            losses.append(loss)
-            metrics.write(step=step + 1, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                          seconds=time.monotonic() - tick, **_memory(device))  # fmt: skip
-            bars.update(task, advance=1, note=f"loss {_tail_mean(losses):.4f}")
-            done = step + 1
-            if done < config.steps and config.checkpoint_every and done % config.checkpoint_every == 0:
-                save(run.checkpoint(done))
-            if done < config.steps and painter and config.validation.every and done % config.validation.every == 0:
-                painter.draw(transformer, done, bars)
-        batches.close()
-        save(run.checkpoint(config.steps))
-        save(run.lora)
-        if painter:
-            painter.draw(transformer, config.steps, bars)
+    def __init__(
+        self, data: Mixture, config: TrainConfig, run: Run, session: Session, loader: Loader, validation: Validation,
+        progress: Progress, identity: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.data, self.config, self.run, self.session = data, config, run, session
+        self.loader, self.validation, self.progress, self.identity = loader, validation, progress, identity
+        self.transformer, self.device = session.base.transformer, session.base.device
+        self.predict = partial(predict_velocity, self.transformer)
+        self.cost = Cost()
+        huber_c = config.objective.huber_c if config.objective.loss_type == "huber" else None
+        self.loss_of = partial(train_step, huber_c=huber_c, cost=self.cost)
+        self.clock = Clock(progress.seconds)
+        self.losses: list[float] = []
+
+    def run_to_end(self) -> str:
+        """Train until there is a reason to end, and return it."""
+        progress, run, interruptions = self.progress, self.run, Interruptions()
+        trackers = open_trackers(self.config.trackers, run, self.identity["train"])
+        with (
+            interruptions.installed(),
+            console.progress() as bars,
+            Metrics(run.metrics, progress.step, trackers) as metrics,
+            when_memory_ends(self.session.base.plan, self.save_checkpoint),
+        ):
+            try:
+                self.warm_up()
+                return self.steps(bars, metrics, interruptions)
+            except KeyboardInterrupt:
+                with interruptions.held():
+                    self.save_state(metrics)
+                console.note(
+                    f"Stopped and saved at step {progress.step}. Go on with: k5train resume {run.root}", "bold"
+                )
+                raise
+
+    def steps(self, bars: Bars, metrics: Metrics, interruptions: Interruptions) -> str:
+        """Until a reason to end: what is due at this step, then the next one."""
+        config, progress = self.config, self.progress
+        task = bars.add_task(f"training {self.run.name}", total=config.steps, completed=progress.step,
+                             unit="step", note="")  # fmt: skip
+        per_update = config.gradient_accumulation_steps
+        batches = prefetch(self.loader.batch, progress.step * per_update, config.steps * per_update,
+                           pin=self.device.type == "cuda")  # fmt: skip
+        try:
+            while True:
+                ends = self.reason_to_end()
+                self.validate(bars, metrics, is_last=bool(ends))
+                ends = ends or self.reason_to_end()
+                if ends or (progress.step and _is_multiple(progress.step, config.checkpoint_every)):
+                    self.save_checkpoint()
+                    self.save_state(metrics)
+                if ends:
+                    self.save_lora(self.run.lora)
+                    if self.session.ema:
+                        with self.session.ema.swapped():
+                            self.save_lora(self.run.ema)
+                    return ends
+                loss = self.step(batches, metrics, interruptions)
+                self.losses.append(loss)
+                bars.update(task, advance=1, note=f"loss {_tail_mean(self.losses):.4f}")
+        finally:
+            batches.close()
+
+    def step(self, batches: Any, metrics: Metrics, interruptions: Interruptions) -> float:
+        """One update of the adapter."""
+        config, progress, optimizer = self.config, self.progress, self.session.optimizer
+        tick = time.monotonic()
+        self.transformer.train()
+        rate = learning_rate(progress.step, config.optim, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if config.lora.dropout:
+            torch.manual_seed(config.seed * 1_000_003 + progress.step)  # as every draw: of the seed and the step
+        step_batches = list(islice(batches, config.gradient_accumulation_steps))
+        loss = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
+        with interruptions.held():
+            norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
+            progress.step += 1
+            metrics.write(step=progress.step, loss=loss, grad_norm=norm, lr=rate,
+                          seconds=time.monotonic() - tick, **self.cost.take(), **_memory(self.device))  # fmt: skip
+        return loss
+
+    def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
+        """Pictures and held-out loss, where due."""
+        save_best = partial(self.save_lora, self.run.best)
+        self.validation.run_due(self.session, self.predict, self.progress, is_last, metrics, bars, save_best)
+
+    def reason_to_end(self) -> str | None:
+        """Why this step is the last."""
+        config, progress = self.config, self.progress
+        if progress.step >= config.steps:
+            return "steps"
+        if config.max_hours and self.clock.seconds() >= 3600 * config.max_hours:
+            return "max_hours"
+        if config.validation.patience and progress.not_better >= config.validation.patience:
+            return "patience"
+        return None
+
+    def warm_up(self) -> None:
+        """Compile on a step that changes nothing."""
+        if self.session.execution is None:
+            return
+        group = self.loader.batch(0).groups[0].to(self.device)
+
+        def step_once() -> None:
+            torch.autograd.backward(train_step(self.predict, group))
+            self.session.optimizer.zero_grad(set_to_none=True)
+
+        self.transformer.train()
+        self.session.execution.warm_up(step_once)
+
+    def save_lora(self, path: Path) -> None:
+        """The adapter as it is, for use."""
+        facts = metadata(self.data, self.config, self.identity, self.run, self.progress.step)
+        with self.session.settled():
+            lora.save_lora(path, self.transformer, facts)
+
+    def save_checkpoint(self) -> Path | None:
+        """The adapter as it is under its step's name; the oldest beyond the limit go."""
+        if not self.progress.step:
+            return None
+        path = self.run.checkpoint(self.progress.step)
+        self.save_lora(path)
+        limit = self.config.checkpoints_total_limit
+        for old in list(self.run.checkpoints().values())[: -limit if limit else 0]:
+            old.unlink()
+        return path
+
+    def save_state(self, metrics: Metrics) -> None:
+        """All that is needed to go on from this step."""
+        self.progress.seconds = self.clock.seconds()
+        metrics.sync()
+        parts, plain = self.session.parts()
+        save_state(self.run.state, self.progress, parts, {**plain, "identity": self.identity})
+
+
+def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:
+    """The batches of a run, and its recipe with ``steps`` as many as ``epochs`` take, where it counts those."""
+    scaling_factor = read_config(folder, "vae")["scaling_factor"]
+    if config.epochs is not None:
+        per_epoch = Loader(data, config, scaling_factor).batches_per_epoch
+        config = replace(config, steps=-(-config.epochs * per_epoch // config.gradient_accumulation_steps))
+    return Loader(data, config, scaling_factor), config
+
+
+def _result(run: Run, progress: Progress, ended_by: str, with_grid: bool) -> Result:
+    losses = [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
     tenth = max(1, len(losses) // 10)
-    return Result(run.lora, run.grid if painter else None, config.steps, sum(losses[:tenth]) / tenth,
-                  sum(losses[-tenth:]) / tenth, time.monotonic() - started)  # fmt: skip
-
-
-def _metadata(cache: Cache, config: TrainConfig, run: Run) -> dict[str, str]:
-    return {
-        "software": "kandinsky5-lora",
-        "name": run.name,
-        "base_model": str(cache.manifest.recipe["model"]["source"]),
-        "steps": str(config.steps),
-        "seed": str(config.seed),
-    }
+    return Result(
+        lora=run.lora,
+        grid=run.grid if with_grid else None,
+        steps=progress.step,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+        seconds=progress.seconds,
+        ended_by=ended_by,
+        best_step=progress.best_step,
+        best_loss=progress.best_loss,
+    )
 
 
 def _memory(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     return {"peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30}
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _tail_mean(losses: list[float], count: int = 20) -> float:

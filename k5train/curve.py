@@ -1,0 +1,76 @@
+"""The losses of a run as a picture: training, smoothed, and held out, over the steps. Pillow draws it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, HEIGHT, MARGIN = 960, 540, 60
+Point = tuple[float, float]
+TRAINING, SMOOTH, HELD_OUT = "#c8d6ea", "#2b5fa8", "#d1495b"
+
+
+def draw_losses(rows: Sequence[dict[str, Any]], title: str) -> Image.Image:
+    """``metrics.jsonl`` as a chart: every step's loss pale, its running mean blue, the held-out loss red."""
+    training = _points(rows, "loss")
+    held_out = _points(rows, "held_out_loss")
+    lines = [(TRAINING, training, 1), (SMOOTH, smooth(training), 3), (HELD_OUT, held_out, 3)]
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw.text((MARGIN, 18), title, "black", font)
+    legend = [("training, smoothed", SMOOTH)] + ([("held out", HELD_OUT)] if held_out else [])
+    for i, (name, colour) in enumerate(legend):
+        draw.text((WIDTH - 190, 14 + 18 * i), name, colour, font)
+    everything = [point for _, points, _ in lines for point in points]
+    if not everything:
+        return sheet
+    last = max(max(x for x, _ in everything), 1)
+    smoothed = [y for points in (smooth(training), held_out) for _, y in points]
+    top = _round_up(max(1.15 * max(smoothed), _share(sorted(y for _, y in everything), 0.98)))
+    for i in range(5):
+        value = top * i / 4
+        y = _place((0, value), last, top)[1]
+        draw.line([(MARGIN, y), (WIDTH - 20, y)], "#e6e6e6")
+        draw.text((8, y - 9), f"{value:.3g}", "black", font)
+        step = last * i / 4
+        draw.text((_place((step, 0), last, top)[0] - 12, HEIGHT - MARGIN + 10), f"{step:.0f}", "black", font)
+    for colour, points, width in lines:
+        placed = [_place(point, last, top) for point in points]
+        draw.line(placed, colour, width)
+        if colour == HELD_OUT:
+            for x, y in placed:
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+    return sheet
+
+
+def smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
+    """The running mean over the last ``share`` of all points, at least 10 of them where there are so many."""
+    count = max(10, math.ceil(len(points) * share))
+    total, result = 0.0, []
+    for i, (x, y) in enumerate(points):
+        total += y - (points[i - count][1] if i >= count else 0.0)
+        result.append((x, total / min(i + 1, count)))
+    return result
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def _place(point: Point, last: float, top: float) -> Point:
+    x = MARGIN + (WIDTH - 20 - MARGIN) * point[0] / last
+    y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * min(point[1] / top, 1.0)
+    return x, y
+
+
+def _share(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
+def _round_up(value: float) -> float:
+    """To 1, 2 or 5 times a power of ten: even numbers on the axis."""
+    power = 10.0 ** math.floor(math.log10(max(value, 1e-9)))
+    return power * min(n for n in (1, 2, 5, 10) if n * power >= value)

@@ -1,0 +1,202 @@
+"""What one run trains on a base: its adapter and optimizer, put on, saved, brought back, and taken off again."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from k5cache import console
+from k5cache.errors import RunError
+from k5cache.fingerprint import fingerprint
+from k5cache.recipe import to_dict
+from k5train import lora, state
+from k5train.config import TrainConfig
+from k5train.optim import Ema, make_optimizer, settled
+from k5train.ready import announce, execute, largest, load, plan_training
+from k5train.step import exploded, update
+
+if TYPE_CHECKING:
+    from diffusers import Kandinsky5Transformer3DModel
+
+    from k5train.base.execute import Execution
+    from k5train.base.memory import Plan
+    from k5train.data import Batch
+    from k5train.mixture import Mixture
+
+# What may change between a run and its resumption: none of it changes the numbers of a step.
+FREE = (
+    "name",
+    "steps",
+    "epochs",
+    "max_hours",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "loss_limit",
+    "device",
+    "memory",
+    "trackers",
+    *(f"validation.{name}" for name in ("prompts", "negative_prompt", "every", "guidance_scale", "num_inference_steps",
+      "width", "height", "seed", "before", "held_out_every", "patience")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen transformer on its device, ready for one adapter after another."""
+
+    transformer: Kandinsky5Transformer3DModel
+    device: torch.device
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Session:
+    """An adapter on its base, and what updates it."""
+
+    base: Base
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    execution: Execution | None
+
+    def update(self, batches: Sequence[Batch], cache: Mixture, max_grad_norm: float) -> float:
+        """One step of the optimizer, and of the average. Returns the gradients' norm.
+
+        Raises:
+            RunError: it is not finite; the rows are named and nothing was updated.
+        """
+        explain = partial(exploded, batches=batches, cache=cache)
+        norm = update(self.optimizer, list(self.parameters.values()), max_grad_norm, explain)
+        if self.ema:
+            self.ema.update()
+        return norm
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The adapter as it is to be used: a schedule-free optimizer's average; afterwards every bit as before."""
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        before = [p.detach().clone() for p in self.parameters.values()]
+        with settled(self.optimizer):
+            yield
+        with torch.no_grad():
+            for parameter, tensor in zip(self.parameters.values(), before, strict=True):
+                parameter.copy_(tensor)
+
+    def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """What ``state.save_state`` writes of it: tensors by part, and the optimizer's plain values."""
+        tensors, plain = state.optimizer_state(self.optimizer, list(self.parameters))
+        parts: dict[str, Mapping[str, Tensor]] = {"adapter": self.parameters, "optimizer": tensors}
+        return parts | ({"ema": self.ema.state_dict()} if self.ema else {}), {"optimizer": plain}
+
+    def restore(self, saved: state.Saved) -> None:
+        """Bring back what ``parts`` gave.
+
+        Raises:
+            RunError: the files do not fit this adapter.
+        """
+        adapter = saved.tensors("adapter")
+        if {n: t.shape for n, t in adapter.items()} != {n: p.shape for n, p in self.parameters.items()}:
+            raise RunError(
+                f"{saved.folder} holds another adapter than the recipe makes",
+                "Resume with the recipe that the run started with",
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(adapter[name])
+        state.restore_optimizer(
+            self.optimizer, list(self.parameters), saved.tensors("optimizer"), saved.facts["optimizer"]
+        )
+        if self.ema:
+            self.ema.load_state_dict(saved.tensors("ema"))
+
+    def close(self) -> None:
+        """Take the adapter off: the base is as it was."""
+        self.base.transformer.unload_lora()
+
+
+def load_base(data: Mixture, folder: Path, config: TrainConfig, device: torch.device) -> Base:
+    """Plan, say so, and load the frozen transformer.
+
+    Raises:
+        DoesNotFit: no plan fits, found before anything is loaded.
+    """
+    plan = plan_training(folder, config, device, largest(data.first))
+    console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
+    announce(plan)
+    return Base(load(folder, config, device, plan), device, plan)
+
+
+def attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Session:
+    """Put the recipe's adapter on the base, at its start or as it was saved.
+
+    Raises:
+        RecipeError: a target matches nothing.
+        RunError: the saved state cannot be read or does not fit.
+    """
+    console.note(lora.describe(lora.add_lora(base.transformer, config.lora, config.seed)))
+    parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(parameters.values(), config.optim)
+    ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
+    session = Session(base, parameters, optimizer, ema, execute(base.transformer, config, base.device, base.plan))
+    if saved:
+        session.restore(saved)
+    return session
+
+
+def identity(data: Mixture, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """What must be the same for a run to go on: the recipe, the caches' rows, and the base model's weights."""
+    caches = {}
+    for number, source in enumerate(data.sources):
+        manifest = source.cache.manifest
+        caches[f"cache{number or ''}"] = {
+            "images": len(source.cache),
+            "rows": _rows(source.cache),
+            "recipe": manifest.recipe,
+        }
+    return {"train": to_dict(config), **caches, "transformer": fingerprint(folder, "transformer")}
+
+
+def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with anything that changes the numbers.
+
+    Raises:
+        RunError: names every field that differs.
+    """
+    before = saved.facts["identity"]
+    differing = state.differences(before, dict(now), [f"train.{name}" for name in FREE])
+    if differing:
+        raise RunError(
+            f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(differing)}",
+            "Put that back to go on with it, or train another: k5train run --new",
+        )
+
+
+def _rows(cache: Any) -> str:
+    """One hash of which latents and captions the rows have, in their order."""
+    columns = cache.columns("latent_key", "caption_keys", "mask_key")
+    digest = hashlib.sha256()
+    for column in columns.columns:
+        digest.update(repr(column.to_pylist()).encode())
+    return digest.hexdigest()[:32]
+
+
+class Clock:
+    """Seconds that a run took, earlier attempts included."""
+
+    def __init__(self, spent: float) -> None:
+        self._start = time.monotonic() - spent
+
+    def seconds(self) -> float:
+        """Until now."""
+        return time.monotonic() - self._start

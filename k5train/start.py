@@ -1,0 +1,116 @@
+"""Which run does a command mean: a new one, one that was stopped and goes on, or one that is refused?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from k5cache import console
+from k5cache.config import ModelConfig, prompt_library
+from k5cache.errors import RunError
+from k5cache.hub import model_folder
+from k5cache.recipe import parse, read, to_dict
+from k5train.checkpoint import Run, create_run, free_name, is_held, open_run, write_recipe
+from k5train.config import TrainConfig
+from k5train.loop import Result, train
+from k5train.mixture import Mixture, open_mixture
+from k5train.objective import DataConfig
+from k5train.state import differences, latest_state
+
+PARTS = ("transformer", "vae", "scheduler")
+
+
+def start(cache: Path | None, out: Path | None, model: ModelConfig, config: TrainConfig, is_new: bool) -> Result:
+    """Train: a new run, or the one that the same command started and that was stopped before its end.
+
+    Args:
+        cache: None: the recipe's ``[[train.data]]``.
+        out: the run's folder. None: ``runs/<train.name>``, or else ``runs/<name of the cache>``, ``-2``, ``-3`` ...
+        is_new: never go on with a stopped run.
+
+    Raises:
+        RunError: the folder is taken by a finished run or by one with another recipe.
+    """
+    config = with_library(config)
+    data = open_data(cache, config)
+    folder = model_folder(model, PARTS)
+    run = _unfinished(data, out, model, config) if not is_new else None
+    if run:
+        console.note(f"{run.root} was stopped before its end: going on. --new starts another", "bold")
+    else:
+        target = out or (Path("runs") / config.name if config.name else None)
+        target = target or free_name(Path("runs"), data.first.root.resolve().name)
+        config = replace(config, name=target.name)
+        run = create_run(target, data.first.root, model, config)
+    return train(data, folder, replace(config, name=run.name), run)
+
+
+def resume(root: Path, options: list[str], cache: Path | None) -> Result:
+    """Go on with a run from its last saved state, exactly as if it had not stopped.
+
+    Args:
+        options: ``table.key=value`` over the run's recipe; what would change the numbers is refused.
+        cache: where the cache is now, if it moved.
+
+    Raises:
+        RunError: it is finished, or was started differently.
+    """
+    run, _, _, first = open_run(root)
+    model, config = parse(
+        read(root / "recipe.toml", options), {"model": ModelConfig, "train": TrainConfig}, root / "recipe.toml"
+    )
+    config = with_library(config)
+    data = open_data(cache or (None if config.data else first), config)
+    saved = latest_state(run.state)
+    if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
+        raise RunError(
+            f"{root} is finished, at step {saved.progress.step}",
+            f"To train it further: k5train resume {root} --set train.steps={2 * saved.progress.step}",
+        )
+    result = train(data, model_folder(model, PARTS), config, run)
+    if options:
+        write_recipe(root, model, config)
+    return result
+
+
+def open_data(cache: Path | None, config: TrainConfig) -> Mixture:
+    """The caches of a run: one that was named, or those of its recipe."""
+    return open_mixture(config.data if cache is None else [DataConfig(cache=str(cache), repeats=config.repeats)])
+
+
+def with_library(config: TrainConfig) -> TrainConfig:
+    """The recipe with the prompts of its library in it: a run's own recipe needs no other file."""
+    chosen = config.validation
+    if chosen.prompt_library is None:
+        return config
+    prompts = tuple(dict.fromkeys([*chosen.prompts, *prompt_library(Path(chosen.prompt_library))]))
+    return replace(config, validation=replace(chosen, prompts=prompts, prompt_library=None))
+
+
+def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: TrainConfig) -> Run | None:
+    """The run that this same command started, where it was stopped. The newest, if there are several."""
+    if out or config.name:
+        candidates = [out or Path("runs") / str(config.name)]
+    else:
+        name = data.first.root.resolve().name
+        candidates = [Path("runs") / name, *Path("runs").glob(f"{name}-*")]
+    candidates = [c for c in candidates if (c / "run.json").is_file()]
+    for candidate in sorted(candidates, key=lambda c: (c / "run.json").stat().st_mtime, reverse=True):
+        run, its_model, its_config, cache = open_run(candidate)
+        if run.is_finished or is_held(run):
+            continue
+        different = differences(_plain(its_model, its_config), _plain(model, config), ["train.name"])
+        if not different and cache.resolve() == data.first.root.resolve():
+            return run
+        if out or config.name:
+            what = "; ".join(different) or f"cache: {cache}, now {data.first.root}"
+            raise RunError(
+                f"{candidate} holds a run that was stopped, and was started differently: {what}",
+                f"Go on with it as it was: k5train resume {candidate}, or give another folder with -o",
+            )
+    return None
+
+
+def _plain(model: ModelConfig, config: TrainConfig) -> dict[str, Any]:
+    return {"model": to_dict(model), "train": to_dict(config)}
