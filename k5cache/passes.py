@@ -1,38 +1,50 @@
 """The encoders' passes: every new caption through CLIP and Qwen, every new image through the VAE, into shards.
 
-One encoder is loaded at a time and freed before the next; each row is written as it comes.
+One encoder is loaded at a time and freed before the next. Captions go in chunks, each committed when it is done, so
+that neither memory nor what a kill costs grows with their number. Rows are written by a thread while the next are
+computed.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import SpooledTemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, items, plan
+from k5cache import images, memory_plan, plan
 from k5cache.buckets import Bucket
 from k5cache.commit import Committer
 from k5cache.config import CacheConfig
+from k5cache.console import human_bytes, human_seconds, note
 from k5cache.hub import read_config
-from k5cache.store.tensors import TensorSpec
+from k5cache.items import Content, UnreadableImage
+from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    from k5cache.encoders.qwen import Qwen, Tokens
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
+_POOLED_IN_MEMORY = 2**26  # bytes of pooled vectors, 40,000 captions, past which they go to a file
+_ROWS_IN_FLIGHT = 32
+_TRIED_IN_BOTH = 4  # captions that the error of an int8 text encoder is measured on
 
 
 @dataclass(frozen=True)
 class Job:
     """What an encode needs to know all the way through."""
 
-    read: Callable[[str], items.Content]
+    read: Callable[[str], Content]
     """An image by its path in the source: a file, or its bytes."""
     root: Path
     folder: Path
@@ -40,79 +52,304 @@ class Job:
     config: CacheConfig
     device: str
     bars: Progress
+    vram: int | None = None
+    """Bytes of VRAM to plan for; None takes what is free."""
 
 
 def encode_texts(job: Job, commit: Committer, jobs: Sequence[plan.TextJob]) -> tuple[tuple[str, int], ...]:
     """CLIP over every new caption, then Qwen, which writes each row as it comes. Returns the captions that were cut.
 
     CLIP goes first because its vectors are small (1.5 KB a caption): Qwen's (2 MB) then never pile up in memory.
+
+    Raises:
+        DoesNotFit: the card cannot hold two layers of the text encoder and a caption.
     """
     if not jobs:
         return ()
-    from k5cache.encoders import clip, qwen
+    made = plan_texts(job, [one.caption for one in jobs])
+    with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as pooled:
+        with _alone(job, "CLIP"):
+            width = _encode_pooled(job, jobs, pooled)
+        with _alone(job, "Qwen2.5-VL"):
+            return _encode_prompts(job, commit, jobs, made, pooled, width)
 
+
+def plan_texts(job: Job, captions: Sequence[str]) -> memory_plan.TextPlan:
+    """How the captions will be encoded on this machine; on a CPU, with a word on how long that takes."""
+    from k5cache.encoders import machine
+
+    architecture = memory_plan.TextArchitecture.of(read_config(job.folder, "text_encoder"))
+    lengths = machine.text_lengths(captions)
+    speed = None
+    if job.device == "cpu":
+        text_dtype, vae_dtype = _dtype(job.config.text_encoder_1_precision), _dtype(job.config.vae_precision)
+        speed = machine.measure_speed(job.folder, job.device, text_dtype, vae_dtype, job.config.text_batching)
+    made = memory_plan.plan_text(
+        architecture,
+        job.config.text_encoder_1_precision,
+        job.config.text_batching,
+        job.config.max_sequence_length,
+        vram=job.vram or machine.free_vram(job.device) if job.device != "cpu" else None,
+        ram=machine.free_ram(),
+        num_tokens=sum(lengths),
+        tokens_per_second=speed.text_flops / architecture.flops_per_token if speed else None,
+    )
+    if speed:
+        seconds = memory_plan.text_seconds(made, architecture, lengths, speed)
+        note(f"{len(captions)} captions will take about {human_seconds(seconds)} on this CPU")
+    return made
+
+
+def _encode_pooled(job: Job, jobs: Sequence[plan.TextJob], pooled: IO[bytes]) -> int:
+    """CLIP's vector of every caption, appended to ``pooled``. Returns how long one is."""
+    from k5cache.encoders import clip
+
+    is_exact = job.config.text_batching == "exact"
+    size = 1 if is_exact else 64
     with _bar(job.bars, "CLIP", len(jobs), "caption") as advance:
         tower = clip.load_clip(job.folder, job.device, _dtype(job.config.text_encoder_2_precision))
-        pooled = []
-        for one in jobs:
-            pooled.append(clip.encode_pooled(tower, [one.caption])[0])
-            advance(1)
-        del tower
-    _free()
-    with _bar(job.bars, "Qwen2.5-VL", len(jobs), "caption") as advance:
-        tokenizer = qwen.load_tokenizer(job.folder)
-        tokens = [qwen.tokenize(tokenizer, one.caption, job.config.max_sequence_length) for one in jobs]
-        encoder = qwen.load_qwen(job.folder, job.device, _dtype(job.config.text_encoder_1_precision))
-        width = encoder.model.config.hidden_size
+        for start in range(0, len(jobs), size):
+            vectors = clip.encode_pooled(tower, [one.caption for one in jobs[start : start + size]], exact=is_exact)
+            pooled.write(to_bytes(vectors))
+            advance(len(vectors))
+        return int(vectors.shape[1])
+
+
+def _encode_prompts(
+    job: Job,
+    commit: Committer,
+    jobs: Sequence[plan.TextJob],
+    made: memory_plan.TextPlan,
+    pooled: IO[bytes],
+    pooled_width: int,
+) -> tuple[tuple[str, int], ...]:
+    """Qwen over every caption, a chunk at a time; the next chunk is tokenised meanwhile."""
+    from k5cache.encoders import qwen
+
+    truncated: list[tuple[str, int]] = []
+    spec = TensorSpec(DTYPES[job.config.text_encoder_2_precision], (pooled_width,))
+    row_bytes = pooled.tell() // len(jobs)
+    is_exact = job.config.text_batching == "exact"
+    with ThreadPoolExecutor(1) as pool, _bar(job.bars, "Qwen2.5-VL", len(jobs), "caption") as advance:
+        chunks = _chunks(job, jobs, made.chunk_tokens)
+        following = pool.submit(next, chunks, None)
+        encoder = _load_qwen(job, made, lambda: following.result())
         specs = {
-            "prompt_embeds": TensorSpec(DTYPES[job.config.text_encoder_1_precision], (None, width)),
-            "pooled": TensorSpec(DTYPES[job.config.text_encoder_2_precision], (len(pooled[0]),)),
+            "prompt_embeds": TensorSpec(
+                DTYPES[job.config.text_encoder_1_precision], (None, encoder.embeddings.shape[1])
+            ),
+            "pooled": spec,
         }
-        with commit.shards("text", specs) as append:
-            for one, text, vector in zip(jobs, tokens, pooled, strict=True):
-                (embeds,) = qwen.encode_prompt_embeds(encoder, [text])
-                append({"key": one.key, "prompt_embeds": embeds, "pooled": vector,
-                        "n_tokens": text.n_tokens, "caption": one.caption})  # fmt: skip
-                advance(1)
+        while (chunk := following.result()) is not None:
+            following = pool.submit(next, chunks, None)
+            first, tokens = chunk
+            truncated += [(jobs[first + i].caption, len(t.truncated)) for i, t in enumerate(tokens) if t.truncated]
+            if made.mode == "resident":
+                rows = qwen.iter_prompt_embeds(encoder, tokens, exact=is_exact, batch_tokens=made.batch_tokens)
+            else:
+                rows = _streamed(encoder, tokens, made, is_exact, advance)
+            with commit.shards("text", specs) as append, _in_background(append) as put:
+                for i, embeds in rows:
+                    one = jobs[first + i]
+                    pooled.seek(row_bytes * (first + i))
+                    vector = from_bytes(pooled.read(row_bytes), spec)
+                    put({"key": one.key, "prompt_embeds": embeds, "pooled": vector,
+                         "n_tokens": tokens[i].n_tokens, "caption": one.caption})  # fmt: skip
+                    advance(1)
+    return tuple(truncated)
+
+
+def _load_qwen(job: Job, made: memory_plan.TextPlan, first_chunk: Callable[[], Any]) -> Qwen:
+    """The text encoder as planned; in 8 bits, its error is printed first."""
+    from k5cache.encoders import qwen, streaming
+
+    dtype, is_int8 = _dtype(job.config.text_encoder_1_precision), job.config.text_encoder_1_precision == "int8"
+    is_streamed = made.mode == "streamed"
+    if is_int8:
+        encoder = qwen.load_qwen(job.folder, job.device, dtype, streamed=True, int8=True)
+        tried = first_chunk()[1][:_TRIED_IN_BOTH]
+        error = streaming.int8_error(encoder, tried)
+        note(f"The text encoder in int8 gives embeddings {error:.2%} off those in bf16 (of {len(tried)} captions)")
+        if is_streamed:
+            return encoder
         del encoder
-    _free()
-    return tuple((j.caption, len(t.truncated)) for j, t in zip(jobs, tokens, strict=True) if t.truncated)
+    return qwen.load_qwen(job.folder, job.device, dtype, streamed=is_streamed, int8=is_int8)
+
+
+def _streamed(
+    encoder: Qwen, tokens: Sequence[Tokens], made: memory_plan.TextPlan, is_exact: bool, advance: Callable[..., None]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    from k5cache.encoders.streaming import stream_prompt_embeds
+
+    num_layers = len(encoder.model.layers)
+    return stream_prompt_embeds(
+        encoder,
+        tokens,
+        exact=is_exact,
+        batch_tokens=made.batch_tokens,
+        parking=made.parking,
+        on_layer=lambda i: advance(0, f"Qwen2.5-VL: {len(tokens)} captions, layer {i + 1} of {num_layers}"),
+    )
+
+
+def _chunks(job: Job, jobs: Sequence[plan.TextJob], chunk_tokens: int) -> Iterator[tuple[int, list[Tokens]]]:
+    """(position of the first caption, tokens) of captions that are encoded and committed together."""
+    from k5cache.encoders import qwen
+
+    tokenizer = qwen.load_tokenizer(job.folder)
+    first, tokens, size = 0, list[qwen.Tokens](), 0
+    for i, one in enumerate(jobs):
+        text = qwen.tokenize(tokenizer, one.caption, job.config.max_sequence_length)
+        if tokens and size + len(text.ids) > chunk_tokens:
+            yield first, tokens
+            first, tokens, size = i, [], 0
+        tokens.append(text)
+        size += len(text.ids)
+    if tokens:
+        yield first, tokens
 
 
 def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) -> dict[str, str]:
-    """The VAE over every new image, one bucket after another. Returns latent key -> reason for unreadable images."""
+    """The VAE over every new image, one bucket after another. Returns latent key -> reason for unreadable images.
+
+    Raises:
+        DoesNotFit: the card cannot hold the VAE and an image, in strips either.
+    """
     if not jobs:
         return {}
-    from k5cache.encoders import vae
-
-    failed: dict[str, str] = {}
     by_bucket: dict[Bucket, list[plan.LatentJob]] = {}
     for one in jobs:
         by_bucket.setdefault(one.geometry.bucket, []).append(one)
-    encoder = None  # loaded for the first image that can be read: a broken one alone is no reason to
-    with _bar(job.bars, "VAE", len(jobs), "image") as advance:
+    failed: dict[str, str] = {}
+    with _alone(job, "the VAE"), _bar(job.bars, "VAE", len(jobs), "image") as advance:
+        encoder = _Vae(job, max(bucket.width * bucket.height for bucket in by_bucket))
         for bucket, members in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
-            height, width = bucket.latent_shape
-            names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
-            channels = read_config(job.folder, "vae")["latent_channels"]
-            specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
-            wanted = ((one.path, one.geometry, one.content_hash) for one in members)
-            with commit.shards("latents", specs, bucket) as append:
-                for i, pixels in images.load_many(wanted, job.read, _workers()):
-                    if isinstance(pixels, items.UnreadableImage):
-                        failed[members[i].key] = pixels.reason
-                    else:
-                        if encoder is None:
-                            encoder = vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision))
-                        batch = vae.to_model_range(pixels.unsqueeze(0))
-                        posterior = vae.encode_pixels(encoder, batch)
-                        moments = {"mean": posterior.mean, "std": posterior.std}
-                        append({"key": members[i].key} | {n: moments[n][0].half().cpu() for n in names})
-                    advance(1)
-        del encoder
-    _free()
+            _encode_bucket(job, commit, bucket, members, encoder, failed, advance)
     return failed
+
+
+class _Vae:
+    """The VAE, loaded for the first image that can be read: a broken one alone is no reason to."""
+
+    def __init__(self, job: Job, num_pixels: int) -> None:
+        self._job, self._num_pixels = job, num_pixels
+        self._loaded: Any = None
+        self._in_strips = False
+
+    def moments(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """uint8 ``[3, H, W]`` to float16 ``[names, H/8, W/8, 16]`` on the device; the copy there is queued."""
+        import torch
+
+        from k5cache.encoders import vae
+
+        if self._loaded is None:
+            self._load()
+        if self._job.device != "cpu":
+            pixels = pixels.pin_memory().to(self._job.device, non_blocking=True)
+        mean, std = vae.encode_on_device(
+            self._loaded, vae.to_model_range(pixels.unsqueeze(0)), in_strips=self._in_strips
+        )
+        moments = {"mean": mean, "std": std}
+        return torch.cat([moments[name] for name in names]).half()
+
+    def _load(self) -> None:
+        from k5cache.encoders import machine, vae
+
+        job, config = self._job, read_config(self._job.folder, "vae")
+        vram = (job.vram or machine.free_vram(job.device)) if job.device != "cpu" else None
+        made = memory_plan.plan_vae(config, job.config.vae_precision, self._num_pixels, vram=vram)
+        self._in_strips = made.mode == "strips"
+        self._loaded = vae.keep_encoder_only(vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision)))
+
+
+def _encode_bucket(
+    job: Job,
+    commit: Committer,
+    bucket: Bucket,
+    members: Sequence[plan.LatentJob],
+    encoder: _Vae,
+    failed: dict[str, str],
+    advance: Callable[..., None],
+) -> None:
+    from k5cache.encoders.hostio import fetched
+
+    height, width = bucket.latent_shape
+    names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
+    channels = read_config(job.folder, "vae")["latent_channels"]
+    specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
+
+    def encoded() -> Iterator[tuple[str, torch.Tensor]]:
+        wanted = ((one.path, one.geometry) for one in members)
+        for i, pixels in images.load_many(wanted, job.read, _workers()):
+            if isinstance(pixels, UnreadableImage):
+                failed[members[i].key] = pixels.reason
+                advance(1)
+            else:
+                yield members[i].key, encoder.moments(pixels, names)
+
+    with commit.shards("latents", specs, bucket) as append, _in_background(append) as put:
+        for key, moments in fetched(encoded()):
+            put({"key": key} | dict(zip(names, moments, strict=True)))
+            advance(1)
+
+
+@contextmanager
+def _in_background(append: Callable[[dict[str, Any]], None]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield ``append`` as a thread does it, in order, a few rows behind; what it raises is raised here."""
+    waiting: deque[Future[None]] = deque()
+    is_broken = False
+
+    def write(row: dict[str, Any]) -> None:
+        nonlocal is_broken
+        if not is_broken:
+            is_broken = True  # until it has worked
+            append(row)
+            is_broken = False
+
+    def put(row: dict[str, Any]) -> None:
+        if len(waiting) >= _ROWS_IN_FLIGHT:
+            waiting.popleft().result()
+        waiting.append(pool.submit(write, row))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="k5-write") as pool:
+        yield put
+        while waiting:
+            waiting.popleft().result()
+
+
+@contextmanager
+def _alone(job: Job, name: str) -> Iterator[None]:
+    """One encoder's time on the device: afterwards its memory is free again, or that is said."""
+    import torch
+
+    from k5cache.encoders import machine
+
+    if not job.device.startswith("cuda"):
+        yield
+        gc.collect()
+        return
+    machine.limit_vram(job.device, job.vram)
+    before = torch.cuda.memory_allocated(job.device)
+    try:
+        yield
+    finally:
+        left = release(job.device) - before
+        machine.limit_vram(job.device, None)
+    if left > 0:
+        note(f"{name} left {human_bytes(left)} of VRAM behind")
+
+
+def release(device: str) -> int:
+    """Give back what torch holds and does not use. Returns the bytes that are in use."""
+    import torch
+
+    gc.collect()
+    if not device.startswith("cuda"):
+        return 0
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
 
 
 @contextmanager
@@ -138,11 +375,3 @@ def _dtype(precision: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, DTYPES[precision])
     return dtype
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -81,7 +81,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         failed |= masks.encode_masks(asked.found.read, commit, made.mask_jobs)
     if made.text_jobs or made.latent_jobs:
         device = pick_device(options.device)
-        job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars)
+        job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
         truncated = encode_texts(job, commit, made.text_jobs)
         failed |= encode_latents(job, commit, made.latent_jobs)
     rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]

@@ -12,21 +12,26 @@ done, so a kill costs a chunk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.hostio import fetched, new_stream, record_event
 from k5cache.encoders.layers import Pack, Positions, make_packs, run_layer
 from k5cache.encoders.qwen import Qwen, Tokens, cropped, finish_layer, raw_layers, read_layers
+from k5cache.memory_plan import Parking
 
 if TYPE_CHECKING:
     import torch
 
-Parking = Literal["device", "host"]
-
 
 def stream_prompt_embeds(
-    qwen: Qwen, tokens: Sequence[Tokens], *, exact: bool = True, batch_tokens: int = 8192, parking: Parking = "device"
+    qwen: Qwen,
+    tokens: Sequence[Tokens],
+    *,
+    exact: bool = True,
+    batch_tokens: int = 8192,
+    parking: Parking = "device",
+    on_layer: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """``qwen.iter_prompt_embeds`` with the layers read from their files: the same forwards, so the same bits.
 
@@ -34,6 +39,7 @@ def stream_prompt_embeds(
         qwen: loaded with ``streamed=True``.
         tokens: one chunk; 7 KB a token are parked.
         parking: where hidden states wait for their next layer.
+        on_layer: called with the number of each layer as it begins.
 
     Yields:
         (position, ``[n_tokens, 3584]`` on the CPU), once every layer is through.
@@ -49,7 +55,9 @@ def stream_prompt_embeds(
         parked = (_OnHost if is_away else _OnDevice)(qwen, packs)
         for k, pack in enumerate(packs):
             parked.put(k, qwen.embed([i for member in pack.members for i in tokens[member].ids]))
-        for layer in read_layers(qwen, reuse=True):
+        for i, layer in enumerate(read_layers(qwen, reuse=True)):
+            if on_layer:
+                on_layer(i)
             for k, pack in enumerate(packs):
                 parked.put(k, run_layer(layer, parked.take(k), positions.of(pack), pack.runs))
         normed = ((pack, qwen.model.norm(parked.take(k))[0]) for k, pack in enumerate(packs))

@@ -55,7 +55,12 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
 
     A table, because a GPU divides by a constant through its reciprocal and so misses the CPU's bits.
     """
-    return _range_table().to(pixels.device)[pixels.int()]
+    import torch
+
+    values = _range_table().to(pixels.device)[pixels.int()]
+    # The strides that image_processor gives: with others convolutions round differently (1 ulp of float16 at 512x512
+    # on a CPU), and take half as long again.
+    return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
 
 
 @functools.cache
@@ -81,16 +86,39 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, *, exact: bool = True) -> Post
     """
     import torch
 
+    moments = [encode_on_device(vae, part) for part in (torch.split(pixels, 1) if exact else [pixels])]
+    return Posterior(
+        mean=torch.cat([mean.float().cpu() for mean, _ in moments]),
+        std=torch.cat([std.float().cpu() for _, std in moments]),
+    )
+
+
+def encode_on_device(vae: Any, pixels: torch.Tensor, *, in_strips: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """``encode_pixels`` of one forward; the result stays on the VAE's device, in its dtype.
+
+    Args:
+        in_strips: less memory, other rounding (``strips.py``); one image at a time.
+
+    Returns:
+        mean and std, each ``[B, H/8, W/8, 16]``, contiguous.
+    """
+    import torch
+
     with torch.no_grad():
-        moments = [
-            vae.encode(part.to(device=vae.device, dtype=vae.dtype)).latent_dist
-            for part in (torch.split(pixels, 1) if exact else [pixels])
-        ]
-        return Posterior(
-            mean=torch.cat([_channels_last(m.mean) for m in moments]),
-            std=torch.cat([_channels_last(m.std) for m in moments]),
-        )
+        pixels = pixels.to(device=vae.device, dtype=vae.dtype)
+        if in_strips:
+            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+            from k5cache.encoders.strips import moments_in_strips
+
+            posterior: Any = DiagonalGaussianDistribution(moments_in_strips(vae, pixels))
+        else:
+            posterior = vae.encode(pixels).latent_dist
+        mean, std = (moment.permute(0, 2, 3, 1).contiguous() for moment in (posterior.mean, posterior.std))
+    return mean, std
 
 
-def _channels_last(moment: torch.Tensor) -> torch.Tensor:
-    return moment.float().permute(0, 2, 3, 1).cpu().contiguous()
+def keep_encoder_only(vae: Any) -> Any:
+    """``vae`` without the half that stage 1 has no use for: 200 of 335 MB."""
+    vae.decoder = vae.post_quant_conv = None
+    return vae
