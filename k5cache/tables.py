@@ -332,18 +332,17 @@ def _csv_options(name: str, file: Path, separator: str) -> dict[str, Any]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             lines = csv.reader(opened, delimiter=separator)
-            header, first = next(lines, []), next(lines, [])
+            header, first = next(lines, []), next((line for line in lines if line), [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{name} cannot be read: {error}", "Mend it; it must be UTF-8") from None
     if not header or len(set(header)) < len(header):
         raise DatasetError(
             f"{name} has {'two columns of one name' if header else 'no header line'}", "Give each column a name"
         )
-    if len(first) > len(
-        header
-    ):  # in later lines pandas says so itself; here it would take the first cells for an index
+    if len(first) > len(header):  # of later rows pandas complains; of this one it would take cells for an index
         raise DatasetError(
-            f"{name}, line 2 has {len(first)} cells, the header {len(header)}", "Put captions with commas into quotes"
+            f"{name}: its first row has {len(first)} cells, the header {len(header)}",
+            "Put captions with commas into quotes",
         )
     features = datasets.Features({column: datasets.Value("string") for column in header})
     return {"sep": separator, "features": features, "keep_default_na": False}

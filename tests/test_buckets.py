@@ -148,7 +148,8 @@ def test_without_options_an_image_is_cropped_at_the_centre_and_not_flipped():
 
 
 def test_a_flip_is_a_second_crop_of_the_same_part():
-    first, second = frame(1000, 800, flip=True, crop="random")
+    first, second = frame(2000, 800, flip=True, crop="random")
+    assert first.left > 0
     assert (first.flipped, second.flipped) == (False, True)
     assert replace(second, flipped=False) == first
 

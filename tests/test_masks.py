@@ -17,8 +17,9 @@ from k5cache.buckets import Bucket, Geometry, cover, squash
 from k5cache.cli import app
 from k5cache.config import CacheConfig
 from k5cache.folder import find_items
-from k5cache.items import Skipped, UnreadableImage
-from k5cache.masks import load_mask
+from k5cache.images import hash_content
+from k5cache.items import MaskFile, Skipped, SourceItem, UnreadableImage
+from k5cache.masks import check, load_mask
 from tests.cli import Cli
 from tests.picture_files import png
 
@@ -92,8 +93,8 @@ def test_turns_colours_transparency_and_16_bits_are_read_as_a_person_sees_them(t
     assert load_mask(tmp_path / "green.png", whole(16, 16)).tolist() == [[150] * 2] * 2  # 0.587 * 255
     Image.new("RGBA", (16, 16), (255, 255, 255, 51)).save(tmp_path / "clear.png")
     assert load_mask(tmp_path / "clear.png", whole(16, 16)).tolist() == [[51] * 2] * 2
-    deep = png(tmp_path / "deep.png", (16, 16), 16, 0, (b"\0" + b"\x80\x00" * 16) * 16)
-    assert load_mask(deep, whole(16, 16)).tolist() == [[128] * 2] * 2  # 32768 / 257
+    deep = png(tmp_path / "deep.png", (16, 16), 16, 0, (b"\0" + b"\x80\xff" * 16) * 16)
+    assert load_mask(deep, whole(16, 16)).tolist() == [[128] * 2] * 2  # 33023 / 257
     Image.new("1", (16, 16), 1).save(tmp_path / "bit.png")
     assert load_mask(tmp_path / "bit.png", whole(16, 16)).tolist() == [[255] * 2] * 2
     Image.new("L", (16, 16), 255).save(tmp_path / "m.webp", lossless=True)
@@ -101,8 +102,13 @@ def test_turns_colours_transparency_and_16_bits_are_read_as_a_person_sees_them(t
 
 
 def test_a_mask_of_another_size_than_its_image_is_not_stretched(tmp_path):
+    path = mask_file(tmp_path / "m.png", white_left(16, 32, 8))
     with pytest.raises(UnreadableImage, match="is 16x32, the image 32x32"):
-        load_mask(mask_file(tmp_path / "m.png", white_left(16, 32, 8)), whole(32, 32))
+        load_mask(path, whole(32, 32))
+    item = SourceItem("a.png", 1, 2, 3, ("a",), MaskFile("m.png", 4, 5, 6))
+    assert check(lambda name: tmp_path / name, item, 16, 32) == hash_content(path)
+    with pytest.raises(UnreadableImage, match=r"its mask m\.png is 16x32, the image 32x32"):
+        check(lambda name: tmp_path / name, item, 32, 32)
 
 
 # --- masks in a folder ---

@@ -221,9 +221,12 @@ def test_a_file_named_in_several_rows_has_all_their_captions(pictures):
     assert Skipped("a.png", "empty caption") in found.skipped
 
 
-def test_cells_of_csv_are_the_text_that_they_are(pictures):
-    put(pictures, metadata_csv="file_name,text\na.png,007\nsub/b.png,null\nsub/c.png,1e5\n")
-    assert list(captions(pictures, caption_strategy="metadata").values()) == [("007",), ("null",), ("1e5",)]
+@pytest.mark.parametrize("cells", [("007", "8", "9"), ("null", "NA", "nan"), ("1e5", "True", "2020-01-01")])
+def test_cells_of_csv_are_the_text_that_they_are(pictures, cells):
+    names = ("a.png", "sub/b.png", "sub/c.png")
+    lines = "".join(f"{name},{cell}\n" for name, cell in zip(names, cells, strict=True))
+    put(pictures, metadata_csv=f"file_name,text\n{lines}")
+    assert list(captions(pictures, caption_strategy="metadata").values()) == [(cell,) for cell in cells]
 
 
 def test_metadata_that_is_not_there_or_of_two_kinds_is_named(pictures):
@@ -414,6 +417,16 @@ def test_a_name_is_loaded_from_the_hub_with_its_configuration_and_split(monkeypa
     assert first.items == second.items  # rows of one fingerprint
 
 
+def test_a_dataset_of_the_hub_may_hold_files_in_the_place_of_bytes(pictures, monkeypatch):
+    import datasets
+
+    cells = [{"bytes": None, "path": str(pictures / "a.png")}, {"bytes": png(9), "path": "x.png"}]
+    made = datasets.Dataset.from_dict({"image": cells, "text": ["one", "two"]}).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: made)
+    found = find(Path("me/cats"), CacheConfig())
+    assert [found.read(item.path) for item in found.items] == [pictures / "a.png", png(9)]
+
+
 # --- what cannot be used at all ---
 
 
@@ -434,7 +447,7 @@ def test_what_is_nowhere_is_said_without_asking_the_hub_unless_it_may_be_a_name(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("t.csv", "image,text\na.png,a cat, a dog\n", "t.csv, line 2 has 3 cells, the header 2; Put captions"),
+        ("t.csv", "image,text\na.png,a cat, a dog\n", "t.csv: its first row has 3 cells, the header 2; Put"),
         ("t.csv", "image,text\na,b\na,b,c\n", "t.csv cannot be loaded: Error tokenizing data. C error: Expected 2"),
         ("t.csv", "", "t.csv has no header line"),
         ("t.csv", "text,text\na,b\n", "t.csv has two columns of one name"),
