@@ -6,14 +6,16 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Kandinsky5Transformer3DModel
+from peft import LoKrConfig
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from k5cache.errors import RecipeError, RunError
 from k5train.checkpoint import write_whole
 from k5train.config import LoraConfig
+from k5train.lora_keys import read_pairs
 
 ADAPTER = "default"
 PREFIX = "transformer."  # diffusers loads nothing without it, and says nothing; ComfyUI takes it too
@@ -58,7 +61,7 @@ def describe(matched: Matched) -> str:
     return "\n".join(lines)
 
 
-def match_targets(transformer: nn.Module, targets: Iterable[str]) -> Matched:
+def match_targets(transformer: nn.Module, targets: Iterable[str], option: str = "train.lora.targets") -> Matched:
     """Find the linears that ``targets`` name.
 
     A target is a preset (``official``, ``attention``, ``qkv``); or the end of a dotted module name
@@ -71,31 +74,36 @@ def match_targets(transformer: nn.Module, targets: Iterable[str]) -> Matched:
     Raises:
         RecipeError: a target matches nothing, or more than it says.
     """
+    linears = linear_names(transformer)
+    return Matched({target: _match(target, linears, option) for target in targets})
+
+
+def linear_names(transformer: nn.Module) -> list[str]:
+    """Every linear of the transformer, adapted or not."""
     linears = [n.replace(".base_layer", "") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
-    linears = [n for n in linears if ".lora_" not in n]
-    return Matched({target: _match(target, linears) for target in targets})
+    return [n for n in linears if ".lora_" not in n]
 
 
-def _match(target: str, linears: list[str]) -> tuple[str, ...]:
+def _match(target: str, linears: list[str], option: str) -> tuple[str, ...]:
     try:
         pattern = re.compile(
             PRESETS.get(target) or (rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target)
         )
     except re.error as error:
-        raise RecipeError(f"train.lora.targets: {target!r} is no regular expression: {error}", "Mend it") from error
+        raise RecipeError(f"{option}: {target!r} is no regular expression: {error}", "Mend it") from error
     names = tuple(n for n in linears if pattern.fullmatch(n))
     if not names:
         endings = _endings(linears)
         words = [*PRESETS, *endings, *(e.rpartition(".")[2] for e in endings)]
         near = difflib.get_close_matches(target, dict.fromkeys(words), n=3, cutoff=0.5) or sorted(PRESETS)
-        raise RecipeError(f"train.lora.targets: {target!r} matches no module", f"Did you mean {', '.join(near)}?")
+        raise RecipeError(f"{option}: {target!r} matches no module", f"Did you mean {', '.join(near)}?")
     spelt = target.replace("\\", "")
     surprising = [n for n in names if not _ADAPTED.fullmatch(n) and _parent(n) not in spelt]
     if surprising:
         parents = ", ".join(dict.fromkeys(_parent(n) for n in surprising))
         meant = ", ".join(_endings(n for n in names if n not in surprising))
         raise RecipeError(
-            f"train.lora.targets: {target!r} also matches {len(surprising)} modules of {parents}",
+            f"{option}: {target!r} also matches {len(surprising)} modules of {parents}",
             f"Write the parent too: {meant or parents}",
         )
     return names
@@ -113,50 +121,125 @@ def _parent(name: str) -> str:
 
 
 def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed: int) -> Matched:
-    """Wrap the target linears with LoRA through peft, and freeze everything else.
+    """Wrap the target linears with an adapter through peft, and freeze everything else.
 
     The start is peft's (A uniform in +-1/sqrt(in), B zero) but drawn from (seed, module name): the same whatever
     else was drawn before, whatever other modules are targeted, on any device. Weights are float32.
 
     Raises:
         RecipeError: a target matches nothing, or more than it says.
+        RunError: ``init_lora`` cannot be read, or does not fit.
     """
     matched = match_targets(transformer, config.targets)
+    ranks = _ranks(transformer, config, matched)
     with torch.random.fork_rng(devices=[]):  # peft draws a start of its own
-        transformer.add_adapter(
-            PeftLoraConfig(
-                r=config.rank,
-                lora_alpha=config.rank if config.alpha is None else config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=list(matched.modules),
-            ),
-            adapter_name=ADAPTER,
-        )
+        transformer.add_adapter(_peft_config(config, matched, ranks), adapter_name=ADAPTER)
     for name, layer in _layers(transformer):
-        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        start = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
-        down.data = start.to(down.device)
-        up.data = torch.zeros_like(up, dtype=torch.float32)
+        for part, parameter in _parts(layer):
+            tag = name if part == "lora_A" else f"{name}.{part}"
+            digest = hashlib.sha256(f"{seed}:{tag}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            if part == "lora_magnitude_vector":
+                parameter.data = parameter.data.float()  # the norms of the weights, as peft has found them
+            elif part in _ZEROS:
+                parameter.data = torch.zeros_like(parameter, dtype=torch.float32)
+            else:
+                start = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+                parameter.data = start.to(parameter.device)
+    if config.init_lora is not None:
+        start_from(transformer, Path(config.init_lora))
     return matched
 
 
+_ZEROS = ("lora_B", "lokr_w1", "lokr_w1_a")  # what makes the start change nothing
+
+
+def _ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict[str, int]:
+    """The modules whose rank is not ``config.rank``."""
+    ranks: dict[str, int] = {}
+    for entry in config.ranks:
+        names = match_targets(transformer, [entry.target], "train.lora.ranks").modules
+        hit = [n for n in names if n in matched.modules]
+        if not hit:
+            raise RecipeError(
+                f"train.lora.ranks: {entry.target!r} matches no module that train.lora.targets adapts",
+                "Add it to targets, or leave its rank out",
+            )
+        ranks |= dict.fromkeys(hit, entry.rank)
+    return {name: rank for name, rank in ranks.items() if rank != config.rank}
+
+
+def _peft_config(config: LoraConfig, matched: Matched, ranks: Mapping[str, int]) -> Any:
+    pattern: dict[str, Any] = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    if config.algo == "lokr":
+        return LoKrConfig(
+            r=config.rank,
+            alpha=config.rank,
+            target_modules=list(matched.modules),
+            decompose_factor=config.decompose_factor,
+        )
+    return PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        rank_pattern=pattern,
+        alpha_pattern=pattern if config.alpha is None else {},
+        lora_dropout=config.dropout,
+        target_modules=list(matched.modules),
+        use_rslora=config.algo == "rslora",
+        use_dora=config.algo == "dora",
+    )
+
+
+def start_from(transformer: nn.Module, path: Path) -> None:
+    """Give the adapter that is there the values of a LoRA file of any make: it then changes what the file changed.
+
+    Where the file's rank is smaller, the ranks beyond it stay at their start, which changes nothing. Modules that the
+    file does not adapt stay at their start.
+
+    Raises:
+        RunError: the file adapts a module that the adapter does not, has a higher rank, or belongs to another model.
+    """
+    pairs = read_pairs(path, linear_names(transformer))
+    layers = dict(_layers(transformer))
+    for name, (down, up) in pairs.items():
+        if name not in layers:
+            raise RunError(
+                f"{path} adapts {name}, which train.lora.targets does not",
+                "Use the targets that the LoRA was trained with",
+            )
+        ours = [getattr(layers[name], part)[ADAPTER].weight for part in ("lora_A", "lora_B")]
+        rank = down.shape[0]
+        if (down.shape[1], up.shape[0]) != (ours[0].shape[1], ours[1].shape[0]):
+            raise RunError(f"{path} has another width at {name}", "Use a LoRA of this base model")
+        if rank > ours[0].shape[0]:
+            raise RunError(
+                f"{path} has rank {rank} at {name}, the adapter {ours[0].shape[0]}",
+                f"Use --set train.lora.rank={rank}",
+            )
+        with torch.no_grad():
+            ours[0][:rank] = down
+            ours[1][:, :rank] = up / layers[name].scaling[ADAPTER]
+
+
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """What is trained: A and B of every adapted module, in module order."""
-    return [p for _, m in _layers(transformer) for p in (m.lora_A[ADAPTER].weight, m.lora_B[ADAPTER].weight)]
+    """What is trained, in module order: A and B of every adapted module, or the parts of its kind of adapter."""
+    return [parameter for _, layer in _layers(transformer) for _, parameter in _parts(layer)]
 
 
 def lora_state_dict(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The adapter as it is saved: ``transformer.<module>.lora_{A,B}.weight``, alpha / rank folded into B, on the CPU.
 
-    diffusers and ComfyUI then take alpha = rank, and agree; a separate ``.alpha`` makes diffusers raise.
+    diffusers and ComfyUI then take alpha = rank, and agree; a separate ``.alpha`` makes diffusers raise. DoRA adds
+    ``lora_magnitude_vector``; LoKr has ``lokr_w1``, ``lokr_w2`` or their halves ``_a`` and ``_b``, its scale being 1.
     """
     state = {}
     for name, layer in _layers(transformer):
-        down, up = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-        state[f"{PREFIX}{name}.lora_A.weight"] = down.to("cpu", dtype)
-        state[f"{PREFIX}{name}.lora_B.weight"] = (up.float() * layer.scaling[ADAPTER]).to("cpu", dtype)
+        for part, parameter in _parts(layer):
+            tensor = parameter.detach()
+            if part == "lora_B":
+                tensor = tensor.float() * layer.scaling[ADAPTER]
+            ending = ".weight" if part in ("lora_A", "lora_B") else ""
+            state[f"{PREFIX}{name}.{part}{ending}"] = tensor.to("cpu", dtype)
     return {key: tensor.contiguous() for key, tensor in state.items()}
 
 
@@ -194,6 +277,8 @@ def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[st
             state = {key: file.get_tensor(key) for key in list(file.keys())}
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
+    if any(".lokr_" in key or "lora_magnitude_vector" in key for key in state):
+        return _load_by_diffusers(transformer, path, state)
     names = _names(path, state)
     ranks = {name: state[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in names}
     if not _layers(transformer):
@@ -252,5 +337,35 @@ def _add_empty(transformer: Kandinsky5Transformer3DModel, path: Path, ranks: Map
         )
 
 
-def _layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
-    return [(n, m) for n, m in transformer.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
+def _load_by_diffusers(
+    transformer: Kandinsky5Transformer3DModel, path: Path, state: dict[str, Tensor]
+) -> tuple[str, ...]:
+    """DoRA and LoKr, into a transformer without an adapter, as a user of diffusers loads them."""
+    if _layers(transformer):
+        raise RunError(
+            f"{path} is no plain LoRA and cannot replace the adapter that is there", "Load it on a bare base"
+        )
+    transformer.load_lora_adapter(dict(state), prefix=PREFIX.rstrip("."), adapter_name=ADAPTER)
+    for _, layer in _layers(transformer):
+        for _, parameter in _parts(layer):
+            parameter.data = parameter.data.float()
+    return tuple(name for name, _ in _layers(transformer))
+
+
+def _layers(transformer: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (n, m) for n, m in transformer.named_modules() if isinstance(m, LoraLayer | LoKrLayer) and list(_parts(m))
+    ]  # fmt: skip
+
+
+def _parts(layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained tensors of one adapted module by their peft name."""
+    for part in layer.adapter_layer_names:
+        holder = getattr(layer, part, None)
+        if holder is not None and ADAPTER in holder and part in _PARTS:
+            found = holder[ADAPTER]
+            yield part, found if isinstance(found, nn.Parameter) else found.weight
+
+
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
+          "lokr_w2_b")  # fmt: skip

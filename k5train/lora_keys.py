@@ -1,0 +1,88 @@
+"""LoRA files of other makes: whose keys are these, and which module and matrix does each one mean?
+
+Four families are read: diffusers' and ours (``transformer.``), ComfyUI's (``diffusion_model.``), peft's
+(``base_model.model.``) or bare module names, and kohya's (``lora_unet_`` and underscores, ``lora_down``, ``alpha``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from k5cache.errors import RunError
+
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "module.")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+_SUFFIX = re.compile(r"\.(?:(lora_A|lora_down|lora\.down)|(lora_B|lora_up|lora\.up))(?:\.default)?\.weight$|\.(alpha)$")
+
+Pair = tuple[Tensor, Tensor]
+"""``lora_A [r, in]`` and ``lora_B [out, r]``, alpha / rank folded into the second; float32."""
+
+
+def read_pairs(path: Path, modules: Iterable[str]) -> dict[str, Pair]:
+    """Every pair of a LoRA file by the module it adapts.
+
+    Args:
+        modules: names of the transformer's linears; kohya's names are not readable without.
+
+    Raises:
+        RunError: the file cannot be read, holds keys of no known family or another kind of adapter, or half a pair.
+    """
+    state, alphas = _read(path)
+    flat = {name.replace(".", "_"): name for name in modules}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        found = name_of(key, flat)
+        if found is None:
+            raise RunError(
+                f"{path} has the key {key}, which is no LoRA key of this model",
+                "Give a plain LoRA for Kandinsky 5 Image, with diffusers', ComfyUI's, peft's or kohya's keys",
+            )
+        parts.setdefault(found[0], {})[found[1]] = tensor
+    if not parts:
+        raise RunError(f"{path} has no tensors", "Give a whole LoRA file")
+    pairs = {}
+    for name, part in parts.items():
+        if "A" not in part or "B" not in part:
+            raise RunError(f"{path} has half of the pair for {name}", "Give a whole LoRA file")
+        down, up = part["A"].float(), part["B"].float()
+        rank = down.shape[0]
+        alpha = part["alpha"].item() if "alpha" in part else alphas.get("lora_alpha", rank)
+        pairs[name] = (down, up * (alpha / rank))
+    return pairs
+
+
+def name_of(key: str, flat: Mapping[str, str]) -> tuple[str, str] | None:
+    """The module and the part (``A``, ``B`` or ``alpha``) that a key means. None: neither ours nor kohya's.
+
+    Args:
+        flat: module names by their kohya form, with underscores for dots.
+    """
+    match = _SUFFIX.search(key)
+    if match is None:
+        return None
+    part = "A" if match.group(1) else "B" if match.group(2) else "alpha"
+    name = key[: match.start()]
+    for prefix in FLAT_PREFIXES:
+        if name.startswith(prefix):
+            found = flat.get(name.removeprefix(prefix))
+            return (found, part) if found else None
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return (name, part) if name.replace(".", "_") in flat else None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors, and ``lora_alpha`` where diffusers' metadata says it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in list(file.keys())}
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
+    return state, {k.removeprefix("transformer."): v for k, v in metadata.items() if k.endswith("lora_alpha")}

@@ -1,0 +1,231 @@
+"""Is each kind of adapter what peft says, does diffusers load it, and can training start from anyone's LoRA?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Kandinsky5T2IPipeline
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from k5cache.errors import RecipeError, RunError
+from k5cache.recipe import parse
+from k5train import lora
+from k5train.base.forward import predict_velocity
+from k5train.base.quantize import load_transformer
+from k5train.config import LoraConfig, RankConfig, TrainConfig
+from tests.test_lora import a_batch, velocity
+
+QKV = ("qkv",)
+NAME = "visual_transformer_blocks.1.cross_attention.to_key"
+
+
+def base(toy_model: Path, precision: str = "no_change"):
+    return load_transformer(toy_model, precision, torch.float32, "cpu")
+
+
+def stirred(transformer, config: LoraConfig) -> lora.Matched:
+    """An adapter none of whose parts is at its start."""
+    matched = lora.add_lora(transformer, config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in lora.lora_parameters(transformer):
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return matched
+
+
+def through_diffusers(toy_model: Path, path: Path, load) -> tuple[torch.Tensor, torch.Tensor]:
+    """What diffusers' own transformer says before and after ``load(pipeline, path)``."""
+    pipeline = Kandinsky5T2IPipeline.from_pretrained(toy_model, dtype=torch.float32)
+    before = velocity(pipeline.transformer)
+    load(pipeline, path)
+    return before, velocity(pipeline.transformer)
+
+
+def test_rslora_is_scaled_by_the_root_of_its_rank(toy_model, tmp_path):
+    ours = base(toy_model)
+    stirred(ours, LoraConfig(algo="rslora", rank=4, alpha=6.0, targets=QKV))
+    layer = ours.get_submodule(NAME)
+    assert isinstance(layer, LoraLayer)
+    assert layer.scaling["default"] == 6.0 / 4**0.5
+    lora.save_lora(tmp_path / "a.safetensors", ours)
+    saved = load_file(tmp_path / "a.safetensors")[f"transformer.{NAME}.lora_B.weight"]
+    assert torch.equal(saved, layer.lora_B["default"].weight * 3.0)
+    _, after = through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+    torch.testing.assert_close(velocity(ours), after, rtol=0, atol=5e-4)  # rounding of rotated queries, as test_lora
+
+
+def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, tmp_path):
+    ours = base(toy_model)
+    start = velocity(ours)
+    lora.add_lora(ours, LoraConfig(algo="dora", rank=4, targets=QKV), seed=1)
+    torch.testing.assert_close(velocity(ours), start, rtol=0, atol=2e-2)  # the norm divides and multiplies again
+    matched = stirred(fresh := base(toy_model), LoraConfig(algo="dora", rank=4, targets=QKV))
+    lora.save_lora(tmp_path / "a.safetensors", fresh)
+    state = load_file(tmp_path / "a.safetensors")
+    assert len(state) == 3 * len(matched.modules)
+    assert f"transformer.{NAME}.lora_magnitude_vector" in state
+    before, after = through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(velocity(fresh), after, rtol=0, atol=5e-4)
+    again = base(toy_model)
+    assert set(lora.load_lora(again, tmp_path / "a.safetensors")) == set(matched.modules)
+    torch.testing.assert_close(velocity(again), after, rtol=0, atol=5e-4)
+
+
+def test_dora_is_refused_on_the_int8_base_with_the_reason():
+    with pytest.raises(RecipeError, match=r"norm of every weight.*raw int8.*base_model_precision = \"no_change\""):
+        parse({"train": {"lora": {"algo": "dora"}}}, {"train": TrainConfig})
+    parse({"train": {"lora": {"algo": "dora"}, "base_model_precision": "no_change"}}, {"train": TrainConfig})
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian"])
+def test_a_start_that_changes_the_base_is_refused_with_the_reason(start):
+    with pytest.raises(RecipeError, match="frozen, int8 and shared by every run"):
+        parse({"train": {"lora": {"init_lora_weights": start}}}, {"train": TrainConfig})
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("no_change", {"rank": 4}),
+        ("no_change", {"rank": 2, "decompose_factor": 4}),
+        ("no_change", {"rank": 1000}),  # both factors whole
+        ("int8-quanto", {"rank": 4}),
+    ],
+)
+def test_lokr_trains_and_diffusers_loads_it_by_the_transformer(toy_model, tmp_path, precision, options):
+    ours = base(toy_model, precision)
+    start = velocity(ours)
+    config = LoraConfig(algo="lokr", targets=QKV, **options)
+    lora.add_lora(ours, config, seed=1)
+    assert torch.equal(velocity(ours), start)
+    predict_velocity(ours, *a_batch()).square().mean().backward()
+    parameters = lora.lora_parameters(ours)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert [id(p) for p in ours.parameters() if p.requires_grad] == [id(p) for p in parameters]
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
+
+    stirred(fresh := base(toy_model, precision), config)
+    lora.save_lora(tmp_path / "a.safetensors", fresh)
+    again = base(toy_model, precision)
+    lora.load_lora(again, tmp_path / "a.safetensors")
+    torch.testing.assert_close(velocity(again), velocity(fresh), rtol=0, atol=5e-4)
+    if precision == "no_change":
+
+        def load(pipeline, path):
+            return pipeline.transformer.load_lora_adapter(str(path), prefix="transformer")
+
+        before, after = through_diffusers(toy_model, tmp_path / "a.safetensors", load)
+        assert (after - before).abs().max() > 0.1
+        torch.testing.assert_close(velocity(fresh), after, rtol=0, atol=5e-4)
+
+
+def test_the_help_says_what_diffusers_pipeline_does_with_lokr(toy_model, tmp_path):
+    stirred(ours := base(toy_model), LoraConfig(algo="lokr", rank=4, targets=QKV))
+    lora.save_lora(tmp_path / "a.safetensors", ours)
+    with pytest.raises(ValueError, match="Invalid"):  # the day this loads, the help of train.lora.algo is out of date
+        through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+
+
+def test_the_start_of_lokr_depends_on_seed_and_module_alone(toy_model):
+    config = LoraConfig(algo="lokr", rank=4, targets=QKV)
+    states = []
+    for global_seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(global_seed)
+            lora.add_lora(ours := base(toy_model), config, seed=5)
+            states.append(lora.lora_state_dict(ours))
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts(toy_model, tmp_path):
+    ranks = (RankConfig("attention", 2), RankConfig("cross_attention.to_key", 3))
+    ours = base(toy_model)
+    stirred(ours, LoraConfig(rank=6, ranks=ranks))
+    found = {n: m.r["default"] for n, m in ours.named_modules() if isinstance(m, LoraLayer)}
+    assert found[NAME] == 3
+    assert found["visual_transformer_blocks.1.self_attention.to_key"] == 2
+    assert found["visual_transformer_blocks.1.feed_forward.in_layer"] == 6
+    assert {m.scaling["default"] for m in ours.modules() if isinstance(m, LoraLayer)} == {1.0}
+    lora.save_lora(tmp_path / "a.safetensors", ours)
+    _, after = through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+    assert torch.equal(velocity(ours), after)
+    lora.add_lora(other := base(toy_model), LoraConfig(rank=6, ranks=ranks, alpha=12.0), seed=1)
+    assert other.get_submodule(NAME).scaling["default"] == 4.0
+
+
+def test_a_rank_for_what_is_not_adapted_is_refused(toy_model):
+    config = LoraConfig(targets=QKV, ranks=(RankConfig("feed_forward.in_layer", 3),))
+    with pytest.raises(RecipeError, match=r"train.lora.ranks: .* matches no module that train.lora.targets adapts"):
+        lora.add_lora(base(toy_model), config, seed=1)
+    with pytest.raises(RecipeError, match=r"train.lora.ranks: 'to_kay' matches no module"):
+        lora.add_lora(base(toy_model), LoraConfig(ranks=(RankConfig("to_kay", 3),)), seed=1)
+
+
+def kohya(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As kohya's scripts write it: flat names, alpha half the rank, and B not yet halved."""
+    made = {}
+    for key, tensor in state.items():
+        name, _, part = key.removeprefix("transformer.").rpartition(".lora_")
+        flat = "lora_unet_" + name.replace(".", "_")
+        made[f"{flat}.lora_down.weight" if part[0] == "A" else f"{flat}.lora_up.weight"] = (
+            tensor if part[0] == "A" else tensor * 2
+        )
+        made[f"{flat}.alpha"] = torch.tensor(2.0)
+    return made
+
+
+def renamed(prefix: str, ending: str = ".weight"):
+    return lambda state: {k.replace("transformer.", prefix, 1).replace(".weight", ending): t for k, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("form", "metadata"),
+    [
+        (lambda state: state, None),
+        (renamed("diffusion_model."), None),
+        (renamed("base_model.model."), None),
+        (renamed("base_model.model.", ".default.weight"), None),
+        (renamed(""), None),
+        (kohya, None),
+        (
+            lambda state: {k: t * 2 if "lora_B" in k else t for k, t in state.items()},
+            {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})},
+        ),
+    ],
+    ids=["ours", "comfyui", "peft", "peft's own names", "bare", "kohya", "diffusers with alpha"],
+)
+def test_training_starts_from_a_lora_with_anyones_keys_and_a_smaller_rank(toy_model, tmp_path, form, metadata):
+    theirs = base(toy_model)
+    stirred(theirs, LoraConfig(rank=4, targets=QKV))
+    save_file(form(lora.lora_state_dict(theirs)), tmp_path / "a.safetensors", metadata=metadata)
+    ours = base(toy_model)
+    config = LoraConfig(rank=8, alpha=4.0, targets=("attention",), init_lora=str(tmp_path / "a.safetensors"))
+    lora.add_lora(ours, config, seed=3)
+    torch.testing.assert_close(velocity(ours), velocity(theirs), rtol=0, atol=5e-4)
+    assert ours.get_submodule(NAME).lora_A["default"].weight[4:].abs().max() > 0  # the ranks beyond can learn
+    assert all(p.requires_grad for p in lora.lora_parameters(ours))
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "words"),
+    [
+        (lambda s: s, {"rank": 2}, "has rank 4 at .*, the adapter 2"),
+        (lambda s: s, {"targets": ("self_attention.to_key",)}, "which train.lora.targets does not"),
+        (lambda s: s | {"transformer.x.lora_A.weight": torch.ones(4, 4)}, {}, "has the key transformer.x.lora_A"),
+        (lambda s: s | {f"transformer.{NAME}.lokr_w1": torch.ones(4)}, {}, "lokr_w1, which is no LoRA key"),
+        (lambda s: dict(list(s.items())[1:]), {}, "half of the pair"),
+        (lambda s: {}, {}, "no tensors"),
+        (lambda s: {k: t[..., :3].contiguous() for k, t in s.items()}, {}, "another width|has rank"),
+    ],
+)  # fmt: skip
+def test_a_lora_that_cannot_be_started_from_is_named(toy_model, tmp_path, change, config, words):
+    theirs = base(toy_model)
+    lora.add_lora(theirs, LoraConfig(rank=4, targets=QKV), seed=1)
+    save_file(change(lora.lora_state_dict(theirs)), tmp_path / "a.safetensors")
+    options = {"rank": 8, "targets": QKV, **config}
+    with pytest.raises(RunError, match=words):
+        lora.add_lora(base(toy_model), LoraConfig(**options, init_lora=str(tmp_path / "a.safetensors")), seed=1)
