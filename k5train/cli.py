@@ -102,6 +102,45 @@ def sample(
 
 
 @app.command()
+def selftest(
+    cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Prove on this machine that what is trained is what diffusers computes. Exit code 1 where it is not.
+
+    One step, its gradients and a drawing, of our transformer and of diffusers' own. With --model and no cache, on
+    random rows; with neither, on a toy model. Loads no text encoder.
+    """
+    from contextlib import ExitStack
+
+    from k5cache.compare import print_comparisons
+    from k5cache.hub import model_folder
+    from k5cache.store.reader import open_cache
+    from k5cache.toy import model_of, only_cache, toy_model
+    from k5train.selftest import selftest as run
+    from k5train.setup import pick_device
+
+    root = cache or (None if model else only_cache("k5train selftest"))
+    model_config, config = read_recipe(recipe, model, options)
+    with ExitStack() as stack:
+        opened = open_cache(root) if root else None
+        if opened and not (recipe or model):
+            model_config = model_of(opened.manifest.recipe)
+        if not (opened or model or recipe):
+            model_config = replace(model_config, path=str(stack.enter_context(toy_model())))
+        folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
+        found = run(opened, folder, config, pick_device(config.device, folder))
+    what = str(root or model or (model_config.source if recipe else "a toy model"))
+    if as_json:
+        console.print_json(found)
+    if any(one.is_failed for one in found) if as_json else not print_comparisons(f"Selftest of {what}", found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def options() -> None:
     """List every option with its default, as a recipe to copy from: [model], [cache] and [train]."""
     from k5cache.config import CacheConfig, ModelConfig
