@@ -26,12 +26,13 @@ from k5train.metrics import Metrics, read_metrics
 from k5train.mixture import Mixture
 from k5train.optim import learning_rate
 from k5train.ready import when_memory_ends
-from k5train.rollout import Cost
+from k5train.rollout import Cost, inference_sigmas
 from k5train.session import Base, Clock, Session, attach, check_same, identity, load_base
 from k5train.setup import check_fit, pick_device
 from k5train.state import Progress, latest_state, save_state
 from k5train.step import accumulate, train_step
 from k5train.trackers import check_trackers, open_trackers
+from k5train.tread import check_routes
 from k5train.validate import Validation
 
 
@@ -231,12 +232,18 @@ class _Loop:
 
 
 def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:
-    """The batches of a run, and its recipe with ``steps`` as many as ``epochs`` take, where it counts those."""
+    """The batches of a run, and its recipe with ``steps`` as many as ``epochs`` take, where it counts those.
+
+    Raises:
+        RecipeError: a TREAD route is not the transformer's, or masks are asked for and there are none.
+    """
+    check_routes(config.tread.routes, read_config(folder, "transformer")["num_visual_blocks"])
     scaling_factor = read_config(folder, "vae")["scaling_factor"]
     if config.epochs is not None:
         per_epoch = Loader(data, config, scaling_factor).batches_per_epoch
         config = replace(config, steps=-(-config.epochs * per_epoch // config.gradient_accumulation_steps))
-    return Loader(data, config, scaling_factor), config
+    grid = inference_sigmas(folder, config.rollout.num_inference_steps) if config.rollout.probability else None
+    return Loader(data, config, scaling_factor, grid), config
 
 
 def _result(run: Run, progress: Progress, ended_by: str, with_grid: bool) -> Result:

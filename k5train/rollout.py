@@ -26,6 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ class Cost:
         """For ``metrics.jsonl``; empty where nothing was rolled."""
         passes, seconds, self.passes, self.seconds = self.passes, self.seconds, 0, 0.0
         return {"rollout_passes": passes, "rollout_seconds": seconds} if passes else {}
+
+
+def inference_sigmas(folder: Path, num_inference_steps: int) -> Tensor:
+    """``[steps + 1]``: where the checkpoint's own scheduler steps, from 1 down to 0."""
+    from k5train.sample import load_scheduler
+
+    scheduler = load_scheduler(folder)
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas: Tensor = scheduler.sigmas
+    return sigmas
 
 
 def draw_path(
