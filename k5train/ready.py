@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
+from diffusers import Kandinsky5Transformer3DModel
 
 from k5cache import console
 from k5cache.errors import DoesNotFit
@@ -18,22 +20,25 @@ from k5train.base.execute import Execution, check_bfloat16, choose_modes
 from k5train.base.forward import keep, recompute, use_policies
 from k5train.base.memory import Architecture, Plan, Streaming, Work
 from k5train.base.prepared import load_prepared
-from k5train.base.quantize import empty_transformer, load_transformer
+from k5train.base.quantize import load_transformer
 from k5train.base.stream import spread
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.setup import DTYPES
 
 if TYPE_CHECKING:
-    from diffusers import Kandinsky5Transformer3DModel
-
     from k5cache.store.reader import Cache
+
+# What each optimizer holds for a parameter: AdamW two averages, Lion and Muon one, 8-bit AdamW two bytes, Adafactor
+# rows and columns, Prodigy two averages, its start and its sum, schedule-free AdamW an average and its fast iterate.
+_STATE_BYTES = {
+    "adamw": 8, "adamw8bit": 2, "lion": 4, "muon": 4, "adafactor": 1, "prodigy": 16, "schedulefree": 8,
+}  # fmt: skip
 
 
 def plan_training(folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int]) -> Plan:
-    """What a run will keep, recompute and stream on ``device``.
+    """What a run will keep, recompute and stream on ``device``. Reads the checkpoint's config.json, no weights.
 
     Args:
-        folder: the checkpoint; its config.json is read, no weights.
         sizes: the most tokens of a picture and of a caption, as ``largest`` finds them.
 
     Raises:
@@ -42,19 +47,32 @@ def plan_training(folder: Path, config: TrainConfig, device: torch.device, sizes
         RunError: the GPU has no bfloat16.
     """
     check_bfloat16(device, config.mixed_precision)
-    arch = memory.architecture(read_config(folder, "transformer"))
-    work = work_of(folder, config, sizes, compiled=how_to_run(config, device) == "compiled")
-    streaming = streaming_of(config.memory, arch)
     budget = vram.budget(device, config.memory.vram)
+    return plan_for(read_config(folder, "transformer"), config, device, sizes, budget)
+
+
+def plan_for(
+    transformer_config: Mapping[str, Any],
+    config: TrainConfig,
+    device: torch.device,
+    sizes: tuple[int, int],
+    budget: int | None,
+) -> Plan:
+    """The same for a transformer's config as values, within ``budget`` bytes."""
+    how = how_to_run(config, device)
+    arch = memory.architecture(transformer_config)
+    work = work_for(transformer_config, config, sizes, compiled=how == "compiled")
     level: Any = None if config.memory.activations == "auto" else config.memory.activations
-    if level is None and (budget is None or how_to_run(config, device) == "diffusers"):
+    if level is None and (budget is None or how == "diffusers"):
         level = "nothing"  # on a CPU, and where only all or nothing can be kept
-    return memory.make_plan(arch, work, budget, level=level, streaming=streaming)
+    return memory.make_plan(arch, work, budget, level=level, streaming=streaming_of(config.memory, arch))
 
 
-def work_of(folder: Path, config: TrainConfig, sizes: tuple[int, int], compiled: bool) -> Work:
+def work_for(
+    transformer_config: Mapping[str, Any], config: TrainConfig, sizes: tuple[int, int], compiled: bool
+) -> Work:
     """The largest forward and backward pass of a run."""
-    parameters, width = adapter_size(folder, config.lora)
+    parameters, width = adapter_size(transformer_config, config.lora)
     return Work(
         batch_size=config.batch_size,
         num_tokens=sizes[0],
@@ -64,16 +82,18 @@ def work_of(folder: Path, config: TrainConfig, sizes: tuple[int, int], compiled:
         precision=config.base_model_precision,
         bytes_per_element=DTYPES[config.mixed_precision].itemsize,
         compiled=compiled,
+        bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
     )
 
 
-def adapter_size(folder: Path, config: LoraConfig) -> tuple[int, int]:
+def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> tuple[int, int]:
     """Trained parameters, and the sum of ranks over one picture block: from shapes alone.
 
     Raises:
         RecipeError: a target matches nothing.
     """
-    transformer = empty_transformer(folder)
+    with init_empty_weights():
+        transformer = Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
     names = lora.match_targets(transformer, config.targets).modules
     linears: list[Any] = [transformer.get_submodule(name) for name in names]
     parameters = sum(config.rank * (m.in_features + m.out_features) for m in linears)

@@ -90,6 +90,8 @@ class Work:
     bytes_per_element: int = 2
     """Of activations: 2 in bf16, 4 in fp32."""
     compiled: bool = True
+    bytes_per_lora_parameter: int = 16
+    """In float32: the parameter, its gradient, and what the optimizer holds, 8 bytes in AdamW."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def estimate(
     return {
         "weights": weights,
         "streamed weights' room": per_block * slots,
-        "LoRA, gradients, AdamW": 16 * work.lora_parameters,
+        "LoRA, gradients, optimizer": work.bytes_per_lora_parameter * work.lora_parameters,
         "kept activations": sum(kept_bytes(level, arch, work) for level in levels),
         "one block's work": max(_work_bytes(level, arch, work) for level in set(levels)),
         "allocator": _ALLOCATOR_BYTES,
@@ -269,6 +271,10 @@ def _too_small(plan: Plan, arch: Architecture, work: Work, what: str) -> DoesNot
     if work.batch_size > 1:
         changes.append(("--set train.batch_size=1", replace(work, batch_size=1)))
     one = replace(work, batch_size=1)
+    if work.lora_parameters:
+        less = replace(one, lora_parameters=work.lora_parameters // 4, adapters_width=work.adapters_width // 4)
+        changes.append(("a quarter of train.lora.rank, and train.batch_size=1", less))
+        one = less
     for side in (768, 512, 256):
         tokens = (side // 16) ** 2
         if tokens < work.num_tokens:

@@ -102,9 +102,9 @@ def place(transformer: Kandinsky5Transformer3DModel, name: str, tensor: Tensor) 
         module.scale = tensor
     elif tensor.dtype == torch.int8:
         to_come = torch.empty(tensor.shape[0], 1, device=tensor.device)
-        _replace(transformer, module_name, Int8Linear(tensor, to_come), bias=module.bias)
+        replace_linear(transformer, module_name, Int8Linear(tensor, to_come), bias=module.bias)
     elif leaf == "weight" and type(module) is nn.Linear and _is_float32(transformer, module_name):
-        _replace(transformer, module_name, Float32Linear(tensor), bias=module.bias)
+        replace_linear(transformer, module_name, Float32Linear(tensor), bias=module.bias)
     else:
         module.register_parameter(leaf, _frozen(tensor))
 
@@ -180,7 +180,7 @@ def _stream(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[tuple[
         raise ModelError(f"{file} cannot be read: {error}", _DOWNLOAD) from error
 
 
-def _replace(root: nn.Module, name: str, new: nn.Module, bias: nn.Parameter | None) -> None:
+def replace_linear(root: nn.Module, name: str, new: nn.Module, bias: nn.Parameter | None) -> None:
     """Put ``new`` at ``name``; the bias that the old module had, loaded or still to come, goes along."""
     new.register_parameter("bias", bias)
     parent, _, leaf = name.rpartition(".")

@@ -1,0 +1,362 @@
+"""What will this card do? Steps of a full-size transformer with random weights, timed beside today's usual way."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from k5cache import console
+from k5cache.errors import K5Error
+from k5train import flow, lora
+from k5train.base import vram
+from k5train.base.execute import Execution
+from k5train.base.forward import predict_velocity
+from k5train.base.memory import Architecture, Work, architecture
+from k5train.base.quantize import INT8_MODULES, Precision, empty_transformer, finish, place
+from k5train.base.stream import spread
+from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+from k5train.ready import execute, plan_for, work_for
+
+# Kandinsky 5.0 Image Lite, transformer/config.json of the published T2I checkpoints (DESIGN section 2).
+FULL_SIZE: dict[str, Any] = {
+    "_class_name": "Kandinsky5Transformer3DModel",
+    "in_visual_dim": 16,
+    "out_visual_dim": 16,
+    "in_text_dim": 3584,
+    "in_text_dim2": 768,
+    "time_dim": 512,
+    "patch_size": [1, 2, 2],
+    "model_dim": 2560,
+    "ff_dim": 10240,
+    "num_text_blocks": 2,
+    "num_visual_blocks": 50,
+    "axes_dims": [32, 48, 48],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the bench."""
+
+    precision: Precision
+    cap_gib: float | None
+    """What torch may reserve. None: what the card has."""
+    side: int = 1024
+    batch_size: int = 1
+    num_text_tokens: int = 256
+    rank: int = 16
+    targets: tuple[str, ...] = ("qkv",)
+    execution: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """What differs from the first case, in words."""
+        cap = f"{self.cap_gib:g} GiB" if self.cap_gib else "all VRAM"
+        return (
+            f"{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, r{self.rank} {'+'.join(self.targets)}"
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case took."""
+
+    name: str
+    milliseconds: float
+    """Median of a step: forward, backward, clip, AdamW."""
+    fastest: float
+    predicted_gib: float | None
+    reserved_gib: float | None
+    tflops: float
+    """Of the arithmetic that the step needs, recompute not counted."""
+    plan: str
+    first_step_seconds: float
+    """Compilation included."""
+
+
+MUST_REACH = (Case("int8-quanto", 16), Case("int8-dynamic", 16), Case("int8-quanto", 8.5), Case("int8-quanto", 4.5))
+SIZES = tuple(
+    Case(precision, 16, side, batch, rank=rank, targets=targets)
+    for precision in ("int8-quanto", "int8-dynamic")
+    for side, batch, rank, targets in (
+        (512, 1, 16, ("qkv",)),
+        (768, 1, 16, ("qkv",)),
+        (512, 4, 16, ("qkv",)),
+        (1024, 2, 16, ("qkv",)),
+        (1024, 4, 16, ("qkv",)),
+        (1024, 1, 64, ("official",)),
+    )
+)
+
+
+def bench(
+    cases: tuple[Case, ...],
+    device: torch.device,
+    *,
+    config: dict[str, Any] = FULL_SIZE,
+    baseline: bool = False,
+    num_steps: int = 8,
+    num_warm_up: int = 2,
+) -> list[Measured]:
+    """Time every case, one after the other; one that does not fit or fails is said so and left out."""
+    todo: list[tuple[str, Callable[[], Measured]]] = []
+    if baseline:
+        todo.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up)))
+    todo += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
+    results = [_guarded(name, measure) for name, measure in todo]
+    return [r for r in results if r is not None]
+
+
+def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
+    try:
+        return measure()
+    except (K5Error, torch.OutOfMemoryError) as error:
+        console.warn(f"{name}: {str(error).splitlines()[0][:200]}")
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def time_case(
+    case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2
+) -> Measured:
+    """Plan a case, build its transformer with random weights where the plan wants them, and time its steps."""
+    train = TrainConfig(
+        batch_size=case.batch_size,
+        base_model_precision=case.precision,
+        mixed_precision="bf16",
+        lora=LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets),
+        memory=MemoryConfig(execution=case.execution),  # type: ignore[arg-type]
+    )
+    sizes = ((case.side // 16) ** 2, case.num_text_tokens)
+    budget = int(case.cap_gib * 2**30) if case.cap_gib else vram.budget(device, None)
+    plan = plan_for(config, train, device, sizes, budget)
+    if case.cap_gib:
+        vram.limit(device, budget)
+    streamed = spread(len(plan.levels), plan.streaming.num_blocks) if plan.streaming else []
+    transformer = random_transformer(config, case.precision, device, frozenset(streamed))
+    lora.add_lora(transformer, train.lora, seed=0)
+    execution = execute(transformer, train, device, plan)
+    step = stepper(transformer, inputs_for(case, config, device))
+    timing = time_steps(step, execution, device, num_steps, num_warm_up)
+    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True))
+    words = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
+    words += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
+    words += [] if execution is None or execution.is_compiled else ["eager"]
+    on_gpu = device.type == "cuda"
+    return Measured(
+        case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
+        needed / timing.median / 1e9, ", ".join(words), timing.first,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one kind of step, in milliseconds; ``first`` in seconds."""
+
+    median: float
+    fastest: float
+    first: float
+    reserved_gib: float | None
+
+
+def time_steps(
+    step: Callable[[], Any], execution: Execution | None, device: torch.device, num_steps: int, num_warm_up: int
+) -> Timing:
+    """Time whole steps, the GPU waited for after each."""
+    started = time.perf_counter()
+    if execution:
+        execution.warm_up(step)
+    for _ in range(num_warm_up):
+        step()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    first, times = time.perf_counter() - started, []
+    for _ in range(num_steps):
+        tick = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - tick))
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
+    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved)
+
+
+def stepper(transformer: Any, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """One step on fixed inputs: forward, loss, backward, clip, AdamW. Returns the gradients' norm, unread."""
+    parameters = lora.lora_parameters(transformer)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=inputs[0].is_cuda)
+    target = torch.randn_like(inputs[0])
+    transformer.train()
+
+    def step() -> Tensor:
+        loss = flow.flow_loss(predict_velocity(transformer, *inputs), target)
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    return step
+
+
+def inputs_for(case: Case, config: dict[str, Any], device: torch.device) -> tuple[Tensor, ...]:
+    """Random latents, sigma, prompt_embeds and pooled_projections."""
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    latents = normal(case.batch_size, 1, case.side // 8, case.side // 8, config["in_visual_dim"])
+    text = normal(case.batch_size, case.num_text_tokens, config["in_text_dim"])
+    sigma = torch.rand(case.batch_size, generator=generator, device=device)
+    return latents, sigma, text.bfloat16(), normal(case.batch_size, config["in_text_dim2"]).bfloat16()
+
+
+def random_transformer(
+    config: dict[str, Any], precision: Precision, device: torch.device, streamed: frozenset[int] = frozenset()
+) -> Any:
+    """A transformer as ``load_transformer`` makes it, of random weights, without a checkpoint.
+
+    Args:
+        streamed: picture blocks whose int8 weights are made in host memory.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "transformer").mkdir()
+        (Path(folder) / "transformer" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        transformer = empty_transformer(Path(folder))
+    prefixes = tuple(f"visual_transformer_blocks.{i}." for i in streamed)
+    for name, tensor in _random_tensors(transformer, precision, device):
+        parent = name.rpartition(".")[0]
+        on_host = bool(prefixes) and name.startswith(prefixes) and INT8_MODULES.fullmatch(parent)
+        place(transformer, name, tensor.cpu() if on_host else tensor)
+    return finish(transformer, device)
+
+
+def _random_tensors(transformer: nn.Module, precision: Precision, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a size that keeps activations near 1; modulations too, or blocks would be identities."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, meta in transformer.state_dict().items():
+        parent, _, leaf = name.rpartition(".")
+        shape = tuple(meta.shape)
+        if leaf == "weight" and precision != "no_change" and INT8_MODULES.fullmatch(parent):
+            yield name, torch.randint(-127, 128, shape, dtype=torch.int8, device=device, generator=generator)
+            yield f"{parent}.scale", torch.full((shape[0], 1), 1 / (73 * shape[1] ** 0.5), device=device).bfloat16()
+        elif len(shape) == 1 and leaf == "weight":
+            yield name, torch.ones(shape, device=device, dtype=torch.bfloat16)
+        else:
+            std = 0.02 if "modulation" in name or len(shape) == 1 else shape[1] ** -0.5
+            yield name, (torch.randn(shape, device=device, generator=generator) * std).bfloat16()
+
+
+def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int) -> Measured:
+    """Today's usual way on the first case: diffusers, peft and quanto's int8, eager, gradient checkpointing."""
+    from optimum.quanto import freeze, qint8, quantize
+
+    case = replace(
+        MUST_REACH[0], side=1024 if config is FULL_SIZE else 64, num_text_tokens=256 if config is FULL_SIZE else 8
+    )
+    transformer = random_transformer(config, "no_change", device)
+    for name, module in list(
+        transformer.named_modules()
+    ):  # as from_pretrained has them: float32 where diffusers keeps it
+        if isinstance(module, nn.Linear):
+            plain = nn.Linear(module.in_features, module.out_features, device="meta")
+            kept = any(part in name for part in ("modulation", "time_embeddings"))
+            plain.weight = nn.Parameter(module.weight.float() if kept else module.weight, requires_grad=False)
+            plain.bias = None if module.bias is None else nn.Parameter(module.bias.to(plain.weight.dtype), False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), leaf, plain)
+    quantize(transformer, weights=qint8)
+    freeze(transformer)
+    lora.add_lora(transformer, LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets), seed=0)
+    transformer.enable_gradient_checkpointing()
+    latents, sigma, text, pooled = inputs_for(case, config, device)
+    grid = case.side // 16
+    positions = [torch.arange(n, device=device) for n in (1, grid, grid)]
+    parameters, target = lora.lora_parameters(transformer), torch.randn_like(latents)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    transformer.train()
+
+    def step() -> None:
+        velocity = transformer(
+            hidden_states=latents.bfloat16(), encoder_hidden_states=text, timestep=(1000 * sigma).bfloat16(),
+            pooled_projections=pooled, visual_rope_pos=positions,
+            text_rope_pos=torch.arange(text.shape[1], device=device), return_dict=False,
+        )  # fmt: skip
+        torch.autograd.backward(flow.flow_loss(velocity, target))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    timing = time_steps(step, None, device, num_steps, num_warm_up)
+    train = TrainConfig(lora=LoraConfig(rank=case.rank, targets=case.targets))
+    needed = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
+    return Measured(
+        "baseline: diffusers + peft + quanto, eager, checkpointing", timing.median, timing.fastest, None,
+        timing.reserved_gib, needed / timing.median / 1e9, "all recomputed", timing.first,
+    )  # fmt: skip
+
+
+def flops(arch: Architecture, work: Work) -> float:
+    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights."""
+    d, tokens, text = arch.model_dim, work.num_tokens, work.num_text_tokens
+    linears = 2 * tokens * (6 * d * d + 2 * d * arch.ff_dim) + 2 * text * 2 * d * d
+    attention = 4 * d * (tokens * tokens + tokens * text)
+    block = 2 * linears + 3.5 * attention  # backward: one matmul a linear, five for attention's two
+    captions = arch.num_text_blocks * (2 * 2 * text * arch.text_block_parameters + 3.5 * 4 * d * text * text)
+    return work.batch_size * (arch.num_visual_blocks * block + captions)
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """TFLOP/s of one large bf16 matrix product on random data."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(10):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / start.elapsed_time(end) / 1e9
+
+
+def table(results: list[Measured], ceiling: float | None) -> list[list[str]]:
+    """Results as rows of text, the first as the baseline of speed where it is one."""
+    base = results[0].milliseconds if results and results[0].name.startswith("baseline") else None
+    rows = []
+    for r in results:
+        error = (
+            f" ({100 * (r.predicted_gib / r.reserved_gib - 1):+.0f} %)" if r.predicted_gib and r.reserved_gib else ""
+        )
+        predicted = f"{r.predicted_gib:.2f}{error}" if r.predicted_gib else ""
+        rows.append([
+            r.name, f"{r.milliseconds:.0f}", f"{base / r.milliseconds:.2f}x" if base else "",
+            f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
+            f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,
+        ])  # fmt: skip
+    return rows
+
+
+COLUMNS = ("case", "ms/step", "speed", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
+
+
+def as_json(results: list[Measured]) -> str:
+    """Results for a file."""
+    return json.dumps([asdict(r) for r in results], indent=2) + "\n"

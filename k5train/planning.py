@@ -1,0 +1,54 @@
+"""`k5train plan`: what would a run take on this card, or on one that is only pretended?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from k5cache.config import ModelConfig
+from k5cache.console import human_bytes
+from k5cache.hub import model_folder, read_config
+from k5cache.store.reader import open_cache
+from k5train.base import memory, vram
+from k5train.bench import FULL_SIZE
+from k5train.config import TrainConfig
+from k5train.ready import largest, plan_for
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A plan as it is printed."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+def plan_without_loading(
+    cache: Path | None, config: TrainConfig, model: ModelConfig | None, num_tokens: int, num_text_tokens: int
+) -> Shown:
+    """Plan a run from shapes alone.
+
+    Args:
+        cache: whose largest picture and caption count, instead of the two numbers.
+        model: whose config.json counts; None: the published one's.
+
+    Raises:
+        DoesNotFit: no plan fits.
+    """
+    sizes = largest(open_cache(cache)) if cache else (num_tokens, num_text_tokens)
+    transformer = read_config(model_folder(model, ("transformer",)), "transformer") if model else FULL_SIZE
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    # A pretended card runs as a real one would: compiled.
+    device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
+    budget = vram.budget(torch.device("cuda" if on_gpu else "cpu"), config.memory.vram)
+    plan = plan_for(transformer, config, device, sizes, budget)
+    card = torch.cuda.get_device_name() if on_gpu else "no GPU here"
+    if config.memory.vram:
+        card = f"a card of {config.memory.vram}: {human_bytes(memory.CONTEXT_BYTES)} of it for CUDA itself"
+    title = (
+        f"{card}; {sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
+        f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
+    )
+    return Shown(title, memory.describe(plan))
