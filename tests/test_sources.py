@@ -422,7 +422,7 @@ def test_a_dataset_of_the_hub_may_hold_files_in_the_place_of_bytes(pictures, mon
 
     cells = [{"bytes": None, "path": str(pictures / "a.png")}, {"bytes": png(9), "path": "x.png"}]
     made = datasets.Dataset.from_dict({"image": cells, "text": ["one", "two"]}).cast_column("image", datasets.Image())
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: made)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     found = find(Path("me/cats"), CacheConfig())
     assert [found.read(item.path) for item in found.items] == [pictures / "a.png", png(9)]
 
