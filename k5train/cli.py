@@ -43,7 +43,9 @@ def _root() -> None:
 
 @app.command()
 def run(
-    cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
+    cache: Annotated[
+        list[Path] | None, typer.Argument(help="A cache, or several. Default: the recipe's, or the only one in cache/.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run. Default: runs/<name of CACHE>.")] = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -55,11 +57,10 @@ def run(
     The same command again, after a crash or Ctrl-C, goes on where the run was stopped.
     """
     model_config, config = read_recipe(recipe, model, options)
-    if cache is None and not config.data:
-        cache = find_cache(Path("cache"))
-    from k5train.start import start
+    from k5train.start import named, start
 
-    print_result(start(cache, out, model_config, config, is_new))
+    caches = cache or ([] if config.data else [find_cache(Path("cache"))])
+    print_result(start(*named(caches, config), out, model_config, is_new))
 
 
 @app.command()

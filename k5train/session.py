@@ -174,12 +174,20 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
         RunError: names every field that differs.
     """
     before = saved.facts["identity"]
-    differing = state.differences(before, dict(now), [f"train.{name}" for name in FREE])
+    free = [name for name in FREE if not (name in ("steps", "epochs") and _depends_on_the_last_step(now["train"]))]
+    differing = state.differences(before, dict(now), [f"train.{name}" for name in free])
     if differing:
         raise RunError(
             f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(differing)}",
             "Put that back to go on with it, or train another: k5train run --new",
         )
+
+
+def _depends_on_the_last_step(train: Mapping[str, Any]) -> bool:
+    """A schedule or a ramp that ends with the last step was another one all along if that step moves."""
+    return bool(
+        train["optim"]["lr_scheduler"] != "constant" or (train["tread"]["routes"] and train["tread"]["ramp_down"])
+    )
 
 
 def _rows(cache: Any) -> str:

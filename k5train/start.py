@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from k5cache import console
 from k5cache.config import ModelConfig, prompt_library
-from k5cache.errors import RunError
+from k5cache.errors import RecipeError, RunError
 from k5cache.hub import model_folder
 from k5cache.recipe import parse, read, to_dict
 from k5train.checkpoint import Run, create_run, free_name, is_held, open_run, write_recipe
@@ -21,7 +22,22 @@ from k5train.state import differences, latest_state
 PARTS = ("transformer", "vae", "scheduler")
 
 
-def start(cache: Path | None, out: Path | None, model: ModelConfig, config: TrainConfig, is_new: bool) -> Result:
+def named(caches: Sequence[Path], config: TrainConfig) -> tuple[Path | None, TrainConfig]:
+    """The one cache that was named, or the recipe with several as its ``[[train.data]]``.
+
+    Raises:
+        RecipeError: the recipe names its own.
+    """
+    if caches and config.data:
+        raise RecipeError(
+            f"{caches[0]} is given, and the recipe names its caches in [[train.data]]", "Leave one of the two out"
+        )
+    if len(caches) <= 1:
+        return (caches[0] if caches else None), config
+    return None, replace(config, data=tuple(DataConfig(cache=str(c), repeats=config.repeats) for c in caches))
+
+
+def start(cache: Path | None, config: TrainConfig, out: Path | None, model: ModelConfig, is_new: bool) -> Result:
     """Train: a new run, or the one that the same command started and that was stopped before its end.
 
     Args:
