@@ -222,14 +222,14 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
         by_bucket.setdefault(one.geometry.bucket, []).append(one)
     failed: dict[str, str] = {}
     with _alone(job, "the VAE"), _bar(job.bars, "VAE", len(jobs), "image") as advance:
-        encoder = _Vae(job, max(bucket.width * bucket.height for bucket in by_bucket))
+        encoder = Vae(job, max(bucket.width * bucket.height for bucket in by_bucket))
         for bucket, members in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
-            _encode_bucket(job, commit, bucket, members, encoder, failed, advance)
+            encode_bucket(job, commit, bucket, members, encoder, failed, advance)
     return failed
 
 
-class _Vae:
+class Vae:
     """The VAE, loaded for the first image that can be read: a broken one alone is no reason to."""
 
     def __init__(self, job: Job, num_pixels: int) -> None:
@@ -263,15 +263,16 @@ class _Vae:
         self._loaded = vae.keep_encoder_only(vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision)))
 
 
-def _encode_bucket(
+def encode_bucket(
     job: Job,
     commit: Committer,
     bucket: Bucket,
     members: Sequence[plan.LatentJob],
-    encoder: _Vae,
+    encoder: Vae,
     failed: dict[str, str],
     advance: Callable[..., None],
 ) -> None:
+    """The images of one bucket into shards; reasons for unreadable ones go to ``failed``."""
     from k5cache.encoders.hostio import fetched
 
     height, width = bucket.latent_shape

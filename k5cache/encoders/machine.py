@@ -43,7 +43,8 @@ def limit_vram(device: str, vram: int | None) -> None:
     if device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 if vram is None else min(1.0, max(vram - CONTEXT_BYTES, 0) / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        index = torch.device(device).index
+        torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device() if index is None else index)
 
 
 def measure_speed(folder: Path, device: str, text_dtype: torch.dtype, vae_dtype: torch.dtype, batching: str) -> Speed:

@@ -1,0 +1,430 @@
+"""How fast is stage 1 on this card? Encoders of full size with random weights, beside what trainers do today.
+
+Baseline, in the same run: diffusers' own ``encode_prompt`` a caption at a time and ``vae.encode`` an image at a time,
+everything on the GPU. Nothing is downloaded: 14 GB of random text encoder are written to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from k5cache import console, memory_plan
+from k5cache.bench_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model, write_pictures
+from k5cache.console import human_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and on how much."""
+
+    text: dict[str, Any] = field(default_factory=lambda: FULL_TEXT)
+    clip: dict[str, Any] = field(default_factory=lambda: FULL_CLIP)
+    vae: dict[str, Any] = field(default_factory=lambda: FULL_VAE)
+    num_captions: int = 512
+    num_baseline: int = 128
+    """Captions of the baseline, and of what is compared with it bit for bit."""
+    tokens: tuple[int, int] = (50, 300)
+    vram: int = 4 * 2**30
+    """The cap of the streamed run."""
+    num_images: int = 48
+    side: int = 1024
+    source: tuple[int, int] = (1536, 1152)
+    """(width, height) of the JPEG files that images are loaded from."""
+    growth: tuple[int, ...] = (100, 1000, 10000)
+    """Captions of the growth table."""
+    growth_layers: int = 2
+    growth_tokens: tuple[int, int] = (20, 100)
+    growth_vram: int = 5 * 2**29
+
+
+@dataclass
+class Found:
+    """Lines of the tables, as they are measured."""
+
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, what: str, value: str, remark: str = "", **values: Any) -> None:
+        """One line, shown at once; ``values`` for scripts."""
+        self.rows.append((what, value, remark))
+        self.values.update(values)
+        console.note(f"{what}: {value}" + (f" ({remark})" if remark else ""))
+
+
+def bench(device: str, sizes: Sizes = Sizes(), folder: Path | None = None) -> Found:
+    """Measure all of it. ``folder`` takes the random model, by default a temporary one."""
+    import torch
+
+    found = Found()
+    with TemporaryDirectory(prefix="k5-bench-", dir=folder) as name, torch.no_grad():
+        root = Path(name)
+        torch.manual_seed(0)
+        ceiling(found, device)
+        seconds, _ = timed(device, lambda: write_model(root, sizes, device))
+        found.add("writing a random model", f"{seconds:.1f} s")
+        captions = make_captions(sizes.tokens, sizes.num_captions)
+        found.values["vram_at_start"] = in_use(device)
+        resident(found, root, sizes, captions, device)
+        freed(found, "resident text", device)
+        streamed(found, root, sizes, captions, device)
+        freed(found, "streamed text", device)
+        pictures(found, root, sizes, device)
+        freed(found, "VAE", device)
+        growth(found, root, sizes, device)
+    return found
+
+
+def ceiling(found: Found, device: str) -> None:
+    """The ceiling that the encoders are held against."""
+    import torch
+
+    n = 8192 if device != "cpu" else 256
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    seconds = sorted(timed(device, lambda: a @ b)[0] for _ in range(9))[4]
+    name = torch.cuda.get_device_name(device) if device != "cpu" else "CPU"
+    rate = 2 * n**3 / seconds
+    found.add("bf16 matmul ceiling", f"{rate / 1e12:.0f} TFLOP/s", f"{name}, torch {torch.__version__}",
+              device=name, ceiling=rate)  # fmt: skip
+
+
+def resident(found: Found, root: Path, sizes: Sizes, captions: Sequence[str], device: str) -> None:
+    """Text with all layers on the device, exact and fast, beside the pipeline a caption at a time."""
+    import torch
+
+    from k5cache.encoders import clip, qwen
+
+    architecture = memory_plan.TextArchitecture.of(sizes.text)
+    tokens = tokenized(found, root, captions, device)
+    tower = clip.load_clip(root, device, torch.bfloat16)
+    seconds, encoder = timed(device, lambda: qwen.load_qwen(root, device, torch.bfloat16))
+    num_bytes = architecture.num_layers * architecture.layer_parameters * 2
+    found.add("loading the text layers", f"{seconds:.1f} s",
+              f"{num_bytes / seconds / 1e9:.1f} GB/s, {human_bytes(rss())} of host memory in use",
+              load_seconds=seconds)  # fmt: skip
+    some = captions[: sizes.num_baseline]
+    theirs = one_at_a_time(found, as_pipeline(root, encoder, tower, device), some, device)
+    for name, is_exact in (("exact", True), ("fast", False)):
+        count = len(some) if is_exact else len(captions)
+        compare_resident(found, encoder, tower, tokens[:count], captions[:count], theirs, is_exact, device)
+        if device != "cpu":
+            found.values[f"peak_{name}"] = torch.cuda.max_memory_reserved(device)
+
+
+def one_at_a_time(found: Found, pipeline: Any, captions: Sequence[str], device: str) -> list[tuple[Any, Any]]:
+    """``encode_prompt`` of each caption; results on the CPU."""
+    import torch
+
+    def alone() -> list[tuple[Any, Any]]:
+        results = []
+        for caption in captions:
+            embeds, pooled, _ = pipeline.encode_prompt(caption, device=torch.device(device))
+            results.append((embeds[0].cpu(), pooled[0].cpu()))
+        return results
+
+    pipeline.encode_prompt(captions[0], device=torch.device(device))
+    seconds, theirs = timed(device, alone)
+    rate = len(captions) / seconds
+    found.add("baseline: encode_prompt, one at a time", f"{rate:.1f} captions/s", f"{len(captions)} captions",
+              baseline_captions=rate)  # fmt: skip
+    return list(theirs)
+
+
+def compare_resident(
+    found: Found,
+    encoder: Any,
+    tower: Any,
+    tokens: Sequence[Any],
+    captions: Sequence[str],
+    theirs: Sequence[tuple[Any, Any]],
+    is_exact: bool,
+    device: str,
+) -> None:
+    """Speed and bits of one way to batch."""
+    import torch
+
+    from k5cache.encoders import clip, qwen
+
+    name = "exact" if is_exact else "fast"
+    qwen.encode_prompt_embeds(encoder, tokens[:40], exact=is_exact)
+    clip.encode_pooled(tower, captions[:64], exact=is_exact)
+    text, embeds = timed(device, lambda: collect(qwen.iter_prompt_embeds(encoder, tokens, exact=is_exact)))
+    again, _ = timed(device, lambda: collect(qwen.iter_prompt_embeds(encoder, tokens, exact=is_exact)))
+    pooling, pooled = timed(device, lambda: clip.encode_pooled(tower, captions, exact=is_exact))
+    config = encoder.model.config
+    flops = 2 * sum(p.numel() for p in encoder.model.layers.parameters()) * sum(len(t.ids) for t in tokens)
+    share = flops / min(text, again) / found.values["ceiling"]
+    rate, baseline = len(tokens) / (min(text, again) + pooling), found.values["baseline_captions"]
+    found.add(f"resident, {name}: Qwen and CLIP", f"{rate:.1f} captions/s",
+              f"{rate / baseline:.1f}x the baseline, {len(tokens)} captions; Qwen {text:.2f} and {again:.2f} s, "
+              f"CLIP {pooling:.2f} s", **{f"resident_{name}": rate})  # fmt: skip
+    found.add(f"resident, {name}: Qwen alone", f"{flops / min(text, again) / 1e12:.0f} TFLOP/s",
+              f"{share:.0%} of the ceiling, {config.num_hidden_layers} layers", **{f"share_{name}": share})  # fmt: skip
+    pairs = list(zip(embeds, pooled, theirs, strict=False))
+    same = [sum(torch.equal(ours[k], expected[k]) for *ours, expected in pairs) for k in (0, 1)]
+    error = max(relative(embeds, expected[0]) for embeds, _, expected in pairs)
+    found.add(f"resident, {name}: bits", f"{same[0]} of {len(pairs)} captions as encode_prompt",
+              f"pooled {same[1]}; largest error {error:.1e} of the norm",
+              **{f"same_{name}": same, f"error_{name}": error})  # fmt: skip
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def streamed(found: Found, root: Path, sizes: Sizes, captions: Sequence[str], device: str) -> None:
+    """Text a layer at a time under the cap, beside reading the file and computing, each alone."""
+    import torch
+
+    from k5cache.encoders import qwen, streaming
+
+    tokens = tokenized(None, root, captions, device)
+    for batching in ("exact", "fast"):
+        compare_streamed(found, root, sizes, tokens, batching, device)
+    encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True, int8=True)
+    error = streaming.int8_error(encoder, tokens[:4])
+    found.add("int8 text encoder", f"{error:.2%} off bf16", "random weights, 4 captions", int8_error=error)
+
+
+def compare_streamed(found: Found, root: Path, sizes: Sizes, tokens: Sequence[Any], batching: str, device: str) -> None:
+    """Time, memory and bits of one way to batch."""
+    import torch
+
+    from k5cache.encoders import machine, qwen, streaming
+
+    made = memory_plan.plan_text(
+        memory_plan.TextArchitecture.of(sizes.text), "bf16", batching, 512, ram=16 * 2**30,
+        vram=sizes.vram if device != "cpu" else None, num_tokens=sum(len(t.ids) for t in tokens),
+    )  # fmt: skip
+    options: dict[str, Any] = {"exact": batching == "exact", "batch_tokens": made.batch_tokens}
+    machine.limit_vram(device, sizes.vram)
+    encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
+    read, _ = timed(device, lambda: [None for _ in qwen.read_layers(encoder, reuse=True)])
+    held = encoder.embeddings.shape[1] * 2 * sum(t.n_tokens for t in tokens)  # the bench keeps what a shard would get
+    ours: dict[str, float] = {}
+
+    def run(parking: memory_plan.Parking) -> list[torch.Tensor]:
+        return collect(streaming.stream_prompt_embeds(encoder, tokens, parking=parking, **options))
+
+    parkings: tuple[memory_plan.Parking, ...] = ("device", "host")
+    for parking in parkings:
+        reset_peak(device)
+        with watched() as memory:
+            seconds, embeds = timed(device, partial(run, parking))
+        peak, host, ours[parking] = peak_vram(device), memory.peak - held, seconds
+        found.add(f"streamed, {batching}, parked on the {parking}", f"{seconds:.2f} s",
+                  f"{len(tokens)} captions, VRAM {human_bytes(peak)} with the context, host {human_bytes(host)} "
+                  f"besides results; planned on the {made.parking}, {human_bytes(made.vram)}",
+                  **{f"streamed_{batching}_{parking}": (seconds, peak, host)})  # fmt: skip
+    machine.limit_vram(device, None)
+    whole = qwen.load_qwen(root, device, torch.bfloat16)
+    collect(qwen.iter_prompt_embeds(whole, tokens[:8], **options))
+    compute, expected = timed(device, lambda: collect(qwen.iter_prompt_embeds(whole, tokens, **options)))
+    same = sum(map(torch.equal, embeds, expected))
+    over = ours[made.parking] / max(read, compute)
+    found.add(f"streamed, {batching}: over the larger of reading and computing", f"{over:.2f}x",
+              f"reading {read:.2f} s, computing {compute:.2f} s; {same} of {len(tokens)} as resident, bit for bit",
+              **{f"streamed_over_{batching}": over, f"read_{batching}": read, f"compute_{batching}": compute,
+                 f"streamed_same_{batching}": same})  # fmt: skip
+
+
+def pictures(found: Found, root: Path, sizes: Sizes, device: str) -> None:
+    """The VAE fed by the worker pool, beside one image at a time, loaded by the same thread."""
+    from k5cache.bench_pictures import compare_precisions, compare_speed
+
+    source = root / "pictures"
+    write_pictures(source, sizes)
+    compare_speed(found, root, source, sizes, device)
+    compare_precisions(found, root, source, sizes, device)
+
+
+def growth(found: Found, root: Path, sizes: Sizes, device: str) -> None:
+    """The whole text pass, rows written, for more and more captions; fewer layers, so that it takes seconds."""
+    import shutil
+
+    from k5cache.bench_pictures import job_for
+    from k5cache.commit import Committer
+    from k5cache.passes import encode_texts
+    from k5cache.plan import TextJob
+    from k5cache.store.manifest import Manifest
+
+    config = root / "text_encoder" / "config.json"
+    few = json.loads(config.read_text()) | {"num_hidden_layers": sizes.growth_layers}
+    few["text_config"] = few["text_config"] | {"num_hidden_layers": sizes.growth_layers}
+    config.write_text(json.dumps(few))
+    vram = sizes.growth_vram if device != "cpu" else None
+
+    def encode(count: int, cache: Path) -> None:
+        jobs = [TextJob(f"{i:032x}", c) for i, c in enumerate(make_captions(sizes.growth_tokens, count, seed=1))]
+        job = job_for(root, cache, device, {"text_batching": "fast"}, vram)
+        encode_texts(job, Committer(cache, Manifest(recipe={}), 2**28), jobs)
+
+    for count in sizes.growth:
+        cache = root / "cache"
+        cache.mkdir()
+        reset_peak(device)
+        with watched() as memory:
+            seconds, _ = timed(device, partial(encode, count, cache))
+        found.add(f"growth: {count} captions", f"{seconds:.1f} s",
+                  f"VRAM {human_bytes(peak_vram(device))}, host memory {human_bytes(memory.peak)}; streamed, "
+                  f"{sizes.growth_layers} layers, rows written",
+                  **{f"growth_{count}": (seconds, peak_vram(device), memory.peak)})  # fmt: skip
+        shutil.rmtree(cache)
+
+
+def tokenized(found: Found | None, root: Path, captions: Sequence[str], device: str) -> list[Any]:
+    """Token ids of every caption."""
+    from k5cache.encoders import qwen
+
+    tokenizer = qwen.load_tokenizer(root)
+    seconds, tokens = timed(device, lambda: [qwen.tokenize(tokenizer, c, 512) for c in captions])
+    if found:
+        found.add("tokenising", f"{1e3 * seconds / len(tokens):.2f} ms a caption", "on a thread, ahead of the GPU",
+                  tokenise_seconds=seconds)  # fmt: skip
+    return tokens
+
+
+def as_pipeline(root: Path, encoder: Any, tower: Any, device: str) -> Any:
+    """``Kandinsky5T2IPipeline`` over the same weights, its whole text encoder on the device."""
+    import torch
+    from diffusers import Kandinsky5T2IPipeline
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from k5cache.encoders import qwen
+
+    config = Qwen2_5_VLConfig.from_dict(json.loads((root / "text_encoder" / "config.json").read_text()))
+    with torch.device("meta"):
+        whole = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    whole = whole.to_empty(device=device).eval()
+    text = whole.model.language_model
+    for mine, theirs in zip(encoder.model.layers, text.layers, strict=True):
+        theirs.load_state_dict(mine.state_dict(), assign=True)
+    text.norm.load_state_dict(encoder.model.norm.state_dict(), assign=True)
+    text.embed_tokens.weight.copy_(encoder.embeddings)
+    text.rotary_emb = encoder.model.rotary_emb
+    return Kandinsky5T2IPipeline(
+        transformer=None, vae=None, scheduler=None, text_encoder=whole, tokenizer=qwen.load_tokenizer(root),
+        text_encoder_2=tower.model, tokenizer_2=tower.tokenizer,
+    )  # fmt: skip
+
+
+def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[str]:
+    """Captions of random words, their lengths spread evenly over ``tokens``."""
+    from k5cache.encoders.pipeline import pipeline_facts
+
+    facts = pipeline_facts()
+    template = len(facts.prompt_template.format("w0").split()) - 1  # words; the crop takes its own number of tokens
+    chance = random.Random(seed)
+    missing = facts.encode_start_idx - template
+    lengths = [max(0, chance.randint(*tokens) + missing) for _ in range(count)]
+    return [" ".join(f"w{chance.randrange(200)}" for _ in range(n)) for n in lengths]
+
+
+def collect(rows: Iterator[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """Rows in the order of their captions, each with its own memory, as a shard would take them."""
+    held = {i: row.clone() for i, row in rows}
+    return [held[i] for i in range(len(held))]
+
+
+def timed(device: str, run: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds until the device is done, what ``run`` returns)."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def freed(found: Found, what: str, device: str) -> None:
+    """Whether VRAM is what it was before the first encoder."""
+    from k5cache.passes import release
+
+    release(device)
+    now, start = in_use(device), found.values["vram_at_start"]
+    found.add(f"freed after {what}", f"{human_bytes(now)} allocated by torch, {human_bytes(start)} at the start",
+              **{f"freed_{what}": now - start})  # fmt: skip
+
+
+def in_use(device: str) -> int:
+    """Bytes that torch has allocated on the device."""
+    import torch
+
+    return int(torch.cuda.memory_allocated(device)) if device != "cpu" else 0
+
+
+def reset_peak(device: str) -> None:
+    """Begin to watch VRAM."""
+    import torch
+
+    from k5cache.passes import release
+
+    release(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_vram(device: str) -> int:
+    """Most VRAM that torch reserved since ``reset_peak``, with what the process holds outside its allocator."""
+    import torch
+
+    if device == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context; on a shared card, others too
+    return int(torch.cuda.max_memory_reserved(device) + outside)
+
+
+@dataclass
+class Memory:
+    """Host memory while a block runs."""
+
+    peak: int = 0
+
+
+@contextmanager
+def watched() -> Iterator[Memory]:
+    """The largest resident set seen, looked at 50 times a second."""
+    memory, is_over = Memory(rss()), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.02):
+            memory.peak = max(memory.peak, rss())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        is_over.set()
+        thread.join()
+        memory.peak = max(memory.peak, rss())
+
+
+def rss() -> int:
+    """Bytes of this process that are in RAM, mapped files and all."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """For scripts."""
+    return asdict(found)

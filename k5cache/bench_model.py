@@ -1,0 +1,118 @@
+"""What does the encoders' bench run on? A model of full size with random weights, and random pictures, on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FULL_TEXT = {  # Qwen2.5-VL-7B-Instruct, config.json
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+    "pad_token_id": None,
+}  # fmt: skip
+FULL_CLIP = {  # openai/clip-vit-large-patch14, text part
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "projection_dim": 768, "max_position_embeddings": 77,
+}  # fmt: skip
+FULL_VAE = {  # FLUX.1's autoencoder, config.json
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+
+
+def write_model(root: Path, sizes: Any, device: str) -> None:
+    """The encoders in the diffusers layout, random. The text encoder's file is written a tensor at a time."""
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    where = root / "text_encoder"
+    where.mkdir(parents=True)
+    nested = {"model_type": "qwen2_5_vl", "text_config": sizes.text, "vision_config": {"depth": 1, "hidden_size": 32,
+              "num_heads": 2, "intermediate_size": 64, "out_hidden_size": sizes.text["hidden_size"]}}  # fmt: skip
+    (where / "config.json").write_text(json.dumps({**sizes.text, **nested}))
+    write_text_layers(root, device)
+    for name in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(root / name, sizes.clip["max_position_embeddings"] if name == "tokenizer_2" else 4096, name)
+    CLIPTextModel(CLIPTextConfig(**sizes.clip, pad_token_id=1, eos_token_id=2)).to(torch.bfloat16).save_pretrained(
+        root / "text_encoder_2"
+    )
+    AutoencoderKL(**sizes.vae).save_pretrained(root / "vae")
+
+
+def write_text_layers(root: Path, device: str) -> None:
+    """Random weights at unit gain, straight from the device into one safetensors file."""
+    import torch
+
+    from k5cache.encoders.qwen import empty_text_model
+
+    shapes = {name: tuple(t.shape) for name, t in empty_text_model(root, torch.bfloat16).state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(torch.Size(shape).numel())
+        header[f"model.{name}"] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (root / "text_encoder" / "model.safetensors").open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                tensor = torch.ones(shape, device=device) if "norm" in name else 0.1 * torch.randn(shape, device=device)
+            else:
+                tensor = torch.randn(shape, device=device, dtype=torch.bfloat16)
+                tensor *= 1.0 if "embed" in name else shape[1] ** -0.5
+            flat = tensor.to(torch.bfloat16).flatten().view(torch.uint8)
+            for piece in flat.split(2**26):  # type: ignore[no-untyped-call]
+                file.write(memoryview(piece.cpu().numpy()))
+
+
+def write_tokenizer(folder: Path, max_length: int, name: str) -> None:
+    """A word a token, so that a caption's length is known."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+
+    words = {f"w{i}": 10 + i for i in range(200)} | {"<unk>": 0, "<pad>": 1, "<end>": 2}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if name == "tokenizer_2":
+        made.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
+        vocabulary = {c: i for i, c in enumerate(["<unk>", "<pad>", "<end>", *map(chr, range(33, 127))])}
+        vocabulary |= {f"{c}</w>": len(vocabulary) + i for i, c in enumerate(map(chr, range(33, 127)))}
+        CLIPTokenizer(
+            vocab=vocabulary, merges=[], unk_token="<unk>", pad_token="<pad>", eos_token="<end>", bos_token="<end>",
+            model_max_length=max_length,
+        ).save_pretrained(folder)  # fmt: skip
+        return
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", model_max_length=max_length
+    ).save_pretrained(folder)
+
+
+def write_pictures(folder: Path, sizes: Any) -> None:
+    """JPEG files of smooth noise at every scale, as large as ``sizes.source``."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    width, height = sizes.source
+
+    def draw() -> Any:
+        layers = []
+        for k in range(1, 8):
+            small = chance.normal(size=(max(1, height >> k), max(1, width >> k), 3)).astype(np.float32) * 2**k
+            small = np.clip(small * 2 + 128, 0, 255).astype(np.uint8)
+            layers.append(
+                np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+            )
+        mixed = sum(layers) / len(layers) - 128
+        return np.clip(128 + 2.5 * mixed, 0, 255).astype(np.uint8)
+
+    for i in range(8):
+        Image.fromarray(draw()).save(folder / f"{i:04d}.jpg", quality=92)
+    for i in range(8, sizes.num_images):
+        (folder / f"{i:04d}.jpg").write_bytes((folder / f"{i % 8:04d}.jpg").read_bytes())
