@@ -5,6 +5,7 @@ Importing diffusers' pipeline takes seconds, and an encode with nothing to do sh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -51,6 +52,7 @@ def cleaning() -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def version(package: str) -> str | None:
     """The installed version of a package, which is not imported; None where it is not installed."""
     try:

@@ -21,7 +21,7 @@ CAPTIONS = {"t-cat": ("a cat", 3), "t-dog": ("a dög\nruns", 7), "t-empty": ("",
 def latents_row(number: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(number)
     mean, std = torch.randn(2, 8, 8, 16, generator=generator).half()
-    return {"key": f"l-{number}", "mean": mean, "std": std}
+    return {"key": f"l-{number}", "mean": mean, "std": std.abs()}
 
 
 def text_row(key: str) -> dict[str, Any]:

@@ -151,7 +151,8 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
         while not _try_lock(fd):
             if time.monotonic() >= deadline:
                 raise CacheLocked(
-                    f"{root} is being written by {_holder(fd)}", "Wait for it to end, then run the same command again"
+                    f"{root} is being written by {_holder(fd)}",
+                    "Wait for it to end, or wait for it here with --wait SECONDS",
                 )
             time.sleep(0.05)
         os.ftruncate(fd, 0)

@@ -1,0 +1,329 @@
+"""What is left of a cache after a kill, a flipped bit or a second encoder, and does verify say so?"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from store_samples import LATENTS, TEXT, index_row, latents_row, make_cache, text_row
+from workshop import Workshop
+
+from k5cache.cli import app
+from k5cache.errors import CacheError, CacheLocked
+from k5cache.gc import collect
+from k5cache.merge import merge
+from k5cache.store.index import with_index
+from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
+from k5cache.store.reader import open_cache
+from k5cache.store.shards import ShardWriter
+from k5cache.store.tensors import TensorSpec
+from k5cache.verify import verify
+from tests.cli import Cli
+
+
+def test_an_encode_killed_at_any_of_fifty_instants_goes_on_to_the_rows_of_an_undisturbed_one(tmp_path, toy_model):
+    command = [sys.executable, "-m", "tests.crash_trials", toy_model, tmp_path / "trials", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["killed"] == 50
+
+
+SMALL = {"mean": TensorSpec("float16", (2, 2, 16))}
+
+
+def read_everything(root: Path) -> None:
+    """As a run does: every item, and the prompts."""
+    cache = open_cache(root)
+    for _ in cache:
+        pass
+    for prompt in cache.manifest.prompts:
+        cache.prompt(prompt)
+
+
+def flip(path: Path, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_to_a_run(tmp_path):
+    with lock(tmp_path):
+        shards = []
+        for first in range(0, 1000, 200):
+            with ShardWriter(tmp_path, "latents", SMALL, (16, 16)) as writer:
+                for i in range(first, first + 200):
+                    writer.append({"key": f"l-{i}", "mean": torch.full((2, 2, 16), 1 + i % 7).half()})
+                shards.append(writer.finish())
+        for first in range(0, 400, 200):
+            with ShardWriter(tmp_path, "text", TEXT) as writer:
+                for i in range(first, first + 200):
+                    writer.append({**text_row("t-dog"), "key": f"t-{i}"})
+                shards.append(writer.finish())
+        manifest = Manifest(recipe={}, shards=tuple(shards))
+        rows = [replace(index_row(i, (f"t-{i % 400}",)), bucket_width=16, bucket_height=16) for i in range(1000)]
+        write_manifest(tmp_path, with_index(tmp_path, manifest, rows))
+    assert verify(tmp_path).problems == ()
+    chance = random.Random(0)
+    for shard in shards:
+        meta = pq.read_metadata(tmp_path / shard.file)
+        for row in range(shard.num_rows):
+            group = meta.row_group(row)
+            last = group.column(group.num_columns - 1)
+            begin = group.column(0).data_page_offset
+            flip(
+                tmp_path / shard.file,
+                chance.randrange(begin * 8, (last.data_page_offset + last.total_compressed_size) * 8),
+            )
+    said = "\n".join(verify(tmp_path).problems)
+    cache = open_cache(tmp_path)
+    count = 0
+    for shard in shards:
+        for row in range(shard.num_rows):
+            assert f"{shard.file}, row {row} (key " in said
+            count += 1
+    for read, keys in ((cache.latents, range(1000)), (cache.text, range(400))):
+        for key in keys:
+            with pytest.raises(CacheError):
+                read(f"{'l' if len(keys) == 1000 else 't'}-{key}")
+    assert count == 1400
+
+
+def test_each_of_600_flipped_bits_outside_the_rows_is_found_by_verify_and_by_a_run(tmp_path):
+    make_cache(tmp_path)
+    read_everything(tmp_path)
+    chance = random.Random(0)
+    manifest = read_manifest(tmp_path)
+    whole = [tmp_path / name for name in ("manifest.json", manifest.index.file, manifest.locations.file)]
+    places = [(path, 0, path.stat().st_size) for path in whole]
+    for shard in manifest.shards:
+        meta = pq.read_metadata(tmp_path / shard.file)
+        places.append((tmp_path / shard.file, shard.num_bytes - meta.serialized_size - 8, shard.num_bytes))
+    for path, begin, end in places:
+        for bit in chance.sample(range(begin * 8, end * 8), 100):
+            flip(path, bit)
+            assert verify(tmp_path).problems, (path.name, bit)
+            with pytest.raises(CacheError):
+                read_everything(tmp_path)
+            flip(path, bit)
+    assert verify(tmp_path).problems == ()
+
+
+# What verify says
+
+
+def shard_of(root: Path, kind: str, number: int = 0) -> Path:
+    return root / [s.file for s in read_manifest(root).shards if s.kind == kind][number]
+
+
+def test_every_problem_is_listed_not_the_first_alone(tmp_path):
+    make_cache(tmp_path)
+    shard_of(tmp_path, "latents").unlink()
+    text = shard_of(tmp_path, "text")
+    flip(text, 8 * 500)
+    os.truncate(tmp_path / read_manifest(tmp_path).index.file, 100)
+    said = "\n".join(verify(tmp_path).problems)
+    assert f"{shard_of(tmp_path, 'latents')} is missing" in said
+    assert f"{text}, row " in said
+    assert f"{text}: its sha256" in said
+    assert "index-000000.parquet has 100 bytes" in said
+
+
+def test_a_shard_swapped_with_another_caches_is_named(tmp_path):
+    make_cache(tmp_path / "a")
+    other = make_cache(tmp_path / "b")
+    shutil.copy(tmp_path / "b" / other.shards[0].file, tmp_path / "a" / other.shards[1].file)
+    (problem, *_) = verify(tmp_path / "a").problems
+    assert other.shards[1].file in problem
+
+
+def cache_of(root: Path, rows: list[dict], text: dict) -> None:
+    """One shard of latents with ``rows``, one of text."""
+    with lock(root):
+        shards = []
+        for kind, specs, bucket, values in (("latents", LATENTS, (64, 64), rows), ("text", TEXT, None, [text])):
+            with ShardWriter(root, kind, specs, bucket) as writer:
+                for value in values:
+                    writer.append(value)
+                shards.append(writer.finish())
+        manifest = Manifest(recipe={}, shards=tuple(shards))
+        write_manifest(root, with_index(root, manifest, [index_row(i) for i in range(len(rows))]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("mean", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "mean of l-2 is not finite"),
+        ("std", lambda t: t.index_fill(1, torch.tensor([0]), float("inf")), "std of l-2 is not finite"),
+        ("std", torch.neg, "std of l-2 is negative"),
+        ("mean", lambda t: t * 100, "mean of l-2 has a norm out of line: 98.3"),
+        ("mean", torch.zeros_like, "mean of l-2 has a norm out of line: 0"),
+    ],
+)
+def test_numbers_that_were_written_and_make_no_sense_are_problems(tmp_path, name, change, words):
+    rows = [latents_row(i) for i in range(5)]
+    rows[2][name] = change(rows[2][name])
+    cache_of(tmp_path, rows, text_row("t-cat"))
+    (problem,) = verify(tmp_path).problems
+    assert words in problem
+    assert "row 2" in problem
+
+
+def test_ordinary_rows_of_any_image_are_in_line(tmp_path, toy_model):
+    from PIL import Image
+
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("noise.png", "a")
+    for name, colour in (("black", "black"), ("white", "white"), ("red", "red")):
+        Image.new("RGB", (64, 64), colour).save(shop.put(f"{name}.png", "a very long caption of many words " * 9))
+    shop.encode("a prompt", "?")
+    assert verify(tmp_path / "cache").problems == ()
+
+
+def test_an_unfinished_cache_is_a_problem_and_what_a_crash_left_is_not(tmp_path):
+    make_cache(tmp_path)
+    with ShardWriter(tmp_path, "latents", LATENTS, (64, 64)) as writer:
+        writer.append(latents_row(9))
+        left = writer.finish()
+    found = verify(tmp_path)
+    assert (found.problems, found.unnamed) == ((), (left.file,))
+    assert collect(tmp_path).unnamed == (left.file,)
+    assert not (tmp_path / left.file).exists()
+    with lock(tmp_path / "new"):
+        write_manifest(tmp_path / "new", Manifest(recipe={}))
+    assert "interrupted" in verify(tmp_path / "new").problems[0]
+
+
+def test_the_command_lists_problems_and_exits_with_one(tmp_path):
+    make_cache(tmp_path / "mine")
+    cli = Cli(tmp_path)
+    assert cli(app, "verify", "mine").code == 0
+    shard_of(tmp_path / "mine", "text").unlink()
+    done = cli(app, "verify", "mine", "--json")
+    assert done.code == 1
+    problems = json.loads(done.out)["verified"]["problems"]
+    assert any("text/" in problem and "is missing" in problem for problem in problems)
+    assert all(problem in cli(app, "verify", "mine").out for problem in problems)
+
+
+# Garbage
+
+
+def test_collecting_may_be_killed_between_any_two_steps(tmp_path, monkeypatch):
+    make_cache(tmp_path / "base")
+    root = tmp_path / "base"
+    manifest = read_manifest(root)
+    with lock(root):  # item 1 goes, and a caption
+        rows = [index_row(0), index_row(2), index_row(3)]
+        write_manifest(root, with_index(root, manifest, rows))
+    expected = {i["path"]: i["mean"] for i in open_cache(root)}
+    steps = 0
+    for stop_at in range(1, 40):
+        trial = tmp_path / f"trial-{stop_at}"
+        shutil.copytree(root, trial)
+        calls = stop_after(monkeypatch, stop_at)
+        try:
+            collect(trial)
+        except KeyboardInterrupt:
+            steps += 1
+        monkeypatch.undo()
+        assert verify(trial).problems == ()
+        collect(trial)
+        assert (verify(trial).problems, verify(trial).unnamed) == ((), ())
+        found = {i["path"]: i["mean"] for i in open_cache(trial)}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], expected[k]) for k in found)
+        assert sum(s.num_rows for s in read_manifest(trial).shards) == 3 + 2
+        if len(calls) < stop_at:
+            break
+    assert steps > 5
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Let ``count - 1`` changes of the disk through and stop at the next, as Ctrl-C would."""
+    calls: list[str] = []
+    for where, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+        original = getattr(where, name)
+
+        def step(*args, original=original, name=name, **kwargs):
+            calls.append(name)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, step)
+    return calls
+
+
+# Two encoders
+
+
+def test_a_second_encoder_is_told_who_writes_or_waits(tmp_path, toy_model):
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png")
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock(shop.root):
+            held.set()
+            free.wait()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        with pytest.raises(CacheLocked, match=f"is being written by process {os.getpid()} on ") as caught:
+            shop.encode()
+        assert "--wait" in caught.value.fix
+    finally:
+        free.set()
+    assert shop.encode(wait_seconds=30).num_items == 1
+    thread.join()
+
+
+# Merge
+
+
+def test_caches_of_parts_merge_into_the_cache_of_the_whole(tmp_path, toy_model):
+    whole = Workshop(tmp_path / "whole", toy_model)
+    parts = [Workshop(tmp_path / name, toy_model) for name in "ab"]
+    for i in range(4):
+        for shop in (whole, parts[i % 2]):
+            shop.put(f"{i}.png", f"number {i // 2}", seed=i)
+    for shop in (whole, *parts):
+        shop.encode("a fox" if shop is parts[0] else "a dog")
+    made = merge([part.root for part in parts], tmp_path / "merged")
+    assert (made.num_items, made.is_linked, made.duplicates) == (4, True, ())
+    merged = open_cache(tmp_path / "merged")
+    assert verify(merged.root).problems == ()
+    assert set(merged.manifest.prompts) == {"", "a fox", "a dog"}
+    for ours, theirs in zip(merged, whole.cache, strict=True):
+        assert ours["path"] == theirs["path"]
+        assert torch.equal(ours["mean"], theirs["mean"])
+        assert torch.equal(ours["captions"][0].prompt_embeds, theirs["captions"][0].prompt_embeds)
+    merged_shop = whole
+    merged_shop.root = merged.root
+    assert (merged_shop.encode().num_latents, len(merged_shop.cache)) == (0, 4)
+    with pytest.raises(CacheError, match="is a cache already"):
+        merge([part.root for part in parts], tmp_path / "merged")
+    parts[1].put("0.png", "another", seed=9)
+    parts[1].encode("a dog")
+    with pytest.raises(CacheError, match=r"0.png is one item in .* and another in"):
+        merge([part.root for part in parts], tmp_path / "again")
+    parts[1].encode(resolution=128, update=True)
+    with pytest.raises(CacheError, match=r"selection.resolution is 64 in .*a/cache, 128 in .*b/cache"):
+        merge([part.root for part in parts], tmp_path / "again")
