@@ -107,7 +107,10 @@ class Loader:
             ("tread.keep_masked", bool(config.tread.routes) and config.tread.keep_masked),
         ):
             if wanted and not self.data.has_masks():
-                raise RecipeError(f"train.{name} is set, and the cache holds no masks", "Encode with cache.masks set")
+                raise RecipeError(
+                    f"train.{name} is set, and the cache holds no masks",
+                    "Put cat.mask.png beside cat.png, white where it counts, and encode again",
+                )
         self._epochs: dict[int, list[list[int]]] = {}
         self._slices: tuple[int, list[int], list[int]] = (-1, [], [])
         self.batches_per_epoch = len(self._epoch(0))
