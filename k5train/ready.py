@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +22,7 @@ from k5train.base.forward import keep, recompute, use_policies
 from k5train.base.memory import Architecture, Plan, Streaming, Work
 from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
-from k5train.base.stream import spread
+from k5train.base.stream import Streamer, spread
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.setup import DTYPES
 
@@ -158,9 +159,15 @@ def execute(
         use_policies(transformer, [policy] * num_blocks)
         return None
     modes = choose_modes(device, config.base_model_precision)
-    execution = Execution(transformer, plan, modes, compiled=how == "compiled", device=device)
+    streamer = _streamers.get(transformer)  # weights move to the host once; another adapter finds them there
+    execution = Execution(transformer, plan, modes, compiled=how == "compiled", device=device, streamer=streamer)
+    if execution.streamer:
+        _streamers[transformer] = execution.streamer
     use_policies(transformer, execution.policies)
     return execution
+
+
+_streamers: WeakKeyDictionary[Any, Streamer] = WeakKeyDictionary()
 
 
 @contextmanager

@@ -14,11 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.progress import Progress
 from torch import Tensor
 
+from k5cache import console
 from k5cache.errors import RecipeError
 from k5train.base.forward import predict_velocity
+from k5train.base.vram import left
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
 
     from k5cache.store.reader import Cache, TextRow
     from k5train.config import ValidationConfig
@@ -116,6 +118,7 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     from diffusers.image_processor import VaeImageProcessor
 
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device)
+    fit_decoding(vae, max(8 * one.shape[2] for one in latents), max(8 * one.shape[3] for one in latents), left(device))
     processor = VaeImageProcessor(vae_scale_factor=8)
     pictures: list[Image.Image] = []
     for one in latents:
@@ -128,6 +131,26 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return pictures
+
+
+DECODED_BYTES = 4096  # a pixel: four float32 maps of 256 channels, in the last and largest part of the decoder
+
+
+def fit_decoding(vae: AutoencoderKL, height: int, width: int, num_bytes: int | None) -> None:
+    """Have the VAE decode in overlapping tiles where a whole picture does not fit beside the transformer.
+
+    Tiles are blended: the picture then differs from the pipeline's by what their edges see less of.
+
+    Args:
+        num_bytes: VRAM that is left. None: no limit.
+    """
+    if num_bytes is None or height * width * DECODED_BYTES <= num_bytes:
+        return
+    side = next((side for side in (768, 512, 384) if side * side * DECODED_BYTES <= num_bytes), 256)
+    console.note(f"Decoding in tiles of {side} pixels: {console.human_bytes(num_bytes)} of VRAM are left")
+    vae.enable_tiling()
+    # By default a tile is the size the VAE was trained at, 1024 pixels: no tiling at all of most pictures.
+    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // 8
 
 
 def prompt_rows(cache: Cache, prompts: Sequence[str], negative_prompt: str) -> tuple[list[TextRow], TextRow]:

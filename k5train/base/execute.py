@@ -40,6 +40,7 @@ class Execution:
         transformer: with its adapter. Streamed blocks' weights may still lie in host memory.
         plan: for its visual blocks; text blocks are small and always resident, without recompute.
         compiled: compile the blocks; ``warm_up`` falls back where that fails.
+        streamer: of an earlier execution of this transformer by the same plan, its weights already in host memory.
     """
 
     def __init__(
@@ -50,12 +51,15 @@ class Execution:
         *,
         compiled: bool,
         device: torch.device,
+        streamer: Streamer | None = None,
     ) -> None:
         text, visual = list(transformer.text_transformer_blocks), list(transformer.visual_transformer_blocks)
         self.plan, self.modes, self.device = plan, modes, device
         self._run = _compile() if compiled else _run
         streamed = spread(len(visual), plan.streaming.num_blocks) if plan.streaming else []
-        self.streamer = Streamer([visual[i] for i in streamed], plan.streaming, device) if plan.streaming else None
+        self.streamer = streamer
+        if plan.streaming and not streamer:
+            self.streamer = Streamer([visual[i] for i in streamed], plan.streaming, device)
         self.policies: list[BlockPolicy] = [self._policy("all") for _ in text]
         for i, level in enumerate(plan.levels):
             policy = self._policy(level)

@@ -175,7 +175,8 @@ def estimate(
     return {
         "weights": weights,
         "streamed weights' room": per_block * slots,
-        "LoRA, gradients, optimizer": work.bytes_per_lora_parameter * work.lora_parameters,
+        # Each block keeps its adapters in the compute dtype too.
+        "LoRA, gradients, optimizer": (work.bytes_per_lora_parameter + small_bytes) * work.lora_parameters,
         "kept activations": sum(kept_bytes(level, arch, work) for level in levels),
         "one block's work": max(_work_bytes(level, arch, work) for level in set(levels)),
         "allocator": _ALLOCATOR_BYTES,
@@ -187,11 +188,12 @@ def _work_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
     size, tokens = work.bytes_per_element, work.batch_size * work.num_tokens
     row, hidden = tokens * arch.model_dim * size, tokens * arch.ff_dim * size
     again = max(0, kept_bytes("matmuls", arch, work) - kept_bytes(level, arch, work))
-    # Feed-forward: gradient of the hidden layer and its activation, the residuals, and the weight that is multiplied.
+    # Feed-forward: the gradient of the hidden layer, the residuals, and the weight as it is multiplied.
     weight = arch.model_dim * arch.ff_dim * (1 if work.precision == "int8-dynamic" else size)
     weight = 0 if work.precision == "no_change" else weight
+    quantized = hidden // size if work.precision == "int8-dynamic" else 0
     unfused = 0 if work.compiled else 2 * hidden + 12 * row  # float32 copies that a compiled block never writes
-    return again + 2 * hidden + 5 * row + unfused + weight + 2 * 9 * arch.model_dim * arch.time_dim * 2
+    return again + hidden + 5 * row + unfused + weight + quantized
 
 
 def make_plan(

@@ -1,0 +1,230 @@
+"""Does a plan say what will really be kept, fit what it is given, and refuse the rest with advice?"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from k5cache.errors import DoesNotFit, RunError
+from k5train import bench, lora, ready, sample
+from k5train.base import execute, memory, vram
+from k5train.base.block import Modes, gather
+from k5train.base.memory import Streaming, Work, architecture, make_plan, parse_vram
+from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+
+GIB = 2**30
+CPU = torch.device("cpu")
+FULL = architecture(bench.FULL_SIZE)
+WORK = Work(1, 4096, 256, 24_739_840, 16 * 6, "int8-quanto")  # r16 on q, k, v of both attentions
+SMALL = {
+    **bench.FULL_SIZE, "model_dim": 256, "ff_dim": 1024, "time_dim": 32, "num_visual_blocks": 1,
+    "in_text_dim": 64, "in_text_dim2": 48,
+}  # fmt: skip
+
+
+def gib(plan: memory.Plan) -> float:
+    return plan.peak / GIB
+
+
+@pytest.mark.parametrize(
+    ("precision", "levels"),
+    [("int8-quanto", ["selective"]), ("int8-dynamic", ["selective", "all"])],
+    ids=["quanto", "dynamic"],
+)
+def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monkeypatch):
+    # aot_eager: the partitioner that decides what is kept, without the code generator.
+    monkeypatch.setattr(
+        execute.torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    run = execute._compile()
+    transformer = bench.random_transformer(SMALL, precision, CPU)
+    lora.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=0)
+    block = gather(transformer.visual_transformer_blocks[0], dropout=False)
+    tokens, text_tokens, arch = 192, 24, architecture(SMALL)
+    work = Work(1, tokens, text_tokens, 0, 4 * 6, precision)
+    modes = Modes(precision == "int8-dynamic", cudnn=False)
+    casts = 2 * sum(p.numel() for p in transformer.visual_transformer_blocks.parameters() if p.requires_grad)
+    for level in levels:
+        x = torch.randn(1, tokens, 256, dtype=torch.bfloat16).requires_grad_()
+        text = torch.randn(1, text_tokens, 256, dtype=torch.bfloat16).requires_grad_()
+        modulation, rope = torch.randn(1, 9 * 256), torch.randn(1, tokens, 1, 64, 2, 2)
+        given = [*transformer.parameters(), *transformer.buffers(), text, modulation, rope]
+        known = {t.untyped_storage().data_ptr() for t in given}
+        kept = {x.untyped_storage().data_ptr(): x.nbytes}
+
+        def note(tensor: torch.Tensor, known=known, kept=kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            run(x, text, None, modulation, rope, block, modes, level)
+        counted = memory.kept_bytes(level, arch, work)
+        assert counted * 0.99 < sum(kept.values()) < (counted + casts) * 1.01, level
+
+
+def test_weights_are_counted_as_they_are_held():
+    for precision in ("int8-quanto", "no_change"):
+        transformer = bench.random_transformer(SMALL, precision, CPU)
+        held = sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
+        work = replace(WORK, precision=precision, lora_parameters=0)
+        counted = memory.estimate(architecture(SMALL), work, ("nothing",), None)["weights"]
+        tables = sum(b.nbytes for n, b in transformer.named_buffers() if "rope" in n)
+        assert counted == pytest.approx(held - tables, rel=0.01)
+
+
+def test_the_adapter_is_counted_as_it_is_made():
+    for targets in (("qkv",), ("official",), ("visual_modulation.out_layer",)):
+        config = LoraConfig(rank=4, targets=targets)
+        transformer = bench.random_transformer(SMALL, "no_change", CPU)
+        lora.add_lora(transformer, config, seed=0)
+        parameters, _ = ready.adapter_size(SMALL, config)
+        assert parameters == sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("cap", [80, 48, 24, 16, 12, 10, 8.5, 7, 6, 5, 4.5])
+def test_a_plan_fits_its_budget_and_uses_it(cap):
+    plan = make_plan(FULL, WORK, int(cap * GIB))
+    assert 0.8 * cap < gib(plan) <= 0.97 * cap or set(plan.levels) == {"all"}
+    assert len(set(plan.levels)) <= 2
+
+
+def test_more_memory_never_means_more_recompute_or_streaming():
+    ladder = list(memory.LEVELS)
+
+    def rank(cap: float) -> tuple[int, int]:
+        plan = make_plan(FULL, WORK, int(cap * GIB))
+        return -(plan.streaming.num_blocks if plan.streaming else 0), sum(ladder.index(level) for level in plan.levels)
+
+    ranks = [rank(cap) for cap in (4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48)]
+    assert ranks == sorted(ranks)
+
+
+def test_weights_are_streamed_only_when_recomputing_everything_does_not_fit():
+    assert make_plan(FULL, WORK, int(8.5 * GIB)).streaming is None
+    plan = make_plan(FULL, WORK, int(4.5 * GIB))
+    assert plan.streaming is not None
+    assert plan.host_bytes == pytest.approx(plan.streaming.num_blocks * FULL.block_parameters, rel=0.02)
+
+
+def test_what_no_plan_fits_is_refused_with_the_nearest_that_does():
+    with pytest.raises(DoesNotFit, match="even with all weights streamed") as refused:
+        make_plan(FULL, replace(WORK, batch_size=8), int(4.5 * GIB))
+    assert "train.batch_size=1" in refused.value.fix
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(FULL, replace(WORK, num_tokens=16384), int(5 * GIB))
+    assert "cache.resolution=768" in refused.value.fix
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(FULL, WORK, int(0.5 * GIB))
+    assert "Use a GPU with at least" in refused.value.fix
+
+
+def test_a_level_asked_for_that_does_not_fit_is_refused_by_name():
+    with pytest.raises(DoesNotFit, match='activations = "all"') as refused:
+        make_plan(FULL, WORK, 8 * GIB, level="all")
+    assert "activations=auto" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("12GB", 12 * GIB), ("12 GiB", 12 * GIB), ("8", 8 * GIB), ("9500MB", 9500 * 2**20)]
+)
+def test_vram_is_read_as_a_card_is_sold(text, expected):
+    assert parse_vram(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0", "GB", "1e400"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(ValueError, match=r".*"):
+        parse_vram(text)
+
+
+def test_group_offload_words_become_slots():
+    arch = FULL
+    assert ready.streaming_of(MemoryConfig(), arch) is None
+    on = MemoryConfig(enable_group_offload=True)
+    assert ready.streaming_of(on, arch) == Streaming(50, slots=2, prefetch=True)
+    groups = replace(on, group_offload_blocks_per_group=3)
+    assert ready.streaming_of(groups, arch) == Streaming(50, slots=6, prefetch=True)
+    assert ready.streaming_of(replace(groups, group_offload_use_stream=False), arch) == Streaming(50, 3, False)
+    assert ready.streaming_of(replace(on, group_offload_type="leaf_level"), arch) == Streaming(50, 2, True)
+
+
+def test_words_that_exclude_each_other_are_named():
+    both = MemoryConfig(enable_group_offload=True, enable_model_cpu_offload=True)
+    assert "exclude each other" in both.check()[0]
+    assert "not needed" in MemoryConfig(enable_model_cpu_offload=True).check()[0]
+    assert "block_level" in MemoryConfig(group_offload_type="leaf_level", group_offload_blocks_per_group=2).check()[0]
+    assert (
+        "int8-dynamic"
+        in TrainConfig(base_model_precision="int8-dynamic", memory=MemoryConfig(execution="diffusers")).check()[0]
+    )
+
+
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Quadro RTX 4000")
+    with pytest.raises(RunError, match="Quadro RTX 4000 has no bfloat16"):
+        execute.check_bfloat16(torch.device("cuda"), "bf16")
+    execute.check_bfloat16(torch.device("cuda"), "fp32")
+    execute.check_bfloat16(CPU, "bf16")
+
+
+def test_running_out_of_memory_saves_and_names_the_setting(tmp_path):
+    plan = make_plan(FULL, WORK, 16 * GIB)
+    with (
+        pytest.raises(DoesNotFit, match="step-000007") as ended,
+        ready.when_memory_ends(plan, lambda: tmp_path / "step-000007.safetensors"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+    assert "train.memory.vram=15.8GB" in ended.value.fix
+
+
+def test_a_picture_is_decoded_whole_where_it_fits_and_in_tiles_where_not():
+    vae = AutoencoderKL()
+    sample.fit_decoding(vae, 1024, 1024, None)
+    sample.fit_decoding(vae, 1024, 1024, 5 * GIB)
+    assert not vae.use_tiling
+    sample.fit_decoding(vae, 1024, 1024, 2 * GIB)
+    assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (True, 512, 64)
+
+
+def test_the_budget_is_the_card_less_what_cuda_takes():
+    assert vram.budget(CPU, None) is None
+    assert vram.budget(CPU, "12GB") == 12 * GIB - memory.CONTEXT_BYTES
+    assert vram.left(CPU) is None
+
+
+def test_the_bench_times_a_case_and_counts_its_arithmetic():
+    small = {**SMALL, "num_text_blocks": 1}
+    case = bench.Case("int8-dynamic", 4.0, side=64, num_text_tokens=8, rank=4, execution="eager")
+    (result,) = bench.bench((case,), CPU, config=small, num_steps=2, num_warm_up=1)
+    assert result.milliseconds > 0
+    assert result.plan == "1 all, eager"
+    assert result.tflops == pytest.approx(
+        bench.flops(architecture(small), Work(1, 16, 8, 0, 0, "int8-dynamic")) / result.milliseconds / 1e9
+    )
+
+
+def test_the_benchs_baseline_is_diffusers_with_peft_and_quanto():
+    result = bench.time_baseline({**SMALL, "num_text_blocks": 1}, CPU, 1, 0)
+    assert bench.table([result], None)[0][2] == "1.00x"
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small = {**SMALL, "num_visual_blocks": 2}
+    transformer = bench.random_transformer(small, "no_change", CPU).requires_grad_(False)
+    case = bench.Case("no_change", None, side=128, num_text_tokens=24)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        bench.predict_velocity(transformer, *bench.inputs_for(case, small, CPU))
+    # Forward alone is half of a step's linears and 2 / 7 of its attention.
+    work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
+    attention = 4 * 256 * (2 * (64 * 64 + 64 * 24) + 2 * 24 * 24)
+    forward = (bench.flops(arch, work) - 3.5 * attention) / 2 + attention
+    assert counter.get_total_flops() == pytest.approx(forward, rel=0.15)  # and embeddings, modulations, the head
