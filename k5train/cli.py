@@ -11,7 +11,7 @@ import typer
 
 from k5cache import console
 from k5cache.errors import CacheError
-from k5train import cli_memory
+from k5train import cli_lora, cli_memory
 
 if TYPE_CHECKING:
     from k5cache.config import ModelConfig
@@ -28,6 +28,9 @@ app = typer.Typer(
 
 app.command()(cli_memory.plan)
 app.command()(cli_memory.bench)
+app.command()(cli_lora.export)
+app.command()(cli_lora.merge)
+app.command("check-lora")(cli_lora.check_lora)
 app.add_typer(cli_memory.base, name="base")
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]

@@ -128,17 +128,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> t
     """
     document = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"state": {}, "groups": []}
-    for index, values in document["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[index]}/{key}"] = value.clone()  # safetensors refuses tensors that share memory
-            else:
-                plain["state"].setdefault(names[index], {})[key] = value
-    for number, group in enumerate(document["param_groups"]):
-        plain["groups"].append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
-        tensors |= {f"group/{number}/{k}": v.clone() for k, v in group.items() if isinstance(v, Tensor)}
-    return tensors, plain
+    state = {names[i]: _take_tensors(values, names[i], tensors) for i, values in document["state"].items()}
+    groups = [_take_tensors(group, f"group/{i}", tensors) for i, group in enumerate(document["param_groups"])]
+    return tensors, {"state": state, "groups": groups}
 
 
 def restore_optimizer(
@@ -146,16 +138,33 @@ def restore_optimizer(
 ) -> None:
     """The inverse of ``optimizer_state``, into an optimizer made by the same recipe."""
     document = optimizer.state_dict()
-    index = {name: i for i, name in enumerate(names)}
-    state: dict[int, dict[str, Any]] = {index[name]: dict(values) for name, values in plain["state"].items()}
-    groups = [{**new, **_like(new, old)} for new, old in zip(document["param_groups"], plain["groups"], strict=True)]
-    for full, tensor in tensors.items():
-        owner, _, key = full.rpartition("/")
-        if owner.startswith("group/"):
-            groups[int(owner.removeprefix("group/"))][key] = tensor
-        else:
-            state.setdefault(index[owner], {})[key] = tensor
+    state = {names.index(name): _put_tensors(values, name, tensors) for name, values in plain["state"].items()}
+    saved = [_put_tensors(group, f"group/{i}", tensors) for i, group in enumerate(plain["groups"])]
+    groups = [{**new, **_like(new, old)} for new, old in zip(document["param_groups"], saved, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _take_tensors(values: Mapping[str, Any], where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """``values`` with null in place of tensors, which move to ``tensors``; bitsandbytes nests dicts in its state."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            tensors[f"{where}/{key}"] = value.clone()  # safetensors refuses tensors that share memory
+        plain[key] = (
+            None if isinstance(value, Tensor)
+            else _take_tensors(value, f"{where}/{key}", tensors) if isinstance(value, dict)
+            else value
+        )  # fmt: skip
+    return plain
+
+
+def _put_tensors(plain: Mapping[str, Any], where: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of ``_take_tensors``."""
+    return {
+        key: _put_tensors(value, f"{where}/{key}", tensors) if isinstance(value, dict)
+        else tensors.get(f"{where}/{key}", value)
+        for key, value in plain.items()
+    }  # fmt: skip
 
 
 def differences(before: Any, now: Any, free: Iterable[str] = (), where: str = "") -> list[str]:

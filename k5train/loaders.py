@@ -1,0 +1,198 @@
+"""Which keys of a LoRA file would diffusers use, and which ComfyUI? diffusers is asked, ComfyUI's rules are written out.
+
+Both leave keys out without an error: a file can load as nothing at all. ``check-lora`` says so beforehand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from k5cache.errors import RunError
+
+if TYPE_CHECKING:
+    from diffusers import Kandinsky5Transformer3DModel
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What one program makes of a file."""
+
+    name: str
+    modules: tuple[str, ...]
+    """Those that it would adapt."""
+    unused: tuple[str, ...]
+    """Keys that it would leave out."""
+    error: str | None
+    """Why it would refuse the whole file."""
+
+    @property
+    def loads_all(self) -> bool:
+        """Whether every key takes effect."""
+        return not self.error and not self.unused and bool(self.modules)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check_lora`` found."""
+
+    path: Path
+    num_keys: int
+    ranks: tuple[int, ...]
+    """Every rank there is."""
+    dtypes: tuple[str, ...]
+    metadata: Mapping[str, str]
+    loaders: tuple[Loader, ...]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether both programs load all of it."""
+        return all(loader.loads_all for loader in self.loaders)
+
+
+def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
+    """What diffusers and ComfyUI would load of a file from anywhere.
+
+    Args:
+        transformer: of the architecture in question; weights on the meta device will do. It is left as it was.
+
+    Raises:
+        RunError: the file is not safetensors.
+    """
+    state, metadata = read_file(path)
+    modules = linear_modules(transformer)
+    ranks = {t.shape[0] for k, t in state.items() if t.ndim == 2 and re.search(r"lora_A|lora_down|lora\.down", k)}
+    return Report(
+        path=path,
+        num_keys=len(state),
+        ranks=tuple(sorted(ranks)),
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
+        metadata=metadata,
+        loaders=(by_diffusers(path, state, transformer), by_comfyui(state, modules)),
+    )
+
+
+def by_diffusers(path: Path, state: Mapping[str, Tensor], transformer: Kandinsky5Transformer3DModel) -> Loader:
+    """Let ``pipe.load_lora_weights`` load the file into an empty transformer, and look what has arrived."""
+    loaded, error = load_by_diffusers(path, transformer)
+    modules = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in loaded))
+    arrived = {f"transformer.{key}" for key in loaded}
+    return Loader("diffusers", modules, tuple(key for key in state if key not in arrived), error)
+
+
+def load_by_diffusers(path: Path, transformer: Kandinsky5Transformer3DModel) -> tuple[dict[str, Tensor], str | None]:
+    """What ``Kandinsky5T2IPipeline.load_lora_weights`` would put into a transformer.
+
+    Returns:
+        ``<module>.lora_{A,B}.weight``, each with its strength folded into B; and the error that it raises, if it does.
+    """
+    from diffusers.loaders import KandinskyLoraLoaderMixin
+    from diffusers.utils import logging
+    from peft.tuners.lora import LoraLayer
+
+    pipeline = type("Pipeline", (KandinskyLoraLoaderMixin,), {"transformer_name": "transformer"})()
+    pipeline.transformer = transformer
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it would warn of is what we look for
+    try:
+        pipeline.load_lora_weights(str(path), adapter_name="checked", low_cpu_mem_usage=True)
+    except Exception as error:  # whatever it is, a user of the file would meet it too
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {}, f"{type(error).__name__}: {words[:160]}"
+    finally:
+        logging.set_verbosity(verbosity)
+    loaded = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, LoraLayer) and "checked" in layer.lora_A:
+            down, up = layer.lora_A["checked"].weight, layer.lora_B["checked"].weight
+            if not down.is_meta and not up.is_meta:  # a module of the config to which the file gave nothing
+                loaded[f"{name}.lora_A.weight"] = down.detach()
+                loaded[f"{name}.lora_B.weight"] = up.detach() * layer.scaling["checked"]
+    transformer.unload_lora()
+    return loaded, None
+
+
+# comfy/weight_adapter/lora.py: the first of these that is there, with its partner.
+_COMFY_PAIRS = (
+    ("{}.lora_up.weight", "{}.lora_down.weight"),
+    ("{}_lora.up.weight", "{}_lora.down.weight"),
+    ("{}.lora_B.weight", "{}.lora_A.weight"),
+    ("{}.lora.up.weight", "{}.lora.down.weight"),
+    ("{}.lora_B", "{}.lora_A"),
+    ("{}.lora_linear_layer.up.weight", "{}.lora_linear_layer.down.weight"),
+    ("{}.lora_B.default.weight", "{}.lora_A.default.weight"),
+)
+# comfy/weight_adapter/lokr.py and loha.py
+_COMFY_OTHERS = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+                 "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")  # fmt: skip
+
+
+def by_comfyui(state: Mapping[str, Tensor], modules: Iterable[str]) -> Loader:
+    """What ComfyUI would take, by ``comfy/lora.py``: ``model_lora_keys_unet`` for Kandinsky 5, then ``load_lora``.
+
+    Its names for a module ``a.b``: ``lora_unet_a_b``, ``diffusion_model.a.b``, ``a.b`` and ``transformer.a.b``.
+    """
+    adapted, used = [], set[str]()
+    for module in modules:
+        for name in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}", module,
+                     f"transformer.{module}"):  # fmt: skip
+            pairs = [(up.format(name), down.format(name)) for up, down in _COMFY_PAIRS]
+            found = next((pair for pair in pairs if pair[0] in state), None)
+            others = [key for other in _COMFY_OTHERS if (key := f"{name}.{other}") in state]
+            if found and found[1] not in state:
+                return Loader("ComfyUI", (), tuple(state), f"KeyError: {found[1]}")
+            if found or others:
+                adapted.append(module)
+                used.update(found or (), others)
+                used.update(
+                    key for end in ("alpha", "dora_scale", "reshape_weight") if (key := f"{name}.{end}") in state
+                )
+    return Loader("ComfyUI", tuple(dict.fromkeys(adapted)), tuple(key for key in state if key not in used), None)
+
+
+def compare_saved(path: Path, transformer: Kandinsky5Transformer3DModel, empty: Kandinsky5Transformer3DModel) -> None:
+    """Load a file that was just saved by diffusers, and compare it with the adapter that it was saved from.
+
+    Args:
+        transformer: with the adapter.
+        empty: the same architecture on the meta device.
+
+    Raises:
+        RunError: diffusers would load other numbers, or fewer.
+    """
+    from k5train.lora import PREFIX, lora_state_dict
+
+    expected = {key.removeprefix(PREFIX): tensor for key, tensor in lora_state_dict(transformer).items()}
+    loaded, error = load_by_diffusers(path, empty)
+    odd = [key for key in expected if key not in loaded or not torch.equal(loaded[key].float(), expected[key])]
+    if error or odd or len(loaded) != len(expected):
+        what = error or f"{len(odd) or len(loaded) - len(expected)} of {len(expected)} tensors differ"
+        raise RunError(
+            f"diffusers does not load {path} as it was trained: {what}",
+            "Keep the file and report this; `k5train check-lora` shows what is loaded",
+        )
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        RunError: it is not one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
+
+
+def linear_modules(transformer: torch.nn.Module) -> list[str]:
+    """Names of every linear."""
+    return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -1,0 +1,70 @@
+"""What do the tests of runs share? Training the toy in this process, and what a run leaves behind as tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from k5cache.config import ModelConfig
+from k5train.checkpoint import Run, create_run, open_run
+from k5train.config import LoraConfig, OptimConfig, TrainConfig
+from k5train.loop import Result, train
+from k5train.start import open_data
+from k5train.state import latest_state
+
+# Three buckets, four lengths of caption (tests/parity.py); everything that could carry state from step to step is on.
+CONFIG = TrainConfig(
+    steps=20,
+    batch_size=2,
+    checkpoint_every=3,
+    base_model_precision="no_change",
+    mixed_precision="fp32",
+    device="cpu",
+    lora=LoraConfig(rank=2, targets=("qkv",), dropout=0.1),
+    optim=OptimConfig(lr=1e-2, warmup_steps=5, lr_scheduler="cosine", ema_decay=0.9),
+)
+
+
+def start_run(root: Path, cache: Path, model: Path, config: TrainConfig) -> Result:
+    """A new run at ``root``."""
+    config = replace(config, name=root.name)
+    run = create_run(root, cache, ModelConfig(path=str(model)), config)
+    return train(open_data(cache, config), model, config, run)
+
+
+def go_on(root: Path, **changes: object) -> Result:
+    """Go on with the run at ``root``."""
+    run, model, config, cache = open_run(root)
+    config = replace(config, **changes)
+    return train(open_data(cache, config), Path(str(model.path)), config, run)
+
+
+def state_of(root: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a run saved last: adapter, optimizer, average."""
+    saved = latest_state(Run(root).state)
+    assert saved is not None
+    return {f"{part}/{name}": t for part in saved.facts["parts"] for name, t in saved.tensors(part).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors are equal in names and bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lora_of(root: Path) -> dict[str, torch.Tensor]:
+    """The finished LoRA."""
+    return load_file(Run(root).lora)
+
+
+def metrics_of(root: Path) -> list[dict]:
+    """Every line of ``metrics.jsonl``, which must all be whole."""
+    return [json.loads(line) for line in Run(root).metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def numbers(rows: list[dict]) -> list[dict]:
+    """Lines without what depends on the clock."""
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]

@@ -1,0 +1,294 @@
+"""Exact resume: a run that was killed, stopped or crashed ends as if nothing had happened, or it says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from k5cache.errors import RunError
+from k5train import loop, state, step
+from k5train.checkpoint import Run, hold
+from k5train.cli import app
+from k5train.config import LoraConfig, ObjectiveConfig, OptimConfig
+from k5train.interrupt import Interruptions
+from k5train.optim import make_optimizer
+from tests.cli import Cli
+from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run, state_of
+
+
+@pytest.fixture(scope="module")
+def cache(toy_cache) -> Path:
+    return toy_cache("fp32")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache, toy_model) -> Path:
+    """Twenty steps without a break."""
+    root = tmp_path_factory.mktemp("whole") / "run"
+    start_run(root, cache, toy_model, CONFIG)
+    return root
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+@pytest.fixture
+def crash_at(monkeypatch):
+    """``crash_at(n)``: update n raises before it changes anything."""
+
+    def arrange(number: int, error: BaseException | None = None) -> None:
+        seen = 0
+        update = step.update
+
+        def failing(*args, **kwargs):
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                raise error or Stop
+            return update(*args, **kwargs)
+
+        monkeypatch.setattr("k5train.session.update", failing)
+
+    return arrange
+
+
+# Many processes forked from one that has imported everything: each is a whole training process, started in no time.
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+from tests.runs import CONFIG, go_on, start_run
+root, cache, model, seed = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(seed)
+
+def attempt():
+    if (root / "run.json").exists():
+        go_on(root)
+    else:
+        start_run(root, cache, model, CONFIG)
+
+kills, allowed = 0, 0.5
+while True:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            attempt()
+            code = 0
+        finally:
+            os._exit(code)
+    # The first kill comes while the run is being made, later ones anywhere in it.
+    end = time.monotonic() + (chance.uniform(0, 0.1) if not kills else chance.uniform(0.1, allowed))
+    done = 0
+    while kills < 8 and time.monotonic() < end and not done:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.002)
+    if kills >= 8 and not done:
+        done, status = os.waitpid(pid, 0)
+    if done:
+        print(kills, os.waitstatus_to_exitcode(status))
+        break
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    kills, allowed = kills + 1, allowed + 0.25
+"""
+
+
+def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(tmp_path, whole, cache, toy_model):
+    root = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLER, str(root), str(cache), str(toy_model), "7"],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split()[-1] == "0", done.stdout + done.stderr[-2000:]
+    assert int(done.stdout.split()[0]) >= 3  # really killed
+    assert same(state_of(root), state_of(whole))
+    assert same(lora_of(root), lora_of(whole))
+    assert numbers(metrics_of(root)) == numbers(metrics_of(whole))
+    assert [row["step"] for row in metrics_of(root)] == list(range(1, 21))
+    assert [p.name for p in root.rglob(".*") if p.name != ".lock"] == []  # nothing half-written is left
+
+
+def test_the_state_holds_raw_matrices_moments_and_the_average_in_safetensors_and_json_only(whole):
+    files = sorted(p.name for p in (whole / "state" / "step-000020").iterdir())
+    assert files == ["adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]
+    tensors = state_of(whole)
+    names = {name.removeprefix("adapter/") for name in tensors if name.startswith("adapter/")}
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+    moments = {name for name in tensors if name.startswith("optimizer/")}
+    assert {f"optimizer/{name}/{kind}" for name in names for kind in ("exp_avg", "exp_avg_sq", "step")} == moments
+    assert [p.name for p in (whole / "state").iterdir()] == ["step-000020"]  # one, the newest
+
+
+OPTIMIZERS = ["adamw", "adafactor", "muon", "lion", "prodigy", "schedulefree", "adamw8bit"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_with_the_same_bits_from_files(tmp_path, name):
+    module = {
+        "schedulefree": "schedulefree",
+        "prodigy": "prodigyopt",
+        "lion": "lion_pytorch",
+        "adamw8bit": "bitsandbytes",
+    }
+    pytest.importorskip(module.get(name, "torch"))
+    config = OptimConfig(optimizer=name, lr=1e-2, weight_decay=0.1, warmup_steps=1)
+    names = ["a", "b.c"]
+
+    def make() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        # 64 x 80: bitsandbytes keeps moments of fewer than 4,096 values in 32 bits
+        parameters = [torch.nn.Parameter(torch.randn(64, 80, generator=generator)) for _ in names]
+        return parameters, make_optimizer(parameters, config)
+
+    def steps(parameters, optimizer, first: int, last: int) -> None:
+        for i in range(first, last):
+            generator = torch.Generator().manual_seed(i)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    whole, optimizer = make()
+    steps(whole, optimizer, 0, 6)
+    broken, optimizer = make()
+    steps(broken, optimizer, 0, 3)
+    tensors, plain = state.optimizer_state(optimizer, names)
+    parts = {"adapter": dict(zip(names, broken, strict=True)), "optimizer": tensors}
+    state.save_state(tmp_path, state.Progress(3), parts, {"optimizer": plain})
+    saved = state.latest_state(tmp_path)
+    resumed, optimizer = make()
+    for parameter, tensor in zip(resumed, saved.tensors("adapter").values(), strict=True):
+        parameter.data = tensor
+    state.restore_optimizer(optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
+    steps(resumed, optimizer, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, whole, cache, toy_model, crash_at):
+    cli = Cli(tmp_path)
+    (tmp_path / "recipe.toml").write_text((whole / "recipe.toml").read_text().replace('name = "run"', ""))
+    crash_at(8, KeyboardInterrupt())
+    stopped = cli(app, "run", str(cache), "-r", "recipe.toml")
+    assert stopped.code == 130
+    root = tmp_path / "runs" / cache.name
+    assert "Stopped and saved at step 7. Go on with: k5train resume runs/pictures" in stopped.err
+    assert state.latest_state(root / "state").progress.step == 7
+    done = cli(app, "run", str(cache), "-r", "recipe.toml")  # the same command goes on by itself
+    assert done.code == 0, done.err
+    assert "was stopped before its end: going on" in done.err
+    assert same(state_of(root), state_of(whole))
+    again = cli(app, "resume", str(root))
+    assert again.code == 2
+    assert "is finished, at step 20" in again.err
+    assert "--set train.steps=40" in again.err
+
+
+def test_a_signal_during_an_update_waits_for_its_end():
+    interruptions, order = Interruptions(), []
+
+    def work() -> None:
+        with interruptions.installed():
+            with interruptions.held():
+                os.kill(os.getpid(), signal.SIGTERM)
+                order.append("the update went on")
+            order.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert order == ["the update went on"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_finished_run_trains_on_for_more_steps(tmp_path, cache, toy_model):
+    optim = OptimConfig(lr=1e-2, warmup_steps=0)  # a constant rate: four steps begin as two steps do
+    start_run(tmp_path / "four", cache, toy_model, replace(CONFIG, steps=4, optim=optim))
+    start_run(tmp_path / "two", cache, toy_model, replace(CONFIG, steps=2, optim=optim))
+    done = Cli(tmp_path)(app, "resume", "two", "--set", "train.steps=4")
+    assert done.code == 0, done.err
+    assert same(state_of(tmp_path / "two"), state_of(tmp_path / "four"))
+    assert "steps = 4" in (tmp_path / "two" / "recipe.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 7}, "train.seed: 42, now 7"),
+        ({"lora": LoraConfig(rank=4, targets=("qkv",), dropout=0.1)}, "train.lora.rank: 2, now 4"),
+        ({"objective": ObjectiveConfig(weighting="bell")}, 'train.objective.weighting: "none", now "bell"'),
+    ],
+)
+def test_a_changed_recipe_is_refused_by_the_name_of_its_field(whole, change, named):
+    before = (whole / "result.json").read_bytes()
+    with pytest.raises(RunError, match="was started differently") as caught:
+        go_on(whole, steps=30, **change)
+    assert named in caught.value.problem
+    assert (whole / "result.json").read_bytes() == before
+
+
+def test_another_cache_is_refused_by_what_is_different(tmp_path, whole, toy_model):
+    from tests.parity import make_cache
+
+    other = make_cache(tmp_path / "other", toy_model, "fp32", resolution=80)
+    refused = Cli(tmp_path)(app, "resume", str(whole), "--cache", str(other), "--set", "train.steps=30")
+    assert refused.code == 2
+    assert "cache.recipe.selection.resolution: 64, now 80" in refused.err
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path, cache, toy_model):
+    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=1, optim=OptimConfig()))
+    broken = tmp_path / "run" / "state" / "step-000001" / "optimizer.safetensors"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"optimizer\.safetensors cannot be read"):
+        go_on(tmp_path / "run", steps=2)
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(whole):
+    with hold(Run(whole)), pytest.raises(RunError, match=f"being trained by process {os.getpid()}"):
+        go_on(whole, steps=30)
+
+
+def test_checkpoints_are_limited_to_the_newest(tmp_path, cache, toy_model):
+    start_run(
+        tmp_path / "run", cache, toy_model, replace(CONFIG, steps=5, checkpoint_every=1, checkpoints_total_limit=2)
+    )
+    assert list(Run(tmp_path / "run").checkpoints()) == [4, 5]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 25.0])
+def test_a_loss_that_is_not_finite_or_explodes_ends_before_the_update_and_names_the_rows(
+    tmp_path, cache, toy_model, monkeypatch, bad
+):
+    normal, seen = step.train_step, []
+
+    def wrong(*args, **kwargs):
+        seen.append(1)
+        return normal(*args, **kwargs) * 0 + bad if len(seen) > 6 else normal(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", wrong)
+    with pytest.raises(RunError, match=r"The loss is (nan|25) at .*\.png; nothing was updated"):
+        start_run(tmp_path / "run", cache, toy_model, CONFIG)
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["loss"] < 20
+
+
+def test_gradients_that_are_not_finite_end_before_the_update(tmp_path, cache, toy_model, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(RunError, match=r"gradients' norm is nan at .*\.png; nothing was updated"):
+        start_run(tmp_path / "run", cache, toy_model, CONFIG)
+
+
+def test_epochs_and_hours_end_a_run_too(tmp_path, cache, toy_model):
+    result = start_run(tmp_path / "epochs", cache, toy_model, replace(CONFIG, epochs=1))
+    assert (result.steps, result.ended_by) == (4, "steps")  # six rows in three buckets, two a batch: four batches
+    result = start_run(tmp_path / "hours", cache, toy_model, replace(CONFIG, max_hours=1e-9))
+    assert (result.steps, result.ended_by) == (0, "max_hours") or result.steps < 3
+    written = json.loads((tmp_path / "hours" / "result.json").read_text())
+    assert written["ended_by"] == "max_hours"
