@@ -78,6 +78,8 @@ def load_files(name: str, files: Sequence[Path], config: CacheConfig) -> Table:
     if BUILDERS[suffixes[0]] == "csv":
         options |= _csv_options(name, files[0], "\t" if suffixes[0] == ".tsv" else ",")
     fix = f"Mend {'it' if len(files) == 1 else 'them'}, or use another source"
+    if suffixes == [".tar"]:
+        fix = "Give every image the same kinds of files, side by side: 0001.jpg and 0001.txt, 0002.jpg and 0002.txt"
     rows = _load(name, fix, BUILDERS[suffixes[0]], split=config.split, **options)
     return Table(name, rows, files[0].parent, tuple(files))
 

@@ -487,6 +487,7 @@ def test_tars_without_pairs_and_datasets_without_images_are_refused(tmp_path):
     assert "u.tar cannot be loaded: The TAR archives of the dataset should be in WebDataset format" in refusal(
         tar(tmp_path / "u.tar", a_png=png(1), b_txt="alone")
     )
+    assert "; Give every image the same kinds of files" in refusal(tmp_path / "u.tar")
     assert "e.tar cannot be loaded: " in refusal(tar(tmp_path / "e.tar"))
     datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "t.parquet")
     assert "t.parquet has no column of images; its columns are text" in refusal(tmp_path / "t.parquet")
