@@ -89,7 +89,7 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     job = job_for(root, cache, device, {"resolution": bucket.width})
     jobs = [plan.LatentJob(f"{i:032x}", str(path), geometry) for i, path in enumerate(files)]
     reset_peak(device)
-    encoder = passes.Vae(job, bucket.width * bucket.height)
+    encoder = passes.Vae(job, jobs)
     encoder.moments(torch.zeros(3, bucket.height, bucket.width, dtype=torch.uint8), ["mean"])
     commit = Committer(cache, Manifest(recipe={}), 2**28)
     seconds, _ = timed(device, lambda: passes.encode_bucket(job, commit, bucket, jobs, encoder, {}, lambda *_: None))

@@ -33,6 +33,7 @@ Source = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")]
 Rehash = Annotated[bool, typer.Option("--rehash", help="Read every image; do not trust size, mtime, inode.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for another process that writes this cache.")]
+Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, for example 4GB, whatever there is.")]
 CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
 
 
@@ -55,6 +56,7 @@ def encode(
     rehash: Rehash = False,
     repair: Annotated[bool, typer.Option("--repair", help="Check every byte; encode damaged shards again.")] = False,
     wait: Wait = 0,
+    vram: Vram = None,
     as_json: Json = False,
 ) -> None:
     """Encode images and captions into a cache, or bring one up to date.
@@ -71,7 +73,7 @@ def encode(
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    chosen = EncodeOptions(update, rehash, repair, wait, check_name(device))
+    chosen = EncodeOptions(update, rehash, repair, wait, check_name(device), _vram(vram))
     with console.progress() as bars:
         report = run(source, root, model_config, cache_config, prompts, bars, chosen)
     if as_json:
@@ -80,6 +82,40 @@ def encode(
     print_report(report, root)
     given = f" --recipe {recipe}" if recipe else f" --model {model}" if model else ""
     console.next_step("Next, train a LoRA", f"k5train run {root}{given}")
+
+
+@app.command()
+def plan(
+    source: Source,
+    out: Out = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    device: Device = "auto",
+    vram: Vram = None,
+    as_json: Json = False,
+) -> None:
+    """Show what encode would take with the same arguments: mode, VRAM, RAM, disk and time. Loads no encoder."""
+    from k5cache.device import check_name
+    from k5cache.encode import EncodeOptions, look
+    from k5cache.sources import default_name
+    from k5cache.stage1 import rows
+    from k5cache.update import estimate
+
+    model_config, cache_config, prompts = _configs(recipe, model, options)
+    root = out or Path("cache") / default_name(source)
+    chosen = EncodeOptions(update=True, device=check_name(device), vram=_vram(vram))
+    asked = look(source, root, model_config, cache_config, prompts, chosen)
+    with console.progress() as bars:
+        made = estimate(asked, chosen, bars)
+    if as_json:
+        console.print_json(made)
+        return
+    table = console.table("Stage 1", "what", "value")
+    for line in rows(made):
+        table.add_row(*line)
+    console.out.print(table)
+    console.next_step("Next, encode", f"k5cache encode {source} -o {root}" + (f" --vram {vram}" if vram else ""))
 
 
 @app.command()
@@ -291,6 +327,17 @@ def options() -> None:
     from k5cache.recipe import document_options
 
     console.out.print(document_options({"model": ModelConfig, "cache": CacheConfig}), markup=False)
+
+
+def _vram(text: str | None) -> int | None:
+    """Bytes of ``--vram``."""
+    from k5cache.errors import K5Error
+    from k5cache.memory_plan import parse_memory
+
+    try:
+        return parse_memory(text) if text is not None else None
+    except ValueError:
+        raise K5Error(f"--vram {text} is not an amount of memory", "Write it like 4GB or 3500MB") from None
 
 
 def _configs(

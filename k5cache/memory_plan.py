@@ -90,6 +90,8 @@ class VaePlan:
     mode: VaeMode
     vram: int
     """Bytes, predicted peak, the CUDA context included; 0 on a CPU."""
+    ram: int
+    """Bytes of host memory, predicted."""
 
 
 @dataclass(frozen=True)
@@ -189,12 +191,16 @@ VAE_BYTES = {"whole": 21, "strips": 9}
 on an H200, float32 at 1024x1024."""
 
 
-def plan_vae(config: Mapping[str, Any], precision: str, num_pixels: int, *, vram: int | None) -> VaePlan:
+def plan_vae(
+    config: Mapping[str, Any], precision: str, num_pixels: int, *, vram: int | None, decoded_bytes: int = 0
+) -> VaePlan:
     """The whole image at once where it fits, else layer by layer in strips.
 
     Args:
         config: ``vae/config.json``.
         num_pixels: of the largest bucket.
+        vram: bytes of the card; None on a CPU.
+        decoded_bytes: of the images that are decoded ahead.
 
     Raises:
         DoesNotFit: strips do not fit either.
@@ -207,10 +213,11 @@ def plan_vae(config: Mapping[str, Any], precision: str, num_pixels: int, *, vram
         "strips": weights + num_pixels * widths[0] // 4 * itemsize * VAE_BYTES["strips"] + CONTEXT_BYTES + _SLACK_BYTES,
     }
     if vram is None:
-        return VaePlan("whole", 0)
+        on_host = PROCESS_BYTES["cpu"] + _IN_FLIGHT + decoded_bytes + need["whole"] - CONTEXT_BYTES
+        return VaePlan("whole", 0, on_host)
     for mode, size in need.items():
         if size <= vram:
-            return VaePlan(mode, size)
+            return VaePlan(mode, size, PROCESS_BYTES["cuda"] + _IN_FLIGHT + decoded_bytes)
     raise DoesNotFit(
         f"The VAE needs {human_bytes(need['strips'])} of VRAM for its largest bucket, there are {human_bytes(vram)}",
         'Lower cache.resolution, set cache.vae_precision = "bf16", or use --device cpu',

@@ -20,11 +20,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, memory_plan, plan
+from k5cache import images, memory_plan, plan, stage1
 from k5cache.buckets import Bucket
 from k5cache.commit import Committer
 from k5cache.config import CacheConfig
-from k5cache.console import human_bytes, human_seconds, note
+from k5cache.console import human_bytes, note
 from k5cache.hub import read_config
 from k5cache.items import Content, UnreadableImage
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from k5cache.encoders.qwen import Qwen, Tokens
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
+DTYPES = stage1.DTYPES
 _POOLED_IN_MEMORY = 2**26  # bytes of pooled vectors, 40,000 captions, past which they go to a file
 _ROWS_IN_FLIGHT = 32
 _TRIED_IN_BOTH = 4  # captions that the error of an int8 text encoder is measured on
@@ -66,38 +66,15 @@ def encode_texts(job: Job, commit: Committer, jobs: Sequence[plan.TextJob]) -> t
     """
     if not jobs:
         return ()
-    made = plan_texts(job, [one.caption for one in jobs])
+    from k5cache.encoders import machine
+
+    lengths = machine.text_lengths(one.caption for one in jobs)
+    made = stage1.plan_text(job.folder, job.config, job.device, job.vram, lengths)
     with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as pooled:
         with _alone(job, "CLIP"):
             width = _encode_pooled(job, jobs, pooled)
         with _alone(job, "Qwen2.5-VL"):
             return _encode_prompts(job, commit, jobs, made, pooled, width)
-
-
-def plan_texts(job: Job, captions: Sequence[str]) -> memory_plan.TextPlan:
-    """How the captions will be encoded on this machine; on a CPU, with a word on how long that takes."""
-    from k5cache.encoders import machine
-
-    architecture = memory_plan.TextArchitecture.of(read_config(job.folder, "text_encoder"))
-    lengths = machine.text_lengths(captions)
-    speed = None
-    if job.device == "cpu":
-        text_dtype, vae_dtype = _dtype(job.config.text_encoder_1_precision), _dtype(job.config.vae_precision)
-        speed = machine.measure_speed(job.folder, job.device, text_dtype, vae_dtype, job.config.text_batching)
-    made = memory_plan.plan_text(
-        architecture,
-        job.config.text_encoder_1_precision,
-        job.config.text_batching,
-        job.config.max_sequence_length,
-        vram=job.vram or machine.free_vram(job.device) if job.device != "cpu" else None,
-        ram=machine.free_ram(),
-        num_tokens=sum(lengths),
-        tokens_per_second=speed.text_flops / architecture.flops_per_token if speed else None,
-    )
-    if speed:
-        seconds = memory_plan.text_seconds(made, architecture, lengths, speed)
-        note(f"{len(captions)} captions will take about {human_seconds(seconds)} on this CPU")
-    return made
 
 
 def _encode_pooled(job: Job, jobs: Sequence[plan.TextJob], pooled: IO[bytes]) -> int:
@@ -125,13 +102,16 @@ def _encode_prompts(
 ) -> tuple[tuple[str, int], ...]:
     """Qwen over every caption, a chunk at a time; the next chunk is tokenised meanwhile."""
     from k5cache.encoders import qwen
+    from k5cache.encoders.pipeline import pipeline_facts
 
+    pipeline_facts()  # imports diffusers, whose lazy modules break when two threads are the first to ask
+    tokenizer = qwen.load_tokenizer(job.folder)
     truncated: list[tuple[str, int]] = []
     spec = TensorSpec(DTYPES[job.config.text_encoder_2_precision], (pooled_width,))
     row_bytes = pooled.tell() // len(jobs)
     is_exact = job.config.text_batching == "exact"
     with ThreadPoolExecutor(1) as pool, _bar(job.bars, "Qwen2.5-VL", len(jobs), "caption") as advance:
-        chunks = _chunks(job, jobs, made.chunk_tokens)
+        chunks = _chunks(tokenizer, jobs, job.config.max_sequence_length, made.chunk_tokens)
         following = pool.submit(next, chunks, None)
         encoder = _load_qwen(job, made, lambda: following.result())
         specs = {
@@ -192,14 +172,15 @@ def _streamed(
     )
 
 
-def _chunks(job: Job, jobs: Sequence[plan.TextJob], chunk_tokens: int) -> Iterator[tuple[int, list[Tokens]]]:
+def _chunks(
+    tokenizer: Any, jobs: Sequence[plan.TextJob], max_sequence_length: int, chunk_tokens: int
+) -> Iterator[tuple[int, list[Tokens]]]:
     """(position of the first caption, tokens) of captions that are encoded and committed together."""
     from k5cache.encoders import qwen
 
-    tokenizer = qwen.load_tokenizer(job.folder)
     first, tokens, size = 0, list[qwen.Tokens](), 0
     for i, one in enumerate(jobs):
-        text = qwen.tokenize(tokenizer, one.caption, job.config.max_sequence_length)
+        text = qwen.tokenize(tokenizer, one.caption, max_sequence_length)
         if tokens and size + len(text.ids) > chunk_tokens:
             yield first, tokens
             first, tokens, size = i, [], 0
@@ -222,7 +203,7 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
         by_bucket.setdefault(one.geometry.bucket, []).append(one)
     failed: dict[str, str] = {}
     with _alone(job, "the VAE"), _bar(job.bars, "VAE", len(jobs), "image") as advance:
-        encoder = Vae(job, max(bucket.width * bucket.height for bucket in by_bucket))
+        encoder = Vae(job, jobs)
         for bucket, members in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
             encode_bucket(job, commit, bucket, members, encoder, failed, advance)
@@ -232,8 +213,8 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
 class Vae:
     """The VAE, loaded for the first image that can be read: a broken one alone is no reason to."""
 
-    def __init__(self, job: Job, num_pixels: int) -> None:
-        self._job, self._num_pixels = job, num_pixels
+    def __init__(self, job: Job, jobs: Sequence[plan.LatentJob]) -> None:
+        self._job, self._jobs = job, jobs
         self._loaded: Any = None
         self._in_strips = False
 
@@ -254,11 +235,10 @@ class Vae:
         return torch.cat([moments[name] for name in names]).half()
 
     def _load(self) -> None:
-        from k5cache.encoders import machine, vae
+        from k5cache.encoders import vae
 
-        job, config = self._job, read_config(self._job.folder, "vae")
-        vram = (job.vram or machine.free_vram(job.device)) if job.device != "cpu" else None
-        made = memory_plan.plan_vae(config, job.config.vae_precision, self._num_pixels, vram=vram)
+        job = self._job
+        made = stage1.plan_vae(job.folder, job.config, job.device, job.vram, self._jobs)
         self._in_strips = made.mode == "strips"
         self._loaded = vae.keep_encoder_only(vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision)))
 
@@ -282,7 +262,7 @@ def encode_bucket(
 
     def encoded() -> Iterator[tuple[str, torch.Tensor]]:
         wanted = ((one.path, one.geometry) for one in members)
-        for i, pixels in images.load_many(wanted, job.read, _workers()):
+        for i, pixels in images.load_many(wanted, job.read, workers()):
             if isinstance(pixels, UnreadableImage):
                 failed[members[i].key] = pixels.reason
                 advance(1)
@@ -366,7 +346,7 @@ def _bar(bars: Progress, description: str, total: int, unit: str) -> Iterator[Ca
         bars.remove_task(task)
 
 
-def _workers() -> int:
+def workers() -> int:
     """Threads that decode ahead of the VAE: Pillow and torch release the GIL."""
     return min(8, os.cpu_count() or 1)
 

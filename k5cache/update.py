@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from rich.progress import Progress
 
-from k5cache import images, items, masks, plan, stale
+from k5cache import images, items, masks, plan, stage1, stale
 from k5cache.commit import Committer, drop_damaged
+from k5cache.console import note
 from k5cache.device import pick_device
 from k5cache.encode import Asked, EncodeOptions, EncodeReport, digest, is_clean_as_before, versions
 from k5cache.errors import DatasetError
@@ -82,6 +83,9 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
     if made.text_jobs or made.latent_jobs:
         device = pick_device(options.device)
         job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
+        if device == "cpu":
+            how_long = stage1.estimate(asked.folder, asked.config, device, None, made.text_jobs, made.latent_jobs)
+            note(f"Encoding on this CPU takes {stage1.duration(how_long)}")
         truncated = encode_texts(job, commit, made.text_jobs)
         failed |= encode_latents(job, commit, made.latent_jobs)
     rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
@@ -154,6 +158,18 @@ def preview(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
         skipped=made.skipped,
         upscaled=made.upscaled,
     )
+
+
+def estimate(asked: Asked, options: EncodeOptions, bars: Progress | None) -> stage1.Estimate:
+    """What an encode would take here; no lock is taken, no model loaded, nothing written.
+
+    Raises:
+        DoesNotFit: an encoder fits in no mode.
+    """
+    require_files(asked.root, asked.manifest)
+    made = make_plan(asked, Committer(asked.root, asked.manifest, 0), False, bars)
+    device = pick_device(options.device)
+    return stage1.estimate(asked.folder, asked.config, device, options.vram, made.text_jobs, made.latent_jobs)
 
 
 def _nothing_readable(asked: Asked, skipped: Sequence[items.Skipped]) -> DatasetError:
