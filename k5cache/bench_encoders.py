@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from k5cache import console, memory_plan
 from k5cache.bench_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model, write_pictures
 from k5cache.console import human_bytes
+from k5cache.errors import K5Error
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +66,23 @@ class Found:
         console.note(f"{what}: {value}" + (f" ({remark})" if remark else ""))
 
 
-def bench(device: str, sizes: Sizes = Sizes(), folder: Path | None = None) -> Found:
-    """Measure all of it. ``folder`` takes the random model, by default a temporary one."""
+def bench(device: str, vram: int | None = None, folder: Path | None = None, sizes: Sizes | None = None) -> Found:
+    """Measure all of it.
+
+    Args:
+        vram: bytes; the cap of the streamed run.
+        folder: where the random model is written, by default the temporary folder; 20 GB must be free.
+        sizes: of another model; by default full size, which needs a GPU.
+
+    Raises:
+        K5Error: there is no GPU for the full size.
+    """
     import torch
+
+    if sizes is None and device == "cpu":
+        raise K5Error("The encoders of full size are measured on a GPU", "Run this on a machine with one")
+    sizes = sizes or Sizes()
+    sizes = replace(sizes, vram=vram or sizes.vram)
 
     found = Found()
     with TemporaryDirectory(prefix="k5-bench-", dir=folder) as name, torch.no_grad():
@@ -423,6 +438,14 @@ def rss() -> int:
     """Bytes of this process that are in RAM, mapped files and all."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def print_bench(found: Found) -> None:
+    """The table."""
+    table = console.table("Encoders, random weights of full size", "what", "value", "remark")
+    for row in found.rows:
+        table.add_row(*row)
+    console.out.print(table)
 
 
 def as_json(found: Found) -> dict[str, Any]:

@@ -329,6 +329,44 @@ def options() -> None:
     console.out.print(document_options({"model": ModelConfig, "cache": CacheConfig}), markup=False)
 
 
+@app.command()
+def bench(
+    encoders: Annotated[
+        bool, typer.Option("--encoders", help="Text encoders and VAE of full size on this GPU; writes 14 GB to DIR.")
+    ] = False,
+    store: Annotated[
+        bool, typer.Option("--store", help="Rows read at random from shards, beside other formats.")
+    ] = False,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where to write. Default: the temporary folder.")] = None,
+    vram: Annotated[str, typer.Option(help="The cap under which --encoders streams.")] = "4GB",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure stage 1 with random weights and rows, beside what others do. Downloads nothing."""
+    if not encoders and not store:
+        from k5cache.errors import K5Error
+
+        raise K5Error("There is nothing to measure", "Say --encoders, --store or both")
+    found: dict[str, object] = {}
+    if store:
+        from k5cache import bench_store
+
+        rows = bench_store.bench_store(folder=folder)
+        found["store"] = bench_store.as_json(rows)
+        if not as_json:
+            bench_store.print_bench(rows)
+    if encoders:
+        from k5cache import bench_encoders
+        from k5cache.device import pick_device
+
+        measured = bench_encoders.bench(pick_device(device), _vram(vram), folder)
+        found["encoders"] = bench_encoders.as_json(measured)
+        if not as_json:
+            bench_encoders.print_bench(measured)
+    if as_json:
+        console.print_json(found)
+
+
 def _vram(text: str | None) -> int | None:
     """Bytes of ``--vram``."""
     from k5cache.errors import K5Error
