@@ -64,9 +64,9 @@ def compare(
         off = off.where(off == off, float("inf"))  # a NaN on one side or both is no agreement
         norm = float(off.norm() / b.norm()) if b.any() else float(off.norm())
         difference, relative = max(difference, float(off.max())), max(relative, norm)
-        if norm > 0:
+        if norm != 0:
             first = first or _where(name, a, b, off)
-        if norm > allowed:
+        if not norm <= allowed:  # NaN is not
             first_wrong = first_wrong or _where(name, a, b, off)
     result: Result = "DIFFERS" if first_wrong else "rounding" if first else "same bits"
     return Comparison(what, against, result, difference, relative, allowed, first_wrong or first)
@@ -115,7 +115,7 @@ def print_comparisons(title: str, comparisons: Sequence[Comparison]) -> bool:
 
 def _where(name: str, ours: torch.Tensor, theirs: torch.Tensor, off: torch.Tensor) -> str:
     """The first element that differs, by name and place."""
-    flat = int((off.flatten() > 0).nonzero()[0])
+    flat = int((off.flatten() != 0).nonzero()[0])
     place, rest = [], flat
     for side in reversed(off.shape):
         place.append(rest % side)

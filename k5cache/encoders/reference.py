@@ -130,8 +130,6 @@ def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]
                 where, device_map="auto", max_memory=room, offload_folder=spill, **options
             )
         yield model.eval()
-        del model
-        _free()
 
 
 def _clip(folder: Path, dtype: torch.dtype) -> Any:
