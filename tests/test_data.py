@@ -19,6 +19,7 @@ from k5train.config import LoraConfig, TrainConfig
 from k5train.data import Loader
 from k5train.mixture import Mixture, Source, epoch_batches, open_mixture, shares
 from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.step import train_step
 from tests.cli import Cli
 
 SCALE = 0.3611
@@ -120,6 +121,27 @@ def test_caches_of_different_encoders_do_not_mix(caches, tmp_path, toy_model):
     other = encode(tmp_path, "class", toy_model, [(64, 64)], "--set", "cache.text_encoder_1_precision=fp32")
     with pytest.raises(CacheStale, match=r"encoded differently: text.text_encoder_1_precision differ"):
         open_mixture([DataConfig(str(caches[0])), DataConfig(str(other))])
+
+
+# --- what is made of it
+
+
+def test_a_step_counts_the_errors_that_its_masks_and_weights_say(caches):
+    group = groups(open_cache(caches[0]), CONFIG, [0])[0]
+    wrong = torch.zeros_like(group.latents)
+    wrong[..., :2, :] = 3.0  # the prediction is off in the first two columns
+
+    def predict(noisy, sigma, embeds, pooled):
+        return group.noise - group.latents + wrong
+
+    share = 2 / group.latents.shape[3]
+    assert train_step(predict, group).item() == pytest.approx(9 * share, rel=1e-4)
+    mask = torch.zeros(*group.latents.shape[:-1], 1)
+    mask[..., :1, :] = 1.0
+    assert train_step(predict, replace(group, mask=mask)).item() == pytest.approx(9, rel=1e-4)
+    weight = torch.full_like(group.sigma, 0.5)
+    assert train_step(predict, replace(group, weight=weight)).item() == pytest.approx(4.5 * share, rel=1e-4)
+    assert train_step(predict, group, huber_c=1.0).item() == pytest.approx(5 * share, rel=1e-4)  # 2 * 3 - 1
 
 
 # --- what is drawn for a row

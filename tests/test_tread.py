@@ -7,7 +7,10 @@ import torch
 
 from k5cache.errors import RecipeError
 from k5train import tread
+from k5train.base.block import Modes
+from k5train.base.execute import Execution
 from k5train.base.forward import predict_velocity, rotary
+from k5train.base.memory import Plan
 from k5train.base.quantize import load_transformer
 from k5train.objective import RouteConfig, TreadConfig
 from tests.test_lora import a_batch
@@ -100,6 +103,30 @@ def test_a_hand_computed_pass_through_a_route_is_what_the_blocks_give(plain_bloc
         tokens = last(tokens, text, time, visual_rope, None)
         expected = t.out_layer(tokens.view(*grid, -1), text, time)
     torch.testing.assert_close(routed, expected, rtol=0, atol=2e-4)  # two pictures at once, against one at a time
+
+
+def test_a_route_through_padded_captions_is_each_picture_by_itself(plain_blocks):
+    latents, sigma, embeds, pooled = a_batch()
+    kept = torch.tensor([[0, 3], [2, 5]])
+    with torch.no_grad():
+        both = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, text_lengths=(9, 4),
+                                routes=[tread.Route(0, 1, kept)])  # fmt: skip
+        for i, length in enumerate((9, 4)):
+            one = slice(i, i + 1)
+            alone = predict_velocity(plain_blocks, latents[one], sigma[one], embeds[one, :length], pooled[one],
+                                     routes=[tread.Route(0, 1, kept[one])])  # fmt: skip
+            torch.testing.assert_close(both[one], alone, rtol=0, atol=5e-3)  # masked attention sums in another order
+
+
+def test_the_lean_blocks_route_as_diffusers_own_do(plain_blocks):
+    plan = Plan(("nothing",) * 3, None, {}, None, 0)
+    modes = Modes(int8_dynamic=False, cudnn=False)
+    lean = Execution(plain_blocks, plan, modes, compiled=False, device=torch.device("cpu"))
+    routes = [tread.Route(1, -1, torch.tensor([[0, 2, 5], [1, 3, 4]]))]
+    with torch.no_grad():
+        theirs = predict_velocity(plain_blocks, *a_batch(), routes=routes)
+        ours = predict_velocity(plain_blocks, *a_batch(), routes=routes, block_policies=lean.policies)
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_gradients_reach_through_both_the_walk_and_the_way_around():

@@ -1,0 +1,161 @@
+"""Does every option of a recipe reach the training loop? A run with it ends elsewhere than one without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from k5cache.config import ModelConfig
+from k5cache.errors import RecipeError
+from k5train.checkpoint import Run, create_run
+from k5train.config import LoraConfig, OptimConfig, RankConfig, TrainConfig
+from k5train.loop import hold_out, train
+from k5train.metrics import read_metrics
+from k5train.mixture import open_mixture
+from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.session import load_base
+from tests.cli import Cli
+
+LR = OptimConfig(lr=1e-2, warmup_steps=0)
+PLAIN = TrainConfig(
+    steps=2,
+    loss_limit=0.0,
+    batch_size=2,
+    checkpoint_every=0,
+    base_model_precision="no_change",
+    mixed_precision="fp32",
+    device="cpu",
+    lora=LoraConfig(rank=2, targets=("qkv",)),
+    optim=LR,
+)
+
+
+@pytest.fixture(scope="module")
+def finish(toy_model, toy_cache, tmp_path_factory):
+    """``finish(config)``: train on one base that all share; returns the run."""
+    cache = toy_cache("fp32")
+    base = load_base(open_mixture([DataConfig(str(cache))]), toy_model, PLAIN, torch.device("cpu"))
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(config: TrainConfig) -> Run:
+        entries = config.data or (DataConfig(str(cache), repeats=config.repeats),)
+        name = f"run-{len(list(root.iterdir()))}"
+        made = create_run(root / name, cache, ModelConfig(path=str(toy_model)), replace(config, name=name))
+        train(open_mixture(entries), toy_model, config, made, base)
+        return made
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(finish) -> dict[str, torch.Tensor]:
+    return load_file(finish(PLAIN).lora)
+
+
+def objective(**options) -> dict:
+    return {"objective": ObjectiveConfig(**options)}
+
+
+def optim(**options) -> dict:
+    return {"optim": replace(LR, **options)}
+
+
+ACTING = {
+    "beta": objective(sigma_sampling="beta"),
+    "auto shift": objective(flow_schedule_auto_shift=True),
+    "stratified": objective(stratified_sigmas=True),
+    "cosmap": objective(weighting="cosmap"),
+    "huber": objective(loss_type="huber", huber_c=0.5),
+    "tread": {"tread": TreadConfig(routes=(RouteConfig(0.5, 0, -1),))},
+    "rollout": {"rollout": RolloutConfig(probability=1.0, num_inference_steps=5)},
+    "first caption": {"caption_dropout_probability": 1.0},
+    "rslora": {"lora": replace(PLAIN.lora, algo="rslora", alpha=4.0)},
+    "dora": {"lora": replace(PLAIN.lora, algo="dora")},
+    "lokr": {"lora": replace(PLAIN.lora, algo="lokr")},
+    "ranks": {"lora": replace(PLAIN.lora, ranks=(RankConfig("cross_attention.to_key", 3),))},
+    "dropout": {"lora": replace(PLAIN.lora, dropout=0.5)},
+    "rex": optim(lr_scheduler="rex", lr_end=0.1),
+    "adafactor": optim(optimizer="adafactor"),
+    "muon": optim(optimizer="muon"),
+    "lion": optim(optimizer="lion"),
+    "prodigy": optim(optimizer="prodigy", lr=1.0),
+    "schedulefree": optim(optimizer="schedulefree"),
+    "adamw8bit": optim(optimizer="adamw8bit"),
+}
+
+
+def test_the_same_recipe_ends_at_the_same_lora(finish, plain):
+    again = load_file(finish(PLAIN).lora)
+    assert all(torch.equal(again[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("options", ACTING.values(), ids=ACTING.keys())
+def test_an_option_changes_what_is_trained(finish, plain, options):
+    made = load_file(finish(replace(PLAIN, **options)).lora)
+    assert all(t.isfinite().all() for t in made.values())
+    differs = made.keys() != plain.keys() or any(
+        made[k].shape != plain[k].shape or not torch.equal(made[k], plain[k]) for k in plain
+    )
+    assert differs
+
+
+def test_a_lora_goes_on_from_another(finish, plain, tmp_path):
+    first = finish(PLAIN)
+    made = finish(replace(PLAIN, steps=1, lora=replace(PLAIN.lora, init_lora=str(first.lora))))
+    started = load_file(made.lora)
+    a = [k for k in plain if "lora_A" in k]  # one step of AdamW moves a weight by its learning rate at most
+    assert all((started[k] - plain[k]).abs().max() <= 1.01e-2 for k in a)
+
+
+def test_the_cost_of_rollouts_is_logged_and_only_where_there_are_any(finish):
+    rolled = read_metrics(finish(replace(PLAIN, **ACTING["rollout"])).metrics)
+    assert sum(row.get("rollout_passes", 0) for row in rolled) > 0
+    assert all(row["rollout_seconds"] > 0 for row in rolled if "rollout_passes" in row)
+    assert not any("rollout_passes" in row for row in read_metrics(finish(PLAIN).metrics))
+
+
+def test_the_average_is_saved_beside_the_lora_which_is_as_without_it(finish, plain):
+    made = finish(replace(PLAIN, **optim(ema_decay=0.9)))
+    lora, average = load_file(made.lora), load_file(made.ema)
+    assert all(torch.equal(lora[k], plain[k]) for k in plain)
+    assert any(not torch.equal(average[k], plain[k]) for k in plain)
+
+
+def test_epochs_take_the_place_of_steps_and_time_ends_a_run(finish):
+    made = finish(replace(PLAIN, epochs=2, gradient_accumulation_steps=3))
+    # 6 pictures in 3 buckets of 3, 2 and 1: 2 + 1 + 1 batches of two, 8 in two epochs, 3 an update: 3 updates
+    assert len(read_metrics(made.metrics)) == 3
+    assert len(read_metrics(finish(replace(PLAIN, max_hours=1e-9)).metrics)) <= 1
+
+
+def test_held_out_rows_leave_the_mixture_but_not_the_cache(toy_cache):
+    data = hold_out(open_mixture([DataConfig(str(toy_cache("fp32")))]), 0.34)
+    assert sum(count for parts in data.pools.values() for _, count in parts) == 4
+    assert len(data) == 6
+
+
+def test_several_caches_are_named_on_the_command_line_or_in_the_recipe_but_not_in_both(toy_cache, toy_model, tmp_path):
+    from k5train.cli import app
+
+    caches = [str(toy_cache("fp32"))] * 2
+    sets = ("steps=1", "base_model_precision=no_change", "mixed_precision=fp32", "lora.targets=['qkv']", "name=two")
+    options = [part for option in sets for part in ("--set", f"train.{option}")]
+    done = Cli(tmp_path)(app, "run", *caches, "--model", str(toy_model), *options)
+    assert done.code == 0, done.err
+    recipe = (tmp_path / "runs" / "two" / "recipe.toml").read_text()
+    assert recipe.count("[[train.data]]") == 2
+    (tmp_path / "r.toml").write_text(f"[[train.data]]\ncache = '{caches[0]}'\n")
+    both = Cli(tmp_path)(app, "run", caches[0], "-r", "r.toml", "--model", str(toy_model))
+    assert both.code == 2
+    assert "names its caches in [[train.data]]" in both.err
+
+
+def test_a_route_beyond_the_transformer_is_refused_before_anything_is_loaded(toy_model, toy_cache, tmp_path):
+    config = replace(PLAIN, tread=TreadConfig(routes=(RouteConfig(0.5, 0, 50),)))
+    run = create_run(tmp_path / "run", Path("cache"), ModelConfig(), config)
+    with pytest.raises(RecipeError, match="has 3 visual blocks"):
+        train(open_mixture([DataConfig(str(toy_cache("fp32")))]), toy_model, config, run)
