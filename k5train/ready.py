@@ -122,11 +122,11 @@ def how_to_run(config: TrainConfig, device: torch.device) -> str:
     return "eager" if lean or config.memory.activations not in ("auto", "nothing", "all") else "diffusers"
 
 
-def largest(cache: Cache) -> tuple[int, int]:
-    """The most tokens of a picture and of a caption in a cache: what the plan must hold."""
-    buckets = [shard.bucket for shard in cache.manifest.shards if shard.bucket]
+def largest(*caches: Cache) -> tuple[int, int]:
+    """The most tokens of a picture and of a caption in some caches: what the plan must hold."""
+    buckets = [shard.bucket for cache in caches for shard in cache.manifest.shards if shard.bucket]
     pictures = max(((w // 16) * (h // 16) for w, h in buckets), default=0)
-    return pictures, max(cache.text_lengths().values(), default=1)
+    return pictures, max((n for cache in caches for n in cache.text_lengths().values()), default=1)
 
 
 def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) -> Kandinsky5Transformer3DModel:

@@ -131,7 +131,7 @@ def load_base(data: Mixture, folder: Path, config: TrainConfig, device: torch.de
     Raises:
         DoesNotFit: no plan fits, found before anything is loaded.
     """
-    plan = plan_training(folder, config, device, largest(data.first))
+    plan = plan_training(folder, config, device, largest(*(source.cache for source in data.sources)))
     console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
     announce(plan)
     return Base(load(folder, config, device, plan), device, plan)

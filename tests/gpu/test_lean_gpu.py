@@ -1,0 +1,152 @@
+"""On a GPU: do the kernel, the compiled and streamed blocks and the planner hold what the CPU tests promise?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from k5train import bench, lora
+from k5train.base import execute, memory, ops, vram
+from k5train.base.forward import predict_velocity
+from k5train.base.memory import Plan, Streaming
+from k5train.base.prepared import load_prepared
+from k5train.base.quantize import load_transformer
+from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+from k5train.ready import execute as make_execution
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+# A few blocks of the real width: what is measured of one block holds for fifty.
+WIDE = {**bench.FULL_SIZE, "num_visual_blocks": 6, "num_text_blocks": 1}
+CASE = bench.Case("int8-quanto", None, side=512, num_text_tokens=77)
+
+
+@pytest.fixture(autouse=True)
+def _empty_gpu():
+    yield
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def outcome(transformer: Any, case: bench.Case = CASE) -> dict[str, torch.Tensor]:
+    transformer.zero_grad()
+    velocity = predict_velocity(transformer, *bench.inputs_for(case, WIDE, GPU))
+    velocity.float().square().mean().backward()
+    return {
+        "velocity": velocity.detach(),
+        **{n: p.grad for n, p in transformer.named_parameters() if p.grad is not None},
+    }
+
+
+def adapted(precision: Any, streamed: frozenset[int] = frozenset()) -> Any:
+    transformer = bench.random_transformer(WIDE, precision, GPU, streamed)
+    lora.add_lora(transformer, LoraConfig(rank=16, targets=("official",)), seed=0)
+    generator = torch.Generator(GPU).manual_seed(3)
+    for parameter in lora.lora_parameters(transformer)[1::2]:
+        parameter.data = torch.randn(parameter.shape, generator=generator, device=GPU) * 0.01
+    return transformer.train()
+
+
+def run(
+    transformer: Any, precision: Any, level: Any = "nothing", execution: Any = "compiled", streaming: Any = None
+) -> Any:
+    plan = Plan((level,) * WIDE["num_visual_blocks"], streaming, {}, None, 0)
+    config = TrainConfig(base_model_precision=precision, memory=MemoryConfig(execution=execution))
+    return make_execution(transformer, config, GPU, plan)
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], cosine: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert F.cosine_similarity(ours[name].flatten().float(), theirs[name].flatten().float(), dim=0) > cosine, name
+
+
+def test_the_int8_kernel_is_exact_arithmetic_rounded_once():
+    assert ops.kernel_works(GPU)
+
+
+def test_hopper_has_cudnn_attention():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    assert execute._cudnn_works(GPU)
+
+
+@pytest.mark.parametrize("level", ["nothing", "selective", "all"])
+def test_compiled_blocks_give_the_plain_gradients(level):
+    transformer = adapted("int8-quanto")
+    run(transformer, "int8-quanto", execution="diffusers")
+    plain = outcome(transformer)
+    made = run(transformer, "int8-quanto", level)
+    made.warm_up(lambda: outcome(transformer))
+    assert made.is_compiled
+    assert_near(outcome(transformer), plain, 0.999)  # bfloat16 in other orders
+
+
+def test_int8_tensor_cores_stay_near_sixteen_bit_gradients():
+    transformer = adapted("int8-dynamic")
+    run(transformer, "int8-quanto", execution="eager")
+    plain = outcome(transformer)
+    run(transformer, "int8-dynamic")
+    assert_near(outcome(transformer), plain, 0.99)
+
+
+@pytest.mark.parametrize(
+    "streaming", [Streaming(4), Streaming(6, slots=1, prefetch=False), Streaming(6, slots=4)], ids=str
+)
+def test_streamed_weights_give_the_resident_gradients_step_after_step(streaming):
+    transformer = adapted("int8-quanto")
+    run(transformer, "int8-quanto")
+    resident = outcome(transformer)
+    run(transformer, "int8-quanto", "attention", streaming=streaming)
+    for _ in range(3):
+        with torch.no_grad():
+            predict_velocity(transformer, *bench.inputs_for(CASE, WIDE, GPU))
+        assert_near(outcome(transformer), resident, 0.9999)
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int8-dynamic"])
+@pytest.mark.parametrize("level", ["nothing", "attention", "selective", "matmuls", "all"])
+def test_the_predicted_peak_is_within_ten_percent_of_the_measured(level, precision):
+    case = replace(CASE, precision=precision, side=1024)
+    config = TrainConfig(
+        base_model_precision=precision,
+        lora=LoraConfig(rank=16, targets=("qkv",)),
+        memory=MemoryConfig(activations=level),
+    )
+    plan = bench.plan_for(WIDE, config, GPU, (4096, 77), None)
+    transformer = bench.random_transformer(WIDE, precision, GPU)
+    lora.add_lora(transformer, config.lora, seed=0)
+    made = make_execution(transformer, config, GPU, plan)
+    timing = bench.time_steps(bench.stepper(transformer, bench.inputs_for(case, WIDE, GPU)), made, GPU, 2, 2)
+    assert timing.reserved_gib is not None
+    assert plan.peak / 2**30 == pytest.approx(timing.reserved_gib, rel=0.10)
+
+
+def test_a_limit_is_kept(toy_model):
+    vram.limit(GPU, 2 * 2**30)
+    assert (vram.left(GPU) or 0) <= 2 * 2**30
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(3 * 2**30, dtype=torch.uint8, device=GPU)
+    vram._limits.clear()
+
+
+def test_the_prepared_base_arrives_whole_on_the_gpu(toy_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("K5_HOME", str(tmp_path))
+    ours = load_prepared(toy_model, torch.bfloat16, GPU).state_dict()
+    theirs = load_transformer(toy_model, "int8-quanto", torch.bfloat16, GPU).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {t.device.type for t in ours.values()} == {"cuda"}
+
+
+def test_the_plan_of_this_card_fits_it():
+    budget = vram.budget(GPU, None)
+    assert budget is not None
+    arch = memory.architecture(bench.FULL_SIZE)
+    work = bench.work_for(
+        bench.FULL_SIZE, TrainConfig(lora=LoraConfig(rank=16, targets=("qkv",))), (4096, 256), compiled=True
+    )
+    assert memory.make_plan(arch, work, budget).peak <= budget
