@@ -135,3 +135,16 @@ def test_a_metadata_file_and_a_trigger_change_the_captions_alone(place, toy_mode
         ("0.png", ("sks, one",)), ("1.png", ("sks, two",)), ("2.png", ("sks, three",))
     ]  # fmt: skip
     assert {latent for _, latent, _ in keys(place)} <= before
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("bad.csv", "bad.csv: its first row has 3 cells, the header 2"), ("me/none", "no file or folder me/none")],
+)
+def test_a_source_that_cannot_be_used_ends_in_two_lines_before_a_cache_is_made(place, toy_model, source, said):
+    (place.folder / "bad.csv").write_text("image,text\na.png,a cat, a dog\n")
+    done = place(app, "encode", source, "--model", str(toy_model))
+    lines = [line for line in done.err.splitlines() if line]
+    assert (done.code, [line.split(":")[0].strip() for line in lines]) == (2, ["error", "fix"])
+    assert said in lines[0]
+    assert not (place.folder / "cache" / Path(source).stem).exists()
