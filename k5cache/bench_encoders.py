@@ -7,12 +7,8 @@ everything on the GPU. Nothing is downloaded: 14 GB of random text encoder are w
 from __future__ import annotations
 
 import json
-import os
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache import console, memory_plan
 from k5cache.bench_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model, write_pictures
+from k5cache.bench_tools import collect, in_use, peak_vram, reset_peak, rss, timed, watched
 from k5cache.console import human_bytes
 from k5cache.errors import K5Error
 
@@ -350,25 +347,6 @@ def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[st
     return [" ".join(f"w{chance.randrange(200)}" for _ in range(n)) for n in lengths]
 
 
-def collect(rows: Iterator[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
-    """Rows in the order of their captions, each with its own memory, as a shard would take them."""
-    held = {i: row.clone() for i, row in rows}
-    return [held[i] for i in range(len(held))]
-
-
-def timed(device: str, run: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds until the device is done, what ``run`` returns)."""
-    import torch
-
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def freed(found: Found, what: str, device: str) -> None:
     """Whether VRAM is what it was before the first encoder."""
     from k5cache.passes import release
@@ -377,67 +355,6 @@ def freed(found: Found, what: str, device: str) -> None:
     now, start = in_use(device), found.values["vram_at_start"]
     found.add(f"freed after {what}", f"{human_bytes(now)} allocated by torch, {human_bytes(start)} at the start",
               **{f"freed_{what}": now - start})  # fmt: skip
-
-
-def in_use(device: str) -> int:
-    """Bytes that torch has allocated on the device."""
-    import torch
-
-    return int(torch.cuda.memory_allocated(device)) if device != "cpu" else 0
-
-
-def reset_peak(device: str) -> None:
-    """Begin to watch VRAM."""
-    import torch
-
-    from k5cache.passes import release
-
-    release(device)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_vram(device: str) -> int:
-    """Most VRAM that torch reserved since ``reset_peak``, with what the process holds outside its allocator."""
-    import torch
-
-    if device == "cpu":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context; on a shared card, others too
-    return int(torch.cuda.max_memory_reserved(device) + outside)
-
-
-@dataclass
-class Memory:
-    """Host memory while a block runs."""
-
-    peak: int = 0
-
-
-@contextmanager
-def watched() -> Iterator[Memory]:
-    """The largest resident set seen, looked at 50 times a second."""
-    memory, is_over = Memory(rss()), threading.Event()
-
-    def look() -> None:
-        while not is_over.wait(0.02):
-            memory.peak = max(memory.peak, rss())
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        is_over.set()
-        thread.join()
-        memory.peak = max(memory.peak, rss())
-
-
-def rss() -> int:
-    """Bytes of this process that are in RAM, mapped files and all."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def print_bench(found: Found) -> None:

@@ -51,7 +51,7 @@ def one_at_a_time(root: Path, files: Sequence[Path], geometry: Geometry, device:
     from diffusers.image_processor import VaeImageProcessor
     from PIL import Image
 
-    from k5cache.bench_encoders import timed
+    from k5cache.bench_tools import timed
     from k5cache.encoders import vae
 
     loaded = vae.load_vae(root, device, _float32())
@@ -82,7 +82,7 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     """(seconds of the pass over all files, the VAE loaded and warm; VRAM)."""
     import torch
 
-    from k5cache.bench_encoders import peak_vram, reset_peak, timed
+    from k5cache.bench_tools import peak_vram, reset_peak, timed
 
     cache, bucket = root / "pictures_cache", geometry.bucket
     cache.mkdir()
@@ -100,7 +100,7 @@ def compare_precisions(found: Found, root: Path, source: Path, sizes: Sizes, dev
     """Error, time and memory of bfloat16, of strips and of diffusers' tiling, against float32 of the whole image."""
     import torch
 
-    from k5cache.bench_encoders import peak_vram, reset_peak, timed
+    from k5cache.bench_tools import peak_vram, reset_peak, timed
     from k5cache.encoders import vae
 
     geometry = cover(*sizes.source, Bucket(sizes.side, sizes.side))

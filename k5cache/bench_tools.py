@@ -1,0 +1,95 @@
+"""How are seconds, VRAM and host memory of an encoder measured?"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def collect(rows: Iterator[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """Rows in the order of their captions, each with its own memory, as a shard would take them."""
+    held = {i: row.clone() for i, row in rows}
+    return [held[i] for i in range(len(held))]
+
+
+def timed(device: str, run: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds until the device is done, what ``run`` returns)."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def in_use(device: str) -> int:
+    """Bytes that torch has allocated on the device."""
+    import torch
+
+    return int(torch.cuda.memory_allocated(device)) if device != "cpu" else 0
+
+
+def reset_peak(device: str) -> None:
+    """Begin to watch VRAM."""
+    import torch
+
+    from k5cache.passes import release
+
+    release(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_vram(device: str) -> int:
+    """Most VRAM that torch reserved since ``reset_peak``, with what the process holds outside its allocator."""
+    import torch
+
+    if device == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context; on a shared card, others too
+    return int(torch.cuda.max_memory_reserved(device) + outside)
+
+
+@dataclass
+class Memory:
+    """Host memory while a block runs."""
+
+    peak: int = 0
+
+
+@contextmanager
+def watched() -> Iterator[Memory]:
+    """The largest resident set seen, looked at 50 times a second."""
+    memory, is_over = Memory(rss()), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.02):
+            memory.peak = max(memory.peak, rss())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        is_over.set()
+        thread.join()
+        memory.peak = max(memory.peak, rss())
+
+
+def rss() -> int:
+    """Bytes of this process that are in RAM, mapped files and all."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
