@@ -212,20 +212,22 @@ class Shard:
         length = 1 if n_tokens is None else n_tokens
         tensors: dict[str, torch.Tensor] = {}
         pieces: list[Any] = []  # before each value its page header, then the value itself
+        num_bytes = 0
         for name, header_bytes, value_bytes in self._layout(row):
+            num_bytes += header_bytes + value_bytes
             pieces.append(bytearray(header_bytes))
             if name in self.specs:
-                flat = torch.empty(value_bytes, dtype=torch.uint8, pin_memory=pin_memory)
                 spec = self.specs[name]
-                tensors[name] = flat.view(torch_dtype(spec.dtype)).view(spec.sizes(length))
-                pieces.append(flat.numpy().data)
+                tensor = torch.empty(spec.sizes(length), dtype=torch_dtype(spec.dtype), pin_memory=pin_memory)
+                tensors[name] = tensor
+                pieces.append((tensor if tensor.dim() else tensor.view(1)).view(torch.uint8).numpy().data)
             else:
                 pieces.append(bytearray(value_bytes))
         num_read = os.preadv(self._fd, pieces, self._meta.row_group(row).column(0).data_page_offset)
         digest = xxhash.xxh3_64()
         for piece in pieces:
             digest.update(piece)
-        if num_read != sum(map(len, pieces)) or digest.intdigest() != self._hashes[row]:
+        if num_read != num_bytes or digest.intdigest() != self._hashes[row]:
             raise files.corrupt(
                 self.root, f"{self.path}, row {row} (key {key}): its bytes are not those that were written"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def from_bytes(buffer: bytes | bytearray | memoryview, spec: TensorSpec) -> torc
     return torch.frombuffer(writable, dtype=torch.uint8).view(torch_dtype(spec.dtype)).view(spec.sizes(length))
 
 
+@functools.cache
 def torch_dtype(name: str) -> torch.dtype:
     """``"bfloat16"`` -> ``torch.bfloat16``."""
     import torch
