@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from k5cache.errors import DoesNotFit
-from k5train import lora
+from k5train import lora, ready
 from k5train.base import execute, stream
 from k5train.base.block import Modes, gather
 from k5train.base.execute import Execution, choose_modes
 from k5train.base.forward import predict_velocity
 from k5train.base.memory import LEVELS, Plan, Streaming
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig
+from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 
 CPU = torch.device("cpu")
 PLAIN = Modes(int8_dynamic=False, cudnn=False)
@@ -26,7 +26,11 @@ PLAIN = Modes(int8_dynamic=False, cudnn=False)
 
 def model(folder: Path, precision: Any = "int8-quanto", targets: tuple[str, ...] = ("official",), dropout: float = 0.0):
     """The toy transformer in float32 with an adapter whose every matrix has a gradient."""
-    transformer = load_transformer(folder, precision, torch.float32, CPU)
+    return adapt(load_transformer(folder, precision, torch.float32, CPU), targets, dropout)
+
+
+def adapt(transformer: Any, targets: tuple[str, ...] = ("official",), dropout: float = 0.0) -> Any:
+    """An adapter whose every matrix has a gradient, always the same."""
     lora.add_lora(transformer, LoraConfig(rank=4, alpha=8, targets=targets, dropout=dropout), seed=0)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in transformer.named_parameters():
@@ -205,6 +209,20 @@ def test_a_compiler_that_fails_leaves_one_line_and_eager_blocks(toy_model, monke
     assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
 
 
+def test_cudnn_attention_that_fails_is_given_up_before_the_compiler_is(toy_model, capsys):
+    made = execution(model(toy_model), modes=Modes(int8_dynamic=False, cudnn=True))
+    made._run = lambda *_: None  # type: ignore[assignment, return-value]
+
+    def step() -> None:
+        if made.modes.cudnn:
+            raise RuntimeError("No available kernel")
+
+    made.warm_up(step)
+    assert made.is_compiled
+    assert not made.modes.cudnn
+    assert "No available kernel" in capsys.readouterr().err
+
+
 def test_running_out_of_memory_while_compiling_is_no_reason_to_run_eagerly(toy_model):
     made = execution(model(toy_model))
     made._run = lambda *a: None  # type: ignore[assignment, return-value]
@@ -243,3 +261,17 @@ def test_padded_captions_are_masked_as_in_the_plain_blocks(toy_model, level):
     plain = predict_velocity(transformer, *inputs, text_lengths=(7, 3))
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
     assert (plain - predict_velocity(transformer, *inputs)).abs().max() > 1e-3
+
+
+def test_another_adapter_on_the_same_base_finds_the_streamed_weights(toy_model):
+    transformer = model(toy_model)
+    inputs = batch(transformer)
+    resident = outcome(transformer, None, inputs)
+    config = TrainConfig(memory=MemoryConfig(execution="eager"))
+    plan = Plan(("nothing",) * len(transformer.visual_transformer_blocks), Streaming(2), {}, None, 0)
+    for _ in range(2):
+        made = ready.execute(transformer, config, CPU, plan)
+        assert made is not None
+        assert_same(outcome(transformer, made.policies, inputs), resident, WITHIN)
+        transformer.unload_lora()
+        adapt(transformer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from k5train.base.block import Block, Modes, adapter_state, gather, run_block
 from k5train.base.forward import BlockPolicy, keep, recompute
 from k5train.base.masked import MaskedTextBlock, MaskedVisualBlock
 from k5train.base.memory import LEVELS, Level, LevelName, Plan
+from k5train.base.prepared import k5_home
 from k5train.base.stream import Streamer, spread
 
 if TYPE_CHECKING:
@@ -74,30 +76,36 @@ class Execution:
         return self._run is not _run
 
     def warm_up(self, step: Callable[[], Any]) -> None:
-        """Run ``step`` (a forward and backward pass) once: compile, or say in one line that blocks run eagerly.
+        """Run ``step`` (a forward and backward pass) once: compile, or say in one line what runs instead.
 
         Raises:
             torch.OutOfMemoryError: as it came.
         """
         if not self.is_compiled:
             return
-        devices = [self.device] if self.device.type == "cuda" else []
+        error = self._attempt(step)
+        if error and self.modes.cudnn:
+            self.modes = self.modes._replace(cudnn=False)
+            console.note(f"cuDNN attention does not compile here, flash attention is tried ({_words(error)})")
+            error = self._attempt(step)
+        if error:
+            console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({_words(error)})")
+            self._run = _run
+
+    def _attempt(self, step: Callable[[], Any]) -> Exception | None:
+        """Run ``step``, random numbers put back after it. Returns what went wrong, unless that is for the user."""
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 step()
-            return
+            return None
         except (torch.OutOfMemoryError, K5Error):
             raise
         # Dynamo, inductor, Triton, gcc and ptxas each fail in their own way; whatever it was, the eager run that
         # follows answers it, and raises if the compiler was not to blame.
         except Exception as error:
-            words = (str(error).strip() or type(error).__name__).splitlines()[0][:140]
-            console.warn(
-                f"The blocks cannot be compiled here and run eagerly, slower ({type(error).__name__}: {words})"
-            )
-        self._run = _run
-        if self.streamer:
-            self.streamer.reset()
+            if self.streamer:
+                self.streamer.reset()
+            return error
 
     def _policy(self, level: LevelName) -> BlockPolicy:
         gathered: dict[Any, Block | None] = {}
@@ -124,6 +132,10 @@ class Execution:
             return result
 
         return policy
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:140]}"
 
 
 def choose_modes(device: torch.device, precision: str) -> Modes:
@@ -223,6 +235,8 @@ def _run(
 def _compile() -> Callable[..., Tensor]:
     import torch._dynamo
 
+    # inductor keeps what it compiled in /tmp, which a restart empties; a second run then compiles again, a minute.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(k5_home() / "compiled"))
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILED_VARIANTS)
     # Says once that in-place ops would be wrong under selective checkpointing; there are none inside a block.

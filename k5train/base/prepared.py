@@ -47,7 +47,12 @@ class Prepared:
 
 def home() -> Path:
     """Where prepared bases are kept: ``$K5_HOME/base``, by default ``~/.cache/k5/base``."""
-    return Path(os.environ.get("K5_HOME") or Path("~/.cache/k5").expanduser()) / "base"
+    return k5_home() / "base"
+
+
+def k5_home() -> Path:
+    """Where what can be made again is kept: ``$K5_HOME``, by default ``~/.cache/k5``."""
+    return Path(os.environ.get("K5_HOME") or Path("~/.cache/k5").expanduser())
 
 
 def prepared_path(folder: Path, dtype: torch.dtype) -> Path:

@@ -30,7 +30,7 @@ def limit(device: torch.device, num_bytes: int | None) -> None:
     if device.type != "cuda" or num_bytes is None:
         return
     _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total))  # of the current device: no index is known
     _limits[device] = num_bytes
 
 
