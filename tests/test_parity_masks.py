@@ -56,11 +56,11 @@ def velocity(transformer, group: Group, **options) -> torch.Tensor:
     return predict_velocity(transformer, *inputs, text_lengths=group.text_lengths, **options)
 
 
-def loss_and_gradients(transformer, groups: list[Group], **options) -> tuple[float, torch.Tensor]:
+def loss_and_gradients(transformer, groups: list[Group], device="cpu", **options) -> tuple[float, torch.Tensor]:
     parameters = lora.lora_parameters(transformer)
     batch = Batch(tuple(range(sum(len(g.sigma) for g in groups))), tuple(groups))
     predict = partial(predict_velocity, transformer, **options)
-    loss = accumulate(predict, [batch], None, torch.device("cpu"))  # type: ignore[arg-type]
+    loss = accumulate(predict, [batch], None, torch.device(device))  # type: ignore[arg-type]
     gradients = torch.cat([p.grad.flatten() for p in parameters])
     for parameter in parameters:
         parameter.grad = None

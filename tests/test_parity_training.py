@@ -41,9 +41,9 @@ OFFICIAL = [  # the official trainer's configs/trainer/lora_image.yaml
 QUANTO_INCLUDE = ["*_transformer_blocks.*attention.*", "*.feed_forward.*"]
 
 
-def our_steps(model, cache, precision, dtype, steps, config):
+def our_steps(model, cache, precision, dtype, steps, config, device="cpu"):
     """The pieces of ``k5train.loop.train``, without its files. Returns losses, norms, adapter, its start, batches."""
-    transformer = load_transformer(model, precision, dtype, "cpu")
+    transformer = load_transformer(model, precision, dtype, device)
     lora.add_lora(transformer, config.lora, config.seed)
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -58,14 +58,14 @@ def our_steps(model, cache, precision, dtype, steps, config):
         seen.append(list(islice(batches, micro)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optim, config.steps)
-        losses.append(accumulate(predict, seen[-1], cache, torch.device("cpu")))
+        losses.append(accumulate(predict, seen[-1], cache, torch.device(device)))
         norms.append(update(optimizer, parameters, config.optim.max_grad_norm))
     return losses, norms, get_peft_model_state_dict(transformer), start, seen
 
 
-def plain_steps(model, precision, dtype, start, seen: list[list[Batch]]):
+def plain_steps(model, precision, dtype, start, seen: list[list[Batch]], device="cpu"):
     """The same training with diffusers, peft and torch alone: nothing of ours but the random draws."""
-    transformer = reference_transformer(model, dtype)
+    transformer = reference_transformer(model, dtype, device)
     if precision == "int8-quanto":
         quantize(transformer, weights=qint8, include=QUANTO_INCLUDE)
         freeze(transformer)
@@ -80,7 +80,7 @@ def plain_steps(model, precision, dtype, start, seen: list[list[Batch]]):
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=1e-8, weight_decay=DECAY)
     losses, norms = [], []
     for step, batches in enumerate(seen):
-        groups = [group for batch in batches for group in batch.groups]
+        groups = [group.to(torch.device(device)) for batch in batches for group in batch.groups]
         num_rows = sum(len(group.sigma) for group in groups)
         total = 0.0
         for group in groups:
