@@ -1,0 +1,232 @@
+"""Stage 1's plan: what fits which card, how long it takes, and that strips leave no seam."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from k5cache import memory_plan, stage1
+from k5cache.cli import app
+from k5cache.encoders import machine, qwen, vae
+from k5cache.encoders.strips import moments_in_strips
+from k5cache.errors import DoesNotFit
+from k5cache.memory_plan import TextArchitecture, parse_memory, plan_text, plan_vae
+from tests.cli import Cli
+
+GIB = 2**30
+# Qwen2.5-VL-7B-Instruct's config.json, flat as published, and FLUX.1's ae
+QWEN = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+FLUX = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+ARCHITECTURE = TextArchitecture.of(QWEN)
+
+
+def text_plan(vram_gib: float | None, precision="bf16", batching="exact", ram_gib=24.0, **options):
+    vram = None if vram_gib is None else int(vram_gib * GIB)
+    return plan_text(ARCHITECTURE, precision, batching, 512, vram=vram, ram=int(ram_gib * GIB), **options)
+
+
+def test_the_arithmetic_counts_the_parameters_of_the_real_layers(toy_model):
+    config = json.loads((toy_model / "text_encoder" / "config.json").read_text())
+    architecture = TextArchitecture.of(config)
+    model = qwen.empty_text_model(toy_model, torch.bfloat16)
+    assert architecture.layer_parameters == sum(p.numel() for p in model.layers[0].parameters())
+    assert architecture.num_layers == len(model.layers)
+    assert ARCHITECTURE.layer_parameters == 233_057_792  # 0.47 GB in bf16, 28 of them 13.05 GB
+
+
+def test_flops_are_those_that_torch_counts(toy_model):
+    model = qwen.load_qwen(toy_model, "cpu", torch.float32).model
+    architecture = TextArchitecture.of(json.loads((toy_model / "text_encoder" / "config.json").read_text()))
+    with FlopCounterMode(display=False) as counter:
+        for layer in model.layers:
+            for linear in [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]:
+                linear(torch.zeros(1, linear.in_features))
+    assert architecture.flops_per_token == pytest.approx(counter.get_total_flops(), rel=0.02)  # norms and biases
+    config = {**FLUX, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+    with torch.device("meta"):
+        encoder = AutoencoderKL(
+            **config, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4
+        ).encoder
+        image = torch.zeros(1, 3, 256, 256)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(image)
+    assert memory_plan.vae_flops(FLUX, 256 * 256) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("vram", "precision", "mode", "parking"),
+    [
+        (24, "bf16", "resident", "device"),
+        (16, "bf16", "resident", "device"),
+        (12, "bf16", "streamed", "device"),
+        (12, "int8", "resident", "device"),
+        (4, "bf16", "streamed", "device"),
+        (2, "bf16", "streamed", "host"),
+        (None, "bf16", "resident", "device"),
+    ],
+)
+def test_the_text_encoder_is_resident_where_it_fits_and_streamed_where_it_does_not(vram, precision, mode, parking):
+    made = text_plan(vram, precision, num_tokens=110_000)
+    assert (made.mode, made.parking) == (mode, parking)
+
+
+def test_a_cpu_without_the_memory_streams_too():
+    assert text_plan(None, ram_gib=8).mode == "streamed"
+    assert text_plan(None, ram_gib=8).ram < 8 * GIB
+
+
+@pytest.mark.parametrize("batching", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "int8"])
+def test_no_plan_needs_more_than_the_card_has(precision, batching):
+    refused = []
+    for quarter in range(4, 160):
+        try:
+            made = text_plan(quarter / 4, precision, batching, num_tokens=2_000_000)
+        except DoesNotFit:
+            refused.append(quarter)
+            continue
+        assert made.vram <= quarter / 4 * GIB
+        assert made.chunk_tokens >= 576, "a chunk holds at least the longest caption"
+    assert refused == list(range(4, 4 + len(refused))), "what fits a small card fits a larger one"
+    assert 0 < len(refused) < 16
+
+
+def test_what_cannot_fit_is_refused_with_what_it_needs():
+    with pytest.raises(DoesNotFit) as refused:
+        text_plan(1)
+    assert refused.value.problem == (
+        "The text encoder needs 1.9 GiB of VRAM with one layer at a time, there are 1.0 GiB"
+    )
+    assert "--device cpu" in refused.value.fix
+
+
+def test_memory_does_not_grow_with_the_captions():
+    few, many = (text_plan(4, num_tokens=n) for n in (400_000, 400_000_000))
+    assert (few.vram, few.ram, few.chunk_tokens) == (many.vram, many.ram, many.chunk_tokens)
+    assert many.num_chunks(400_000_000) > 100
+
+
+def test_a_slow_device_commits_every_three_minutes():
+    made = text_plan(None, tokens_per_second=20.0)
+    assert made.chunk_tokens == 3600
+    assert text_plan(None, tokens_per_second=0.5).chunk_tokens == 576, "but never less than a caption"
+
+
+def test_streaming_takes_the_longer_of_computing_and_reading():
+    made = text_plan(4, num_tokens=100_000)
+    speed = memory_plan.Speed(text_flops=1e14, vae_flops=1e13, read_bytes=3e9)
+    compute = 100_000 * ARCHITECTURE.flops_per_token / 1e14
+    assert memory_plan.text_seconds(made, ARCHITECTURE, [200] * 500, speed) == pytest.approx(compute, rel=0.02)
+    slow_disk = replace(speed, read_bytes=1e8)
+    assert memory_plan.text_seconds(made, ARCHITECTURE, [200] * 500, slow_disk) == pytest.approx(130, rel=0.05)
+
+
+def test_the_vae_is_whole_then_in_strips_then_refused():
+    modes = {gib: plan_vae(FLUX, "fp32", 1024 * 1024, vram=gib * GIB).mode for gib in (8, 3)}
+    assert modes == {8: "whole", 3: "strips"}
+    assert plan_vae(FLUX, "bf16", 1024 * 1024, vram=3 * GIB).mode == "whole"
+    with pytest.raises(DoesNotFit, match="VAE needs"):
+        plan_vae(FLUX, "fp32", 1024 * 1024, vram=1 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("4GB", 4 * GIB), ("4 GiB", 4 * GIB), ("4", 4 * GIB), ("3500MB", 3500 * 2**20)]
+)
+def test_memory_is_written_as_people_write_it(text, num_bytes):
+    assert parse_memory(text) == num_bytes
+
+
+@pytest.fixture(scope="module")
+def loaded_vae(toy_model):
+    return vae.load_vae(toy_model, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("strip_pixels", [1, 1000, 2**17])
+def test_strips_leave_no_seam(loaded_vae, strip_pixels):
+    pixels = torch.rand(1, 3, 208, 144, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = loaded_vae._encode(pixels)
+        found = moments_in_strips(loaded_vae, pixels, strip_pixels)
+    # float32, sums in another order; latents have a standard deviation of 0.3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_tiles_do_leave_seams(toy_model):
+    tiled = AutoencoderKL.from_pretrained(toy_model, subfolder="vae")
+    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = tiled.encode(pixels).latent_dist.mean
+        tiled.enable_tiling()
+        tiled.tile_sample_min_size, tiled.tile_latent_min_size = 64, 8
+        error = tiled.encode(pixels).latent_dist.mean - expected
+    assert error.norm() / expected.norm() > 0.1, "if this fails, strips are no longer needed"
+
+
+def test_latents_in_strips_are_those_of_the_whole_image(loaded_vae):
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for a, b in zip(
+        vae.encode_on_device(loaded_vae, pixels), vae.encode_on_device(loaded_vae, pixels, in_strips=True), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (80, 70 + i), (10 * i, 20, 30)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a red fox in the snow " * (i + 1))
+    return folder
+
+
+def test_plan_prints_what_an_encode_would_take_and_loads_no_encoder(toy_model, source, tmp_path, monkeypatch):
+    for module, name in ((qwen, "load_qwen"), (vae, "load_vae"), (qwen, "load_tokenizer")):
+        monkeypatch.setattr(module, name, None)
+    command = ("plan", "pictures", "--model", str(toy_model), "--set", "cache.resolution=64")
+    here = Cli(tmp_path)(app, *command, "--json")
+    assert here.code == 0, here.err
+    made = json.loads(here.out)
+    assert (made["num_captions"], made["num_images"], made["text"]["mode"]) == (4, 3, "resident")
+    assert made["text_seconds"] > 0 < made["vae_seconds"]
+    card = Cli(tmp_path)(app, *command, "--vram", "1GB")
+    assert "a card of 1.0 GiB" in card.out
+    assert "there is no GPU here to measure" in card.out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plan_that_does_not_fit_ends_in_two_lines(toy_model, source, tmp_path):
+    done = Cli(tmp_path)(app, "plan", "pictures", "--model", str(toy_model), "--vram", "700MB")
+    assert done.code == 2
+    assert "The text encoder needs" in done.err
+    done = Cli(tmp_path)(app, "plan", "pictures", "--model", str(toy_model), "--vram", "lots")
+    assert "--vram lots is not an amount of memory" in done.err
+
+
+def test_an_encode_on_a_cpu_says_first_how_long_it_will_take(toy_model, source, tmp_path, monkeypatch):
+    speed = memory_plan.Speed(text_flops=5e5, vae_flops=1e7, read_bytes=1e9)
+    monkeypatch.setattr(stage1, "measured", lambda *_: speed)
+    command = ("encode", "pictures", "--model", str(toy_model), "--set", "cache.resolution=64")
+    done = Cli(tmp_path)(app, *command, "--set", "cache.text_encoder_1_precision=int8")
+    assert done.code == 0, done.err
+    first, second = (line for line in done.err.splitlines() if line.strip())
+    assert "takes about" in first
+    assert "4 captions" in first
+    assert "3 images" in first
+    assert "int8 gives embeddings" in second
+
+
+def test_estimates_of_captions_are_near_their_token_counts(toy_model):
+    tokenizer = qwen.load_tokenizer(toy_model)
+    captions = ["a red fox asleep in the deep snow of a very long winter", "birds", ""]
+    for caption, about in zip(captions, machine.text_lengths(captions), strict=True):
+        assert about == pytest.approx(len(qwen.tokenize(tokenizer, caption, 512).ids), abs=20)
