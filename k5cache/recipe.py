@@ -46,7 +46,7 @@ def read(path: Path | None, overrides: list[str], tables: tuple[str, ...] = ("mo
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not valid TOML: {error}", "Mend that line; see https://toml.io") from error
     for override in overrides:
-        _apply(document, override)
+        set_option(document, override)
     problems = [_unknown("table", name, tables) for name in document if name not in tables]
     if problems:
         raise RecipeError(_join(problems, path), f"The tables of a recipe are {', '.join(f'[{t}]' for t in tables)}")
@@ -123,7 +123,12 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
 
 
-def _apply(document: Document, override: str) -> None:
+def set_option(document: Document, override: str) -> None:
+    """Lay one ``table.key=value`` over a document, in place.
+
+    Raises:
+        RecipeError: it is not ``table.key=value``.
+    """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):

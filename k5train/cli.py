@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from k5cache import console
 from k5cache.errors import CacheError
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from k5cache.config import ModelConfig
     from k5train.config import TrainConfig
     from k5train.loop import Result
+    from k5train.sweep import Row
 
 app = typer.Typer(
     help="Train a Kandinsky 5 Image LoRA from a cache, on the card you have.",
@@ -76,6 +80,43 @@ def resume(
     from k5train import start
 
     print_result(start.resume(run, options or [], cache))
+
+
+@app.command()
+def sweep(
+    cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", help="train.option=a,b,c. All combinations of several are run.")
+    ] = None,
+    listed: Annotated[
+        Path | None, typer.Option("--list", help="A TOML file of [[run]] tables instead: name and options.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: sweeps/<name of CACHE>.")] = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+) -> None:
+    """Train many LoRAs over one cache with the base loaded once, and compare them.
+
+    The same command again skips what is finished and goes on with what was stopped.
+    """
+    from k5cache.recipe import read
+    from k5train import sweep as sweeping
+
+    document = read(recipe, options or [])
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    model_config, runs = sweeping.settings(document, grid or [], listed, recipe)
+    if cache is None and not runs[0].config.data:
+        cache = find_cache(Path("cache"))
+    name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
+    target = out or Path("sweeps") / name
+    rows, pictures = sweeping.sweep(cache, target, model_config, runs)
+    print_sweep(rows)
+    if pictures:
+        console.out.print(f"pictures {pictures}", markup=False)
+    best = min(rows, key=lambda r: r.best_loss or r.last_loss or float("inf"))
+    console.next_step("Next, draw more with the lowest loss", f"k5train sample {target / best.label}")
 
 
 @app.command()
@@ -209,6 +250,21 @@ def print_result(result: Result) -> None:
     console.next_step("Next, draw more", f"k5train sample {result.lora.parent}")
 
 
+def print_sweep(rows: list[Row]) -> None:
+    """One line a run."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "steps", "loss", "held out", "time", "started in", "LoRA"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        losses = [f"{loss:.4f}" if loss is not None else "" for loss in (row.last_loss, row.best_loss)]
+        times = [console.human_seconds(s) if s is not None else "" for s in (row.seconds, row.seconds_to_start)]
+        cells = [row.label, str(row.steps), *losses, *times, row.problem or row.lora]
+        table.add_row(*(Text(cell) for cell in cells))
+    console.out.print(table)
+
+
 def main() -> None:
     """Entry point of ``k5train``."""
+    # Freed memory is joined again: what torch reserves is then what the plan says. Read when torch is imported.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     console.run(app)

@@ -1,4 +1,4 @@
-"""Which keys of a LoRA file would diffusers use, and which ComfyUI? diffusers is asked, ComfyUI's rules are written out.
+"""Which keys of a LoRA file would diffusers use, and which ComfyUI? diffusers is asked, ComfyUI's rules are written.
 
 Both leave keys out without an error: a file can load as nothing at all. ``check-lora`` says so beforehand.
 """
@@ -61,7 +61,7 @@ def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
     """What diffusers and ComfyUI would load of a file from anywhere.
 
     Args:
-        transformer: of the architecture in question; weights on the meta device will do. It is left as it was.
+        transformer: of the architecture in question; weights on the meta device will do.
 
     Raises:
         RunError: the file is not safetensors.
@@ -97,12 +97,16 @@ def load_by_diffusers(path: Path, transformer: Kandinsky5Transformer3DModel) -> 
     from diffusers.utils import logging
     from peft.tuners.lora import LoraLayer
 
-    pipeline = type("Pipeline", (KandinskyLoraLoaderMixin,), {"transformer_name": "transformer"})()
-    pipeline.transformer = transformer
+    _hollow(transformer)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would warn of is what we look for
     try:
-        pipeline.load_lora_weights(str(path), adapter_name="checked", low_cpu_mem_usage=True)
+        # What load_lora_weights of Kandinsky5T2IPipeline does, without a pipeline and its encoders.
+        loader = KandinskyLoraLoaderMixin
+        state, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True)
+        if not all("lora" in key for key in state):
+            raise ValueError("Invalid LoRA checkpoint. Make sure all LoRA param names contain `'lora'` substring.")
+        loader.load_lora_into_transformer(state, transformer, adapter_name="checked", metadata=metadata)
     except Exception as error:  # whatever it is, a user of the file would meet it too
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {}, f"{type(error).__name__}: {words[:160]}"
@@ -111,12 +115,18 @@ def load_by_diffusers(path: Path, transformer: Kandinsky5Transformer3DModel) -> 
     loaded = {}
     for name, layer in transformer.named_modules():
         if isinstance(layer, LoraLayer) and "checked" in layer.lora_A:
-            down, up = layer.lora_A["checked"].weight, layer.lora_B["checked"].weight
-            if not down.is_meta and not up.is_meta:  # a module of the config to which the file gave nothing
-                loaded[f"{name}.lora_A.weight"] = down.detach()
-                loaded[f"{name}.lora_B.weight"] = up.detach() * layer.scaling["checked"]
+            loaded[f"{name}.lora_A.weight"] = layer.lora_A["checked"].weight.detach()
+            loaded[f"{name}.lora_B.weight"] = layer.lora_B["checked"].weight.detach() * layer.scaling["checked"]
     transformer.unload_lora()
     return loaded, None
+
+
+def _hollow(transformer: torch.nn.Module) -> None:
+    """Linears on the CPU that take no memory: peft puts an adapter where its linear is, and on meta nothing arrives."""
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
+            shape = module.weight.shape
+            module.weight = torch.nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
 
 
 # comfy/weight_adapter/lora.py: the first of these that is there, with its partner.

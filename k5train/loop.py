@@ -16,11 +16,13 @@ from k5cache import console
 from k5cache.hub import read_config
 from k5train import lora
 from k5train.base.forward import predict_velocity
+from k5train.base.quantize import empty_transformer
 from k5train.checkpoint import Run, hold, write_json
 from k5train.config import TrainConfig
 from k5train.data import Loader, prefetch
 from k5train.heldout import hold_out
 from k5train.interrupt import Interruptions
+from k5train.loaders import compare_saved
 from k5train.metadata import metadata
 from k5train.metrics import Metrics, read_metrics
 from k5train.mixture import Mixture
@@ -52,6 +54,8 @@ class Result:
     best_step: int | None
     best_loss: float | None
     """The lowest held-out loss, and when; its LoRA is ``<name>-best.safetensors``."""
+    seconds_to_start: float
+    """From the call of ``train`` until everything was ready for the first step."""
 
 
 def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None) -> Result:
@@ -67,6 +71,7 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
         RunError: there is no GPU for a full-size model, the loss is not finite, or the run was started differently.
         KeyboardInterrupt: Ctrl-C; the state is saved.
     """
+    called = time.monotonic()
     device = base.device if base else pick_device(config.device, folder)
     check_fit(data.first, folder)
     check_trackers(config.trackers)
@@ -84,11 +89,16 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
         if saved:
             console.note(f"Going on from step {progress.step}")
         try:
-            ended_by = _Loop(data, config, run, session, loader, validation, progress, this).run_to_end()
+            loop = _Loop(data, config, run, session, loader, validation, progress, this)
+            ended_by = loop.run_to_end()
+            result = _result(run, progress, ended_by, bool(config.validation.prompts), loop.ready - called)
+            names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
+            write_json(run.result, {**asdict(result), **names})
+            if config.lora.algo in ("lora", "rslora"):
+                with session.settled():
+                    compare_saved(run.lora, base.transformer, empty_transformer(folder))
         finally:
             session.close()
-        result = _result(run, progress, ended_by, with_grid=bool(config.validation.prompts))
-        write_json(run.result, {**asdict(result), "lora": result.lora.name, "grid": result.grid and result.grid.name})
     return result
 
 
@@ -108,6 +118,7 @@ class _Loop:
         self.loss_of = partial(train_step, huber_c=huber_c, cost=self.cost)
         self.clock = Clock(progress.seconds)
         self.losses: list[float] = []
+        self.ready = time.monotonic()
 
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
@@ -121,6 +132,7 @@ class _Loop:
         ):
             try:
                 self.warm_up()
+                self.ready = time.monotonic()
                 return self.steps(bars, metrics, interruptions)
             except KeyboardInterrupt:
                 with interruptions.held():
@@ -246,7 +258,7 @@ def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loade
     return Loader(data, config, scaling_factor, grid), config
 
 
-def _result(run: Run, progress: Progress, ended_by: str, with_grid: bool) -> Result:
+def _result(run: Run, progress: Progress, ended_by: str, with_grid: bool, seconds_to_start: float) -> Result:
     losses = [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
     tenth = max(1, len(losses) // 10)
     return Result(
@@ -259,6 +271,7 @@ def _result(run: Run, progress: Progress, ended_by: str, with_grid: bool) -> Res
         ended_by=ended_by,
         best_step=progress.best_step,
         best_loss=progress.best_loss,
+        seconds_to_start=seconds_to_start,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,7 @@ class Painter:
         self.folder, self.run, self.prompts = folder, run, chosen.prompts
         self.rows, self.negative = sample.prompt_rows(cache, chosen.prompts, chosen.negative_prompt)
         self.settings = sample.settings_for(cache, chosen)
+        self.drawn = {"prompts": list(self.prompts), "negative_prompt": chosen.negative_prompt, **asdict(self.settings)}
 
     def draw(
         self, transformer: Kandinsky5Transformer3DModel, step: int, bars: Progress, kind: str = ""
@@ -124,38 +126,42 @@ class Painter:
             the pictures by what they show.
         """
         transformer.eval()
-        with _without_adapter(transformer) if step == 0 else nullcontext():
-            pictures = sample.draw_prompts(
-                transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
-            )
         folder = self.run.samples(step) / kind.lower()
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(pictures):
-            write_whole(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
-        write_json(folder / "prompts.json", list(self.prompts))
+        if step == 0 and self._is_drawn(folder):  # a sweep brings the base model's pictures along
+            pictures = self._read(folder)
+        else:
+            with _without_adapter(transformer) if step == 0 else nullcontext():
+                pictures = sample.draw_prompts(
+                    transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(pictures):
+                write_whole(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
+            write_json(folder / "drawn.json", self.drawn)
         self.write_grid(step)
         ending = f" ({kind})" if kind else ""
         return {f"{prompt}{ending}": picture for prompt, picture in zip(self.prompts, pictures, strict=True)}
 
     def write_grid(self, step: int) -> None:
-        """Every row drawn of these prompts until ``step``, from the files: also those of before a restart."""
+        """Every row drawn so until ``step``, from the files: also those of before a restart."""
         rows = []
         for number in sorted(int(p.name.removeprefix("step-")) for p in self.run.root.glob("samples/step-*")):
             for kind in ("", "EMA"):
                 folder = self.run.samples(number) / kind.lower()
-                if number <= step and _drawn_prompts(folder) == list(self.prompts):
-                    pictures = [Image.open(folder / f"{i:02d}.png") for i in range(len(self.prompts))]
+                if number <= step and self._is_drawn(folder):
                     label = f"step {number} {kind}".strip() if number else "base model"
-                    rows.append((label, [picture.convert("RGB") for picture in pictures]))
+                    rows.append((label, self._read(folder)))
         write_whole(self.run.grid, partial(sample.grid(rows, self.prompts).save, format="PNG"))
 
+    def _is_drawn(self, folder: Path) -> bool:
+        """Whether these prompts were drawn there, in this way."""
+        try:
+            return bool(json.loads((folder / "drawn.json").read_text(encoding="utf-8")) == self.drawn)
+        except FileNotFoundError:
+            return False
 
-def _drawn_prompts(folder: Path) -> list[str] | None:
-    try:
-        prompts: list[str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return prompts
+    def _read(self, folder: Path) -> list[Image.Image]:
+        return [Image.open(folder / f"{i:02d}.png").convert("RGB") for i in range(len(self.prompts))]
 
 
 @contextmanager

@@ -1,0 +1,191 @@
+"""Files that others load: what diffusers and ComfyUI make of each family of keys; exact exports and merges."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from k5train.base.quantize import empty_transformer
+from k5train.cli import app
+from k5train.export import architecture, side_by_side
+from k5train.loaders import check_lora, linear_modules, load_by_diffusers
+from k5train.lora_keys import read_pairs
+from tests.cli import Cli
+from tests.runs import CONFIG, start_run
+
+MODULE = "visual_transformer_blocks.0.self_attention.to_query"
+OTHER = "visual_transformer_blocks.1.feed_forward.in_layer"
+
+
+@pytest.fixture(scope="module")
+def empty(toy_model):
+    return empty_transformer(toy_model)
+
+
+@pytest.fixture(scope="module")
+def pairs(empty):
+    """Two modules' matrices, ranks 2 and 3."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, rank in ((MODULE, 2), (OTHER, 3)):
+        linear = empty.get_submodule(name)
+        made[name] = (torch.randn(rank, linear.in_features, generator=generator),
+                      torch.randn(linear.out_features, rank, generator=generator))  # fmt: skip
+    return made
+
+
+def write(path, pairs, down="{}.lora_A.weight", up="{}.lora_B.weight", name="transformer.{}", flat=False, **more):
+    state = {}
+    for module, (a, b) in pairs.items():
+        key = name.format(module.replace(".", "_") if flat else module)
+        state |= {down.format(key): a, up.format(key): b}
+        state |= {f"{key}.{end}": tensor for end, tensor in more.items()}
+    save_file({key: tensor.clone() for key, tensor in state.items()}, path)
+    return path
+
+
+KOHYA = {"down": "{}.lora_down.weight", "up": "{}.lora_up.weight", "name": "lora_unet_{}", "flat": True}
+# What each family of keys comes to: (modules by diffusers, by ComfyUI), or the error.
+FAMILIES = [
+    ({}, (2, 2)),
+    ({"name": "diffusion_model.{}"}, (0, 2)),
+    ({"name": "{}"}, (0, 2)),
+    ({"name": "base_model.model.{}"}, (0, 0)),
+    (KOHYA, (0, 2)),
+    ({**KOHYA, "alpha": torch.tensor(1.0)}, (0, 2)),
+    ({"alpha": torch.tensor(1.0)}, ("error", 2)),
+]
+
+
+@pytest.mark.parametrize(("keys", "expected"), FAMILIES, ids=lambda v: v.get("name", "") if isinstance(v, dict) else "")
+def test_what_diffusers_and_comfyui_load_of_each_family_of_keys(tmp_path, empty, pairs, keys, expected):
+    report = check_lora(write(tmp_path / "lora.safetensors", pairs, **keys), empty)
+    diffusers, comfyui = report.loaders
+    assert ("error" if diffusers.error else len(diffusers.modules)) == expected[0]
+    assert len(comfyui.modules) == expected[1]
+    assert report.is_good == (expected == (2, 2))
+    assert report.ranks == (2, 3)
+    assert not any(hasattr(module, "lora_A") for module in empty.modules())  # left as it was
+
+
+def test_a_module_that_the_model_does_not_have_is_left_out_by_both(tmp_path, empty, pairs):
+    beyond = {**pairs, "visual_transformer_blocks.77.self_attention.to_query": pairs[MODULE]}
+    report = check_lora(write(tmp_path / "lora.safetensors", beyond), empty)
+    assert not report.is_good
+    assert [len(loader.modules) for loader in report.loaders] == [2, 2]
+    assert all("blocks.77" in loader.unused[0] for loader in report.loaders)
+
+
+@pytest.mark.parametrize("keys", [family for family, _ in FAMILIES], ids=lambda v: v.get("name", ""))
+def test_every_family_exported_for_diffusers_is_loaded_in_full_with_its_strength(
+    tmp_path, toy_model, empty, pairs, keys
+):
+    source = write(tmp_path / "source.safetensors", pairs, **keys)
+    done = Cli(tmp_path)(app, "export", str(source), "--format", "diffusers", "--model", str(toy_model), "-o", "out.st")
+    assert done.code == 0, done.err
+    assert check_lora(tmp_path / "out.st", empty).is_good
+    loaded, error = load_by_diffusers(tmp_path / "out.st", empty)
+    assert error is None
+    for module, (down, up) in pairs.items():
+        factor = 1.0 / down.shape[0] if "alpha" in keys else 1.0
+        assert torch.equal(loaded[f"{module}.lora_A.weight"], down)
+        assert torch.equal(loaded[f"{module}.lora_B.weight"], up * factor)
+
+
+def test_kohya_keys_carry_alpha_as_the_rank_and_come_back_the_same(tmp_path, toy_model, empty, pairs):
+    write(tmp_path / "source.safetensors", pairs)
+    done = Cli(tmp_path)(app, "export", "source.safetensors", "--model", str(toy_model))
+    assert done.code == 0, done.err
+    state = load_file(tmp_path / "source-kohya.safetensors")
+    flat = f"lora_unet_{MODULE.replace('.', '_')}"
+    assert state[f"{flat}.alpha"].item() == 2.0
+    assert torch.equal(state[f"{flat}.lora_up.weight"], pairs[MODULE][1])
+    back = read_pairs(tmp_path / "source-kohya.safetensors", linear_modules(empty))
+    assert all(torch.equal(back[name][i], pairs[name][i]) for name in pairs for i in (0, 1))
+    again = Cli(tmp_path)(app, "export", "source.safetensors", "--model", str(toy_model))
+    assert (again.code, "is there already" in again.err) == (2, True)
+
+
+def test_a_merge_does_exactly_what_its_parts_do_together(tmp_path, toy_model, empty, pairs):
+    generator = torch.Generator().manual_seed(1)
+    other = {MODULE: tuple(torch.randn(t.shape, generator=generator) for t in pairs[MODULE])}
+    write(tmp_path / "a.safetensors", pairs)
+    write(tmp_path / "b.safetensors", other, **KOHYA)
+    done = Cli(tmp_path)(app, "merge", "a.safetensors", "b.safetensors", "-o", "c.safetensors",
+                         "-w", "0.5", "-w", "-2", "--model", str(toy_model))  # fmt: skip
+    assert done.code == 0, done.err
+    merged, _ = load_by_diffusers(tmp_path / "c.safetensors", empty)
+    down, up = merged[f"{MODULE}.lora_A.weight"], merged[f"{MODULE}.lora_B.weight"]
+    assert down.shape[0] == 4
+    expected = 0.5 * pairs[MODULE][1] @ pairs[MODULE][0] - 2 * other[MODULE][1] @ other[MODULE][0]
+    torch.testing.assert_close(up @ down, expected, rtol=0, atol=1e-5)  # float32 sums of 4 products of about 1
+    assert torch.equal(merged[f"{OTHER}.lora_B.weight"], 0.5 * pairs[OTHER][1])
+    assert check_lora(tmp_path / "c.safetensors", empty).is_good
+
+
+def test_merging_nothing_with_weight_one_changes_no_bit(pairs):
+    merged = side_by_side([pairs], [1.0])
+    assert all(torch.equal(merged[name][i], pairs[name][i]) for name in pairs for i in (0, 1))
+
+
+def test_a_merge_wants_one_weight_a_file(tmp_path, toy_model, pairs):
+    write(tmp_path / "a.safetensors", pairs)
+    refused = Cli(tmp_path)(app, "merge", "a.safetensors", "a.safetensors", "-o", "c", "-w", "1")
+    assert (refused.code, "2 files and 1 weights" in refused.err) == (2, True)
+
+
+def test_check_lora_says_so_and_how_to_mend_it(tmp_path, toy_model, pairs):
+    write(tmp_path / "lora.safetensors", pairs, name="diffusion_model.{}")
+    done = Cli(tmp_path)(app, "check-lora", "lora.safetensors", "--model", str(toy_model))
+    assert done.code == 1
+    assert "loads nothing, without an error" in done.out
+    assert "loads all of it" in done.out
+    assert "k5train export lora.safetensors --format diffusers" in done.out
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    assert Cli(tmp_path)(app, "check-lora", "text.safetensors", "--model", str(toy_model)).code == 2
+
+
+def test_the_published_architecture_is_at_hand_without_a_download():
+    names = linear_modules(architecture(None))
+    assert sum(name.startswith("visual_transformer_blocks.49.") for name in names) == 11
+    assert "text_transformer_blocks.1.self_attention.to_query" in names
+
+
+def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_path, toy_cache, toy_model, monkeypatch):
+    from k5cache.errors import RunError
+    from k5cache.fingerprint import fingerprint
+    from k5train import lora
+
+    start_run(tmp_path / "good", toy_cache("fp32"), toy_model, CONFIG)
+    with safe_open(tmp_path / "good" / "good.safetensors", framework="pt") as file:
+        facts = file.metadata()
+    assert facts["modelspec.sai_model_spec"] == "1.0.1"
+    assert facts["modelspec.architecture"] == "kandinsky-5-image-lite/lora"
+    assert facts["modelspec.title"] == "good"
+    assert facts["modelspec.resolution"] == "64x64"
+    assert facts["k5.base_fingerprint"] == fingerprint(toy_model, "transformer")
+    assert json.loads(facts["k5.caches"])[0]["images"] == 6
+    assert json.loads(facts["k5.recipe"])["lora"]["rank"] == 2
+    assert (facts["k5.seed"], facts["k5.step"]) == ("42", "20")
+    assert set(json.loads(facts["k5.versions"])) == {"kandinsky5-lora", "torch", "diffusers", "peft"}
+
+    monkeypatch.setattr(lora, "PREFIX", "diffusion_model.")  # what diffusers would leave out without a word
+    with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 48 of 48 tensors differ"):
+        start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, CONFIG)
+    assert (tmp_path / "bad" / "result.json").is_file()
+
+
+def test_no_encoder_is_loaded_to_check_a_file():
+    code = (
+        "import sys, k5train.loaders, k5train.export\nfrom diffusers.loaders import KandinskyLoraLoaderMixin\n"
+        "print([m for m in sys.modules if m.startswith(('transformers.models.qwen', 'transformers.models.clip'))"
+        " and '.modeling_' in m])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

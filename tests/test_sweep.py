@@ -1,0 +1,151 @@
+"""Many LoRAs, one base: each run of a sweep is the run alone, the base is loaded once, and what differs is compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from k5cache.errors import RecipeError
+from k5train import sweep as sweeping
+from k5train.base import quantize
+from k5train.cli import app
+from k5train.config import ValidationConfig
+from tests.cli import Cli
+from tests.parity import PROMPTS
+from tests.runs import CONFIG, lora_of, same, start_run
+
+RECIPE = f"""
+[model]
+path = "MODEL"
+[train]
+steps = 3
+batch_size = 2
+base_model_precision = "int8-quanto"
+mixed_precision = "fp32"
+device = "cpu"
+[train.lora]
+rank = 2
+targets = ["qkv"]
+[train.optim]
+lr = 1e-2
+warmup_steps = 0
+[train.validation]
+prompts = ["{PROMPTS[0]}"]
+num_inference_steps = 1
+guidance_scale = 1.0
+width = 32
+height = 32
+every = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, toy_cache, toy_model):
+    """A grid of two ranks and two rates, by the command; how often the transformer was loaded; what was printed."""
+    root = tmp_path_factory.mktemp("sweep")
+    (root / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
+    loads = []
+    load = quantize.load_transformer
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("k5train.ready.load_transformer", lambda *a: loads.append(1) or load(*a))
+        done = Cli(root)(
+            app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml",
+            "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2,1e5", "-o", "out",
+        )  # fmt: skip
+    assert done.code == 0, done.err
+    return root / "out", len(loads), done
+
+
+def test_the_base_is_loaded_once(swept):
+    assert swept[1] == 1
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_each_run_is_the_run_alone_bit_for_bit(tmp_path, swept, toy_cache, toy_model, rank):
+    validation = ValidationConfig()
+    config = replace(CONFIG, steps=3, checkpoint_every=250, base_model_precision="int8-quanto", validation=validation)
+    lora = replace(config.lora, rank=rank, dropout=0.0)
+    optim = replace(config.optim, warmup_steps=0, lr_scheduler="constant", ema_decay=0.0)
+    start_run(tmp_path / "alone", toy_cache("fp32"), toy_model, replace(config, lora=lora, optim=optim))
+    label = f"rank={rank},lr=1e-2"
+    assert same(load_file(swept[0] / label / f"{label}.safetensors"), lora_of(tmp_path / "alone"))
+
+
+def test_a_run_whose_loss_explodes_is_marked_and_the_others_go_on(swept):
+    rows = {row["label"]: row for row in json.loads((swept[0] / "sweep.json").read_text())}
+    assert list(rows) == ["rank=2,lr=1e-2", "rank=2,lr=1e5", "rank=4,lr=1e-2", "rank=4,lr=1e5"]
+    assert "nothing was updated" in rows["rank=2,lr=1e5"]["problem"]
+    assert rows["rank=4,lr=1e-2"]["problem"] is None
+    assert rows["rank=4,lr=1e-2"]["steps"] == 3
+    assert "rank=4,lr=1e-2" in swept[2].out
+
+
+def test_a_second_run_starts_in_under_three_seconds(swept):
+    rows = json.loads((swept[0] / "sweep.json").read_text())
+    assert rows[2]["seconds_to_start"] < 3  # the toy, nothing loaded again; 0.1 s where the machine is free
+
+
+def test_pictures_stand_under_each_other_on_the_same_noise(swept):
+    out = swept[0]
+    base = [(out / label / "samples" / "step-000000" / "00.png").read_bytes()
+            for label in ("rank=2,lr=1e-2", "rank=4,lr=1e-2")]  # fmt: skip
+    assert base[0] == base[1]
+    with Image.open(out / "samples.png") as grid, Image.open(out / "rank=2,lr=1e-2" / "samples.png") as single:
+        assert grid.height > 1.3 * single.height  # base model and two runs, against base model and one
+        assert np.asarray(grid.convert("RGB")).std() > 10
+
+
+def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
+    out = swept[0]
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*lr=1e-2/*.safetensors")}
+    again = Cli(out.parent)(
+        app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml",
+        "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2", "-o", "out",
+    )  # fmt: skip
+    assert again.code == 0, again.err
+    assert "Loading the transformer" not in again.err
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_list_names_its_runs_and_lays_them_over_the_recipe(tmp_path):
+    (tmp_path / "runs.toml").write_text(
+        '[[run]]\nname = "small"\ntrain.lora.rank = 4\n[[run]]\nname = "long one"\ntrain.steps = 7\n'
+    )
+    document = {"train": {"lora": {"rank": 8, "alpha": 4}}}
+    _, runs = sweeping.settings(document, [], tmp_path / "runs.toml", None)
+    assert [(r.label, r.config.lora.rank, r.config.lora.alpha, r.config.steps) for r in runs] == [
+        ("small", 4, 4.0, 1000), ("long_one", 8, 4.0, 7)]  # fmt: skip
+
+
+def test_values_of_a_grid_may_be_lists():
+    grid = ['train.lora.targets=["qkv"],["attention","qkv"]', "train.optim.betas=[0.9, 0.99]"]
+    _, runs = sweeping.settings({}, grid, None, None)
+    assert [(r.config.lora.targets, r.config.optim.betas) for r in runs] == [
+        (("qkv",), (0.9, 0.99)), (("attention", "qkv"), (0.9, 0.99))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("grid", "problem"),
+    [
+        ([], "needs a grid or a list"),
+        (["train.lora.rank"], "is not option=value,value"),
+        (["train.lora.rnk=8,16"], "did you mean 'rank'"),
+        (["train.lora.rank=8,8"], "are the same run"),
+        (["train.mixed_precision=bf16,fp32"], "would need another base"),
+        (["train.memory.activations=all,nothing"], "would need another base"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused(grid, problem):
+    with pytest.raises(RecipeError, match=problem):
+        sweeping.settings({}, grid, None, None)
+
+
+def test_both_a_grid_and_a_list_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="not both"):
+        sweeping.settings({}, ["train.steps=1,2"], Path("runs.toml"), None)
