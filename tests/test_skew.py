@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from diffusers import Kandinsky5T2IPipeline
 
+from k5cache import facts
 from k5cache.encoders.pipeline import pipeline_facts
 from k5cache.errors import CacheStale
 from k5cache.store.manifest import lock, read_manifest, write_manifest
@@ -85,6 +87,30 @@ def test_a_cache_of_another_crop_is_refused(cache_made_with):
 def test_source_that_does_not_say_it_plainly_refuses_nothing():
     assert read_template("class Kandinsky5T2IPipeline:\n    def __init__(self):\n        self.x = 1\n", "A") is None
     assert installed_template("t2v") is None
+
+
+def test_k5cache_encode_refuses_it_too_and_offers_to_bring_it_up_to_date(cache_made_with, toy_cache, toy_model):
+    from k5cache.cli import app
+    from tests.cli import Cli
+
+    old = pipeline_facts().prompt_template.replace("prompt engineer", OLD)
+    root, workplace = cache_made_with(prompt_template=old), toy_cache("bf16").parent.parent
+    done = Cli(workplace)(
+        app, "encode", "datasets/pictures", "-o", str(root), "-r", "recipe.toml", "--model", str(toy_model)
+    )
+    assert done.code == 2
+    assert OLD in done.err
+    assert "prompt engineer" in done.err
+    assert "--update" in done.err
+
+
+def test_a_cache_records_what_cleaned_its_captions_and_knows_when_ftfy_came_or_went(toy_cache, monkeypatch):
+    manifest = read_manifest(toy_cache("bf16"))
+    assert manifest.created_by["ftfy"] == version("ftfy")
+    assert manifest.recipe["cleaning"] == facts.cleaning()
+    true = facts.version
+    monkeypatch.setattr(facts, "version", lambda package: None if package == "ftfy" else true(package))
+    assert manifest.recipe["cleaning"] != facts.cleaning()
 
 
 def test_k5train_run_refuses_before_it_loads_anything(cache_made_with, toy_model, tmp_path):
