@@ -23,9 +23,8 @@ from k5train.base.execute import Execution
 from k5train.base.forward import predict_velocity
 from k5train.base.memory import Architecture, Work, architecture
 from k5train.base.quantize import INT8_MODULES, Precision, empty_transformer, finish, place
-from k5train.base.stream import spread
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
-from k5train.ready import execute, plan_for, work_for
+from k5train.ready import execute, plan_for, stream_weights, streamed_blocks, work_for
 
 # Kandinsky 5.0 Image Lite, transformer/config.json of the published T2I checkpoints (DESIGN section 2).
 FULL_SIZE: dict[str, Any] = {
@@ -146,8 +145,8 @@ def time_case(
     plan = plan_for(config, train, device, sizes, budget)
     if case.cap_gib:
         vram.limit(device, budget)
-    streamed = spread(len(plan.levels), plan.streaming.num_blocks) if plan.streaming else []
-    transformer = random_transformer(config, case.precision, device, frozenset(streamed))
+    transformer = random_transformer(config, case.precision, device, frozenset(streamed_blocks(plan)))
+    stream_weights(transformer, plan, device)
     lora.add_lora(transformer, train.lora, seed=0)
     execution = execute(transformer, train, device, plan)
     step = stepper(transformer, inputs_for(case, config, device))

@@ -164,6 +164,8 @@ class MemoryConfig:
             )
         if self.group_offload_type == "leaf_level" and self.group_offload_blocks_per_group > 1:
             problems.append("group_offload_blocks_per_group belongs to group_offload_type = block_level")
+        if self.execution == "diffusers" and self.enable_group_offload:
+            problems.append("enable_group_offload needs execution = compiled or eager")
         if self.execution == "diffusers" and self.activations not in ("auto", "nothing", "all"):
             problems.append(f"activations = {self.activations} needs execution = compiled or eager")
         return problems
@@ -323,6 +325,8 @@ class TrainConfig:
                 "lora.algo is dora: it needs the norm of every weight, which peft reads off the raw int8 numbers as if"
                 ' they had no scale; set base_model_precision = "no_change"'
             )
+        if self.base_model_precision == "no_change" and self.memory.enable_group_offload:
+            problems.append("memory.enable_group_offload moves int8 weights: base_model_precision = no_change has none")
         if self.base_model_precision == "int8-dynamic" and self.memory.execution == "diffusers":
             problems.append("base_model_precision = int8-dynamic needs memory.execution = compiled or eager")
         return problems

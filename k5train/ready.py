@@ -95,12 +95,12 @@ def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> t
     """
     with init_empty_weights():
         transformer = Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
-    names = lora.match_targets(transformer, config.targets).modules
-    linears: list[Any] = [transformer.get_submodule(name) for name in names]
-    parameters = sum(config.rank * (m.in_features + m.out_features) for m in linears)
+    ranks = lora.module_ranks(transformer, config, lora.match_targets(transformer, config.targets))
+    linears: list[tuple[Any, int]] = [(transformer.get_submodule(name), rank) for name, rank in ranks.items()]
+    parameters = sum(rank * (m.in_features + m.out_features) for m, rank in linears)
     blocks = max(1, len(transformer.visual_transformer_blocks))
-    in_blocks = sum(name.startswith("visual_transformer_blocks.") for name in names)
-    return parameters, config.rank * -(-in_blocks // blocks)
+    in_blocks = sum(rank for name, rank in ranks.items() if name.startswith("visual_transformer_blocks."))
+    return parameters, -(-in_blocks // blocks)
 
 
 def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:
@@ -137,11 +137,29 @@ def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) ->
     vram.limit(device, plan.budget if config.memory.vram else None)
     dtype, precision = DTYPES[config.mixed_precision], config.base_model_precision
     if device.type != "cuda" or precision == "no_change":
-        return load_transformer(folder, precision, dtype, device)
-    count = len(plan.levels)
-    streamed = spread(count, plan.streaming.num_blocks) if plan.streaming else []
-    prefixes = tuple(f"visual_transformer_blocks.{i}." for i in streamed)
-    return load_prepared(folder, dtype, device, on_host=lambda name, is_int8: is_int8 and name.startswith(prefixes))
+        transformer = load_transformer(folder, precision, dtype, device)
+    else:
+        prefixes = tuple(f"visual_transformer_blocks.{i}." for i in streamed_blocks(plan))
+        transformer = load_prepared(folder, dtype, device, lambda name, is_int8: is_int8 and name.startswith(prefixes))
+    stream_weights(transformer, plan, device)
+    return transformer
+
+
+def streamed_blocks(plan: Plan) -> list[int]:
+    """Which picture blocks' weights are streamed."""
+    return spread(len(plan.levels), plan.streaming.num_blocks) if plan.streaming else []
+
+
+def stream_weights(transformer: Kandinsky5Transformer3DModel, plan: Plan, device: torch.device) -> None:
+    """Give the streamed blocks' weights their place, before an adapter is made: it goes where its weight is.
+
+    Raises:
+        DoesNotFit: there is not enough host memory.
+        RunError: the host memory cannot be page-locked, or the weights are not int8.
+    """
+    if plan.streaming:
+        blocks = [transformer.visual_transformer_blocks[i] for i in streamed_blocks(plan)]
+        _streamers[transformer] = Streamer(blocks, plan.streaming, device)
 
 
 def execute(
@@ -159,10 +177,8 @@ def execute(
         use_policies(transformer, [policy] * num_blocks)
         return None
     modes = choose_modes(device, config.base_model_precision)
-    streamer = _streamers.get(transformer)  # weights move to the host once; another adapter finds them there
+    streamer = _streamers.get(transformer)
     execution = Execution(transformer, plan, modes, compiled=how == "compiled", device=device, streamer=streamer)
-    if execution.streamer:
-        _streamers[transformer] = execution.streamer
     use_policies(transformer, execution.policies)
     return execution
 

@@ -62,7 +62,11 @@ def outcome(transformer: Any, policies: Any, inputs: tuple[torch.Tensor, ...]) -
 def execution(transformer: Any, level: str = "nothing", streaming: Streaming | None = None, modes: Modes = PLAIN):
     count = len(transformer.visual_transformer_blocks)
     plan = Plan((level,) * count, streaming, {}, None, 0)  # type: ignore[arg-type]
-    return Execution(transformer, plan, modes, compiled=False, device=CPU)
+    streamer = None
+    if streaming:
+        blocks = transformer.visual_transformer_blocks
+        streamer = stream.Streamer([blocks[i] for i in stream.spread(count, streaming.num_blocks)], streaming, CPU)
+    return Execution(transformer, plan, modes, compiled=False, device=CPU, streamer=streamer)
 
 
 def assert_same(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], within: float) -> None:
@@ -269,6 +273,7 @@ def test_another_adapter_on_the_same_base_finds_the_streamed_weights(toy_model):
     resident = outcome(transformer, None, inputs)
     config = TrainConfig(memory=MemoryConfig(execution="eager"))
     plan = Plan(("nothing",) * len(transformer.visual_transformer_blocks), Streaming(2), {}, None, 0)
+    ready.stream_weights(transformer, plan, CPU)
     for _ in range(2):
         made = ready.execute(transformer, config, CPU, plan)
         assert made is not None

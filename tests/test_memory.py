@@ -124,6 +124,14 @@ def test_what_no_plan_fits_is_refused_with_the_nearest_that_does():
     assert "Use a GPU with at least" in refused.value.fix
 
 
+def test_sixteen_bit_weights_that_do_not_fit_are_pointed_to_int8():
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(FULL, replace(WORK, precision="no_change"), 10 * GIB)
+    assert "base_model_precision=int8-quanto" in refused.value.fix
+    assert TrainConfig(base_model_precision="no_change", memory=MemoryConfig(enable_group_offload=True)).check()
+    assert MemoryConfig(execution="diffusers", enable_group_offload=True).check()
+
+
 def test_a_level_asked_for_that_does_not_fit_is_refused_by_name():
     with pytest.raises(DoesNotFit, match='activations = "all"') as refused:
         make_plan(FULL, WORK, 8 * GIB, level="all")

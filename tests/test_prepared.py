@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from k5cache.errors import ModelError
 from k5train.base import prepared
 from k5train.base.prepared import listed, load_prepared, prepare, prepared_path, remove
-from k5train.base.quantize import load_transformer
+from k5train.base.quantize import finish, load_transformer
 
 CPU = torch.device("cpu")
 
@@ -139,3 +139,16 @@ def test_a_foreign_file_in_the_folder_is_listed_as_such(k5_home):
     (k5_home / "base" / "x.safetensors").write_bytes(b"nonsense")
     assert not listed()[0].is_whole
     assert Path(listed()[0].path).name == "x.safetensors"
+
+
+def test_tables_go_to_the_device_and_weights_stay_where_they_were_placed(toy_model):
+    transformer = finish(load_transformer(toy_model, "int8-quanto", torch.bfloat16, CPU), "meta")
+    kinds = {name.rpartition(".")[2]: tensor.device.type for name, tensor in transformer.named_buffers()}
+    assert kinds == {
+        "args": "meta",
+        "args_0": "meta",
+        "args_1": "meta",
+        "args_2": "meta",
+        "weight": "cpu",
+        "scale": "cpu",
+    }

@@ -145,7 +145,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cudnn: bool) -> Tensor:
     """``[B, N, heads, head]`` each, as ``dispatch_attention_fn``'s native backend takes them."""
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    if cudnn:
+    if cudnn and query.dtype == torch.bfloat16:
         need_logsumexp = torch.is_grad_enabled()
         out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, need_logsumexp)[0]
     else:

@@ -42,7 +42,7 @@ class Execution:
         transformer: with its adapter. Streamed blocks' weights may still lie in host memory.
         plan: for its visual blocks; text blocks are small and always resident, without recompute.
         compiled: compile the blocks; ``warm_up`` falls back where that fails.
-        streamer: of an earlier execution of this transformer by the same plan, its weights already in host memory.
+        streamer: of the blocks that the plan streams, where it does.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Execution:
         streamed = spread(len(visual), plan.streaming.num_blocks) if plan.streaming else []
         self.streamer = streamer
         if plan.streaming and not streamer:
-            self.streamer = Streamer([visual[i] for i in streamed], plan.streaming, device)
+            raise ValueError("a plan that streams needs the streamer that moved the weights")
         self.policies: list[BlockPolicy] = [self._policy("all") for _ in text]
         for i, level in enumerate(plan.levels):
             policy = self._policy(level)

@@ -243,6 +243,8 @@ def make_plan(
     if best is not None:
         return best
     lean = _mixed("nothing", "nothing", 0, count)
+    if work.precision == "no_change":
+        raise _too_small(plan(lean, None), arch, work, "with everything recomputed, this run")
     if streaming is None:
         for num_blocks in range(3, count + 1):
             candidate = plan(lean, Streaming(num_blocks))
@@ -267,6 +269,8 @@ def _too_small(plan: Plan, arch: Architecture, work: Work, what: str) -> DoesNot
     def peak(changed: Work) -> int:
         return sum(estimate(arch, changed, lean, everything).values())
 
+    if work.precision == "no_change" and peak(replace(work, precision="int8-quanto")) <= plan.budget * (1 - _MARGIN):
+        return DoesNotFit(problem, "Use --set train.base_model_precision=int8-quanto")
     if peak(work) <= plan.budget * (1 - _MARGIN):
         return DoesNotFit(problem, "Use --set train.memory.activations=auto, which plans what fits")
     changes = []

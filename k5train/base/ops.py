@@ -84,7 +84,7 @@ def _int8_matmul(
             the moment of the matmul: outside, the compiler would keep what it can make from a weight alone.
     """
     b = b.t().contiguous() if transpose_b else b
-    if a.is_cuda and kernel_works(a.device):
+    if a.is_cuda and kernel_works(torch.device("cuda")):
         from k5train.base.kernels import int8_matmul
 
         return int8_matmul(a, a_scale, b, b_scale, bias, z, up, segments, dtype)

@@ -188,16 +188,21 @@ def replace_linear(root: nn.Module, name: str, new: nn.Module, bias: nn.Paramete
 
 
 def _move_tables(transformer: nn.Module, device: torch.device) -> None:
-    """What is not in the checkpoint goes to the device too: RoPE buffers, and the plain tensor of frequencies."""
+    """What is not in the checkpoint goes to the device too: RoPE buffers, and the plain tensor of frequencies.
+
+    Weights stay where they were placed: those that are to be streamed are in host memory.
+    """
     for name, module in transformer.named_modules():
+        held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        assert not any(t.is_meta for _, t in held), f"{name} was not loaded"
+        if isinstance(module, Int8Linear):
+            continue
         for key, table in module.named_buffers(recurse=False):
             module._buffers[key] = table.to(device)
         attributes: dict[str, Any] = vars(module)
         for key, value in attributes.items():
             if isinstance(value, Tensor):
                 attributes[key] = value.to(device)
-        held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        assert not any(t.is_meta for _, t in held), f"{name} was not loaded"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -17,6 +17,7 @@ from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.ready import execute as make_execution
+from k5train.ready import stream_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -55,6 +56,7 @@ def run(
     transformer: Any, precision: Any, level: Any = "nothing", execution: Any = "compiled", streaming: Any = None
 ) -> Any:
     plan = Plan((level,) * WIDE["num_visual_blocks"], streaming, {}, None, 0)
+    stream_weights(transformer, plan, GPU)
     config = TrainConfig(base_model_precision=precision, memory=MemoryConfig(execution=execution))
     return make_execution(transformer, config, GPU, plan)
 
