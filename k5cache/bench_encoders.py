@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from k5cache import console, memory_plan
-from k5cache.bench_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model, write_pictures
 from k5cache.bench_tools import collect, in_use, peak_vram, reset_peak, rss, timed, watched
 from k5cache.console import human_bytes
+from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, as_pipeline, write_model, write_pictures
 from k5cache.errors import K5Error
 
 if TYPE_CHECKING:
@@ -309,30 +309,6 @@ def tokenized(found: Found | None, root: Path, captions: Sequence[str], device: 
         found.add("tokenising", f"{1e3 * seconds / len(tokens):.2f} ms a caption", "on a thread, ahead of the GPU",
                   tokenise_seconds=seconds)  # fmt: skip
     return tokens
-
-
-def as_pipeline(root: Path, encoder: Any, tower: Any, device: str) -> Any:
-    """``Kandinsky5T2IPipeline`` over the same weights, its whole text encoder on the device."""
-    import torch
-    from diffusers import Kandinsky5T2IPipeline
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    from k5cache.encoders import qwen
-
-    config = Qwen2_5_VLConfig.from_dict(json.loads((root / "text_encoder" / "config.json").read_text()))
-    with torch.device("meta"):
-        whole = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
-    whole = whole.to_empty(device=device).eval()
-    text = whole.model.language_model
-    for mine, theirs in zip(encoder.model.layers, text.layers, strict=True):
-        theirs.load_state_dict(mine.state_dict(), assign=True)
-    text.norm.load_state_dict(encoder.model.norm.state_dict(), assign=True)
-    text.embed_tokens.weight.copy_(encoder.embeddings)
-    text.rotary_emb = encoder.model.rotary_emb
-    return Kandinsky5T2IPipeline(
-        transformer=None, vae=None, scheduler=None, text_encoder=whole, tokenizer=qwen.load_tokenizer(root),
-        text_encoder_2=tower.model, tokenizer_2=tower.tokenizer,
-    )  # fmt: skip
 
 
 def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[str]:

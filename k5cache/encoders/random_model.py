@@ -43,6 +43,30 @@ def write_model(root: Path, sizes: Any, device: str) -> None:
     AutoencoderKL(**sizes.vae).save_pretrained(root / "vae")
 
 
+def as_pipeline(root: Path, encoder: Any, tower: Any, device: str) -> Any:
+    """``Kandinsky5T2IPipeline`` over the same weights, its whole text encoder on the device."""
+    import torch
+    from diffusers import Kandinsky5T2IPipeline
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from k5cache.encoders import qwen
+
+    config = Qwen2_5_VLConfig.from_dict(json.loads((root / "text_encoder" / "config.json").read_text()))
+    with torch.device("meta"):
+        whole = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    whole = whole.to_empty(device=device).eval()
+    text = whole.model.language_model
+    for mine, theirs in zip(encoder.model.layers, text.layers, strict=True):
+        theirs.load_state_dict(mine.state_dict(), assign=True)
+    text.norm.load_state_dict(encoder.model.norm.state_dict(), assign=True)
+    text.embed_tokens.weight.copy_(encoder.embeddings)
+    text.rotary_emb = encoder.model.rotary_emb
+    return Kandinsky5T2IPipeline(
+        transformer=None, vae=None, scheduler=None, text_encoder=whole, tokenizer=qwen.load_tokenizer(root),
+        text_encoder_2=tower.model, tokenizer_2=tower.tokenizer,
+    )  # fmt: skip
+
+
 def write_text_layers(root: Path, device: str) -> None:
     """Random weights at unit gain, straight from the device into one safetensors file."""
     import torch
