@@ -1,0 +1,221 @@
+"""Validation: the same pictures and the same held-out triples at every step and in every run, and what they decide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from k5cache.config import prompt_library, validation_prompts
+from k5cache.errors import RecipeError
+from k5cache.hub import read_config
+from k5train import heldout
+from k5train.base.forward import predict_velocity
+from k5train.base.quantize import load_transformer
+from k5train.checkpoint import Run
+from k5train.config import OptimConfig, TrainConfig, ValidationConfig
+from k5train.curve import draw_losses, smooth
+from k5train.data import Loader
+from k5train.heldout import HeldOut, held_out_rows, hold_out, sigmas_of
+from k5train.start import open_data, with_library
+from tests.parity import PROMPTS
+from tests.runs import CONFIG, go_on, metrics_of, start_run
+
+HELD = ValidationConfig(split=0.34, held_out_every=2, held_out_sigmas=2)
+DRAWN = ValidationConfig(prompts=PROMPTS[:1], num_inference_steps=1, guidance_scale=1.0, width=32, height=32, every=2)
+
+
+@pytest.fixture(scope="module")
+def cache(toy_cache) -> Path:
+    return toy_cache("fp32")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache, toy_model) -> Path:
+    """Six steps that draw and measure every second one, with an average."""
+    root = tmp_path_factory.mktemp("validated") / "run"
+    validation = replace(HELD, **{k: v for k, v in vars(DRAWN).items() if v != getattr(ValidationConfig(), k)})
+    start_run(root, cache, toy_model, replace(CONFIG, steps=6, checkpoint_every=0, validation=validation))
+    return root
+
+
+def held_out_losses(root: Path) -> dict[int, float]:
+    return {row["step"]: row["held_out_loss"] for row in metrics_of(root) if "held_out_loss" in row}
+
+
+def test_pictures_are_drawn_before_during_and_after_with_a_row_for_the_average(run):
+    folders = sorted(str(p.parent.relative_to(run / "samples")) for p in run.glob("samples/**/00.png"))
+    assert folders == ["step-000000", "step-000002", "step-000002/ema", "step-000004", "step-000004/ema",
+                       "step-000006", "step-000006/ema"]  # fmt: skip
+    with Image.open(run / "samples.png") as grid:
+        assert grid.height > 7 * 32
+        assert np.asarray(grid.convert("RGB")).std() > 5
+
+
+def test_the_first_row_is_the_base_model_even_where_the_adapter_starts_from_a_lora(tmp_path, run, cache, toy_model):
+    lora = replace(CONFIG.lora, init_lora=str(run / "run.safetensors"))
+    start_run(tmp_path / "on", cache, toy_model, replace(CONFIG, steps=1, lora=lora, validation=DRAWN))
+    first = run / "samples" / "step-000000" / "00.png"
+    assert (tmp_path / "on" / "samples" / "step-000000" / "00.png").read_bytes() == first.read_bytes()
+    assert (tmp_path / "on" / "samples" / "step-000001" / "00.png").read_bytes() != first.read_bytes()
+
+
+def test_held_out_rows_are_never_trained_on_and_whole_images(cache):
+    data = hold_out(open_data(cache, CONFIG), 0.34)
+    held = data.sources[0].held_out
+    assert len(held) == 2
+    loader = Loader(data, CONFIG, 1.0)
+    seen = {row for micro in range(3 * loader.batches_per_epoch) for row in loader.rows_of(micro)}
+    assert seen == set(range(6)) - held
+    flipped = held_out_rows(["a", "b", "a", "c", "b"], 0.3)  # rows of one image stay together
+    assert flipped in ({0, 2}, {1, 4}, {3})
+
+
+def test_a_choice_of_rows_hardly_changes_when_images_are_added():
+    few = [f"image {i}" for i in range(100)]
+    more = [*few, *(f"new {i}" for i in range(10))]
+    before, after = held_out_rows(few, 0.1), held_out_rows(more, 0.1)
+    assert len(before) == 10
+    assert len(after & before) >= 8
+
+
+def test_sigmas_of_a_row_lie_one_in_each_equal_part_and_never_change():
+    sigmas = sigmas_of("any key", 5)
+    assert [int(s * 5) for s in sigmas] == [0, 1, 2, 3, 4]
+    assert sigmas == sigmas_of("any key", 5)
+    assert sigmas != sigmas_of("another key", 5)
+
+
+def test_the_held_out_loss_is_the_flow_matching_loss_written_out(cache, toy_model):
+    data = hold_out(open_data(cache, CONFIG), 0.2)
+    scaling_factor = read_config(toy_model, "vae")["scaling_factor"]
+    transformer = load_transformer(toy_model, "no_change", torch.float32, "cpu").eval()
+    measured = HeldOut(data, 2, scaling_factor).measure(partial(predict_velocity, transformer), torch.device("cpu"))
+    (item,) = data.sources[0].held_out
+    row = data.first.row(item)
+    text, latents = data.first.text(row.caption_keys[0]), data.first.latents(row.latent_key)["mean"].float()
+    expected = []
+    for i, sigma in enumerate(sigmas_of(row.latent_key, 2)):
+        noise = torch.randn(latents.shape, generator=heldout._generator(row.latent_key, "noise", i))
+        noisy = (1 - sigma) * latents * scaling_factor + sigma * noise
+        with torch.no_grad():
+            velocity = predict_velocity(transformer, noisy[None, None], torch.tensor([sigma]),
+                                        text.prompt_embeds[None], text.pooled[None])  # fmt: skip
+        expected.append(((velocity[0, 0] - (noise - latents * scaling_factor)) ** 2).mean().item())
+    assert measured == pytest.approx(expected, rel=1e-6)  # the same float32 sums in another order
+
+
+def test_metrics_hold_the_held_out_loss_by_sigma_and_the_best_lora_is_kept(run):
+    rows = [row for row in metrics_of(run) if "held_out_loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    assert all(len(row["held_out_by_sigma"]) == 2 for row in rows)
+    losses = held_out_losses(run)
+    result = json.loads((run / "result.json").read_text())
+    assert result["best_step"] == min(losses, key=losses.get)
+    assert result["best_loss"] == min(losses.values())
+    assert Run(run).best.is_file()
+
+
+def test_the_best_lora_is_that_of_its_step(tmp_path, cache, toy_model):
+    optim = OptimConfig(lr=1e-2, warmup_steps=0)
+    validation = replace(HELD, held_out_every=1)
+    config = replace(CONFIG, steps=4, checkpoint_every=1, optim=optim, validation=validation)
+    start_run(tmp_path / "run", cache, toy_model, config)
+    found = Run(tmp_path / "run")
+    best = json.loads(found.result.read_text())["best_step"]
+    assert best > 0  # the toy learns
+    kept, step = load_file(found.best), load_file(found.checkpoint(best))
+    assert all(torch.equal(kept[name], step[name]) for name in kept)
+
+
+def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls(tmp_path, cache, toy_model):
+    validation = replace(HELD, held_out_every=1, patience=2)
+    optim = OptimConfig(lr=0.3, warmup_steps=0, max_grad_norm=0)  # far too high
+    config = replace(CONFIG, validation=validation, optim=optim, loss_limit=0)
+    result = start_run(tmp_path / "run", cache, toy_model, config)
+    assert result.ended_by == "patience"
+    losses = held_out_losses(tmp_path / "run")
+    assert result.steps == result.best_step + 2 == max(losses)
+    assert min(losses[result.steps], losses[result.steps - 1]) >= losses[result.best_step]
+
+
+def test_validation_changes_no_bit_of_the_training(tmp_path, cache, toy_model, run):
+    validation = replace(HELD, held_out_every=0)
+    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=6, checkpoint_every=0, validation=validation))
+    plain, validated = load_file(tmp_path / "run" / "run.safetensors"), load_file(run / "run.safetensors")
+    assert all(torch.equal(plain[name], validated[name]) for name in plain)
+
+
+def test_the_grid_keeps_the_rows_of_before_a_restart(tmp_path, cache, toy_model):
+    optim = OptimConfig(lr=1e-2, warmup_steps=0)
+    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=2, validation=DRAWN, optim=optim))
+    with Image.open(tmp_path / "run" / "samples.png") as grid:
+        before = grid.height
+    go_on(tmp_path / "run", steps=4)
+    with Image.open(tmp_path / "run" / "samples.png") as grid:
+        assert grid.height > before
+
+
+def test_a_prompt_library_is_a_list_or_names_and_joins_the_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("names.json").write_text('{"fox": "a red fox", "lamp": "a lamp"}')
+    Path("list.json").write_text('["a lamp"]')
+    assert prompt_library(Path("names.json")) == ("a red fox", "a lamp")
+    table = {"prompts": ["a lamp"], "prompt_library": "names.json"}
+    assert validation_prompts({"train": {"validation": table}}) == ("", "a lamp", "a red fox")
+    config = TrainConfig(validation=ValidationConfig(prompts=("a bird",), prompt_library="list.json"))
+    resolved = with_library(config).validation
+    assert (resolved.prompts, resolved.prompt_library) == (("a bird", "a lamp"), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [(None, "cannot be read"), ("[1]", "something other than prompts"), ("{", "is not JSON")]
+)
+def test_a_prompt_library_that_is_none_is_refused(tmp_path, text, problem):
+    if text is not None:
+        (tmp_path / "library.json").write_text(text)
+    with pytest.raises(RecipeError, match=problem):
+        prompt_library(tmp_path / "library.json")
+
+
+def test_a_split_that_leaves_nothing_is_refused(cache):
+    assert "patience needs rows to measure on" in ValidationConfig(patience=2).check()[0]
+    with pytest.raises(RecipeError, match="holds out 1 of 1 rows"):
+        hold_out(_OneRow(open_data(cache, CONFIG)), 0.5)
+
+
+class _OneRow:
+    """A mixture of a cache with one image."""
+
+    def __init__(self, data):
+        class Cache:
+            def __len__(self):
+                return 1
+
+            def columns(self, *names):
+                return data.first.columns(*names).slice(0, 1)
+
+        self.sources = (replace(data.sources[0], cache=Cache()),)
+
+
+def test_the_curve_shows_training_and_held_out_losses(run):
+    rows = metrics_of(run)
+    picture = np.asarray(draw_losses(rows, "title"))
+    for colour in ((0x2B, 0x5F, 0xA8), (0xD1, 0x49, 0x5B)):
+        assert (picture == colour).all(-1).sum() > 100
+    without = np.asarray(draw_losses([row for row in rows if "loss" in row], "title"))
+    assert not (without == (0xD1, 0x49, 0x5B)).all(-1).any()
+    with Image.open(run / "loss.png") as drawn:
+        assert drawn.size == (960, 540)
+    assert draw_losses([], "nothing yet").size == (960, 540)
+
+
+def test_the_smoothed_curve_is_the_mean_of_the_last_points():
+    assert smooth([(i, float(i)) for i in range(12)])[-1] == (11, 6.5)  # of 2 to 11
