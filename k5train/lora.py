@@ -131,7 +131,7 @@ def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed
         RunError: ``init_lora`` cannot be read, or does not fit.
     """
     matched = match_targets(transformer, config.targets)
-    ranks = _ranks(transformer, config, matched)
+    ranks = module_ranks(transformer, config, matched)
     with torch.random.fork_rng(devices=[]):  # peft draws a start of its own
         transformer.add_adapter(_peft_config(config, matched, ranks), adapter_name=ADAPTER)
     for name, layer in _layers(transformer):
@@ -154,9 +154,13 @@ def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed
 _ZEROS = ("lora_B", "lokr_w1", "lokr_w1_a")  # what makes the start change nothing
 
 
-def _ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict[str, int]:
-    """The modules whose rank is not ``config.rank``."""
-    ranks: dict[str, int] = {}
+def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict[str, int]:
+    """The rank of each module that is adapted.
+
+    Raises:
+        RecipeError: an entry of ``train.lora.ranks`` matches none of them.
+    """
+    ranks = dict.fromkeys(matched.modules, config.rank)
     for entry in config.ranks:
         names = match_targets(transformer, [entry.target], "train.lora.ranks").modules
         hit = [n for n in names if n in matched.modules]
@@ -166,11 +170,11 @@ def _ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict
                 "Add it to targets, or leave its rank out",
             )
         ranks |= dict.fromkeys(hit, entry.rank)
-    return {name: rank for name, rank in ranks.items() if rank != config.rank}
+    return ranks
 
 
 def _peft_config(config: LoraConfig, matched: Matched, ranks: Mapping[str, int]) -> Any:
-    pattern: dict[str, Any] = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    pattern: dict[str, Any] = {f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != config.rank}
     if config.algo == "lokr":
         return LoKrConfig(
             r=config.rank,
