@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from k5cache.config import ModelConfig
 from k5cache.errors import RecipeError
+from k5cache.recipe import parse
 from k5train.checkpoint import Run, create_run
 from k5train.config import LoraConfig, OptimConfig, RankConfig, TrainConfig
 from k5train.loop import hold_out, train
@@ -152,6 +155,15 @@ def test_several_caches_are_named_on_the_command_line_or_in_the_recipe_but_not_i
     both = Cli(tmp_path)(app, "run", caches[0], "-r", "r.toml", "--model", str(toy_model))
     assert both.code == 2
     assert "names its caches in [[train.data]]" in both.err
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_every_recipe_in_the_docs_is_one(number):
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 6
+    (config,) = parse({"train": tomllib.loads(blocks[number])["train"]}, {"train": TrainConfig})
+    assert config != TrainConfig()
 
 
 def test_a_route_beyond_the_transformer_is_refused_before_anything_is_loaded(toy_model, toy_cache, tmp_path):
