@@ -21,6 +21,7 @@ from k5cache.store.manifest import IndexInfo, ShardInfo, ShardKind
 from k5cache.store.shards import Shard
 
 FILES_KEY = b"k5cache.files"
+REMEMBERED = 200_000  # look-ups, about 50 MB; larger caches go on bisecting
 SCHEMA = pa.schema(
     [
         pa.field("is_text", pa.bool_(), nullable=False),
@@ -74,7 +75,7 @@ class _Columns:
 
 
 class Locations:
-    """The locations of one manifest, open for look-ups. Thread-safe: it never changes.
+    """The locations of one manifest, open for look-ups. Thread-safe: what it says never changes.
 
     Args:
         info: its file, or None: then the footers of all shards are read.
@@ -86,6 +87,7 @@ class Locations:
 
     def __init__(self, root: Path, info: IndexInfo | None, shards: Sequence[ShardInfo]) -> None:
         self._root, self._info, self._infos = root, info, shards
+        self._found: dict[tuple[ShardKind, str], tuple[ShardInfo, int]] = {}
         self._file = tables.open_table(root, info, SCHEMA) if info else None
 
     @cached_property
@@ -101,7 +103,15 @@ class Locations:
         return _Columns([by_name.get(name) for name in names], len(is_text) - num_texts, *columns)
 
     def find(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
-        """The shard and row of ``key``, or None when the cache has no such row. 10 us."""
+        """The shard and row of ``key``, or None when the cache has no such row. 10 us, the first time."""
+        found = self._found.get((kind, key))
+        if found is None:
+            found = self._bisect(kind, key)
+            if found and len(self._found) < REMEMBERED:
+                self._found[kind, key] = found
+        return found
+
+    def _bisect(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
         table = self._table
         keys = table.key
         low, high = (table.num_latents, len(keys)) if kind == "text" else (0, table.num_latents)

@@ -171,6 +171,16 @@ class StoredRow:
     caption: str | None
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where one row lies in its file."""
+
+    begin: int
+    num_bytes: int
+    columns: tuple[tuple[str, int, int, str, tuple[int, ...]], ...]
+    """(name, bytes before its value, bytes of its value, dtype or "" where it is no tensor, sizes)."""
+
+
 class Shard:
     """An open shard. Reading is thread-safe: positioned reads, no state.
 
@@ -185,6 +195,7 @@ class Shard:
 
     def __init__(self, root: Path, info: ShardInfo) -> None:
         self.root, self.info, self.path = root, info, root / info.file
+        self._layouts: dict[int, _Layout] = {}  # of rows that were read: 40 us each to work out, about 1 kB
         self._fd = files.open_inside(root, info.file, info.num_bytes)
         weakref.finalize(self, os.close, self._fd)  # not `with`: the reader drops shards that other threads still read
         footer = self._read_footer()
@@ -209,25 +220,24 @@ class Shard:
         import torch
 
         n_tokens = self.n_tokens[row] if self.n_tokens else None
-        length = 1 if n_tokens is None else n_tokens
+        layout = self._layouts.get(row)
+        if layout is None:
+            layout = self._layouts[row] = self._layout(row)
         tensors: dict[str, torch.Tensor] = {}
         pieces: list[Any] = []  # before each value its page header, then the value itself
-        num_bytes = 0
-        for name, header_bytes, value_bytes in self._layout(row):
-            num_bytes += header_bytes + value_bytes
+        for name, header_bytes, value_bytes, dtype, sizes in layout.columns:
             pieces.append(bytearray(header_bytes))
-            if name in self.specs:
-                spec = self.specs[name]
-                tensor = torch.empty(spec.sizes(length), dtype=torch_dtype(spec.dtype), pin_memory=pin_memory)
+            if dtype:
+                tensor = torch.empty(sizes, dtype=torch_dtype(dtype), pin_memory=pin_memory)
                 tensors[name] = tensor
                 pieces.append((tensor if tensor.dim() else tensor.view(1)).view(torch.uint8).numpy().data)
             else:
                 pieces.append(bytearray(value_bytes))
-        num_read = os.preadv(self._fd, pieces, self._meta.row_group(row).column(0).data_page_offset)
+        num_read = os.preadv(self._fd, pieces, layout.begin)
         digest = xxhash.xxh3_64()
         for piece in pieces:
             digest.update(piece)
-        if num_read != num_bytes or digest.intdigest() != self._hashes[row]:
+        if num_read != layout.num_bytes or digest.intdigest() != self._hashes[row]:
             raise files.corrupt(
                 self.root, f"{self.path}, row {row} (key {key}): its bytes are not those that were written"
             )
@@ -237,26 +247,29 @@ class Shard:
             )
         return StoredRow(key, tensors, n_tokens, pieces[-1].decode(errors="replace") if self.n_tokens else None)
 
-    def _layout(self, row: int) -> list[tuple[str, int, int]]:
-        """(column, bytes before its value, bytes of its value) for one row, checked before anything is allocated."""
+    def _layout(self, row: int) -> _Layout:
+        """Where one row lies, checked before anything is allocated."""
         group = self._meta.row_group(row)
         caption_bytes = self._caption_bytes[row] if self._caption_bytes else 0
         known = {"key": len(self.keys[row].encode()), "n_tokens": 4, "caption": caption_bytes}
-        layout = []
+        length = self.n_tokens[row] if self.n_tokens else 1
+        columns: list[tuple[str, int, int, str, tuple[int, ...]]] = []
         end = None
         for i, name in enumerate(self._names):
             chunk = group.column(i)
             spec = self.specs.get(name)
-            value_bytes = spec.num_bytes(self.n_tokens[row] if self.n_tokens else 1) if spec else known[name]
+            value_bytes = spec.num_bytes(length) if spec else known[name]
             header_bytes = chunk.total_compressed_size - value_bytes
             plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page and chunk.num_values == 1
             if not plain or not 4 < header_bytes <= MAX_HEADER_BYTES or end not in (None, chunk.data_page_offset):
                 raise self._refused(f"row {row}: column {name} is not one plain value of {value_bytes} bytes")
             end = chunk.data_page_offset + chunk.total_compressed_size
-            layout.append((name, header_bytes, value_bytes))
-        if group.column(0).data_page_offset < 4 or end is None or end > self._footer_start:
+            dtype, sizes = (spec.dtype, spec.sizes(length)) if spec else ("", ())
+            columns.append((name, header_bytes, value_bytes, dtype, sizes))
+        begin = group.column(0).data_page_offset
+        if begin < 4 or end is None or end > self._footer_start:
             raise self._refused(f"row {row} lies outside the file")
-        return layout
+        return _Layout(begin, end - begin, tuple(columns))
 
     def _read_footer(self) -> bytes:
         size = self.info.num_bytes
