@@ -213,6 +213,19 @@ def test_huggingface_datasets_opens_the_shards(tmp_path: Path) -> None:
     assert sorted(rows["key"]) == ["l-0", "l-1", "l-2", "l-3"]
 
 
+def test_duckdb_opens_the_shards_and_the_index_and_joins_them(tmp_path: Path) -> None:
+    import duckdb
+
+    make_cache(tmp_path)
+    joined = duckdb.sql(
+        f"SELECT path, octet_length(mean), octet_length(std) FROM '{tmp_path}/index-*.parquet' "
+        f"JOIN '{tmp_path}/latents/*.parquet' ON key = latent_key ORDER BY path"
+    ).fetchall()
+    assert joined == [(f"sub/é {number}.png", 2048, 2048) for number in range(4)]
+    captions = duckdb.sql(f"SELECT caption, n_tokens FROM '{tmp_path}/text/*.parquet' ORDER BY n_tokens").fetchall()
+    assert captions == [("", 1), ("a cat", 3), ("a dög\nruns", 7)]
+
+
 def test_a_shard_is_named_by_its_content_and_what_the_manifest_says_of_it_is_true(tmp_path: Path) -> None:
     import hashlib
 

@@ -1,0 +1,197 @@
+"""Do the commands that look after a cache say what is true, to a person and to a script?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workshop import Workshop
+
+import k5cache
+import k5cache.errors
+from k5cache import bench_store, console, show
+from k5cache.buckets import Geometry
+from k5cache.cli import app
+from k5cache.config import ModelConfig
+from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
+from k5cache.errors import CacheStale
+from k5cache.images import load_pixels
+from k5cache.reencode import config_of, geometry_of, reencode
+from k5cache.verify import verify
+from tests.cli import Cli
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, toy_model) -> Workshop:
+    """Three images, one with two captions; read only."""
+    made = Workshop(tmp_path_factory.mktemp("commands"), toy_model)
+    for i, size in enumerate(((64, 64), (96, 64), (70, 100))):
+        made.put(f"{i}.png", f"number {i}", seed=i, size=size)
+    (made.source / "2.txt").write_text("number 2\nzwei", encoding="utf-8")
+    made.encode("a fox")
+    return made
+
+
+@pytest.fixture
+def own(shop, tmp_path) -> Workshop:
+    """A copy of its cache to change."""
+    made = Workshop(tmp_path / "shop", shop.model)
+    shutil.rmtree(made.source)
+    made.source = shop.source
+    shutil.copytree(shop.root, made.root)
+    return made
+
+
+def again(shop: Workshop, count: int, source: Path | None):
+    with console.progress() as bars:
+        return reencode(shop.cache, count, source, ModelConfig(path=str(shop.model)), "cpu", bars)
+
+
+def test_rows_encoded_again_are_the_same_bits_on_the_same_machine(shop):
+    found = again(shop, 9, shop.source)
+    assert sorted((row.kind, row.name) for row in found.compared) == [
+        ("latents", "0.png"), ("latents", "1.png"), ("latents", "2.png"),
+        ("text", ""), ("text", "a fox"), ("text", "number 0"), ("text", "number 1"), ("text", "number 2"),
+        ("text", "zwei"),
+    ]  # fmt: skip
+    assert all(row.is_exact and row.error == 0 and not row.is_wrong for row in found.compared)
+    assert found.added_to(verify(shop.root)).problems == ()
+
+
+def test_rows_that_another_encoder_would_give_are_problems(shop, monkeypatch):
+    original = type(shop.cache).text
+
+    def scaled(self, key):
+        row = original(self, key)
+        return type(row)(**{**vars(row), "prompt_embeds": row.prompt_embeds * 1.05})
+
+    monkeypatch.setattr(type(shop.cache), "text", scaled)
+    found = again(shop, 2, None)
+    assert [row.is_wrong for row in found.compared] == [True, True]
+    assert found.compared[0].error == pytest.approx(0.05 / 1.05, rel=0.05)
+    assert len(found.added_to(verify(shop.root)).problems) == 2
+
+
+def test_an_image_that_changed_since_is_not_held_against_the_cache(shop, tmp_path):
+    shutil.copytree(shop.source, tmp_path / "images")
+    (tmp_path / "images" / "1.png").write_bytes((shop.source / "0.png").read_bytes())
+    found = again(shop, 9, tmp_path / "images")
+    assert found.not_compared == ("1.png: has changed since it was encoded",)
+    assert sum(row.kind == "latents" for row in found.compared) == 2
+
+
+def test_the_recipe_gives_back_the_options_and_the_index_the_crops(shop):
+    config = config_of(shop.cache.manifest.recipe)
+    assert (config.resolution, config.max_sequence_length, config.vae_precision) == (64, 512, "fp32")
+    row = shop.cache.row(1)
+    assert isinstance(geometry_of(row), Geometry)
+    vae = load_vae(shop.model, "cpu", torch.float32)
+    pixels = to_model_range(load_pixels(shop.source / row.path, geometry_of(row)).unsqueeze(0))
+    assert torch.equal(encode_pixels(vae, pixels).mean[0].half(), shop.cache[1]["mean"])
+
+
+def test_show_decodes_what_diffusers_decodes_and_writes_a_sheet(shop, tmp_path):
+    with console.progress() as bars:
+        shown = show.decode(shop.cache, [0, 2], ModelConfig(path=str(shop.model)), "cpu", bars)
+    vae = load_vae(shop.model, "cpu", torch.float32)
+    from diffusers.image_processor import VaeImageProcessor
+
+    for one, number in zip(shown, (0, 2), strict=True):
+        latents = shop.cache[number]["mean"].float() * vae.config.scaling_factor
+        with torch.no_grad():  # as Kandinsky5T2IPipeline decodes
+            pixels = vae.decode(latents.permute(2, 0, 1).unsqueeze(0) / vae.config.scaling_factor).sample
+        (theirs,) = VaeImageProcessor().postprocess(pixels)
+        difference = np.abs(np.asarray(one.picture, int) - np.asarray(theirs, int))
+        assert difference.max() <= 1  # x * s / s rounds
+        assert one.picture.size == (one.row.bucket_width, one.row.bucket_height)
+    assert shown[1].captions == ("number 2", "zwei")
+    with console.progress() as bars:
+        assert show.show(shop.cache, tmp_path / "sheet.png", 9, ModelConfig(path=str(shop.model)), "cpu", bars) == 3
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * show.CELL
+        assert np.asarray(sheet.convert("L")).std() > 10
+
+
+def test_long_captions_are_wrapped_and_cut_with_dots_in_any_script():
+    font = show.load_font(13)
+    for text in ("word " * 200, "語" * 400, "a" * 900):
+        lines = show.wrap(text, font, 256, 4)
+        assert len(lines) == 4
+        assert lines[-1].endswith("...")
+        assert all(font.getlength(line.removesuffix("...")) <= 256 for line in lines)
+    assert show.wrap("two words", font, 256, 4) == ["two words"]
+
+
+def test_another_vae_is_not_asked_to_decode(shop, tmp_path):
+    shop_recipe = shop.cache
+    recipe = shop_recipe.manifest.recipe
+    recipe["latents"]["vae"] = "0" * 32
+    with pytest.raises(CacheStale, match=r"latents.vae has other weights"), console.progress() as bars:
+        show.decode(shop_recipe, [0], ModelConfig(path=str(shop.model)), "cpu", bars)
+
+
+def test_prompts_are_added_to_a_finished_cache_and_its_items_stay(own):
+    cli = Cli(own.root.parent)
+    before = own.cache
+    done = cli(app, "prompts", "add", "cache", "a red fox", "a fox", "number 1", "  a   red fox ", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == {
+        "encoded": ["a red fox", "  a   red fox "], "already_there": ["a fox", "number 1"], "truncated": [],
+    }  # fmt: skip
+    after = own.cache
+    assert after.prompt("a red fox").key == after.prompt("  a   red fox ").key
+    assert after.prompt("number 1").key == before.row(1).caption_keys[0]
+    assert after.index.equals(before.index)
+    assert verify(own.root).problems == ()
+    assert own.encode().is_unchanged
+    assert "1 prompts" not in cli(app, "prompts", "add", "cache", "a red fox").err
+
+
+def test_a_missing_prompt_is_answered_with_the_command_that_adds_it(own):
+    with pytest.raises(k5cache.errors.CacheError) as caught:
+        own.cache.prompt("it's new")
+    assert caught.value.fix.endswith("""k5cache prompts add """ + f"{own.root} 'it'\"'\"'s new'")
+
+
+def test_every_command_speaks_json(own):
+    cli = Cli(own.root.parent)
+    model = ["--model", str(own.model), "--set", "cache.resolution=64"]
+    info = json.loads(cli(app, "info", "cache", "--json").out)
+    assert (info["items"], info["captions"], info["prompts"]) == (3, 6, ["", "a fox"])
+    assert sum(info["buckets"].values()) == 3
+    found = json.loads(cli(app, "diff", str(own.source), "-o", "cache", *model, "--json").out)
+    assert (found["num_items"], found["num_latents"], found["differences"]) == (3, 0, [])
+    done = json.loads(cli(app, "encode", str(own.source), "-o", "cache", *model, "--json").out)
+    assert (done["is_unchanged"], done["num_items"]) == (True, 3)
+    assert json.loads(cli(app, "verify", "cache", "--json").out)["verified"]["problems"] == []
+    assert json.loads(cli(app, "gc", "cache", "--dry-run", "--json").out)["num_rows"] == 0
+
+
+def test_diff_lists_recipe_differences_that_encode_would_refuse(own):
+    cli = Cli(own.root.parent)
+    model = ["--model", str(own.model), "--set", "cache.resolution=128"]
+    done = cli(app, "diff", str(own.source), "-o", "cache", *model)
+    assert done.code == 0, done.err
+    assert "selection.resolution is 64 in the cache, 128 now" in done.out
+    refused = cli(app, "encode", str(own.source), "-o", "cache", *model)
+    assert refused.code == 2
+    assert "selection.resolution is 64 in the cache, 128 now" in refused.err
+
+
+def test_the_store_bench_measures_every_format_and_what_compression_would_save(tmp_path):
+    found = bench_store.bench_store(6, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    names = [reading.name for reading in found.readings]
+    assert len(names) == 6
+    ours = found.readings[names.index(bench_store.OURS)]
+    assert 1 < ours.disk_over_raw < 1.02
+    assert all(reading.rows_a_second == pytest.approx(1000 / reading.ms_a_row) for reading in found.readings)
+    by_codec = {packing.codec: packing for packing in found.packings}
+    assert by_codec["none"].row == 1
+    assert 0.7 < by_codec["zstd 3"].text < 0.9 < by_codec["lz4"].row
+    assert len(found.targets) == 3
