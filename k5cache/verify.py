@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 OUT_OF_LINE = 16.0
-"""Times the median norm of its kind above or below which a row is reported. Ordinary images and captions stay within 4
-(measured on the toy model and on uniform, noisy and black images); a lost exponent bit is a factor of at least 256."""
+"""Times the median norm of its kind above or below which a row is reported. A test holds noise, plain black, white and
+red, and captions of 1 to 70 words within it; rows scaled wrongly, or of another encoder, are often far outside."""
 
 
 @dataclass(frozen=True)
