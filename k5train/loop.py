@@ -123,7 +123,7 @@ class _Loop:
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
         progress, run, interruptions = self.progress, self.run, Interruptions()
-        trackers = open_trackers(self.config.trackers, run, self.identity["train"])
+        trackers = open_trackers(self.config.trackers, run, self.identity["train"], progress.step)
         with (
             interruptions.installed(),
             console.progress() as bars,

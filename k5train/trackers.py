@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -43,27 +42,28 @@ def check_trackers(config: TrackersConfig) -> None:
             )
 
 
-def open_trackers(config: TrackersConfig, run: Run, recipe: dict[str, Any]) -> list[Tracker]:
+def open_trackers(config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> list[Tracker]:
     """Start, or take up again, every tracker that the recipe names.
 
     Args:
         recipe: what they show as the run's settings.
+        step: updates that the run goes on from.
     """
-    make: dict[str, Callable[[TrackersConfig, Run, dict[str, Any]], Tracker]] = {
+    make: dict[str, Callable[[TrackersConfig, Run, dict[str, Any], int], Tracker]] = {
         "tensorboard": _TensorBoard,
         "wandb": _Wandb,
         "trackio": _Trackio,
     }
-    return [make[name](config, run, recipe) for name in config.use]
+    return [make[name](config, run, recipe, step) for name in config.use]
 
 
 class _TensorBoard:
     """Event files in ``runs/<name>/tensorboard``: `tensorboard --logdir runs`."""
 
-    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any]) -> None:
+    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.root / "tensorboard"))
+        self._writer = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -83,7 +83,7 @@ class _TensorBoard:
 class _Wandb:
     """One wandb run under the run's own name; taken up again when the run is."""
 
-    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any]) -> None:
+    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> None:
         import wandb
 
         self._wandb = wandb
@@ -112,15 +112,20 @@ class _Wandb:
 class _Trackio:
     """A local trackio project: `trackio show --project kandinsky5-lora`."""
 
-    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any]) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str((run.root.parent / ".trackio").resolve()))
+    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> None:
         import trackio
 
-        # It starts a server and prints its address with a token that allows writing: keep that out of logs.
-        logging.getLogger("httpx").setLevel(logging.WARNING)
         self._trackio = trackio
         self._run = _silently(
-            lambda: trackio.init(project=config.project, name=run.name, resume="allow", config=recipe, embed=False)
+            lambda: trackio.init(
+                project=config.project,
+                name=run.name,
+                resume="allow",
+                config=recipe,
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -130,10 +135,11 @@ class _Trackio:
         self._run.log({name: self._trackio.Image(p) for name, p in pictures.items()}, step=step)
 
     def close(self) -> None:
-        _silently(self._run.finish)
+        _silently(self._trackio.finish)
 
 
 def _silently(call: Callable[[], Any]) -> Any:
+    """trackio prints what it does, sometimes with a token that allows writing: keep that out of logs."""
     from contextlib import redirect_stdout
 
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123
