@@ -34,7 +34,9 @@ def plan(
     document = read(recipe, options or [])
     if vram is not None:
         document.setdefault("train", {}).setdefault("memory", {})["vram"] = vram
-    given = model or document.get("model", {}).get("path")
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    given = document.get("model", {}).get("path")
     model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
     if resolution < 16 or text_tokens < 1:
         raise RecipeError("--resolution is at least 16 and --text-tokens at least 1", "Give the size of your pictures")

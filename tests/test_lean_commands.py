@@ -1,0 +1,89 @@
+"""Do the commands about memory and speed say what they should, and does a lean run train from end to end?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from k5cache.cli import app as cache_app
+from k5train.cli import app as train_app
+from tests.cli import Cli
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, toy_model) -> Path:
+    root = tmp_path_factory.mktemp("lean")
+    (root / "images").mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+        (root / "images" / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    size = ["--set", "cache.resolution=64", "--set", "cache.buckets=square"]
+    done = Cli(root)(cache_app, "encode", "images", "-o", "cache", "--model", str(toy_model), *size)
+    assert done.code == 0, done.err
+    return root
+
+
+@pytest.fixture
+def cli(workplace, monkeypatch) -> Cli:
+    monkeypatch.setenv("K5_HOME", str(workplace / "home"))
+    return Cli(workplace)
+
+
+def test_a_run_on_int8_tensor_core_arithmetic_with_streamed_weights_leaves_a_lora(cli, toy_model):
+    options = ["train.steps=2", "train.base_model_precision=int8-dynamic", "train.memory.enable_group_offload=true"]
+    chosen = [word for option in options for word in ("--set", option)]
+    done = cli(train_app, "run", "cache", "-o", "run", "--model", str(toy_model), *chosen)
+    assert done.code == 0, done.err
+    assert "blocks streamed" in done.err
+    assert "predicted peak" in done.err
+    assert (cli.folder / "run" / "run.safetensors").is_file()
+    shutil.rmtree(cli.folder / "run")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(cli, toy_model):
+    done = cli(train_app, "run", "cache", "-o", "run", "--model", str(toy_model), "--set", "train.memory.vram=0.8GB")
+    assert done.code == 2
+    assert "needs" in done.err
+    assert "Loading" not in done.err
+    shutil.rmtree(cli.folder / "run", ignore_errors=True)
+
+
+def test_plan_needs_neither_a_cache_nor_a_model_nor_a_gpu(cli):
+    done = cli(train_app, "plan", "--vram", "12GB")
+    assert done.code == 0, done.err
+    assert "predicted peak" in done.out
+    assert "4096 picture tokens" in done.out
+
+
+def test_plan_reads_the_sizes_of_a_cache(cli, toy_model):
+    done = cli(train_app, "plan", "cache", "--model", str(toy_model), "--vram", "12GB")
+    assert done.code == 0, done.err
+    assert "16 picture tokens" in done.out
+
+
+def test_plan_refuses_a_card_that_is_too_small_with_advice(cli):
+    done = cli(train_app, "plan", "--vram", "3GB")
+    assert done.code == 2
+    assert "fix:" in done.err
+
+
+def test_bench_without_a_gpu_says_so(cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = cli(train_app, "bench")
+    assert done.code == 2
+    assert "no GPU" in done.err
+
+
+def test_a_base_is_prepared_listed_and_removed(cli, toy_model):
+    assert "There is none" in cli(train_app, "base", "list").out
+    prepared = cli(train_app, "base", "prepare", "--model", str(toy_model))
+    assert prepared.code == 0, prepared.err
+    name = Path(prepared.out.strip()).name
+    assert name[:8] in cli(train_app, "base", "list").out
+    assert cli(train_app, "base", "rm", name[:8]).code == 0
+    assert cli(train_app, "base", "rm", name[:8]).code == 2
