@@ -35,7 +35,7 @@ def print_report(report: EncodeReport, root: Path) -> None:
             f"{console.human_seconds(report.seconds)}",
             markup=False,
         )
-    print_changes(report.added, report.changed, report.renamed, report.removed, report.num_items)
+    print_changes(report.added, report.changed, report.renamed, report.removed, report.reused_latents)
     some("damaged and encoded again", list(report.repaired), "yellow")
     some("skipped", [f"{s.path}: {s.reason}" for s in report.skipped], "yellow")
     cut = [f"{short(caption)} (last {count} characters)" for caption, count in report.truncated]

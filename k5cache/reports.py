@@ -105,7 +105,7 @@ def print_preview(would: Preview, root: Path) -> None:
     table.add_row("encode", str(would.num_latents), str(would.num_texts))
     table.add_row("reuse", str(would.reused_latents), str(would.reused_texts))
     console.out.print(table)
-    print_changes(would.added, would.changed, would.renamed, would.removed, would.num_items)
+    print_changes(would.added, would.changed, would.renamed, would.removed, would.reused_latents)
     some("skipped", [f"{s.path}: {s.reason}" for s in would.skipped], "yellow")
     some("upscaled, smaller than their bucket", would.upscaled, "yellow")
 
@@ -115,10 +115,10 @@ def print_changes(
     changed: Sequence[str],
     renamed: Sequence[tuple[str, str]],
     removed: Sequence[str],
-    num_items: int,
+    reused: int,
 ) -> None:
     """What is not as it was; a first encode, where everything is new, needs no list."""
-    some("added", added if len(added) < num_items else (), "green")
+    some("added", added if reused or changed or renamed or removed else (), "green")
     some("changed", changed, "green")
     some("renamed", [f"{before} -> {now}" for before, now in renamed], "green")
     some("removed", removed, "yellow")
