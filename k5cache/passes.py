@@ -261,7 +261,8 @@ def encode_bucket(
     specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
 
     def encoded() -> Iterator[tuple[str, torch.Tensor]]:
-        wanted = ((one.path, one.geometry) for one in members)
+        # With its hash: an image that changed since the plan must not be stored under the old content's key.
+        wanted = ((one.path, one.geometry, one.content_hash) for one in members)
         for i, pixels in images.load_many(wanted, job.read, workers()):
             if isinstance(pixels, UnreadableImage):
                 failed[members[i].key] = pixels.reason
