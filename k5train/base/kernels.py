@@ -62,7 +62,7 @@ def _int8_matmul(  # type: ignore[no-untyped-def]
 
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), by compute capability: the largest that ptxas compiles without spilling
-# registers (250 of 255 on sm_90, 166 on sm_89). `k5train bench` times others beside it.
+# registers (250 of 255 on sm_90, 166 on sm_89). By ptxas alone: no GPU has timed them yet.
 LARGE = {9: (128, 256, 128, 8, 3), 8: (128, 128, 64, 8, 3)}
 OTHER_LARGE = (128, 128, 64, 8, 3)
 SMALL = (64, 64, 128, 4, 4)  # captions: a few hundred rows would leave most multiprocessors idle with large tiles
@@ -85,7 +85,7 @@ def int8_matmul(
     Args:
         a: ``[M, K]`` int8, contiguous.
         b: ``[N, K]`` int8, contiguous: both operands run along K, as int8 tensor cores need them.
-        tile: to measure another than the table's.
+        tile: another than the table's, to time it or to run it in Triton's interpreter.
     """
     a, b = a.contiguous(), b.contiguous()
     rows, inner = a.shape
