@@ -36,15 +36,31 @@ def stirred(transformer, config: LoraConfig) -> lora.Matched:
     return matched
 
 
-def through_diffusers(toy_model: Path, path: Path, load) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.fixture(scope="module")
+def pipeline(toy_model):
+    """diffusers' own pipeline; a test leaves its transformer as it was."""
+    return Kandinsky5T2IPipeline.from_pretrained(toy_model, dtype=torch.float32)
+
+
+def by_pipeline(pipeline, path: Path) -> None:
+    pipeline.load_lora_weights(path)
+
+
+def by_transformer(pipeline, path: Path) -> None:
+    pipeline.transformer.load_lora_adapter(str(path), prefix="transformer")
+
+
+def through_diffusers(pipeline, path: Path, load=by_pipeline) -> tuple[torch.Tensor, torch.Tensor]:
     """What diffusers' own transformer says before and after ``load(pipeline, path)``."""
-    pipeline = Kandinsky5T2IPipeline.from_pretrained(toy_model, dtype=torch.float32)
     before = velocity(pipeline.transformer)
     load(pipeline, path)
-    return before, velocity(pipeline.transformer)
+    after = velocity(pipeline.transformer)
+    pipeline.transformer.unload_lora()
+    assert torch.equal(velocity(pipeline.transformer), before)
+    return before, after
 
 
-def test_rslora_is_scaled_by_the_root_of_its_rank(toy_model, tmp_path):
+def test_rslora_is_scaled_by_the_root_of_its_rank(toy_model, pipeline, tmp_path):
     ours = base(toy_model)
     stirred(ours, LoraConfig(algo="rslora", rank=4, alpha=6.0, targets=QKV))
     layer = ours.get_submodule(NAME)
@@ -53,11 +69,11 @@ def test_rslora_is_scaled_by_the_root_of_its_rank(toy_model, tmp_path):
     lora.save_lora(tmp_path / "a.safetensors", ours)
     saved = load_file(tmp_path / "a.safetensors")[f"transformer.{NAME}.lora_B.weight"]
     assert torch.equal(saved, layer.lora_B["default"].weight * 3.0)
-    _, after = through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+    _, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
     torch.testing.assert_close(velocity(ours), after, rtol=0, atol=5e-4)  # rounding of rotated queries, as test_lora
 
 
-def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, tmp_path):
+def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, pipeline, tmp_path):
     ours = base(toy_model)
     start = velocity(ours)
     lora.add_lora(ours, LoraConfig(algo="dora", rank=4, targets=QKV), seed=1)
@@ -67,7 +83,7 @@ def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, tmp_path):
     state = load_file(tmp_path / "a.safetensors")
     assert len(state) == 3 * len(matched.modules)
     assert f"transformer.{NAME}.lora_magnitude_vector" in state
-    before, after = through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+    before, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(velocity(fresh), after, rtol=0, atol=5e-4)
     again = base(toy_model)
@@ -96,7 +112,7 @@ def test_a_start_that_changes_the_base_is_refused_with_the_reason(start):
         ("int8-quanto", {"rank": 4}),
     ],
 )
-def test_lokr_trains_and_diffusers_loads_it_by_the_transformer(toy_model, tmp_path, precision, options):
+def test_lokr_trains_and_diffusers_loads_it_by_the_transformer(toy_model, pipeline, tmp_path, precision, options):
     ours = base(toy_model, precision)
     start = velocity(ours)
     config = LoraConfig(algo="lokr", targets=QKV, **options)
@@ -114,20 +130,16 @@ def test_lokr_trains_and_diffusers_loads_it_by_the_transformer(toy_model, tmp_pa
     lora.load_lora(again, tmp_path / "a.safetensors")
     torch.testing.assert_close(velocity(again), velocity(fresh), rtol=0, atol=5e-4)
     if precision == "no_change":
-
-        def load(pipeline, path):
-            return pipeline.transformer.load_lora_adapter(str(path), prefix="transformer")
-
-        before, after = through_diffusers(toy_model, tmp_path / "a.safetensors", load)
+        before, after = through_diffusers(pipeline, tmp_path / "a.safetensors", by_transformer)
         assert (after - before).abs().max() > 0.1
         torch.testing.assert_close(velocity(fresh), after, rtol=0, atol=5e-4)
 
 
-def test_the_help_says_what_diffusers_pipeline_does_with_lokr(toy_model, tmp_path):
+def test_the_help_says_what_diffusers_pipeline_does_with_lokr(toy_model, pipeline, tmp_path):
     stirred(ours := base(toy_model), LoraConfig(algo="lokr", rank=4, targets=QKV))
     lora.save_lora(tmp_path / "a.safetensors", ours)
     with pytest.raises(ValueError, match="Invalid"):  # the day this loads, the help of train.lora.algo is out of date
-        through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+        through_diffusers(pipeline, tmp_path / "a.safetensors")
 
 
 def test_the_start_of_lokr_depends_on_seed_and_module_alone(toy_model):
@@ -141,7 +153,7 @@ def test_the_start_of_lokr_depends_on_seed_and_module_alone(toy_model):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts(toy_model, tmp_path):
+def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts(toy_model, pipeline, tmp_path):
     ranks = (RankConfig("attention", 2), RankConfig("cross_attention.to_key", 3))
     ours = base(toy_model)
     stirred(ours, LoraConfig(rank=6, ranks=ranks))
@@ -151,7 +163,7 @@ def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts
     assert found["visual_transformer_blocks.1.feed_forward.in_layer"] == 6
     assert {m.scaling["default"] for m in ours.modules() if isinstance(m, LoraLayer)} == {1.0}
     lora.save_lora(tmp_path / "a.safetensors", ours)
-    _, after = through_diffusers(toy_model, tmp_path / "a.safetensors", lambda p, f: p.load_lora_weights(f))
+    _, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
     assert torch.equal(velocity(ours), after)
     lora.add_lora(other := base(toy_model), LoraConfig(rank=6, ranks=ranks, alpha=12.0), seed=1)
     assert other.get_submodule(NAME).scaling["default"] == 4.0
