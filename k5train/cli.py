@@ -253,12 +253,12 @@ def print_result(result: Result) -> None:
 def print_sweep(rows: list[Row]) -> None:
     """One line a run."""
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "steps", "loss", "held out", "time", "started in", "LoRA"):
+    for column in ("run", "steps", "loss", "held out", "time", "started in", "problem"):
         table.add_column(column, overflow="fold")
     for row in rows:
         losses = [f"{loss:.4f}" if loss is not None else "" for loss in (row.last_loss, row.best_loss)]
         times = [console.human_seconds(s) if s is not None else "" for s in (row.seconds, row.seconds_to_start)]
-        cells = [row.label, str(row.steps), *losses, *times, row.problem or row.lora]
+        cells = [row.label, str(row.steps), *losses, *times, row.problem or ""]
         table.add_row(*(Text(cell) for cell in cells))
     console.out.print(table)
 
