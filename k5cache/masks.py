@@ -76,7 +76,13 @@ def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequen
         with commit.shards("masks", {"mask": TensorSpec("uint8", bucket.latent_shape)}, bucket) as append:
             for job in members:
                 try:
-                    mask = load_mask(read(job.path), job.geometry)
+                    content = read(job.path)
+                    content = content if isinstance(content, bytes) else content.read_bytes()  # what is hashed is used
+                    if job.content_hash and hash_content(content) != job.content_hash:
+                        raise UnreadableImage("has changed since the encode began; encode again")
+                    mask = load_mask(content, job.geometry)
+                except OSError as error:
+                    failed[job.key] = f"its mask {job.path} cannot be read ({error.strerror})"
                 except UnreadableImage as error:
                     failed[job.key] = f"its mask {job.path} {error.reason}"
                 else:

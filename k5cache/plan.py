@@ -27,6 +27,7 @@ class MaskJob:
     key: str
     path: str
     geometry: Geometry
+    content_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def make_plan(
             rows.append(_row(item, content_hash, geometry, key, caption_keys, mask_key, mask_hash))
             latent_jobs.setdefault(key, LatentJob(key, item.path, geometry, content_hash))
             if mask_key and item.mask:
-                mask_jobs.setdefault(mask_key, MaskJob(mask_key, item.mask.path, geometry))
+                mask_jobs.setdefault(mask_key, MaskJob(mask_key, item.mask.path, geometry, mask_hash or ""))
         if geometries[0].upscaled:
             upscaled.append(item.path)
     needed_texts = {key for row in rows for key in row.caption_keys} | set(keys_of_prompts.values())
