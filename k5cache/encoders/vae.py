@@ -57,7 +57,8 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    values = _range_table().to(pixels.device)[pixels.int()]
+    table = _range_table().to(pixels.device, non_blocking=True)  # to wait here would leave the GPU idle
+    values = table[pixels.int()]
     # The strides that image_processor gives: with others convolutions round differently (1 ulp of float16 at 512x512
     # on a CPU), and take half as long again.
     return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
