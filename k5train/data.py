@@ -5,6 +5,7 @@ No worker count, restart or machine changes a batch: every draw comes from a gen
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import queue
 import threading
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from k5cache.errors import RecipeError
 from k5train import flow, rollout, tread
-from k5train.mixture import Mixture, Source, epoch_batches
+from k5train.mixture import Mixture, Source, epoch_batches, num_batches
 
 if TYPE_CHECKING:
     from k5cache.store.index import IndexRow
@@ -113,12 +114,20 @@ class Loader:
                 )
         self._epochs: dict[int, list[list[int]]] = {}
         self._slices: tuple[int, list[int], list[int]] = (-1, [], [])
-        self.batches_per_epoch = len(self._epoch(0))
+        self._ends = [0]  # micro-batches before each epoch
 
     def rows_of(self, micro: int) -> list[int]:
         """Rows of micro-batch ``micro`` (counted from the start of the run)."""
-        epoch, position = divmod(micro, self.batches_per_epoch)
-        return self._epoch(epoch)[position]
+        while self._ends[-1] <= micro:
+            self._ends.append(
+                self._ends[-1] + num_batches(self.data.pools, self.config.batch_size, len(self._ends) - 1)
+            )
+        epoch = bisect.bisect_right(self._ends, micro) - 1
+        return self._epoch(epoch)[micro - self._ends[epoch]]
+
+    def micro_batches(self, epochs: int) -> int:
+        """How many micro-batches the first ``epochs`` have."""
+        return sum(num_batches(self.data.pools, self.config.batch_size, epoch) for epoch in range(epochs))
 
     def batch(self, micro: int) -> Batch:
         """Read micro-batch ``micro`` from the cache and draw its noise.
@@ -142,7 +151,7 @@ class Loader:
             if len(self._epochs) > 1:  # an update may lie across two epochs
                 del self._epochs[min(self._epochs)]
             generator = _generator(self.config.seed, "order", epoch)
-            self._epochs[epoch] = epoch_batches(self.data.pools, self.config.batch_size, generator)
+            self._epochs[epoch] = epoch_batches(self.data.pools, self.config.batch_size, epoch, generator)
         return self._epochs[epoch]
 
     def _step(self, micro: int) -> int:

@@ -252,8 +252,8 @@ def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loade
     check_routes(config.tread.routes, read_config(folder, "transformer")["num_visual_blocks"])
     scaling_factor = read_config(folder, "vae")["scaling_factor"]
     if config.epochs is not None:
-        per_epoch = Loader(data, config, scaling_factor).batches_per_epoch
-        config = replace(config, steps=-(-config.epochs * per_epoch // config.gradient_accumulation_steps))
+        micro_batches = Loader(data, config, scaling_factor).micro_batches(config.epochs)
+        config = replace(config, steps=-(-micro_batches // config.gradient_accumulation_steps))
     grid = inference_sigmas(folder, config.rollout.num_inference_steps) if config.rollout.probability else None
     return Loader(data, config, scaling_factor, grid), config
 

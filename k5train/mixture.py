@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,24 @@ class Source:
     is_regularisation_data: bool = False
     held_out: frozenset[int] = frozenset()
     """Items of the cache that are not trained on."""
+
+
+_GOLDEN = 0.6180339887  # multiples of it spread evenly over 0 to 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The rows of one source in one bucket."""
+
+    rows: list[int]
+    rate: float
+    """Rows that they give an epoch, on average."""
+    phase: float
+    """0 to 1: where the fractions of the rate are rounded up, so that not all pools do in the same epoch."""
+
+    def count(self, epoch: int) -> int:
+        """Rows that they give in this epoch: the rate rounded so that the sum over epochs is never off by one."""
+        return math.floor((epoch + 1) * self.rate + self.phase) - math.floor(epoch * self.rate + self.phase)
 
 
 class Mixture:
@@ -72,19 +91,20 @@ class Mixture:
         return any(c.null_count < len(c) for c in columns)
 
     @cached_property
-    def pools(self) -> dict[Size, list[tuple[list[int], int]]]:
+    def pools(self) -> dict[Size, list[Pool]]:
         """Bucket -> from each source: its rows there and how many rows of an epoch they give."""
         by_source = [self._by_bucket(number) for number in range(len(self.sources))]
         sizes = [sum(map(len, buckets.values())) for buckets in by_source]
-        totals = [size * source.repeats for size, source in zip(sizes, self.sources, strict=True)]
-        weights = [s.weight for s in self.sources]
-        if all(w is not None for w in weights):
-            totals = shares([w or 0.0 for w in weights], sum(totals))
-        pools: dict[Size, list[tuple[list[int], int]]] = {}
-        for buckets, total in zip(by_source, totals, strict=True):
-            counts = shares([len(rows) for rows in buckets.values()], total)
-            for (bucket, rows), count in zip(buckets.items(), counts, strict=True):
-                pools.setdefault(bucket, []).append((rows, count))
+        totals = [float(size * source.repeats) for size, source in zip(sizes, self.sources, strict=True)]
+        weights = [s.weight or 0.0 for s in self.sources]
+        if sum(weights):
+            totals = [sum(totals) * weight / sum(weights) for weight in weights]
+        pools: dict[Size, list[Pool]] = {}
+        number = 0
+        for buckets, size, total in zip(by_source, sizes, totals, strict=True):
+            for bucket, rows in buckets.items():
+                pools.setdefault(bucket, []).append(Pool(rows, total / size * len(rows), number * _GOLDEN % 1))
+                number += 1
         return dict(sorted(pools.items()))
 
     def _by_bucket(self, number: int) -> dict[Size, list[int]]:
@@ -124,24 +144,19 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
     return mixture
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
-    """``total`` split in proportion to ``weights``, in whole numbers, the largest remainders rounded up."""
-    exact = [w * total / sum(weights) for w in weights] if sum(weights) else [0.0 for _ in weights]
-    counts = [int(x) for x in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+def num_batches(pools: Mapping[Size, Sequence[Pool]], batch_size: int, epoch: int) -> int:
+    """How many batches ``epoch_batches`` makes of an epoch. Without weights the same for all."""
+    return sum(-(-sum(p.count(epoch) for p in parts) // batch_size) for parts in pools.values())
 
 
 def epoch_batches(
-    pools: dict[Size, list[tuple[list[int], int]]], batch_size: int, generator: torch.Generator
+    pools: Mapping[Size, Sequence[Pool]], batch_size: int, epoch: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """The batches of one epoch, in order, as many in every epoch.
+    """The batches of one epoch, in order.
 
     Args:
-        pools: ``Mixture.pools``. A pool of n rows that gives ``q * n + r`` gives every row q times, and r of them once
-            more, drawn anew in every epoch.
+        pools: ``Mixture.pools``. A pool of n rows that is to give ``q * n + r`` gives every row q times, and r of them
+            once more, drawn anew in every epoch.
         batch_size: rows of a batch; the last batch of a bucket may be smaller.
 
     Returns:
@@ -150,11 +165,11 @@ def epoch_batches(
     batches: list[list[int]] = []
     for parts in pools.values():
         rows: list[int] = []
-        for pool, count in parts:
-            whole, rest = divmod(count, len(pool))
-            rows += pool * whole
+        for pool in parts:
+            whole, rest = divmod(pool.count(epoch), len(pool.rows))
+            rows += pool.rows * whole
             if rest:
-                rows += [pool[i] for i in torch.randperm(len(pool), generator=generator)[:rest].tolist()]
+                rows += [pool.rows[i] for i in torch.randperm(len(pool.rows), generator=generator)[:rest].tolist()]
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -17,7 +17,7 @@ from k5cache.store.reader import open_cache
 from k5train import flow, tread
 from k5train.config import LoraConfig, TrainConfig
 from k5train.data import Loader
-from k5train.mixture import Mixture, Source, epoch_batches, open_mixture, shares
+from k5train.mixture import Mixture, Source, epoch_batches, num_batches, open_mixture
 from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
 from k5train.step import train_step
 from tests.cli import Cli
@@ -65,7 +65,7 @@ def groups(data, config: TrainConfig, micros=range(6)):
 
 
 def counts(mixture: Mixture, epoch: int, batch_size: int = 2) -> tuple[Counter, int]:
-    batches = epoch_batches(mixture.pools, batch_size, torch.Generator().manual_seed(epoch))
+    batches = epoch_batches(mixture.pools, batch_size, epoch, torch.Generator().manual_seed(epoch))
     return Counter(row for rows in batches for row in rows), len(batches)
 
 
@@ -87,29 +87,35 @@ def test_a_batch_never_mixes_buckets_and_an_epoch_has_every_row_repeats_times(ca
     for epoch in range(3):
         seen, _ = counts(mixture, epoch)
         assert seen == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1}
-    batches = epoch_batches(mixture.pools, 2, torch.Generator().manual_seed(0))
+    batches = epoch_batches(mixture.pools, 2, 0, torch.Generator().manual_seed(0))
     sizes = [{(mixture.row(r).bucket_width, mixture.row(r).bucket_height) for r in rows} for rows in batches]
     assert all(len(s) == 1 for s in sizes)
     assert len(set.union(*sizes)) == 2
 
 
-def test_weights_share_an_epoch_and_every_epoch_has_as_many_batches(caches):
-    mixture = open_mixture(entries(caches, {"weight": 1.0, "repeats": 4}, {"weight": 3.0}))
-    made = [counts(mixture, epoch) for epoch in range(12)]
-    assert len({num for _, num in made}) == 1
-    for seen, _ in made:  # 14 rows an epoch: 3.5 of the first, 10.5 of the second, rounded
-        assert seen.total() == 14
-        assert sum(seen[row] for row in (3, 4)) in (10, 11)
+def test_weights_share_the_rows_and_no_row_of_any_bucket_is_left_out(caches):
+    mixture = open_mixture(entries(caches, {"weight": 1.0}, {"weight": 9.0}))
+    made = [counts(mixture, epoch) for epoch in range(60)]
     together = sum((seen for seen, _ in made), Counter())
-    assert min(together.values()) > 0  # a row that an epoch leaves out comes in another
+    # 5 rows an epoch: half a row of the first cache's three, 4.5 of the second's two
+    assert sum(together[row] for row in range(3)) == pytest.approx(30, abs=2)
+    assert sum(together[row] for row in (3, 4)) == pytest.approx(270, abs=2)
+    assert together[2] == pytest.approx(10, abs=1)  # alone in its bucket
+    assert min(together[0], together[1]) >= 4  # of 20, drawn at random between the two
+    assert {num for _, num in made} == {num_batches(mixture.pools, 2, epoch) for epoch in range(60)}
+    assert all(num == num_batches(mixture.pools, 2, epoch) for epoch, (_, num) in enumerate(made))
 
 
-@pytest.mark.parametrize(
-    ("weights", "total", "expected"),
-    [([1, 1, 1], 10, [4, 3, 3]), ([3, 1], 4, [3, 1]), ([0.2, 0.8], 7, [1, 6]), ([5], 3, [3]), ([], 0, [])],
-)
-def test_shares_are_whole_and_add_up(weights, total, expected):
-    assert shares(weights, total) == expected
+def test_micro_batches_follow_each_other_over_epochs_of_different_length(caches):
+    mixture = open_mixture(entries(caches, {"weight": 1.0}, {"weight": 9.0}))
+    loader = Loader(mixture, CONFIG, SCALE)
+    lengths = [num_batches(mixture.pools, 2, epoch) for epoch in range(8)]
+    assert len(set(lengths)) > 1
+    assert [loader.micro_batches(epochs) for epochs in range(9)] == [sum(lengths[:n]) for n in range(9)]
+    inside = [loader.rows_of(micro) for micro in range(sum(lengths))]
+    epochs = [row for epoch in range(8) for row in loader._epoch(epoch)]
+    assert inside == epochs
+    assert Loader(mixture, CONFIG, SCALE).rows_of(sum(lengths) - 1) == inside[-1]  # from anywhere
 
 
 def test_held_out_rows_are_never_trained_on(caches):
@@ -156,6 +162,9 @@ EVERYTHING = replace(
 )
 
 
+TREAD = replace(CONFIG, tread=TreadConfig(routes=(RouteConfig(0.5, 0, 1),)))
+
+
 def test_every_draw_is_a_function_of_seed_step_and_row_in_any_order(caches):
     mixture = open_mixture(entries(caches))
     one, other = Loader(mixture, EVERYTHING, SCALE, GRID), Loader(mixture, EVERYTHING, SCALE, GRID)
@@ -178,6 +187,9 @@ def test_another_seed_changes_every_draw(caches):
     one, other = (groups(mixture, replace(EVERYTHING, seed=seed), [0])[0] for seed in (1, 2))
     assert one.sigma[0] != other.sigma[0]
     assert not torch.equal(one.noise[0], other.noise[0])
+    kept = [route.kept[0].tolist() for group in groups(mixture, TREAD, range(8)) for route in group.routes]
+    kept += [route.kept[0].tolist() for group in groups(mixture, replace(TREAD, seed=1), [0]) for route in group.routes]
+    assert len({tuple(k) for k in kept if len(k) == 8}) > 4  # TREAD's tokens are others for each row, step and seed
 
 
 def test_options_that_are_on_leave_the_other_draws_as_they_were(caches):

@@ -72,7 +72,7 @@ def test_held_out_rows_are_never_trained_on_and_whole_images(cache):
     held = data.sources[0].held_out
     assert len(held) == 2
     loader = Loader(data, CONFIG, 1.0)
-    seen = {row for micro in range(3 * loader.batches_per_epoch) for row in loader.rows_of(micro)}
+    seen = {row for micro in range(loader.micro_batches(3)) for row in loader.rows_of(micro)}
     assert seen == set(range(6)) - held
     flipped = held_out_rows(["a", "b", "a", "c", "b"], 0.3)  # rows of one image stay together
     assert flipped in ({0, 2}, {1, 4}, {3})
