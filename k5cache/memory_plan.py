@@ -187,8 +187,8 @@ def plan_text(
 
 
 VAE_BYTES = {"whole": 21, "strips": 9}
-"""Peak of one image's activations, in values a pixel times a quarter of the first width (32 of 128 channels): measured
-on an H200, float32 at 1024x1024."""
+"""Peak of one image's activations, in values a pixel times a quarter of the first width (32 of 128 channels): counted
+from the layers' sizes, not yet measured on a GPU."""
 
 
 def plan_vae(

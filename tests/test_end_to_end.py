@@ -167,3 +167,21 @@ def test_the_same_seed_gives_the_same_lora_whatever_ran_before(workplace, traine
     assert again.code == 0, again.err
     first, second = load_file(trained / "my_images.safetensors"), load_file(workplace / "runs/again/again.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parent.parent / "pipelines").glob("**/*.toml")), ids=lambda p: p.name
+)
+def test_every_recipe_on_disk_encodes_and_trains_two_steps(tmp_path, toy_model, recipe):
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "a.txt").write_text("teal", encoding="utf-8")
+    small = ["--set", "cache.resolution=64", "--set", "train.steps=2", "--set", "train.device=cpu",
+             "--set", "train.validation.num_inference_steps=1", "--set", "train.validation.width=64",
+             "--set", "train.validation.height=64", "--set", "train.memory.execution=eager"]  # fmt: skip
+    common = ["--recipe", str(recipe), "--model", str(toy_model), *small]
+    encoded = Cli(tmp_path)(cache_app, "encode", "set", *common)
+    assert encoded.code == 0, encoded.err
+    run = Cli(tmp_path)(train_app, "run", "cache/set", *common)
+    assert run.code == 0, run.err
+    assert (tmp_path / "runs" / "set" / "set.safetensors").is_file()
