@@ -51,13 +51,12 @@ def _inside(folder: Path):
 
 @contextmanager
 def _consoles(out: io.StringIO, err: io.StringIO):
-    before = console.out.file, console.err.file
     console.out.file, console.err.file = out, err
     stdout, stderr, sys.stdout, sys.stderr = sys.stdout, sys.stderr, out, err
     try:
         yield
     finally:
-        console.out.file, console.err.file = before
+        console.out._file = console.err._file = None  # back to whatever sys.stdout and sys.stderr are, pytest's included
         sys.stdout, sys.stderr = stdout, stderr
 
 

@@ -249,9 +249,9 @@ def test_srgb_in_other_words_and_invalid_and_foreign_profiles_change_no_pixel(tm
 def test_profiles_are_shared_by_threads_without_mixing_pictures(tmp_path):
     jobs = []
     for i in range(24):
-        path = tmp_path / f"{i}.png"
+        path = f"{i}.png"
         red = Image.new("RGB", (16, 16), (255, 0, 0) if i % 3 else (0, 255, 0))
-        red.save(path, icc_profile=profile(swapped=True))
+        red.save(tmp_path / path, icc_profile=profile(swapped=True))
         jobs.append((path, cover(16, 16, Bucket(16, 16))))
-    for index, pixels in load_many(jobs, workers=4):
+    for index, pixels in load_many(jobs, lambda path: tmp_path / path, workers=4):
         assert tuple(pixels[:, 3, 3].tolist()) == (BLUE if index % 3 else GREEN)
