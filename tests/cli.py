@@ -56,7 +56,7 @@ def _consoles(out: io.StringIO, err: io.StringIO):
     try:
         yield
     finally:
-        console.out._file = console.err._file = None  # back to whatever sys.stdout and sys.stderr are, pytest's included
+        console.out._file = console.err._file = None  # back to sys.stdout and sys.stderr, whatever they are
         sys.stdout, sys.stderr = stdout, stderr
 
 
