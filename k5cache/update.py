@@ -85,7 +85,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
         if device == "cpu":
             how_long = stage1.estimate(asked.folder, asked.config, device, None, made.text_jobs, made.latent_jobs)
-            note(f"Encoding on this CPU takes {stage1.duration(how_long)}")
+            note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
         truncated = encode_texts(job, commit, made.text_jobs)
         failed |= encode_latents(job, commit, made.latent_jobs)
     rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
