@@ -37,6 +37,8 @@ from k5train.trackers import check_trackers, open_trackers
 from k5train.tread import check_routes
 from k5train.validate import Validation
 
+LOG_LINES = 20  # of a run whose progress bar nobody sees
+
 
 @dataclass(frozen=True)
 class Result:
@@ -167,6 +169,8 @@ class _Loop:
                 loss = self.step(batches, metrics, interruptions)
                 self.losses.append(loss)
                 bars.update(task, advance=1, note=f"loss {_tail_mean(self.losses):.4f}")
+                if not console.err.is_terminal and _is_multiple(progress.step, max(1, config.steps // LOG_LINES)):
+                    console.note(f"step {progress.step}/{config.steps}, loss {_tail_mean(self.losses):.4f}")
         finally:
             batches.close()
 
