@@ -370,10 +370,9 @@ def bench(
 def _vram(text: str | None) -> int | None:
     """Bytes of ``--vram``."""
     from k5cache.errors import K5Error
-    from k5cache.memory_plan import parse_memory
 
     try:
-        return parse_memory(text) if text is not None else None
+        return console.parse_bytes(text) if text is not None else None
     except ValueError:
         raise K5Error(f"--vram {text} is not an amount of memory", "Write it like 4GB or 3500MB") from None
 

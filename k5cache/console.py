@@ -133,6 +133,20 @@ def human_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+def parse_bytes(text: str) -> int:
+    """``"4GB"``, ``"4 GiB"``, ``"4"`` or ``"3500MB"`` to bytes. A card of "4 GB" has 4 GiB: both mean 2**30 here.
+
+    Raises:
+        ValueError: it is no amount of memory.
+    """
+    words = text.strip().lower().removesuffix("b").removesuffix("i").strip()
+    unit = {"g": 2**30, "m": 2**20}.get(words[-1:])
+    number = float(words[:-1] if unit else words)
+    if not 0 < number < 1e6:
+        raise ValueError(text)
+    return int(number * (unit or 2**30))
+
+
 def human_seconds(seconds: float) -> str:
     """``75`` -> ``1 min 15 s``."""
     if seconds < 60:

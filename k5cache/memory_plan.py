@@ -247,17 +247,3 @@ def vae_flops(config: Mapping[str, Any], num_pixels: int) -> float:
         before = width
     pixels = num_pixels / 4 ** (len(widths) - 1)
     return total + 2 * 9 * pixels * 4 * before * before + 4 * pixels**2 * before + 8 * pixels * before**2
-
-
-def parse_memory(text: str) -> int:
-    """``"4GB"``, ``"4 GiB"``, ``"4"`` or ``"3500MB"`` to bytes. A card of "4 GB" has 4 GiB: both mean 2**30 here.
-
-    Raises:
-        ValueError: it is no amount of memory.
-    """
-    words = text.strip().lower().removesuffix("b").removesuffix("i").strip()
-    unit = {"g": 2**30, "m": 2**20}.get(words[-1:])
-    number = float(words[:-1] if unit else words)
-    if not 0 < number < 1e6:
-        raise ValueError(text)
-    return int(number * (unit or 2**30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from k5train.base.memory import parse_vram
+from k5cache.console import parse_bytes
 from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, TreadConfig
 
 
@@ -152,7 +152,7 @@ class MemoryConfig:
         problems = []
         if self.vram is not None:
             try:
-                parse_vram(self.vram)
+                parse_bytes(self.vram)
             except ValueError:
                 problems.append(f'vram must be an amount such as "12GB", found {self.vram!r}')
         if self.enable_model_cpu_offload:

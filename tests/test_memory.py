@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from k5cache.console import parse_bytes
 from k5cache.errors import DoesNotFit, RunError
 from k5train import bench, lora, ready, sample
 from k5train.base import execute, memory, vram
 from k5train.base.block import Modes, gather
-from k5train.base.memory import Streaming, Work, architecture, make_plan, parse_vram
+from k5train.base.memory import Streaming, Work, architecture, make_plan
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 
 GIB = 2**30
@@ -142,13 +143,13 @@ def test_a_level_asked_for_that_does_not_fit_is_refused_by_name():
     ("text", "expected"), [("12GB", 12 * GIB), ("12 GiB", 12 * GIB), ("8", 8 * GIB), ("9500MB", 9500 * 2**20)]
 )
 def test_vram_is_read_as_a_card_is_sold(text, expected):
-    assert parse_vram(text) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-3GB", "0", "GB", "1e400"])
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(ValueError, match=r".*"):
-        parse_vram(text)
+        parse_bytes(text)
 
 
 def test_group_offload_words_become_slots():

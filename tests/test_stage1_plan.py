@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from k5cache import memory_plan, stage1
 from k5cache.cli import app
+from k5cache.console import parse_bytes
 from k5cache.encoders import machine, qwen, vae
 from k5cache.encoders.strips import moments_in_strips
 from k5cache.errors import DoesNotFit
-from k5cache.memory_plan import TextArchitecture, parse_memory, plan_text, plan_vae
+from k5cache.memory_plan import TextArchitecture, plan_text, plan_vae
 from tests.cli import Cli
 
 GIB = 2**30
@@ -142,7 +143,7 @@ def test_the_vae_is_whole_then_in_strips_then_refused():
     ("text", "num_bytes"), [("4GB", 4 * GIB), ("4 GiB", 4 * GIB), ("4", 4 * GIB), ("3500MB", 3500 * 2**20)]
 )
 def test_memory_is_written_as_people_write_it(text, num_bytes):
-    assert parse_memory(text) == num_bytes
+    assert parse_bytes(text) == num_bytes
 
 
 @pytest.fixture(scope="module")

@@ -303,17 +303,3 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         rows.append((f"{plan.streaming.num_blocks} blocks streamed", f"{human_bytes(plan.host_bytes)} of pinned host "
                      f"memory, copied {how}"))  # fmt: skip
     return rows
-
-
-def parse_vram(text: str) -> int:
-    """``"12GB"``, ``"12 GiB"``, ``"12"`` or ``"9500MB"`` to bytes. A card of "12 GB" has 12 GiB: both mean 2**30 here.
-
-    Raises:
-        ValueError: it is no amount of memory.
-    """
-    words = text.strip().lower().removesuffix("b").removesuffix("i").strip()
-    unit = {"g": 2**30, "m": 2**20}.get(words[-1:])
-    number = float(words[:-1] if unit else words)
-    if not 0 < number < 1e6:
-        raise ValueError(text)
-    return int(number * (unit or 2**30))

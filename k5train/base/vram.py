@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from k5train.base.memory import CONTEXT_BYTES, parse_vram
+from k5cache.console import parse_bytes
+from k5train.base.memory import CONTEXT_BYTES
 
 _KEPT_FREE = 256 * 2**20  # of what the driver calls free: libraries load their kernels later
 _limits: dict[torch.device, int] = {}
@@ -18,7 +19,7 @@ def budget(device: torch.device, vram: str | None) -> int | None:
             is free on the GPU now.
     """
     if vram is not None:
-        return parse_vram(vram) - CONTEXT_BYTES
+        return parse_bytes(vram) - CONTEXT_BYTES
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
