@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from k5cache import console
 from k5cache.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    import torch
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
@@ -58,6 +63,9 @@ def bench(
     gradients: Annotated[
         bool, typer.Option(help="Also compare LoRA gradients of the precisions, by kind of layer.")
     ] = False,
+    features: Annotated[
+        bool, typer.Option("--features", help="Time TREAD, rollout, the loader and a sweep's second start instead.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Timed steps a case.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
@@ -70,6 +78,9 @@ def bench(
     if not torch.cuda.is_available():
         raise RunError(f"There is no GPU that torch {torch.__version__} sees", "Run it where you mean to train")
     device = torch.device("cuda")
+    if features:
+        time_features(device, max(steps, 20), out)
+        return
     cases = tuple(benching.Case(p, None) for p in ("int8-quanto", "int8-dynamic"))
     cases = cases if quick else (*benching.MUST_REACH, *benching.SIZES)
     ceiling = benching.matmul_ceiling(device)
@@ -83,6 +94,22 @@ def bench(
         console.out.print(compare_gradients(benching.FULL_SIZE, device))
     if out is not None:
         out.write_text(benching.as_json(results), encoding="utf-8")
+
+
+def time_features(device: torch.device, num_steps: int, out: Path | None) -> None:
+    """``bench --features``."""
+    import torch
+
+    from k5train import bench_features as features
+
+    found = features.bench_features(device, num_steps=num_steps)
+    title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, defaults, 1024 px, random weights"
+    table = console.table(title, *features.COLUMNS, numbers=features.COLUMNS[1:5])
+    for row in features.table(found):
+        table.add_row(*row)
+    console.out.print(table)
+    if out is not None:
+        out.write_text(json.dumps([asdict(f) for f in found], indent=2) + "\n", encoding="utf-8")
 
 
 @base.command()

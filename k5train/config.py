@@ -278,6 +278,9 @@ class TrainConfig:
     """A loss above this ends the run before its update: predicting nothing at all gives about 2. 0: no limit."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits every time, so that a resumed run ends with the bits of a run
+    without a break; slower. A CPU always does."""
     data: tuple[DataConfig, ...] = ()
     """``[[train.data]]`` entries in place of CACHE arguments, each ``cache``, ``weight`` (share of the rows),
     ``repeats`` and ``is_regularisation_data`` (weighed by ``objective.prior_loss_weight``)."""

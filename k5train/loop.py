@@ -30,7 +30,7 @@ from k5train.optim import learning_rate
 from k5train.ready import when_memory_ends
 from k5train.rollout import Cost, inference_sigmas
 from k5train.session import Base, Clock, Session, attach, check_same, identity, load_base
-from k5train.setup import check_fit, pick_device
+from k5train.setup import check_fit, determinism, pick_device
 from k5train.state import Progress, latest_state, save_state
 from k5train.step import accumulate, train_step
 from k5train.trackers import check_trackers, open_trackers
@@ -78,7 +78,7 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
     check_fit(data.first, folder)
     check_trackers(config.trackers)
     data = hold_out(data, config.validation.split)
-    with hold(run):
+    with hold(run), determinism(config.deterministic):
         saved, this = latest_state(run.state), identity(data, folder, config)
         if saved:
             check_same(saved, this)
@@ -184,13 +184,16 @@ class _Loop:
             group["lr"] = rate
         if config.lora.dropout:
             torch.manual_seed(config.seed * 1_000_003 + progress.step)  # as every draw: of the seed and the step
+        asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
+        waited = time.monotonic() - asked
         loss = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
         with interruptions.held():
             norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
             progress.step += 1
             metrics.write(step=progress.step, loss=loss, grad_norm=norm, lr=rate,
-                          seconds=time.monotonic() - tick, **self.cost.take(), **_memory(self.device))  # fmt: skip
+                          seconds=time.monotonic() - tick, loader_seconds=waited,
+                          **self.cost.take(), **_memory(self.device))  # fmt: skip
         return loss
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:

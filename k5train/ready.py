@@ -177,6 +177,8 @@ def execute(
         use_policies(transformer, [policy] * num_blocks)
         return None
     modes = choose_modes(device, config.base_model_precision)
+    if config.deterministic:
+        modes = modes._replace(cudnn=False)  # its backward adds up in any order; flash attention obeys torch's switch
     streamer = _streamers.get(transformer)
     execution = Execution(transformer, plan, modes, compiled=how == "compiled", device=device, streamer=streamer)
     use_policies(transformer, execution.policies)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,3 +63,28 @@ def check_fit(cache: Cache, folder: Path) -> None:
                 f"{cache.root} holds text embeddings {width} wide, the transformer in {folder} takes {wanted[name]}",
                 "Encode with the same model: k5cache encode SOURCE -o OTHER --model DIR",
             )
+
+
+@contextmanager
+def determinism(is_on: bool) -> Iterator[None]:
+    """Where asked for, only kernels that give the same bits every time; torch names an op that has none.
+
+    Covers what is compiled too: nothing is then chosen by timing it, in this process or in the one that resumes.
+    """
+    if not is_on:
+        yield
+        return
+    import torch._inductor.config as inductor
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul; torch insists on it
+    before = torch.are_deterministic_algorithms_enabled()
+    chooses = getattr(inductor, "deterministic", None)  # from torch 2.10 or so on
+    torch.use_deterministic_algorithms(True)
+    if chooses is not None:
+        inductor.deterministic = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        if chooses is not None:
+            inductor.deterministic = chooses

@@ -19,6 +19,7 @@ from k5train.checkpoint import Run, hold
 from k5train.cli import app
 from k5train.config import LoraConfig, ObjectiveConfig, OptimConfig
 from k5train.interrupt import Interruptions
+from k5train.objective import RouteConfig, TreadConfig
 from k5train.optim import make_optimizer
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run, state_of
@@ -233,6 +234,25 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_field(whole, change, nam
     assert (whole / "result.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "rex", "cosine_with_restarts"])
+def test_another_last_step_is_refused_under_a_schedule_that_falls_towards_it(tmp_path, cache, toy_model, schedule):
+    optim = OptimConfig(lr_scheduler=schedule, warmup_steps=0)
+    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=1, optim=optim))
+    refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.steps=3")
+    assert refused.code == 2
+    assert "was started differently: train.steps: 1, now 3" in refused.err
+    refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.epochs=3")
+    assert "train.epochs: not set, now 3" in refused.err
+
+
+def test_another_last_step_is_refused_where_tread_ramps_down_towards_it(tmp_path, cache, toy_model):
+    tread = TreadConfig(routes=(RouteConfig(0.5, 1, 1),), ramp_down=0.5)
+    config = replace(CONFIG, steps=1, optim=OptimConfig(warmup_steps=0), tread=tread)
+    start_run(tmp_path / "run", cache, toy_model, config)
+    with pytest.raises(RunError, match=r"train\.steps: 1, now 3"):
+        go_on(tmp_path / "run", steps=3)
+
+
 def test_another_cache_is_refused_by_what_is_different(tmp_path, whole, toy_model):
     from tests.parity import make_cache
 
@@ -283,6 +303,24 @@ def test_gradients_that_are_not_finite_end_before_the_update(tmp_path, cache, to
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(RunError, match=r"gradients' norm is nan at .*\.png; nothing was updated"):
         start_run(tmp_path / "run", cache, toy_model, CONFIG)
+
+
+def test_deterministic_kernels_are_asked_for_while_a_run_trains_and_not_after(tmp_path, cache, toy_model, monkeypatch):
+    asked, normal = [], step.train_step
+
+    def look(*args, **kwargs):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return normal(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", look)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    start_run(tmp_path / "on", cache, toy_model, replace(CONFIG, steps=1, deterministic=True))
+    assert set(asked) == {True}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    asked.clear()
+    start_run(tmp_path / "off", cache, toy_model, replace(CONFIG, steps=1))
+    assert set(asked) == {False}
 
 
 def test_epochs_and_hours_end_a_run_too(tmp_path, cache, toy_model):

@@ -1,0 +1,102 @@
+"""Exact resume on a GPU: with ``train.deterministic``, 20 steps are 10, a kill, and 10 more, bit for bit.
+
+Each attempt is a process of its own, as after a real kill. python -m pytest tests/gpu/test_resume_gpu.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from k5cache.config import ModelConfig
+from k5train.checkpoint import Run, create_run
+from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
+from k5train.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from tests.runs import lora_of, metrics_of, numbers, same, state_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# The toy has 3 visual blocks and three buckets; all that could carry state from step to step is on.
+PLAIN = TrainConfig(
+    steps=20,
+    batch_size=2,
+    checkpoint_every=10,
+    base_model_precision="no_change",
+    device="cuda",
+    deterministic=True,
+    lora=LoraConfig(rank=4, targets=("official",), dropout=0.1),
+    optim=OptimConfig(lr=1e-2, warmup_steps=5, lr_scheduler="cosine", ema_decay=0.9),
+)
+COMPILED = replace(PLAIN, base_model_precision="int8-quanto", memory=MemoryConfig(execution="compiled"))
+CONFIGS = {
+    "16 bits, as diffusers' modules": replace(PLAIN, memory=MemoryConfig(execution="diffusers")),
+    "int8-quanto, eager": replace(COMPILED, memory=MemoryConfig(execution="eager")),
+    "int8-quanto, compiled": COMPILED,
+    "int8-quanto, compiled, recomputing": replace(
+        COMPILED, memory=MemoryConfig(execution="compiled", activations="selective")
+    ),
+    "int8-dynamic, compiled": replace(COMPILED, base_model_precision="int8-dynamic"),
+    "TREAD, rollout, huber, masks over captions": replace(
+        COMPILED,
+        unequal_captions="mask",
+        objective=ObjectiveConfig(loss_type="huber"),
+        tread=TreadConfig(routes=(RouteConfig(0.5, 1, -1),)),
+        rollout=RolloutConfig(probability=0.5),
+    ),
+}
+ATTEMPT = "import sys; from pathlib import Path; from tests.runs import go_on; go_on(Path(sys.argv[1]))"
+
+
+def attempt(root: Path) -> subprocess.Popen[bytes]:
+    """Train what is left of a run, in a process of its own."""
+    repository = Path(__file__).parent.parent.parent
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", ATTEMPT, str(root)], cwd=repository)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    assert process.wait(timeout=300) == 0
+
+
+def comparable(root: Path) -> list[dict]:
+    """Lines of metrics without what depends on the process."""
+    return [{k: v for k, v in row.items() if k != "peak_reserved_gib"} for row in numbers(metrics_of(root))]
+
+
+def steps_done(run: Run) -> int:
+    return run.metrics.read_text(encoding="utf-8").count("\n") if run.metrics.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path_factory, monkeypatch):
+    """What is quantised and compiled is kept for the next attempt, as it is at home."""
+    monkeypatch.setenv("K5_HOME", str(tmp_path_factory.getbasetemp() / "k5"))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_twenty_steps_are_ten_a_kill_and_ten_bit_for_bit(tmp_path, toy_model, toy_cache, config):
+    cache = toy_cache("bf16")
+    runs = [create_run(tmp_path / name, cache, ModelConfig(path=str(toy_model)), config) for name in ("whole", "cut")]
+    whole, cut = (run.root for run in runs)
+    finish(attempt(whole))
+    killed = attempt(cut)
+    # The state of step 10 is there and some steps after it are done, which the next attempt does again.
+    while killed.poll() is None and not (runs[1].state / "step-000010" / "state.json").exists():
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not runs[1].is_finished
+    assert 10 <= steps_done(runs[1]) < 20
+    finish(attempt(cut))
+    assert same(state_of(cut), state_of(whole))
+    assert same(lora_of(cut), lora_of(whole))
+    assert comparable(cut) == comparable(whole)
+    assert json.loads(runs[1].result.read_text())["steps"] == 20
