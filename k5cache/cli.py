@@ -65,8 +65,8 @@ def encode(
     ("cats-*.tar"); a folder of such files; or a dataset of the hub (owner/name). A greyscale cat.mask.png
     beside cat.jpg is its mask. Captions, crops, flips and size guards are options of [cache]: see `k5cache options`.
     """
+    from k5cache.asked import EncodeOptions
     from k5cache.device import check_name
-    from k5cache.encode import EncodeOptions
     from k5cache.encode import encode as run
     from k5cache.info import print_report
     from k5cache.sources import default_name
@@ -96,8 +96,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what encode would take with the same arguments: mode, VRAM, RAM, disk and time. Loads no encoder."""
+    from k5cache.asked import EncodeOptions, look
     from k5cache.device import check_name
-    from k5cache.encode import EncodeOptions, look
     from k5cache.sources import default_name
     from k5cache.stage1 import rows
     from k5cache.update import estimate
@@ -129,7 +129,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show what encode would do with the same arguments. Loads no model and writes nothing."""
-    from k5cache.encode import EncodeOptions, look
+    from k5cache.asked import EncodeOptions, look
     from k5cache.reports import print_preview
     from k5cache.sources import default_name
     from k5cache.update import preview

@@ -136,6 +136,8 @@ def _sample(tensors: list[StoredTensor]) -> list[bytes]:
         for descriptor in files.values():
             if hasattr(os, "posix_fadvise") and not whole:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: 128 KiB a probe
+        if whole:
+            return [read(tensor) for tensor in tensors]
         with ThreadPoolExecutor(8) as pool:  # a cold disk answers eight reads in the time of one
             return list(pool.map(read, tensors))
     finally:

@@ -61,7 +61,7 @@ def scan(source: Path) -> tuple[list[Found], list[Skipped]]:
     """Every image under ``source``, and folders that cannot be read and masks of no image. Only names are read."""
     found: list[Found] = []
     skipped: list[Skipped] = []
-    for folder, prefix in _folders(source, skipped):
+    for folder, prefix in walk(source, skipped):
         images: list[tuple[str, os.DirEntry[str]]] = []
         texts: dict[str, str] = {}
         masks: dict[str, os.DirEntry[str]] = {}
@@ -96,7 +96,7 @@ def item(found: Found, captions: Captions) -> SourceItem | Skipped:
     return replace(made, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
 
 
-def _folders(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
+def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
     """Every folder's visible entries, with its path relative to ``source`` ("" or "sub/").
 
     Real folders come before linked ones, so that an image is found under its own path where it has one.

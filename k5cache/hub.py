@@ -41,6 +41,37 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     return folder
 
 
+def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
+    """``model_folder`` without asking the hub: what was last downloaded of it; None where a part is missing.
+
+    The hub may have a newer revision by now.
+    """
+    folder: Path | None = Path(model.source).expanduser()
+    if folder and not folder.is_dir():
+        folder = _downloaded(model.source, model.revision)
+    if folder is None or not all((folder / part / _CONFIG_OF.get(part, "config.json")).is_file() for part in parts):
+        return None
+    return folder
+
+
+def _downloaded(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a repository in the hub's own cache on this machine.
+
+    Its layout is documented (huggingface_hub, "Understand caching"): ``models--owner--name/refs/<branch>`` holds the
+    commit, ``snapshots/<commit>`` the files. ``snapshot_download`` gives the same folder, but asks the hub first.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    home = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    revision = revision or "main"
+    try:
+        commit = (home / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision
+    found = home / "snapshots" / commit
+    return found if commit and found.is_dir() else None
+
+
 def read_config(folder: Path, part: str) -> dict[str, Any]:
     """``part``'s config as plain values.
 

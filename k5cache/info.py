@@ -13,7 +13,7 @@ from k5cache import console
 from k5cache.reports import print_changes, short, some
 
 if TYPE_CHECKING:
-    from k5cache.encode import EncodeReport
+    from k5cache.asked import EncodeReport
     from k5cache.store.reader import Cache
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.progress import Progress
 
 from k5cache import plan, stale
+from k5cache.asked import build_recipe
 from k5cache.commit import Committer
 from k5cache.config import ModelConfig
 from k5cache.device import pick_device
-from k5cache.encode import build_recipe
 from k5cache.errors import CacheError, CacheStale
 from k5cache.hub import ENCODER_PARTS, model_folder
 from k5cache.passes import Job, encode_texts

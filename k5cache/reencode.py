@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from k5cache import images, items, plan, sources, stale
+from k5cache.asked import build_recipe
 from k5cache.buckets import Bucket, Geometry
 from k5cache.commit import Committer
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.device import pick_device
-from k5cache.encode import build_recipe
 from k5cache.errors import CacheError, CacheStale
 from k5cache.hub import ENCODER_PARTS, model_folder
 from k5cache.passes import Job, encode_latents, encode_texts

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from k5cache import images, plan, sources, stale
+from k5cache.asked import build_recipe
 from k5cache.buckets import Bucket, Geometry, bucket_table, choose_bucket, cover
 from k5cache.commit import Committer
 from k5cache.compare import Comparison, check, compare, not_run
 from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode import build_recipe
 from k5cache.errors import K5Error
 from k5cache.hub import ENCODER_PARTS, model_folder
 from k5cache.items import Content, UnreadableImage

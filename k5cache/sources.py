@@ -27,6 +27,8 @@ class Source:
     skipped: list[Skipped]
     read: Callable[[str], Content]
     """An image or mask by its ``path``: a file to open, or its bytes. Raises ``UnreadableImage``."""
+    is_plain: bool = False
+    """A folder of images whose captions are their names, files beside them or an option: nothing else is read."""
 
 
 def find(source: Path, config: CacheConfig) -> Source:
@@ -66,7 +68,7 @@ def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
         raise DatasetError(
             f"{source} holds none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
         )
-    return Source(items, skipped, lambda path: source / path)
+    return Source(items, skipped, lambda path: source / path, is_plain=not from_metadata)
 
 
 def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 
 from rich.progress import Progress
 
-from k5cache import images, items, masks, plan, stage1, stale
+from k5cache import console, images, items, masks, plan, stage1, stale
+from k5cache.asked import Asked, EncodeOptions, EncodeReport, note, versions
 from k5cache.commit import Committer, drop_damaged
-from k5cache.console import note
 from k5cache.device import pick_device
-from k5cache.encode import Asked, EncodeOptions, EncodeReport, digest, is_clean_as_before, versions
 from k5cache.errors import DatasetError
 from k5cache.passes import Job, encode_latents, encode_texts
 from k5cache.store.index import index_rows, read_index
@@ -58,7 +57,7 @@ def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | No
         rehash=rehash,
         stored_masks=commit.keys("masks"),
         probe_mask=probe_mask,
-        known_prompts=manifest.prompts if not texts_differ and is_clean_as_before(asked) else None,
+        known_prompts=manifest.prompts if not texts_differ and asked.is_clean_as_before else None,
     )
     if bars and task is not None:
         bars.remove_task(task)
@@ -85,7 +84,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
         if device == "cpu":
             how_long = stage1.estimate(asked.folder, asked.config, device, None, made.text_jobs, made.latent_jobs)
-            note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
+            console.note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
         truncated = encode_texts(job, commit, made.text_jobs)
         failed |= encode_latents(job, commit, made.latent_jobs)
     rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
@@ -99,7 +98,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         raise _nothing_readable(asked, unreadable)
     # A source with images that cannot be used is looked at again next time: they are reported until they are mended.
     is_usable = not unreadable and len(made.skipped) == len(asked.found.skipped)
-    source = digest(asked.found) if is_usable else ""
+    source = note(asked) if is_usable else ""
     is_written = commit.index(rows, made.prompts, asked.recipe, versions(), source)
     return EncodeReport(
         num_items=len(rows),

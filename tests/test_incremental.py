@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from workshop import Workshop
 
-from k5cache import encode as encoding
+from k5cache import asked as asking
 from k5cache import passes, update
+from k5cache.asked import EncodeReport, look
 from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode import EncodeReport, look
 from k5cache.encoders import clip, qwen, vae
 from k5cache.errors import CacheCorrupt, CacheStale
 from k5cache.gc import collect
@@ -221,8 +221,8 @@ def other_vae(tmp_path_factory, toy_model) -> Path:
 
 
 def test_every_field_that_differs_is_named_with_both_values(three, other_vae, monkeypatch):
-    facts = encoding.cached_facts()
-    monkeypatch.setattr(encoding, "cached_facts", lambda: type(facts)(**{**vars(facts), "prompt_template": "other {}"}))
+    facts = asking.cached_facts()
+    monkeypatch.setattr(asking, "cached_facts", lambda: type(facts)(**{**vars(facts), "prompt_template": "other {}"}))
     with pytest.raises(CacheStale) as caught:
         three.encode(model=other_vae, resolution=128, max_sequence_length=256)
     said = caught.value.problem
@@ -248,8 +248,8 @@ def test_another_vae_encodes_the_images_again_and_leaves_the_text_alone(three, o
 
 
 def test_another_template_encodes_the_captions_again_and_leaves_the_images_alone(three, loaded, monkeypatch):
-    facts = encoding.cached_facts()
-    monkeypatch.setattr(encoding, "cached_facts", lambda: type(facts)(**{**vars(facts), "prompt_template": "other {}"}))
+    facts = asking.cached_facts()
+    monkeypatch.setattr(asking, "cached_facts", lambda: type(facts)(**{**vars(facts), "prompt_template": "other {}"}))
     report = three.encode(update=True)  # the prompt "a fox" was asked for before: it is not lost
     assert (report.num_latents, report.num_texts) == (0, 5)
     assert "vae" not in loaded
@@ -274,7 +274,7 @@ def test_an_update_that_is_interrupted_leaves_the_cache_as_it_was(three, other_v
 
 
 def test_captions_are_cleaned_again_when_the_cleaner_changed_and_encoded_only_where_it_matters(three, monkeypatch):
-    monkeypatch.setattr(encoding, "cleaning", lambda: "f" * 16)
+    monkeypatch.setattr(asking, "cleaning", lambda: "f" * 16)
     report = three.encode("a fox")
     assert (report.num_texts, report.is_unchanged) == (0, False)
     assert three.cache.manifest.recipe["cleaning"] == "f" * 16

@@ -1,0 +1,244 @@
+"""Does an encode with nothing to do open no file, ask no hub, and yet miss no change?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from workshop import Workshop
+
+from k5cache import console, glance, sources, update
+from k5cache.asked import EncodeOptions
+from k5cache.config import CacheConfig, ModelConfig
+from k5cache.encode import encode
+from k5cache.errors import CacheStale, ModelError
+from k5cache.store.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, toy_model) -> Workshop:
+    """Two images, one of them in a subfolder and with a mask, encoded a while after they were written."""
+    shop = Workshop(tmp_path_factory.mktemp("encoded"), toy_model)
+    shop.put("cat.png", "a cat", seed=0)
+    shop.put("sub/owl.png", "an owl", seed=1)
+    put_mask(shop, "sub/owl.mask.png", 255)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glance, "SETTLED_NS", 0)
+        shop.encode("a fox")
+    return shop
+
+
+def put_mask(shop: Workshop, name: str, value: int) -> None:
+    Image.fromarray(np.full((64, 64), value, np.uint8)).save(shop.source / name)
+
+
+@pytest.fixture
+def shop(encoded, monkeypatch) -> Workshop:
+    """The same images, and a copy of the cache, this test's own. Touch only images of the test's own."""
+    made = Workshop.__new__(Workshop)
+    made.source, made.root, made.model = encoded.source, encoded.root.with_name("own"), encoded.model
+    shutil.rmtree(made.root, ignore_errors=True)
+    shutil.copytree(encoded.root, made.root)
+    monkeypatch.setattr(glance, "SETTLED_NS", 0)
+    return made
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, target: object, name: str) -> None:
+    monkeypatch.setattr(target, name, lambda *_, **__: pytest.fail(f"{name} was called"))
+
+
+def test_where_no_file_was_touched_none_is_opened(shop, monkeypatch):
+    refuse(monkeypatch, sources, "find")
+    before = shop.files()
+    report = shop.encode("a fox")
+    assert (report.is_unchanged, report.num_items, report.skipped) == (True, 2, ())
+    assert shop.files() == before
+
+
+def test_a_caption_edited_within_its_size_and_time_is_seen(shop):
+    path = shop.source / "cat.txt"
+    stat = path.stat()
+    path.write_text("a dog", encoding="utf-8")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    try:
+        report = shop.encode("a fox")
+    finally:
+        path.write_text("a cat", encoding="utf-8")
+    assert (report.num_texts, report.num_latents, report.changed) == (1, 0, ("cat.png",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("new.png", "image"), ("new.mask.png", "mask"), ("new.txt", "text"), ("sub/deep/new.webp", "image")],
+)
+def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, name, content):
+    def digest() -> str:
+        seen = glance.glance(encoded.source)
+        assert seen
+        return seen.digest
+
+    before, path = digest(), encoded.source / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    during = digest()
+    path.rename(path.with_name(f"other{path.suffix}"))
+    renamed = digest()
+    path.with_name(f"other{path.suffix}").unlink()
+    assert len({before, during, renamed}) == 3
+    if name.startswith("sub/deep/"):
+        path.parent.rmdir()
+    assert digest() == before
+
+
+def test_another_kind_of_file_does_not_count(encoded):
+    before = glance.glance(encoded.source)
+    (encoded.source / "notes.md").write_text("x", encoding="utf-8")
+    (encoded.source / ".hidden.png").write_text("x", encoding="utf-8")
+    after = glance.glance(encoded.source)
+    for name in ("notes.md", ".hidden.png"):
+        (encoded.source / name).unlink()
+    assert before == after
+
+
+@pytest.mark.parametrize("kind", ["broken link", "pipe", "no folder"])
+def test_what_a_stat_does_not_settle_is_left_to_who_reads(tmp_path, kind):
+    source = tmp_path / "images"
+    if kind != "no folder":
+        source.mkdir()
+        path = source / "a.png"
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to(tmp_path / "nowhere")
+    assert glance.glance(source) is None
+
+
+def test_other_permissions_open_the_captions_and_change_nothing(shop):
+    path = shop.source / "cat.txt"
+    path.chmod(0o600)
+    before = shop.files()
+    assert shop.encode("a fox").is_unchanged
+    assert shop.files() == before
+
+
+def test_a_file_written_as_it_was_read_is_read_again_next_time(tmp_path, toy_model, monkeypatch):
+    monkeypatch.setattr(glance, "SETTLED_NS", 3_600 * 10**9)
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png")
+    shop.encode()
+    assert len(read_manifest(shop.root).source) == 32  # the captions' and the files' digest, and no glance
+    assert shop.encode().is_unchanged
+
+
+def test_a_caption_edited_while_it_is_encoded_is_not_taken_for_the_one_that_was_read(tmp_path, toy_model, monkeypatch):
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png", "a cat")
+    monkeypatch.setattr(glance, "SETTLED_NS", 0)
+    original = update.encode_texts
+
+    def late(job, commit, jobs):
+        (shop.source / "cat.txt").write_text("a dog", encoding="utf-8")
+        return original(job, commit, jobs)
+
+    monkeypatch.setattr(update, "encode_texts", late)
+    shop.encode()
+    assert len(read_manifest(shop.root).source) == 32
+    monkeypatch.setattr(update, "encode_texts", original)
+    assert shop.encode().changed == ("cat.png",)
+    assert shop.cache[0]["captions"][0].caption == "a dog"
+
+
+# A model of the hub
+
+
+@pytest.fixture
+def hub(tmp_path, toy_model, monkeypatch):
+    """A cache of the hub with one revision of one repository; asking the hub gives what ``hub["moved_to"]`` says."""
+    home = tmp_path / "hub"
+    folder = home / "models--someone--toy"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("1111", encoding="utf-8")
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / "1111").symlink_to(toy_model)
+    state = {"folder": folder, "moved_to": folder / "snapshots" / "1111", "asked": 0}
+
+    def snapshot_download(repo, revision=None, allow_patterns=None):
+        assert (repo, revision) == ("someone/toy", None)
+        state["asked"] += 1
+        return str(state["moved_to"])
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return state
+
+
+def encode_from_hub(shop: Workshop, **options: object):
+    with console.progress() as bars:
+        chosen = EncodeOptions(device="cpu", **options)
+        return encode(
+            shop.source, shop.root, ModelConfig(path="someone/toy"), CacheConfig(resolution=64), (), bars, chosen
+        )
+
+
+def test_the_hub_is_not_asked_while_there_is_nothing_to_encode(tmp_path, toy_model, hub):
+    shop = Workshop(tmp_path / "shop", toy_model)
+    shop.put("cat.png", "a cat")
+    encode_from_hub(shop)
+    assert hub["asked"] == 1
+    assert encode_from_hub(shop).is_unchanged
+    assert hub["asked"] == 1
+    shop.put("dog.png", "a dog", seed=1)
+    assert encode_from_hub(shop).added == ("dog.png",)
+    assert hub["asked"] == 2
+
+
+def test_a_revision_that_moved_is_met_when_something_is_to_be_encoded_and_then_refused_by_name(
+    tmp_path, toy_model, hub
+):
+    shop = Workshop(tmp_path / "shop", toy_model)
+    shop.put("cat.png", "a cat")
+    encode_from_hub(shop)
+    newer = hub["folder"] / "snapshots" / "2222"
+    shutil.copytree(toy_model, newer)
+    config = newer / "vae" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"scaling_factor": 0.3611', '"scaling_factor": 0.5'))
+    assert "0.5" in config.read_text(encoding="utf-8")
+    hub["moved_to"] = newer
+    assert encode_from_hub(shop).is_unchanged
+    shop.put("dog.png", "a dog", seed=1)
+    with pytest.raises(CacheStale, match=r"latents\.scaling_factor is 0\.3611 in the cache, 0\.5 now"):
+        encode_from_hub(shop)
+
+
+def test_a_download_that_lacks_a_part_is_completed_by_the_hub(tmp_path, toy_model, hub, monkeypatch):
+    shop = Workshop(tmp_path / "shop", toy_model)
+    shop.put("cat.png", "a cat")
+    encode_from_hub(shop)
+    half = hub["folder"] / "snapshots" / "1111"
+    half.unlink()
+    half.mkdir()
+    for part in ("tokenizer", "tokenizer_2"):
+        (half / part).symlink_to(toy_model / part)
+    hub["moved_to"] = toy_model
+    assert encode_from_hub(shop).is_unchanged
+    assert hub["asked"] == 2
+
+
+def test_a_pinned_commit_is_found_under_its_own_name(hub, toy_model):
+    from k5cache.hub import ENCODER_PARTS, folder_on_disk
+
+    found = folder_on_disk(ModelConfig(path="someone/toy", revision="1111"), ENCODER_PARTS)
+    assert found == hub["folder"] / "snapshots" / "1111"
+    assert folder_on_disk(ModelConfig(path="someone/toy", revision="3333"), ENCODER_PARTS) is None
+    assert folder_on_disk(ModelConfig(path="someone/other"), ENCODER_PARTS) is None
+    assert folder_on_disk(ModelConfig(path=str(toy_model)), ENCODER_PARTS) == Path(toy_model)
+
+
+def test_a_model_that_is_nowhere_is_said_so_though_a_cache_is_there(tmp_path, toy_model):
+    shop = Workshop(tmp_path / "shop", toy_model)
+    shop.put("cat.png", "a cat")
+    shop.encode()
+    with pytest.raises(ModelError, match="There is no model folder"):
+        shop.encode(model=tmp_path / "gone")
