@@ -118,7 +118,14 @@ def bench(
 
 def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
     try:
-        return measure()
+        found = measure()
+        memory = f", {found.reserved_gib:.2f} GiB reserved" if found.reserved_gib else ""
+        predicted = f", {found.predicted_gib:.2f} predicted" if found.predicted_gib else ""
+        console.note(
+            f"{name}: {found.milliseconds:.0f} ms a step (fastest {found.fastest:.0f}){memory}{predicted}; "
+            f"{found.plan}; first step after {found.first_step_seconds:.0f} s"
+        )
+        return found
     except (K5Error, torch.OutOfMemoryError) as error:
         console.warn(f"{name}: {str(error).splitlines()[0][:200]}")
         return None

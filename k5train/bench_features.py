@@ -106,7 +106,7 @@ def bench_features(
 
     with TemporaryDirectory(prefix="k5-features-") as name:
         root = Path(name)
-        folder = _model_folder(root / "model", model)
+        folder = model_folder(root / "model", model)
         write_cache(root / "cache", model, side)
         data = open_mixture([DataConfig(cache=str(root / "cache"))])
         base = _base(model, config, device, data)
@@ -223,7 +223,7 @@ def _row(i: int, side: int) -> IndexRow:
     )  # fmt: skip
 
 
-def _model_folder(folder: Path, model: Mapping[str, Any]) -> Path:
+def model_folder(folder: Path, model: Mapping[str, Any]) -> Path:
     """What a run reads of a checkpoint besides the weights: three configs, and a tensor to tell it from another."""
     for part, document in (("transformer", dict(model)), ("vae", VAE)):
         (folder / part).mkdir(parents=True)

@@ -66,6 +66,9 @@ def bench(
     features: Annotated[
         bool, typer.Option("--features", help="Time TREAD, rollout, the loader and a sweep's second start instead.")
     ] = False,
+    start: Annotated[
+        bool, typer.Option("--start", help="Time a run's start, first and second, and its host memory, instead.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Timed steps a case.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
@@ -81,6 +84,9 @@ def bench(
     if features:
         time_features(device, max(steps, 20), out)
         return
+    if start:
+        time_start(device, out)
+        return
     cases = tuple(benching.Case(p, None) for p in ("int8-quanto", "int8-dynamic"))
     cases = cases if quick else (*benching.MUST_REACH, *benching.SIZES)
     ceiling = benching.matmul_ceiling(device)
@@ -94,6 +100,25 @@ def bench(
         console.out.print(compare_gradients(benching.FULL_SIZE, device))
     if out is not None:
         out.write_text(benching.as_json(results), encoding="utf-8")
+
+
+def time_start(device: torch.device, out: Path | None) -> None:
+    """``bench --start``."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from k5train import bench_start as starting
+
+    found = starting.bench_start()
+    title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, full size, random weights"
+    table = console.table(title, *starting.COLUMNS, numbers=starting.COLUMNS[1:])
+    for row in starting.table(found):
+        table.add_row(*row)
+    console.out.print(table)
+    if out is not None:
+        out.write_text(json.dumps([asdict(s) for s in found], indent=2) + "\n", encoding="utf-8")
 
 
 def time_features(device: torch.device, num_steps: int, out: Path | None) -> None:

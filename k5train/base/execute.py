@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +90,8 @@ class Execution:
         if error:
             console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({_words(error)})")
             self._run = _run
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading and compiling took and gave back
 
     def _attempt(self, step: Callable[[], Any]) -> Exception | None:
         """Run ``step``, random numbers put back after it. Returns what went wrong, unless that is for the user."""
@@ -196,7 +197,7 @@ def _close(ours: Tensor, plain: Tensor) -> bool:
     return ((ours.float() - plain.float()).norm() <= 2e-2 * plain.float().norm()).item() is True
 
 
-def _keep(level: Level, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep(level: Level, op: Any, *args: Any) -> CheckpointPolicy:
     """Whether one op's result is kept; what is elementwise never is."""
     if op in _ATTENTIONS:
         # Over the picture, queries and keys are as many; cross attention is cheap and kept only with its linears.
@@ -206,9 +207,18 @@ def _keep(level: Level, context: Any, op: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
 
 
-_CONTEXTS = {
-    name: partial(create_selective_checkpoint_contexts, partial(_keep, level)) for name, level in LEVELS.items()
-}
+def _contexts(level: Level) -> Callable[[], Any]:
+    # A plain function: dynamo of torch 2.11 hands the arguments of a `partial` within a `partial` on unread.
+    def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return _keep(level, op, *args)
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(keep_some)  # type: ignore[no-untyped-call, unused-ignore]
+
+    return contexts
+
+
+_CONTEXTS = {name: _contexts(level) for name, level in LEVELS.items()}
 
 
 def _run(
@@ -225,9 +235,9 @@ def _run(
     result: Tensor
     if level == "all" or not torch.is_grad_enabled():
         result = run_block(*args)
-    elif level == "nothing":
+    elif level == "nothing" and not torch.compiler.is_compiling():
         result = checkpoint(run_block, *args, use_reentrant=False)
-    else:
+    else:  # "nothing" too: without a context the compiler recomputes only what it finds worth it
         result = checkpoint(run_block, *args, use_reentrant=False, context_fn=_CONTEXTS[level])
     return result
 

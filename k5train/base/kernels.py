@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -61,11 +62,39 @@ def _int8_matmul(  # type: ignore[no-untyped-def]
     tl.store(at, result.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _transpose(source, target, rows, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.load(source + row[:, None] * columns + column[None, :],
+                   mask=(row[:, None] < rows) & (column[None, :] < columns), other=0)  # fmt: skip
+    tl.store(target + column[:, None] * rows + row[None, :], tl.trans(tile),
+             mask=(column[:, None] < columns) & (row[None, :] < rows))  # fmt: skip
+
+
+def transpose(source: Tensor, target: Tensor) -> Tensor:
+    """``[R, C]`` int8 into ``[C, R]``, both contiguous. torch's copy takes 85 us for a 2560 x 10240 weight on an H200.
+
+    Returns:
+        ``target``.
+    """
+    source = source.contiguous()
+    rows, columns = source.shape
+    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+    _transpose[grid](source, target, rows, columns, 128, num_warps=8)
+    return target
+
+
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), by compute capability: the largest that ptxas compiles without spilling
 # registers (250 of 255 on sm_90, 166 on sm_89). By ptxas alone: no GPU has timed them yet.
 LARGE = {9: (128, 256, 128, 8, 3), 8: (128, 128, 64, 8, 3)}
 OTHER_LARGE = (128, 128, 64, 8, 3)
 SMALL = (64, 64, 128, 4, 4)  # captions: a few hundred rows would leave most multiprocessors idle with large tiles
+
+
+@functools.cache
+def _large(device: torch.device) -> tuple[int, int, int, int, int]:
+    return LARGE.get(torch.cuda.get_device_capability(device)[0], OTHER_LARGE)
 
 
 def int8_matmul(
@@ -91,7 +120,7 @@ def int8_matmul(
     rows, inner = a.shape
     columns = b.shape[0]
     if tile is None:
-        tile = SMALL if rows <= 512 else LARGE.get(torch.cuda.get_device_capability(a.device)[0], OTHER_LARGE)
+        tile = SMALL if rows <= 512 else _large(a.device)
     block_m, block_n, block_k, warps, stages = tile
     segment = columns // segments
     if segments > 1 and segment % block_n:  # a tile must not span two adapters

@@ -41,6 +41,16 @@ class Int8Linear(nn.Linear):
         # Apart from the matmul, as quanto adds it: a fused addmm would round once instead of twice.
         return output if self.bias is None else output + self.bias
 
+    def dequantize(self) -> Tensor:
+        """``[out, in]`` in the scale's dtype: the weight that the matmul multiplies with."""
+        return self.scale * self.weight
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802 (peft's name)
+        """The weight as it is held. peft asks a linear that has this for ``dequantize()``, to take DoRA's norms of
+        (``peft.utils.integrations.dequantize_module_weight``)."""
+        return self.weight
+
 
 class _Int8Matmul(torch.autograd.Function):
     """``input @ (scale * weight).T`` with a gradient for the input only.
