@@ -240,6 +240,7 @@ def print_result(result: Result) -> None:
         markup=False,
     )
     console.out.print(f"LoRA     {result.lora}", markup=False)
+    console.out.print(f"loads by {result.loads_by}: loaded back by diffusers and compared", markup=False)
     if result.best_step is not None:
         best = result.lora.with_name(f"{result.lora.stem}-best.safetensors")
         console.out.print(

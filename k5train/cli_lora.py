@@ -59,7 +59,7 @@ def merge(
 
 
 def check_lora(file: LoraPath, model: Folder = None) -> None:
-    """Say which keys of a LoRA file diffusers and ComfyUI would load; exit code 1 unless both load all of it."""
+    """Say which keys of a LoRA file diffusers and ComfyUI would load; exit code 1 unless each loads all of it."""
     from k5train.export import architecture
     from k5train.loaders import check_lora as check
 
@@ -71,7 +71,14 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
 
 def print_report(report: Report) -> None:
     """What was found, and what to do where a program would leave keys out."""
-    facts = [f"{report.num_keys} keys", f"rank {', '.join(map(str, report.ranks)) or 'unknown'}", *report.dtypes]
+    from k5train.loaders import BY_TRANSFORMER
+
+    facts = [
+        report.kind,
+        f"{report.num_keys} keys",
+        f"rank {', '.join(map(str, report.ranks)) or 'unknown'}",
+        *report.dtypes,
+    ]
     console.out.print(Text(f"{report.path}: {', '.join(facts)}"))
     table = Table(box=None, pad_edge=False)
     for column in ("program", "modules", "keys left out", "verdict"):
@@ -87,5 +94,7 @@ def print_report(report: Report) -> None:
             verdict = "loads all of it"
         table.add_row(loader.name, str(len(loader.modules)), str(len(loader.unused)), Text(verdict))
     console.out.print(table)
-    if not report.is_good:
+    if report.kind == "lora" and not report.is_good:
         console.next_step("To mend it", f"k5train export {report.path} --format diffusers")
+    elif any(loader.name == "diffusers' transformer" and loader.loads_all for loader in report.loaders):
+        console.next_step("In diffusers load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))

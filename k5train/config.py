@@ -28,9 +28,10 @@ class LoraConfig:
     """``[train.lora]``: the adapter."""
 
     algo: Literal["lora", "rslora", "dora", "lokr"] = "lora"
-    """``rslora``: scaled by alpha / sqrt(rank), for high ranks. ``dora``: a trained magnitude for each output, only on
-    ``base_model_precision = "no_change"``. ``lokr``: Kronecker products, small files; diffusers loads them by
-    ``pipe.transformer.load_lora_adapter(FILE, prefix="transformer")``, not by ``pipe.load_lora_weights``."""
+    """``rslora``: scaled by alpha / sqrt(rank), for high ranks. ``dora``: a trained magnitude for each output besides;
+    every step computes the norm of every weight. ``lokr``: Kronecker products, small files; diffusers loads them
+    by ``pipe.transformer.load_lora_adapter(FILE, prefix="transformer")``, not by ``pipe.load_lora_weights``. ``dora``
+    and ``lokr`` run as peft's modules, not compiled."""
     rank: int = 32
     """Rank of each pair of matrices."""
     ranks: tuple[RankConfig, ...] = ()
@@ -280,7 +281,7 @@ class TrainConfig:
     """auto: the GPU where there is one."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits every time, so that a resumed run ends with the bits of a run
-    without a break; slower. A CPU always does."""
+    without a break; it may be slower. A CPU always does."""
     data: tuple[DataConfig, ...] = ()
     """``[[train.data]]`` entries in place of CACHE arguments, each ``cache``, ``weight`` (share of the rows),
     ``repeats`` and ``is_regularisation_data`` (weighed by ``objective.prior_loss_weight``)."""
@@ -323,10 +324,10 @@ class TrainConfig:
             problems.append(f"max_hours must be above 0, found {self.max_hours}")
         if len({entry.weight is None for entry in self.data}) > 1:
             problems.append("data has entries with a weight and entries without: give one to all, or to none")
-        if self.lora.algo == "dora" and self.base_model_precision != "no_change":
+        if self.lora.algo in ("dora", "lokr") and self.base_model_precision == "int8-dynamic":
             problems.append(
-                "lora.algo is dora: it needs the norm of every weight, which peft reads off the raw int8 numbers as if"
-                ' they had no scale; set base_model_precision = "no_change"'
+                f"lora.algo is {self.lora.algo}, which runs as peft's modules, and these multiply in 16 bits:"
+                " base_model_precision must be int8-quanto or no_change"
             )
         if self.base_model_precision == "no_change" and self.memory.enable_group_offload:
             problems.append("memory.enable_group_offload moves int8 weights: base_model_precision = no_change has none")

@@ -6,7 +6,7 @@ Both leave keys out without an error: a file can load as nothing at all. ``check
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,8 @@ class Report:
     """What ``check_lora`` found."""
 
     path: Path
+    kind: str
+    """``lora``; ``dora``, which has magnitudes besides; ``lokr`` or ``loha``, products of another kind."""
     num_keys: int
     ranks: tuple[int, ...]
     """Every rank there is."""
@@ -69,56 +71,111 @@ def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
     state, metadata = read_file(path)
     modules = linear_modules(transformer)
     ranks = {t.shape[0] for k, t in state.items() if t.ndim == 2 and re.search(r"lora_A|lora_down|lora\.down", k)}
+    kind = kind_of(state)
+    others = (by_diffusers(path, state, transformer, BY_TRANSFORMER),) if kind in ("lokr", "loha") else ()
     return Report(
         path=path,
+        kind=kind,
         num_keys=len(state),
         ranks=tuple(sorted(ranks)),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
         metadata=metadata,
-        loaders=(by_diffusers(path, state, transformer), by_comfyui(state, modules)),
+        loaders=(by_diffusers(path, state, transformer), *others, by_comfyui(state, modules)),
     )
 
 
-def by_diffusers(path: Path, state: Mapping[str, Tensor], transformer: Kandinsky5Transformer3DModel) -> Loader:
-    """Let ``pipe.load_lora_weights`` load the file into an empty transformer, and look what has arrived."""
-    loaded, error = load_by_diffusers(path, transformer)
-    modules = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in loaded))
+def kind_of(keys: Iterable[str]) -> str:
+    """Which kind of adapter a file's keys are of, as ``Report.kind`` says it."""
+    together = "\n".join(keys)
+    kinds = {"lokr": "lokr_", "loha": "hada_", "dora": "lora_magnitude_vector", "": "dora_scale"}
+    return next((kind or "dora" for kind, part in kinds.items() if part in together), "lora")
+
+
+# How a user of diffusers loads a file.
+BY_PIPELINE = "pipe.load_lora_weights(FILE)"
+BY_TRANSFORMER = 'pipe.transformer.load_lora_adapter(FILE, prefix="transformer")'
+
+
+def way_of(algo: str) -> str:
+    """The call that loads what ``train.lora.algo`` makes; ``pipe.load_lora_weights`` refuses keys without "lora"."""
+    return BY_TRANSFORMER if algo == "lokr" else BY_PIPELINE
+
+
+def by_diffusers(
+    path: Path, state: Mapping[str, Tensor], transformer: Kandinsky5Transformer3DModel, way: str = BY_PIPELINE
+) -> Loader:
+    """Let diffusers load the file into an empty transformer, and look what has arrived."""
+    loaded, error = load_by_diffusers(path, transformer, way)
+    modules = tuple(dict.fromkeys(re.split(r"\.(?:lora|lokr|hada)_", key)[0] for key in loaded))
     arrived = {f"transformer.{key}" for key in loaded}
-    return Loader("diffusers", modules, tuple(key for key in state if key not in arrived), error)
+    name = "diffusers" if way == BY_PIPELINE else "diffusers' transformer"
+    return Loader(name, modules, tuple(key for key in state if key not in arrived), error)
 
 
-def load_by_diffusers(path: Path, transformer: Kandinsky5Transformer3DModel) -> tuple[dict[str, Tensor], str | None]:
-    """What ``Kandinsky5T2IPipeline.load_lora_weights`` would put into a transformer.
+def load_by_diffusers(
+    path: Path, transformer: Kandinsky5Transformer3DModel, way: str = BY_PIPELINE
+) -> tuple[dict[str, Tensor], str | None]:
+    """What diffusers would put into a transformer.
+
+    Args:
+        way: ``BY_PIPELINE`` or ``BY_TRANSFORMER``.
 
     Returns:
-        ``<module>.lora_{A,B}.weight``, each with its strength folded into B; and the error that it raises, if it does.
+        ``<module>.lora_{A,B}.weight``, ``<module>.lora_magnitude_vector``, ``<module>.lokr_w1`` and so on, with the
+        strength folded into ``lora_B`` or ``lokr_w1``; and the error that diffusers raises, if it does.
     """
-    from diffusers.loaders import KandinskyLoraLoaderMixin
     from diffusers.utils import logging
-    from peft.tuners.lora import LoraLayer
 
     _hollow(transformer)
+    load: Callable[[Path, Kandinsky5Transformer3DModel], None] = (
+        _load_as_pipeline if way == BY_PIPELINE else _load_as_transformer
+    )
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would warn of is what we look for
     try:
-        # What load_lora_weights of Kandinsky5T2IPipeline does, without a pipeline and its encoders.
-        loader = KandinskyLoraLoaderMixin
-        state, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True)
-        if not all("lora" in key for key in state):
-            raise ValueError("Invalid LoRA checkpoint. Make sure all LoRA param names contain `'lora'` substring.")
-        loader.load_lora_into_transformer(state, transformer, adapter_name="checked", metadata=metadata)
+        load(path, transformer)
+        return _arrived(transformer), None
     except Exception as error:  # whatever it is, a user of the file would meet it too
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {}, f"{type(error).__name__}: {words[:160]}"
     finally:
         logging.set_verbosity(verbosity)
+        transformer.unload_lora()
+
+
+def _load_as_pipeline(path: Path, transformer: Kandinsky5Transformer3DModel) -> None:
+    """What ``load_lora_weights`` of ``Kandinsky5T2IPipeline`` does, without a pipeline and its encoders."""
+    from diffusers.loaders import KandinskyLoraLoaderMixin as Mixin
+
+    state, metadata = Mixin.lora_state_dict(str(path), return_lora_metadata=True)
+    if not all("lora" in key for key in state):
+        raise ValueError("Invalid LoRA checkpoint. Make sure all LoRA param names contain `'lora'` substring.")
+    Mixin.load_lora_into_transformer(state, transformer, adapter_name=_CHECKED, metadata=metadata)
+
+
+def _load_as_transformer(path: Path, transformer: Kandinsky5Transformer3DModel) -> None:
+    transformer.load_lora_adapter(str(path), prefix="transformer", adapter_name=_CHECKED)
+
+
+_CHECKED = "checked"
+
+
+def _arrived(transformer: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of the adapter by their keys in a file."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     loaded = {}
     for name, layer in transformer.named_modules():
-        if isinstance(layer, LoraLayer) and "checked" in layer.lora_A:
-            loaded[f"{name}.lora_A.weight"] = layer.lora_A["checked"].weight.detach()
-            loaded[f"{name}.lora_B.weight"] = layer.lora_B["checked"].weight.detach() * layer.scaling["checked"]
-    transformer.unload_lora()
-    return loaded, None
+        for part in layer.adapter_layer_names if isinstance(layer, BaseTunerLayer) else ():
+            holder = getattr(layer, part, {})
+            if _CHECKED not in holder:
+                continue
+            found = holder[_CHECKED]
+            tensor: Tensor = (found if isinstance(found, Tensor) else found.weight).detach()
+            strength = layer.scaling[_CHECKED] if part in ("lora_B", "lokr_w1", "lokr_w1_a", "hada_w1_a") else 1.0
+            ending = ".weight" if part in ("lora_A", "lora_B") else ""
+            loaded[f"{name}.{part}{ending}"] = tensor * strength
+    return loaded
 
 
 def _hollow(transformer: torch.nn.Module) -> None:
@@ -167,12 +224,15 @@ def by_comfyui(state: Mapping[str, Tensor], modules: Iterable[str]) -> Loader:
     return Loader("ComfyUI", tuple(dict.fromkeys(adapted)), tuple(key for key in state if key not in used), None)
 
 
-def compare_saved(path: Path, transformer: Kandinsky5Transformer3DModel, empty: Kandinsky5Transformer3DModel) -> None:
+def compare_saved(
+    path: Path, transformer: Kandinsky5Transformer3DModel, empty: Kandinsky5Transformer3DModel, way: str
+) -> None:
     """Load a file that was just saved by diffusers, and compare it with the adapter that it was saved from.
 
     Args:
         transformer: with the adapter.
         empty: the same architecture on the meta device.
+        way: how a user of diffusers loads it, from ``way_of``.
 
     Raises:
         RunError: diffusers would load other numbers, or fewer.
@@ -180,7 +240,7 @@ def compare_saved(path: Path, transformer: Kandinsky5Transformer3DModel, empty: 
     from k5train.lora import PREFIX, lora_state_dict
 
     expected = {key.removeprefix(PREFIX): tensor for key, tensor in lora_state_dict(transformer).items()}
-    loaded, error = load_by_diffusers(path, empty)
+    loaded, error = load_by_diffusers(path, empty, way)
     odd = [key for key in expected if key not in loaded or not torch.equal(loaded[key].float(), expected[key])]
     if error or odd or len(loaded) != len(expected):
         what = error or f"{len(odd) or len(loaded) - len(expected)} of {len(expected)} tensors differ"

@@ -22,7 +22,7 @@ from k5train.config import TrainConfig
 from k5train.data import Loader, prefetch
 from k5train.heldout import hold_out
 from k5train.interrupt import Interruptions
-from k5train.loaders import compare_saved
+from k5train.loaders import compare_saved, way_of
 from k5train.metadata import metadata
 from k5train.metrics import Metrics, read_metrics
 from k5train.mixture import Mixture
@@ -45,6 +45,8 @@ class Result:
     """What a finished run leaves behind."""
 
     lora: Path
+    loads_by: str
+    """How diffusers loads it: it was loaded so after saving, and compared."""
     grid: Path | None
     steps: int
     first_loss: float
@@ -93,12 +95,11 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
         try:
             loop = _Loop(data, config, run, session, loader, validation, progress, this)
             ended_by = loop.run_to_end()
-            result = _result(run, progress, ended_by, bool(config.validation.prompts), loop.ready - called)
+            result = _result(run, progress, config, ended_by, loop.ready - called)
             names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
             write_json(run.result, {**asdict(result), **names})
-            if config.lora.algo in ("lora", "rslora"):
-                with session.settled():
-                    compare_saved(run.lora, base.transformer, empty_transformer(folder))
+            with session.settled():
+                compare_saved(run.lora, base.transformer, empty_transformer(folder), way_of(config.lora.algo))
         finally:
             session.close()
     return result
@@ -265,12 +266,13 @@ def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loade
     return Loader(data, config, scaling_factor, grid), config
 
 
-def _result(run: Run, progress: Progress, ended_by: str, with_grid: bool, seconds_to_start: float) -> Result:
+def _result(run: Run, progress: Progress, config: TrainConfig, ended_by: str, seconds_to_start: float) -> Result:
     losses = [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
     tenth = max(1, len(losses) // 10)
     return Result(
         lora=run.lora,
-        grid=run.grid if with_grid else None,
+        loads_by=way_of(config.lora.algo),
+        grid=run.grid if config.validation.prompts else None,
         steps=progress.step,
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,

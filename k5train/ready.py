@@ -117,7 +117,8 @@ def how_to_run(config: TrainConfig, device: torch.device) -> str:
     if config.memory.execution != "auto":
         return config.memory.execution
     if device.type == "cuda":
-        return "compiled"
+        # DoRA's and LoKr's blocks run as peft's modules, which the compiled block does not know: plan for that.
+        return "eager" if config.lora.algo in ("dora", "lokr") else "compiled"
     lean = config.base_model_precision == "int8-dynamic" or config.memory.enable_group_offload
     return "eager" if lean or config.memory.activations not in ("auto", "nothing", "all") else "diffusers"
 

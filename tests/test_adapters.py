@@ -15,8 +15,10 @@ from k5cache.errors import RecipeError, RunError
 from k5cache.recipe import parse
 from k5train import lora
 from k5train.base.forward import predict_velocity
+from k5train.base.linear import Int8Linear
 from k5train.base.quantize import load_transformer
 from k5train.config import LoraConfig, RankConfig, TrainConfig
+from k5train.ready import how_to_run
 from tests.test_lora import a_batch, velocity
 
 QKV = ("qkv",)
@@ -91,10 +93,49 @@ def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, pipeline, tm
     torch.testing.assert_close(velocity(again), after, rtol=0, atol=5e-4)
 
 
-def test_dora_is_refused_on_the_int8_base_with_the_reason():
-    with pytest.raises(RecipeError, match=r"norm of every weight.*raw int8.*base_model_precision = \"no_change\""):
-        parse({"train": {"lora": {"algo": "dora"}}}, {"train": TrainConfig})
-    parse({"train": {"lora": {"algo": "dora"}, "base_model_precision": "no_change"}}, {"train": TrainConfig})
+def dequantized(transformer):
+    """The same with plain linears, whose weights are those that the int8 linears multiply with."""
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, Int8Linear):
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain.weight.data = module.scale * module.weight
+            plain.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), leaf, plain.requires_grad_(False))
+    return transformer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_on_the_int8_base_is_pefts_on_the_weights_that_are_multiplied_with(toy_model, dropout):
+    config = LoraConfig(algo="dora", rank=4, targets=QKV, dropout=dropout)
+    found = []
+    for transformer in (base(toy_model, "int8-quanto"), dequantized(base(toy_model, "int8-quanto"))):
+        lora.add_lora(transformer, config, seed=1)
+        start = transformer.get_submodule(NAME).lora_magnitude_vector["default"].weight.detach().clone()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in lora.lora_parameters(transformer):
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        transformer.train()
+        torch.manual_seed(3)
+        out = predict_velocity(transformer, *a_batch())
+        out.square().mean().backward()
+        grads = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
+        found.append({"start": start, "velocity": out.detach(), **grads})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    assert any("lora_magnitude_vector" in name for name in ours)
+    assert torch.equal(ours["start"], theirs["start"])
+    for name, tensor in theirs.items():  # the int8 linear adds its bias apart; rotated queries are rounded to bfloat16
+        assert (ours[name] - tensor).norm() <= 5e-3 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("algo", ["dora", "lokr"])
+def test_what_runs_as_pefts_modules_is_refused_on_int8_arithmetic_and_planned_as_not_compiled(algo):
+    with pytest.raises(RecipeError, match="runs as peft's modules"):
+        parse({"train": {"lora": {"algo": algo}, "base_model_precision": "int8-dynamic"}}, {"train": TrainConfig})
+    (config,) = parse({"train": {"lora": {"algo": algo}}}, {"train": TrainConfig})
+    assert how_to_run(config, torch.device("cuda")) == "eager"
+    assert how_to_run(TrainConfig(), torch.device("cuda")) == "compiled"
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian"])

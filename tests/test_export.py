@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from k5train.base.quantize import empty_transformer
 from k5train.cli import app
+from k5train.config import LoraConfig
 from k5train.export import architecture, side_by_side
 from k5train.loaders import check_lora, linear_modules, load_by_diffusers
 from k5train.lora_keys import read_pairs
@@ -179,6 +181,48 @@ def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_pa
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 48 of 48 tensors differ"):
         start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, CONFIG)
     assert (tmp_path / "bad" / "result.json").is_file()
+
+
+WAYS = {
+    "lora": "pipe.load_lora_weights(FILE)",
+    "rslora": "pipe.load_lora_weights(FILE)",
+    "dora": "pipe.load_lora_weights(FILE)",
+    "lokr": 'pipe.transformer.load_lora_adapter(FILE, prefix="transformer")',
+}
+# Programs that load every key of it; the others are told what they would leave out.
+WHOLE = {
+    "lora": ["diffusers", "ComfyUI"],
+    "rslora": ["diffusers", "ComfyUI"],
+    "dora": ["diffusers"],
+    "lokr": ["diffusers' transformer", "ComfyUI"],
+}
+
+
+@pytest.mark.parametrize("algo", WAYS)
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
+    tmp_path, toy_cache, toy_model, empty, monkeypatch, algo, precision
+):
+    from k5cache.errors import RunError
+    from k5train import lora
+
+    config = replace(
+        CONFIG, steps=2, base_model_precision=precision, lora=LoraConfig(algo=algo, rank=4, targets=("qkv",))
+    )
+    result = start_run(tmp_path / "good", toy_cache("fp32"), toy_model, config)
+    assert result.loads_by == WAYS[algo]
+    report = check_lora(result.lora, empty)
+    assert report.kind == ("lora" if algo == "rslora" else algo)
+    assert [loader.name for loader in report.loaders if loader.loads_all] == WHOLE[algo]
+    assert {len(loader.modules) for loader in report.loaders if loader.loads_all} == {24}
+
+    def changed(state, *args, **kwargs):
+        last = sorted(state)[-1]
+        save_file({**state, last: state[last] + 1}, *args, **kwargs)
+
+    monkeypatch.setattr(lora, "save_file", changed)
+    with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 1 of \d+ tensors differ"):
+        start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config)
 
 
 def test_no_encoder_is_loaded_to_check_a_file():
