@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 LATENTS = {name: TensorSpec("float16", (128, 128, 16)) for name in ("mean", "std")}
 TEXT = {"prompt_embeds": TensorSpec("bfloat16", (None, 3584)), "pooled": TensorSpec("bfloat16", (768,))}
 NUM_TOKENS = 256
-ROUNDS = 3
+ROUNDS = 15
 OURS = "k5cache, checksums on"
 MAPPED = "safetensors, load_file alone"
 BASELINE = "safetensors, read whole"
+SLOW = "datasets, torch format"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Reading:
     """CPU time, the median of the rounds."""
     rows_a_second: float
     disk_over_raw: float
+    over_ours: float
+    """Its time over ours in the same round, the median of the rounds: a machine that slows down slows both."""
     note: str = ""
 
 
@@ -81,7 +84,7 @@ class StoreBench:
 
 
 def bench_store(num_rows: int = 200, folder: Path | None = None) -> StoreBench:
-    """Write ``num_rows`` rows in every format, then read them in random order, each format in turn, three times.
+    """Write ``num_rows`` rows in every format, then read a fifth of them at random, each format in turn, 15 times.
 
     Args:
         folder: where to write about 12 MB a row; by default a temporary folder. All of it is deleted.
@@ -94,7 +97,7 @@ def bench_store(num_rows: int = 200, folder: Path | None = None) -> StoreBench:
         raw = sum(t.nbytes for row in rows for t in row.values())
         makers: dict[str, Callable[[Path, Sequence[Row]], Callable[[int], Row]]] = {
             OURS: _ours, "torch.load of a .pt an item": _pt, BASELINE: _safetensors, MAPPED: _mapped,
-            "safetensors, load_file and clone": _cloned, "datasets, torch format": _datasets,
+            "safetensors, load_file and clone": _cloned, SLOW: _datasets,
         }  # fmt: skip
         readers: dict[str, Callable[[int], Row]] = {}
         sizes: dict[str, int] = {}
@@ -104,35 +107,46 @@ def bench_store(num_rows: int = 200, folder: Path | None = None) -> StoreBench:
             readers[format_name] = make(where, rows)
             sizes[format_name] = sum(p.stat().st_size for p in where.rglob("*") if p.is_file())
         for format_name, read in readers.items():
-            for i in (0, num_rows - 1):
-                assert all(torch.equal(rows[i][k], v) for k, v in read(i).items()), format_name
+            for i, row in enumerate(rows):  # also warms the page cache
+                assert all(torch.equal(row[k], v) for k, v in read(i).items()), format_name
         packings = tuple(_pack(codec, level, rows[:8]) for codec, level in CODECS)
         del rows
         spent: dict[str, list[float]] = {name: [] for name in readers}
         for round_number in range(ROUNDS):
-            for format_name, read in readers.items():
-                few = num_rows if format_name != "datasets, torch format" else max(1, num_rows // 10)
-                order = random.Random(round_number).sample(range(num_rows), few)
-                started = time.process_time()  # of the one core, whatever else runs beside it
-                for i in order:
-                    read(i)
-                spent[format_name].append((time.process_time() - started) / few)
-        notes = {MAPPED: "maps, reads nothing", OURS: ""}
-        readings = tuple(
-            Reading(name, 1e3 * (t := statistics.median(times)), 1 / t, sizes[name] / raw, notes.get(name, ""))
-            for name, times in spent.items()
-        )
+            order = random.Random(round_number).sample(range(num_rows), max(1, num_rows // 5))
+            # In another order each round: what one leaves in the caches is not always met by the same other one.
+            for format_name in random.Random(round_number).sample(list(readers), len(readers)):
+                few = order if format_name != SLOW else order[: max(1, len(order) // 10)]
+                spent[format_name].append(_seconds_a_row(readers[format_name], few))
+        readings = tuple(_reading(name, times, spent[OURS], sizes[name] / raw) for name, times in spent.items())
     return StoreBench(num_rows, raw, readings, packings, _machine(), targets(readings))
+
+
+def _seconds_a_row(read: Callable[[int], Row], order: Sequence[int]) -> float:
+    """CPU time, of the one core: whatever else runs on the machine does not count."""
+    started = time.process_time()
+    for i in order:
+        read(i)
+    return (time.process_time() - started) / len(order)
+
+
+def _reading(name: str, seconds: Sequence[float], ours: Sequence[float], disk_over_raw: float) -> Reading:
+    """``seconds`` a row of every round, and what ours took in the same rounds."""
+    a_row = statistics.median(seconds)
+    over_ours = statistics.median(its / own for its, own in zip(seconds, ours, strict=True))
+    return Reading(
+        name, 1e3 * a_row, 1 / a_row, disk_over_raw, over_ours, "maps, reads nothing" if name == MAPPED else ""
+    )
 
 
 def targets(readings: Sequence[Reading]) -> dict[str, bool]:
     """What the store must reach, and whether it did."""
     by_name = {reading.name: reading for reading in readings}
     ours = by_name[OURS]
-    honest = min(reading.ms_a_row for name, reading in by_name.items() if "safetensors" in name and name != MAPPED)
+    honest = min(reading.over_ours for name, reading in by_name.items() if "safetensors" in name and name != MAPPED)
     return {
         "at least 400 rows/s on one core": ours.rows_a_second >= 400,
-        "at most 1.3 times a safetensors file that is really read": ours.ms_a_row <= 1.3 * honest,
+        "at most 1.3 times a safetensors file that is really read": 1 / honest <= 1.3,
         "at most 1.02 of the raw bytes on disk": ours.disk_over_raw <= 1.02,
     }
 
@@ -142,9 +156,8 @@ def print_bench(found: StoreBench) -> None:
     columns = ("ms/row", "rows/s", "time over ours", "disk over raw")
     title = f"Random reads, {found.num_rows} rows of {console.human_bytes(found.raw_bytes / found.num_rows)}"
     table = console.table(f"{title}, {found.machine}", "format", *columns, "", numbers=columns)
-    ours = next(reading for reading in found.readings if reading.name == OURS)
     for one in found.readings:
-        numbers = (f"{one.ms_a_row:.2f}", f"{one.rows_a_second:.0f}", f"{one.ms_a_row / ours.ms_a_row:.2f}")
+        numbers = (f"{one.ms_a_row:.2f}", f"{one.rows_a_second:.0f}", f"{one.over_ours:.2f}")
         table.add_row(one.name, *numbers, f"{one.disk_over_raw:.4f}", one.note)
     console.out.print(table)
     names = ("latents", "text", "row", "unpack ms/row")
