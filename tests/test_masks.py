@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +221,49 @@ def test_a_mask_that_cannot_be_decoded_takes_its_image_out(place, toy_model):
     assert "b.png: its mask b.mask.png cannot be read" in done.out
     assert [item["path"] for item in k5cache.open(place.folder / "cache" / "set")] == ["a.png", "a.png"]
     path.unlink()
+
+
+def test_a_mask_that_changes_while_it_is_encoded_is_not_stored_under_the_old_bytes_key(
+    tmp_path, toy_model, monkeypatch
+):
+    from k5cache import masks
+
+    cli = Cli(tmp_path)
+    picture(tmp_path / "set" / "a.png", 64, 64)
+    picture(tmp_path / "set" / "b.png", 64, 64)
+    path = mask_file(tmp_path / "set" / "a.mask.png", white_left(64, 64, 16))
+    original = masks.encode_masks
+
+    def late(read, commit, jobs):
+        mask_file(path, white_left(64, 64, 48))  # after its hash was taken
+        return original(read, commit, jobs)
+
+    monkeypatch.setattr(masks, "encode_masks", late)
+    done = encode(cli, toy_model)
+    assert "a.png: its mask a.mask.png has changed since the encode began; encode again" in done.out
+    cache = k5cache.open(tmp_path / "cache" / "set")
+    assert [item["path"] for item in cache] == ["b.png", "b.png"]
+    assert not [shard for shard in cache.manifest.shards if shard.kind == "masks"]
+    monkeypatch.undo()
+    assert encode(cli, toy_model).code == 0
+    again = k5cache.open(tmp_path / "cache" / "set")
+    assert [item["path"] for item in again] == ["a.png", "a.png", "b.png", "b.png"]
+    assert again[0]["mask"].tolist() == [[1.0] * 6 + [0.0] * 2] * 8
+
+
+def test_a_mask_rewritten_with_other_bytes_and_the_same_size_time_and_name_is_seen_by_rehash(tmp_path, toy_model):
+    cli = Cli(tmp_path)
+    picture(tmp_path / "set" / "a.png", 64, 64)
+    rows = white_left(64, 64, 16)
+    path = tmp_path / "set" / "a.mask.png"
+    Image.fromarray(rows).save(path, compress_level=0)  # stored: as many bytes whatever it shows
+    assert encode(cli, toy_model).code == 0
+    before, stat = k5cache.open(tmp_path / "cache" / "set"), path.stat()
+    Image.fromarray(rows[:, ::-1]).save(path, compress_level=0)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_ino) == (stat.st_size, stat.st_ino)
+    assert encode(cli, toy_model, "--rehash").code == 0
+    after = k5cache.open(tmp_path / "cache" / "set")
+    assert torch.equal(after[0]["mask"], before[0]["mask"].flip(1))
+    assert after.row(0).mask_key != before.row(0).mask_key
+    assert after.row(0).latent_key == before.row(0).latent_key
