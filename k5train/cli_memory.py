@@ -61,7 +61,8 @@ def bench(
     ] = False,
     baseline: Annotated[bool, typer.Option(help="Also time diffusers + peft + quanto: needs 20 GB of VRAM.")] = True,
     gradients: Annotated[
-        bool, typer.Option(help="Also compare LoRA gradients of the precisions, by kind of layer.")
+        bool,
+        typer.Option(help="Also what int8 costs: LoRA gradients by kind of layer, the velocity part by part."),
     ] = False,
     features: Annotated[
         bool, typer.Option("--features", help="Time TREAD, rollout, the loader and a sweep's second start instead.")
@@ -76,7 +77,7 @@ def bench(
     import torch
 
     from k5train import bench as benching
-    from k5train.fidelity import compare_gradients
+    from k5train import fidelity
 
     if not torch.cuda.is_available():
         raise RunError(f"There is no GPU that torch {torch.__version__} sees", "Run it where you mean to train")
@@ -97,7 +98,10 @@ def bench(
         table.add_row(*row)
     console.out.print(table)
     if gradients:
-        console.out.print(compare_gradients(benching.FULL_SIZE, device))
+        console.out.print(fidelity.compare_gradients(benching.FULL_SIZE, device))
+        whole = benching.random_transformer(benching.FULL_SIZE, "no_change", device)
+        inputs = [benching.inputs_for(cases[0], benching.FULL_SIZE, device)]
+        console.out.print(fidelity.parts_table(fidelity.error_by_part(whole, inputs)))
     if out is not None:
         out.write_text(benching.as_json(results), encoding="utf-8")
 
