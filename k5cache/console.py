@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from rich.console import Console
@@ -108,13 +109,20 @@ class _Rate(TextColumn):
         return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}", style="dim")
 
 
+class _Count(MofNCompleteColumn):
+    """Nothing for a task that counts nothing."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None and not task.completed else super().render(task)
+
+
 def progress() -> Progress:
     """A progress display with a rate and the time left. Give each task ``unit="image"``."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+        _Count(),
         _Rate(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
@@ -122,6 +130,17 @@ def progress() -> Progress:
         transient=not err.is_terminal,
         refresh_per_second=4,
     )
+
+
+@contextmanager
+def doing(bars: Progress | None, what: str) -> Iterator[None]:
+    """Show ``what`` beside a spinner while the block runs."""
+    task = bars.add_task(what, total=None, unit="", note="") if bars else None
+    try:
+        yield
+    finally:
+        if bars and task is not None:
+            bars.remove_task(task)
 
 
 def human_bytes(num_bytes: float) -> str:

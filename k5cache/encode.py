@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from k5cache import sources
+from k5cache import console, sources
 from k5cache.asked import EncodeOptions, EncodeReport, Request, digest, look, manifest_of, request
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.errors import ModelError
@@ -48,7 +48,10 @@ def encode(
         if wanted and (found is None or _is_note_of(wanted.manifest, found)):
             require_files(root, wanted.manifest)
             return _unchanged(wanted.manifest, found, time.monotonic() - started)
-    asked = look(source, root, model, config, prompts, options, found)
+    with console.doing(
+        bars, "looking at the images and the model"
+    ):  # the first time on a machine, diffusers is imported
+        asked = look(source, root, model, config, prompts, options, found)
     root.mkdir(parents=True, exist_ok=True)
     from k5cache.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed for nothing
 

@@ -20,11 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, memory_plan, plan, stage1
+from k5cache import console, images, memory_plan, plan, stage1
 from k5cache.buckets import Bucket
 from k5cache.commit import Committer
 from k5cache.config import CacheConfig
-from k5cache.console import human_bytes, note
 from k5cache.hub import read_config
 from k5cache.items import Content, UnreadableImage
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
@@ -83,8 +82,9 @@ def _encode_pooled(job: Job, jobs: Sequence[plan.TextJob], pooled: IO[bytes]) ->
 
     is_exact = job.config.text_batching == "exact"
     size = 1 if is_exact else 64
-    with _bar(job.bars, "CLIP", len(jobs), "caption") as advance:
+    with console.doing(job.bars, "loading CLIP"):
         tower = clip.load_clip(job.folder, job.device, _dtype(job.config.text_encoder_2_precision))
+    with _bar(job.bars, "CLIP", len(jobs), "caption") as advance:
         for start in range(0, len(jobs), size):
             vectors = clip.encode_pooled(tower, [one.caption for one in jobs[start : start + size]], exact=is_exact)
             pooled.write(to_bytes(vectors))
@@ -110,10 +110,11 @@ def _encode_prompts(
     spec = TensorSpec(DTYPES[job.config.text_encoder_2_precision], (pooled_width,))
     row_bytes = pooled.tell() // len(jobs)
     is_exact = job.config.text_batching == "exact"
-    with ThreadPoolExecutor(1) as pool, _bar(job.bars, "Qwen2.5-VL", len(jobs), "caption") as advance:
+    with ThreadPoolExecutor(1) as pool, _bar(job.bars, "loading Qwen2.5-VL", len(jobs), "caption") as advance:
         chunks = _chunks(tokenizer, jobs, job.config.max_sequence_length, made.chunk_tokens)
         following = pool.submit(next, chunks, None)
         encoder = _load_qwen(job, made, lambda: following.result())
+        advance(0, "Qwen2.5-VL")
         specs = {
             "prompt_embeds": TensorSpec(
                 DTYPES[job.config.text_encoder_1_precision], (None, encoder.embeddings.shape[1])
@@ -149,7 +150,9 @@ def _load_qwen(job: Job, made: memory_plan.TextPlan, first_chunk: Callable[[], A
         encoder = qwen.load_qwen(job.folder, job.device, dtype, streamed=True, int8=True)
         tried = first_chunk()[1][:_TRIED_IN_BOTH]
         error = streaming.int8_error(encoder, tried)
-        note(f"The text encoder in int8 gives embeddings {error:.2%} off those in bf16 (of {len(tried)} captions)")
+        console.note(
+            f"The text encoder in int8 gives embeddings {error:.2%} off those in bf16 (of {len(tried)} captions)"
+        )
         if is_streamed:
             return encoder
         del encoder
@@ -225,7 +228,8 @@ class Vae:
         from k5cache.encoders import vae
 
         if self._loaded is None:
-            self._load()
+            with console.doing(self._job.bars, "loading the VAE"):
+                self._load()
         if self._job.device != "cpu":
             pixels = pixels.pin_memory().to(self._job.device, non_blocking=True)
         mean, std = vae.encode_on_device(
@@ -319,7 +323,7 @@ def _alone(job: Job, name: str) -> Iterator[None]:
         left = release(job.device) - before
         machine.limit_vram(job.device, None)
     if left > 0:
-        note(f"{name} left {human_bytes(left)} of VRAM behind")
+        console.note(f"{name} left {console.human_bytes(left)} of VRAM behind")
 
 
 def release(device: str) -> int:

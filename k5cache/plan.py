@@ -189,6 +189,12 @@ def make_plan(
     )
 
 
+def num_unknown(items: Sequence[SourceItem], known: Iterable[IndexRow], rehash: bool = False) -> int:
+    """How many of ``items`` ``make_plan`` will probe."""
+    before = _Before(known, items)
+    return sum(rehash or before.same_file(item) is None for item in items)
+
+
 class _Crops:
     """Geometries of images; a camera's images share a few sizes, so each is worked out once."""
 

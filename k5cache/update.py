@@ -7,10 +7,12 @@ the manifest names and goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from k5cache import console, images, items, masks, plan, stage1, stale
 from k5cache.asked import Asked, EncodeOptions, EncodeReport, note, versions
@@ -24,19 +26,14 @@ from k5cache.store.manifest import require_files
 
 def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | None) -> plan.Plan:
     """What is new, changed and gone. Images are read where their stat is not the one in the index."""
-    from k5cache.encoders.pipeline import clean
-
     manifest = asked.manifest
     known = index_rows(read_index(asked.root, manifest.index)) if manifest.index else []
-    task = bars.add_task("reading image headers", total=len(asked.found.items), unit="image", note="") if bars else None
+    shown = _Probing(bars, plan.num_unknown(asked.found.items, known, rehash))
 
     def probe(item: items.SourceItem) -> tuple[str, int, int]:
-        try:
+        with shown.one():
             content = asked.found.read(item.path)
             return (images.hash_content(content), *images.image_size(content))
-        finally:
-            if bars and task is not None:
-                bars.advance(task)
 
     def probe_mask(item: items.SourceItem, width: int, height: int) -> str:
         return masks.check(asked.found.read, item, width, height)
@@ -52,16 +49,48 @@ def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | No
         asked.config.framing,
         asked.recipe["latents"],
         asked.recipe["text"],
-        clean,
+        shown.clean,
         probe,
         rehash=rehash,
         stored_masks=commit.keys("masks"),
         probe_mask=probe_mask,
         known_prompts=manifest.prompts if not texts_differ and asked.is_clean_as_before else None,
     )
-    if bars and task is not None:
-        bars.remove_task(task)
+    shown.end()
     return made
+
+
+class _Probing:
+    """What a plan is at, for a person: a bar from the first image that is read, and before it what takes seconds."""
+
+    def __init__(self, bars: Progress | None, total: int) -> None:
+        self._bars, self._total = bars, total
+        self._task: TaskID | None = None
+
+    def clean(self, caption: str) -> str:
+        """The pipeline's own cleaning; the first caption of a process imports diffusers."""
+        from k5cache.encoders.pipeline import clean
+
+        if "diffusers" in sys.modules:
+            return clean(caption)
+        with console.doing(self._bars, "importing diffusers, which cleans captions"):
+            return clean(caption)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """While one image is read."""
+        if self._bars and self._task is None:
+            self._task = self._bars.add_task("hashing images", total=self._total, unit="image", note="")
+        try:
+            yield
+        finally:
+            if self._bars and self._task is not None:
+                self._bars.advance(self._task)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bars and self._task is not None:
+            self._bars.remove_task(self._task)
 
 
 def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> EncodeReport:
@@ -80,10 +109,12 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
     if made.mask_jobs:
         failed |= masks.encode_masks(asked.found.read, commit, made.mask_jobs)
     if made.text_jobs or made.latent_jobs:
-        device = pick_device(options.device)
+        with console.doing(bars, "importing torch"):
+            device = pick_device(options.device)
         job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
         if device == "cpu":
-            how_long = stage1.estimate(asked.folder, asked.config, device, None, made.text_jobs, made.latent_jobs)
+            with console.doing(bars, "measuring this machine"):
+                how_long = stage1.estimate(asked.folder, asked.config, device, None, made.text_jobs, made.latent_jobs)
             console.note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
         truncated = encode_texts(job, commit, made.text_jobs)
         failed |= encode_latents(job, commit, made.latent_jobs)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.progress import Progress, TaskID
 from workshop import Workshop
 
 from k5cache import console, glance, sources, update
@@ -242,3 +245,63 @@ def test_a_model_that_is_nowhere_is_said_so_though_a_cache_is_there(tmp_path, to
     shop.encode()
     with pytest.raises(ModelError, match="There is no model folder"):
         shop.encode(model=tmp_path / "gone")
+
+
+# What a person sees meanwhile
+
+
+class Seen(Progress):
+    """Every task that was shown, with how many there were to do."""
+
+    def __init__(self) -> None:
+        super().__init__(disable=True)
+        self.shown: list[tuple[str, float | None]] = []
+
+    def add_task(self, description: str, *arguments: object, total: float | None = 100.0, **options: object) -> TaskID:
+        self.shown.append((description, total))
+        return super().add_task(description, *arguments, total=total, **options)
+
+
+def test_bars_count_what_is_read_and_encoded_and_spinners_say_what_is_waited_for(tmp_path, toy_model):
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png", "a cat")
+    shop.put("dog.png", "a dog", seed=1)
+    arguments = (shop.source, shop.root, ModelConfig(path=str(toy_model)), CacheConfig(resolution=64), ())
+    first, second, third = Seen(), Seen(), Seen()
+    encode(*arguments, first, EncodeOptions(device="cpu"))
+    assert first.shown == [
+        ("looking at the images and the model", None), ("hashing images", 2), ("importing torch", None),
+        ("measuring this machine", None), ("loading CLIP", None), ("CLIP", 3), ("loading Qwen2.5-VL", 3), ("VAE", 2),
+        ("loading the VAE", None),
+    ]  # fmt: skip
+    shop.put("owl.png", "a cat", seed=2)
+    encode(*arguments, second, EncodeOptions(device="cpu"))
+    assert ("hashing images", 1) in second.shown
+    assert ("VAE", 1) in second.shown
+    assert not [name for name, _ in second.shown if name == "CLIP"]
+    encode(*arguments, third, EncodeOptions(device="cpu"))
+    assert third.shown == []
+
+
+def test_the_import_of_diffusers_is_shown_as_such(tmp_path, toy_model):
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png", "a cat")
+    code = (
+        "import sys; from pathlib import Path; from rich.progress import Progress\n"
+        "from k5cache.encode import encode; from k5cache.asked import EncodeOptions\n"
+        "from k5cache.config import CacheConfig, ModelConfig; from k5cache.encoders import pipeline\n"
+        "bars, original = Progress(disable=True), pipeline.clean\n"
+        "def clean(caption):\n"
+        "    if 'diffusers' not in sys.modules:\n"
+        "        print([task.description for task in bars.tasks])\n"
+        "    return original(caption)\n"
+        "pipeline.clean = clean\n"
+        "encode(Path(sys.argv[1]), Path(sys.argv[2]), ModelConfig(path=sys.argv[3]), CacheConfig(resolution=64), (),\n"
+        "       bars, EncodeOptions(device='cpu'))\n"
+    )
+    shop.encode()  # the pipeline's facts are known on this machine
+    shop.put("dog.png", "a dog", seed=1)
+    command = [sys.executable, "-c", code, str(shop.source), str(shop.root), str(toy_model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "['hashing images', 'importing diffusers, which cleans captions']"
