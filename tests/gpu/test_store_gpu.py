@@ -63,5 +63,4 @@ def test_damage_is_named_through_pinned_memory_too(tmp_path):
     raw[len(raw) // 3] ^= 1
     path.write_bytes(raw)
     with pytest.raises(CacheError):
-        for i in range(len(pinned)):
-            pinned[i]
+        list(pinned)
