@@ -174,8 +174,8 @@ def vae() -> AutoencoderKL:
 
 
 def name_as_published(file: Path) -> None:
-    """Put ``text_model.`` before CLIP's tensors, as the published file has it; transformers 5 saves them without."""
-    tensors = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
+    """Put ``text_model.`` before CLIP's tensors, as the published file has it; transformers 5.23 saves them without."""
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -197,9 +197,9 @@ def to_bfloat16(model: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.Module.to(model, torch.bfloat16)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(folder: Path = TOKENIZERS) -> Qwen2Tokenizer:
     """A part of Qwen2.5's vocabulary, renumbered: 256 bytes, then the merged tokens, then the 22 added ones."""
-    merges = read_merges("qwen_merges.txt")
+    merges = read_merges(folder / "qwen_merges.txt")
     vocabulary = [*byte_characters(), *(left + right for left, right in merges)]
     # eos is set below: naming it here would give <|im_end|> the first of the added ids.
     tokenizer = Qwen2Tokenizer(
@@ -214,9 +214,9 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(folder: Path = TOKENIZERS) -> CLIPTokenizer:
     """A part of CLIP's vocabulary, renumbered: 256 bytes, the same ending a word, merged tokens, start and end."""
-    merges = read_merges("clip_merges.txt")
+    merges = read_merges(folder / "clip_merges.txt")
     bytes_ = byte_characters()
     vocabulary = [*bytes_, *(f"{byte}</w>" for byte in bytes_), *(left + right for left, right in merges)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
@@ -228,9 +228,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     )
 
 
-def read_merges(name: str) -> list[tuple[str, str]]:
+def read_merges(file: Path) -> list[tuple[str, str]]:
     """The merges that ``make_tokenizers.py`` kept, in order."""
-    pairs = [line.split(" ") for line in (TOKENIZERS / name).read_text(encoding="utf8").splitlines()]
+    pairs = [line.split(" ") for line in file.read_text(encoding="utf8").splitlines()]
     return [(left, right) for left, right in pairs]
 
 
