@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from k5cache import console
-from k5cache.errors import CacheError
+from k5cache.errors import CacheError, RunError
 from k5train import cli_lora, cli_memory
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ def sweep(
     print_sweep(rows)
     if pictures:
         console.out.print(f"pictures {pictures}", markup=False)
-    best = min(rows, key=lambda r: r.best_loss or r.last_loss or float("inf"))
+    ended_well = [row for row in rows if not row.problem]
+    if not ended_well:
+        raise RunError("No run came to its end", "Their problems are above; often a lower train.optim.lr helps")
+    best = min(ended_well, key=lambda r: r.best_loss or r.last_loss or float("inf"))
     console.next_step("Next, draw more with the lowest loss", f"k5train sample {target / best.label}")
 
 

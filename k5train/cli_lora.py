@@ -37,6 +37,8 @@ def export(
     target = out or file.with_name(f"{file.stem}-{form}{'' if number == 'fp32' else '-' + number}.safetensors")
     num_modules = export_lora(file, target, form, number, model)
     console.out.print(f"Wrote {target}: {num_modules} modules, {form} keys, {number}", markup=False)
+    if form == "kohya":
+        console.note("For ComfyUI and others that read kohya's keys; diffusers loads nothing of them, without an error")
     console.next_step("Next, see what loads it", f"k5train check-lora {target}")
 
 
@@ -71,7 +73,7 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
 
 def print_report(report: Report) -> None:
     """What was found, and what to do where a program would leave keys out."""
-    from k5train.loaders import BY_TRANSFORMER
+    from k5train.loaders import BY_TRANSFORMER, OTHER_MODEL
 
     facts = [
         report.kind,
@@ -94,7 +96,9 @@ def print_report(report: Report) -> None:
             verdict = "loads all of it"
         table.add_row(loader.name, str(len(loader.modules)), str(len(loader.unused)), Text(verdict))
     console.out.print(table)
-    if report.kind == "lora" and not report.is_good:
+    if any(loader.error == OTHER_MODEL for loader in report.loaders):
+        console.next_step("Give the model that it was trained on", f"k5train check-lora {report.path} --model DIR")
+    elif report.kind == "lora" and not report.is_good:
         console.next_step("To mend it", f"k5train export {report.path} --format diffusers")
     elif any(loader.name == "diffusers' transformer" and loader.loads_all for loader in report.loaders):
         console.next_step("In diffusers load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))

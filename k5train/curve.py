@@ -28,17 +28,16 @@ def draw_losses(rows: Sequence[dict[str, Any]], title: str) -> Image.Image:
     if not everything:
         return sheet
     last = max(max(x for x, _ in everything), 1)
-    smoothed = [y for points in (smooth(training), held_out) for _, y in points]
-    top = _round_up(max(1.15 * max(smoothed), _share(sorted(y for _, y in everything), 0.98)))
-    for i in range(5):
-        value = top * i / 4
-        y = _place((0, value), last, top)[1]
+    axis = nice_axis([y for points in (smooth(training), held_out) for _, y in points])
+    for value in axis:
+        y = _place((0, value), last, axis)[1]
         draw.line([(MARGIN, y), (WIDTH - 20, y)], "#e6e6e6")
-        draw.text((8, y - 9), f"{value:.3g}", "black", font)
+        draw.text((8, y - 9), f"{value:.4g}", "black", font)
+    for i in range(5):
         step = last * i / 4
-        draw.text((_place((step, 0), last, top)[0] - 12, HEIGHT - MARGIN + 10), f"{step:.0f}", "black", font)
+        draw.text((_place((step, 0), last, axis)[0] - 12, HEIGHT - MARGIN + 10), f"{step:.0f}", "black", font)
     for colour, points, width in lines:
-        placed = [_place(point, last, top) for point in points]
+        placed = [_place(point, last, axis) for point in points]
         draw.line(placed, colour, width)
         if colour == HELD_OUT:
             for x, y in placed:
@@ -60,17 +59,27 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
-def _place(point: Point, last: float, top: float) -> Point:
+def _place(point: Point, last: float, axis: Sequence[float]) -> Point:
+    """Where a point lies on the sheet; what is beyond the axis, at its edge."""
+    share = (point[1] - axis[0]) / (axis[-1] - axis[0])
     x = MARGIN + (WIDTH - 20 - MARGIN) * point[0] / last
-    y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * min(point[1] / top, 1.0)
-    return x, y
+    return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * min(max(share, 0.0), 1.0)
 
 
-def _share(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+def nice_axis(values: Sequence[float], room: float = 0.25) -> list[float]:
+    """Even numbers, 1, 2 or 5 times a power of ten apart, around ``values`` and a quarter of their span on each side.
+
+    Not from 0: a held-out loss that rises from 0.412 to 0.420 is the sign of overfitting that the curve is for.
+    """
+    low, high = min(values), max(values)
+    span = max(high - low, 0.05 * abs(high), 1e-6)
+    low, high = max(0.0, low - room * span), high + room * span
+    step = _round_up((high - low) / 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, last + 1)]
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2 or 5 times a power of ten: even numbers on the axis."""
+    """To 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(max(value, 1e-9)))
-    return power * min(n for n in (1, 2, 5, 10) if n * power >= value)
+    return power * min(n for n in (1, 2, 5, 10) if n * power >= value * (1 - 1e-9))

@@ -96,6 +96,9 @@ BY_PIPELINE = "pipe.load_lora_weights(FILE)"
 BY_TRANSFORMER = 'pipe.transformer.load_lora_adapter(FILE, prefix="transformer")'
 
 
+OTHER_MODEL = "its matrices are of a model of another size"
+
+
 def way_of(algo: str) -> str:
     """The call that loads what ``train.lora.algo`` makes; ``pipe.load_lora_weights`` refuses keys without "lora"."""
     return BY_TRANSFORMER if algo == "lokr" else BY_PIPELINE
@@ -136,6 +139,8 @@ def load_by_diffusers(
         load(path, transformer)
         return _arrived(transformer), None
     except Exception as error:  # whatever it is, a user of the file would meet it too
+        if "size mismatch" in str(error):
+            return {}, OTHER_MODEL
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {}, f"{type(error).__name__}: {words[:160]}"
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k5cache import console
 from k5cache.errors import RunError
 from k5train.config import OptimConfig
 
@@ -44,6 +45,8 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig
         case "lion":
             made = library.Lion(chosen, **common, betas=config.betas)
         case "prodigy":
+            if config.lr < 0.1:
+                console.warn(f"prodigy finds its own rate and multiplies it by lr: 1.0 is usual, found {config.lr:g}")
             made = library.Prodigy(chosen, **adam, safeguard_warmup=config.warmup_steps > 0)
         case "schedulefree":
             made = library.AdamWScheduleFree(chosen, **adam)

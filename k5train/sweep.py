@@ -25,6 +25,7 @@ from k5train import sample
 from k5train.checkpoint import Run, create_run, open_run, write_json, write_whole
 from k5train.config import TrainConfig
 from k5train.loop import train
+from k5train.metrics import read_metrics
 from k5train.mixture import Mixture
 from k5train.session import load_base
 from k5train.setup import pick_device
@@ -50,6 +51,7 @@ class Row:
     label: str
     lora: str
     steps: int = 0
+    """Updates done."""
     last_loss: float | None = None
     best_loss: float | None = None
     seconds: float | None = None
@@ -107,7 +109,8 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
         RunError: ``out`` holds another sweep.
     """
     folder = model_folder(model, PARTS)
-    largest = max((s.config for s in runs), key=lambda c: (c.batch_size, c.lora.rank))
+    # One plan for all, by the run that takes most memory: DoRA's and LoKr's keep more than what is compiled.
+    largest = max((s.config for s in runs), key=lambda c: (c.lora.algo in ("dora", "lokr"), c.batch_size, c.lora.rank))
     base = None
     rows, before = [], None
     for number, setting in enumerate(runs, 1):
@@ -123,13 +126,15 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
                 train(data, folder, replace(setting.config, name=run.name), run, base)
             except RunError as error:
                 console.warn(f"{setting.label}: {error.problem}")
-                rows.append(Row(setting.label, str(run.lora), problem=error.problem))
+                steps = max((row["step"] for row in read_metrics(run.metrics) if "loss" in row), default=0)
+                rows.append(Row(setting.label, str(run.lora), steps, problem=error.problem))
                 continue
             shutil.rmtree(run.state)  # three times the LoRA's size, and the run is finished
         rows.append(_row(setting.label, run))
         before = before or run
     write_json(out / "sweep.json", [asdict(row) for row in rows])
-    return rows, _compare(out, runs)
+    ended_well = {row.label for row in rows if not row.problem}
+    return rows, _compare(out, [setting for setting in runs if setting.label in ended_well])
 
 
 def _from_grid(document: dict[str, Any], grid: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -217,7 +222,7 @@ def _row(label: str, run: Run) -> Row:
 
 def _compare(out: Path, runs: Sequence[Setting]) -> Path | None:
     """One grid: the base model's row, then each run's last, where they drew the same prompts."""
-    prompts = runs[0].config.validation.prompts
+    prompts = runs[0].config.validation.prompts if runs else ()
     rows: list[tuple[str, list[Image.Image]]] = []
     for setting in runs:
         folders = sorted((out / setting.label / "samples").glob("step-*"))

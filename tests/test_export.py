@@ -153,6 +153,14 @@ def test_check_lora_says_so_and_how_to_mend_it(tmp_path, toy_model, pairs):
     assert Cli(tmp_path)(app, "check-lora", "text.safetensors", "--model", str(toy_model)).code == 2
 
 
+def test_check_lora_asks_for_the_model_of_a_file_of_another_size(tmp_path, pairs):
+    write(tmp_path / "lora.safetensors", pairs)
+    done = Cli(tmp_path)(app, "check-lora", "lora.safetensors")  # the toy's file against the full size
+    assert done.code == 1
+    assert "its matrices are of a model of another size" in " ".join(done.out.split())
+    assert "k5train check-lora lora.safetensors --model DIR" in done.out
+
+
 def test_the_published_architecture_is_at_hand_without_a_download():
     names = linear_modules(architecture(None))
     assert sum(name.startswith("visual_transformer_blocks.49.") for name in names) == 11

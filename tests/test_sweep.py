@@ -101,6 +101,23 @@ def test_pictures_stand_under_each_other_on_the_same_noise(swept):
         assert np.asarray(grid.convert("RGB")).std() > 10
 
 
+def test_a_run_that_exploded_has_no_row_of_pictures_and_says_how_far_it_came(swept):
+    out, _, done = swept
+    rows = {row["label"]: row for row in json.loads((out / "sweep.json").read_text())}
+    assert rows["rank=2,lr=1e5"]["steps"] == 2  # after two updates the loss was not finite
+    with Image.open(out / "samples.png") as grid, Image.open(out / "rank=2,lr=1e-2" / "samples.png") as single:
+        cell = single.height / 2  # base model and step 3; headers are less than a cell
+        assert 2.4 * cell < grid.height < 3.4 * cell  # base model and two runs, not four
+    assert "k5train sample out/rank=" in done.out
+
+
+def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy_model):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
+    done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.optim.lr=1e5")
+    assert done.code == 2
+    assert "No run came to its end" in done.err
+
+
 def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
     out = swept[0]
     before = {p: p.stat().st_mtime_ns for p in out.glob("*lr=1e-2/*.safetensors")}

@@ -21,7 +21,7 @@ from k5train.base.forward import predict_velocity
 from k5train.base.quantize import load_transformer
 from k5train.checkpoint import Run
 from k5train.config import OptimConfig, TrainConfig, ValidationConfig
-from k5train.curve import draw_losses, smooth
+from k5train.curve import draw_losses, nice_axis, smooth
 from k5train.data import Loader
 from k5train.heldout import HeldOut, held_out_rows, hold_out, sigmas_of
 from k5train.start import open_data, with_library
@@ -219,3 +219,16 @@ def test_the_curve_shows_training_and_held_out_losses(run):
 
 def test_the_smoothed_curve_is_the_mean_of_the_last_points():
     assert smooth([(i, float(i)) for i in range(12)])[-1] == (11, 6.5)  # of 2 to 11
+
+
+@pytest.mark.parametrize(
+    ("losses", "axis"),
+    [
+        ([0.412, 0.420], [0.405, 0.41, 0.415, 0.42, 0.425, 0.43]),  # a rise of 2 % can be seen
+        ([1.0, 2.0], [0.5, 1.0, 1.5, 2.0, 2.5]),
+        ([0.5], [0.49, 0.495, 0.5, 0.505, 0.51]),
+        ([0.01, 5.0], [0.0, 2.0, 4.0, 6.0, 8.0]),
+    ],
+)
+def test_the_axis_lies_around_the_losses(losses, axis):
+    assert nice_axis(losses) == pytest.approx(axis)
