@@ -33,9 +33,10 @@ def draw_losses(rows: Sequence[dict[str, Any]], title: str) -> Image.Image:
         y = _place((0, value), last, axis)[1]
         draw.line([(MARGIN, y), (WIDTH - 20, y)], "#e6e6e6")
         draw.text((8, y - 9), f"{value:.4g}", "black", font)
-    for i in range(5):
-        step = last * i / 4
-        draw.text((_place((step, 0), last, axis)[0] - 12, HEIGHT - MARGIN + 10), f"{step:.0f}", "black", font)
+    every = max(1.0, _round_up(last / 5))
+    for i in range(int(last / every) + 1):
+        x = _place((every * i, 0), last, axis)[0]
+        draw.text((x, HEIGHT - MARGIN + 10), f"{every * i:.0f}", "black", font, anchor="ma")
     for colour, points, width in lines:
         placed = [_place(point, last, axis) for point in points]
         draw.line(placed, colour, width)

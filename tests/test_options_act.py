@@ -171,3 +171,14 @@ def test_a_route_beyond_the_transformer_is_refused_before_anything_is_loaded(toy
     run = create_run(tmp_path / "run", Path("cache"), ModelConfig(), config)
     with pytest.raises(RecipeError, match="has 3 visual blocks"):
         train(open_mixture([DataConfig(str(toy_cache("fp32")))]), toy_model, config, run)
+
+
+def test_every_option_that_the_docs_name_beside_another_trainers_is_one():
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(train(?:\.\w+)+)", text.split("## Coming from")[1])
+    assert len(named) > 15
+    for name in named:
+        value = TrainConfig()
+        for part in name.split(".")[1:]:
+            assert part in vars(value), name
+            value = vars(value)[part]
