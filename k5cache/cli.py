@@ -65,11 +65,11 @@ def encode(
     ("cats-*.tar"); a folder of such files; or a dataset of the hub (owner/name). A greyscale cat.mask.png
     beside cat.jpg is its mask. Captions, crops, flips and size guards are options of [cache]: see `k5cache options`.
     """
-    from k5cache.asked import EncodeOptions
+    from k5cache.commands.info import print_report
     from k5cache.device import check_name
-    from k5cache.encode import encode as run
-    from k5cache.info import print_report
-    from k5cache.sources import default_name
+    from k5cache.encode.asked import EncodeOptions
+    from k5cache.encode.run import encode as run
+    from k5cache.sources.origin import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
@@ -96,11 +96,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what encode would take with the same arguments: mode, VRAM, RAM, disk and time. Loads no encoder."""
-    from k5cache.asked import EncodeOptions, look
     from k5cache.device import check_name
-    from k5cache.sources import default_name
-    from k5cache.stage1 import rows
-    from k5cache.update import estimate
+    from k5cache.encode.asked import EncodeOptions, look
+    from k5cache.encode.stage1 import rows
+    from k5cache.encode.update import estimate
+    from k5cache.sources.origin import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
@@ -129,10 +129,10 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show what encode would do with the same arguments. Loads no model and writes nothing."""
-    from k5cache.asked import EncodeOptions, look
-    from k5cache.reports import print_preview
-    from k5cache.sources import default_name
-    from k5cache.update import preview
+    from k5cache.commands.reports import print_preview
+    from k5cache.encode.asked import EncodeOptions, look
+    from k5cache.encode.update import preview
+    from k5cache.sources.origin import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
@@ -148,7 +148,7 @@ def diff(
 @app.command()
 def info(cache: CachePath, as_json: Json = False) -> None:
     """Show what a cache holds: items, buckets, caption lengths, sizes, model and recipe."""
-    from k5cache.info import info_json, print_info
+    from k5cache.commands.info import info_json, print_info
     from k5cache.store.reader import open_cache
 
     opened = open_cache(cache)
@@ -172,8 +172,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte and number of a cache. Lists every problem; exit code 1 where there is one."""
-    from k5cache.reports import print_verified
-    from k5cache.verify import verify as run
+    from k5cache.commands.reports import print_verified
+    from k5cache.commands.verify import verify as run
 
     again = None
     with console.progress() as bars:
@@ -181,7 +181,7 @@ def verify(
         found = run(cache, lambda num_bytes: bars.advance(task, num_bytes))
         bars.remove_task(task)
         if reencode and not found.problems:
-            from k5cache.reencode import reencode as run_again
+            from k5cache.commands.reencode import reencode as run_again
             from k5cache.store.reader import open_cache
 
             opened = open_cache(cache)
@@ -205,7 +205,7 @@ def show(
     seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
 ) -> None:
     """Draw a contact sheet of what will be trained on: decoded latents with bucket and caption."""
-    from k5cache.show import show as run
+    from k5cache.commands.show import show as run
     from k5cache.store.reader import open_cache
 
     opened = open_cache(cache)
@@ -226,8 +226,8 @@ def gc(
 
     Not while a run trains on this cache: it may need rows of an index that has been replaced.
     """
-    from k5cache.gc import collect
-    from k5cache.reports import print_collected
+    from k5cache.commands.gc import collect
+    from k5cache.commands.reports import print_collected
 
     found = collect(cache, dry_run, wait)
     if as_json:
@@ -243,8 +243,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Put caches together, for example of parts encoded on several machines."""
-    from k5cache.merge import merge as run
-    from k5cache.reports import print_merged
+    from k5cache.commands.merge import merge as run
+    from k5cache.commands.reports import print_merged
 
     made = run(caches, out)
     if as_json:
@@ -268,8 +268,8 @@ def prompts_add(
     as_json: Json = False,
 ) -> None:
     """Encode more prompts into a cache. Loads the text encoders, only for prompts that are not there."""
-    from k5cache.prompts import add_prompts
-    from k5cache.reports import print_added
+    from k5cache.commands.prompts import add_prompts
+    from k5cache.commands.reports import print_added
     from k5cache.store.manifest import read_manifest
 
     model_config = _model_of(read_manifest(cache), model)
@@ -299,10 +299,10 @@ def selftest(
     """
     from contextlib import ExitStack
 
+    from k5cache.commands.selftest import selftest as run
     from k5cache.compare import print_comparisons
     from k5cache.config import ModelConfig
     from k5cache.device import pick_device
-    from k5cache.selftest import selftest as run
     from k5cache.store.reader import open_cache
     from k5cache.toy import only_cache, toy_model
 
@@ -349,20 +349,20 @@ def bench(
         raise K5Error("There is nothing to measure", "Say --encoders, --store or both")
     found: dict[str, object] = {}
     if store:
-        from k5cache import bench_store
+        from k5cache.bench import reading
 
-        rows = bench_store.bench_store(folder=folder)
-        found["store"] = bench_store.as_json(rows)
+        rows = reading.bench_store(folder=folder)
+        found["store"] = reading.as_json(rows)
         if not as_json:
-            bench_store.print_bench(rows)
+            reading.print_bench(rows)
     if encoders:
-        from k5cache import bench_encoders
+        from k5cache.bench import encoding
         from k5cache.device import pick_device
 
-        measured = bench_encoders.bench(pick_device(device), _vram(vram), folder)
-        found["encoders"] = bench_encoders.as_json(measured)
+        measured = encoding.bench(pick_device(device), _vram(vram), folder)
+        found["encoders"] = encoding.as_json(measured)
         if not as_json:
-            bench_encoders.print_bench(measured)
+            encoding.print_bench(measured)
     if as_json:
         console.print_json(found)
 

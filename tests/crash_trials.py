@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from k5cache import console
+from k5cache.commands.verify import verify
 from k5cache.encoders import clip, qwen, vae
 from k5cache.errors import CacheError
 from k5cache.store.reader import Cache
-from k5cache.verify import verify
 from tests.workshop import Workshop
 
 NUM_IMAGES = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from k5cache.buckets import Bucket, cover
-from k5cache.images import image_size, load_pixels
+from k5cache.sources.images import image_size, load_pixels
 
 RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
 

@@ -11,7 +11,7 @@ from picture_files import BLACK, BLUE, GREEN, RED, WHITE, chunk, colour, png, ti
 from PIL import Image, ImageCms
 
 from k5cache.buckets import Bucket, cover
-from k5cache.images import load_many
+from k5cache.sources.images import load_many
 
 
 def test_transparent_pixels_lie_on_white(tmp_path):

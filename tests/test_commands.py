@@ -14,15 +14,17 @@ from workshop import Workshop
 
 import k5cache
 import k5cache.errors
-from k5cache import bench_store, console, show
+from k5cache import console
+from k5cache.bench import reading
 from k5cache.buckets import Geometry
 from k5cache.cli import app
+from k5cache.commands import show
+from k5cache.commands.reencode import config_of, geometry_of, reencode
+from k5cache.commands.verify import verify
 from k5cache.config import ModelConfig
 from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
 from k5cache.errors import CacheStale
-from k5cache.images import load_pixels
-from k5cache.reencode import config_of, geometry_of, reencode
-from k5cache.verify import verify
+from k5cache.sources.images import load_pixels
 from tests.cli import Cli
 
 
@@ -184,11 +186,11 @@ def test_diff_lists_recipe_differences_that_encode_would_refuse(own):
 
 
 def test_the_store_bench_measures_every_format_and_what_compression_would_save(tmp_path):
-    found = bench_store.bench_store(6, tmp_path)
+    found = reading.bench_store(6, tmp_path)
     assert list(tmp_path.iterdir()) == []
     names = [reading.name for reading in found.readings]
     assert len(names) == 6
-    ours = found.readings[names.index(bench_store.OURS)]
+    ours = found.readings[names.index(reading.OURS)]
     assert 1 < ours.disk_over_raw < 1.02
     assert all(reading.rows_a_second == pytest.approx(1000 / reading.ms_a_row) for reading in found.readings)
     by_codec = {packing.codec: packing for packing in found.packings}

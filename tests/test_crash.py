@@ -20,15 +20,15 @@ from store_samples import LATENTS, TEXT, index_row, latents_row, make_cache, tex
 from workshop import Workshop
 
 from k5cache.cli import app
+from k5cache.commands.gc import collect
+from k5cache.commands.merge import merge
+from k5cache.commands.verify import verify
 from k5cache.errors import CacheError, CacheLocked
-from k5cache.gc import collect
-from k5cache.merge import merge
 from k5cache.store.index import with_index
 from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.shards import ShardWriter
 from k5cache.store.tensors import TensorSpec
-from k5cache.verify import verify
 from tests.cli import Cli
 
 

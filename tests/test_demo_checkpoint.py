@@ -10,9 +10,9 @@ from safetensors import safe_open
 
 from k5cache.buckets import bucket_table, choose_bucket
 from k5cache.config import CacheConfig, ModelConfig
-from k5cache.folder import find_items
-from k5cache.images import image_size
 from k5cache.recipe import parse, read
+from k5cache.sources.folder import find_items
+from k5cache.sources.images import image_size
 from k5train.config import TrainConfig
 
 DEMO = Path(__file__).parent.parent / "pipelines" / "demo"

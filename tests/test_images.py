@@ -17,12 +17,12 @@ import torch
 from picture_files import BLACK, BLUE, GREEN, RED, chunk, png, whole
 from PIL import Image
 
-from k5cache import images
 from k5cache.buckets import Bucket, cover
 from k5cache.config import CacheConfig
-from k5cache.folder import find_items
-from k5cache.images import hash_content, image_size, load_many, load_pixels
-from k5cache.items import Skipped, UnreadableImage
+from k5cache.sources import images
+from k5cache.sources.folder import find_items
+from k5cache.sources.images import hash_content, image_size, load_many, load_pixels
+from k5cache.sources.items import Skipped, UnreadableImage
 
 CONFIG = CacheConfig()
 
@@ -146,7 +146,7 @@ def test_the_hash_is_of_the_bytes(tmp_path):
 
 
 def test_finding_and_measuring_images_needs_no_torch():
-    code = "import sys, k5cache.images; sys.exit('torch' in sys.modules)"
+    code = "import sys, k5cache.sources.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -197,7 +197,7 @@ def test_a_png_that_says_behind_its_pixels_how_it_is_turned_is_turned(tmp_path):
 
 
 @pytest.mark.parametrize("exif", [b"", b"garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff"])
-@pytest.mark.filterwarnings("ignore:.*EXIF")  # silenced by k5cache.images outside of pytest
+@pytest.mark.filterwarnings("ignore:.*EXIF")  # silenced by k5cache.sources.images outside of pytest
 def test_damaged_exif_turns_nothing_and_stops_nothing(tmp_path, exif):
     path = tmp_path / "cat.jpg"
     quadrants().save(path, exif=exif, quality=100, subsampling=0)
@@ -276,7 +276,7 @@ def noisy(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # silenced by k5cache.images outside of pytest
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # silenced by k5cache.sources.images outside of pytest
 def test_a_truncated_image_is_refused_at_whatever_byte_it_ends(tmp_path, kind):
     data = noisy(tmp_path / f"cat.{kind}")
     for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9):
@@ -285,7 +285,7 @@ def test_a_truncated_image_is_refused_at_whatever_byte_it_ends(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # silenced by k5cache.images outside of pytest
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # silenced by k5cache.sources.images outside of pytest
 def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(tmp_path, kind):
     data, draw = noisy(tmp_path / f"cat.{kind}"), random.Random(0)
     for _ in range(40):
@@ -302,7 +302,7 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(tmp_path, kin
 @pytest.mark.parametrize("side", [23_000, 40_000, 2**31 - 1])
 @pytest.mark.filterwarnings(
     "ignore::PIL.Image.DecompressionBombWarning"
-)  # silenced by k5cache.images outside of pytest
+)  # silenced by k5cache.sources.images outside of pytest
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     path = png(tmp_path / "bomb.png", (side, side), 8, 0, b"")
     with pytest.raises(UnreadableImage, match="more than 500 million pixels"):

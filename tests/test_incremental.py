@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from workshop import Workshop
 
-from k5cache import asked as asking
-from k5cache import passes, update
-from k5cache.asked import EncodeReport, look
+from k5cache.commands.gc import collect
+from k5cache.commands.verify import verify
 from k5cache.config import CacheConfig, ModelConfig
+from k5cache.encode import asked as asking
+from k5cache.encode import passes, update
+from k5cache.encode.asked import EncodeReport, look
 from k5cache.encoders import clip, qwen, vae
 from k5cache.errors import CacheCorrupt, CacheStale
-from k5cache.gc import collect
 from k5cache.store.manifest import read_manifest
-from k5cache.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_an_update_that_is_interrupted_leaves_the_cache_as_it_was(three, other_v
         raise KeyboardInterrupt
 
     before = three.cache
-    monkeypatch.setattr("k5cache.commit.Committer.index", fail)
+    monkeypatch.setattr("k5cache.encode.commit.Committer.index", fail)
     with pytest.raises(KeyboardInterrupt):
         three.encode("a fox", model=other_vae, update=True)
     after = three.cache
@@ -307,6 +307,7 @@ def test_repair_encodes_what_is_damaged_and_only_that(three, kind):
     report = three.encode("a fox", repair=True)
     assert report.repaired == (str(path.relative_to(three.root)),)
     assert report.num_texts == 0
+    assert not report.is_unchanged
     assert (report.num_latents > 0) == (kind == "latents")
     assert verify(three.root).problems == ()
     assert all(torch.equal(rows[i], three.cache[i]["mean"]) for i in range(3))

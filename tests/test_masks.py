@@ -17,10 +17,10 @@ import k5cache
 from k5cache.buckets import Bucket, Geometry, cover, squash
 from k5cache.cli import app
 from k5cache.config import CacheConfig
-from k5cache.folder import find_items
-from k5cache.images import hash_content
-from k5cache.items import MaskFile, Skipped, SourceItem, UnreadableImage
-from k5cache.masks import check, load_mask
+from k5cache.sources.folder import find_items
+from k5cache.sources.images import hash_content
+from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage
+from k5cache.sources.masks import check, load_mask
 from tests.cli import Cli
 from tests.picture_files import png
 
@@ -179,7 +179,7 @@ def test_the_cache_gives_each_items_mask_and_its_mirror_image(place):
 
 def test_a_flipped_row_has_the_latents_of_the_mirrored_pixels(place, toy_model):
     from k5cache.encoders import vae
-    from k5cache.images import load_pixels
+    from k5cache.sources.images import load_pixels
 
     cache = k5cache.open(place.folder / "cache" / "set")
     encoder = vae.load_vae(toy_model, "cpu", torch.float32)
@@ -226,19 +226,19 @@ def test_a_mask_that_cannot_be_decoded_takes_its_image_out(place, toy_model):
 def test_a_mask_that_changes_while_it_is_encoded_is_not_stored_under_the_old_bytes_key(
     tmp_path, toy_model, monkeypatch
 ):
-    from k5cache import masks
+    from k5cache.encode import update
 
     cli = Cli(tmp_path)
     picture(tmp_path / "set" / "a.png", 64, 64)
     picture(tmp_path / "set" / "b.png", 64, 64)
     path = mask_file(tmp_path / "set" / "a.mask.png", white_left(64, 64, 16))
-    original = masks.encode_masks
+    original = update.encode_masks
 
     def late(read, commit, jobs):
         mask_file(path, white_left(64, 64, 48))  # after its hash was taken
         return original(read, commit, jobs)
 
-    monkeypatch.setattr(masks, "encode_masks", late)
+    monkeypatch.setattr(update, "encode_masks", late)
     done = encode(cli, toy_model)
     assert "a.png: its mask a.mask.png has changed since the encode began; encode again" in done.out
     cache = k5cache.open(tmp_path / "cache" / "set")

@@ -27,7 +27,7 @@ def crops(count: int = 3) -> list[Image.Image]:
 
 
 def as_uint8(images: list[Image.Image]) -> torch.Tensor:
-    """``[B, 3, H, W]``, as ``k5cache.images.load_pixels`` gives them."""
+    """``[B, 3, H, W]``, as ``k5cache.sources.images.load_pixels`` gives them."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
 from k5cache.config import CacheConfig
-from k5cache.items import MaskFile, Skipped, SourceItem, UnreadableImage
-from k5cache.plan import Plan, latent_key, make_plan, text_key
+from k5cache.encode.plan import Plan, latent_key, make_plan, text_key
+from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
 TABLE = bucket_table(1024, "native")
@@ -303,7 +303,7 @@ def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
 
 
 def test_planning_needs_no_torch():
-    code = "import sys, k5cache.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, k5cache.encode.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

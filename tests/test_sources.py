@@ -16,9 +16,9 @@ from PIL import Image
 
 from k5cache.config import CacheConfig
 from k5cache.errors import DatasetError
-from k5cache.images import hash_content, image_size
-from k5cache.items import Skipped, UnreadableImage
-from k5cache.sources import default_name, find
+from k5cache.sources.images import hash_content, image_size
+from k5cache.sources.items import Skipped, UnreadableImage
+from k5cache.sources.origin import default_name, find
 from tests.picture_files import colour
 
 
@@ -134,7 +134,7 @@ def test_options_that_contradict_each_other_are_named(options, problem):
 def test_a_plain_folder_needs_neither_datasets_nor_arrow(tmp_path):
     put(tmp_path, cat_jpg="", cat_txt="a cat")
     code = (
-        "import sys, pathlib, k5cache.config, k5cache.sources as s\n"
+        "import sys, pathlib, k5cache.config, k5cache.sources.origin as s\n"
         f"s.find(pathlib.Path({str(tmp_path)!r}), k5cache.config.CacheConfig())\n"
         "print(sorted({'datasets', 'pyarrow', 'torch'} & set(sys.modules)))"
     )
@@ -512,7 +512,7 @@ def test_a_cache_is_named_after_its_source(source, name):
 
 def test_a_picture_in_a_table_has_the_same_pixels_as_the_file(tmp_path):
     from k5cache.buckets import Bucket, cover
-    from k5cache.images import load_pixels
+    from k5cache.sources.images import load_pixels
 
     (tmp_path / "a.png").write_bytes(png(77))
     pixels = load_pixels(png(77), cover(6, 4, Bucket(6, 4)))

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from k5cache import memory_plan, stage1
+from k5cache import memory_plan
 from k5cache.cli import app
 from k5cache.console import parse_bytes
+from k5cache.encode import stage1
 from k5cache.encoders import machine, qwen, vae
 from k5cache.encoders.strips import moments_in_strips
 from k5cache.errors import DoesNotFit

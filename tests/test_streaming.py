@@ -15,14 +15,15 @@ from optimum.quanto import freeze, qint8, quantize
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from k5cache import memory_plan, passes, stage1
-from k5cache.commit import Committer
+from k5cache import memory_plan
 from k5cache.config import CacheConfig
+from k5cache.encode import passes, stage1
+from k5cache.encode.commit import Committer
+from k5cache.encode.plan import TextJob
 from k5cache.encoders import clip, hostio, qwen, streaming
 from k5cache.encoders.layers import make_packs
 from k5cache.encoders.pipeline import clean
 from k5cache.errors import ModelError
-from k5cache.plan import TextJob
 from k5cache.store.manifest import Manifest, read_manifest
 from k5cache.store.shards import read_keys
 

@@ -14,11 +14,13 @@ from PIL import Image
 from rich.progress import Progress, TaskID
 from workshop import Workshop
 
-from k5cache import console, glance, sources, update
-from k5cache.asked import EncodeOptions
+from k5cache import console
 from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode import encode
+from k5cache.encode import update
+from k5cache.encode.asked import EncodeOptions
+from k5cache.encode.run import encode
 from k5cache.errors import CacheStale, ModelError
+from k5cache.sources import glance, origin
 from k5cache.store.manifest import read_manifest
 
 
@@ -55,7 +57,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, target: object, name: str) -> None:
 
 
 def test_where_no_file_was_touched_none_is_opened(shop, monkeypatch):
-    refuse(monkeypatch, sources, "find")
+    refuse(monkeypatch, origin, "find")
     before = shop.files()
     report = shop.encode("a fox")
     assert (report.is_unchanged, report.num_items, report.skipped) == (True, 2, ())
@@ -288,7 +290,7 @@ def test_the_import_of_diffusers_is_shown_as_such(tmp_path, toy_model):
     shop.put("cat.png", "a cat")
     code = (
         "import sys; from pathlib import Path; from rich.progress import Progress\n"
-        "from k5cache.encode import encode; from k5cache.asked import EncodeOptions\n"
+        "from k5cache.encode.run import encode; from k5cache.encode.asked import EncodeOptions\n"
         "from k5cache.config import CacheConfig, ModelConfig; from k5cache.encoders import pipeline\n"
         "bars, original = Progress(disable=True), pipeline.clean\n"
         "def clean(caption):\n"

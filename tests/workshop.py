@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from k5cache import console
-from k5cache.asked import EncodeOptions, EncodeReport
 from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode import encode
+from k5cache.encode.asked import EncodeOptions, EncodeReport
+from k5cache.encode.run import encode
 from k5cache.store.reader import Cache, open_cache
 
 

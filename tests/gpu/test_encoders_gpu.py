@@ -8,10 +8,11 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from k5cache import memory_plan, passes, plan, stage1
+from k5cache import memory_plan
 from k5cache.buckets import Bucket, cover
-from k5cache.commit import Committer
 from k5cache.config import CacheConfig
+from k5cache.encode import passes, plan, stage1
+from k5cache.encode.commit import Committer
 from k5cache.encoders import machine, qwen, streaming, vae
 from k5cache.encoders.pipeline import clean
 from k5cache.encoders.strips import moments_in_strips

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from k5cache import plan, stale
-from k5cache.asked import build_recipe
-from k5cache.commit import Committer
+from k5cache.commands.reencode import config_of
 from k5cache.config import ModelConfig
 from k5cache.device import pick_device
+from k5cache.encode import plan, stale
+from k5cache.encode.asked import build_recipe
+from k5cache.encode.commit import Committer
+from k5cache.encode.passes import Job, encode_texts
 from k5cache.errors import CacheError, CacheStale
 from k5cache.hub import ENCODER_PARTS, model_folder
-from k5cache.passes import Job, encode_texts
-from k5cache.reencode import config_of
 from k5cache.store.index import index_rows, read_index
 from k5cache.store.manifest import lock, read_manifest
 

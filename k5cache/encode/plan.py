@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k5cache.buckets import Framing, Geometry
-from k5cache.items import Skipped, SourceItem, UnreadableImage
+from k5cache.sources.items import Skipped, SourceItem, UnreadableImage
 from k5cache.store.index import IndexRow
 
 Probe = Callable[[SourceItem], tuple[str, int, int]]

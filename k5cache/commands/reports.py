@@ -11,12 +11,12 @@ from rich.text import Text
 from k5cache import console
 
 if TYPE_CHECKING:
-    from k5cache.gc import Collected
-    from k5cache.merge import Merged
-    from k5cache.prompts import Added
-    from k5cache.reencode import Reencoded
-    from k5cache.update import Preview
-    from k5cache.verify import Verified
+    from k5cache.commands.gc import Collected
+    from k5cache.commands.merge import Merged
+    from k5cache.commands.prompts import Added
+    from k5cache.commands.reencode import Reencoded
+    from k5cache.commands.verify import Verified
+    from k5cache.encode.update import Preview
 
 SHOWN = 5  # examples of a list; the count is always given
 

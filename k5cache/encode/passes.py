@@ -8,7 +8,6 @@ computed.
 from __future__ import annotations
 
 import gc
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +19,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import console, images, memory_plan, plan, stage1
+from k5cache import console, memory_plan
 from k5cache.buckets import Bucket
-from k5cache.commit import Committer
 from k5cache.config import CacheConfig
+from k5cache.encode import plan, stage1
+from k5cache.encode.commit import Committer
 from k5cache.hub import read_config
-from k5cache.items import Content, UnreadableImage
+from k5cache.sources import images, masks
+from k5cache.sources.items import Content, UnreadableImage
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def encode_bucket(
     def encoded() -> Iterator[tuple[str, torch.Tensor]]:
         # With its hash: an image that changed since the plan must not be stored under the old content's key.
         wanted = ((one.path, one.geometry, one.content_hash) for one in members)
-        for i, pixels in images.load_many(wanted, job.read, workers()):
+        for i, pixels in images.load_many(wanted, job.read):
             if isinstance(pixels, UnreadableImage):
                 failed[members[i].key] = pixels.reason
                 advance(1)
@@ -278,6 +279,30 @@ def encode_bucket(
         for key, moments in fetched(encoded()):
             put({"key": key} | dict(zip(names, moments, strict=True)))
             advance(1)
+
+
+def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequence[plan.MaskJob]) -> dict[str, str]:
+    """Every new mask into shards, one bucket after another. Returns mask key -> reason for unreadable ones."""
+    failed: dict[str, str] = {}
+    by_bucket: dict[Bucket, list[plan.MaskJob]] = {}
+    for job in jobs:
+        by_bucket.setdefault(job.geometry.bucket, []).append(job)
+    for bucket, members in sorted(by_bucket.items()):
+        with commit.shards("masks", {"mask": TensorSpec("uint8", bucket.latent_shape)}, bucket) as append:
+            for job in members:
+                try:
+                    content = read(job.path)
+                    content = content if isinstance(content, bytes) else content.read_bytes()  # what is hashed is used
+                    if job.content_hash and images.hash_content(content) != job.content_hash:
+                        raise UnreadableImage("has changed since the encode began; encode again")
+                    mask = masks.load_mask(content, job.geometry)
+                except OSError as error:
+                    failed[job.key] = f"its mask {job.path} cannot be read ({error.strerror})"
+                except UnreadableImage as error:
+                    failed[job.key] = f"its mask {job.path} {error.reason}"
+                else:
+                    append({"key": job.key, "mask": mask})
+    return failed
 
 
 @contextmanager
@@ -349,11 +374,6 @@ def _bar(bars: Progress, description: str, total: int, unit: str) -> Iterator[Ca
         yield advance
     finally:
         bars.remove_task(task)
-
-
-def workers() -> int:
-    """Threads that decode ahead of the VAE: Pillow and torch release the GIL."""
-    return min(8, os.cpu_count() or 1)
 
 
 def _dtype(precision: str) -> torch.dtype:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k5cache import fingerprint, items, sources, stale
+from k5cache import fingerprint
 from k5cache.config import CacheConfig, ModelConfig
+from k5cache.encode import stale
 from k5cache.errors import DatasetError
 from k5cache.facts import cached_facts, cleaning, version
-from k5cache.glance import glance, is_settled
 from k5cache.hub import ENCODER_PARTS, model_folder, read_config
+from k5cache.sources import items, origin
+from k5cache.sources.glance import glance, is_settled
 from k5cache.store.manifest import Manifest, read_manifest
 
 RESIZE = "bicubic-antialias"  # images.load_pixels
@@ -129,7 +131,7 @@ class Request:
 class Asked(Request):
     """A request, and the images that its source holds."""
 
-    found: sources.Source
+    found: origin.Source
 
 
 def request(
@@ -154,19 +156,19 @@ def look(
     config: CacheConfig,
     prompts: Sequence[str],
     options: EncodeOptions = EncodeOptions(),
-    found: sources.Source | None = None,
+    found: origin.Source | None = None,
 ) -> Asked:
     """Read what is asked for and what there is; nothing is written and no model is loaded. Raises as ``encode``.
 
     The hub is asked for the model, if it comes from there.
 
     Args:
-        found: what ``sources.find`` gave a moment ago.
+        found: what ``origin.find`` gave a moment ago.
     """
-    found = found or sources.find(source, config)
+    found = found or origin.find(source, config)
     wanted = request(source, root, model_folder(model, ENCODER_PARTS), model, config, prompts)
     if wanted.differences and not options.update:
-        raise stale.refuse(root, wanted.differences, f"k5cache encode {source} -o {root}")
+        raise stale.refuse(root, wanted.differences)
     return Asked(**vars(wanted), found=found)
 
 
@@ -183,13 +185,13 @@ def note(asked: Asked) -> str:
     if seen is None or not is_settled(seen, read_ns):
         return before
     try:
-        is_same = digest(sources.find(asked.source, asked.config)) == before
+        is_same = digest(origin.find(asked.source, asked.config)) == before
     except DatasetError:  # emptied meanwhile
         return before
     return before + seen.digest if is_same else before
 
 
-def digest(found: sources.Source) -> str:
+def digest(found: origin.Source) -> str:
     """One hash over all that was found: paths, sizes, times, inodes, raw captions, masks, and what is skipped."""
     sha256 = hashlib.sha256()
     for entry in (*found.items, *found.skipped):

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, plan, sources, stale
-from k5cache.asked import build_recipe
 from k5cache.buckets import Bucket, Geometry, bucket_table, choose_bucket, cover
-from k5cache.commit import Committer
+from k5cache.commands.reencode import TOLERANCE, config_of, geometry_of
 from k5cache.compare import Comparison, check, compare, not_run
 from k5cache.config import CacheConfig, ModelConfig
+from k5cache.encode import plan, stale
+from k5cache.encode.asked import build_recipe
+from k5cache.encode.commit import Committer
+from k5cache.encode.passes import DTYPES, Job, encode_latents, encode_texts
 from k5cache.errors import K5Error
 from k5cache.hub import ENCODER_PARTS, model_folder
-from k5cache.items import Content, UnreadableImage
-from k5cache.passes import DTYPES, Job, encode_latents, encode_texts
-from k5cache.reencode import TOLERANCE, config_of, geometry_of
+from k5cache.sources import images, origin
+from k5cache.sources.items import Content, UnreadableImage
 from k5cache.store.manifest import ShardKind
 from k5cache.store.reader import Cache
 from k5cache.store.tensors import TensorSpec
@@ -233,7 +234,7 @@ def _pictures(
 def _images_of(cache: Cache, source: Path, config: CacheConfig, count: int) -> tuple[list[tuple[Picture, str]], str]:
     """Some of the cache's images as they are now, each with its latent key; passed over where they have changed."""
     try:
-        read = sources.find(source, config).read
+        read = origin.find(source, config).read
     except K5Error as error:
         return [], f"{error.problem}; name the folder of the images with --source"
     found, why = [], ""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from k5cache import console
-from k5cache.reports import print_changes, short, some
+from k5cache.commands.reports import print_changes, short, some
 
 if TYPE_CHECKING:
-    from k5cache.asked import EncodeReport
+    from k5cache.encode.asked import EncodeReport
     from k5cache.store.reader import Cache
 
 

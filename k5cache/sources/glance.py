@@ -8,8 +8,8 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache.folder import MASK_SUFFIXES, walk
-from k5cache.items import IMAGE_SUFFIXES, Skipped
+from k5cache.sources.folder import MASK_SUFFIXES, walk
+from k5cache.sources.items import IMAGE_SUFFIXES, Skipped
 
 _COUNTS = IMAGE_SUFFIXES | MASK_SUFFIXES | {".txt"}
 SETTLED_NS = 2_000_000_000

@@ -10,8 +10,8 @@ from pathlib import Path
 from k5cache import memory_plan
 from k5cache.config import CacheConfig
 from k5cache.console import human_bytes, human_seconds
+from k5cache.encode.plan import LatentJob, TextJob
 from k5cache.hub import read_config
-from k5cache.plan import LatentJob, TextJob
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 2}
@@ -125,7 +125,7 @@ def plan_vae(
 ) -> memory_plan.VaePlan:
     """How these images will be encoded. Raises ``DoesNotFit``."""
     from k5cache.encoders import machine
-    from k5cache.passes import workers
+    from k5cache.sources.images import num_workers
 
     largest = max(one.geometry.bucket.width * one.geometry.bucket.height for one in latents)
     decoded = max(one.geometry.width * one.geometry.height for one in latents)
@@ -134,7 +134,7 @@ def plan_vae(
         config.vae_precision,
         largest,
         vram=vram or machine.free_vram(device),
-        decoded_bytes=2 * workers() * 3 * decoded,
+        decoded_bytes=2 * num_workers() * 3 * decoded,
     )
 
 

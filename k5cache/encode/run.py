@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from k5cache import console, sources
-from k5cache.asked import EncodeOptions, EncodeReport, Request, digest, look, manifest_of, request
+from k5cache import console
 from k5cache.config import CacheConfig, ModelConfig
+from k5cache.encode.asked import EncodeOptions, EncodeReport, Request, digest, look, manifest_of, request
 from k5cache.errors import ModelError
-from k5cache.glance import glance
 from k5cache.hub import ENCODER_PARTS, folder_on_disk
+from k5cache.sources import origin
+from k5cache.sources.glance import glance
 from k5cache.store.manifest import Manifest, lock, require_files
 
 
@@ -44,7 +45,7 @@ def encode(
     if not (options.rehash or options.repair):
         wanted = _on_this_machine(source, root, model, config, prompts)
         if wanted and not _is_untouched(wanted):
-            found = sources.find(source, config)
+            found = origin.find(source, config)
         if wanted and (found is None or _is_note_of(wanted.manifest, found)):
             require_files(root, wanted.manifest)
             return _unchanged(wanted.manifest, found, time.monotonic() - started)
@@ -53,7 +54,7 @@ def encode(
     ):  # the first time on a machine, diffusers is imported
         asked = look(source, root, model, config, prompts, options, found)
     root.mkdir(parents=True, exist_ok=True)
-    from k5cache.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed for nothing
+    from k5cache.encode.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed for nothing
 
     with lock(root, options.wait_seconds):
         report = bring_up_to_date(replace(asked, manifest=manifest_of(root, asked.recipe)), options, bars)  # we waited
@@ -83,11 +84,11 @@ def _is_untouched(wanted: Request) -> bool:
     return seen is not None and seen.digest == noted
 
 
-def _is_note_of(manifest: Manifest, found: sources.Source) -> bool:
+def _is_note_of(manifest: Manifest, found: origin.Source) -> bool:
     return manifest.source[:32] == digest(found)
 
 
-def _unchanged(manifest: Manifest, found: sources.Source | None, seconds: float) -> EncodeReport:
+def _unchanged(manifest: Manifest, found: origin.Source | None, seconds: float) -> EncodeReport:
     return EncodeReport(
         num_items=manifest.index.num_rows if manifest.index else 0,
         skipped=tuple(found.skipped) if found else (),

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from k5cache.buckets import Geometry
-from k5cache.items import Content, UnreadableImage
+from k5cache.sources.items import Content, UnreadableImage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
     import torch
     from torch.nn import functional as F
 
-    from k5cache.colour import to_srgb
+    from k5cache.sources.colour import to_srgb
 
     bucket, resized = geometry.bucket, (geometry.resized_height, geometry.resized_width)
     if resized[0] * resized[1] > MAX_PIXELS:
@@ -129,7 +129,7 @@ def load_many(
     Yields:
         (position in ``jobs``, uint8 ``[3, H, W]`` or why there is none).
     """
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or num_workers()
     remaining = iter(jobs)
     with ThreadPoolExecutor(workers, thread_name_prefix="k5-load") as pool:
         waiting = deque(pool.submit(_load, read, *job) for job in islice(remaining, 2 * workers))
@@ -143,6 +143,11 @@ def load_many(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def num_workers() -> int:
+    """Threads that decode ahead of the VAE, by default: Pillow and torch release the GIL."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _load(

@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, items, plan, sources, stale
-from k5cache.asked import build_recipe
 from k5cache.buckets import Bucket, Geometry
-from k5cache.commit import Committer
+from k5cache.commands.verify import Verified
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.device import pick_device
+from k5cache.encode import plan, stale
+from k5cache.encode.asked import build_recipe
+from k5cache.encode.commit import Committer
+from k5cache.encode.passes import Job, encode_latents, encode_texts
 from k5cache.errors import CacheError, CacheStale
 from k5cache.hub import ENCODER_PARTS, model_folder
-from k5cache.passes import Job, encode_latents, encode_texts
+from k5cache.sources import images, items, origin
 from k5cache.store.index import IndexRow
 from k5cache.store.manifest import ShardKind
 from k5cache.store.reader import Cache
 from k5cache.store.tensors import TensorSpec
-from k5cache.verify import Verified
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +160,7 @@ def _job(
     cache: Cache, config: CacheConfig, folder: Path, recipe: dict[str, Any], source: Path | None, device: str,
     bars: Progress,
 ) -> Job:  # fmt: skip
-    read = sources.find(source, config).read if source else Path
+    read = origin.find(source, config).read if source else Path
     return Job(read, cache.root, folder, recipe, config, device, bars)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import Progress
 
-from k5cache import stale
 from k5cache.config import ModelConfig
 from k5cache.device import pick_device
+from k5cache.encode import stale
 from k5cache.errors import CacheStale
 from k5cache.fingerprint import fingerprint
 from k5cache.hub import model_folder

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 
 from rich.progress import Progress, TaskID
 
-from k5cache import console, images, items, masks, plan, stage1, stale
-from k5cache.asked import Asked, EncodeOptions, EncodeReport, note, versions
-from k5cache.commit import Committer, drop_damaged
+from k5cache import console
 from k5cache.device import pick_device
+from k5cache.encode import plan, stage1, stale
+from k5cache.encode.asked import Asked, EncodeOptions, EncodeReport, note, versions
+from k5cache.encode.commit import Committer, drop_damaged
+from k5cache.encode.passes import Job, encode_latents, encode_masks, encode_texts
 from k5cache.errors import DatasetError
-from k5cache.passes import Job, encode_latents, encode_texts
+from k5cache.sources import images, items, masks
 from k5cache.store.index import index_rows, read_index
 from k5cache.store.manifest import require_files
 
@@ -96,7 +98,7 @@ class _Probing:
 def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> EncodeReport:
     """Encode what is new or changed and commit it; the lock is held. Raises as ``encode``."""
     if asked.differences and not options.update:  # another process has changed it while we waited
-        raise stale.refuse(asked.root, asked.differences, f"k5cache encode {asked.source} -o {asked.root}")
+        raise stale.refuse(asked.root, asked.differences)
     manifest, repaired = drop_damaged(asked.root, asked.manifest) if options.repair else (asked.manifest, ())
     require_files(asked.root, manifest)
     asked = replace(asked, manifest=manifest)
@@ -107,7 +109,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
     truncated: tuple[tuple[str, int], ...] = ()
     failed: dict[str, str] = {}
     if made.mask_jobs:
-        failed |= masks.encode_masks(asked.found.read, commit, made.mask_jobs)
+        failed |= encode_masks(asked.found.read, commit, made.mask_jobs)
     if made.text_jobs or made.latent_jobs:
         with console.doing(bars, "importing torch"):
             device = pick_device(options.device)
@@ -131,9 +133,10 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
     is_usable = not unreadable and len(made.skipped) == len(asked.found.skipped)
     source = note(asked) if is_usable else ""
     is_written = commit.index(rows, made.prompts, asked.recipe, versions(), source)
+    num_latents = sum(job.key not in failed for job in made.latent_jobs)
     return EncodeReport(
         num_items=len(rows),
-        num_latents=sum(job.key not in failed for job in made.latent_jobs),
+        num_latents=num_latents,
         num_texts=len(made.text_jobs),
         reused_latents=made.num_reused_latents,
         reused_texts=made.num_reused_texts,
@@ -147,7 +150,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         repaired=repaired,
         num_buckets=len({(r.bucket_width, r.bucket_height) for r in rows}),
         num_bytes=sum(s.num_bytes for s in commit.manifest.shards),
-        is_unchanged=not is_written,
+        is_unchanged=not (is_written or repaired or num_latents or made.text_jobs),
     )
 
 

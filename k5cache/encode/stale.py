@@ -65,12 +65,12 @@ def consequences(found: Sequence[Difference]) -> str:
     return " and ".join(again)
 
 
-def refuse(root: Path, found: Sequence[Difference], command: str) -> CacheStale:
+def refuse(root: Path, found: Sequence[Difference]) -> CacheStale:
     """The error for a cache that another recipe made."""
     return CacheStale(
         f"{root} was encoded with another recipe: {'; '.join(map(str, found))}",
-        f"Add --update to encode {consequences(found)} again ({command} --update); what it replaces stays until "
-        f"`k5cache gc`. Or set these options back, or encode into a new cache with -o OTHER",
+        f"Run the same command with --update to encode {consequences(found)} again; what it replaces stays until "
+        "`k5cache gc`. Or set these options back, or encode into a new cache with -o OTHER",
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache import folder
 from k5cache.config import CacheConfig
 from k5cache.errors import DatasetError
-from k5cache.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
+from k5cache.sources import folder
+from k5cache.sources.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
 _DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
@@ -73,7 +73,7 @@ def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
 
 def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
     """`datasets`' imagefolder: each metadata file names images relative to its own folder."""
-    from k5cache import tables
+    from k5cache.sources import tables
 
     files = _metadata_files(source)
     if len({file.name for file in files}) > 1:
@@ -100,7 +100,7 @@ def _metadata_files(source: Path) -> list[Path]:
 
 
 def _has_tables(source: Path) -> bool:
-    from k5cache import tables
+    from k5cache.sources import tables
 
     return tables.is_saved(source) or any(
         file.suffix.lower() in _DATA and file.name not in METADATA for file in _visible(source)
@@ -123,7 +123,7 @@ def _through_datasets(source: Path, config: CacheConfig) -> Source:
             f"There is no folder {source}",
             "Give a folder of images with .txt captions beside them, a table, a tar, or a dataset's name",
         )
-    from k5cache import tables
+    from k5cache.sources import tables
 
     if source.is_dir():
         table = tables.load_folder(source, config)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from k5cache.captions import Captions, finish, from_lines, without_source
 from k5cache.config import CacheConfig
-from k5cache.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
+from k5cache.sources.captions import Captions, finish, from_lines, without_source
+from k5cache.sources.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
 

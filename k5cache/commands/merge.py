@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from k5cache import stale
+from k5cache.encode import stale
 from k5cache.errors import CacheError, CacheStale
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index

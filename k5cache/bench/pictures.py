@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache import images, passes, plan
 from k5cache.buckets import Bucket, Geometry, cover
-from k5cache.commit import Committer
 from k5cache.config import CacheConfig
 from k5cache.console import human_bytes
+from k5cache.encode import passes, plan
+from k5cache.encode.commit import Committer
+from k5cache.sources import images
 from k5cache.store.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from k5cache.bench_encoders import Found, Sizes
+    from k5cache.bench.found import Found, Sizes
 
 
 def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram: int | None = None) -> passes.Job:
@@ -51,7 +52,7 @@ def one_at_a_time(root: Path, files: Sequence[Path], geometry: Geometry, device:
     from diffusers.image_processor import VaeImageProcessor
     from PIL import Image
 
-    from k5cache.bench_tools import timed
+    from k5cache.bench.tools import timed
     from k5cache.encoders import vae
 
     loaded = vae.load_vae(root, device, _float32())
@@ -82,7 +83,7 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     """(seconds of the pass over all files, the VAE loaded and warm; VRAM)."""
     import torch
 
-    from k5cache.bench_tools import peak_vram, reset_peak, timed
+    from k5cache.bench.tools import peak_vram, reset_peak, timed
 
     cache, bucket = root / "pictures_cache", geometry.bucket
     cache.mkdir()
@@ -100,7 +101,7 @@ def compare_precisions(found: Found, root: Path, source: Path, sizes: Sizes, dev
     """Error, time and memory of bfloat16, of strips and of diffusers' tiling, against float32 of the whole image."""
     import torch
 
-    from k5cache.bench_tools import peak_vram, reset_peak, timed
+    from k5cache.bench.tools import peak_vram, reset_peak, timed
     from k5cache.encoders import vae
 
     geometry = cover(*sizes.source, Bucket(sizes.side, sizes.side))

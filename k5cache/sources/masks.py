@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from k5cache.buckets import VAE_SCALE, Bucket, Geometry
-from k5cache.images import hash_content, image_size, open_image, orientation, turn
-from k5cache.items import Content, SourceItem, UnreadableImage
+from k5cache.buckets import VAE_SCALE, Geometry
+from k5cache.sources.images import hash_content, image_size, open_image, orientation, turn
+from k5cache.sources.items import Content, SourceItem, UnreadableImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
-
-    from k5cache.commit import Committer
-    from k5cache.plan import MaskJob
 
 
 def check(read: Callable[[str], Content], item: SourceItem, width: int, height: int) -> str:
@@ -62,32 +59,6 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
     across = _shares(geometry.width, geometry.resized_width, geometry.left, width)
     cells = torch.from_numpy((down @ (np.asarray(grey) @ across.T)).round().astype(np.uint8))
     return (cells.flip(1) if geometry.flipped else cells).contiguous()
-
-
-def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequence[MaskJob]) -> dict[str, str]:
-    """Every new mask into shards, one bucket after another. Returns mask key -> reason for unreadable ones."""
-    from k5cache.store.tensors import TensorSpec
-
-    failed: dict[str, str] = {}
-    by_bucket: dict[Bucket, list[MaskJob]] = {}
-    for job in jobs:
-        by_bucket.setdefault(job.geometry.bucket, []).append(job)
-    for bucket, members in sorted(by_bucket.items()):
-        with commit.shards("masks", {"mask": TensorSpec("uint8", bucket.latent_shape)}, bucket) as append:
-            for job in members:
-                try:
-                    content = read(job.path)
-                    content = content if isinstance(content, bytes) else content.read_bytes()  # what is hashed is used
-                    if job.content_hash and hash_content(content) != job.content_hash:
-                        raise UnreadableImage("has changed since the encode began; encode again")
-                    mask = load_mask(content, job.geometry)
-                except OSError as error:
-                    failed[job.key] = f"its mask {job.path} cannot be read ({error.strerror})"
-                except UnreadableImage as error:
-                    failed[job.key] = f"its mask {job.path} {error.reason}"
-                else:
-                    append({"key": job.key, "mask": mask})
-    return failed
 
 
 def _shares(size: int, resized: int, start: int, cells: int) -> NDArray[np.float32]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from k5cache.commands.verify import unnamed_files
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
 from k5cache.store.shards import Shard, ShardWriter
-from k5cache.verify import unnamed_files
 
 
 @dataclass(frozen=True)

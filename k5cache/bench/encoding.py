@@ -9,58 +9,21 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from k5cache import console, memory_plan
-from k5cache.bench_tools import collect, in_use, peak_vram, reset_peak, rss, timed, watched
+from k5cache.bench.found import Found, Sizes
+from k5cache.bench.tools import collect, in_use, peak_vram, reset_peak, rss, timed, watched
 from k5cache.console import human_bytes
-from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, as_pipeline, write_model, write_pictures
+from k5cache.encoders.random_model import as_pipeline, write_model, write_pictures
 from k5cache.errors import K5Error
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured, and on how much."""
-
-    text: dict[str, Any] = field(default_factory=lambda: FULL_TEXT)
-    clip: dict[str, Any] = field(default_factory=lambda: FULL_CLIP)
-    vae: dict[str, Any] = field(default_factory=lambda: FULL_VAE)
-    num_captions: int = 512
-    num_baseline: int = 128
-    """Captions of the baseline, and of what is compared with it bit for bit."""
-    tokens: tuple[int, int] = (50, 300)
-    vram: int = 4 * 2**30
-    """The cap of the streamed run."""
-    num_images: int = 48
-    side: int = 1024
-    source: tuple[int, int] = (1536, 1152)
-    """(width, height) of the JPEG files that images are loaded from."""
-    growth: tuple[int, ...] = (100, 1000, 10000)
-    """Captions of the growth table."""
-    growth_layers: int = 2
-    growth_tokens: tuple[int, int] = (20, 100)
-    growth_vram: int = 5 * 2**29
-
-
-@dataclass
-class Found:
-    """Lines of the tables, as they are measured."""
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, what: str, value: str, remark: str = "", **values: Any) -> None:
-        """One line, shown at once; ``values`` for scripts."""
-        self.rows.append((what, value, remark))
-        self.values.update(values)
-        console.note(f"{what}: {value}" + (f" ({remark})" if remark else ""))
 
 
 def bench(device: str, vram: int | None = None, folder: Path | None = None, sizes: Sizes | None = None) -> Found:
@@ -257,7 +220,7 @@ def compare_streamed(found: Found, root: Path, sizes: Sizes, tokens: Sequence[An
 
 def pictures(found: Found, root: Path, sizes: Sizes, device: str) -> None:
     """The VAE fed by the worker pool, beside one image at a time, loaded by the same thread."""
-    from k5cache.bench_pictures import compare_precisions, compare_speed
+    from k5cache.bench.pictures import compare_precisions, compare_speed
 
     source = root / "pictures"
     write_pictures(source, sizes)
@@ -269,10 +232,10 @@ def growth(found: Found, root: Path, sizes: Sizes, device: str) -> None:
     """The whole text pass, rows written, for more and more captions; fewer layers, so that it takes seconds."""
     import shutil
 
-    from k5cache.bench_pictures import job_for
-    from k5cache.commit import Committer
-    from k5cache.passes import encode_texts
-    from k5cache.plan import TextJob
+    from k5cache.bench.pictures import job_for
+    from k5cache.encode.commit import Committer
+    from k5cache.encode.passes import encode_texts
+    from k5cache.encode.plan import TextJob
     from k5cache.store.manifest import Manifest
 
     config = root / "text_encoder" / "config.json"
@@ -325,7 +288,7 @@ def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[st
 
 def freed(found: Found, what: str, device: str) -> None:
     """Whether VRAM is what it was before the first encoder."""
-    from k5cache.passes import release
+    from k5cache.encode.passes import release
 
     release(device)
     now, start = in_use(device), found.values["vram_at_start"]
