@@ -15,6 +15,7 @@ from rich.text import Text
 from k5cache import console
 from k5cache.errors import CacheError, RunError
 from k5train import cli_lora, cli_memory
+from k5train.cli_memory import Model, Recipe, Set
 
 if TYPE_CHECKING:
     from k5cache.config import ModelConfig
@@ -37,9 +38,6 @@ app.command()(cli_lora.merge)
 app.command("check-lora")(cli_lora.check_lora)
 app.add_typer(cli_memory.base, name="base")
 
-Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
-Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
 RunPath = Annotated[Path, typer.Argument(help="A folder made by `k5train run`.")]
 
 
