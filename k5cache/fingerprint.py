@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +137,8 @@ def _sample(tensors: list[StoredTensor]) -> list[bytes]:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: 128 KiB a probe
         if whole:
             return [read(tensor) for tensor in tensors]
+        from concurrent.futures import ThreadPoolExecutor  # 10 ms that a small part can do without
+
         with ThreadPoolExecutor(8) as pool:  # a cold disk answers eight reads in the time of one
             return list(pool.map(read, tensors))
     finally:
