@@ -8,6 +8,7 @@ is the forward that the pipeline does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,21 @@ def make_packs(lengths: Sequence[int], batch_tokens: int) -> list[Pack]:
         packs[-1].append(i)
         left -= lengths[i]
     return [Pack(tuple(pack), tuple(lengths[i] for i in pack)) for pack in packs]
+
+
+def attention_kernels(exact: bool) -> AbstractContextManager[Any]:
+    """Which attention kernels may run: as the pipeline runs them, or only those that take any length at once.
+
+    On Hopper and Blackwell torch may choose cuDNN's attention, which plans anew for every length. That is the likely
+    reason why 512 captions of 250 lengths took 9.8 s on an H200 the first time and 2.8 s the second.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if exact:
+        return nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    manager: AbstractContextManager[Any] = sdpa_kernel(kernels)
+    return manager
 
 
 def attend_side_by_side(config: Any) -> None:

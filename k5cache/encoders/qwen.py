@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from k5cache.encoders.hostio import fetched, read_ahead
-from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, make_packs, run_layer
+from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, attention_kernels, make_packs, run_layer
 from k5cache.encoders.pipeline import pipeline_facts, pipeline_token_ids
 from k5cache.errors import ModelError
 from k5cache.fingerprint import StoredTensor, read_header
@@ -213,7 +213,7 @@ def iter_prompt_embeds(
                 states = run_layer(layer, states, table, pack.runs)
             yield pack, qwen.model.norm(states)[0]
 
-    with torch.no_grad():
+    with torch.no_grad(), attention_kernels(exact):
         for pack, rows in fetched(results()):
             yield from cropped(qwen, pack, rows)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.hostio import fetched, new_stream, record_event
-from k5cache.encoders.layers import Pack, Positions, make_packs, run_layer
+from k5cache.encoders.layers import Pack, Positions, attention_kernels, make_packs, run_layer
 from k5cache.encoders.qwen import Qwen, Tokens, cropped, finish_layer, raw_layers, read_layers
 from k5cache.memory_plan import Parking
 
@@ -49,7 +49,7 @@ def stream_prompt_embeds(
     packs = make_packs([len(t.ids) for t in tokens], 1 if exact else batch_tokens)
     if not packs:
         return
-    with torch.no_grad():
+    with torch.no_grad(), attention_kernels(exact):
         positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
         is_away = parking == "host" and qwen.device.type == "cuda" and len(packs) > 1
         parked = (_OnHost if is_away else _OnDevice)(qwen, packs)
