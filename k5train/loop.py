@@ -29,7 +29,7 @@ from k5train.mixture import Mixture
 from k5train.optim import learning_rate
 from k5train.ready import when_memory_ends
 from k5train.rollout import Cost, inference_sigmas
-from k5train.session import Base, Clock, Session, attach, check_same, identity, load_base
+from k5train.session import Base, Clock, Session, attach, check_same, identity, leaner, load_base
 from k5train.setup import check_fit, determinism, pick_device
 from k5train.state import Progress, latest_state, save_state
 from k5train.step import accumulate, train_step
@@ -131,7 +131,7 @@ class _Loop:
             interruptions.installed(),
             console.progress() as bars,
             Metrics(run.metrics, progress.step, trackers) as metrics,
-            when_memory_ends(self.session.base.plan, self.save_checkpoint),
+            when_memory_ends(lambda: self.session.base.plan, self.save_checkpoint),
         ):
             try:
                 self.warm_up()
@@ -215,7 +215,7 @@ class _Loop:
         return None
 
     def warm_up(self) -> None:
-        """Compile on a step that changes nothing."""
+        """Compile on a step that changes nothing. One that needs more VRAM than planned is planned again, once."""
         if self.session.execution is None:
             return
         group = self.loader.batch(0).groups[0].to(self.device)
@@ -225,7 +225,16 @@ class _Loop:
             self.session.optimizer.zero_grad(set_to_none=True)
 
         self.transformer.train()
-        self.session.execution.warm_up(step_once)
+        try:
+            self.session.execution.warm_up(step_once)
+        except torch.OutOfMemoryError:
+            self.session.optimizer.zero_grad(set_to_none=True)
+            again = leaner(self.session, self.config, self.data)
+            if again is None or again.execution is None:
+                raise
+            self.session = again
+            torch.cuda.empty_cache()
+            again.execution.warm_up(step_once)
 
     def save_lora(self, path: Path) -> None:
         """The adapter as it is, for use."""

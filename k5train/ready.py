@@ -190,10 +190,11 @@ _streamers: WeakKeyDictionary[Any, Streamer] = WeakKeyDictionary()
 
 
 @contextmanager
-def when_memory_ends(plan: Plan, save: Callable[[], Path | None]) -> Iterator[None]:
+def when_memory_ends(planned: Callable[[], Plan], save: Callable[[], Path | None]) -> Iterator[None]:
     """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
 
     Args:
+        planned: the plan that the run follows by then.
         save: writes the adapter as it is and says where; None: there is nothing to save yet.
 
     Raises:
@@ -204,10 +205,10 @@ def when_memory_ends(plan: Plan, save: Callable[[], Path | None]) -> Iterator[No
     except torch.OutOfMemoryError as error:
         words = str(error).splitlines()[0][:160]
         torch.cuda.empty_cache()
-        saved = save()
+        plan, saved = planned(), save()
         kept = f"; the LoRA so far is in {saved}" if saved else ""
-        planned = plan.budget if plan.budget is not None else plan.peak
-        less = max(2.0, (planned + memory.CONTEXT_BYTES) / 2**30 - 1)
+        whole = plan.budget if plan.budget is not None else plan.peak
+        less = max(2.0, (whole + memory.CONTEXT_BYTES) / 2**30 - 1)
         raise DoesNotFit(
             f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{kept}",
             f"Plan for less: --set train.memory.vram={less:.1f}GB, or --set train.memory.activations=nothing",

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from k5cache import console
-from k5cache.errors import RunError
+from k5cache.errors import DoesNotFit, RunError
 from k5cache.fingerprint import fingerprint
 from k5cache.recipe import to_dict
 from k5train import lora, state
 from k5train.config import TrainConfig
 from k5train.optim import Ema, make_optimizer, settled
-from k5train.ready import announce, execute, largest, load, plan_training
+from k5train.ready import announce, execute, largest, load, plan_for, plan_training
 from k5train.step import exploded, update
 
 if TYPE_CHECKING:
@@ -152,6 +152,28 @@ def attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Sessio
     if saved:
         session.restore(saved)
     return session
+
+
+def leaner(session: Session, config: TrainConfig, data: Mixture) -> Session | None:
+    """The session with a plan for a twelfth less VRAM: what the first step found missing.
+
+    Returns:
+        None where the recipe fixes what is kept, or where weights would have to move.
+    """
+    base, plan = session.base, session.base.plan
+    if plan.budget is None or plan.streaming or config.memory.activations != "auto":
+        return None
+    sizes = largest(*(source.cache for source in data.sources))
+    try:
+        again = plan_for(base.transformer.config, config, base.device, sizes, min(plan.budget, plan.peak) * 11 // 12)
+    except DoesNotFit:
+        return None
+    if again.streaming:
+        return None
+    console.warn("The first step needed more VRAM than planned: planning for less")
+    announce(again)
+    execution = execute(base.transformer, config, base.device, again)
+    return replace(session, base=replace(base, plan=again), execution=execution)
 
 
 def identity(data: Mixture, folder: Path, config: TrainConfig) -> dict[str, Any]:

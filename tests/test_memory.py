@@ -187,7 +187,7 @@ def test_running_out_of_memory_saves_and_names_the_setting(tmp_path):
     plan = make_plan(FULL, WORK, 16 * GIB)
     with (
         pytest.raises(DoesNotFit, match="step-000007") as ended,
-        ready.when_memory_ends(plan, lambda: tmp_path / "step-000007.safetensors"),
+        ready.when_memory_ends(lambda: plan, lambda: tmp_path / "step-000007.safetensors"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
     assert "train.memory.vram=15.8GB" in ended.value.fix

@@ -1,0 +1,77 @@
+"""Does a run that needs more VRAM than planned plan again before it has trained anything?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from k5cache.errors import DoesNotFit
+from k5train import session
+from k5train.base import memory
+from k5train.base.execute import Execution
+from k5train.config import MemoryConfig
+from tests.runs import CONFIG, lora_of, same, start_run
+
+SHORT = replace(
+    CONFIG, steps=3, base_model_precision="int8-quanto", memory=MemoryConfig(vram="0.76GB", execution="eager"),
+    lora=replace(CONFIG.lora, dropout=0.0),
+)  # fmt: skip
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Plans that blocks were set up by; the toy's megabytes alone decide them."""
+    monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
+    monkeypatch.setattr(memory, "CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
+    monkeypatch.setattr("k5train.base.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
+    seen = []
+    made = Execution.__init__
+
+    def noting(self, transformer, plan, *args, **kwargs):
+        seen.append(plan)
+        made(self, transformer, plan, *args, **kwargs)
+
+    monkeypatch.setattr(Execution, "__init__", noting)
+    return seen
+
+
+def run_out(monkeypatch, times: int) -> None:
+    """The first ``times`` steps to warm up find no memory."""
+    left = iter(range(times))
+
+    def warm_up(self, step):
+        if next(left, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+        step()
+
+    monkeypatch.setattr(Execution, "warm_up", warm_up)
+
+
+def test_the_run_goes_on_with_a_leaner_plan_and_learns_the_same(
+    tmp_path, toy_cache, toy_model, monkeypatch, plans, capsys
+):
+    cache = toy_cache("bf16")
+    start_run(tmp_path / "undisturbed", cache, toy_model, SHORT)
+    run_out(monkeypatch, 1)
+    start_run(tmp_path / "again", cache, toy_model, SHORT)
+    assert plans[0].levels == plans[1].levels
+    assert plans[2].peak <= plans[1].peak * 11 // 12
+    assert "planning for less" in capsys.readouterr().err
+    assert same(lora_of(tmp_path / "again"), lora_of(tmp_path / "undisturbed"))  # what is recomputed is the same
+
+
+def test_it_is_refused_where_the_leaner_plan_runs_out_too(tmp_path, toy_cache, toy_model, monkeypatch, plans):
+    run_out(monkeypatch, 2)
+    with pytest.raises(DoesNotFit, match="ran out of memory"):
+        start_run(tmp_path / "run", toy_cache("bf16"), toy_model, SHORT)
+
+
+def test_a_plan_that_the_recipe_fixes_is_not_changed(tmp_path, toy_cache, toy_model, monkeypatch, plans):
+    run_out(monkeypatch, 1)
+    fixed = replace(SHORT, memory=replace(SHORT.memory, activations="all"))
+    monkeypatch.setattr(session, "announce", lambda *_: None)
+    with pytest.raises(DoesNotFit, match="ran out of memory"):
+        start_run(tmp_path / "run", toy_cache("bf16"), toy_model, fixed)
+    assert len(plans) == 1
