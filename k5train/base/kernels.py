@@ -80,9 +80,28 @@ def transpose(source: Tensor, target: Tensor) -> Tensor:
     """
     source = source.contiguous()
     rows, columns = source.shape
-    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
-    _transpose[grid](source, target, rows, columns, 128, num_warps=8)
+    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), 1)
+    _launch(_transpose, grid, (source, target), (rows, columns, 128), 8, 3)
     return target
+
+
+is_direct = True
+"""Launch what was compiled before without Triton's own look-up, which takes 40 of 60 us. ``ops.kernel_works`` turns it
+off where this Triton's compiled kernels are not called so."""
+_compiled: dict[Any, Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], warps: int,
+    stages: int,
+) -> None:  # fmt: skip
+    """``kernel[grid](*tensors, *numbers)``; what Triton compiles for is in the key: types, alignment, numbers."""
+    key = (kernel, tensors[0].device, numbers, warps, stages, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors))
+    known = _compiled.get(key) if is_direct else None
+    if known is None:
+        _compiled[key] = kernel[grid](*tensors, *numbers, num_warps=warps, num_stages=stages)  # None if interpreted
+    else:
+        known[grid](*tensors, *numbers)
 
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), by compute capability: the largest that ptxas compiles without spilling
@@ -129,12 +148,14 @@ def int8_matmul(
     rank_block = 16 if rank else 0  # wider blocks spill registers: 136 bytes a thread at 32 on sm_90
     c = torch.empty(rows, columns, dtype=dtype, device=a.device)
     absent: Any = a  # a pointer that is never read
-    _int8_matmul[(triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)](
-        a, a_scale, b, absent if b_scale is None else b_scale, absent if bias is None else bias,
-        absent if z is None else z, absent if up is None else up, c,
-        rows, columns, inner, rank, segment,
-        0 if z is None else z.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.stride(1),
-        b_scale is not None, bias is not None, rank_block, inner % block_k == 0,
-        block_m, block_n, block_k, 8, num_warps=warps, num_stages=stages,
+    _launch(
+        _int8_matmul, (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n), 1, 1),
+        (a, a_scale, b, absent if b_scale is None else b_scale, absent if bias is None else bias,
+         absent if z is None else z, absent if up is None else up, c),
+        (rows, columns, inner, rank, segment,
+         0 if z is None else z.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.stride(1),
+         b_scale is not None, bias is not None, rank_block, inner % block_k == 0,
+         block_m, block_n, block_k, 8),
+        warps, stages,
     )  # fmt: skip
     return c
