@@ -18,7 +18,9 @@ from k5cache.errors import ModelError
 from k5cache.hub import read_config, weight_files
 from k5train.base.linear import Float32Linear, Int8Linear
 
-# What becomes int8: 5.4 of the 6.0 B parameters. The embeddings, the output head and the modulations stay.
+# What becomes int8: 5.4 of the 6.0 B parameters. The embeddings, the output head and the modulations stay, by the error
+# of the velocity for a gigabyte saved (``fidelity.error_by_part``, 6 blocks of full width, random weights, float32):
+# attention 2.0 %, feed-forward 1.8 %, text blocks 0.9 %; modulations 6 %, embeddings 83 %, head 5,000 %.
 INT8_MODULES = re.compile(
     r"(text|visual)_transformer_blocks\.\d+\.((self|cross)_attention\.(to_query|to_key|to_value|out_layer)"
     r"|feed_forward\.(in_layer|out_layer))"
