@@ -1,4 +1,8 @@
-"""Find a checkpoint: a diffusers-layout folder, or a hub repository of which only the needed parts are fetched."""
+"""Find a checkpoint: a diffusers-layout folder, or a hub repository of which only the needed parts are fetched.
+
+The hub is asked which commit a revision is, one short request. What is whole on this machine is not downloaded again;
+where the hub cannot be reached it serves as it is, and that is said.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.config import ModelConfig
+from k5cache.console import note
 from k5cache.errors import ModelError
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
@@ -30,7 +35,7 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
             raise ModelError(
                 f"There is no model folder {source}", "Give a folder in the diffusers layout with --model DIR"
             )
-        folder = _fetch(source, model.revision, parts)
+        folder = _from_hub(source, model.revision, parts)
     for part in parts:
         config = folder / part / _CONFIG_OF.get(part, "config.json")
         if not config.is_file():
@@ -106,17 +111,50 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     return files
 
 
-def _fetch(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
+def _from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
+    """The snapshot of the revision that the hub has now, or of the one that was last downloaded."""
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    here = _downloaded(repo, revision)
+    lacking = _lacking(here, parts) if here else ""
+    # The parent of all that httpx raises, whichever httpx the hub's client has: no route, no name, a timeout, a proxy.
+    http_error: Any = HfHubHTTPError.__mro__[1]
+    unreachable = (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
     try:
+        if here and not lacking:
+            commit = revision if revision == here.name else model_info(repo, revision=revision, timeout=10).sha
+            if commit == here.name:
+                return here
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)])
         )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, ConnectionError) as error:
+    except unreachable as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if here and not lacking:
+            if not HF_HUB_OFFLINE:
+                note(f"{repo} as last downloaded, commit {here.name[:8]}: the hub cannot be asked ({reason})")
+            return here
         raise ModelError(
-            f"The model {repo} is not on this machine and cannot be downloaded ({reason})",
+            f"The model {repo} is not on this machine{f' as a whole: {lacking} is missing' if here else ''}, "
+            f"and cannot be downloaded ({reason})",
             "Connect to the hub once, or give a local folder with --model DIR",
         ) from error
+
+
+def _lacking(folder: Path, parts: tuple[str, ...]) -> str:
+    """What a download that was interrupted, or that was of other parts, has not brought; "" where it is whole.
+
+    The hub's client puts a file into a snapshot when all of it is there.
+    """
+    for part in parts:
+        config = folder / part / _CONFIG_OF.get(part, "config.json")
+        if not config.is_file():
+            return f"{part}/{config.name}"
+        if part not in _CONFIG_OF:
+            try:
+                weight_files(folder, part)
+            except ModelError:
+                return f"a weight file of {part}"
+    return ""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,8 +175,13 @@ def hub(tmp_path, toy_model, monkeypatch):
         state["asked"] += 1
         return str(state["moved_to"])
 
+    def model_info(repo, revision=None, timeout=None):
+        state["asked"] += 1
+        return SimpleNamespace(sha=state["moved_to"].name)
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
     return state
 
 
