@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.config import ModelConfig
-from k5cache.errors import RunError
+from k5cache.errors import K5Error, RunError
 from k5cache.recipe import parse, read, to_dict, to_toml
 from k5train.config import TrainConfig
 
@@ -105,6 +105,25 @@ def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig)
     facts = {"cache": str(cache), "versions": {name: version(name) for name in names}}
     write_json(root / "run.json", facts)
     return Run(root)
+
+
+@contextmanager
+def undone_if_refused(run: Run) -> Iterator[Run]:
+    """``with undone_if_refused(create_run(...)) as run: train(...)``: what is refused at its start leaves nothing.
+
+    The command that was mended then has the folder's name to itself. Only what ``create_run`` and ``hold`` wrote goes.
+    """
+    try:
+        yield run
+    except K5Error:
+        folders = [run.root / name for name in ("checkpoints", "samples")]
+        ours = {*folders, *(run.root / name for name in ("recipe.toml", "run.json", ".lock"))}
+        is_bare = set(run.root.iterdir()) <= ours and not any(any(folder.iterdir()) for folder in folders)
+        if is_bare and not is_held(run):  # by another process, which was faster
+            for path in ours:
+                path.rmdir() if path in folders else path.unlink(missing_ok=True)
+            run.root.rmdir()
+        raise
 
 
 # What is there before run.json, which makes a folder a run: a kill in between leaves nothing to keep.

@@ -12,7 +12,7 @@ from k5cache.config import ModelConfig, prompt_library
 from k5cache.errors import RecipeError, RunError
 from k5cache.hub import model_folder
 from k5cache.recipe import parse, read, to_dict
-from k5train.checkpoint import Run, create_run, free_name, is_held, open_run, write_recipe
+from k5train.checkpoint import Run, create_run, free_name, is_held, open_run, undone_if_refused, write_recipe
 from k5train.config import TrainConfig
 from k5train.loop import Result, train
 from k5train.mixture import Mixture, open_mixture
@@ -54,12 +54,12 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
     run = _unfinished(data, out, model, config) if not is_new else None
     if run:
         console.note(f"{run.root} was stopped before its end: going on. --new starts another", "bold")
-    else:
-        target = out or (Path("runs") / config.name if config.name else None)
-        target = target or free_name(Path("runs"), data.first.root.resolve().name)
-        config = replace(config, name=target.name)
-        run = create_run(target, data.first.root, model, config)
-    return train(data, folder, replace(config, name=run.name), run)
+        return train(data, folder, replace(config, name=run.name), run)
+    target = out or (Path("runs") / config.name if config.name else None)
+    target = target or free_name(Path("runs"), data.first.root.resolve().name)
+    config = replace(config, name=target.name)
+    with undone_if_refused(create_run(target, data.first.root, model, config)) as run:
+        return train(data, folder, config, run)
 
 
 def resume(root: Path, options: list[str], cache: Path | None) -> Result:
