@@ -80,8 +80,7 @@ def encode(
         console.print_json(report)
         return
     print_report(report, root)
-    given = f" --recipe {recipe}" if recipe else f" --model {model}" if model else ""
-    console.next_step("Next, train a LoRA", f"k5train run {root}{given}")
+    console.next_step("Next, train a LoRA", console.command("k5train", "run", root, recipe=recipe, model=model))
 
 
 @app.command()
@@ -115,7 +114,8 @@ def plan(
     for line in rows(made):
         table.add_row(*line)
     console.out.print(table)
-    console.next_step("Next, encode", f"k5cache encode {source} -o {root}" + (f" --vram {vram}" if vram else ""))
+    again = {"recipe": recipe, "model": model, "set": options, "vram": vram}
+    console.next_step("Next, encode", console.command("k5cache", "encode", source, "-o", root, **again))
 
 
 @app.command()
@@ -156,7 +156,7 @@ def info(cache: CachePath, as_json: Json = False) -> None:
         console.print_json(info_json(opened))
         return
     print_info(opened)
-    console.next_step("Next, train a LoRA", f"k5train run {cache}")
+    _then_train(cache, opened.manifest)
 
 
 @app.command()
@@ -245,13 +245,14 @@ def merge(
     """Put caches together, for example of parts encoded on several machines."""
     from k5cache.commands.merge import merge as run
     from k5cache.commands.reports import print_merged
+    from k5cache.store.manifest import read_manifest
 
     made = run(caches, out)
     if as_json:
         console.print_json(made)
         return
     print_merged(made, out)
-    console.next_step("Next, train a LoRA", f"k5train run {out}")
+    _then_train(out, read_manifest(out))
 
 
 prompts_app = typer.Typer(help="Prompts that a cache holds for validation and sampling.", no_args_is_help=True)
@@ -393,12 +394,18 @@ def _configs(
 
 def _model_of(manifest: Manifest, model: str | None) -> ModelConfig:
     """The model that made a cache, or the folder that it is in now."""
-    from k5cache.config import FLAVOURS, ModelConfig
+    from dataclasses import replace
 
-    made_by = manifest.recipe.get("model", {})
-    path, flavour = str(made_by.get("source", "")), made_by.get("flavour")
-    chosen = model or (path if path != FLAVOURS.get(flavour, "") else None)
-    return ModelConfig(flavour if flavour in FLAVOURS else "t2i-lite-sft", chosen)
+    from k5cache.toy import model_of
+
+    made_by = model_of(manifest.recipe)
+    return replace(made_by, path=model) if model else made_by
+
+
+def _then_train(cache: Path, manifest: Manifest) -> None:
+    """The next command, with the model that made the cache: without it a run takes the published one."""
+    made_by = _model_of(manifest, None)
+    console.next_step("Next, train a LoRA", console.command("k5train", "run", cache, model=made_by.path))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -76,6 +77,15 @@ def warn(message: str) -> None:
 def next_step(message: str, command: str) -> None:
     """The line that ends a success: what to run next, the user's own paths filled in."""
     out.print(Text.assemble((f"{message}: ", "bold"), (command, "cyan")))
+
+
+def command(*words: object, **options: object) -> str:
+    """A command line to copy: quoted for a shell; options that are None left out, lists repeated."""
+    line = [str(word) for word in words]
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            line += [] if one is None else [f"--{name}", str(one)]
+    return shlex.join(line)
 
 
 def print_json(value: object) -> None:

@@ -117,7 +117,7 @@ def sweep(
     if not ended_well:
         raise RunError("No run came to its end", "Their problems are above; often a lower train.optim.lr helps")
     best = min(ended_well, key=lambda r: r.best_loss or r.last_loss or float("inf"))
-    console.next_step("Next, draw more with the lowest loss", f"k5train sample {target / best.label}")
+    console.next_step("Next, draw more with the lowest loss", console.command("k5train", "sample", target / best.label))
 
 
 @app.command()
@@ -249,7 +249,7 @@ def print_result(result: Result) -> None:
         )
     if result.grid:
         console.out.print(f"pictures {result.grid}", markup=False)
-    console.next_step("Next, draw more", f"k5train sample {result.lora.parent}")
+    console.next_step("Next, draw more", console.command("k5train", "sample", result.lora.parent))
 
 
 def print_sweep(rows: list[Row]) -> None:

@@ -39,7 +39,7 @@ def export(
     console.out.print(f"Wrote {target}: {num_modules} modules, {form} keys, {number}", markup=False)
     if form == "kohya":
         console.note("For ComfyUI and others that read kohya's keys; diffusers loads nothing of them, without an error")
-    console.next_step("Next, see what loads it", f"k5train check-lora {target}")
+    console.next_step("Next, see what loads it", console.command("k5train", "check-lora", target))
 
 
 def merge(
@@ -57,7 +57,7 @@ def merge(
 
     num_modules = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
     console.out.print(f"Wrote {out}: {num_modules} modules of {len(files)} files", markup=False)
-    console.next_step("Next, see what loads it", f"k5train check-lora {out}")
+    console.next_step("Next, see what loads it", console.command("k5train", "check-lora", out))
 
 
 def check_lora(file: LoraPath, model: Folder = None) -> None:

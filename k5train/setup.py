@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from k5cache import console
-from k5cache.errors import CacheStale, RunError
+from k5cache.errors import CacheError, CacheStale, RunError
 from k5cache.hub import read_config, weight_files
 from k5train.fit import check_encoders
 from k5train.skew import check_template
@@ -51,10 +51,16 @@ def check_fit(cache: Cache, folder: Path) -> None:
     Raises:
         CacheStale: widths differ, or the encoders' weights are not those beside the transformer: the cache was made by
             others; or the installed diffusers would encode its captions otherwise.
+        CacheError: another program made it.
     """
     check_template(cache)
     check_encoders(cache, folder)
     wanted = read_config(folder, "transformer")
+    if not isinstance(cache.manifest.recipe.get("selection", {}).get("resolution"), int):
+        raise CacheError(
+            f"{cache.root} was not made by `k5cache encode`: its recipe has no selection.resolution",
+            "Encode into a new cache: k5cache encode SOURCE -o OTHER",
+        )
     text = cache.prompt("")
     found = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
     for name, width in found.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 import k5cache
 from k5cache.cli import app as cache_app
 from k5cache.store import files
+from k5cache.store.manifest import encode_document, read_manifest, write_manifest
 from k5train.cli import app as train_app
 from tests.cli import Cli, Done
 
@@ -148,6 +151,61 @@ def test_a_full_size_transformer_without_a_gpu(cli, toy_model, monkeypatch):
     picture(cli.folder / "set" / "a.png")
     assert cli(cache_app, "encode", "set", *small(toy_model)).code == 0
     refused(cli(train_app, "run", "--model", str(toy_model)), "There is no GPU", "train.device=cpu")
+
+
+def test_a_run_that_was_refused_leaves_its_folder_to_the_mended_command(cli, toy_model):
+    picture(cli.folder / "set" / "a.png")
+    assert cli(cache_app, "encode", "set", *small(toy_model)).code == 0
+    run = ("run", "--model", str(toy_model), "-o", "runs/a", "--set", "train.lora.rank=2", "--set")
+    refused(cli(train_app, *run, "train.lora.targets=['no_such_layer']"), "no_such_layer")
+    assert list((cli.folder / "runs").iterdir()) == []
+    (cli.folder / "runs" / "a").mkdir()
+    (cli.folder / "runs" / "a" / "notes.txt").write_text("mine", encoding="utf-8")
+    refused(cli(train_app, *run, "train.steps=1"), "runs/a already holds a run")
+    assert (cli.folder / "runs" / "a" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (cli.folder / "runs" / "a" / "notes.txt").unlink()
+    done = cli(train_app, *run, "train.steps=1", "--set", "train.mixed_precision=fp32")
+    assert done.code == 0, done.err
+    assert "was stopped" not in done.err
+
+
+def test_the_next_command_is_quoted_and_names_what_was_given(cli, toy_model):
+    picture(cli.folder / "my set" / "a.png")
+    (cli.folder / "my recipe.toml").write_text("[cache]\nresolution = 64\n", encoding="utf-8")
+    given = ("-r", "my recipe.toml", "--model", str(toy_model))
+    planned = cli(cache_app, "plan", "my set", *given, "--set", "cache.flip=true")
+    assert planned.out.splitlines()[-1] == (
+        "Next, encode: k5cache encode 'my set' -o 'cache/my set' --recipe 'my recipe.toml' "
+        f"--model {toy_model} --set cache.flip=true"
+    )
+    encoded = cli(cache_app, "encode", "my set", *given)
+    assert encoded.out.splitlines()[-1] == (
+        f"Next, train a LoRA: k5train run 'cache/my set' --recipe 'my recipe.toml' --model {toy_model}"
+    )
+    shown = cli(cache_app, "info", "cache/my set")
+    assert shown.out.splitlines()[-1] == f"Next, train a LoRA: k5train run 'cache/my set' --model {toy_model}"
+
+
+@pytest.mark.parametrize("lost", ["model", "text", "latents", "selection"])
+def test_a_cache_of_another_program_is_shown_and_refused_without_a_traceback(cli, toy_model, lost):
+    picture(cli.folder / "set" / "a.png")
+    assert cli(cache_app, "encode", "set", *small(toy_model)).code == 0
+    root, asked = cli.folder / "cache" / "set", ("cache/set", "--model", str(toy_model))
+    manifest = read_manifest(root)
+    write_manifest(root, replace(manifest, recipe={k: v for k, v in manifest.recipe.items() if k != lost}))
+    assert cli(cache_app, "verify", "cache/set").code == 0
+    assert cli(cache_app, "info", "cache/set").code == 0
+    if lost == "latents":
+        refused(cli(cache_app, "show", *asked), "its recipe has no latents.vae")
+    if lost == "text":
+        refused(cli(cache_app, "prompts", "add", *asked, "a fox"), "its recipe has no text.text_encoder")
+    if lost == "selection":
+        refused(cli(train_app, "run", *asked, "--set", "train.steps=1"), "its recipe has no selection.resolution")
+    document = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    del document["sha256"]
+    document["recipe"][lost] = 5
+    (root / "manifest.json").write_bytes(encode_document(document))
+    refused(cli(cache_app, "info", "cache/set"), f"recipe.{lost} is 5")
 
 
 @pytest.mark.parametrize("free", [1_000, 8_000, 16_000], ids=["text", "latents", "index"])

@@ -135,7 +135,9 @@ def test_every_problem_is_listed_not_the_first_alone(tmp_path):
     text = shard_of(tmp_path, "text")
     flip(text, 8 * 500)
     os.truncate(tmp_path / read_manifest(tmp_path).index.file, 100)
-    said = "\n".join(verify(tmp_path).problems)
+    problems = verify(tmp_path).problems
+    said = "\n".join(problems)
+    assert len(set(problems)) == len(problems)
     assert f"{shard_of(tmp_path, 'latents')} is missing" in said
     assert f"{text}, row " in said
     assert f"{text}: its sha256" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -124,6 +125,16 @@ def test_k5train_selftest_loads_no_encoders_modelling(toy_cache):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cache.parent.parent)
     assert done.stdout.strip().endswith("LOADED []"), done.stdout + done.stderr
+
+
+def test_where_the_images_are_not_at_hand_the_hub_is_not_asked_for_them(toy_model, toy_cache, tmp_path, monkeypatch):
+    from k5cache.sources import origin
+
+    shutil.copytree(toy_cache("bf16"), tmp_path / "cache" / "pictures")
+    monkeypatch.delattr(origin, "find")
+    done = Cli(tmp_path)(cache_app, "selftest", "--model", str(toy_model), "cache/pictures", "--count", "1")
+    assert done.code == 0, done.err
+    assert "there is no datasets/pictures: name the folder of the images with --source" in done.out
 
 
 def test_without_a_cache_there_must_be_a_model_or_a_checkout(tmp_path, monkeypatch):

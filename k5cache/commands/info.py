@@ -90,9 +90,9 @@ def print_info(cache: Cache) -> None:
         size = console.human_bytes(sum(s.num_bytes for s in shards))
         facts.add_row(kind, f"{sum(s.num_rows for s in shards)} rows in {len(shards)} shards, {size}")
     facts.add_row("prompts for validation", ", ".join(short(p) for p in manifest.prompts if p) or "none")
-    facts.add_row("model", Text(str(recipe["model"]["source"])))
+    facts.add_row("model", Text(str(recipe.get("model", {}).get("source", "unknown"))))
     for table_name in ("latents", "text", "selection"):
-        for key, value in recipe[table_name].items():
+        for key, value in recipe.get(table_name, {}).items():
             if value is None:
                 continue
             facts.add_row(f"{table_name}.{key}", Text(short(repr(value) if not isinstance(value, str) else value)))

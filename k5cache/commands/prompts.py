@@ -60,7 +60,8 @@ def add_prompts(
                 f"{root} holds no finished index: its encode was interrupted",
                 f"Finish it first: k5cache encode SOURCE -o {root}",
             )
-        keys = {raw: plan.text_key(clean(raw), manifest.recipe["text"]) for raw in dict.fromkeys(prompts)}
+        recipe = dict(stale.table_of(root, manifest.recipe, "text", "text_encoder"))
+        keys = {raw: plan.text_key(clean(raw), recipe) for raw in dict.fromkeys(prompts)}
         commit = Committer(root, manifest, 2**28)
         stored = commit.keys("text")
         jobs = {key: plan.TextJob(key, clean(raw)) for raw, key in keys.items() if key not in stored}

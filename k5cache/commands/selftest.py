@@ -185,7 +185,7 @@ def _stored_captions(cache: Cache, count: int) -> dict[str, str]:
 
 def _stored_texts(cache: Cache, stored: dict[str, str], reference: dict[str, Encoded]) -> list[Comparison]:
     rows = {key: cache.text(key) for key in stored}
-    precision = cache.manifest.recipe["text"].get("text_encoder_1_precision")
+    precision = stale.table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
     return [
         compare(
             f"cached {name} of {len(rows)} captions",
@@ -225,7 +225,11 @@ def _pictures(
     """Crops to encode; of the cache's own images, their latent keys too, or why there are none."""
     why = "there is no cache"
     if cache is not None:
-        found, why = _images_of(cache, source or Path("datasets") / cache.root.resolve().name, config, count)
+        usual = Path("datasets") / cache.root.resolve().name
+        if source is None and not usual.exists():  # never a guess at a hub dataset's name
+            why = f"there is no {usual}: name the folder of the images with --source"
+            return _synthetic(min(config.resolution, PICTURE_SIDE)), {}, why
+        found, why = _images_of(cache, source or usual, config, count)
         if found:
             return [picture for picture, _ in found], {picture.name: key for picture, key in found}, ""
     return _synthetic(min(config.resolution, PICTURE_SIDE)), {}, why

@@ -64,7 +64,8 @@ def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str
     from k5cache.encoders.vae import load_vae
 
     folder = model_folder(model, ("vae",))
-    found = stale.Difference("latents", "vae", cache.manifest.recipe["latents"]["vae"], fingerprint(folder, "vae"))
+    made_by = stale.table_of(cache.root, cache.manifest.recipe, "latents", "vae")["vae"]
+    found = stale.Difference("latents", "vae", made_by, fingerprint(folder, "vae"))
     if found.cached != found.now:
         raise CacheStale(f"{cache.root} was not encoded by {model.source}: {found}", "Name its model with --model DIR")
     where = pick_device(device)

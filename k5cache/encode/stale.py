@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k5cache.errors import CacheStale
+from k5cache.errors import CacheError, CacheStale
 from k5cache.hub import ENCODER_PARTS
 
 TABLES = ("text", "latents", "selection")
@@ -72,6 +72,21 @@ def refuse(root: Path, found: Sequence[Difference]) -> CacheStale:
         f"Run the same command with --update to encode {consequences(found)} again; what it replaces stays until "
         "`k5cache gc`. Or set these options back, or encode into a new cache with -o OTHER",
     )
+
+
+def table_of(root: Path, recipe: Mapping[str, Any], name: str, *keys: str) -> Mapping[str, Any]:
+    """One of ``TABLES`` of a cache, where ``keys`` are needed of it.
+
+    Raises:
+        CacheError: it lacks one: another program made the cache.
+    """
+    table = _table(recipe, name)
+    if missing := [key for key in keys if key not in table]:
+        raise CacheError(
+            f"{root} was not made by `k5cache encode`: its recipe has no {name}.{missing[0]}",
+            "Encode into a new cache: k5cache encode SOURCE -o OTHER",
+        )
+    return table
 
 
 def _table(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:

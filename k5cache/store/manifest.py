@@ -215,8 +215,12 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     """Check every value; unknown keys are ignored (FORMAT.md, versions). ValueError says what is wrong."""
     if type(document.get("format")) is not int or document["format"] != FORMAT:
         _wrong("format", document.get("format"))
-    if not isinstance(document.get("recipe"), dict):
-        _wrong("recipe", document.get("recipe"))
+    recipe = document.get("recipe")
+    if not isinstance(recipe, dict):
+        _wrong("recipe", recipe)
+    for name in ("model", "text", "latents", "selection"):
+        if not isinstance(recipe.get(name, {}), dict):
+            _wrong(f"recipe.{name}", recipe[name])
     if not isinstance(document.get("shards"), list):
         _wrong("shards", document.get("shards"))
     shards = tuple(_shard(value) for value in document["shards"])
