@@ -24,14 +24,14 @@ CPU = torch.device("cpu")
 PLAIN = Modes(int8_dynamic=False, cudnn=False)
 
 
-def model(folder: Path, precision: Any = "int8-quanto", targets: tuple[str, ...] = ("official",), dropout: float = 0.0):
+def model(folder: Path, precision: Any = "int8-quanto", **adapter: Any) -> Any:
     """The toy transformer in float32 with an adapter whose every matrix has a gradient."""
-    return adapt(load_transformer(folder, precision, torch.float32, CPU), targets, dropout)
+    return adapt(load_transformer(folder, precision, torch.float32, CPU), **adapter)
 
 
-def adapt(transformer: Any, targets: tuple[str, ...] = ("official",), dropout: float = 0.0) -> Any:
+def adapt(transformer: Any, targets: tuple[str, ...] = ("official",), dropout: float = 0.0, rank: int = 4) -> Any:
     """An adapter whose every matrix has a gradient, always the same."""
-    lora.add_lora(transformer, LoraConfig(rank=4, alpha=8, targets=targets, dropout=dropout), seed=0)
+    lora.add_lora(transformer, LoraConfig(rank=rank, alpha=8, targets=targets, dropout=dropout), seed=0)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
@@ -83,7 +83,7 @@ WITHIN = 2e-3
 @pytest.mark.parametrize("precision", ["int8-quanto", "no_change"])
 @pytest.mark.parametrize("targets", ["official", "qkv", r".*visual.*attention\.to_query"])
 def test_lean_blocks_are_diffusers_blocks_forward_and_backward(toy_model, precision, targets):
-    transformer = model(toy_model, precision, (targets,))
+    transformer = model(toy_model, precision, targets=(targets,))
     plain = outcome(transformer, None, batch(transformer))
     assert_same(outcome(transformer, execution(transformer).policies, batch(transformer)), plain, WITHIN)
 
@@ -193,6 +193,20 @@ def test_compiled_blocks_take_any_caption_and_picture_with_one_compilation(toy_m
     torch._dynamo.utils.counters.clear()
     for tokens, side in ((7, 8), (9, 12), (12, 10)):
         inputs = batch(transformer, tokens, side)
+        assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
+
+
+def test_compiled_blocks_take_adapters_of_any_rank_with_one_compilation(toy_model, monkeypatch):
+    compiling = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(execute.torch, "compile", compiling)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for rank in (4, 6, 3):
+        transformer = model(toy_model, targets=("qkv",), rank=rank)
+        plan = Plan(("selective",) * len(transformer.visual_transformer_blocks), None, {}, None, 0)
+        made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+        inputs = batch(transformer)
         assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
 

@@ -36,7 +36,8 @@ class Linears(NamedTuple):
     """``lora_A`` of each, ``[R, K]`` float32; empty: no adapter."""
     ups: tuple[Tensor, ...]
     """``lora_B`` of each, ``[N / len, R]`` float32."""
-    scaling: float
+    scaling: float | Tensor
+    """alpha / rank; once gathered a tensor, so that no other value needs another compilation."""
     dropout: float
 
 
@@ -231,13 +232,19 @@ def _linears(modules: Sequence[nn.Module], dropout: bool) -> tuple[Linears, ...]
     if len(known) < len(alone):
         return None
     if len(known) == 1 or not _can_fuse(known):
-        return tuple(known)
+        return tuple(_as_input(k) for k in known)
     bases = [_base(m) for m in modules]
     weight, scale, bias = (_fuse(bases, name) for name in ("weight", "scale", "bias"))
     assert weight is not None
     first = known[0]
     downs, ups = (tuple(t for k in known for t in getattr(k, name)) for name in ("downs", "ups"))
-    return (Linears(weight, scale, bias, downs, ups, first.scaling, first.dropout),)
+    return (_as_input(Linears(weight, scale, bias, downs, ups, first.scaling, first.dropout)),)
+
+
+def _as_input(part: Linears) -> Linears:
+    if not part.downs:
+        return part
+    return part._replace(scaling=torch.as_tensor(part.scaling, dtype=torch.float32, device=part.downs[0].device))
 
 
 def _can_fuse(parts: Sequence[Linears]) -> bool:

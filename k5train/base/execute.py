@@ -118,6 +118,8 @@ class Execution:
             if state not in gathered:
                 gathered.clear()
                 gathered[state] = gather(block, dropout=block.training)
+                if self.is_compiled:
+                    _any_rank(gathered[state])
             weights = gathered[state]
             if weights is None:
                 return (keep if level == "all" else recompute)(given, x, *rest)
@@ -133,6 +135,18 @@ class Execution:
             return result
 
         return policy
+
+
+def _any_rank(block: Block | None) -> None:
+    """Have one compilation serve adapters of every rank: a sweep may try several."""
+    if block is None:
+        return
+    attentions = [a for a in (block.self_attention, block.cross_attention) if a]
+    linears = [part for a in attentions for parts in (*a.projections, (a.out,)) for part in parts]
+    for part in (*linears, block.ff_in, block.ff_out):
+        for tensors, along in ((part.downs, 0), (part.ups, 1)):
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, along)
 
 
 def _words(error: Exception) -> str:
@@ -249,6 +263,7 @@ def _compile() -> Callable[..., Tensor]:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(k5_home() / "compiled"))
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILED_VARIANTS)
+    config.force_parameter_static_shapes = False  # adapters are parameters, of any rank
     # Says once that in-place ops would be wrong under selective checkpointing; there are none inside a block.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     return torch.compile(_run, fullgraph=True, dynamic=False)
