@@ -5,8 +5,9 @@ A trainer of another make needs no more than this::
     import k5cache
 
     cache = k5cache.open("cache/my_images")
+    scaling_factor = cache.manifest.recipe["latents"]["scaling_factor"]
     for item in cache:  # or cache[i], in any order, from any thread
-        latents = item["mean"] + item["std"] * torch.randn_like(item["std"])  # times the VAE's scaling_factor
+        latents = (item["mean"] + item["std"] * torch.randn_like(item["std"])) * scaling_factor
         caption = random.choice(item["captions"])
         train(latents, caption.prompt_embeds, caption.pooled)
 """
