@@ -48,14 +48,23 @@ def run(app: Callable[[], object]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _OF_THE_DISK:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print_error(
-            f"The disk is full{where}", "Free some space and run the same command again: what was finished is kept"
-        )
+        problem, fix = _OF_THE_DISK[error.errno]
+        print_error(f"{problem}: {error.filename}" if error.filename else problem, fix)
         sys.exit(2)
     sys.exit(0)
+
+
+_KEPT = "and run the same command again: what was finished is kept"
+_OF_THE_DISK: dict[int | None, tuple[str, str]] = {
+    errno.ENOSPC: ("The disk is full while writing", f"Free some space {_KEPT}"),
+    errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space {_KEPT}"),
+    errno.EFBIG: ("A file is larger than this system allows", f"Raise `ulimit -f` or use another disk, {_KEPT}"),
+    errno.EACCES: ("There is no permission for", "Use another folder, or change its permissions"),
+    errno.EPERM: ("There is no permission for", "Use another folder, or change its permissions"),
+    errno.EROFS: ("The disk is read-only", "Write to another folder"),
+}
 
 
 def print_error(problem: str, fix: str) -> None:

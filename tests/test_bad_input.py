@@ -231,5 +231,27 @@ def test_a_full_disk_names_itself_and_the_next_encode_goes_on(cli, toy_model, mo
     assert len([*k5cache.open(cli.folder / "cache" / "set")]) == 2
 
 
+def test_an_out_that_is_a_file_is_refused_and_left_alone(cli, toy_model):
+    picture(cli.folder / "set" / "a.png")
+    (cli.folder / "notes.txt").write_text("mine", encoding="utf-8")
+    refused(cli(cache_app, "encode", "set", "-o", "notes.txt", *small(toy_model)), "notes.txt cannot be written")
+    assert (cli.folder / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EFBIG, "larger than this system allows: there"), (errno.EACCES, "no permission for: there"),
+     (errno.EROFS, "read-only: there"), (errno.EDQUOT, "quota is used up while writing: there")],
+)  # fmt: skip
+def test_what_a_disk_refuses_is_two_lines_and_other_errors_are_not_hidden(cli, number, words):
+    def write() -> None:
+        raise OSError(number, "as the system says it", "there")
+
+    refused(cli(write), words)
+    number = errno.ENOTCONN
+    with pytest.raises(OSError, match="as the system says it"):
+        cli(write)
+
+
 def test_an_error_shows_a_users_brackets_as_they_are(cli, toy_model):
     refused(cli(cache_app, "encode", "[bold]nowhere[/bold]", *small(toy_model)), "[bold]nowhere[/bold]")

@@ -291,8 +291,11 @@ def test_the_lock_is_free_after_its_block_and_excludes_threads_too(tmp_path: Pat
 
 def test_a_folder_that_cannot_be_a_cache_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="cannot be written"), lock(tmp_path / "file"):
-        pass
+    for root in (tmp_path / "file", tmp_path / "file" / "cache", Path("/proc/cache")):
+        with pytest.raises(CacheError, match=f"{root} cannot be written"), lock(root):
+            pass
+    with pytest.raises(CacheError, match="file is not a cache: it is a file"):
+        open_cache(tmp_path / "file")
 
 
 # Hostile caches: valid checksums, bad intent

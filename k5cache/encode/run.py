@@ -53,7 +53,6 @@ def encode(
         bars, "looking at the images and the model"
     ):  # the first time on a machine, diffusers is imported
         asked = look(source, root, model, config, prompts, options, found)
-    root.mkdir(parents=True, exist_ok=True)
     from k5cache.encode.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed for nothing
 
     with lock(root, options.wait_seconds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -91,7 +92,7 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / FILE
     if not path.is_file():
-        found = "has no manifest.json" if root.is_dir() else "does not exist"
+        found = "has no manifest.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise CacheError(f"{root} is not a cache: it {found}", f"Make one: k5cache encode SOURCE -o {root}")
     fd = files.open_inside(root, FILE)
     with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
@@ -142,7 +143,9 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise CacheError(
             f"{root} cannot be written: {error.strerror}", "Choose another folder with -o, or change its permissions"
         ) from None
