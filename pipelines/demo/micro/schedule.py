@@ -16,12 +16,8 @@ class Clock:
     """How much of a stage is done, 0 to 1: of its steps where they are given, else of its seconds."""
 
     def __init__(self, seconds: float | None, steps: int | None) -> None:
-        assert seconds or steps, "say --seconds or --steps"
+        assert seconds or steps, "say --seconds, --steps or --total"
         self.seconds, self.steps, self.started = seconds, steps, time.monotonic()
-
-    def restart(self) -> None:
-        """Begin now: what came before was warming up."""
-        self.started = time.monotonic()
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -33,10 +29,31 @@ class Clock:
         return min(1.0, max(by_steps, by_seconds))
 
 
-def learning_rate(peak: float, done: float, step: int, warmup: int) -> float:
-    """Up over ``warmup`` steps, then down along a cosine to a hundredth."""
+class Watch:
+    """Says what is done, and when. It starts with the stage, so that a stage ends in time however long it warms up."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def say(self, what: str) -> None:
+        print(f"{self.elapsed():6.1f} s  {what}", flush=True)
+
+    def training_seconds(self, arguments: argparse.Namespace, reserve: float) -> float | None:
+        """How long training may take: what was asked for, or what ``--total`` leaves, ``reserve`` kept back."""
+        if not arguments.total:
+            seconds: float | None = arguments.seconds
+            return seconds
+        left = max(2.0, arguments.total - self.elapsed() - reserve)
+        return min(arguments.seconds or left, left)
+
+
+def learning_rate(peak: float, done: float) -> float:
+    """Up over the first 4 % of the stage, then down along a cosine to a hundredth."""
     fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-    return peak * min(1.0, (step + 1) / warmup) * fall
+    return peak * min(1.0, (done + 1e-4) / 0.04) * fall
 
 
 class Average:
@@ -66,13 +83,14 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="the folder that micro.data wrote")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, help="of training, without starting up")
+    parser.add_argument("--total", type=float, help="seconds for everything: training gives way")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="train on so many drawings only")
     parser.add_argument("--processes", type=int, default=2, help="that render")
     parser.add_argument("--pictures", type=Path, help="a .npy file to keep rendered drawings in")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="where that turns out faster")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.device == "cuda":

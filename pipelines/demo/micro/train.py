@@ -1,21 +1,19 @@
 """How does k5-micro learn to draw? Its transformer and both text encoders together, by flow matching on latents.
 
-    python -m pipelines.demo.micro.train .micro build/micro --seconds 300
+    python -m pipelines.demo.micro.train .micro build/micro --total 400 --compile
 
 reads ``build/micro/vae`` and writes ``build/micro/model``, the whole checkpoint in bfloat16, and beside it the curve
 (``train.json``, ``train.png``) and pictures drawn by ``Kandinsky5T2IPipeline`` half way (``drawn-50.png``) and
 from the saved files at the end (``drawn.png``). ``--start MODEL`` goes on from a checkpoint, with a new optimizer.
 
 The rule is k5train's: ``x = (1 - sigma) * latents + sigma * noise``, the answer ``noise - latents``, sigma a sigmoid of
-N(0, 1). A ninth of each batch has the empty caption, for guidance. What is saved is the weights' moving average.
+N(0, 1). One batch in nine has the empty caption, for guidance. What is saved is the weights' moving average.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,12 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.demo.micro import model, pictures, text
+from pipelines.demo.micro.compiling import compile_if_faster, eager
 from pipelines.demo.micro.data import EMOJI, ICONS
-from pipelines.demo.micro.schedule import Average, Clock, arguments_of, learning_rate, write_curve
+from pipelines.demo.micro.schedule import Average, Clock, Watch, arguments_of, learning_rate, write_curve
 
 LOOK_AT = ("fox", "red apple", "rocket", "owl", "mushroom", "house", "grinning face", "sun", "octopus", "birthday cake")
-EMPTY_SHARE = 8  # of nine rows, eight keep their caption
+P_EMPTY = 1 / 9  # of the batches: a batch holds captions of one length, and the empty one is a length of its own
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train k5-micro's transformer and text encoders.")
     parser.add_argument("--vae", type=Path, help="default: OUT/vae")
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from, its VAE included")
-    parser.add_argument("--batch", type=int, default=512, help="with captions; an eighth is added without")
+    parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--total", type=float, help="seconds for everything: training gives way")
     parser.add_argument("--quick", action="store_true", help="draw four small pictures only: for a try on a CPU")
+    watch = Watch()
     arguments = arguments_of(parser)
     device = torch.device(arguments.device)
-    watch = Watch()
     pipeline = model.load(arguments.start) if arguments.start else model.make(arguments.data, arguments.seed)
     if not arguments.start:
         pipeline.register_modules(vae=AutoencoderKL.from_pretrained(arguments.vae or arguments.out / "vae"))
@@ -84,19 +82,6 @@ def main() -> int:
     return 0
 
 
-class Watch:
-    """Says what is done, and when."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.started
-
-    def say(self, what: str) -> None:
-        print(f"{self.elapsed():6.1f} s  {what}", flush=True)
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, rows: list[pictures.Row], batch: int = 256) -> Latents:
     """Every row through the VAE."""
@@ -121,45 +106,47 @@ def train(
 ) -> list[dict[str, float]]:
     """AdamW until the clock ends; the parameters end as their moving average. Returns the curve, a row a hundredth."""
     device = latents.mean.device
-    groups = text.tokenize(pipeline, captions, device, at_least=min(64, len(captions) // 20))
-    (empty,) = text.tokenize(pipeline, [""], device)
+    groups = [
+        *text.tokenize(pipeline, [""] * len(captions), device),
+        *text.tokenize(pipeline, captions, device, at_least=min(64, len(captions) // 20)),
+    ]
     sizes = torch.tensor([float(len(group.rows)) for group in groups])
-    watch.say(f"captions by tokens: {[(g.ids.shape[1] - 40, len(g.rows)) for g in groups]}")
+    sizes[0] = sizes[1:].sum() * P_EMPTY / (1 - P_EMPTY)
+    watch.say(f"captions by tokens: {[(g.ids.shape[1] - 40, len(g.rows)) for g in groups[1:]]}")
     parts = (pipeline.transformer, pipeline.text_encoder.model.language_model, pipeline.text_encoder_2)
     parameters = [parameter.requires_grad_() for part in parts for parameter in part.parameters()]
     for part in parts:
         part.train()
-    if arguments.compile:
-        compile_blocks(pipeline.transformer)
 
-    def backward(group: text.Captions, size: int) -> Tensor:
-        """Add a batch's gradients, each row weighing the same whatever the group's size."""
-        chosen = group.pick(torch.randint(len(group.rows), (size,), device=device))
-        rows = chosen.rows if group is not empty else torch.randint(len(captions), (size,), device=device)
+    def backward(group: text.Captions) -> Tensor:
+        chosen = group.pick(torch.randint(len(group.rows), (arguments.batch,), device=device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(pipeline, latents.draw(rows), chosen)
-        (loss * size / (arguments.batch + arguments.batch // EMPTY_SHARE)).backward()
+            loss = flow_loss(pipeline, latents.draw(chosen.rows), chosen)
+        torch.autograd.backward(loss)
         return loss.detach()
 
+    def every_length() -> None:  # no length is met for the first time while the clock runs
+        for group in groups:
+            backward(group)
+
+    every_length()
+    if arguments.compile:
+        blocks = [*pipeline.transformer.visual_transformer_blocks, *pipeline.text_encoder.model.language_model.layers]
+        compile_if_faster(blocks, lambda: backward(groups[int(sizes.argmax())]), every_length, watch.say)
     torch.manual_seed(arguments.seed)
     optimizer = torch.optim.AdamW(
         parameters, lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
-    for group in (*groups, empty):  # compile, choose kernels: no length is met for the first time while the clock runs
-        backward(group, arguments.batch if group is not empty else arguments.batch // EMPTY_SHARE)
     optimizer.zero_grad(set_to_none=True)
     watch.say("warmed up")
-    seconds = arguments.seconds
-    if arguments.total:  # leave time to save and draw
-        seconds = min(seconds or arguments.total, max(5.0, arguments.total - watch.elapsed() - 40))
-    average, clock = Average(parameters, 0.999), Clock(seconds, arguments.steps)
+    average = Average(parameters, 0.999)
+    clock = Clock(watch.training_seconds(arguments, reserve=25), arguments.steps)
     curve: list[dict[str, float]] = []
     chosen_groups = torch.multinomial(sizes, 100_000, replacement=True).tolist()
     total, since, step, done, next_row, next_look = torch.zeros((), device=device), 0, 0, 0.0, 0.01, 0.5
     while done < 1:
-        loss = backward(groups[chosen_groups[step % len(chosen_groups)]], arguments.batch)
-        backward(empty, arguments.batch // EMPTY_SHARE)
-        rate = learning_rate(arguments.lr, done, step, warmup=300)
+        loss = backward(groups[chosen_groups[step % len(chosen_groups)]])
+        rate = learning_rate(arguments.lr, done)
         for options in optimizer.param_groups:
             options["lr"] = rate
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -179,7 +166,7 @@ def train(
             average.swap()
             next_look += 0.5
     average.swap()
-    watch.say(f"trained {step} steps of {arguments.batch} + {arguments.batch // EMPTY_SHARE} rows")
+    watch.say(f"trained {step} steps of {arguments.batch} rows")
     return curve
 
 
@@ -200,13 +187,6 @@ def flow_loss(pipeline: Any, latents: Tensor, captions: text.Captions) -> Tensor
         return_dict=True,
     ).sample
     return (velocity.float() - (noise - latents)).square().mean()
-
-
-def compile_blocks(transformer: Any) -> None:
-    """The visual blocks alone, once for all lengths; where that fails they run as they are."""
-    torch._dynamo.config.suppress_errors = True
-    for block in transformer.visual_transformer_blocks:
-        block.compile(dynamic=True)
 
 
 @torch.no_grad()
@@ -238,12 +218,6 @@ def draw(pipeline: Any, quick: bool, guidance: float = 3.5) -> Image.Image:
             for (row, column, _), tile in zip(group, pixels.float().cpu(), strict=True):
                 tiles[row * len(concepts) + column] = 2 * tile - 1
     return pictures.grid(tiles, len(concepts))
-
-
-def eager() -> contextlib.AbstractContextManager[Any]:
-    """Without compiled code: drawing needs no gradients, and would be compiled anew."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """How does k5-micro's VAE learn? To draw back every icon on any background, from 16 x 16 x 16 numbers near N(0, 1).
 
-    python -m pipelines.demo.micro.train_vae .micro build/micro --seconds 150
+    python -m pipelines.demo.micro.train_vae .micro build/micro --total 180 --compile
 
 writes ``vae/`` (bfloat16, its ``scaling_factor`` measured), ``vae.json`` and ``vae.png`` (the curve) and
-``vae_pictures.png``: originals above, what comes back below.
+``vae_pictures.png``: originals above, what comes back below. ``--start VAE`` goes on from one, with a new optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +20,9 @@ from torch import Tensor
 
 from pipelines.demo.make_checkpoint import to_bfloat16
 from pipelines.demo.micro import pictures
+from pipelines.demo.micro.compiling import compile_if_faster, eager
 from pipelines.demo.micro.model import vae as new_vae
-from pipelines.demo.micro.schedule import Average, Clock, arguments_of, learning_rate, write_curve
+from pipelines.demo.micro.schedule import Average, Clock, Watch, arguments_of, learning_rate, write_curve
 
 KL_WEIGHT = 3e-3
 """A nat a latent number costs as much as 0.003 of mean error. It keeps the means near 0, which matters here: Kandinsky
@@ -31,52 +30,66 @@ scales latents but does not shift them; and what is drawn is not quite what was 
 
 
 def main() -> int:
-    """Train, measure the scale, write."""
+    """Train, measure the scale, write; then look."""
     parser = argparse.ArgumentParser(description="Train k5-micro's VAE.")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--start", type=Path, help="a VAE to go on from")
+    watch = Watch()
     arguments = arguments_of(parser)
-    started, device = time.monotonic(), torch.device(arguments.device)
+    device = torch.device(arguments.device)
     drawings = pictures.read_drawings(arguments.data / "train.json.xz", arguments.limit)
     images = pictures.render(drawings, arguments.processes, arguments.pictures).to(device)
-    print(f"{len(images)} drawings after {time.monotonic() - started:.0f} s", flush=True)
+    watch.say(f"{len(images)} drawings rendered")
     torch.manual_seed(arguments.seed)
-    vae = new_vae().to(device, memory_format=torch.channels_last)
-    rows = train(vae, images, arguments)
-    scale = latent_scale(vae, images)
-    print(f"latents {scale}", flush=True)
-    vae.register_to_config(scaling_factor=round(1 / scale["std"], 4))
-    compare(vae, images).save(arguments.out / "vae_pictures.png")
-    write_curve(arguments.out / "vae", [*rows, {"step": rows[-1]["step"], **scale}], "l1")
+    vae = AutoencoderKL.from_pretrained(arguments.start, torch_dtype=torch.float32) if arguments.start else new_vae()
+    vae = vae.train().to(device, memory_format=torch.channels_last)
+    rows = train(vae, images, arguments, watch)
+    with eager():
+        scale = latent_scale(vae, images)
+        watch.say(f"latents {scale}")
+        vae.register_to_config(scaling_factor=round(1 / scale["std"], 4))
+        looked = compare(vae, images)
     to_bfloat16(vae.to("cpu", memory_format=torch.contiguous_format))
     vae.save_pretrained(arguments.out / "vae")
+    watch.say("saved")
+    looked.save(arguments.out / "vae_pictures.png")
+    write_curve(arguments.out / "vae", [*rows, {"step": rows[-1]["step"], **scale}], "l1")
     return 0
 
 
-def train(vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace) -> list[dict[str, float]]:
+def train(vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace, watch: Watch) -> list[dict[str, float]]:
     """AdamW on random drawings; the parameters end as their moving average. Returns a row a hundredth."""
     parameters = list(vae.parameters())
+    is_cuda = images.is_cuda
+
+    def backward() -> list[Tensor]:
+        pixels = vary(draw_batch(images, arguments.batch))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=is_cuda):
+            parts = losses(vae, pixels)
+        torch.autograd.backward(parts[0] + 0.5 * parts[1] + 0.5 * parts[2] + KL_WEIGHT * parts[3])
+        return [part.detach() for part in parts]
+
+    if arguments.compile:
+        compile_if_faster([vae.encoder, vae.decoder], backward, backward, watch.say)
+        vae.zero_grad(set_to_none=True)
+    torch.manual_seed(arguments.seed)
     optimizer = torch.optim.AdamW(
-        parameters, lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.0
+        parameters, lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=is_cuda
     )  # decay would only shrink what norms undo
-    average, clock, rows = Average(parameters, 0.998), Clock(arguments.seconds, arguments.steps), []
-    step_of = compiled(losses) if arguments.compile else losses
+    average = Average(parameters, 0.998)
+    clock = Clock(watch.training_seconds(arguments, reserve=15), arguments.steps)
+    rows: list[dict[str, float]] = []
     step, done, next_row = 0, 0.0, 0.0
     while done < 1:
-        pixels = draw_batch(images, arguments.batch)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(arguments.lr, done, step, warmup=100)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            parts = step_of(vae, pixels)
-        loss = parts[0] + 0.5 * parts[1] + 0.5 * parts[2] + KL_WEIGHT * parts[3]
-        loss.backward()
+            group["lr"] = learning_rate(arguments.lr, done)
+        parts = backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update()
         step += 1
-        if step == 3 and arguments.steps is None:
-            clock.restart()  # the first steps compile and choose kernels
         done = clock.done(step)
         if done >= next_row or done >= 1:
             next_row += 0.01
@@ -84,13 +97,13 @@ def train(vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace) -> 
             row = dict(zip(names, (part.item() for part in parts), strict=True))
             rows.append({"step": step, **row, "norm": norm.item(), "seconds": clock.elapsed()})
             if len(rows) % 5 == 1 or done >= 1:
-                print(" ".join(f"{name} {value:.4f}" for name, value in rows[-1].items()), flush=True)
+                watch.say(" ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
     average.swap()
     return rows
 
 
 def draw_batch(images: Tensor, size: int) -> Tensor:
-    """Random drawings, half of them mirrored, on plain colours: of the captions' list, or any."""
+    """Random drawings on plain colours, of the captions' list or any; half of them mirrored."""
     device = images.device
     chosen = images[torch.randint(len(images), (size,), device=device)]
     mirrored = torch.rand(size, 1, 1, 1, device=device) < 0.5
@@ -100,6 +113,25 @@ def draw_batch(images: Tensor, size: int) -> Tensor:
     any_ = torch.rand(size, 3, device=device) * 255
     colours = torch.where(torch.rand(size, 1, device=device) < 0.25, any_, colours)
     return pictures.lay_on(chosen, colours).contiguous(memory_format=torch.channels_last)
+
+
+def vary(pixels: Tensor) -> Tensor:
+    """Half of the pictures as enlarged parts, their colours swapped, some as negatives.
+
+    The demo's style is one that the VAE has never seen: this teaches it lines and colours that no drawing here has.
+    """
+    size, device = len(pixels), pixels.device
+    scale = 0.5 + 0.5 * torch.rand(size, 1, device=device)
+    x, y = ((2 * torch.rand(2, size, 1, device=device) - 1) * (1 - scale)).unbind(0)
+    zero = torch.zeros_like(scale)
+    part = torch.stack([torch.cat([scale, zero, x], 1), torch.cat([zero, scale, y], 1)], 1)
+    grid = F.affine_grid(part, list(pixels.shape), align_corners=False)
+    varied = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    order = torch.rand(size, 3, device=device).argsort(1)[:, :, None, None].expand_as(varied)
+    varied = torch.gather(varied, 1, order)
+    varied = torch.where(torch.rand(size, 1, 1, 1, device=device) < 0.25, -varied, varied)
+    varied = torch.where(torch.rand(size, 1, 1, 1, device=device) < 0.5, varied, pixels)
+    return varied.contiguous(memory_format=torch.channels_last)
 
 
 def losses(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,12 +144,6 @@ def losses(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     coarse = F.avg_pool2d(error, 4).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean(), edges, coarse, kl
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled, or as it was where that fails: an hour on a GPU is worth more than a tidy error."""
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(function, dynamic=False)
 
 
 @torch.no_grad()
