@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from store_samples import index_row
 from workshop import Workshop
 
 import k5cache
@@ -117,6 +118,22 @@ def test_show_decodes_what_diffusers_decodes_and_writes_a_sheet(shop, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 2 * show.CELL
         assert np.asarray(sheet.convert("L")).std() > 10
+
+
+def test_show_pales_what_a_mask_leaves_out(tmp_path):
+    grey, mask = Image.new("RGB", (64, 64), (100, 100, 100)), Image.new("L", (8, 8), 0)
+    mask.paste(255, (0, 0, 6, 8))
+    row = index_row(0)
+    sheet = np.asarray(show.contact_sheet([show.Shown(row, ("a",), grey, mask)], columns=1).convert("L"))
+    assert {*np.unique(sheet[12 : 12 + show.CELL, 12 : 12 + 192])} == {100}
+    assert {*np.unique(sheet[12 : 12 + show.CELL, 12 + 192 : 12 + 256])} == {round(100 + 0.8 * 155)}
+    assert show._labels(show.Shown(row, ("a",), grey, mask), show.load_font(13))[1][0].endswith(", mask 75%")
+
+
+def test_collecting_a_cache_that_is_not_there_makes_no_folder(tmp_path):
+    done = Cli(tmp_path)(app, "gc", "cache/none")
+    assert (done.code, [*tmp_path.iterdir()]) == (2, [])
+    assert "cache/none is not a cache: it does not exist" in done.err
 
 
 def test_long_captions_are_wrapped_and_cut_with_dots_in_any_script():

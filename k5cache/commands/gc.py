@@ -37,11 +37,13 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
     do not collect while one trains on an older index.
 
     Raises:
+        CacheError: there is no cache.
         CacheCorrupt: a file is damaged; nothing is deleted then.
         CacheLocked: another process is writing this cache.
     """
+    seen = read_manifest(root)  # before the lock: it makes the folder of a mistyped name
     if dry_run:
-        return _look(root, read_manifest(root))[0]
+        return _look(root, seen)[0]
     with lock(root, wait_seconds):
         manifest = read_manifest(root)
         found, rows, needed = _look(root, manifest)

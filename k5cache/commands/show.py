@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageStat
 from rich.progress import Progress
 
 from k5cache.config import ModelConfig
@@ -39,6 +39,8 @@ class Shown:
     captions: tuple[str, ...]
     """Cleaned."""
     picture: Image.Image
+    mask: Image.Image | None = None
+    """Greyscale, a pixel a latent; white counts in a masked loss."""
 
 
 def show(cache: Cache, out: Path, count: int, model: ModelConfig, device: str, bars: Progress, seed: int = 0) -> int:
@@ -78,7 +80,8 @@ def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str
         mean = cache.latents(row.latent_key)["mean"].float().permute(2, 0, 1).unsqueeze(0).to(where)
         with torch.no_grad():
             picture = to_picture(vae.decode(mean).sample[0])
-        shown.append(Shown(row, tuple(cache.text(key).caption for key in row.caption_keys), picture))
+        mask = Image.fromarray((cache.mask(row.mask_key) * 255).byte().numpy()) if row.mask_key else None
+        shown.append(Shown(row, tuple(cache.text(key).caption for key in row.caption_keys), picture, mask))
         bars.advance(task)
     bars.remove_task(task)
     return shown
@@ -104,7 +107,8 @@ def contact_sheet(shown: Sequence[Shown], columns: int | None = None) -> Image.I
         scale = CELL / max(one.picture.size)
         size = (max(1, round(one.picture.width * scale)), max(1, round(one.picture.height * scale)))
         method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        sheet.paste(one.picture.resize(size, method), (left + (CELL - size[0]) // 2, top + CELL - size[1]))
+        picture = _under_mask(one).resize(size, method)
+        sheet.paste(picture, (left + (CELL - size[0]) // 2, top + CELL - size[1]))
         for number, (text, colour) in enumerate(labels[i]):
             draw.text((left, top + CELL + 4 + number * line), text, colour, font)
     return sheet
@@ -120,9 +124,18 @@ def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
+def _under_mask(one: Shown) -> Image.Image:
+    """The picture, white where its mask leaves it out."""
+    if one.mask is None:
+        return one.picture
+    pale = Image.blend(one.picture, Image.new("RGB", one.picture.size, "white"), 0.8)
+    return Image.composite(one.picture, pale, one.mask.resize(one.picture.size, Image.Resampling.NEAREST))
+
+
 def _labels(one: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
     row = one.row
     kind = f"{row.bucket_width}x{row.bucket_height} of {row.width}x{row.height}{', flipped' if row.flipped else ''}"
+    kind += f", mask {ImageStat.Stat(one.mask).mean[0] / 255:.0%}" if one.mask else ""
     more = f" (and {len(one.captions) - 1} more)" if len(one.captions) > 1 else ""
     caption = wrap((one.captions[0] or "(empty caption)") + more, font, CELL, LINES)
     return [(_fit(row.path, font), "#666"), (kind, "#06c"), *((text, "black") for text in caption)]
