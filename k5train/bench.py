@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from k5cache import console
 from k5cache.errors import K5Error
-from k5train import flow, lora
+from k5train import flow, lora, tread
 from k5train.base import vram
 from k5train.base.execute import Execution
 from k5train.base.forward import predict_velocity
 from k5train.base.memory import Architecture, Work, architecture
 from k5train.base.quantize import INT8_MODULES, Precision, empty_transformer, finish, place
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+from k5train.objective import RouteConfig, TreadConfig
 from k5train.ready import execute, plan_for, stream_weights, streamed_blocks, work_for
 
 # Kandinsky 5.0 Image Lite, transformer/config.json of the published T2I checkpoints (DESIGN section 2).
@@ -56,14 +57,16 @@ class Case:
     rank: int = 16
     targets: tuple[str, ...] = ("qkv",)
     execution: str = "auto"
+    tread: float = 0.0
+    """Share of the picture's tokens that skip the blocks of ``TREAD_BLOCKS``."""
 
     @property
     def name(self) -> str:
         """What differs from the first case, in words."""
         cap = f"{self.cap_gib:g} GiB" if self.cap_gib else "all VRAM"
-        return (
-            f"{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, r{self.rank} {'+'.join(self.targets)}"
-        )
+        tread = f", TREAD {self.tread:g}" if self.tread else ""
+        adapter = f"r{self.rank} {'+'.join(self.targets)}"
+        return f"{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, {adapter}{tread}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Measured:
     fastest: float
     predicted_gib: float | None
     reserved_gib: float | None
+    busy: float | None
+    """Milliseconds of a step in which the GPU computes: near the median it is the limit, else launching is."""
     tflops: float
     """Of the arithmetic that the step needs, recompute not counted."""
     plan: str
@@ -85,17 +90,20 @@ class Measured:
 
 MUST_REACH = (Case("int8-quanto", 16), Case("int8-dynamic", 16), Case("int8-quanto", 8.5), Case("int8-quanto", 4.5))
 SIZES = tuple(
-    Case(precision, 16, side, batch, rank=rank, targets=targets)
+    Case(precision, 16, side, batch, rank=rank, targets=targets, tread=tread)
     for precision in ("int8-quanto", "int8-dynamic")
-    for side, batch, rank, targets in (
-        (512, 1, 16, ("qkv",)),
-        (768, 1, 16, ("qkv",)),
-        (512, 4, 16, ("qkv",)),
-        (1024, 2, 16, ("qkv",)),
-        (1024, 4, 16, ("qkv",)),
-        (1024, 1, 64, ("official",)),
+    for side, batch, rank, targets, tread in (
+        (512, 1, 16, ("qkv",), 0.0),
+        (768, 1, 16, ("qkv",), 0.0),
+        (512, 4, 16, ("qkv",), 0.0),
+        (1024, 2, 16, ("qkv",), 0.0),
+        (1024, 4, 16, ("qkv",), 0.0),
+        (1024, 1, 64, ("official",), 0.0),
+        (1024, 1, 16, ("qkv",), 0.5),
     )
 )
+TREAD_BLOCKS = (2, -3)
+"""First and last visual block that dropped tokens skip."""
 
 
 def bench(
@@ -121,8 +129,9 @@ def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
         found = measure()
         memory = f", {found.reserved_gib:.2f} GiB reserved" if found.reserved_gib else ""
         predicted = f", {found.predicted_gib:.2f} predicted" if found.predicted_gib else ""
+        busy = f", GPU busy {found.busy:.0f}" if found.busy else ""
         console.note(
-            f"{name}: {found.milliseconds:.0f} ms a step (fastest {found.fastest:.0f}){memory}{predicted}; "
+            f"{name}: {found.milliseconds:.0f} ms a step (fastest {found.fastest:.0f}{busy}){memory}{predicted}; "
             f"{found.plan}; first step after {found.first_step_seconds:.0f} s"
         )
         return found
@@ -156,16 +165,16 @@ def time_case(
     stream_weights(transformer, plan, device)
     lora.add_lora(transformer, train.lora, seed=0)
     execution = execute(transformer, train, device, plan)
-    step = stepper(transformer, inputs_for(case, config, device))
+    step = stepper(transformer, inputs_for(case, config, device), routes_for(case, config, device))
     timing = time_steps(step, execution, device, num_steps, num_warm_up)
-    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True))
+    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True), case.tread)
     words = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
     words += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
     words += [] if execution is None or execution.is_compiled else ["eager"]
     on_gpu = device.type == "cuda"
     return Measured(
         case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
-        needed / timing.median / 1e9, ", ".join(words), timing.first,
+        timing.busy, needed / timing.median / 1e9, ", ".join(words), timing.first,
     )  # fmt: skip
 
 
@@ -177,6 +186,7 @@ class Timing:
     fastest: float
     first: float
     reserved_gib: float | None
+    busy: float | None
 
 
 def time_steps(
@@ -200,10 +210,33 @@ def time_steps(
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - tick))
     reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
-    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved)
+    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, busy_of(step) if on_gpu else None)
 
 
-def stepper(transformer: Any, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def busy_of(step: Callable[[], Any]) -> float:
+    """Milliseconds that kernels of one step take on the GPU, copies left out."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    events: list[Any] = list(seen.key_averages())
+    kernels = [e for e in events if e.device_type.name == "CUDA" and not e.key.startswith("Mem")]
+    return float(sum(e.self_device_time_total for e in kernels)) / 1000
+
+
+def routes_for(case: Case, config: dict[str, Any], device: torch.device) -> tuple[tread.Route, ...]:
+    """The case's TREAD route, other tokens for each row."""
+    if not case.tread:
+        return ()
+    routed = TreadConfig(routes=(RouteConfig(case.tread, *TREAD_BLOCKS),))
+    generator = torch.Generator().manual_seed(4)
+    rows = [tread.token_scores((case.side // 16) ** 2, generator) for _ in range(case.batch_size)]
+    routes = tread.choose(torch.stack(rows)[:, None], routed, 0, 1)
+    return tuple(replace(route, kept=route.kept.to(device)) for route in routes)
+
+
+def stepper(transformer: Any, inputs: tuple[Tensor, ...], routes: tuple[tread.Route, ...] = ()) -> Callable[[], Tensor]:
     """One step on fixed inputs: forward, loss, backward, clip, AdamW. Returns the gradients' norm, unread."""
     parameters = lora.lora_parameters(transformer)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=inputs[0].is_cuda)
@@ -211,7 +244,7 @@ def stepper(transformer: Any, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor
     transformer.train()
 
     def step() -> Tensor:
-        loss = flow.flow_loss(predict_velocity(transformer, *inputs), target)
+        loss = flow.flow_loss(predict_velocity(transformer, *inputs, routes=routes), target)
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -315,18 +348,28 @@ def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, 
     needed = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
     return Measured(
         "baseline: diffusers + peft + quanto, eager, checkpointing", timing.median, timing.fastest, None,
-        timing.reserved_gib, needed / timing.median / 1e9, "all recomputed", timing.first,
+        timing.reserved_gib, timing.busy, needed / timing.median / 1e9, "all recomputed", timing.first,
     )  # fmt: skip
 
 
-def flops(arch: Architecture, work: Work) -> float:
-    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights."""
-    d, tokens, text = arch.model_dim, work.num_tokens, work.num_text_tokens
-    linears = 2 * tokens * (6 * d * d + 2 * d * arch.ff_dim) + 2 * text * 2 * d * d
-    attention = 4 * d * (tokens * tokens + tokens * text)
-    block = 2 * linears + 3.5 * attention  # backward: one matmul a linear, five for attention's two
+def flops(arch: Architecture, work: Work, tread: float = 0.0) -> float:
+    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights.
+
+    Args:
+        tread: share of the tokens that skip ``TREAD_BLOCKS``.
+    """
+    d, text = arch.model_dim, work.num_text_tokens
+
+    def block(tokens: float) -> float:
+        linears = 2 * tokens * (6 * d * d + 2 * d * arch.ff_dim) + 2 * text * 2 * d * d
+        attention = 4 * d * (tokens * tokens + tokens * text)
+        return 2 * linears + 3.5 * attention  # backward: one matmul a linear, five for attention's two
+
+    first, last = (i % arch.num_visual_blocks for i in TREAD_BLOCKS)
+    routed = last - first + 1 if tread else 0
+    blocks = (arch.num_visual_blocks - routed) * block(work.num_tokens) + routed * block((1 - tread) * work.num_tokens)
     captions = arch.num_text_blocks * (2 * 2 * text * arch.text_block_parameters + 3.5 * 4 * d * text * text)
-    return work.batch_size * (arch.num_visual_blocks * block + captions)
+    return work.batch_size * (blocks + captions)
 
 
 def matmul_ceiling(device: torch.device) -> float:
@@ -354,13 +397,13 @@ def table(results: list[Measured], ceiling: float | None) -> list[list[str]]:
         predicted = f"{r.predicted_gib:.2f}{error}" if r.predicted_gib else ""
         rows.append([
             r.name, f"{r.milliseconds:.0f}", f"{base / r.milliseconds:.2f}x" if base else "",
-            f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
+            f"{r.busy:.0f}" if r.busy else "", f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
             f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,
         ])  # fmt: skip
     return rows
 
 
-COLUMNS = ("case", "ms/step", "speed", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
+COLUMNS = ("case", "ms/step", "speed", "GPU busy", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
 
 
 def as_json(results: list[Measured]) -> str:

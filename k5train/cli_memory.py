@@ -93,7 +93,7 @@ def bench(
     ceiling = benching.matmul_ceiling(device)
     results = benching.bench(cases, device, baseline=baseline, num_steps=steps)
     title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {ceiling:.0f} TFLOP/s bf16 matmul"
-    table = console.table(title, *benching.COLUMNS, numbers=benching.COLUMNS[1:4])
+    table = console.table(title, *benching.COLUMNS, numbers=benching.COLUMNS[1:5])
     for row in benching.table(results, ceiling):
         table.add_row(*row)
     console.out.print(table)

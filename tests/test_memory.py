@@ -237,3 +237,21 @@ def test_flops_are_those_that_torch_counts():
     attention = 4 * 256 * (2 * (64 * 64 + 64 * 24) + 2 * 24 * 24)
     forward = (bench.flops(arch, work) - 3.5 * attention) / 2 + attention
     assert counter.get_total_flops() == pytest.approx(forward, rel=0.15)  # and embeddings, modulations, the head
+
+
+def test_flops_of_a_tread_step_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small = {**SMALL, "num_visual_blocks": 8}
+    transformer = bench.random_transformer(small, "no_change", CPU).requires_grad_(False)
+    plain, routed = (bench.Case("no_change", None, side=128, num_text_tokens=24, tread=ratio) for ratio in (0.0, 0.5))
+    counted = []
+    for case in (plain, routed):
+        routes = bench.routes_for(case, small, CPU)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            bench.predict_velocity(transformer, *bench.inputs_for(case, small, CPU), routes=routes)
+        counted.append(counter.get_total_flops())
+    work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
+    saved = bench.flops(arch, work) - bench.flops(arch, work, tread=0.5)  # of linears twice, of attention 3.5 times
+    attention = 4 * 4 * 256 * (64 * 64 + 64 * 24 - 32 * 32 - 32 * 24)  # 4 of 8 blocks: 2 to 5
+    assert counted[0] - counted[1] == (saved - 3.5 * attention) / 2  # torch counts no attention on a CPU
