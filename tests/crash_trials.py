@@ -64,7 +64,9 @@ def main(model: Path, folder: Path, num_kills: int) -> dict[str, object]:
             shutil.copytree(folder / "before", shop.root)
         child = in_child(lambda: encode(shop))
         time.sleep(chance.uniform(0, duration))
-        counts["killed"] += child.kill()
+        is_killed = child.kill()
+        duration *= 1.05 if is_killed else 0.8  # the machine may be faster or slower by now: one in five comes too late
+        counts["killed"] += is_killed
         counts["left_a_readable_cache"] += opens(shop)
         again(shop, expected)
         shutil.rmtree(shop.root)

@@ -312,7 +312,7 @@ def test_a_reader_that_met_a_replaced_index_starts_over(tmp_path: Path, monkeypa
 def test_the_manifest_reads_back_as_written(tmp_path: Path) -> None:
     manifest = make_cache(tmp_path)
     assert read_manifest(tmp_path) == manifest
-    empty = Manifest(recipe={"float": 0.1, "none": None, "text": 'é"\n\u2028', "list": [1, [2]]})
+    empty = Manifest(recipe={"float": 0.1, "none": None, "words": 'é"\n\u2028', "list": [1, [2]]})
     write_manifest(tmp_path, empty)
     assert read_manifest(tmp_path) == empty
 
