@@ -61,10 +61,14 @@ def run(
 
     The same command again, after a crash or Ctrl-C, goes on where the run was stopped.
     """
+    from k5cache.recipe import read
+
     model_config, config = read_recipe(recipe, model, options)
     from k5train.start import named, start
 
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
+    if caches and model is None and not read(recipe, options or []).get("model"):
+        model_config = made_with(caches[0])
     print_result(start(*named(caches, config), out, model_config, is_new))
 
 
@@ -107,6 +111,8 @@ def sweep(
     model_config, runs = sweeping.settings(document, grid or [], listed, recipe)
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
+    if cache is not None and not document.get("model"):
+        model_config = made_with(cache)
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
     rows, pictures = sweeping.sweep(cache, target, model_config, runs)
@@ -230,6 +236,17 @@ def read_recipe(recipe: Path | None, model: str | None, options: list[str] | Non
         document.setdefault("model", {})["path"] = model
     model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
     return model_config, config
+
+
+def made_with(cache: Path) -> ModelConfig:
+    """The model that a cache was encoded with, for a recipe that names none; its flavour where the folder is gone."""
+    from k5cache.config import ModelConfig
+    from k5cache.store.manifest import read_manifest
+    from k5cache.toy import model_of
+
+    made = model_of(read_manifest(cache).recipe)
+    is_repository = made.path is None or made.path.count("/") == 1
+    return made if is_repository or Path(str(made.path)).is_dir() else ModelConfig(made.flavour)
 
 
 def print_result(result: Result) -> None:

@@ -158,6 +158,16 @@ def test_a_training_process_never_loads_an_encoders_modelling_module(workplace, 
     assert done.stdout.strip().endswith("LOADED []"), done.stdout + done.stderr
 
 
+def test_a_run_that_names_no_model_trains_the_one_the_cache_was_made_with(workplace, trained, toy_model):
+    ran = Cli(workplace)(
+        train_app, "run", "cache/my_images", "-o", "runs/unnamed", "--set", "train.steps=1",
+        "--set", "train.base_model_precision=no_change", "--set", "train.mixed_precision=fp32",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    recipe = (workplace / "runs" / "unnamed" / "recipe.toml").read_text(encoding="utf-8")
+    assert str(toy_model) in recipe
+
+
 def test_the_same_seed_gives_the_same_lora_whatever_ran_before(workplace, trained, toy_model):
     torch.randn(3)
     again = Cli(workplace)(
