@@ -92,6 +92,7 @@ def _unchanged(manifest: Manifest, found: origin.Source | None, seconds: float) 
         num_items=manifest.index.num_rows if manifest.index else 0,
         skipped=tuple(found.skipped) if found else (),
         is_unchanged=True,
+        num_buckets=len({shard.bucket for shard in manifest.shards if shard.bucket}),  # dead ones too, until `gc`
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         seconds=seconds,
     )
