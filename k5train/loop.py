@@ -225,13 +225,15 @@ class _Loop:
             self.session.optimizer.zero_grad(set_to_none=True)
 
         self.transformer.train()
+        again = None
         try:
             self.session.execution.warm_up(step_once)
         except torch.OutOfMemoryError:
             self.session.optimizer.zero_grad(set_to_none=True)
             again = leaner(self.session, self.config, self.data)
-            if again is None or again.execution is None:
+            if again is None:
                 raise
+        if again is not None and again.execution is not None:  # out of the handler: the error held the step's memory
             self.session = again
             torch.cuda.empty_cache()
             again.execution.warm_up(step_once)

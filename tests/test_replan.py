@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -38,11 +39,14 @@ def plans(monkeypatch):
 
 
 def run_out(monkeypatch, times: int) -> None:
-    """The first ``times`` steps to warm up find no memory."""
-    left = iter(range(times))
+    """The first ``times`` steps to warm up find no memory. A later one must not find what they held."""
+    left, held = iter(range(times)), []
 
     def warm_up(self, step):
+        assert all(reference() is None for reference in held)
         if next(left, None) is not None:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
         step()
 

@@ -85,16 +85,19 @@ class Execution:
         error = self._attempt(step)
         if error and self.modes.cudnn:
             self.modes = self.modes._replace(cudnn=False)
-            console.note(f"cuDNN attention does not compile here, flash attention is tried ({_words(error)})")
+            console.note(f"cuDNN attention does not compile here, flash attention is tried ({error})")
             error = self._attempt(step)
         if error:
-            console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({_words(error)})")
+            console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({error})")
             self._run = _run
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what loading and compiling took and gave back
 
-    def _attempt(self, step: Callable[[], Any]) -> Exception | None:
-        """Run ``step``, random numbers put back after it. Returns what went wrong, unless that is for the user."""
+    def _attempt(self, step: Callable[[], Any]) -> str | None:
+        """Run ``step``, random numbers put back after it. Returns what went wrong, unless that is for the user.
+
+        In words: the error itself holds the frames of the step, and they its activations, while the next one runs.
+        """
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 step()
@@ -106,7 +109,7 @@ class Execution:
         except Exception as error:
             if self.streamer:
                 self.streamer.reset()
-            return error
+            return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:140]}"
 
     def _policy(self, level: LevelName) -> BlockPolicy:
         gathered: dict[Any, Block | None] = {}
@@ -147,10 +150,6 @@ def _any_rank(block: Block | None) -> None:
         for tensors, along in ((part.downs, 0), (part.ups, 1)):
             for tensor in tensors:
                 torch._dynamo.maybe_mark_dynamic(tensor, along)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:140]}"
 
 
 def choose_modes(device: torch.device, precision: str) -> Modes:

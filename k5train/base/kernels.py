@@ -86,8 +86,8 @@ def transpose(source: Tensor, target: Tensor) -> Tensor:
 
 
 is_direct = True
-"""Launch what was compiled before without Triton's own look-up, which takes 40 of 60 us. ``ops.kernel_works`` turns it
-off where this Triton's compiled kernels are not called so."""
+"""Launch what was compiled before without Triton's own look-up: with it an int8 matmul took 93 us of the processor
+beside an H200, under the profiler. ``ops.kernel_works`` turns it off where this Triton has another way to call them."""
 _compiled: dict[Any, Any] = {}
 
 
