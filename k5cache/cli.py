@@ -396,14 +396,14 @@ def _model_of(manifest: Manifest, model: str | None) -> ModelConfig:
     """The model that made a cache, or the folder that it is in now."""
     from dataclasses import replace
 
-    from k5cache.toy import model_of
+    from k5cache.config import model_of
 
     made_by = model_of(manifest.recipe)
     return replace(made_by, path=model) if model else made_by
 
 
 def _then_train(cache: Path, manifest: Manifest) -> None:
-    """The next command, with the model that made the cache: without it a run takes the published one."""
+    """The next command, with the model that made the cache written out."""
     made_by = _model_of(manifest, None)
     console.next_step("Next, train a LoRA", console.command("k5train", "run", cache, model=made_by.path))
 

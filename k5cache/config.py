@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,15 @@ class ModelConfig:
     def source(self) -> str:
         """The folder or hub repository to load from."""
         return self.path or FLAVOURS[self.flavour]
+
+
+def model_of(recipe: Mapping[str, Any]) -> ModelConfig:
+    """The model that a cache was made with, from the recipe in its manifest."""
+    made_by = recipe.get("model", {})
+    path, flavour = str(made_by.get("source", "")), made_by.get("flavour")
+    return ModelConfig(
+        flavour if flavour in FLAVOURS else "t2i-lite-sft", path if path not in FLAVOURS.values() else None
+    )
 
 
 _SELECTION = (

@@ -5,12 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from k5cache.config import FLAVOURS, ModelConfig
 from k5cache.errors import CacheError, ModelError
 
 MAKER = Path(__file__).parent.parent / "pipelines" / "demo" / "make_checkpoint.py"
@@ -27,15 +25,6 @@ def only_cache(command: str) -> Path | None:
         names = ", ".join(map(str, found[:4])) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
         raise CacheError(f"There are {len(found)} caches: {names}", f"Say which one: {command} {found[0]}")
     return found[0] if found else None
-
-
-def model_of(recipe: Mapping[str, Any]) -> ModelConfig:
-    """The model that a cache was made with, from the recipe in its manifest."""
-    made_by = recipe.get("model", {})
-    path, flavour = str(made_by.get("source", "")), made_by.get("flavour")
-    return ModelConfig(
-        flavour if flavour in FLAVOURS else "t2i-lite-sft", path if path not in FLAVOURS.values() else None
-    )
 
 
 @contextmanager

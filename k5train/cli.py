@@ -61,15 +61,12 @@ def run(
 
     The same command again, after a crash or Ctrl-C, goes on where the run was stopped.
     """
-    from k5cache.recipe import read
-
     model_config, config = read_recipe(recipe, model, options)
     from k5train.start import named, start
 
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
-    if caches and model is None and not read(recipe, options or []).get("model"):
-        model_config = made_with(caches[0])
-    print_result(start(*named(caches, config), out, model_config, is_new))
+    chosen = model_config or made_with(caches[0] if caches else Path(config.data[0].cache))
+    print_result(start(*named(caches, config), out, chosen, is_new))
 
 
 @app.command()
@@ -111,8 +108,8 @@ def sweep(
     model_config, runs = sweeping.settings(document, grid or [], listed, recipe)
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
-    if cache is not None and not document.get("model"):
-        model_config = made_with(cache)
+    if not document.get("model"):
+        model_config = made_with(cache or Path(runs[0].config.data[0].cache))
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
     rows, pictures = sweeping.sweep(cache, target, model_config, runs)
@@ -169,23 +166,23 @@ def selftest(
     from contextlib import ExitStack
 
     from k5cache.compare import print_comparisons
+    from k5cache.config import ModelConfig
     from k5cache.hub import model_folder
     from k5cache.store.reader import open_cache
-    from k5cache.toy import model_of, only_cache, toy_model
+    from k5cache.toy import only_cache, toy_model
     from k5train.selftest import selftest as run
     from k5train.setup import pick_device
 
     root = cache or (None if model else only_cache("k5train selftest"))
     model_config, config = read_recipe(recipe, model, options)
+    is_named = model_config is not None
     with ExitStack() as stack:
         opened = open_cache(root) if root else None
-        if opened and not (recipe or model):
-            model_config = model_of(opened.manifest.recipe)
-        if not (opened or model or recipe):
-            model_config = replace(model_config, path=str(stack.enter_context(toy_model())))
+        if not model_config:
+            model_config = made_with(root) if root else ModelConfig(path=str(stack.enter_context(toy_model())))
         folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
         found = run(opened, folder, config, pick_device(config.device, folder))
-    what = str(root or model or (model_config.source if recipe else "a toy model"))
+    what = str(root or model or (model_config.source if is_named else "a toy model"))
     if as_json:
         console.print_json(found)
     if any(one.is_failed for one in found) if as_json else not print_comparisons(f"Selftest of {what}", found):
@@ -225,8 +222,10 @@ def find_cache(parent: Path) -> Path:
     return found[number - 1]
 
 
-def read_recipe(recipe: Path | None, model: str | None, options: list[str] | None) -> tuple[ModelConfig, TrainConfig]:
-    """[model] and [train] of a recipe with its overrides."""
+def read_recipe(
+    recipe: Path | None, model: str | None, options: list[str] | None
+) -> tuple[ModelConfig | None, TrainConfig]:
+    """[model], None where nothing is said of it, and [train] of a recipe with its overrides."""
     from k5cache.config import ModelConfig
     from k5cache.recipe import parse, read
     from k5train.config import TrainConfig
@@ -235,14 +234,13 @@ def read_recipe(recipe: Path | None, model: str | None, options: list[str] | Non
     if model is not None:
         document.setdefault("model", {})["path"] = model
     model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
-    return model_config, config
+    return model_config if document.get("model") else None, config
 
 
 def made_with(cache: Path) -> ModelConfig:
     """The model that a cache was encoded with, for a recipe that names none; its flavour where the folder is gone."""
-    from k5cache.config import ModelConfig
+    from k5cache.config import ModelConfig, model_of
     from k5cache.store.manifest import read_manifest
-    from k5cache.toy import model_of
 
     made = model_of(read_manifest(cache).recipe)
     is_repository = made.path is None or made.path.count("/") == 1

@@ -75,3 +75,12 @@ def make_cache(root: Path) -> Manifest:
         manifest = replace(with_index(root, manifest, rows), prompts={"": "t-empty", " A  cat": "t-cat"})
         write_manifest(root, manifest)
     return manifest
+
+
+def flip(path: Path, bit: int) -> None:
+    """Turn one bit of a file over."""
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))

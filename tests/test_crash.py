@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from store_samples import LATENTS, TEXT, index_row, latents_row, make_cache, text_row
+from store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
 from workshop import Workshop
 
 from k5cache.cli import app
@@ -50,14 +50,6 @@ def read_everything(root: Path) -> None:
         pass
     for prompt in cache.manifest.prompts:
         cache.prompt(prompt)
-
-
-def flip(path: Path, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ (1 << bit % 8)]))
 
 
 def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_to_a_run(tmp_path):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from store_samples import LATENTS, TEXT, index_row, latents_row, make_cache, text_row
+from store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
 
 from k5cache.errors import CacheCorrupt, CacheError, CacheLocked
 from k5cache.store import tables
@@ -37,14 +37,6 @@ def read_everything(root: Path) -> None:
         cache.latents(key)
     for key in ("t-cat", "t-dog", "t-empty"):
         cache.text(key)
-
-
-def flip(path: Path, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ (1 << bit % 8)]))
 
 
 def all_files(root: Path) -> list[Path]:

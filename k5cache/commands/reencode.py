@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +15,13 @@ from k5cache.config import CacheConfig, ModelConfig
 from k5cache.device import pick_device
 from k5cache.encode import plan, stale
 from k5cache.encode.asked import build_recipe
-from k5cache.encode.commit import Committer
+from k5cache.encode.commit import Collector
 from k5cache.encode.passes import Job, encode_latents, encode_texts
 from k5cache.errors import CacheError, CacheStale
 from k5cache.hub import ENCODER_PARTS, model_folder
 from k5cache.sources import images, items, origin
 from k5cache.store.index import IndexRow
-from k5cache.store.manifest import ShardKind
 from k5cache.store.reader import Cache
-from k5cache.store.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -67,21 +63,6 @@ class Reencoded:
         return replace(found, problems=(*found.problems, *said))
 
 
-class Collector(Committer):
-    """Takes rows as a ``Committer`` does, and keeps them in memory."""
-
-    def __init__(self, root: Path, cache: Cache) -> None:
-        super().__init__(root, cache.manifest, 0)
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def shards(
-        self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
-    ) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yield ``append``; nothing is written."""
-        yield lambda row: self.rows.update({row["key"]: row})
-
-
 def reencode(
     cache: Cache, count: int, source: Path | None, model: ModelConfig, device: str, bars: Progress, seed: int = 0
 ) -> Reencoded:
@@ -109,7 +90,7 @@ def reencode(
     numbers = chance.sample(range(len(cache)), min(count, len(cache))) if source else []
     rows = {row.latent_key: row for row in map(cache.row, numbers)}
     job, not_compared = _job(cache, config, folder, recipe, source, pick_device(device), bars), list[str]()
-    again = Collector(cache.root, cache)
+    again = Collector()
     encode_texts(job, again, [plan.TextJob(key, text.caption) for key, text in texts.items()])
     jobs = []
     for key, row in rows.items():

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache.buckets import Bucket, Geometry, bucket_table, choose_bucket, cover
+from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.commands.reencode import TOLERANCE, config_of, geometry_of
 from k5cache.compare import Comparison, check, compare, not_run
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.encode import plan, stale
 from k5cache.encode.asked import build_recipe
-from k5cache.encode.commit import Committer
+from k5cache.encode.commit import Collector
 from k5cache.encode.passes import DTYPES, Job, encode_latents, encode_texts
 from k5cache.errors import K5Error
 from k5cache.hub import ENCODER_PARTS, model_folder
 from k5cache.sources import images, origin
 from k5cache.sources.items import Content, UnreadableImage
-from k5cache.store.manifest import ShardKind
 from k5cache.store.reader import Cache
-from k5cache.store.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +93,7 @@ def selftest(
 
     contents = {picture.name: picture.content for picture in pictures}
     job = Job(contents.__getitem__, Path(), folder, recipe, config, device, bars)
-    ours = _Kept()
+    ours = Collector()
     made.append(_token_ids(folder, by_caption, config.max_sequence_length))
     made += _texts(job, ours, by_caption)
     made += _latents(job, ours, pictures, moments, recipe)
@@ -127,7 +124,7 @@ def _token_ids(folder: Path, reference: dict[str, Encoded], limit: int) -> Compa
     return compare(f"token ids of {len(pairs)} captions", PIPELINE, pairs)
 
 
-def _texts(job: Job, ours: _Kept, reference: dict[str, Encoded]) -> list[Comparison]:
+def _texts(job: Job, ours: Collector, reference: dict[str, Encoded]) -> list[Comparison]:
     """Captions through an encode's own passes against the pipeline."""
     from k5cache.encoders.pipeline import clean
 
@@ -147,7 +144,7 @@ def _texts(job: Job, ours: _Kept, reference: dict[str, Encoded]) -> list[Compari
 
 def _latents(
     job: Job,
-    ours: _Kept,
+    ours: Collector,
     pictures: Sequence[Picture],
     moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
     recipe: dict[str, Any],
@@ -284,17 +281,3 @@ def _dtypes(config: CacheConfig) -> tuple[torch.dtype, torch.dtype, torch.dtype]
     named = (config.text_encoder_1_precision, config.text_encoder_2_precision, config.vae_precision)
     first, second, third = (getattr(torch, DTYPES.get(name, "bfloat16")) for name in named)
     return first, second, third
-
-
-class _Kept(Committer):
-    """Takes an encode's rows and keeps them in memory, by key; nothing is written."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def shards(
-        self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
-    ) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yield ``append``."""
-        yield lambda row: self.rows.update({row["key"]: row})

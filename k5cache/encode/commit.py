@@ -121,3 +121,17 @@ def _same(rows: Sequence[IndexRow], before: Sequence[IndexRow]) -> bool:
     if len(rows) != len(before):
         return False
     return all(replace(old, caption_lengths=()) == new for old, new in zip(before, rows, strict=True))
+
+
+class Collector(Committer):
+    """Takes rows as a ``Committer`` does and keeps them in memory, by key; nothing is written."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def shards(
+        self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
+    ) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Yield ``append``."""
+        yield lambda row: self.rows.update({row["key"]: row})
