@@ -1,14 +1,14 @@
-"""The demo's checkpoint is a whole Kandinsky 5 Image, and the demo's data is complete."""
+"""The toy checkpoint is a whole Kandinsky 5 Image, and the demo's data is complete."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from k5cache.buckets import bucket_table, choose_bucket
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.recipe import parse, read
 from k5cache.sources.folder import find_items
@@ -156,23 +156,37 @@ def test_the_seed_is_the_checkpoint(toy_model, tmp_path):
     assert different == [name for name in names if name.suffix == ".safetensors"]
 
 
-def test_the_demo_pictures_are_captioned_licensed_small_and_of_many_shapes():
-    folder = DEMO / "images"
-    items, skipped = find_items(folder, CacheConfig())
-    assert skipped == []
-    assert len(items) >= 12
-    licences = (folder / "LICENSES.md").read_text(encoding="utf8")
-    assert [item.path for item in items if f"`{item.path}`" not in licences] == []
-    assert {Path(item.path).suffix for item in items} == {".jpg", ".png", ".webp"}
-    assert any("/" in item.path for item in items)
-    table = bucket_table(1024, "native")
-    assert len({choose_bucket(*image_size(folder / item.path), table) for item in items}) == len(table)
-    assert sum(file.stat().st_size for file in folder.rglob("*.*")) < 2.5e6
+def test_the_demos_pictures_are_captioned_credited_and_small():
+    notice = (DEMO / "NOTICE.md").read_text(encoding="utf8")
+    counts = {}
+    for name in ("images", "held_out", "known"):
+        items, skipped = find_items(DEMO / name, CacheConfig())
+        assert skipped == []
+        assert {image_size(DEMO / name / item.path) for item in items} == {(128, 128)}
+        assert f"`{name}/`" in notice
+        counts[name] = len(items)
+    assert counts == {"images": 32, "held_out": 12, "known": 12}
+    assert sum(file.stat().st_size for file in DEMO.glob("*/*.png")) < 250_000
+
+
+def test_the_notice_credits_every_set_that_is_drawn_from():
+    from pipelines.demo.micro.data import EMOJI, HELD_OUT, ICONS
+
+    notice = (DEMO / "NOTICE.md").read_text(encoding="utf8")
+    assert [style for style in (EMOJI | ICONS | HELD_OUT).values() if f"| {style} |" not in notice] == []
+
+
+def test_the_demo_draws_only_things_it_was_not_shown_and_has_the_true_drawings():
+    shown = {path.stem for path in (DEMO / "images").glob("*.png")}
+    held_out = {path.stem for path in (DEMO / "held_out").glob("*.png")}
+    recipe = tomllib.loads((DEMO / "demo.toml").read_text(encoding="utf8"))
+    drawn = {prompt.split(",")[0].replace(" ", "_") for prompt in recipe["train"]["validation"]["prompts"]}
+    assert drawn <= held_out
+    assert not held_out & shown
 
 
 def test_the_demo_recipe_is_read_by_both_stages():
     recipe = DEMO / "demo.toml"
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
     model, cache, train = parse(read(recipe, []), schemas, recipe)
-    assert (model.path, cache.resolution, len(train.validation.prompts)) == ("build/demo/model", 128, 3)
-    assert f"-o {Path(model.path).parent}/cache" in recipe.read_text(encoding="utf8")
+    assert (model.path, cache.resolution, len(train.validation.prompts)) == ("pipelines/demo/k5-micro", 128, 6)

@@ -1,4 +1,4 @@
-"""What does `make demo` run? The commands a user would run, on the demo's pictures and a toy model made on the spot."""
+"""What does `make demo` run? The commands a user would run, to teach a small trained model a style it never saw."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -16,14 +17,12 @@ RECIPE = DEMO / "demo.toml"
 
 
 def main() -> int:
-    """Make the model, encode, look, train. Returns the exit code of the first command that fails, else 0."""
+    """Encode, look, train, compare. Returns the exit code of the first command that fails, else 0."""
     os.chdir(ROOT)
-    # Toy tensors: on a busy machine threads wait for each other. Training took 46 s on one thread at load 6; on two at
-    # load 9 it was stopped after 9 minutes, two thirds done. On a quieter machine two threads took 52 s, no less.
+    # Small tensors: on a busy machine threads wait for each other, and on a quiet one two threads were no faster.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, cache = time.monotonic(), BUILD / "cache"
     before = [
-        ["python", f"{DEMO}/make_checkpoint.py", f"{BUILD}/model"],
         ["k5cache", "encode", f"{DEMO}/images", "--recipe", f"{RECIPE}", "-o", f"{cache}"],
         ["k5cache", "info", f"{cache}"],
     ]
@@ -33,7 +32,8 @@ def main() -> int:
     run = free(BUILD / "runs" / "demo")
     if code := show_and_run(["k5train", "run", f"{cache}", "--recipe", f"{RECIPE}", "-o", f"{run}"]):
         return code
-    print(ending(run, time.monotonic() - started))
+    picture = compare(run)
+    print(ending(run, picture, time.monotonic() - started))
     return 0
 
 
@@ -54,7 +54,27 @@ def free(run: Path) -> Path:
     return candidate
 
 
-def ending(run: Path, seconds: float) -> str:
+def compare(run: Path) -> Path:
+    """One column a prompt: the base's picture, the LoRA's, and the drawing of the set, which neither has seen."""
+    from PIL import Image
+
+    from k5train.sample import grid
+
+    prompts = tomllib.loads(RECIPE.read_text(encoding="utf8"))["train"]["validation"]["prompts"]
+    concepts = [prompt.split(",")[0] for prompt in prompts]
+    drawn = sorted((run / "samples").glob("step-*"))
+    files = [
+        ("before", [drawn[0] / f"{i:02}.png" for i in range(len(concepts))]),
+        ("with the LoRA", [drawn[-1] / f"{i:02}.png" for i in range(len(concepts))]),
+        ("the set's own", [DEMO / "held_out" / f"{concept.replace(' ', '_')}.png" for concept in concepts]),
+    ]
+    rows = [(label, [Image.open(path).convert("RGB") for path in paths]) for label, paths in files]
+    picture = run / "compared.png"
+    grid(rows, concepts).save(picture)
+    return picture
+
+
+def ending(run: Path, picture: Path, seconds: float) -> str:
     """What was made, where it lies and what to run next on one's own images."""
     bin_ = Path(sys.executable).parent
     shown = bin_.relative_to(ROOT) if bin_.is_relative_to(ROOT) else bin_
@@ -62,9 +82,9 @@ def ending(run: Path, seconds: float) -> str:
 The demo took {seconds:.0f} s.
 
   LoRA      {run / f"{run.name}.safetensors"}
-  pictures  {run / "samples.png"}   one row a checkpoint, the first before training; one column a prompt
+  pictures  {picture}   before, with the LoRA, and as the style's own artist drew it
 
-The toy model's weights are random, so its pictures are too. With your own images (a folder of them, each with a .txt
+The prompts are of things that are not among the 32 pictures. With your own images (a folder of them, each with a .txt
 caption beside it) and the published model, from the hub or a folder given with --model:
 
   {shown}/k5cache encode datasets/my_images

@@ -1,6 +1,6 @@
-"""What does the demo train on? A whole Kandinsky 5 Image at toy size, made from a seed with the real classes.
+"""What do tests and selftests run on? A whole Kandinsky 5 Image at toy size, made from a seed with the real classes.
 
-    python pipelines/demo/make_checkpoint.py build/demo/model
+    python pipelines/demo/make_checkpoint.py build/toy
 
 The folder has the layout of the published checkpoints, so ``Kandinsky5T2IPipeline.from_pretrained`` loads it. Two
 things differ from them besides size: the weights are random, and ``tokenizer/`` holds the tokenizer alone, because the

@@ -1,0 +1,110 @@
+"""Which pictures does the demo learn from, and which is it shown beside? Drawings of the style that was held out.
+
+    python -m pipelines.demo.micro.demo_pictures .micro pipelines/demo
+
+writes ``images/`` (32 drawings with captions, to train on) and ``held_out/`` (12 that nothing is trained on). The
+concepts of both are in other styles of the base's training set; these drawings, and this style, are not. ``known/`` has
+12 drawings of the base's own styles, which the tests hold a LoRA to.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from pipelines.demo.micro.data import BACKGROUNDS, Drawing
+from pipelines.demo.micro.pictures import caption, grid, lay_on, read_drawings, render_one
+
+COLOURS = ("white", "white", "light blue", "cream")  # in turn: a LoRA is to learn the lines, not the background
+TRAIN_ON = (
+    "alien",
+    "automobile",
+    "balloon",
+    "bear",
+    "bell",
+    "birthday cake",
+    "bread",
+    "bug",
+    "bus",
+    "cactus",
+    "cherries",
+    "christmas tree",
+    "crocodile",
+    "doughnut",
+    "fire engine",
+    "frog",
+    "ghost",
+    "grinning cat",
+    "guitar",
+    "hamburger",
+    "koala",
+    "lemon",
+    "lion",
+    "mushroom",
+    "octopus",
+    "penguin",
+    "robot",
+    "sailboat",
+    "smiling face with sunglasses",
+    "snowman",
+    "strawberry",
+    "thinking face",
+)
+SHOW = (
+    "red apple",
+    "rocket",
+    "cat",
+    "panda",
+    "tiger face",
+    "elephant",
+    "sunflower",
+    "peach",
+    "ambulance",
+    "crown",
+    "grinning face",
+    "watermelon",
+)
+KNOWN = {
+    "flat emoji": ("owl", "strawberry", "house"),
+    "shaded emoji": ("fox", "hamburger", "rocket"),
+    "simple cartoon emoji": ("penguin", "red apple", "automobile"),
+    "two tone emoji": ("frog", "mushroom", "sun"),
+}
+
+
+def main() -> None:
+    """Render the sets."""
+    parser = argparse.ArgumentParser(description="Write the demo's pictures.")
+    parser.add_argument("data", type=Path, help="the folder that micro.data wrote")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    held_out = {drawing.concept: drawing for drawing in read_drawings(arguments.data / "heldout.json.xz")}
+    known = {(d.style, d.concept): d for d in read_drawings(arguments.data / "train.json.xz")}
+    for i, concept in enumerate(TRAIN_ON):
+        assert held_out[concept].split == "lora", concept
+        write(held_out[concept], arguments.out / "images", COLOURS[i % len(COLOURS)])
+    for concept in SHOW:
+        assert held_out[concept].split == "never", concept
+        write(held_out[concept], arguments.out / "held_out", "white")
+    for style, concepts in KNOWN.items():
+        for concept in concepts:
+            write(known[style, concept], arguments.out / "known", "white")
+
+
+def write(drawing: Drawing, folder: Path, background: str) -> None:
+    """``red_apple.png`` of 128 colours or fewer, which the eye does not tell from all, and its caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colour = torch.tensor([BACKGROUNDS[background]])
+    picture = grid(lay_on(torch.from_numpy(render_one(drawing.svg))[None], colour), 1)
+    file = folder / f"{drawing.concept.replace(' ', '_')}.png"
+    few = picture.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(file, optimize=True)
+    text = caption(drawing.concept, drawing.style, background)
+    file.with_suffix(".txt").write_text(f"{text}\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
