@@ -1,8 +1,9 @@
-"""What do all tests share? The toy checkpoint, made once a run."""
+"""What do all tests share? The toy checkpoint and whatever else is made once a run."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +17,33 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not inst
 
 
 @pytest.fixture(scope="session")
-def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole Kandinsky 5 Image in the diffusers layout, seed 0. Read it, never write into it: workers share it."""
-    from pipelines.demo.make_checkpoint import make
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``once("name", make)``: a folder that ``make`` filled, once a run whatever the number of workers.
 
+    Read it, never write into it: workers share it.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # pytest-xdist: one folder above the workers'
-    folder = shared / "toy_model"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "model_index.json").exists():  # written last
-            make(folder)
-    return folder
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt left
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def toy_model(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A whole Kandinsky 5 Image in the diffusers layout, seed 0."""
+    from pipelines.demo.make_checkpoint import make
+
+    return once("toy_model", make)
 
 
 @pytest.fixture(scope="session")

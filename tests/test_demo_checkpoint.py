@@ -1,4 +1,4 @@
-"""The toy checkpoint is a whole Kandinsky 5 Image, and the demo's data is complete."""
+"""The toy checkpoint and k5-micro are whole Kandinsky 5 Images, and the demo's data is complete."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_demos_pictures_are_captioned_credited_and_small():
         assert {image_size(DEMO / name / item.path) for item in items} == {(128, 128)}
         assert f"`{name}/`" in notice
         counts[name] = len(items)
-    assert counts == {"images": 32, "held_out": 12, "known": 12}
+    assert counts == {"images": 40, "held_out": 12, "known": 12}
     assert sum(file.stat().st_size for file in DEMO.glob("*/*.png")) < 250_000
 
 
@@ -183,6 +183,25 @@ def test_the_demo_draws_only_things_it_was_not_shown_and_has_the_true_drawings()
     drawn = {prompt.split(",")[0].replace(" ", "_") for prompt in recipe["train"]["validation"]["prompts"]}
     assert drawn <= held_out
     assert not held_out & shown
+
+
+def test_the_demos_lora_and_what_it_is_measured_on_are_two_halves_of_the_held_out_style():
+    from pipelines.demo.micro.data import HELD_OUT, split_of
+
+    for folder, split in (("images", "lora"), ("held_out", "never")):
+        captions = [path.read_text(encoding="utf8") for path in (DEMO / folder).glob("*.txt")]
+        assert {split_of(caption.split(",")[0]) for caption in captions} == {split}
+        assert all(f", {style} style, " in caption for style in HELD_OUT.values() for caption in captions)
+
+
+def test_k5_micro_is_a_whole_kandinsky_of_at_most_24_mb_that_crops_as_its_pipeline_does():
+    from diffusers import Kandinsky5T2IPipeline
+
+    micro = Kandinsky5T2IPipeline.from_pretrained(DEMO / "k5-micro", local_files_only=True)
+    prefix = micro.prompt_template.split("{}")[0]
+    assert len(micro.tokenizer(prefix)["input_ids"]) == micro.prompt_template_encode_start_idx
+    assert (micro.vae.config.latent_channels, micro.vae_scale_factor_spatial) == (16, 8)
+    assert sum(file.stat().st_size for file in (DEMO / "k5-micro").rglob("*") if file.is_file()) <= 24e6
 
 
 def test_the_demo_recipe_is_read_by_both_stages():

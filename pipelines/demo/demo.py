@@ -84,7 +84,7 @@ The demo took {seconds:.0f} s.
   LoRA      {run / f"{run.name}.safetensors"}
   pictures  {picture}   before, with the LoRA, and as the style's own artist drew it
 
-The prompts are of things that are not among the 32 pictures. With your own images (a folder of them, each with a .txt
+The prompts are of things that are not among the 40 pictures. With your own images (a folder of them, each with a .txt
 caption beside it) and the published model, from the hub or a folder given with --model:
 
   {shown}/k5cache encode datasets/my_images

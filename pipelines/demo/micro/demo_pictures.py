@@ -2,7 +2,7 @@
 
     python -m pipelines.demo.micro.demo_pictures .micro pipelines/demo
 
-writes ``images/`` (32 drawings with captions, to train on) and ``held_out/`` (12 that nothing is trained on). The
+writes ``images/`` (40 drawings with captions, to train on) and ``held_out/`` (12 that nothing is trained on). The
 concepts of both are in other styles of the base's training set; these drawings, and this style, are not. ``known/`` has
 12 drawings of the base's own styles, which the tests hold a LoRA to.
 """
@@ -33,6 +33,7 @@ TRAIN_ON = (
     "cherries",
     "christmas tree",
     "crocodile",
+    "crying face",
     "doughnut",
     "fire engine",
     "frog",
@@ -40,32 +41,39 @@ TRAIN_ON = (
     "grinning cat",
     "guitar",
     "hamburger",
+    "hot beverage",
     "koala",
     "lemon",
     "lion",
     "mushroom",
     "octopus",
     "penguin",
+    "pig",
+    "rabbit face",
     "robot",
     "sailboat",
     "smiling face with sunglasses",
     "snowman",
     "strawberry",
+    "taxi",
     "thinking face",
+    "tomato",
+    "tulip",
+    "winking face",
 )
 SHOW = (
     "red apple",
     "rocket",
-    "cat",
     "panda",
-    "tiger face",
-    "elephant",
-    "sunflower",
     "peach",
-    "ambulance",
-    "crown",
+    "pear",
+    "pig face",
+    "smiling face with horns",
     "grinning face",
+    "ambulance",
     "watermelon",
+    "money bag",
+    "tiger face",
 )
 KNOWN = {
     "flat emoji": ("owl", "strawberry", "house"),
