@@ -217,7 +217,8 @@ def busy_of(step: Callable[[], Any]) -> float:
     """Milliseconds that kernels of one step take on the GPU, copies left out."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    # Without acc_events a second profile of a process warns.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         step()
         torch.cuda.synchronize()
     events: list[Any] = list(seen.key_averages())

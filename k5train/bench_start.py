@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from k5cache import console
 from k5cache.errors import RunError
 from k5train import bench
 from k5train.base.quantize import empty_transformer
@@ -31,17 +32,19 @@ _LOAD = """
 import sys, time, torch
 from pathlib import Path
 from k5train.base.prepared import load_prepared
-torch.zeros(1, device="cuda")
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.zeros(1, device=device)
 begin = time.monotonic()
-load_prepared(Path(sys.argv[1]), torch.bfloat16, torch.device("cuda"))
-torch.cuda.synchronize()
+load_prepared(Path(sys.argv[1]), torch.bfloat16, device)
+if device.type == "cuda":
+    torch.cuda.synchronize()
 print(time.monotonic() - begin)
 """
 
 
 @dataclass(frozen=True)
 class Start:
-    """One process, from its begin to its end."""
+    """One process, from its begin to its end, or to its first step where it trains."""
 
     name: str
     seconds: float
@@ -52,31 +55,48 @@ class Start:
     """The same with the pages of mapped files (VmHWM), which the system may take back at any time."""
 
 
-def bench_start(model: Mapping[str, Any] = bench.FULL_SIZE, side: int = 1024, vram: str = "16GB") -> list[Start]:
-    """Quantise, start once, start again, and load the weights alone.
+def bench_start(
+    model: Mapping[str, Any] = bench.FULL_SIZE,
+    side: int = 1024,
+    vram: str = "16GB",
+    report: Callable[[str], None] = console.note,
+) -> list[Start]:
+    """Quantise, start once, start again, and load the weights alone. Each is also reported as soon as it is known.
 
     Raises:
         RunError: a process failed; the end of what it said is in the message.
     """
+    found: list[Start] = []
+
+    def add(*process: Any) -> None:
+        found.append(watch(*process))
+        report("  ".join(table(found)[-1]))
+
     with TemporaryDirectory(prefix="k5-start-") as name:
         root = Path(name)
         folder = model_folder(root / "model", model)
+        begin = time.monotonic()
         write_checkpoint(folder)
         write_cache(root / "cache", model, side)
+        report(f"a random checkpoint and a cache were written in {time.monotonic() - begin:.0f} s")
         run = ["run", str(root / "cache"), "--model", str(folder), "--set", "train.steps=3", "--set",
                "train.loss_limit=0", "--set", f"train.memory.vram={vram}", "-o"]  # fmt: skip
-        found = [watch("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root)]
+        add("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root)
         for i, label in enumerate(("first start: blocks are compiled", "second start")):
-            found.append(watch(label, [_CLI, *run, str(root / f"run{i}")], root, root / f"run{i}" / "metrics.jsonl"))
-        return [*found, watch("loading the weights alone", [_LOAD, str(folder)], root)]
+            add(label, [_CLI, *run, str(root / f"run{i}")], root, root / f"run{i}" / "metrics.jsonl")
+        add("loading the weights alone", [_LOAD, str(folder)], root)
+    return found
 
 
 def watch(name: str, program: list[str], root: Path, metrics: Path | None = None) -> Start:
     """Run ``python -c`` with its arguments, and look at it every 20 ms.
 
     Args:
-        metrics: a run's; the first row with a loss is its first step. None: its last line is seconds, or it is timed
-            to its end.
+        metrics: a run's; the first row with a loss is its first step, and the process is stopped there. None: its last
+            line is seconds, or it is timed to its end.
+
+    Raises:
+        RunError: it failed, or made no step.
     """
     with (root / "log").open("w+") as log:
         begin = time.monotonic()
@@ -92,10 +112,11 @@ def watch(name: str, program: list[str], root: Path, metrics: Path | None = None
             own, resident = max(own, now.get("RssAnon", 0)), max(resident, now.get("VmHWM", 0))
             if metrics and stepped is None and metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
                 stepped = time.monotonic() - begin
+                process.kill()  # what follows, saving above all, is not what is timed
         seconds = stepped or time.monotonic() - begin
         log.seek(0)
         said = log.read().strip().splitlines()
-    if process.returncode or (metrics and stepped is None):
+    if (process.returncode or metrics) and stepped is None:
         raise RunError(f"{name}: exit code {process.returncode}: {' | '.join(said[-3:])}", "Run it by hand to see more")
     if program[0] == _LOAD:
         seconds = float(said[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from k5cache.errors import DoesNotFit
 from k5train import lora, ready
-from k5train.base import execute, stream
+from k5train.base import execute, ops, stream
 from k5train.base.block import Modes, gather
 from k5train.base.execute import Execution, choose_modes
 from k5train.base.forward import predict_velocity
@@ -209,6 +210,36 @@ def test_compiled_blocks_take_adapters_of_any_rank_with_one_compilation(toy_mode
         inputs = batch(transformer)
         assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_a_traced_block_is_found_again_and_not_taken_for_one_that_keeps_something_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    execute._compile()  # its settings
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (16, 8), dtype=torch.int8, generator=generator)
+    down, up, x, scale = (torch.randn(shape, generator=generator) for shape in ((2, 8), (16, 2), (4, 8), (16, 1)))
+
+    def block(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, weight, scale, None, down, up, 1, False, "self_qkv").sin()
+
+    def run(x: torch.Tensor, down: torch.Tensor, level: str) -> torch.Tensor:
+        return execute.checkpoint(block, x, down, use_reentrant=False, context_fn=execute._CONTEXTS[level])
+
+    def gradients(run: Any, level: str) -> tuple[torch.Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, down)]
+        return torch.autograd.grad(run(*leaves, level).sum(), leaves)
+
+    found = []
+    for level in ("nothing", "selective", "nothing"):  # a linear computed again, a linear kept
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        for ours, plain in zip(gradients(torch.compile(run), level), gradients(run, level), strict=True):
+            torch.testing.assert_close(ours, plain)
+        found.append({k: v for k, v in counters["aot_autograd"].items() if k.startswith("autograd_cache")})
+    made = {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert found == [made, made, {"autograd_cache_hit": 1}]
 
 
 def test_a_compiler_that_fails_leaves_one_line_and_eager_blocks(toy_model, monkeypatch, capsys):

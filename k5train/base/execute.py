@@ -220,18 +220,24 @@ def _keep(level: Level, op: Any, *args: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
 
 
-def _contexts(level: Level) -> Callable[[], Any]:
-    # A plain function: dynamo of torch 2.11 hands the arguments of a `partial` within a `partial` on unread.
+def _contexts(name: LevelName) -> Callable[[], Any]:
+    level = LEVELS[name]
+
+    # Plain functions: dynamo of torch 2.11 hands the arguments of a `partial` within a `partial` on unread.
     def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return _keep(level, op, *args)
 
     def contexts() -> Any:
         return create_selective_checkpoint_contexts(keep_some)  # type: ignore[no-untyped-call, unused-ignore]
 
+    # A cache of traced graphs pickles it by its name, and tells one policy from another by this hash.
+    contexts.__name__ = contexts.__qualname__ = f"_contexts_{name}"
+    contexts.cache_hash = repr((level.attention, sorted(level.matmuls), _ATTENTIONS))  # type: ignore[attr-defined]
     return contexts
 
 
-_CONTEXTS = {name: _contexts(level) for name, level in LEVELS.items()}
+_CONTEXTS = {name: _contexts(name) for name in LEVELS}
+globals().update({contexts.__name__: contexts for contexts in _CONTEXTS.values()})
 
 
 def _run(
@@ -257,12 +263,17 @@ def _run(
 
 def _compile() -> Callable[..., Tensor]:
     import torch._dynamo
+    import torch._functorch.config as functorch
 
     # inductor keeps what it compiled in /tmp, which a restart empties; a second run then compiles again, a minute.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(k5_home() / "compiled"))
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILED_VARIANTS)
     config.force_parameter_static_shapes = False  # adapters are parameters, of any rank
+    # A later process then finds the traced forward and backward too, not only the kernels: a third of the time. What
+    # our autograd functions do is in the graph, so in the cache's key. Not in torch 2.7.
+    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
+        functorch.autograd_cache_allow_custom_autograd_functions = True
     # Says once that in-place ops would be wrong under selective checkpointing; there are none inside a block.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     return torch.compile(_run, fullgraph=True, dynamic=False)

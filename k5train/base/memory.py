@@ -43,6 +43,7 @@ _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding
 
 
 _MARGIN = 0.03  # of the budget, left free: predictions are that good at best
+_FEW = 0.1  # of the blocks: about 1 % of a step, while a level costs 10 to 20 s of compiling, 5 s once it is cached
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def make_plan(
     """The fastest plan that fits ``budget`` bytes of VRAM.
 
     Blocks climb the ladder of ``LEVELS`` together, so that a plan mixes two neighbouring levels at most: each step up
-    saves less time a byte than the one before. Weights are streamed only when recomputing everything does not fit.
+    saves less time a byte than the one before. A level of its own for a few blocks is not worth its compilation.
+    Weights are streamed only when recomputing everything does not fit.
 
     Args:
         budget: None: no limit.
@@ -239,7 +241,8 @@ def make_plan(
             candidate = plan(_mixed(lower, upper, raised, count), streaming)
             if not fits(candidate):
                 break
-            best = candidate
+            if best is None or raised == 0 or raised >= _FEW * count:
+                best = candidate
     if best is not None:
         return best
     lean = _mixed("nothing", "nothing", 0, count)
