@@ -17,8 +17,8 @@ STEPS = 60  # the demo takes 160
 # Shares of the base's loss, each with what was measured; every LoRA here is one of seed 0.
 MARGIN = 0.87  # seeds 0 to 3: 0.838, 0.825, 0.823, 0.824
 COLLAPSE = 1.2  # seeds 0 to 3: 1.126, 1.130, 1.146, 1.125
-WITH_ROLLOUT = 0.92  # 30 steps, seeds 0 to 2: 0.889, 0.861, 0.868
-WITH_TREAD = 0.98  # 40 steps, seeds 0 to 2: 0.953, 0.949, 0.962
+WITH_ROLLOUT = 0.94  # 20 steps, seeds 0 to 2: 0.909, 0.884, 0.896
+WITH_TREAD = 0.98  # 40 steps, seeds 0 to 2: 0.953, 0.949, 0.962; 30 steps are too few: 0.990, 0.978, 1.005
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,14 @@ def test_the_bases_own_styles_do_not_collapse(before, after):
     assert after["known"] < COLLAPSE * before["known"]
 
 
-def test_a_base_in_bfloat16_and_the_int8_base_agree_with_and_without_the_lora(caches, lora, before, after):
+def test_a_base_in_bfloat16_and_the_int8_base_agree_about_the_lora(caches, lora, after):
     bfloat16 = {"precision": "no_change", "dtype": torch.bfloat16}
     # Apart by 0.01 to 0.06 % where it was measured, with LoRAs and without.
-    assert micro.loss(caches["held_out"], **bfloat16) == pytest.approx(before["held_out"], rel=0.003)
     assert micro.loss(caches["held_out"], lora, **bfloat16) == pytest.approx(after["held_out"], rel=0.003)
 
 
 def test_a_run_with_rollout_learns_the_style_too(caches, before, tmp_path):
-    chosen = micro.config("train.rollout.probability=0.3", "train.rollout.max_steps=2", steps=30)
+    chosen = micro.config("train.rollout.probability=0.3", "train.rollout.max_steps=2", steps=20)
     lora = micro.train_lora(tmp_path / "lora", caches["images"], chosen)
     assert micro.loss(caches["held_out"], lora) < WITH_ROLLOUT * before["held_out"]
 
