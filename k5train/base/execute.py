@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -232,7 +233,8 @@ def _contexts(name: LevelName) -> Callable[[], Any]:
 
     # A cache of traced graphs pickles it by its name, and tells one policy from another by this hash.
     contexts.__name__ = contexts.__qualname__ = f"_contexts_{name}"
-    contexts.cache_hash = repr((level.attention, sorted(level.matmuls), _ATTENTIONS))  # type: ignore[attr-defined]
+    policy = (level.attention, sorted(level.matmuls), _ATTENTIONS, inspect.getsource(_keep))
+    contexts.cache_hash = repr(policy)  # type: ignore[attr-defined]
     return contexts
 
 
