@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from k5cache.console import parse_bytes
@@ -55,8 +56,12 @@ class LoraConfig:
         problems = []
         if self.rank < 1:
             problems.append(f"rank must be at least 1, found {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < inf:
+            problems.append(f"alpha must be above 0, found {self.alpha}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be in [0, 1), found {self.dropout}")
+        if self.decompose_factor != -1 and self.decompose_factor < 1:
+            problems.append(f"decompose_factor must be -1 or at least 1, found {self.decompose_factor}")
         if not self.targets:
             problems.append("targets must name at least one preset or pattern")
         if self.init_lora_weights != "default":
@@ -110,14 +115,17 @@ class OptimConfig:
     def check(self) -> list[str]:
         """What is out of range."""
         problems = []
-        if self.lr <= 0:
-            problems.append(f"lr must be above 0, found {self.lr}")
+        positive = (("lr", self.lr), ("eps", self.eps), ("lr_power", self.lr_power))
+        problems += [f"{name} must be above 0, found {value}" for name, value in positive if not 0 < value < inf]
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas must be at least 0 and below 1, found {list(self.betas)}")
+        for name, value in (("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)):
+            if not 0 <= value < inf:
+                problems.append(f"{name} must be 0 or more, found {value}")
         if self.warmup_steps < 0:
             problems.append(f"warmup_steps must be 0 or more, found {self.warmup_steps}")
         if self.lr_num_cycles < 1:
             problems.append(f"lr_num_cycles must be at least 1, found {self.lr_num_cycles}")
-        if self.lr_power <= 0:
-            problems.append(f"lr_power must be above 0, found {self.lr_power}")
         if not 0 <= self.lr_end <= 1:
             problems.append(f"lr_end must be 0 to 1, found {self.lr_end}")
         if not 0 <= self.ema_decay < 1:
@@ -220,6 +228,10 @@ class ValidationConfig:
             problems.append(f"held_out_sigmas must be at least 1, found {self.held_out_sigmas}")
         if self.patience and not self.split:
             problems.append("patience needs rows to measure on: set split, for example split = 0.1")
+        if self.patience and not self.held_out_every:
+            problems.append("patience counts measurements along the way: held_out_every must be above 0")
+        if not 0 <= self.guidance_scale < inf:
+            problems.append(f"guidance_scale must be 0 or more, found {self.guidance_scale}")
         problems += [f"{name} must be 0 or more, found {value}" for name, value in
                      (("every", self.every), ("held_out_every", self.held_out_every), ("patience", self.patience))
                      if value < 0]  # fmt: skip
@@ -308,7 +320,7 @@ class TrainConfig:
         ]
         if not 0 <= self.caption_dropout_probability <= 1:
             problems.append(f"caption_dropout_probability must be 0 to 1, found {self.caption_dropout_probability}")
-        if self.flow_schedule_shift <= 0:
+        if not 0 < self.flow_schedule_shift < inf:
             problems.append(f"flow_schedule_shift must be above 0, found {self.flow_schedule_shift}")
         if self.flow_schedule_shift != 1 and self.objective.flow_schedule_auto_shift:
             problems.append("flow_schedule_shift must be 1 where objective.flow_schedule_auto_shift finds the shift")
@@ -318,9 +330,9 @@ class TrainConfig:
             problems.append(f"checkpoint_every must be 0 or more, found {self.checkpoint_every}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             problems.append(f"checkpoints_total_limit must be at least 1, found {self.checkpoints_total_limit}")
-        if self.loss_limit < 0:
+        if not self.loss_limit >= 0:  # NaN too
             problems.append(f"loss_limit must be 0 or more, found {self.loss_limit}")
-        if self.max_hours is not None and self.max_hours <= 0:
+        if self.max_hours is not None and not self.max_hours > 0:
             problems.append(f"max_hours must be above 0, found {self.max_hours}")
         if len({entry.weight is None for entry in self.data}) > 1:
             problems.append("data has entries with a weight and entries without: give one to all, or to none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Literal
 
 
@@ -53,13 +54,17 @@ class ObjectiveConfig:
         """What is out of range."""
         positive = ("sigmoid_scale", "logit_std", "beta_schedule_alpha", "beta_schedule_beta", "snr_gamma", "huber_c")
         problems = [
-            f"{name} must be above 0, found {getattr(self, name)}" for name in positive if getattr(self, name) <= 0
+            f"{name} must be above 0, found {value}"
+            for name, value in ((name, getattr(self, name)) for name in positive)
+            if not 0 < value < inf
         ]
+        if not isfinite(self.logit_mean):
+            problems.append(f"logit_mean must be a number, found {self.logit_mean}")
         if not -1 <= self.mode_scale <= 1.75:  # beyond, sigma no longer falls with u (SD3, section 3.1)
             problems.append(f"mode_scale must be -1 to 1.75, found {self.mode_scale}")
         if not 0 <= self.unmasked_weight <= 1:
             problems.append(f"unmasked_weight must be 0 to 1, found {self.unmasked_weight}")
-        if self.prior_loss_weight < 0:
+        if not 0 <= self.prior_loss_weight < inf:
             problems.append(f"prior_loss_weight must be 0 or more, found {self.prior_loss_weight}")
         if self.noise_offset:
             problems.append(
@@ -154,7 +159,7 @@ class DataConfig:
     def check(self) -> list[str]:
         """What is out of range."""
         problems = []
-        if self.weight is not None and self.weight <= 0:
+        if self.weight is not None and not 0 < self.weight < inf:
             problems.append(f"weight must be above 0, found {self.weight}")
         if self.repeats < 1:
             problems.append(f"repeats must be at least 1, found {self.repeats}")

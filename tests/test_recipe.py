@@ -57,6 +57,18 @@ def test_every_problem_is_named_at_once_with_the_nearest_name(tmp_path):
         (["model.flavour=t2i"], "model.flavour must be one of"),
         (["train.optim.betas=[0.9]"], "train.optim.betas must have 2 values, found 1"),
         (["train.lora=4"], "[train.lora] must be a table, found 4"),
+        (["train.lora.alpha=0"], "train.lora.alpha must be above 0, found 0.0"),
+        (["train.lora.decompose_factor=0"], "train.lora.decompose_factor must be -1 or at least 1, found 0"),
+        (["train.optim.lr=nan"], "train.optim.lr must be above 0, found nan"),
+        (["train.optim.eps=-1"], "train.optim.eps must be above 0, found -1.0"),
+        (["train.optim.betas=[0.9, 1.5]"], "train.optim.betas must be at least 0 and below 1, found [0.9, 1.5]"),
+        (["train.optim.weight_decay=-1"], "train.optim.weight_decay must be 0 or more, found -1.0"),
+        (["train.optim.max_grad_norm=-1"], "train.optim.max_grad_norm must be 0 or more, found -1.0"),
+        (["train.flow_schedule_shift=nan"], "train.flow_schedule_shift must be above 0, found nan"),
+        (["train.objective.huber_c=inf"], "train.objective.huber_c must be above 0, found inf"),
+        (["train.objective.logit_mean=nan"], "train.objective.logit_mean must be a number, found nan"),
+        (["train.validation={split = 0.1, patience = 3, held_out_every = 0}"], "held_out_every must be above 0"),
+        (["train.validation.guidance_scale=-3"], "train.validation.guidance_scale must be 0 or more, found -3.0"),
     ],
 )
 def test_a_wrong_override_is_refused_in_words(options, problem):
