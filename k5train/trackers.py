@@ -87,15 +87,21 @@ class _Wandb:
         import wandb
 
         self._wandb = wandb
-        identity = run.root / "wandb" / "id"
-        identity.parent.mkdir(exist_ok=True)
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        self._run = wandb.init(
-            project=config.project, name=run.name, id=identity.read_text(encoding="utf-8"), resume="allow",
-            dir=str(run.root), config=recipe, mode="offline" if config.offline else None,
-            settings=wandb.Settings(console="off", silent=True),
-        )  # fmt: skip
+        path = run.root / "wandb" / "id"
+        identity = path.read_text(encoding="utf-8") if path.exists() else uuid.uuid4().hex[:12]
+        try:
+            self._run = wandb.init(
+                project=config.project, name=run.name, id=identity, resume="allow",
+                dir=str(run.root), config=recipe, mode="offline" if config.offline else None,
+                settings=wandb.Settings(console="off", silent=True),
+            )  # fmt: skip
+        except wandb.Error as error:  # no key, a wrong one, or no network
+            raise RunError(
+                f"wandb does not start: {str(error).splitlines()[0]}",
+                "Run: wandb login, or keep it on this machine: --set train.trackers.offline=true",
+            ) from error
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(identity, encoding="utf-8")
         # After a crash steps come again that wandb has seen: an axis of our own takes them, wandb's would drop them.
         self._run.define_metric("*", step_metric="step")
 

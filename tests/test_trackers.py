@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from k5cache.config import ModelConfig
 from k5cache.errors import RunError
-from k5train.checkpoint import Run
+from k5train.checkpoint import Run, create_run, undone_if_refused
 from k5train.config import TrackersConfig
+from k5train.loop import train
 from k5train.metrics import Metrics
+from k5train.start import open_data
 from k5train.trackers import check_trackers, open_trackers
 from tests.runs import CONFIG, metrics_of, start_run
 
@@ -74,6 +77,26 @@ def test_wandb_writes_offline_into_the_run_and_takes_the_same_run_up_again(tmp_p
     assert all(p.name.endswith(identity) for p in folders)
     assert any(path.suffix == ".png" for p in folders for path in p.rglob("*"))
     assert all(any(p.glob("*.wandb")) for p in folders)
+
+
+def test_wandb_that_does_not_start_is_two_lines_and_leaves_no_run(tmp_path, toy_cache, toy_model, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def no_key(**options):
+        raise wandb.Error("No API key configured.\nAnd more")
+
+    monkeypatch.setattr(wandb, "init", no_key)
+    config = replace(CONFIG, trackers=TrackersConfig(use=("wandb",)))
+    run = create_run(tmp_path / "run", toy_cache("fp32"), ModelConfig(path=str(toy_model)), config)
+    data = open_data(toy_cache("fp32"), config)
+    with (
+        pytest.raises(RunError, match="wandb does not start: No API key") as caught,
+        undone_if_refused(run),
+    ):
+        train(data, toy_model, config, run)
+    assert "\n" not in caught.value.problem
+    assert "train.trackers.offline=true" in caught.value.fix
+    assert not run.root.exists()
 
 
 def test_trackio_keeps_numbers_and_pictures_locally_and_prints_no_token(tmp_path, monkeypatch, capfd):
