@@ -107,7 +107,7 @@ class CacheConfig:
     vae_precision: Precision = "fp32"
     """The VAE. float32 costs little here and is nearest to the true latents."""
     shard_mb: int = 256
-    """Megabytes after which a shard is committed: what a crash can lose."""
+    """Megabytes after which a shard is committed, or three minutes: what a crash can lose."""
 
     @property
     def framing(self) -> Framing:

@@ -18,7 +18,7 @@ CONTEXT_BYTES = 768 * 2**20
 PROCESS_BYTES = {"cuda": 3 * 2**30, "cpu": 2**30}
 """Host memory of Python, torch and its libraries."""
 FAST_TOKENS = 8192  # in one forward: matrix products are at full speed from about 4,000
-SECONDS_AT_RISK = 180.0  # what a kill may cost: a chunk is committed at least this often
+SECONDS_AT_RISK = 180.0  # what a kill may cost: a chunk and a shard are committed at least this often
 _SLACK_BYTES = 192 * 2**20  # cuBLAS and cuDNN workspaces, what rounding leaves unused
 _HOST_PARKING = 2 * 2**30
 _WORTH_READING = 65_536  # tokens that take longer to compute than 13 GB take to read, on any card

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,10 +21,12 @@ import torch
 from store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
 from workshop import Workshop
 
+from k5cache.buckets import Bucket
 from k5cache.cli import app
 from k5cache.commands.gc import collect
 from k5cache.commands.merge import merge
 from k5cache.commands.verify import verify
+from k5cache.encode import commit
 from k5cache.errors import CacheError, CacheLocked
 from k5cache.store.index import with_index
 from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
@@ -199,6 +203,17 @@ def test_an_unfinished_cache_is_a_problem_and_what_a_crash_left_is_not(tmp_path)
     with lock(tmp_path / "new"):
         write_manifest(tmp_path / "new", Manifest(recipe={}))
     assert "interrupted" in verify(tmp_path / "new").problems[0]
+
+
+def test_a_slow_encode_commits_every_three_minutes_however_small_the_shard(tmp_path, monkeypatch):
+    clock = count(step=60.0)  # a minute an image, as a CPU takes
+    monkeypatch.setattr(commit, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    growing = commit.Committer(tmp_path, Manifest(recipe={}), 2**28)
+    with growing.shards("latents", LATENTS, Bucket(64, 64)) as append:
+        for i in range(7):
+            append(latents_row(i))
+            assert len(growing.manifest.shards) == (i + 1) // 3
+    assert [shard.num_rows for shard in read_manifest(tmp_path).shards] == [3, 3, 1]
 
 
 def test_the_command_lists_problems_and_exits_with_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 
 from k5cache.buckets import Bucket
 from k5cache.errors import CacheError
+from k5cache.memory_plan import SECONDS_AT_RISK
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
@@ -42,15 +44,18 @@ class Committer:
     def shards(
         self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
     ) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yield ``append``; a shard is committed whenever it has grown to ``shard_bytes``, and at the end."""
+        """Yield ``append``; a shard is committed when it has grown to ``shard_bytes`` or is old, and at the end."""
         size = (bucket.width, bucket.height) if bucket else None
         writer: ShardWriter | None = None
+        opened = 0.0
 
         def append(row: dict[str, Any]) -> None:
-            nonlocal writer
-            writer = writer or ShardWriter(self.root, kind, specs, size)
+            nonlocal writer, opened
+            if writer is None:
+                writer, opened = ShardWriter(self.root, kind, specs, size), time.monotonic()
             writer.append(row)
-            if writer.num_bytes >= self.shard_bytes:
+            # 256 images at 1024 px fill a shard: two minutes of a small GPU, hours of a CPU.
+            if writer.num_bytes >= self.shard_bytes or time.monotonic() - opened >= SECONDS_AT_RISK:
                 finished, writer = writer, None
                 self._add(finished.finish())
 
