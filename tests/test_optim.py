@@ -66,7 +66,7 @@ def test_each_optimizer_goes_on_from_safetensors_and_json_bit_for_bit(name):
     ("name", "theirs"),
     [
         ("adamw", lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)),
-        ("adafactor", lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1)),
+        ("adafactor", lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1, eps=(None, 1.0))),
         (
             "muon",
             lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw"),
@@ -83,6 +83,17 @@ def test_the_recipes_numbers_reach_the_library(name, theirs):
     descend(ours, optimizer, 0, 3)
     descend(reference, theirs(reference), 0, 3)
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"prodigy"}))
+def test_a_matrix_that_starts_at_0_moves_by_the_learning_rate(name):
+    (weight, _), optimizer = make(name, lr=1e-4)
+    with torch.no_grad():
+        weight.zero_()
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    size = weight.detach().square().mean().sqrt().item()
+    assert 0.1e-4 < size < 2e-4  # Muon's match_rms_adamw: 0.2 of it
 
 
 def test_eight_bits_hold_the_states_of_adamw8bit():
