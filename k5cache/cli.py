@@ -115,6 +115,7 @@ def plan(
         table.add_row(*line)
     console.out.print(table)
     again = {"recipe": recipe, "model": model, "set": options, "vram": vram}
+    again["device"] = None if device == "auto" else device
     console.next_step("Next, encode", console.command("k5cache", "encode", source, "-o", root, **again))
 
 

@@ -180,7 +180,7 @@ def parse_bytes(text: str) -> int:
     words = text.strip().lower().removesuffix("b").removesuffix("i").strip()
     unit = {"g": 2**30, "m": 2**20}.get(words[-1:])
     number = float(words[:-1] if unit else words)
-    if not 0 < number < 1e6:
+    if not 0 < number < 1e6 or number * (unit or 2**30) < 1:
         raise ValueError(text)
     return int(number * (unit or 2**30))
 

@@ -192,7 +192,7 @@ on an H200 at 1024x1024: 22.9 and 9.5 in bf16, 23.3 and 10.1 in float32, 24.2 in
 
 
 def plan_vae(
-    config: Mapping[str, Any], precision: str, num_pixels: int, *, vram: int | None, decoded_bytes: int = 0
+    config: Mapping[str, Any], precision: str, num_pixels: int, *, vram: int | None, ram: int, decoded_bytes: int = 0
 ) -> VaePlan:
     """The whole image at once where it fits, else layer by layer in strips.
 
@@ -200,6 +200,7 @@ def plan_vae(
         config: ``vae/config.json``.
         num_pixels: of the largest bucket.
         vram: bytes of the card; None on a CPU.
+        ram: bytes of host memory that are free.
         decoded_bytes: of the images that are decoded ahead.
 
     Raises:
@@ -212,15 +213,18 @@ def plan_vae(
         "whole": weights + num_pixels * widths[0] // 4 * itemsize * VAE_BYTES["whole"] + CONTEXT_BYTES + _SLACK_BYTES,
         "strips": weights + num_pixels * widths[0] // 4 * itemsize * VAE_BYTES["strips"] + CONTEXT_BYTES + _SLACK_BYTES,
     }
-    if vram is None:
-        on_host = PROCESS_BYTES["cpu"] + _IN_FLIGHT + decoded_bytes + need["whole"] - CONTEXT_BYTES
-        return VaePlan("whole", 0, on_host)
+    beside = PROCESS_BYTES["cpu" if vram is None else "cuda"] + _IN_FLIGHT + decoded_bytes
     for mode, size in need.items():
-        if size <= vram:
-            return VaePlan(mode, size, PROCESS_BYTES["cuda"] + _IN_FLIGHT + decoded_bytes)
+        if vram is None and (on_host := beside + size - CONTEXT_BYTES) <= ram:
+            return VaePlan(mode, 0, on_host)
+        if vram is not None and size <= vram:
+            return VaePlan(mode, size, beside)
+    least, have, what = need["strips"], vram, "VRAM"
+    if have is None:
+        least, have, what = beside + least - CONTEXT_BYTES, ram, "RAM"
     raise DoesNotFit(
-        f"The VAE needs {human_bytes(need['strips'])} of VRAM for its largest bucket, there are {human_bytes(vram)}",
-        'Lower cache.resolution, set cache.vae_precision = "bf16", or use --device cpu',
+        f"The VAE needs {human_bytes(least)} of {what} for its largest bucket, there are {human_bytes(have)}",
+        'Lower cache.resolution, or set cache.vae_precision = "bf16"' + (", or use --device cpu" if vram else ""),
     )
 
 

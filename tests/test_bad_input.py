@@ -173,10 +173,10 @@ def test_the_next_command_is_quoted_and_names_what_was_given(cli, toy_model):
     picture(cli.folder / "my set" / "a.png")
     (cli.folder / "my recipe.toml").write_text("[cache]\nresolution = 64\n", encoding="utf-8")
     given = ("-r", "my recipe.toml", "--model", str(toy_model))
-    planned = cli(cache_app, "plan", "my set", *given, "--set", "cache.flip=true")
+    planned = cli(cache_app, "plan", "my set", *given, "--set", "cache.flip=true", "--device", "cpu")
     assert planned.out.splitlines()[-1] == (
         "Next, encode: k5cache encode 'my set' -o 'cache/my set' --recipe 'my recipe.toml' "
-        f"--model {toy_model} --set cache.flip=true"
+        f"--model {toy_model} --set cache.flip=true --device cpu"
     )
     encoded = cli(cache_app, "encode", "my set", *given)
     assert encoded.out.splitlines()[-1] == (

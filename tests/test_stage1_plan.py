@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from k5cache import memory_plan
 from k5cache.cli import app
 from k5cache.console import parse_bytes
-from k5cache.encode import stage1
-from k5cache.encoders import machine, qwen, vae
+from k5cache.encode import alone, passes, stage1
+from k5cache.encoders import clip, machine, qwen, vae
 from k5cache.encoders.strips import moments_in_strips
 from k5cache.errors import DoesNotFit
 from k5cache.memory_plan import TextArchitecture, plan_text, plan_vae
@@ -133,11 +133,43 @@ def test_streaming_takes_the_longer_of_computing_and_reading():
 
 
 def test_the_vae_is_whole_then_in_strips_then_refused():
-    modes = {gib: plan_vae(FLUX, "fp32", 1024 * 1024, vram=gib * GIB).mode for gib in (8, 3)}
+    modes = {gib: plan_vae(FLUX, "fp32", 1024 * 1024, vram=gib * GIB, ram=GIB).mode for gib in (8, 3)}
     assert modes == {8: "whole", 3: "strips"}
-    assert plan_vae(FLUX, "bf16", 1024 * 1024, vram=3 * GIB).mode == "whole"
-    with pytest.raises(DoesNotFit, match="VAE needs"):
-        plan_vae(FLUX, "fp32", 1024 * 1024, vram=1 * GIB)
+    assert plan_vae(FLUX, "bf16", 1024 * 1024, vram=3 * GIB, ram=GIB).mode == "whole"
+    with pytest.raises(DoesNotFit, match=r"VAE needs .* of VRAM"):
+        plan_vae(FLUX, "fp32", 1024 * 1024, vram=1 * GIB, ram=64 * GIB)
+
+
+def test_on_a_cpu_memory_decides_the_same():
+    made = {gib: plan_vae(FLUX, "fp32", 2048 * 2048, vram=None, ram=gib * GIB) for gib in (32, 10)}
+    assert {gib: plan.mode for gib, plan in made.items()} == {32: "whole", 10: "strips"}
+    assert all(plan.ram <= gib * GIB and plan.vram == 0 for gib, plan in made.items())
+    with pytest.raises(DoesNotFit, match=r"VAE needs .* of RAM .* 4\.0 GiB") as refused:
+        plan_vae(FLUX, "fp32", 2048 * 2048, vram=None, ram=4 * GIB)
+    assert "--device" not in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "left"),
+    [
+        ("0::/", {"": ("6000000", "5000000", "active_file 300000\ninactive_file 700000")}, 2_000_000),
+        ("0::/docker/1", {"": ("max", "5000000", "active_file 0")}, 8_000_000),
+        ("0::/a/b", {"a": ("3000000", "1000000", ""), "a/b": ("max", "1000000", "")}, 2_000_000),
+        ("4:memory:/pod/1", {"memory": ("5000000", "4000000", "")}, 1_000_000),
+    ],
+)
+def test_a_containers_limit_is_what_is_free(tmp_path, group, files, left):
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 7812 kB\n")
+    (proc / "self" / "cgroup").write_text(group + "\n")
+    for folder, texts in files.items():
+        where = tmp_path / "sys/fs/cgroup" / folder
+        where.mkdir(parents=True, exist_ok=True)
+        names = ("limit_in_bytes", "usage_in_bytes") if folder == "memory" else ("max", "current")
+        for name, text in zip((*names, "stat"), texts, strict=True):
+            (where / f"memory.{name}").write_text(text)
+    assert machine.free_ram(tmp_path) == pytest.approx(left, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +177,12 @@ def test_the_vae_is_whole_then_in_strips_then_refused():
 )
 def test_memory_is_written_as_people_write_it(text, num_bytes):
     assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4GB", "nan", "inf", "1e-9MB", "4TB", "GB", "lots"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(ValueError, match=f"float|{text}"):
+        parse_bytes(text)
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +265,83 @@ def test_an_encode_on_a_cpu_says_first_how_long_it_will_take(toy_model, source, 
     assert "int8 gives embeddings" in second
 
 
+COMMAND = ("encode", "pictures", "--set", "cache.resolution=64")
+
+
+def test_an_encode_says_its_modes_and_refuses_what_does_not_fit_before_it_loads_anything(
+    toy_model, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(passes, "encode_texts", None)
+    monkeypatch.setattr(memory_plan, "VAE_BYTES", {"whole": 2**20, "strips": 2**20})
+    done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model), "--vram", "2GB")
+    assert done.code == 2
+    assert "The VAE needs" in done.err
+    monkeypatch.undo()
+    done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model), "--vram", "2GB")
+    assert done.code == 0, done.err
+    assert "Planned: text encoder resident (" in done.err
+    assert "then VAE whole (" in done.err
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(clip, "encode_pooled"), (qwen, "iter_prompt_embeds"), (vae, "encode_on_device")]
+)
+def test_memory_that_ends_in_an_encoder_is_two_lines_and_the_next_encode_goes_on(
+    toy_model, source, tmp_path, monkeypatch, module, name
+):
+    def ends(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(module, name, ends)
+    done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model))
+    assert done.code == 2
+    assert "ran out of memory: CUDA out of memory" in done.err
+    assert "what was finished is kept" in done.err
+    monkeypatch.undo()
+    assert Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model)).code == 0
+
+
+def test_memory_that_ends_on_a_gpu_is_answered_by_the_plan_to_ask_for():
+    with pytest.raises(DoesNotFit) as refused, alone._when_memory_ends("cuda", "The VAE", 4 * GIB):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee the manual")
+    assert refused.value.problem.startswith("The VAE ran out of memory, 4.0 GiB of VRAM were planned: CUDA out of")
+    assert "k5cache encode --vram 3.6GB" in refused.value.fix
+    with pytest.raises(RuntimeError, match="shapes"), alone._when_memory_ends("cuda", "The VAE", 0):
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "option"),
+    [
+        (qwen, "iter_prompt_embeds", "cache.text_encoder_1_precision"),
+        (clip, "encode_pooled", "cache.text_encoder_2_precision"),
+        (vae, "encode_on_device", "cache.vae_precision"),
+    ],
+)
+def test_numbers_that_overflow_are_refused_and_not_stored(
+    toy_model, source, tmp_path, monkeypatch, module, name, option
+):
+    right = getattr(module, name)
+
+    def overflows(*args, **options):
+        found = right(*args, **options)
+        if name == "iter_prompt_embeds":
+            return ((i, row * float("inf")) for i, row in found)
+        return found * float("inf") if name == "encode_pooled" else tuple(one * float("nan") for one in found)
+
+    monkeypatch.setattr(module, name, overflows)
+    done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model))
+    assert done.code == 2
+    assert "not finite" in done.err
+    assert f"Set {option} = " in done.err
+    assert not list((tmp_path / "cache").rglob("latents/*.parquet"))
+
+
 def test_estimates_of_captions_are_near_their_token_counts(toy_model):
     tokenizer = qwen.load_tokenizer(toy_model)
-    captions = ["a red fox asleep in the deep snow of a very long winter", "birds", ""]
-    for caption, about in zip(captions, machine.text_lengths(captions), strict=True):
-        assert about == pytest.approx(len(qwen.tokenize(tokenizer, caption, 512).ids), abs=20)
+    captions = ["a red fox asleep in the deep snow of a very long winter", "birds", "", "a red fox " * 300]
+    for caption, about in zip(captions, machine.text_lengths(captions, 40), strict=True):
+        assert about == pytest.approx(len(qwen.tokenize(tokenizer, caption, 40).ids), abs=20)
+    russian, chinese = "рыжая лиса спит в глубоком снегу", "一只红狐狸睡在深雪里"
+    # By Qwen2.5's own vocabulary they take 17 and 8 tokens
+    assert [n - 45 for n in machine.text_lengths([russian, chinese], 512)] == [14, 7]

@@ -45,7 +45,7 @@ def reset_peak(device: str) -> None:
     """Begin to watch VRAM."""
     import torch
 
-    from k5cache.encode.passes import release
+    from k5cache.encode.alone import release
 
     release(device)
     if device != "cpu":

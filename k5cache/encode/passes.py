@@ -7,7 +7,6 @@ computed.
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,9 @@ from k5cache import console, memory_plan
 from k5cache.buckets import Bucket
 from k5cache.config import CacheConfig
 from k5cache.encode import plan, stage1
+from k5cache.encode.alone import alone
 from k5cache.encode.commit import Committer
+from k5cache.errors import ModelError
 from k5cache.hub import read_config
 from k5cache.sources import images, masks
 from k5cache.sources.items import Content, UnreadableImage
@@ -68,12 +69,12 @@ def encode_texts(job: Job, commit: Committer, jobs: Sequence[plan.TextJob]) -> t
         return ()
     from k5cache.encoders import machine
 
-    lengths = machine.text_lengths(one.caption for one in jobs)
+    lengths = machine.text_lengths((one.caption for one in jobs), job.config.max_sequence_length)
     made = stage1.plan_text(job.folder, job.config, job.device, job.vram, lengths)
     with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as pooled:
-        with _alone(job, "CLIP"):
+        with alone(job.device, job.vram, "CLIP"):
             width = _encode_pooled(job, jobs, pooled)
-        with _alone(job, "Qwen2.5-VL"):
+        with alone(job.device, job.vram, "Qwen2.5-VL", made.vram):
             return _encode_prompts(job, commit, jobs, made, pooled, width)
 
 
@@ -130,7 +131,7 @@ def _encode_prompts(
                 rows = qwen.iter_prompt_embeds(encoder, tokens, exact=is_exact, batch_tokens=made.batch_tokens)
             else:
                 rows = _streamed(encoder, tokens, made, is_exact, advance)
-            with commit.shards("text", specs) as append, _in_background(append) as put:
+            with commit.shards("text", specs) as append, _in_background(_numbers(append, job.config)) as put:
                 for i, embeds in rows:
                     one = jobs[first + i]
                     pooled.seek(row_bytes * (first + i))
@@ -206,7 +207,8 @@ def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) 
     for one in jobs:
         by_bucket.setdefault(one.geometry.bucket, []).append(one)
     failed: dict[str, str] = {}
-    with _alone(job, "the VAE"), _bar(job.bars, "VAE", len(jobs), "image") as advance:
+    planned = stage1.plan_vae(job.folder, job.config, job.device, job.vram, jobs).vram
+    with alone(job.device, job.vram, "The VAE", planned), _bar(job.bars, "VAE", len(jobs), "image") as advance:
         encoder = Vae(job, jobs)
         for bucket, members in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
@@ -275,7 +277,7 @@ def encode_bucket(
             else:
                 yield members[i].key, encoder.moments(pixels, names)
 
-    with commit.shards("latents", specs, bucket) as append, _in_background(append) as put:
+    with commit.shards("latents", specs, bucket) as append, _in_background(_numbers(append, job.config)) as put:
         for key, moments in fetched(encoded()):
             put({"key": key} | dict(zip(names, moments, strict=True)))
             advance(1)
@@ -305,6 +307,31 @@ def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequen
     return failed
 
 
+def _numbers(append: Callable[[dict[str, Any]], None], config: CacheConfig) -> Callable[[dict[str, Any]], None]:
+    """``append`` for rows of numbers; NaN or infinity is a ``ModelError``: float16 overflows in some models."""
+    precisions = {
+        "prompt_embeds": "text_encoder_1_precision",
+        "pooled": "text_encoder_2_precision",
+        "mean": "vae_precision",
+        "std": "vae_precision",
+    }
+
+    def checked(row: dict[str, Any]) -> None:
+        for name in precisions.keys() & row.keys():
+            if not row[name].isfinite().all():
+                option = precisions[name]
+                what = repr(row["caption"][:60]) if "caption" in row else "an image"
+                raise ModelError(
+                    f"The encoder of {name} gives {what} numbers that are not finite, with cache.{option} = "
+                    f'"{getattr(config, option)}"',
+                    f'Set cache.{option} = "{"fp32" if name in ("mean", "std") else "bf16"}", '
+                    "or download the model again",
+                )
+        append(row)
+
+    return checked
+
+
 @contextmanager
 def _in_background(append: Callable[[dict[str, Any]], None]) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield ``append`` as a thread does it, in order, a few rows behind; what it raises is raised here."""
@@ -327,40 +354,6 @@ def _in_background(append: Callable[[dict[str, Any]], None]) -> Iterator[Callabl
         yield put
         while waiting:
             waiting.popleft().result()
-
-
-@contextmanager
-def _alone(job: Job, name: str) -> Iterator[None]:
-    """One encoder's time on the device: afterwards its memory is free again, or that is said."""
-    import torch
-
-    from k5cache.encoders import machine
-
-    if not job.device.startswith("cuda"):
-        yield
-        gc.collect()
-        return
-    machine.limit_vram(job.device, job.vram)
-    before = torch.cuda.memory_allocated(job.device)
-    try:
-        yield
-    finally:
-        left = release(job.device) - before
-        machine.limit_vram(job.device, None)
-    if left > 0:
-        console.note(f"{name} left {console.human_bytes(left)} of VRAM behind")
-
-
-def release(device: str) -> int:
-    """Give back what torch holds and does not use. Returns the bytes that are in use."""
-    import torch
-
-    gc.collect()
-    if not device.startswith("cuda"):
-        return 0
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(device)
 
 
 @contextmanager

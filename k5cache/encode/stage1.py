@@ -61,6 +61,8 @@ def estimate(
     vram: int | None,
     texts: Sequence[TextJob],
     latents: Sequence[LatentJob],
+    *,
+    is_timed: bool = True,
 ) -> Estimate:
     """The plan of both encoders, and how long they will take.
 
@@ -68,19 +70,20 @@ def estimate(
         folder: of the checkpoint.
         device: as ``pick_device`` gives it.
         vram: bytes to plan for, also where there is no GPU: then times are not known.
+        is_timed: measure the device for a moment, to know the times.
 
     Raises:
         DoesNotFit: an encoder fits in no mode.
     """
     from k5cache.encoders import machine
 
-    lengths = machine.text_lengths(one.caption for one in texts)
+    lengths = machine.text_lengths((one.caption for one in texts), config.max_sequence_length)
     pixels = [one.geometry.bucket.width * one.geometry.bucket.height for one in latents]
     is_here = device != "cpu" or vram is None
     text = plan_text(folder, config, device, vram, lengths) if texts else None
     vae = plan_vae(folder, config, device, vram, latents) if latents else None
     text_seconds = vae_seconds = None
-    if is_here:
+    if is_here and is_timed:
         architecture = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder"))
         speed = measured(folder, device, config)
         text_seconds = memory_plan.text_seconds(text, architecture, lengths, speed) if text else 0.0
@@ -134,6 +137,7 @@ def plan_vae(
         config.vae_precision,
         largest,
         vram=vram or machine.free_vram(device),
+        ram=machine.free_ram(),
         decoded_bytes=2 * num_workers() * 3 * decoded,
     )
 
@@ -171,6 +175,14 @@ def rows(made: Estimate) -> list[tuple[str, str]]:
     lines.append(("disk", human_bytes(made.disk)))
     lines.append(("time", duration(made)))
     return lines
+
+
+def modes(made: Estimate) -> str:
+    """Each encoder's mode and VRAM, in a line."""
+    parts = [("text encoder", made.text), ("VAE", made.vae)]
+    return ", then ".join(
+        f"{name} {one.mode}" + (f" ({human_bytes(one.vram)} of VRAM)" if one.vram else "") for name, one in parts if one
+    )
 
 
 def duration(made: Estimate) -> str:

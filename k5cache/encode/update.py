@@ -114,10 +114,7 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         with console.doing(bars, "importing torch"):
             device = pick_device(options.device)
         job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
-        if device == "cpu":
-            with console.doing(bars, "measuring this machine"):
-                how_long = stage1.estimate(asked.folder, asked.config, device, None, made.text_jobs, made.latent_jobs)
-            console.note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
+        _announce(asked, device, options.vram, made, bars)
         truncated = encode_texts(job, commit, made.text_jobs)
         failed |= encode_latents(job, commit, made.latent_jobs)
     rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
@@ -152,6 +149,18 @@ def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> En
         num_bytes=sum(s.num_bytes for s in commit.manifest.shards),
         is_unchanged=not (is_written or repaired or num_latents or made.text_jobs),
     )
+
+
+def _announce(asked: Asked, device: str, vram: int | None, made: plan.Plan, bars: Progress) -> None:
+    """How it will go, before anything is loaded: what does not fit is refused here, not after hours of captions."""
+    jobs = made.text_jobs, made.latent_jobs
+    if device == "cpu":
+        with console.doing(bars, "measuring this machine"):
+            how_long = stage1.estimate(asked.folder, asked.config, device, None, *jobs)
+        console.note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
+    if device != "cpu" or vram:
+        planned = stage1.estimate(asked.folder, asked.config, device, vram, *jobs, is_timed=False)
+        console.note(f"Planned: {stage1.modes(planned)}")
 
 
 @dataclass(frozen=True)

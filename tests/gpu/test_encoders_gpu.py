@@ -11,7 +11,7 @@ from rich.progress import Progress
 from k5cache import memory_plan
 from k5cache.buckets import Bucket, cover
 from k5cache.config import CacheConfig
-from k5cache.encode import passes, plan, stage1
+from k5cache.encode import alone, passes, plan, stage1
 from k5cache.encode.commit import Committer
 from k5cache.encoders import machine, qwen, streaming, vae
 from k5cache.encoders.pipeline import clean
@@ -53,7 +53,7 @@ def test_layers_read_through_pinned_memory_are_the_file(toy_model):
 def test_vram_is_free_after_each_encoder(toy_model, tmp_path, monkeypatch, mode, capfd):
     made = memory_plan.TextPlan(mode, "device", 300, 8192, 0, 0, 0)
     monkeypatch.setattr(stage1, "plan_text", lambda *_: made)
-    passes.release("cuda")
+    alone.release("cuda")
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     job = passes.Job(Path, tmp_path, toy_model, {}, CacheConfig(), "cuda", Progress(disable=True))
     jobs = [plan.TextJob(f"{i:032x}", caption) for i, caption in enumerate(CAPTIONS)]
