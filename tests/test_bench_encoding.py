@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from k5cache.bench import encoding
 from k5cache.bench.encoding import Sizes, bench
+from k5cache.encoders import machine
 from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -14,6 +18,23 @@ SIZES = Sizes(
     text=TEXT, clip={**FULL_CLIP, **TINY}, vae={**FULL_VAE, "block_out_channels": (32, 32, 32, 32)},
     num_captions=8, num_baseline=4, num_images=3, side=64, source=(96, 72), growth=(3, 6), growth_layers=1,
 )  # fmt: skip
+
+
+def test_a_full_size_encoder_is_not_loaded_onto_a_card_that_is_too_small(monkeypatch):
+    monkeypatch.setattr(machine, "free_vram", lambda _: 12 * 2**30)
+    found = encoding.Found()
+    assert not encoding.has_room(found, "the whole text encoder", encoding.whole_text_bytes(Sizes()), "cuda")
+    assert found.rows == [("the whole text encoder", "not measured", "it takes 16.2 GiB of VRAM, 12.0 GiB are free")]
+    assert encoding.has_room(found, "the VAE", encoding.whole_vae_bytes(Sizes()), "cuda")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_fit_is_left_out_and_the_rest_is_measured(monkeypatch):
+    monkeypatch.setattr(encoding, "has_room", lambda *_: False)
+    monkeypatch.setattr(encoding, "ceiling", lambda *_: None)
+    values = bench("cpu", vram=2**29, sizes=replace(SIZES, growth=())).values
+    assert {"read_exact", "read_fast", "int8_error"} <= values.keys()
+    assert not {"same_exact", "streamed_same_exact", "vae float32"} & values.keys()
 
 
 @pytest.mark.filterwarnings("ignore")  # the random model's config has keys that transformers remarks on
