@@ -122,6 +122,16 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_named(deep_model, tmp_path
         list(qwen.read_layers(encoder, reuse=True))
 
 
+def test_a_text_encoder_that_somebody_quantised_is_refused_not_taken_for_its_bits(deep_model, tmp_path):
+    shutil.copytree(deep_model, tmp_path / "model")
+    file = tmp_path / "model" / "text_encoder" / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.6.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(ModelError, match=rf"holds {name} as F8_E4M3"):
+        qwen.load_qwen(tmp_path / "model", "cpu", torch.bfloat16)
+
+
 def test_packs_hold_every_caption_once_longest_first_within_their_size():
     lengths = [5, 300, 7, 5, 5, 90, 41, 7]
     packs = make_packs(lengths, 100)

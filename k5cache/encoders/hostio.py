@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 16 * 2**20
 NUM_THREADS = 4  # one core copies 4 to 6 GB/s out of the page cache; a fast disk gives 7
 _ALIGN = 256  # bytes, for tensors within a buffer: what cuBLAS takes as aligned, and more
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _Tag = TypeVar("_Tag")
 
 
@@ -36,7 +36,7 @@ def read_ahead(
     """The tensors of each group (a layer) on ``device``, in the file's dtype; the next group is read meanwhile.
 
     Args:
-        groups: where the tensors are, a group after another; every byte is read once.
+        groups: where the tensors are, in one of ``DTYPES``, a group after another; every byte is read once.
         reuse: two buffers for all groups: what was yielded is valid until the next one is asked for, and the device
             may still be at work on it then. False gives each group memory of its own.
 
@@ -178,7 +178,5 @@ def _layout(group: Sequence[StoredTensor]) -> tuple[list[int], int]:
 
 
 def _view(buffer: torch.Tensor, start: int, tensor: StoredTensor) -> torch.Tensor:
-    if tensor.dtype not in _DTYPES:
-        raise ModelError(f"{tensor.path} holds {tensor.name} as {tensor.dtype}", "Use a checkpoint in bfloat16")
-    flat = buffer[start : start + tensor.num_bytes].view(torch_dtype(_DTYPES[tensor.dtype]))
+    flat = buffer[start : start + tensor.num_bytes].view(torch_dtype(DTYPES[tensor.dtype]))
     return flat.view(tensor.shape)

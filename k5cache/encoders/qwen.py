@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from k5cache.encoders.hostio import fetched, read_ahead
+from k5cache.encoders.hostio import DTYPES, fetched, read_ahead
 from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, attention_kernels, make_packs, run_layer
 from k5cache.encoders.pipeline import pipeline_facts, pipeline_token_ids
 from k5cache.errors import ModelError
@@ -271,10 +271,10 @@ class TextWeights:
         self._stored: dict[str, StoredTensor] = {}
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Every name is there in that shape, before anything is read.
+        """Every name is there in that shape and unquantised, before anything is read.
 
         Raises:
-            ModelError: names the first tensors that are missing or have another shape.
+            ModelError: names the first tensors that are missing, have another shape or are not floating point.
         """
         absent = [self._prefix + name for name in shapes if self._prefix + name not in self._files]
         if absent:
@@ -284,6 +284,15 @@ class TextWeights:
         if wrong:
             raise ModelError(
                 f"{self._where} does not match its config.json: {_listed(wrong)}", "Download the model again"
+            )
+
+        dtypes = {name: str(self._slice(name).get_dtype()) for name in shapes}
+        # Eight bits mean nothing without the scales that another library keeps beside them.
+        odd = [f"{self._prefix + name} as {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
+        if odd:
+            raise ModelError(
+                f"{self._where} holds {_listed(odd)}",
+                'Use a checkpoint in bfloat16; cache.text_encoder_1_precision = "int8" makes 8 bits of it',
             )
 
     def tensor(self, name: str) -> torch.Tensor:
