@@ -202,7 +202,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         if re.fullmatch(rf"\.\d+-{re.escape(path.name)}", old.name):
             old.unlink(missing_ok=True)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read: ComfyUI runs as another user
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Matched:
     """What each target matched: pattern -> module names, in the recipe's order."""
 
     patterns: Mapping[str, tuple[str, ...]]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Module name -> rank, once the adapter is there."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -53,11 +55,16 @@ class Matched:
 
 
 def describe(matched: Matched) -> str:
-    """One line a target: what it matched, block numbers left out, and how many modules in all."""
+    """One line a target: what it matched, block numbers left out, and how many modules; one a rank, if several."""
     lines = [
         f"LoRA on {len(names)} modules by {target}: {', '.join(_endings(names))}"
         for target, names in matched.patterns.items()
     ]
+    by_rank: dict[int, list[str]] = {}
+    for name, rank in matched.ranks.items():
+        by_rank.setdefault(rank, []).append(name)
+    if len(by_rank) > 1:
+        lines += [f"rank {r} on {len(by_rank[r])} modules: {', '.join(_endings(by_rank[r]))}" for r in sorted(by_rank)]
     return "\n".join(lines)
 
 
@@ -148,7 +155,7 @@ def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed
                 parameter.data = start.to(parameter.device)
     if config.init_lora is not None:
         start_from(transformer, Path(config.init_lora))
-    return matched
+    return replace(matched, ranks=ranks)
 
 
 _ZEROS = ("lora_B", "lokr_w1", "lokr_w1_a")  # what makes the start change nothing

@@ -206,7 +206,13 @@ def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts
     lora.save_lora(tmp_path / "a.safetensors", ours)
     _, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
     assert torch.equal(velocity(ours), after)
-    lora.add_lora(other := base(toy_model), LoraConfig(rank=6, ranks=ranks, alpha=12.0), seed=1)
+    matched = lora.add_lora(other := base(toy_model), LoraConfig(rank=6, ranks=ranks, alpha=12.0), seed=1)
+    said = lora.describe(matched).splitlines()
+    assert said[1].startswith("rank 2 on 29 modules: self_attention.to_query, self_attention.to_key")
+    assert said[2:] == [
+        "rank 3 on 3 modules: cross_attention.to_key",
+        "rank 6 on 10 modules: feed_forward.in_layer, feed_forward.out_layer",
+    ]
     assert other.get_submodule(NAME).scaling["default"] == 4.0
 
 

@@ -220,6 +220,14 @@ def test_a_16_bit_file_is_the_float32_one_rounded(toy_model, tmp_path):
     assert all(torch.equal(small[k], t.bfloat16()) for k, t in exact.items())
 
 
+def test_a_saved_file_may_be_read_by_whom_the_umask_lets(toy_model, tmp_path):
+    transformer = base(toy_model)
+    trained(transformer, LoraConfig(rank=2, targets=("qkv",)))
+    lora.save_lora(tmp_path / "a.safetensors", transformer)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_save_that_fails_leaves_the_old_file(toy_model, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")
