@@ -196,7 +196,7 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
         RunError: names every field that differs.
     """
     before = saved.facts["identity"]
-    free = [name for name in FREE if not (name in ("steps", "epochs") and _depends_on_the_last_step(now["train"]))]
+    free = [name for name in FREE if not (name in ("steps", "epochs") and depends_on_the_last_step(now["train"]))]
     differing = state.differences(before, dict(now), [f"train.{name}" for name in free])
     if differing:
         raise RunError(
@@ -205,7 +205,7 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
         )
 
 
-def _depends_on_the_last_step(train: Mapping[str, Any]) -> bool:
+def depends_on_the_last_step(train: Mapping[str, Any]) -> bool:
     """A schedule or a ramp that ends with the last step was another one all along if that step moves."""
     return bool(
         train["optim"]["lr_scheduler"] != "constant" or (train["tread"]["routes"] and train["tread"]["ramp_down"])

@@ -17,7 +17,8 @@ from k5train.config import TrainConfig
 from k5train.loop import Result, train
 from k5train.mixture import Mixture, open_mixture
 from k5train.objective import DataConfig
-from k5train.state import differences, latest_state
+from k5train.session import depends_on_the_last_step
+from k5train.state import Saved, differences, latest_state
 
 PARTS = ("transformer", "vae", "scheduler")
 
@@ -80,14 +81,25 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     data = open_data(cache or (None if config.data else first), config)
     saved = latest_state(run.state)
     if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
-        raise RunError(
-            f"{root} is finished, at step {saved.progress.step}",
-            f"To train it further: k5train resume {root} --set train.steps={2 * saved.progress.step}",
-        )
+        raise RunError(f"{root} is finished, at step {saved.progress.step}", further(run, config, data, saved))
     result = train(data, model_folder(model, PARTS), config, run)
     if options:
         write_recipe(root, model, config)
     return result
+
+
+def further(run: Run, config: TrainConfig, data: Mixture, saved: Saved) -> str:
+    """What to do with a finished run that is not enough."""
+    if not depends_on_the_last_step(to_dict(config)):
+        more = console.command("k5train", "resume", run.root, set=f"train.steps={2 * saved.progress.step}")
+        return f"To train it further: {more}"
+    if config.lora.algo in ("dora", "lokr"):
+        return "Train another for more steps: its schedule has come to its end"
+    # The schedule has come to its end: another one begins where the LoRA is.
+    caches = [] if config.data else [data.first.root]
+    start, out = f"train.lora.init_lora={run.lora}", f"{run.root}-2"
+    more = console.command("k5train", "run", *caches, recipe=run.root / "recipe.toml", out=out, set=start)
+    return f"Its schedule has come to its end. To start another from its LoRA: {more}"
 
 
 def open_data(cache: Path | None, config: TrainConfig) -> Mixture:

@@ -189,7 +189,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, whole, cache, toy
     again = cli(app, "resume", str(root))
     assert again.code == 2
     assert "is finished, at step 20" in again.err
-    assert "--set train.steps=40" in again.err
+    assert "To start another from its LoRA: k5train run" in again.err  # CONFIG has a cosine
 
 
 def test_a_signal_during_an_update_waits_for_its_end():
@@ -238,9 +238,15 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_field(whole, change, nam
 def test_another_last_step_is_refused_under_a_schedule_that_falls_towards_it(tmp_path, cache, toy_model, schedule):
     optim = OptimConfig(lr_scheduler=schedule, warmup_steps=0)
     start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=1, optim=optim))
-    refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.steps=3")
+    cli = Cli(tmp_path)
+    refused = cli(app, "resume", "run", "--set", "train.steps=3")
     assert refused.code == 2
     assert "was started differently: train.steps: 1, now 3" in refused.err
+    finished = cli(app, "resume", "run")
+    assert finished.code == 2
+    command = finished.err.split("To start another from its LoRA: k5train ")[1]  # what is told to do works
+    assert cli(app, *command.split()).code == 0
+    assert (tmp_path / "run-2" / "run-2.safetensors").is_file()
     refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.epochs=3")
     assert "train.epochs: not set, now 3" in refused.err
 
