@@ -140,8 +140,10 @@ def plan_text(
     longest = max_sequence_length + 64  # the template has 40
     at_risk = int(tokens_per_second * SECONDS_AT_RISK) if tokens_per_second else 2**31
     # Two buffers as the file has them, one more layer where it is cast or rounded.
-    two_layers = 2 * architecture.layer_parameters * 2 + (0 if precision == "bf16" else held + layer)
-    all_layers = architecture.num_layers * held + (two_layers if precision == "int8" else 0)
+    as_stored = 2 * architecture.layer_parameters * 2
+    two_layers = as_stored + (0 if precision == "bf16" else held + layer)
+    loading = {"bf16": 0, "int8": two_layers}.get(precision, as_stored)
+    all_layers = architecture.num_layers * held + loading
     room = ram - PROCESS_BYTES["cpu" if vram is None else "cuda"] - _IN_FLIGHT if vram is None else vram - CONTEXT_BYTES
     room -= _SLACK_BYTES
 
@@ -183,6 +185,7 @@ def plan_text(
     while size > longest and left < peak(0, size, 5 * size * token_bytes):
         size = max(longest, size // 2)
     host = min(_HOST_PARKING, max(ram // 4, 2**28))
+    host = 1 << (host.bit_length() - 1)  # torch takes pinned memory in powers of two
     return made("streamed", "host", host // token_bytes, size, two_layers + 5 * size * token_bytes)
 
 

@@ -102,6 +102,20 @@ def test_no_plan_needs_more_than_the_card_has(precision, batching):
     assert 0 < len(refused) < 16
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_layers_that_are_cast_are_planned_with_those_that_are_still_as_the_file_has_them(precision):
+    held = ARCHITECTURE.layer_parameters * (4 if precision == "fp32" else 2)
+    assert text_plan(40, precision).vram > 28 * held + 2 * ARCHITECTURE.layer_parameters * 2
+
+
+@pytest.mark.parametrize("ram_gib", [1, 5, 7, 64])
+def test_pinned_memory_is_planned_as_torch_takes_it(ram_gib):
+    made = text_plan(2, ram_gib=ram_gib, num_tokens=2_000_000)
+    parked = made.chunk_tokens * ARCHITECTURE.hidden_size * 2
+    rounded = 1 << (parked - 1).bit_length()
+    assert parked <= rounded <= min(2 * GIB, max(ram_gib * GIB // 4, GIB // 4))
+
+
 def test_what_cannot_fit_is_refused_with_what_it_needs():
     with pytest.raises(DoesNotFit) as refused:
         text_plan(1)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from k5cache import memory_plan
 from k5cache.config import CacheConfig
 from k5cache.encode import passes, stage1
-from k5cache.encode.commit import Committer
+from k5cache.encode.commit import Collector, Committer
 from k5cache.encode.plan import TextJob
 from k5cache.encoders import clip, hostio, qwen, streaming
 from k5cache.encoders.layers import make_packs
@@ -243,6 +243,22 @@ def test_rows_of_many_chunks_have_their_own_captions_and_vectors(deep_model, tok
         assert torch.equal(row["prompt_embeds"], expected)
         assert torch.equal(row["pooled"], pooled[i])
     assert len(chunks) > 3
+
+
+def test_clip_and_qwen_take_turns_over_many_captions(deep_model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "_TOGETHER", 4)
+    turns = []
+    for module, name in ((clip, "load_clip"), (qwen, "load_qwen")):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, right=right, name=name, **k: turns.append(name) or right(*a, **k))
+    commit = Collector()
+    passes.encode_texts(text_job(tmp_path / "cache", deep_model), commit, text_jobs())
+    assert turns == ["load_clip", "load_qwen"] * 3
+    for i, expected in enumerate(resident(deep_model, tokens)):
+        assert commit.rows[f"{i:032x}"]["caption"] == CAPTIONS[i]
+        assert torch.equal(commit.rows[f"{i:032x}"]["prompt_embeds"], expected)
+    pooled = clip.encode_pooled(clip.load_clip(deep_model, "cpu", torch.bfloat16), CAPTIONS)
+    assert torch.equal(torch.stack([commit.rows[f"{i:032x}"]["pooled"] for i in range(len(CAPTIONS))]), pooled)
 
 
 def test_a_kill_in_mid_stream_costs_one_chunk(deep_model, tmp_path, monkeypatch):

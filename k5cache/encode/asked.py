@@ -16,7 +16,7 @@ from typing import Any
 from k5cache import fingerprint
 from k5cache.config import CacheConfig, ModelConfig
 from k5cache.encode import stale
-from k5cache.errors import DatasetError
+from k5cache.errors import DatasetError, RecipeError
 from k5cache.facts import cached_facts, cleaning, version
 from k5cache.hub import ENCODER_PARTS, model_folder, read_config
 from k5cache.sources import items, origin
@@ -165,6 +165,11 @@ def look(
     Args:
         found: what ``origin.find`` gave a moment ago.
     """
+    if model.flavour.startswith("i2i"):
+        raise RecipeError(
+            f'model.flavour = "{model.flavour}" edits images (I2I), and k5cache encodes captions alone (T2I) so far',
+            'Set model.flavour = "t2i-lite-sft" or "t2i-lite-pretrain"',
+        )
     found = found or origin.find(source, config)
     wanted = request(source, root, model_folder(model, ENCODER_PARTS), model, config, prompts)
     if wanted.differences and not options.update:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 DTYPES = stage1.DTYPES
 _POOLED_IN_MEMORY = 2**26  # bytes of pooled vectors, 40,000 captions, past which they go to a file
 _ROWS_IN_FLIGHT = 32
+_TOGETHER = 50_000  # captions through CLIP before Qwen begins: minutes of a GPU
 _TRIED_IN_BOTH = 4  # captions that the error of an int8 text encoder is measured on
 
 
@@ -58,9 +59,10 @@ class Job:
 
 
 def encode_texts(job: Job, commit: Committer, jobs: Sequence[plan.TextJob]) -> tuple[tuple[str, int], ...]:
-    """CLIP over every new caption, then Qwen, which writes each row as it comes. Returns the captions that were cut.
+    """CLIP over new captions, then Qwen, which writes each row as it comes. Returns the captions that were cut.
 
-    CLIP goes first because its vectors are small (1.5 KB a caption): Qwen's (2 MB) then never pile up in memory.
+    CLIP goes first because its vectors are small (1.5 KB a caption): Qwen's (2 MB) then never pile up in memory. They
+    are kept by Qwen's rows alone, so of a million captions CLIP takes no more at once than a kill may cost.
 
     Raises:
         DoesNotFit: the card cannot hold two layers of the text encoder and a caption.
@@ -71,11 +73,15 @@ def encode_texts(job: Job, commit: Committer, jobs: Sequence[plan.TextJob]) -> t
 
     lengths = machine.text_lengths((one.caption for one in jobs), job.config.max_sequence_length)
     made = stage1.plan_text(job.folder, job.config, job.device, job.vram, lengths)
-    with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as pooled:
-        with alone(job.device, job.vram, "CLIP"):
-            width = _encode_pooled(job, jobs, pooled)
-        with alone(job.device, job.vram, "Qwen2.5-VL", made.vram):
-            return _encode_prompts(job, commit, jobs, made, pooled, width)
+    truncated: tuple[tuple[str, int], ...] = ()
+    for start in range(0, len(jobs), _TOGETHER):
+        part = jobs[start : start + _TOGETHER]
+        with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as pooled:
+            with alone(job.device, job.vram, "CLIP"):
+                width = _encode_pooled(job, part, pooled)
+            with alone(job.device, job.vram, "Qwen2.5-VL", made.vram):
+                truncated += _encode_prompts(job, commit, part, made, pooled, width)
+    return truncated
 
 
 def _encode_pooled(job: Job, jobs: Sequence[plan.TextJob], pooled: IO[bytes]) -> int:
