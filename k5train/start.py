@@ -14,6 +14,7 @@ from k5cache.hub import model_folder
 from k5cache.recipe import parse, read, to_dict
 from k5train.checkpoint import Run, create_run, free_name, is_held, open_run, undone_if_refused, write_recipe
 from k5train.config import TrainConfig
+from k5train.idle import idle_options
 from k5train.loop import Result, train
 from k5train.mixture import Mixture, open_mixture
 from k5train.objective import DataConfig
@@ -50,6 +51,8 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         RunError: the folder is taken by a finished run or by one with another recipe.
     """
     config = with_library(config)
+    for line in idle_options(config):
+        console.warn(line)
     data = open_data(cache, config)
     folder = model_folder(model, PARTS)
     run = _unfinished(data, out, model, config) if not is_new else None

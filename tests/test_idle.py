@@ -1,0 +1,57 @@
+"""Is somebody told whose option counts for nothing, and only then?"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import pytest
+
+from k5cache.recipe import parse, read
+from k5train.config import TrainConfig
+from k5train.idle import _BELONGS, _NEEDS, idle_options
+from k5train.start import start
+
+
+def lines(*options: str) -> list[str]:
+    (config,) = parse(read(None, [f"train.{option}" for option in options]), {"train": TrainConfig})
+    return idle_options(config)
+
+
+def test_nothing_is_said_of_the_defaults():
+    assert lines() == []
+
+
+@pytest.mark.parametrize(
+    ("idle", "what", "acting"),
+    [
+        ("objective.huber_c=0.5", "it belongs to train.objective.loss_type = huber", "objective.loss_type=huber"),
+        ("objective.logit_mean=1", "sigma_sampling = logit_normal", "objective.sigma_sampling=logit_normal"),
+        ("optim.lr_end=0.1", "linear or polynomial or cosine", "optim.lr_scheduler=rex"),
+        ("tread.ramp_down=0.1", "train.tread.routes is not set",
+         "tread.routes=[{selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2}]"),
+        ("rollout.max_steps=2", "train.rollout.probability is not set", "rollout.probability=0.1"),
+        ("objective.prior_loss_weight=0.5", "no [[train.data]] entry has is_regularisation_data",
+         'data=[{cache="a", is_regularisation_data=true}]'),
+    ],
+)  # fmt: skip
+def test_an_option_without_what_it_belongs_to_is_named(idle, what, acting):
+    (line,) = lines(idle)
+    assert line.startswith(f"train.{idle.partition('=')[0]} does nothing here: ")
+    assert what in line
+    assert lines(idle, acting) == []
+
+
+def test_every_name_and_value_is_one():
+    for name in [*_BELONGS, *_NEEDS, *_NEEDS.values()]:
+        attrgetter(name)(TrainConfig())
+    for other, values in _BELONGS.values():
+        for value in values:
+            assert lines(f"{other}={value}") == []
+
+
+def test_a_run_says_it_at_its_start(monkeypatch, capsys):
+    (config,) = parse(read(None, ["train.objective.huber_c=0.5"]), {"train": TrainConfig})
+    monkeypatch.setattr("k5train.start.open_data", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        start(None, config, None, None, False)
+    assert "warning: train.objective.huber_c does nothing here" in capsys.readouterr().err
