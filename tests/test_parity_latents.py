@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -57,6 +58,18 @@ def test_moments_are_the_vaes_for_each_picture_alone_channels_last_and_unscaled(
             theirs = reference.encode(processor.preprocess(image).to(device, dtype)).latent_dist
         assert torch.equal(ours.mean[i].permute(2, 0, 1), theirs.mean[0].float().cpu())
         assert torch.equal(ours.std[i].permute(2, 0, 1), theirs.std[0].float().cpu())
+
+
+def test_a_cast_that_was_asked_for_is_not_warned_of(toy_model, caplog):
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        assert load_vae(toy_model, "cpu", torch.bfloat16).dtype == torch.bfloat16
+        assert not caplog.records
+        AutoencoderKL.from_pretrained(toy_model / "vae").to(torch.bfloat16)
+        assert caplog.records, "if this fails, diffusers no longer warns and there is nothing to hold back"
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -39,6 +39,7 @@ def encode(
         CacheStale: ``root`` was made by another recipe, and ``update`` is not set.
         CacheCorrupt: a file of ``root`` is damaged, and ``repair`` is not set.
         CacheLocked: another process is writing ``root``.
+        DoesNotFit: an encoder fits in no mode, or memory ended while it ran.
     """
     started = time.monotonic()
     found = None

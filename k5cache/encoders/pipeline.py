@@ -68,12 +68,23 @@ def pipeline_token_ids(tokenizer: Any, caption: str, max_sequence_length: int) -
 
     pipe = _empty_pipeline()
     vars(pipe).update(tokenizer=tokenizer, text_encoder=text_encoder)
-    with _silent("diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i"):
+    with silent("diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i"):
         pipe._encode_prompt_qwen(
             prompt=[caption], device=torch.device("cpu"), max_sequence_length=max_sequence_length, dtype=torch.float32
         )
     (input_ids,) = seen
     return cast(list[int], input_ids[0].tolist())
+
+
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """Hold back one logger: where what it says is said once, in our words, or is no one's concern."""
+    logger = logging.getLogger(name)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _empty_pipeline() -> Any:
@@ -86,17 +97,6 @@ def _pipeline_class() -> Callable[..., Any]:
     from diffusers import Kandinsky5T2IPipeline
 
     return cast(Callable[..., Any], Kandinsky5T2IPipeline)
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """Hold back one logger: what was truncated is in ``Tokens``, once, in our words."""
-    logger = logging.getLogger(name)
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
 
 
 def _version(package: str) -> str | None:

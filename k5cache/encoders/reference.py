@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k5cache.encoders.pipeline import _silent as silent
-from k5cache.encoders.pipeline import clean
+from k5cache.encoders.pipeline import clean, silent
 from k5cache.encoders.qwen import load_tokenizer
 from k5cache.hub import weight_files
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.encoders.pipeline import silent
 from k5cache.errors import ModelError
 from k5cache.hub import read_config, weight_files
 
@@ -46,8 +47,9 @@ def load_vae(folder: Path, device: str | torch.device, dtype: torch.dtype) -> An
         ) from error
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "Download the model again")
-    vae = vae.to(device)  # float32 as loaded; a cast to float32 would do nothing but make diffusers warn
-    return (vae if dtype == vae.dtype else vae.to(dtype)).eval().requires_grad_(False)
+    with silent("diffusers.models.modeling_utils"):  # it warns of every cast, of no module at all
+        vae = vae.to(device=device, dtype=dtype)
+    return vae.eval().requires_grad_(False)
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
