@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,15 @@ def test_every_field_that_differs_is_named_with_both_values(three, other_vae, mo
         assert words in said
     assert "--update" in caught.value.fix
     assert "text_encoder" not in said
+
+
+def test_every_option_but_the_size_of_a_shard_is_in_the_recipe_that_a_cache_is_compared_with(toy_model):
+    plain = CacheConfig()
+    known = asking.build_recipe(ModelConfig(), plain, toy_model)
+    for field in fields(CacheConfig):
+        other = "another" if isinstance(field.default, str | None) else field.default + 1
+        found = asking.build_recipe(ModelConfig(), replace(plain, **{field.name: other}), toy_model)
+        assert (found == known) is (field.name == "shard_mb"), field.name
 
 
 def test_another_vae_encodes_the_images_again_and_leaves_the_text_alone(three, other_vae, loaded):
