@@ -81,6 +81,9 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
         read(root / "recipe.toml", options), {"model": ModelConfig, "train": TrainConfig}, root / "recipe.toml"
     )
     config = with_library(config)
+    if cache is None and not config.data and not first.exists():
+        moved = console.command("k5train", "resume", root, cache="PATH")
+        raise RunError(f"{root} was trained on {first}, which is not there", f"If it moved: {moved}")
     data = open_data(cache or (None if config.data else first), config)
     saved = latest_state(run.state)
     if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:

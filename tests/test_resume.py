@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,20 @@ def test_another_cache_is_refused_by_what_is_different(tmp_path, whole, toy_mode
     refused = Cli(tmp_path)(app, "resume", str(whole), "--cache", str(other), "--set", "train.steps=30")
     assert refused.code == 2
     assert "cache.recipe.selection.resolution: 64, now 80" in refused.err
+
+
+def test_a_run_whose_cache_moved_is_told_where_to_name_it(tmp_path, cache, toy_model):
+    shutil.copytree(cache, tmp_path / "here")
+    config = replace(CONFIG, steps=1, optim=OptimConfig(warmup_steps=0))
+    start_run(tmp_path / "run", tmp_path / "here", toy_model, config)
+    (tmp_path / "here").rename(tmp_path / "there")
+    cli = Cli(tmp_path)
+    refused = cli(app, "resume", "run", "--set", "train.steps=2")
+    assert refused.code == 2
+    assert "which is not there" in refused.err
+    assert "k5train resume run --cache PATH" in refused.err
+    done = cli(app, "resume", "run", "--set", "train.steps=2", "--cache", "there")
+    assert done.code == 0, done.err
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path, cache, toy_model):
