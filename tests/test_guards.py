@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"errors", "console", "recipe", "config", "hub", "buckets", "store", "fingerprint", "compare", "toy"}
+SHARED = {"errors", "console", "recipe", "config", "hub", "buckets", "store", "fingerprint", "compare", "ram", "toy"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -124,7 +124,7 @@ def test_streamed_weights_have_one_copy_on_the_host_and_a_slot_on_the_device(toy
 
 
 def test_streaming_more_than_the_host_has_is_refused(toy_model, monkeypatch):
-    monkeypatch.setattr(stream, "_free_host_memory", lambda: stream._HOST_RESERVE)
+    monkeypatch.setattr(stream, "free_ram", lambda: stream._HOST_RESERVE)
     with pytest.raises(DoesNotFit, match="host memory"):
         execution(model(toy_model), streaming=Streaming(2))
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from k5cache import memory_plan
+from k5cache import memory_plan, ram
 from k5cache.cli import app
 from k5cache.console import parse_bytes
 from k5cache.encode import alone, passes, stage1
@@ -183,7 +183,7 @@ def test_a_containers_limit_is_what_is_free(tmp_path, group, files, left):
         names = ("limit_in_bytes", "usage_in_bytes") if folder == "memory" else ("max", "current")
         for name, text in zip((*names, "stat"), texts, strict=True):
             (where / f"memory.{name}").write_text(text)
-    assert machine.free_ram(tmp_path) == pytest.approx(left, rel=1e-3)
+    assert ram.free_ram(tmp_path) == pytest.approx(left, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from k5cache.config import CacheConfig
 from k5cache.console import human_bytes, human_seconds
 from k5cache.encode.plan import LatentJob, TextJob
 from k5cache.hub import read_config
+from k5cache.ram import free_ram
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 2}
@@ -117,7 +118,7 @@ def plan_text(
         config.text_batching,
         config.max_sequence_length,
         vram=vram or machine.free_vram(device),
-        ram=machine.free_ram(),
+        ram=free_ram(),
         num_tokens=sum(lengths),
         tokens_per_second=measured(folder, device, config).text_flops / per_token if on_cpu else None,
     )
@@ -137,7 +138,7 @@ def plan_vae(
         config.vae_precision,
         largest,
         vram=vram or machine.free_vram(device),
-        ram=machine.free_ram(),
+        ram=free_ram(),
         decoded_bytes=2 * num_workers() * 3 * decoded,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from k5cache.console import human_bytes
 from k5cache.errors import DoesNotFit, RunError
+from k5cache.ram import free_ram
 from k5train.base.linear import Int8Linear
 
 if TYPE_CHECKING:
@@ -171,22 +171,12 @@ def check_host_memory(num_bytes: int) -> None:
     Raises:
         DoesNotFit: less than ``num_bytes`` and a reserve is free.
     """
-    free = _free_host_memory()
-    if free is not None and num_bytes + _HOST_RESERVE > free:
+    free = free_ram()
+    if num_bytes + _HOST_RESERVE > free:
         raise DoesNotFit(
             f"Streaming takes {human_bytes(num_bytes)} of host memory for weights, {human_bytes(free)} is free",
             "Close other programs, or stream less: a lower resolution or batch size leaves more weights on the GPU",
         )
-
-
-def _free_host_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        lines = dict(line.split(":", 1) for line in text.splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _layout(block: nn.Module) -> tuple[list[tuple[nn.Module, str, int]], int]:
