@@ -257,7 +257,9 @@ def print_result(result: Result) -> None:
     )
     console.out.print(f"LoRA     {result.lora}", markup=False)
     console.out.print(f"loads by {result.loads_by}: loaded back by diffusers and compared", markup=False)
-    if result.best_step is not None:
+    if result.best_step == 0:
+        console.warn(f"The held-out loss was never below the base's, {result.best_loss:.4f}")
+    elif result.best_step is not None:
         best = result.lora.with_name(f"{result.lora.stem}-best.safetensors")
         console.out.print(
             f"best     {best}, step {result.best_step}, held-out loss {result.best_loss:.4f}", markup=False

@@ -198,10 +198,13 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
     before = saved.facts["identity"]
     free = [name for name in FREE if not (name in ("steps", "epochs") and depends_on_the_last_step(now["train"]))]
     differing = state.differences(before, dict(now), [f"train.{name}" for name in free])
+    for i, (field, _, _) in enumerate(line.partition(": ") for line in differing):
+        if field.endswith(".rows"):  # two hashes say nothing
+            differing[i] = f"{field.removesuffix('.rows')}: its images or captions are others now"
     if differing:
         raise RunError(
             f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(differing)}",
-            "Put that back to go on with it, or train another: k5train run --new",
+            "Put that back to go on with it, or train another: k5train run --new, or -o OTHER",
         )
 
 

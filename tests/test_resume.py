@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from k5cache.errors import RunError
-from k5train import loop, state, step
+from k5train import loop, session, state, step
 from k5train.checkpoint import Run, hold
 from k5train.cli import app
 from k5train.config import LoraConfig, ObjectiveConfig, OptimConfig
@@ -233,6 +233,13 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_field(whole, change, nam
         go_on(whole, steps=30, **change)
     assert named in caught.value.problem
     assert (whole / "result.json").read_bytes() == before
+
+
+def test_a_cache_whose_rows_changed_is_refused_in_words(whole, cache, monkeypatch):
+    monkeypatch.setattr(session, "_rows", lambda cache: "another hash")
+    with pytest.raises(RunError, match="cache: its images or captions are others now") as caught:
+        go_on(whole, steps=30)
+    assert "-o OTHER" in caught.value.fix
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "rex", "cosine_with_restarts"])

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from k5cache.config import prompt_library, validation_prompts
 from k5cache.errors import RecipeError
 from k5cache.hub import read_config
-from k5train import heldout
+from k5train import heldout, loop
 from k5train.base.forward import predict_velocity
 from k5train.base.quantize import load_transformer
 from k5train.checkpoint import Run
+from k5train.cli import print_result
 from k5train.config import OptimConfig, TrainConfig, ValidationConfig
 from k5train.curve import draw_losses, nice_axis, smooth
 from k5train.data import Loader
@@ -144,6 +145,16 @@ def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls(tmp_path, cache
     losses = held_out_losses(tmp_path / "run")
     assert result.steps == result.best_step + 2 == max(losses)
     assert min(losses[result.steps], losses[result.steps - 1]) >= losses[result.best_step]
+
+
+def test_a_lora_that_was_never_better_than_the_base_is_not_called_the_best(tmp_path, capsys):
+    made = loop.Result(tmp_path / "a.safetensors", "a call", None, 9, 0.5, 0.6, 1.0, "steps", 0, 0.4321, 1.0)
+    print_result(made)
+    shown = capsys.readouterr()
+    assert "never below the base's, 0.4321" in " ".join(shown.err.split())
+    assert "a-best" not in shown.out
+    print_result(replace(made, best_step=3))
+    assert "a-best.safetensors, step 3" in " ".join(capsys.readouterr().out.split())
 
 
 def test_validation_changes_no_bit_of_the_training(tmp_path, cache, toy_model, run):
