@@ -9,8 +9,8 @@ from k5train.bench_features import SETTLING
 from k5train.config import LoraConfig, OptimConfig, TrainConfig
 
 SMALL = {
-    **bench.FULL_SIZE, "in_text_dim": 12, "in_text_dim2": 5, "model_dim": 256, "ff_dim": 512, "time_dim": 32,
-    "num_visual_blocks": 6, "num_text_blocks": 1,
+    **bench.FULL_SIZE, "in_text_dim": 12, "in_text_dim2": 5, "model_dim": 32, "ff_dim": 64, "time_dim": 32,
+    "num_visual_blocks": 6, "num_text_blocks": 1, "axes_dims": [4, 6, 6],
 }  # fmt: skip
 
 

@@ -184,30 +184,17 @@ def test_int8_tensor_core_arithmetic_stays_near_sixteen_bit_gradients(toy_model)
     assert any(not torch.equal(near[name], plain[name]) for name in plain)
 
 
-def test_compiled_blocks_take_any_caption_and_picture_with_one_compilation(toy_model, monkeypatch):
+def test_one_compilation_takes_any_caption_picture_and_rank(toy_model, monkeypatch):
     # aot_eager: the whole of torch.compile but the code generator, which takes a minute a block on a CPU.
-    compiling = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(execute.torch, "compile", compiling)
-    transformer = model(toy_model, targets=("qkv",))
-    plan = Plan(("selective",) * len(transformer.visual_transformer_blocks), None, {}, None, 0)
-    made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
-    torch._dynamo.utils.counters.clear()
-    for tokens, side in ((7, 8), (9, 12), (12, 10)):
-        inputs = batch(transformer, tokens, side)
-        assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
-
-
-def test_compiled_blocks_take_adapters_of_any_rank_with_one_compilation(toy_model, monkeypatch):
     compiling = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(execute.torch, "compile", compiling)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for rank in (4, 6, 3):
+    for tokens, side, rank in ((7, 8, 4), (9, 12, 6), (12, 10, 3), (9, 8, 3)):
         transformer = model(toy_model, targets=("qkv",), rank=rank)
         plan = Plan(("selective",) * len(transformer.visual_transformer_blocks), None, {}, None, 0)
         made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
-        inputs = batch(transformer)
+        inputs = batch(transformer, tokens, side)
         assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
 
