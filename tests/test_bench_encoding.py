@@ -16,7 +16,8 @@ TEXT = {**FULL_TEXT, **TINY, "num_key_value_heads": 2,
         "rope_parameters": {**FULL_TEXT["rope_parameters"], "mrope_section": [2, 3, 3]}}  # fmt: skip
 SIZES = Sizes(
     text=TEXT, clip={**FULL_CLIP, **TINY}, vae={**FULL_VAE, "block_out_channels": (32, 32, 32, 32)},
-    num_captions=8, num_baseline=4, tokens=(45, 60), growth_tokens=(45, 60), num_images=3, side=64, source=(96, 72), growth=(3, 6), growth_layers=1,
+    num_captions=8, num_baseline=4, tokens=(45, 60), growth_tokens=(45, 60),
+    num_images=3, side=64, source=(96, 72), growth=(3, 6), growth_layers=1,
 )  # fmt: skip
 
 
