@@ -42,7 +42,7 @@ from k5train.session import Base
 NUM_ROWS = 48
 TEXT_TOKENS = tuple(range(200, 328, 16))  # of the captions, in turn; 256 on average, as in `k5train bench`
 SETTLING = 3  # steps of a run that are not timed: shapes seen for the first time
-TREAD = TreadConfig(routes=(RouteConfig(0.5, 2, -3),))
+TREAD = TreadConfig(routes=(RouteConfig(0.5, *bench.TREAD_BLOCKS),))
 VAE = {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611}  # Flux's
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
 

@@ -43,7 +43,7 @@ _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding
 
 
 _MARGIN = 0.03  # of the budget, left free: predictions are that good at best
-_FEW = 0.1  # of the blocks: about 1 % of a step, while a level costs 10 to 20 s of compiling, 5 s once it is cached
+_FEW = 0.1  # of the blocks: about 1 % of a step by its FLOPs, while each level is compiled for itself
 
 
 @dataclass(frozen=True)
