@@ -138,6 +138,22 @@ def test_a_file_written_as_it_was_read_is_read_again_next_time(tmp_path, toy_mod
     assert shop.encode().is_unchanged
 
 
+def test_a_source_that_settled_meanwhile_is_noted_by_the_next_encode_that_looks_at_all_of_it(
+    tmp_path, toy_model, monkeypatch
+):
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png")
+    reports, notes = [], []
+    for settled_ns in (3_600 * 10**9, 0, 0):
+        monkeypatch.setattr(glance, "SETTLED_NS", settled_ns)
+        reports.append(shop.encode(rehash=True))
+        notes.append(len(read_manifest(shop.root).source))
+    assert [(report.num_latents, report.num_texts, report.is_unchanged) for report in reports] == [
+        (1, 2, False), (0, 0, False), (0, 0, True),
+    ]  # fmt: skip
+    assert notes == [32, 64, 64]
+
+
 def test_a_caption_edited_while_it_is_encoded_is_not_taken_for_the_one_that_was_read(tmp_path, toy_model, monkeypatch):
     shop = Workshop(tmp_path, toy_model)
     shop.put("cat.png", "a cat")
@@ -224,6 +240,7 @@ def test_a_revision_that_moved_is_met_when_something_is_to_be_encoded_and_then_r
 
 
 def test_a_download_that_lacks_a_part_is_completed_by_the_hub(tmp_path, toy_model, hub, monkeypatch):
+    monkeypatch.setattr(glance, "SETTLED_NS", 0)  # else the second encode writes a note if it is 2 s after `put`
     shop = Workshop(tmp_path / "shop", toy_model)
     shop.put("cat.png", "a cat")
     encode_from_hub(shop)
