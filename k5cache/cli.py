@@ -80,7 +80,9 @@ def encode(
         console.print_json(report)
         return
     print_report(report, root)
-    console.next_step("Next, train a LoRA", console.command("k5train", "run", root, recipe=recipe, model=model))
+    named = [option for option in options or [] if option.startswith("model.")]
+    again = {"recipe": recipe, "model": model, "set": named}
+    console.next_step("Next, train a LoRA", console.command("k5train", "run", root, **again))
 
 
 @app.command()
@@ -400,13 +402,15 @@ def _model_of(manifest: Manifest, model: str | None) -> ModelConfig:
     from k5cache.config import model_of
 
     made_by = model_of(manifest.recipe)
-    return replace(made_by, path=model) if model else made_by
+    return replace(made_by, path=model, revision=None) if model else made_by
 
 
 def _then_train(cache: Path, manifest: Manifest) -> None:
     """The next command, with the model that made the cache written out."""
     made_by = _model_of(manifest, None)
-    console.next_step("Next, train a LoRA", console.command("k5train", "run", cache, model=made_by.path))
+    # Without a path nothing is named, and the run takes flavour and revision from the cache.
+    pinned = f"model.revision={made_by.revision}" if made_by.path and made_by.revision else None
+    console.next_step("Next, train a LoRA", console.command("k5train", "run", cache, model=made_by.path, set=pinned))
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ class ModelConfig:
     path: str | None = None
     """A folder in the diffusers layout, or another hub repository, instead of the flavour's own."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
+    """Branch, tag or commit of the hub repository. A cache notes it, for runs that name no model."""
 
     @property
     def source(self) -> str:
@@ -43,10 +43,18 @@ class ModelConfig:
 def model_of(recipe: Mapping[str, Any]) -> ModelConfig:
     """The model that a cache was made with, from the recipe in its manifest."""
     made_by = recipe.get("model", {})
-    path, flavour = str(made_by.get("source", "")), made_by.get("flavour")
+    path, flavour, revision = str(made_by.get("source", "")), made_by.get("flavour"), made_by.get("revision")
     return ModelConfig(
-        flavour if flavour in FLAVOURS else "t2i-lite-sft", path if path not in FLAVOURS.values() else None
+        flavour if flavour in FLAVOURS else "t2i-lite-sft",
+        path if path not in FLAVOURS.values() else None,
+        revision if isinstance(revision, str) and revision else None,
     )
+
+
+def model_name(recipe: Mapping[str, Any]) -> str:
+    """The same in words: where it came from, and at which revision if that was pinned."""
+    source, revision = str(recipe.get("model", {}).get("source", "unknown")), model_of(recipe).revision
+    return f"{source} at {revision}" if revision else source
 
 
 _SELECTION = (

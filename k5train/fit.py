@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.config import model_name
 from k5cache.errors import CacheStale
 from k5cache.fingerprint import fingerprint
 from k5cache.hub import ENCODER_PARTS, read_config
@@ -47,7 +48,7 @@ def check_encoders(cache: Cache, folder: Path) -> None:
     if others:
         raise CacheStale(
             f"{cache.root} does not belong to the model in {folder}: {'; '.join(others)}",
-            f"Train with the model that encoded it ({recipe.get('model', {}).get('source', 'unknown')}), "
+            f"Train with the model that encoded it ({model_name(recipe)}), "
             f"or encode with this one: k5cache encode SOURCE -o {cache.root} --model {folder} --update",
         )
 

@@ -197,7 +197,10 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
     """
     before = saved.facts["identity"]
     free = [name for name in FREE if not (name in ("steps", "epochs") and depends_on_the_last_step(now["train"]))]
-    differing = state.differences(before, dict(now), [f"train.{name}" for name in free])
+    free = [f"train.{name}" for name in free]
+    # A name, which an encode may note later; the weights that it stands for are compared by their fingerprints.
+    free += [f"{name}.recipe.model.revision" for name in now if name.startswith("cache")]
+    differing = state.differences(before, dict(now), free)
     for i, (field, _, _) in enumerate(line.partition(": ") for line in differing):
         if field.endswith(".rows"):  # two hashes say nothing
             differing[i] = f"{field.removesuffix('.rows')}: its images or captions are others now"

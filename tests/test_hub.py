@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from workshop import Workshop
 
-from k5cache.config import ModelConfig
+from k5cache.cli import app as cache_app
+from k5cache.config import FLAVOURS, CacheConfig, ModelConfig, model_of
+from k5cache.encode import stale
+from k5cache.encode.asked import build_recipe
 from k5cache.errors import ModelError
 from k5cache.hub import model_folder
+from k5cache.store.manifest import read_manifest, write_manifest
 from k5train.cli import app
 from tests.cli import Cli
 
 PARTS = ("transformer", "vae", "scheduler")
 COMMIT, NEWER = "1111aaaa" * 5, "2222bbbb" * 5
 MODEL = ModelConfig(path="someone/toy")
+PIN = f"model.revision={COMMIT}"
+SMALL = ("--set", "cache.resolution=64", "--device", "cpu")
+TINY = ("--set", "train.steps=1", "--set", "train.mixed_precision=fp32", "--set", "train.lora.rank=2")
 NO_ROUTE = HfHubHTTPError.__mro__[1]("no route to host")  # what httpx's own errors descend from
 
 
@@ -118,8 +128,88 @@ def test_a_full_disk_is_not_taken_for_a_hub_that_is_away(hub):
 
 def test_a_run_trains_on_what_is_here_while_the_hub_is_away(hub, tmp_path, toy_cache):
     hub.problem = NO_ROUTE
-    small = ("--set", "train.steps=1", "--set", "train.mixed_precision=fp32", "--set", "train.lora.rank=2")
-    done = Cli(tmp_path)(app, "run", str(toy_cache("bf16")), "--model", "someone/toy", "-o", "runs/a", *small)
+    done = Cli(tmp_path)(app, "run", str(toy_cache("bf16")), "--model", "someone/toy", "-o", "runs/a", *TINY)
     assert done.code == 0, done.err
     assert done.err.count("the hub cannot be asked") == 1
     assert (tmp_path / "runs" / "a" / "a.safetensors").is_file()
+
+
+# A cache of a pinned revision
+
+
+@pytest.fixture
+def pinned(hub, tmp_path) -> Cli:
+    """A folder with a cache that was encoded at a pinned commit; ``main`` has moved on since."""
+    shop = Workshop(tmp_path, hub.here)
+    shop.put("cat.png", "a cat")
+    (tmp_path / "images").rename(tmp_path / "set")
+    cli = Cli(tmp_path)
+    done = cli(cache_app, "encode", "set", *SMALL, "--model", "someone/toy", "--set", PIN)
+    assert done.code == 0, done.err
+    hub.commit = NEWER
+    return cli
+
+
+def test_a_run_that_names_no_model_trains_the_revision_that_its_cache_was_encoded_at(hub, pinned):
+    done = pinned(app, "run", "cache/set", *TINY)
+    assert done.code == 0, done.err
+    assert f'revision = "{COMMIT}"' in (pinned.folder / "runs" / "set" / "recipe.toml").read_text(encoding="utf-8")
+    assert (hub.asked, hub.downloads) == (0, [])
+
+
+def test_a_run_that_names_a_model_trains_that_and_not_the_caches_revision(hub, pinned):
+    done = pinned(app, "run", "cache/set", "--model", "someone/toy", *TINY)
+    assert done.code == 0, done.err
+    assert "revision" not in (pinned.folder / "runs" / "set" / "recipe.toml").read_text(encoding="utf-8")
+    assert (hub.asked, len(hub.downloads)) == (1, 1)
+
+
+def test_the_revision_is_shown_and_is_in_the_command_that_trains(pinned):
+    shown = pinned(cache_app, "info", "cache/set")
+    encoded = pinned(cache_app, "encode", "set", *SMALL, "--model", "someone/toy", "--set", PIN)
+    assert f"someone/toy at {COMMIT}" in " ".join(shown.out.split())
+    for done in (shown, encoded):
+        assert done.out.splitlines()[-1] == f"Next, train a LoRA: k5train run cache/set --model someone/toy --set {PIN}"
+
+
+def test_the_encoders_that_add_a_prompt_are_of_the_revision_unless_a_model_is_named(hub, pinned):
+    assert pinned(cache_app, "prompts", "add", "cache/set", "a fox").code == 0
+    assert hub.asked == 0
+    assert pinned(cache_app, "prompts", "add", "cache/set", "an owl", "--model", "someone/toy").code == 0
+    assert hub.asked == 1
+
+
+def test_a_revision_changes_no_key_and_a_cache_without_one_has_the_recipe_that_it_always_had(toy_model):
+    plain, at = (build_recipe(ModelConfig(revision=r), CacheConfig(), toy_model) for r in (None, COMMIT))
+    assert plain["model"] == {"source": FLAVOURS["t2i-lite-sft"], "flavour": "t2i-lite-sft"}
+    assert at == {**plain, "model": {**plain["model"], "revision": COMMIT}}
+    assert stale.differences(plain, at) == []
+    assert (model_of(plain), model_of(at)) == (ModelConfig(), ModelConfig(revision=COMMIT))
+    assert model_of({"model": {**plain["model"], "revision": 5}}) == ModelConfig()
+
+
+def test_a_cache_from_before_revisions_were_noted_notes_its_own_when_it_is_encoded_again(hub, pinned):
+    root = pinned.folder / "cache" / "set"
+    manifest = read_manifest(root)
+    noted = manifest.recipe["model"]
+    without = {name: value for name, value in noted.items() if name != "revision"}
+    write_manifest(root, replace(manifest, recipe={**manifest.recipe, "model": without}))
+    again = ("encode", "set", *SMALL, "--model", "someone/toy", "--json")
+    assert json.loads(pinned(cache_app, *again).out)["is_unchanged"]
+    for is_unchanged in (False, True):
+        done = json.loads(pinned(cache_app, *again, "--set", PIN).out)
+        assert (done["is_unchanged"], done["num_latents"], done["num_texts"]) == (is_unchanged, 0, 0)
+        assert read_manifest(root).recipe["model"] == noted
+    assert read_manifest(root).shards == manifest.shards
+
+
+def test_a_run_goes_on_where_its_cache_has_noted_the_revision_meanwhile(hub, pinned):
+    root = pinned.folder / "cache" / "set"
+    manifest = read_manifest(root)
+    without = {name: value for name, value in manifest.recipe["model"].items() if name != "revision"}
+    write_manifest(root, replace(manifest, recipe={**manifest.recipe, "model": without}))
+    hub.commit = COMMIT
+    assert pinned(app, "run", "cache/set", "-o", "runs/a", *TINY).code == 0
+    write_manifest(root, manifest)
+    done = pinned(app, "resume", "runs/a", "--set", "train.steps=2")
+    assert done.code == 0, done.err

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from k5cache import console
 from k5cache.commands.reports import print_changes, short, some
+from k5cache.config import model_name
 
 if TYPE_CHECKING:
     from k5cache.encode.asked import EncodeReport
@@ -90,7 +91,7 @@ def print_info(cache: Cache) -> None:
         size = console.human_bytes(sum(s.num_bytes for s in shards))
         facts.add_row(kind, f"{sum(s.num_rows for s in shards)} rows in {len(shards)} shards, {size}")
     facts.add_row("prompts for validation", ", ".join(short(p) for p in manifest.prompts if p) or "none")
-    facts.add_row("model", Text(str(recipe.get("model", {}).get("source", "unknown"))))
+    facts.add_row("model", Text(model_name(recipe)))
     for table_name in ("latents", "text", "selection"):
         for key, value in recipe.get(table_name, {}).items():
             if value is None:

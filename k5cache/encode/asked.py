@@ -75,11 +75,17 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
 
     ``text`` enters every text key, ``latents`` every latent key; ``selection`` decides only which rows there are.
     ``cleaning`` says when captions that did not change must be cleaned again; keys are of cleaned captions.
+    ``model`` is only where the weights came from, for a run that names no model: it is in no key, and ``stale`` does not
+    compare it.
     """
     facts = cached_facts()
     vae = read_config(folder, "vae")
     return {
-        "model": {"source": model.source, "flavour": model.flavour},
+        "model": {
+            "source": model.source,
+            "flavour": model.flavour,
+            **({"revision": model.revision} if model.revision else {}),  # caches from before it was noted have no key
+        },
         "text": {
             **{part: fingerprint.fingerprint(folder, part) for part in ENCODER_PARTS if part != "vae"},
             "prompt_template": facts.prompt_template,

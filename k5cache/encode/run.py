@@ -74,6 +74,8 @@ def _on_this_machine(
         return None
     if wanted is None or wanted.manifest.index is None or not wanted.manifest.source or wanted.differences:
         return None
+    if model.revision and wanted.manifest.recipe.get("model") != wanted.recipe["model"]:  # pinned since: to be noted
+        return None
     return wanted if wanted.is_clean_as_before and wanted.manifest.prompts.keys() >= set(wanted.prompts) else None
 
 
