@@ -75,8 +75,8 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
 
     ``text`` enters every text key, ``latents`` every latent key; ``selection`` decides only which rows there are.
     ``cleaning`` says when captions that did not change must be cleaned again; keys are of cleaned captions.
-    ``model`` is only where the weights came from, for a run that names no model: it is in no key, and ``stale`` does not
-    compare it.
+    ``model`` is only where the weights came from, for a run that names no model: it is in no key, and ``stale`` does
+    not compare it.
     """
     facts = cached_facts()
     vae = read_config(folder, "vae")
