@@ -27,7 +27,7 @@ from k5train.metadata import metadata
 from k5train.metrics import Metrics, read_metrics
 from k5train.mixture import Mixture
 from k5train.optim import learning_rate
-from k5train.ready import when_memory_ends
+from k5train.ready import largest, when_memory_ends
 from k5train.rollout import Cost, inference_sigmas
 from k5train.session import Base, Clock, Session, attach, check_same, identity, leaner, load_base
 from k5train.setup import check_fit, determinism, pick_device
@@ -80,7 +80,8 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
     check_fit(data.first, folder)
     check_trackers(config.trackers)
     data = hold_out(data, config.validation.split)
-    with hold(run), determinism(config.deterministic):
+    sizes = largest(*(source.cache for source in data.sources))
+    with hold(run), determinism(config.deterministic, (sizes, config.lora)):
         saved, this = latest_state(run.state), identity(data, folder, config)
         if saved:
             check_same(saved, this)

@@ -72,25 +72,32 @@ def check_fit(cache: Cache, folder: Path) -> None:
 
 
 @contextmanager
-def determinism(is_on: bool) -> Iterator[None]:
+def determinism(is_on: bool, what: object = None) -> Iterator[None]:
     """Where asked for, only kernels that give the same bits every time; torch names an op that has none.
 
     Covers what is compiled too: nothing is then chosen by timing it, in this process or in the one that resumes.
+
+    Args:
+        what: kernels compiled for anything else than this are not used: the sizes at which a block was compiled are in
+            its kernels, and not in the key by which torch finds them again.
     """
     if not is_on:
         yield
         return
     import torch._inductor.config as inductor
+    import torch.compiler.config as compiler
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul; torch insists on it
     before = torch.are_deterministic_algorithms_enabled()
-    chooses = getattr(inductor, "deterministic", None)  # from torch 2.10 or so on
     torch.use_deterministic_algorithms(True)
-    if chooses is not None:
-        inductor.deterministic = True
+    wanted = ((inductor, "deterministic", True), (compiler, "cache_key_tag", repr(what)))
+    had = [(module, name, getattr(module, name)) for module, name, _ in wanted if hasattr(module, name)]
+    for module, name, value in wanted:
+        if hasattr(module, name):  # inductor's from torch 2.10 or so on
+            setattr(module, name, value)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        if chooses is not None:
-            inductor.deterministic = chooses
+        for module, name, value in had:
+            setattr(module, name, value)

@@ -199,6 +199,51 @@ def test_one_compilation_takes_any_caption_picture_and_rank(toy_model, monkeypat
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a text block and a picture block
 
 
+def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_model, monkeypatch):
+    compiled_at = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        compiled_at.append({int(value.node.hint) for value in values if isinstance(value, torch.SymInt)})
+        return graph.forward
+
+    monkeypatch.setattr(execute.torch, "compile", functools.partial(torch.compile, backend=backend))
+    transformer = model(toy_model, rank=16, dropout=0.5)
+    found = []
+    for sizes in ((64, 20), (16, 16)):  # in the second, a picture, a caption and a rank of the same size
+        plan = Plan(("all",) * len(transformer.visual_transformer_blocks), None, {}, None, 0, sizes)
+        torch._dynamo.reset()
+        compiled_at.clear()
+        made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+        for tokens, side in ((1, 4), (5, 8), (7, 6)):
+            torch.manual_seed(2)
+            with torch.no_grad():
+                predict_velocity(transformer, *batch(transformer, tokens, side), block_policies=made.policies)
+            expected = torch.get_rng_state()
+            torch.manual_seed(2)
+            predict_velocity(transformer, *batch(transformer, tokens, side), block_policies=made.policies)
+            assert torch.equal(torch.get_rng_state(), expected)
+        found.append(list(compiled_at))
+    one, many = [set(), {64}], [{20}, {64, 20}]  # captions of one token: that size is a constant
+    rank = {16}
+    assert found[0] == [{*sizes, *rank} for sizes in (*one, *one, *many, *many)]
+    assert all({17, 18} >= sizes - rank for sizes in found[1])
+    assert len(found[1]) == len(found[0])
+
+
+def test_what_is_compiled_is_kept_where_the_base_is(tmp_path, monkeypatch):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("K5_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/elsewhere")
+    execute._compile()
+    assert cache_dir() == "/tmp/elsewhere"  # a user's choice stands
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cache_dir()  # as the import of dynamo does: the environment now names a folder in /tmp
+    execute._compile()
+    assert cache_dir() == str(tmp_path / "compiled")
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_traced_block_is_found_again_and_not_taken_for_one_that_keeps_something_else(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,7 @@ class Execution:
         self._run = _compile() if compiled else _run
         streamed = spread(len(visual), plan.streaming.num_blocks) if plan.streaming else []
         self.streamer = streamer
+        self._compiled: set[Any] = set()
         if plan.streaming and not streamer:
             raise ValueError("a plan that streams needs the streamer that moved the weights")
         self.policies: list[BlockPolicy] = [self._policy("all") for _ in text]
@@ -100,7 +103,7 @@ class Execution:
         In words: the error itself holds the frames of the step, and they its activations, while the next one runs.
         """
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            with _random_numbers_kept(self.device):
                 step()
             return None
         except (torch.OutOfMemoryError, K5Error):
@@ -111,6 +114,22 @@ class Execution:
             if self.streamer:
                 self.streamer.reset()
             return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:140]}"
+
+    def _compile_first(self, sized: _Sized, modulation: Tensor, weights: Block, level: LevelName) -> None:
+        """Compile what is met for the first time at the plan's largest size, whatever size it is met with.
+
+        One compilation serves every size, but the size it was made at decides how its kernels divide their sums. A run
+        that is resumed meets sizes in another order, and shall get the same kernels.
+        """
+        kind = (level, torch.is_grad_enabled(), modulation.shape[0], sized.specialized())
+        if self.plan.sizes is None or kind in self._compiled:
+            return
+        self._compiled.add(kind)
+        ranks = {tensor.shape[along] for tensor, along in _adapter_dims(weights)}
+        x, text, rope, mask = largest = sized.at(self.plan.sizes, ranks)
+        largest.mark_dynamic()
+        with _random_numbers_kept(self.device):
+            self._run(x, text, mask, modulation, rope, weights, self.modes, level)
 
     def _policy(self, level: LevelName) -> BlockPolicy:
         gathered: dict[Any, Block | None] = {}
@@ -131,26 +150,78 @@ class Execution:
             modulate: nn.Module = block.visual_modulation if weights.cross_attention else block.text_modulation
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()  # the first block is then compiled with the others
+            modulation = modulate(time)
+            sized = _Sized(x, text, rope, mask)
             if self.is_compiled:
-                for tensor, along in ((x, 1), (text, 1), (rope, 1), (mask, 3)):  # one compilation for every size
-                    if tensor is not None:
-                        torch._dynamo.maybe_mark_dynamic(tensor, along)
-            result: Tensor = self._run(x, text, mask, modulate(time), rope, weights, self.modes, level)
+                self._compile_first(sized, modulation, weights, level)
+                sized.mark_dynamic()
+            result: Tensor = self._run(x, text, mask, modulation, rope, weights, self.modes, level)
             return result
 
         return policy
 
 
+class _Sized(NamedTuple):
+    """The inputs of a block whose sizes change from step to step."""
+
+    x: Tensor
+    text: Tensor | None
+    rope: Tensor
+    mask: Tensor | None
+
+    def mark_dynamic(self) -> None:
+        """Have one compilation serve every size."""
+        for tensor, along in zip(self, _ALONG, strict=True):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, along)
+
+    def specialized(self) -> tuple[bool | None, ...]:
+        """Which sizes are one: the compiler takes those for constants."""
+        pairs = zip(self, _ALONG, strict=True)
+        return tuple(None if tensor is None else tensor.shape[along] == 1 for tensor, along in pairs)
+
+    def at(self, sizes: tuple[int, int], taken: Collection[int]) -> _Sized:
+        """Stand-ins for a picture and a caption of so many tokens, or a few more.
+
+        Args:
+            taken: no size is one of these: the compiler takes two sizes that are equal at first for one size.
+        """
+        chosen: list[int] = []
+        for size in sizes:
+            chosen.append(next(n for n in itertools.count(max(2, size)) if n not in {*taken, *chosen}))
+        num_tokens, num_text_tokens = chosen
+        own = num_text_tokens if self.text is None else num_tokens
+
+        def stand_in(tensor: Any, along: int, size: int) -> Any:
+            if tensor is None or tensor.shape[along] == 1:
+                return tensor
+            shape = [*tensor.shape[:along], size, *tensor.shape[along + 1 :]]
+            return tensor.new_zeros(shape).requires_grad_(tensor.requires_grad)
+
+        return _Sized(*map(stand_in, self, _ALONG, (own, num_text_tokens, own, num_text_tokens)))
+
+
+_ALONG = (1, 1, 1, 3)  # where _Sized's tensors have their tokens
+
+
 def _any_rank(block: Block | None) -> None:
     """Have one compilation serve adapters of every rank: a sweep may try several."""
-    if block is None:
-        return
+    for tensor, along in _adapter_dims(block) if block else ():
+        torch._dynamo.maybe_mark_dynamic(tensor, along)
+
+
+def _adapter_dims(block: Block) -> Iterator[tuple[Tensor, int]]:
+    """Every factor of an adapter, and along which dimension its rank lies."""
     attentions = [a for a in (block.self_attention, block.cross_attention) if a]
     linears = [part for a in attentions for parts in (*a.projections, (a.out,)) for part in parts]
     for part in (*linears, block.ff_in, block.ff_out):
         for tensors, along in ((part.downs, 0), (part.ups, 1)):
             for tensor in tensors:
-                torch._dynamo.maybe_mark_dynamic(tensor, along)
+                yield tensor, along
+
+
+def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def choose_modes(device: torch.device, precision: str) -> Modes:
@@ -266,9 +337,12 @@ def _run(
 def _compile() -> Callable[..., Tensor]:
     import torch._dynamo
     import torch._functorch.config as functorch
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # inductor keeps what it compiled in /tmp, which a restart empties; a second run then compiles again, a minute.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(k5_home() / "compiled"))
+    # Importing dynamo has already written its own choice to the environment, so a user's is one that differs from it.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(k5_home() / "compiled")
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILED_VARIANTS)
     config.force_parameter_static_shapes = False  # adapters are parameters, of any rank

@@ -116,6 +116,8 @@ class Plan:
     budget: int | None
     host_bytes: int
     """Page-locked host memory of the streamed weights."""
+    sizes: tuple[int, int] | None = None
+    """The most tokens of a picture and of a caption that it is for."""
 
     @property
     def peak(self) -> int:
@@ -224,7 +226,8 @@ def make_plan(
     def plan(levels: tuple[LevelName, ...], streaming: Streaming | None) -> Plan:
         per_block = estimate(arch, work, levels, Streaming(1, 1))["streamed weights' room"]
         host = per_block * streaming.num_blocks if streaming else 0
-        return Plan(levels, streaming, estimate(arch, work, levels, streaming), budget, host)
+        sizes = (work.num_tokens, work.num_text_tokens)
+        return Plan(levels, streaming, estimate(arch, work, levels, streaming), budget, host, sizes)
 
     def fits(candidate: Plan) -> bool:
         return budget is None or candidate.peak <= budget * (1 - _MARGIN)
