@@ -164,9 +164,16 @@ def stream_weights(transformer: Kandinsky5Transformer3DModel, plan: Plan, device
 
 
 def execute(
-    transformer: Kandinsky5Transformer3DModel, config: TrainConfig, device: torch.device, plan: Plan
+    transformer: Kandinsky5Transformer3DModel,
+    config: TrainConfig,
+    device: torch.device,
+    plan: Plan,
+    any_rank: bool = False,
 ) -> Execution | None:
     """Have ``predict_velocity`` run a transformer, with its adapter if it is to have one, by the plan.
+
+    Args:
+        any_rank: adapters of other ranks will follow it.
 
     Returns:
         None where blocks run as diffusers' own modules.
@@ -181,7 +188,10 @@ def execute(
     if config.deterministic:
         modes = modes._replace(cudnn=False)  # its backward adds up in any order; flash attention obeys torch's switch
     streamer = _streamers.get(transformer)
-    execution = Execution(transformer, plan, modes, compiled=how == "compiled", device=device, streamer=streamer)
+    execution = Execution(
+        transformer, plan, modes, compiled=how == "compiled", device=device, streamer=streamer,
+        any_rank=any_rank and not config.deterministic,  # the kernels of a run alone
+    )  # fmt: skip
     use_policies(transformer, execution.policies)
     return execution
 

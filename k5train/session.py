@@ -56,6 +56,8 @@ class Base:
     transformer: Kandinsky5Transformer3DModel
     device: torch.device
     plan: Plan
+    any_rank: bool = False
+    """Its adapters are of several ranks: they are compiled for once."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,11 @@ class Session:
         self.base.transformer.unload_lora()
 
 
-def load_base(data: Mixture, folder: Path, config: TrainConfig, device: torch.device) -> Base:
+def load_base(data: Mixture, folder: Path, config: TrainConfig, device: torch.device, any_rank: bool = False) -> Base:
     """Plan, say so, and load the frozen transformer.
+
+    Args:
+        any_rank: its adapters will be of several ranks.
 
     Raises:
         DoesNotFit: no plan fits, found before anything is loaded.
@@ -134,7 +139,7 @@ def load_base(data: Mixture, folder: Path, config: TrainConfig, device: torch.de
     plan = plan_training(folder, config, device, largest(*(source.cache for source in data.sources)))
     console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
     announce(plan)
-    return Base(load(folder, config, device, plan), device, plan)
+    return Base(load(folder, config, device, plan), device, plan, any_rank)
 
 
 def attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Session:
@@ -148,7 +153,8 @@ def attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Sessio
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)
     ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
-    session = Session(base, parameters, optimizer, ema, execute(base.transformer, config, base.device, base.plan))
+    made = execute(base.transformer, config, base.device, base.plan, base.any_rank)
+    session = Session(base, parameters, optimizer, ema, made)
     if saved:
         session.restore(saved)
     return session
@@ -172,7 +178,7 @@ def leaner(session: Session, config: TrainConfig, data: Mixture) -> Session | No
         return None
     console.warn("The first step needed more VRAM than planned: planning for less")
     announce(again)
-    execution = execute(base.transformer, config, base.device, again)
+    execution = execute(base.transformer, config, base.device, again, base.any_rank)
     return replace(session, base=replace(base, plan=again), execution=execution)
 
 

@@ -111,6 +111,7 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
     folder = model_folder(model, PARTS)
     # One plan for all, by the run that takes most memory: DoRA's and LoKr's keep more than what is compiled.
     largest = max((s.config for s in runs), key=lambda c: (c.lora.algo in ("dora", "lokr"), c.batch_size, c.lora.rank))
+    any_rank = len({(s.config.lora.rank, s.config.lora.ranks) for s in runs}) > 1
     base = None
     rows, before = [], None
     for number, setting in enumerate(runs, 1):
@@ -119,7 +120,7 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
         run = _open(out / setting.label, data, model, setting.config)
         if not run.is_finished:
             if base is None:
-                base = load_base(data, folder, largest, pick_device(largest.device, folder))
+                base = load_base(data, folder, largest, pick_device(largest.device, folder), any_rank)
             if before is not None and not run.samples(0).exists():
                 _bring(before.samples(0), run.samples(0))
             try:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +34,7 @@ _ATTENTIONS = tuple(
 )
 _LORA = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _OURS = (torch.ops.k5.matmul.default, torch.ops.k5.int8_matmul.default)
-_COMPILED_VARIANTS = 64  # levels x text or picture x batch one or more x training or sampling; torch allows 8
+_COMPILED_VARIANTS = 64  # levels x batch sizes x captions of one token or more x training or sampling; torch allows 8
 
 
 class Execution:
@@ -42,9 +42,11 @@ class Execution:
 
     Args:
         transformer: with its adapter. Streamed blocks' weights may still lie in host memory.
-        plan: for its visual blocks; text blocks are small and always resident, without recompute.
-        compiled: compile the blocks; ``warm_up`` falls back where that fails.
+        plan: for its visual blocks. Text blocks, two of 52 over few tokens, are always resident, recomputed and eager:
+            compiling them would cost seconds at every start, and again for a caption of one token.
+        compiled: compile the visual blocks; ``warm_up`` falls back where that fails.
         streamer: of the blocks that the plan streams, where it does.
+        any_rank: one compilation for adapters of every rank, as a sweep over ranks wants it; a third more of it.
     """
 
     def __init__(
@@ -56,16 +58,18 @@ class Execution:
         compiled: bool,
         device: torch.device,
         streamer: Streamer | None = None,
+        any_rank: bool = False,
     ) -> None:
         text, visual = list(transformer.text_transformer_blocks), list(transformer.visual_transformer_blocks)
         self.plan, self.modes, self.device = plan, modes, device
         self._run = _compile() if compiled else _run
         streamed = spread(len(visual), plan.streaming.num_blocks) if plan.streaming else []
         self.streamer = streamer
+        self._any_rank = any_rank
         self._compiled: set[Any] = set()
         if plan.streaming and not streamer:
             raise ValueError("a plan that streams needs the streamer that moved the weights")
-        self.policies: list[BlockPolicy] = [self._policy("all") for _ in text]
+        self.policies: list[BlockPolicy] = [self._policy("nothing") for _ in text]
         for i, level in enumerate(plan.levels):
             policy = self._policy(level)
             place = streamed.index(i) if i in streamed else None
@@ -111,28 +115,13 @@ class Execution:
         # Dynamo, inductor, Triton, gcc and ptxas each fail in their own way; whatever it was, the eager run that
         # follows answers it, and raises if the compiler was not to blame.
         except Exception as error:
+            self._compiled.clear()
             if self.streamer:
                 self.streamer.reset()
             return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:140]}"
 
-    def _compile_first(self, sized: _Sized, modulation: Tensor, weights: Block, level: LevelName) -> None:
-        """Compile what is met for the first time at the plan's largest size, whatever size it is met with.
-
-        One compilation serves every size, but the size it was made at decides how its kernels divide their sums. A run
-        that is resumed meets sizes in another order, and shall get the same kernels.
-        """
-        kind = (level, torch.is_grad_enabled(), modulation.shape[0], sized.specialized())
-        if self.plan.sizes is None or kind in self._compiled:
-            return
-        self._compiled.add(kind)
-        ranks = {tensor.shape[along] for tensor, along in _adapter_dims(weights)}
-        x, text, rope, mask = largest = sized.at(self.plan.sizes, ranks)
-        largest.mark_dynamic()
-        with _random_numbers_kept(self.device):
-            self._run(x, text, mask, modulation, rope, weights, self.modes, level)
-
     def _policy(self, level: LevelName) -> BlockPolicy:
-        gathered: dict[Any, Block | None] = {}
+        gathered: dict[Any, tuple[Block, tuple[int, ...]] | None] = {}
 
         def policy(given: Any, x: Tensor, *rest: Any) -> Tensor:
             masked = isinstance(given, MaskedTextBlock | MaskedVisualBlock)
@@ -140,32 +129,59 @@ class Execution:
             state = (block.training, adapter_state(block))
             if state not in gathered:
                 gathered.clear()
-                gathered[state] = gather(block, dropout=block.training)
-                if self.is_compiled:
-                    _any_rank(gathered[state])
-            weights = gathered[state]
-            if weights is None:
+                weights = gather(block, dropout=block.training)
+                gathered[state] = (weights, self._ranks(weights)) if weights else None
+            found = gathered[state]
+            if found is None:
                 return (keep if level == "all" else recompute)(given, x, *rest)
+            weights, ranks = found
             text, time, rope = rest[:3] if weights.cross_attention else (None, *rest)
             modulate: nn.Module = block.visual_modulation if weights.cross_attention else block.text_modulation
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()  # the first block is then compiled with the others
-            modulation = modulate(time)
+            args = (modulate(time), weights, self.modes, level)
+            if text is None or not self.is_compiled:
+                return _run(x, text, rope, mask, *args)
             sized = _Sized(x, text, rope, mask)
-            if self.is_compiled:
-                self._compile_first(sized, modulation, weights, level)
-                sized.mark_dynamic()
-            result: Tensor = self._run(x, text, mask, modulation, rope, weights, self.modes, level)
+            kind = (level, torch.is_grad_enabled(), block.training, len(x), ranks, sized.specialized())
+            if self.plan.sizes and kind not in self._compiled:
+                self._compiled.add(kind)
+                self._compile_at(sized.at(self.plan.sizes, ranks), *args)
+            sized.mark_dynamic()
+            result: Tensor = self._run(*sized, *args)
             return result
 
         return policy
 
+    def _compile_at(self, largest: _Sized, *args: Any) -> None:
+        """Compile what is met for the first time at the plan's largest size, whatever size it is met with.
+
+        One compilation serves every size, but the size it was made at decides how its kernels divide their sums. A run
+        that is resumed meets sizes in another order, and shall get the same kernels.
+        """
+        largest.mark_dynamic()
+        with _random_numbers_kept(self.device):
+            self._run(*largest, *args)
+
+    def _ranks(self, weights: Block) -> tuple[int, ...]:
+        """Of every adapter in a block, for the compiler a constant or not."""
+        attentions = [a for a in (weights.self_attention, weights.cross_attention) if a]
+        linears = [part for a in attentions for parts in (*a.projections, (a.out,)) for part in parts]
+        ranks = []
+        for part in (*linears, weights.ff_in, weights.ff_out):
+            for down, up in zip(part.downs, part.ups, strict=True):
+                ranks.append(len(down))
+                if self._any_rank and self.is_compiled:
+                    torch._dynamo.maybe_mark_dynamic(down, 0)
+                    torch._dynamo.maybe_mark_dynamic(up, 1)
+        return tuple(ranks)
+
 
 class _Sized(NamedTuple):
-    """The inputs of a block whose sizes change from step to step."""
+    """The inputs of a picture block whose sizes change from step to step."""
 
     x: Tensor
-    text: Tensor | None
+    text: Tensor
     rope: Tensor
     mask: Tensor | None
 
@@ -190,7 +206,6 @@ class _Sized(NamedTuple):
         for size in sizes:
             chosen.append(next(n for n in itertools.count(max(2, size)) if n not in {*taken, *chosen}))
         num_tokens, num_text_tokens = chosen
-        own = num_text_tokens if self.text is None else num_tokens
 
         def stand_in(tensor: Any, along: int, size: int) -> Any:
             if tensor is None or tensor.shape[along] == 1:
@@ -198,26 +213,10 @@ class _Sized(NamedTuple):
             shape = [*tensor.shape[:along], size, *tensor.shape[along + 1 :]]
             return tensor.new_zeros(shape).requires_grad_(tensor.requires_grad)
 
-        return _Sized(*map(stand_in, self, _ALONG, (own, num_text_tokens, own, num_text_tokens)))
+        return _Sized(*map(stand_in, self, _ALONG, (num_tokens, num_text_tokens, num_tokens, num_text_tokens)))
 
 
 _ALONG = (1, 1, 1, 3)  # where _Sized's tensors have their tokens
-
-
-def _any_rank(block: Block | None) -> None:
-    """Have one compilation serve adapters of every rank: a sweep may try several."""
-    for tensor, along in _adapter_dims(block) if block else ():
-        torch._dynamo.maybe_mark_dynamic(tensor, along)
-
-
-def _adapter_dims(block: Block) -> Iterator[tuple[Tensor, int]]:
-    """Every factor of an adapter, and along which dimension its rank lies."""
-    attentions = [a for a in (block.self_attention, block.cross_attention) if a]
-    linears = [part for a in attentions for parts in (*a.projections, (a.out,)) for part in parts]
-    for part in (*linears, block.ff_in, block.ff_out):
-        for tensors, along in ((part.downs, 0), (part.ups, 1)):
-            for tensor in tensors:
-                yield tensor, along
 
 
 def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
@@ -316,9 +315,9 @@ globals().update({contexts.__name__: contexts for contexts in _CONTEXTS.values()
 def _run(
     x: Tensor,
     text: Tensor | None,
+    rope: Tensor,
     mask: Tensor | None,
     modulation: Tensor,
-    rope: Tensor,
     block: Block,
     modes: Modes,
     level: LevelName,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ CASE = bench.Case("int8-quanto", None, side=512, num_text_tokens=77)
 @pytest.fixture(autouse=True)
 def _empty_gpu():
     yield
+    gc.collect()  # a model's modules refer to one another: what is left of one would count in the next test's peak
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0)
 
