@@ -155,6 +155,7 @@ def time_case(
         mixed_precision="bf16",
         lora=LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets),
         memory=MemoryConfig(execution=case.execution),  # type: ignore[arg-type]
+        tread=tread_of(case),
     )
     sizes = ((case.side // 16) ** 2, case.num_text_tokens)
     budget = int(case.cap_gib * 2**30) if case.cap_gib else vram.budget(device, None)
@@ -165,9 +166,9 @@ def time_case(
     stream_weights(transformer, plan, device)
     lora.add_lora(transformer, train.lora, seed=0)
     execution = execute(transformer, train, device, plan)
-    step = stepper(transformer, inputs_for(case, config, device), routes_for(case, config, device))
+    step = stepper(transformer, inputs_for(case, config, device), routes_for(case, device))
     timing = time_steps(step, execution, device, num_steps, num_warm_up)
-    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True), case.tread)
+    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True))
     words = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
     words += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
     words += [] if execution is None or execution.is_compiled else ["eager"]
@@ -226,14 +227,18 @@ def busy_of(step: Callable[[], Any]) -> float:
     return float(sum(e.self_device_time_total for e in kernels)) / 1000
 
 
-def routes_for(case: Case, config: dict[str, Any], device: torch.device) -> tuple[tread.Route, ...]:
+def tread_of(case: Case) -> TreadConfig:
+    """The case's TREAD route, if it has one."""
+    return TreadConfig(routes=(RouteConfig(case.tread, *TREAD_BLOCKS),) if case.tread else ())
+
+
+def routes_for(case: Case, device: torch.device) -> tuple[tread.Route, ...]:
     """The case's TREAD route, other tokens for each row."""
     if not case.tread:
         return ()
-    routed = TreadConfig(routes=(RouteConfig(case.tread, *TREAD_BLOCKS),))
     generator = torch.Generator().manual_seed(4)
     rows = [tread.token_scores((case.side // 16) ** 2, generator) for _ in range(case.batch_size)]
-    routes = tread.choose(torch.stack(rows)[:, None], routed, 0, 1)
+    routes = tread.choose(torch.stack(rows)[:, None], tread_of(case), 0, 1)
     return tuple(replace(route, kept=route.kept.to(device)) for route in routes)
 
 
@@ -353,12 +358,8 @@ def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, 
     )  # fmt: skip
 
 
-def flops(arch: Architecture, work: Work, tread: float = 0.0) -> float:
-    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights.
-
-    Args:
-        tread: share of the tokens that skip ``TREAD_BLOCKS``.
-    """
+def flops(arch: Architecture, work: Work) -> float:
+    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights."""
     d, text = arch.model_dim, work.num_text_tokens
 
     def block(tokens: float) -> float:
@@ -366,9 +367,7 @@ def flops(arch: Architecture, work: Work, tread: float = 0.0) -> float:
         attention = 4 * d * (tokens * tokens + tokens * text)
         return 2 * linears + 3.5 * attention  # backward: one matmul a linear, five for attention's two
 
-    first, last = (i % arch.num_visual_blocks for i in TREAD_BLOCKS)
-    routed = last - first + 1 if tread else 0
-    blocks = (arch.num_visual_blocks - routed) * block(work.num_tokens) + routed * block((1 - tread) * work.num_tokens)
+    blocks = sum(block(work.in_block(i).num_tokens) for i in range(arch.num_visual_blocks))
     captions = arch.num_text_blocks * (2 * 2 * text * arch.text_block_parameters + 3.5 * 4 * d * text * text)
     return work.batch_size * (blocks + captions)
 

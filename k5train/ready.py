@@ -25,6 +25,7 @@ from k5train.base.quantize import load_transformer
 from k5train.base.stream import Streamer, spread
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.setup import DTYPES
+from k5train.tread import walking
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
@@ -74,6 +75,7 @@ def work_for(
 ) -> Work:
     """The largest forward and backward pass of a run."""
     parameters, width = adapter_size(transformer_config, config.lora)
+    always = config.tread.routes and not config.tread.ramp_down and not config.tread.keep_masked
     return Work(
         batch_size=config.batch_size,
         num_tokens=sizes[0],
@@ -84,6 +86,7 @@ def work_for(
         bytes_per_element=DTYPES[config.mixed_precision].itemsize,
         compiled=compiled,
         bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
+        walking=walking(config.tread.routes, transformer_config["num_visual_blocks"]) if always else (),
     )
 
 

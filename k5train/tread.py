@@ -58,6 +58,15 @@ def check_routes(routes: Sequence[RouteConfig], num_blocks: int) -> None:
             taken[block] = number
 
 
+def walking(routes: Sequence[RouteConfig], num_blocks: int) -> tuple[float, ...]:
+    """Share of the picture's tokens that goes through each visual block."""
+    shares = [1.0] * num_blocks
+    for route in routes:
+        first, last = route.start_layer_idx % num_blocks, route.end_layer_idx % num_blocks
+        shares[first : last + 1] = [1 - route.selection_ratio] * (last + 1 - first)
+    return tuple(shares)
+
+
 def ratio_at(ratio: float, step: int, num_steps: int, ramp_down: float) -> float:
     """``selection_ratio`` at update ``step`` (0 is the first): it goes to 0 over the last ``ramp_down`` of all."""
     ramp = round(ramp_down * num_steps)

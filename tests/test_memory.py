@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from k5train.base import execute, memory, vram
 from k5train.base.block import Modes, gather
 from k5train.base.memory import Streaming, Work, architecture, make_plan
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+from k5train.objective import RouteConfig, TreadConfig
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -64,9 +66,23 @@ def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monke
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            run(x, text, None, modulation, rope, block, modes, level)
+            run(x, text, rope, None, modulation, block, modes, level)
         counted = memory.kept_bytes(level, arch, work)
         assert counted * 0.99 < sum(kept.values()) < (counted + casts) * 1.01, level
+
+
+def test_tokens_that_always_skip_blocks_are_not_planned_for():
+    def work(**tread: Any) -> Work:
+        config = TrainConfig(tread=TreadConfig(routes=(RouteConfig(0.5, 1, -2),), **tread))
+        return ready.work_for({**SMALL, "num_visual_blocks": 6}, config, (64, 24), compiled=True)
+
+    routed, whole = work(), work(ramp_down=0.1)
+    assert routed.walking == (1, 0.5, 0.5, 0.5, 0.5, 1)
+    assert whole.walking == work(keep_masked=True).walking == ()
+    arch = architecture(SMALL)
+    counted = memory.estimate(arch, routed, ("selective",) * 6, None)["kept activations"]
+    one, half = (memory.kept_bytes("selective", arch, replace(whole, num_tokens=n)) for n in (64, 32))
+    assert counted == 2 * one + 4 * half
 
 
 def test_weights_are_counted_as_they_are_held():
@@ -247,11 +263,12 @@ def test_flops_of_a_tread_step_are_those_that_torch_counts():
     plain, routed = (bench.Case("no_change", None, side=128, num_text_tokens=24, tread=ratio) for ratio in (0.0, 0.5))
     counted = []
     for case in (plain, routed):
-        routes = bench.routes_for(case, small, CPU)
+        routes = bench.routes_for(case, CPU)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             bench.predict_velocity(transformer, *bench.inputs_for(case, small, CPU), routes=routes)
         counted.append(counter.get_total_flops())
     work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
-    saved = bench.flops(arch, work) - bench.flops(arch, work, tread=0.5)  # of linears twice, of attention 3.5 times
+    half = replace(work, walking=(1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1))
+    saved = bench.flops(arch, work) - bench.flops(arch, half)  # of linears twice, of attention 3.5 times
     attention = 4 * 4 * 256 * (64 * 64 + 64 * 24 - 32 * 32 - 32 * 24)  # 4 of 8 blocks: 2 to 5
     assert counted[0] - counted[1] == (saved - 3.5 * attention) / 2  # torch counts no attention on a CPU

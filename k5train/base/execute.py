@@ -143,7 +143,7 @@ class Execution:
             if text is None or not self.is_compiled:
                 return _run(x, text, rope, mask, *args)
             sized = _Sized(x, text, rope, mask)
-            kind = (level, torch.is_grad_enabled(), block.training, len(x), ranks, sized.specialized())
+            kind = (level, torch.is_grad_enabled(), block.training, ranks, sized.kinds())
             if self.plan.sizes and kind not in self._compiled:
                 self._compiled.add(kind)
                 self._compile_at(sized.at(self.plan.sizes, ranks), *args)
@@ -191,10 +191,15 @@ class _Sized(NamedTuple):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, along)
 
-    def specialized(self) -> tuple[bool | None, ...]:
-        """Which sizes are one: the compiler takes those for constants."""
-        pairs = zip(self, _ALONG, strict=True)
-        return tuple(None if tensor is None else tensor.shape[along] == 1 for tensor, along in pairs)
+    def kinds(self) -> tuple[tuple[int, ...] | None, ...]:
+        """The shapes with 0 for a number of tokens, unless it is one: the compiler takes that for a constant."""
+
+        def kind(tensor: Tensor | None, along: int) -> tuple[int, ...] | None:
+            if tensor is None:
+                return None
+            return (*tensor.shape[:along], int(tensor.shape[along] == 1), *tensor.shape[along + 1 :])
+
+        return tuple(map(kind, self, _ALONG))
 
     def at(self, sizes: tuple[int, int], taken: Collection[int]) -> _Sized:
         """Stand-ins for a picture and a caption of so many tokens, or a few more.

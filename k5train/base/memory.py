@@ -6,6 +6,7 @@ Arithmetic only. ``execute.py`` carries a plan out, ``tests/test_memory.py`` cou
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -93,6 +94,14 @@ class Work:
     compiled: bool = True
     bytes_per_lora_parameter: int = 16
     """In float32: the parameter, its gradient, and what the optimizer holds, 8 bytes in AdamW."""
+    walking: tuple[float, ...] = ()
+    """Share of the picture's tokens that goes through each visual block, where TREAD lets some skip it."""
+
+    def in_block(self, i: int) -> Work:
+        """What visual block ``i`` sees of it."""
+        if not self.walking or self.walking[i] == 1:
+            return self
+        return replace(self, num_tokens=math.ceil(self.walking[i] * self.num_tokens))
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ def estimate(
         "streamed weights' room": per_block * slots,
         # Each block keeps its adapters in the compute dtype too.
         "LoRA, gradients, optimizer": (work.bytes_per_lora_parameter + small_bytes) * work.lora_parameters,
-        "kept activations": sum(kept_bytes(level, arch, work) for level in levels),
+        "kept activations": sum(kept_bytes(level, arch, work.in_block(i)) for i, level in enumerate(levels)),
         "one block's work": max(_work_bytes(level, arch, work) for level in set(levels)),
         "allocator": _ALLOCATOR_BYTES,
     }
