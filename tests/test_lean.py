@@ -228,6 +228,21 @@ def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_mo
         assert compiled_at == [found | (ranks if any_rank else set()) for found in once]
 
 
+def test_compiling_in_mid_run_is_said_once_and_in_the_warm_up_not(toy_model, monkeypatch, capsys):
+    monkeypatch.setattr(execute.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    transformer = model(toy_model)
+    plan = Plan(("nothing", "all", "all"), None, {}, None, 0, (64, 20))
+    torch._dynamo.reset()
+    made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+    made.warm_up(lambda: outcome(transformer, made.policies, batch(transformer)))
+    assert not capsys.readouterr().err
+    for tokens, side in ((9, 12), (1, 8), (1, 4)):
+        outcome(transformer, made.policies, batch(transformer, tokens, side))
+    said = capsys.readouterr().err
+    assert said.startswith("Compiling for training on 2 x captions of one token: ")
+    assert said.count("Compiling") == 1
+
+
 def test_what_is_compiled_is_kept_where_the_base_is(tmp_path, monkeypatch):
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

@@ -67,6 +67,7 @@ class Execution:
         self.streamer = streamer
         self._any_rank = any_rank
         self._compiled: set[Any] = set()
+        self._is_warm = False
         if plan.streaming and not streamer:
             raise ValueError("a plan that streams needs the streamer that moved the weights")
         self.policies: list[BlockPolicy] = [self._policy("nothing") for _ in text]
@@ -98,6 +99,7 @@ class Execution:
         if error:
             console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({error})")
             self._run = _run
+        self._is_warm = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what loading and compiling took and gave back
 
@@ -145,6 +147,8 @@ class Execution:
             sized = _Sized(x, text, rope, mask)
             kind = (level, torch.is_grad_enabled(), block.training, ranks, sized.kinds())
             if self.plan.sizes and kind not in self._compiled:
+                if self._is_warm and not any(known[1:] == kind[1:] for known in self._compiled):
+                    console.note(f"Compiling for {_words(sized)}: seconds, or a minute if never done on this machine")
                 self._compiled.add(kind)
                 self._compile_at(sized.at(self.plan.sizes, ranks), *args)
             sized.mark_dynamic()
@@ -222,6 +226,13 @@ class _Sized(NamedTuple):
 
 
 _ALONG = (1, 1, 1, 3)  # where _Sized's tensors have their tokens
+
+
+def _words(sized: _Sized) -> str:
+    """What may be new about a step, for a person who waits for the compiler."""
+    caption = "captions of one token" if sized.text.shape[1] == 1 else "captions"
+    masked = "" if sized.mask is None else ", masked"
+    return f"{'training' if torch.is_grad_enabled() else 'drawing'} on {len(sized.x)} x {caption}{masked}"
 
 
 def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
