@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from k5cache.errors import RecipeError
+from k5train import session
 from k5train import sweep as sweeping
 from k5train.base import quantize
 from k5train.cli import app
@@ -50,15 +51,17 @@ def swept(tmp_path_factory, toy_cache, toy_model):
     """A grid of two ranks and two rates, by the command; how often the transformer was loaded; what was printed."""
     root = tmp_path_factory.mktemp("sweep")
     (root / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
-    loads = []
-    load = quantize.load_transformer
+    loads, any_rank = [], set()
+    load, execute = quantize.load_transformer, session.execute
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("k5train.ready.load_transformer", lambda *a: loads.append(1) or load(*a))
+        patched.setattr("k5train.session.execute", lambda *a: any_rank.add(a[4]) or execute(*a))
         done = Cli(root)(
             app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml",
             "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2,1e5", "-o", "out",
         )  # fmt: skip
     assert done.code == 0, done.err
+    assert any_rank == {True}  # where blocks are compiled, once for both ranks
     return root / "out", len(loads), done
 
 
