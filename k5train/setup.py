@@ -90,11 +90,11 @@ def determinism(is_on: bool, what: object = None) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul; torch insists on it
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    wanted = ((inductor, "deterministic", True), (compiler, "cache_key_tag", repr(what)))
-    had = [(module, name, getattr(module, name)) for module, name, _ in wanted if hasattr(module, name)]
-    for module, name, value in wanted:
-        if hasattr(module, name):  # inductor's from torch 2.10 or so on
-            setattr(module, name, value)
+    settings = [(inductor, "deterministic", True), (compiler, "cache_key_tag", repr(what))]
+    settings = [setting for setting in settings if hasattr(*setting[:2])]  # inductor's from torch 2.10 or so on
+    had = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    for module, name, value in settings:
+        setattr(module, name, value)
     try:
         yield
     finally:
