@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -22,6 +23,7 @@ from k5train.config import TrainConfig
 from k5train.data import Loader, prefetch
 from k5train.heldout import hold_out
 from k5train.interrupt import Interruptions
+from k5train.kept import Kept, facts_of, kept_plan
 from k5train.loaders import compare_saved, way_of
 from k5train.metadata import metadata
 from k5train.metrics import Metrics, read_metrics
@@ -29,7 +31,7 @@ from k5train.mixture import Mixture
 from k5train.optim import learning_rate
 from k5train.ready import largest, when_memory_ends
 from k5train.rollout import Cost, inference_sigmas
-from k5train.session import Base, Clock, Session, attach, check_same, identity, leaner, load_base
+from k5train.session import Base, Clock, Session, attach, check_same, follow, identity, leaner, load_base
 from k5train.setup import check_fit, determinism, pick_device
 from k5train.state import Progress, latest_state, save_state
 from k5train.step import accumulate, train_step
@@ -80,16 +82,22 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
     check_fit(data.first, folder)
     check_trackers(config.trackers)
     data = hold_out(data, config.validation.split)
-    sizes = largest(*(source.cache for source in data.sources))
-    with hold(run), determinism(config.deterministic, (sizes, config.lora)):
+    with hold(run), ExitStack() as settings:
         saved, this = latest_state(run.state), identity(data, folder, config)
         if saved:
             check_same(saved, this)
-        run.result.unlink(missing_ok=True)
+        kept = kept_plan(saved, config.deterministic)
+        if saved and config.deterministic and not kept:
+            console.warn("The run was saved without its memory plan: exact only if the new one happens to be the same")
+        base = base and follow(base, kept)
+        decided = base.plan if base else kept.plan if kept else None
+        sizes = (decided and decided.sizes) or largest(*(source.cache for source in data.sources))
+        settings.enter_context(determinism(config.deterministic, (sizes, config.lora)))
         validation = Validation(data, folder, config, run)
         loader, config = open_loader(data, folder, config)
-        base = base or load_base(data, folder, config, device)
+        base = base or load_base(data, folder, config, device, kept=kept)
         session = attach(base, config, saved)
+        run.result.unlink(missing_ok=True)  # what is refused until here leaves a finished run as it was
         progress = replace(saved.progress) if saved else Progress()
         if saved:
             console.note(f"Going on from step {progress.step}")
@@ -132,7 +140,7 @@ class _Loop:
             interruptions.installed(),
             console.progress() as bars,
             Metrics(run.metrics, progress.step, trackers) as metrics,
-            when_memory_ends(lambda: self.session.base.plan, self.save_checkpoint),
+            when_memory_ends(lambda: self.session.base.plan, self.save_checkpoint, self.kept),
         ):
             try:
                 self.warm_up()
@@ -231,7 +239,7 @@ class _Loop:
             self.session.execution.warm_up(step_once)
         except torch.OutOfMemoryError:
             self.session.optimizer.zero_grad(set_to_none=True)
-            again = leaner(self.session, self.config, self.data)
+            again = None if self.kept() else leaner(self.session, self.config, self.data)
             if again is None:
                 raise
         if again is not None and again.execution is not None:  # out of the handler: the error held the step's memory
@@ -261,7 +269,12 @@ class _Loop:
         self.progress.seconds = self.clock.seconds()
         metrics.sync()
         parts, plain = self.session.parts()
-        save_state(self.run.state, self.progress, parts, {**plain, "identity": self.identity})
+        facts = {**plain, **facts_of(self.session.base.plan, self.config.deterministic), "identity": self.identity}
+        save_state(self.run.state, self.progress, parts, facts)
+
+    def kept(self) -> Kept | None:
+        """The plan that the run can only go on with, by the state on disk."""
+        return kept_plan(latest_state(self.run.state), self.config.deterministic)
 
 
 def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:

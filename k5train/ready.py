@@ -29,6 +29,7 @@ from k5train.tread import walking
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
+    from k5train.kept import Kept
 
 # What each optimizer holds for a parameter: AdamW two averages, Lion and Muon one, 8-bit AdamW two bytes, Adafactor
 # rows and columns, Prodigy two averages, its start and its sum, schedule-free AdamW an average and its fast iterate.
@@ -37,19 +38,24 @@ _STATE_BYTES = {
 }  # fmt: skip
 
 
-def plan_training(folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int]) -> Plan:
+def plan_training(
+    folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int], kept: Kept | None = None
+) -> Plan:
     """What a run will keep, recompute and stream on ``device``. Reads the checkpoint's config.json, no weights.
 
     Args:
         sizes: the most tokens of a picture and of a caption, as ``largest`` finds them.
+        kept: the plan that it has to be.
 
     Raises:
-        DoesNotFit: no plan fits, or not the one that the recipe asks for.
+        DoesNotFit: no plan fits, or not the one that is kept or that the recipe asks for.
         RecipeError: a LoRA target matches nothing.
         RunError: the GPU has no bfloat16.
     """
     check_bfloat16(device, config.mixed_precision)
     budget = vram.budget(device, config.memory.vram)
+    if kept:
+        return kept.within(budget)
     return plan_for(read_config(folder, "transformer"), config, device, sizes, budget)
 
 
@@ -203,12 +209,15 @@ _streamers: WeakKeyDictionary[Any, Streamer] = WeakKeyDictionary()
 
 
 @contextmanager
-def when_memory_ends(planned: Callable[[], Plan], save: Callable[[], Path | None]) -> Iterator[None]:
+def when_memory_ends(
+    planned: Callable[[], Plan], save: Callable[[], Path | None], must_keep: Callable[[], Kept | None] = lambda: None
+) -> Iterator[None]:
     """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
 
     Args:
         planned: the plan that the run follows by then.
         save: writes the adapter as it is and says where; None: there is nothing to save yet.
+        must_keep: the plan that the run can only go on with, where there is one: advice to plan for less is none.
 
     Raises:
         DoesNotFit: VRAM ended inside.
@@ -218,14 +227,15 @@ def when_memory_ends(planned: Callable[[], Plan], save: Callable[[], Path | None
     except torch.OutOfMemoryError as error:
         words = str(error).splitlines()[0][:160]
         torch.cuda.empty_cache()
-        plan, saved = planned(), save()
+        plan, saved, fixed = planned(), save(), must_keep()
         kept = f"; the LoRA so far is in {saved}" if saved else ""
         whole = plan.budget if plan.budget is not None else plan.peak
         less = max(2.0, (whole + memory.CONTEXT_BYTES) / 2**30 - 1)
         raise DoesNotFit(
             f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{kept}",
-            f"Plan for less: --set train.memory.vram={less:.1f}GB, or --set train.memory.activations=nothing",
-        ) from error
+            fixed.advice if fixed
+            else f"Plan for less: --set train.memory.vram={less:.1f}GB, or --set train.memory.activations=nothing",
+        ) from error  # fmt: skip
 
 
 def announce(plan: Plan, print_line: Callable[[str], None] = console.note) -> None:

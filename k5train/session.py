@@ -20,6 +20,7 @@ from k5cache.fingerprint import fingerprint
 from k5cache.recipe import to_dict
 from k5train import lora, state
 from k5train.config import TrainConfig
+from k5train.kept import Kept, kept_plan
 from k5train.optim import Ema, make_optimizer, settled
 from k5train.ready import announce, execute, largest, load, plan_for, plan_training
 from k5train.step import exploded, update
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from k5train.data import Batch
     from k5train.mixture import Mixture
 
-# What may change between a run and its resumption: none of it changes the numbers of a step.
+# What may change between a run and its resumption: none of it changes the numbers of a step, but for the rounding of
+# another memory plan. ``may_change`` makes exceptions for what the run is.
 FREE = (
     "name",
     "steps",
@@ -127,19 +129,41 @@ class Session:
         self.base.transformer.unload_lora()
 
 
-def load_base(data: Mixture, folder: Path, config: TrainConfig, device: torch.device, any_rank: bool = False) -> Base:
+def load_base(
+    data: Mixture, folder: Path, config: TrainConfig, device: torch.device, any_rank: bool = False,
+    kept: Kept | None = None,
+) -> Base:  # fmt: skip
     """Plan, say so, and load the frozen transformer.
 
     Args:
         any_rank: its adapters will be of several ranks.
+        kept: the plan, where a run goes on that is to end with the same bits.
 
     Raises:
-        DoesNotFit: no plan fits, found before anything is loaded.
+        DoesNotFit: no plan fits, or not the kept one; found before anything is loaded.
     """
-    plan = plan_training(folder, config, device, largest(*(source.cache for source in data.sources)))
+    plan = plan_training(folder, config, device, largest(*(source.cache for source in data.sources)), kept)
     console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
     announce(plan)
     return Base(load(folder, config, device, plan), device, plan, any_rank)
+
+
+def follow(base: Base, kept: Kept | None) -> Base:
+    """A shared base for a run that goes on with a plan of its own, if it does.
+
+    Raises:
+        DoesNotFit: there is less VRAM than that takes.
+        RunError: weights would have to move.
+    """
+    if kept is None:
+        return base
+    plan = kept.within(base.plan.budget)
+    if plan.streaming != base.plan.streaming:
+        raise RunError(
+            f"{kept.run} goes on exactly only with other weights streamed than this base has",
+            f"Go on with it alone: {console.command('k5train', 'resume', kept.run)}",
+        )
+    return replace(base, plan=plan)
 
 
 def attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Session:
@@ -202,8 +226,7 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
         RunError: names every field that differs.
     """
     before = saved.facts["identity"]
-    free = [name for name in FREE if not (name in ("steps", "epochs") and depends_on_the_last_step(now["train"]))]
-    free = [f"train.{name}" for name in free]
+    free = [f"train.{name}" for name in may_change(saved, now["train"])]
     # A name, which an encode may note later; the weights that it stands for are compared by their fingerprints.
     free += [f"{name}.recipe.model.revision" for name in now if name.startswith("cache")]
     differing = state.differences(before, dict(now), free)
@@ -215,6 +238,22 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
             f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(differing)}",
             "Put that back to go on with it, or train another: k5train run --new, or -o OTHER",
         )
+
+
+def may_change(saved: state.Saved, train: Mapping[str, Any]) -> set[str]:
+    """Fields of ``[train]`` that may be others than they were, with all below them.
+
+    Args:
+        train: the recipe as it is now.
+    """
+    free = set(FREE)
+    if depends_on_the_last_step(train):
+        free -= {"steps", "epochs"}
+    if kept_plan(saved, train["deterministic"]):
+        free = free - {"memory"} | {"memory.vram"}  # how much there is, and no longer what is made of it
+    if not train["deterministic"]:
+        free.add("deterministic")  # it goes on, and no longer to the bit
+    return free
 
 
 def depends_on_the_last_step(train: Mapping[str, Any]) -> bool:

@@ -49,7 +49,8 @@ def save_state(
     Args:
         folder: ``runs/<name>/state``.
         parts: ``adapter``, ``optimizer`` and, where there is one, ``ema``: tensors by name.
-        facts: what else must come back, as JSON: the recipe, the cache's identity, the optimizer's groups.
+        facts: what else must come back, as JSON: the recipe, the cache's identity, the optimizer's groups,
+            and the plan of a deterministic run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{progress.step:06d}"
@@ -94,7 +95,7 @@ class Saved:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise _broken(path, error) from error
+            raise broken(path, error) from error
 
 
 def latest_state(folder: Path) -> Saved | None:
@@ -111,7 +112,7 @@ def latest_state(folder: Path) -> Saved | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return Saved(states[-1], Progress(**facts.pop("progress")), facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -202,7 +203,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _broken(path: Path, error: Exception) -> RunError:
+def broken(path: Path, error: Exception) -> RunError:
+    """The error for a file of a state that is not as it was written."""
     return RunError(
         f"{path} cannot be read: {error}",
         f"Remove {path.parent} to train again from the start; saved LoRAs are not touched",

@@ -24,13 +24,14 @@ from k5cache.recipe import parse, set_option, to_dict
 from k5train import sample
 from k5train.checkpoint import Run, create_run, open_run, write_json, write_whole
 from k5train.config import TrainConfig
+from k5train.kept import Kept, kept_plan
 from k5train.loop import train
 from k5train.metrics import read_metrics
 from k5train.mixture import Mixture
 from k5train.session import load_base
 from k5train.setup import pick_device
 from k5train.start import PARTS, open_data, with_library
-from k5train.state import differences
+from k5train.state import differences, latest_state
 
 # What the shared base and its caches are made by.
 FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
@@ -120,7 +121,8 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
         run = _open(out / setting.label, data, model, setting.config)
         if not run.is_finished:
             if base is None:
-                base = load_base(data, folder, largest, pick_device(largest.device, folder), any_rank)
+                kept = _kept(out, runs)
+                base = load_base(data, folder, largest, pick_device(largest.device, folder), any_rank, kept)
             if before is not None and not run.samples(0).exists():
                 _bring(before.samples(0), run.samples(0))
             try:
@@ -207,6 +209,13 @@ def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) ->
     if different:
         raise RunError(f"{root} holds a run started differently: {'; '.join(different)}", "Give another folder with -o")
     return run
+
+
+def _kept(out: Path, runs: Sequence[Setting]) -> Kept | None:
+    """The plan of a run that was stopped here and goes on only with it: then the others' too, on one base."""
+    unfinished = [(run, s.config) for s in runs if not (run := Run(out / s.label)).is_finished]
+    found = (kept_plan(latest_state(run.state), config.deterministic) for run, config in unfinished)
+    return next((kept for kept in found if kept), None)
 
 
 def _bring(source: Path, target: Path) -> None:

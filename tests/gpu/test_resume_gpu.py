@@ -21,6 +21,7 @@ from k5cache.config import ModelConfig
 from k5train.checkpoint import Run, create_run
 from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
 from k5train.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.state import latest_state
 from tests.runs import lora_of, metrics_of, numbers, same, state_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -56,10 +57,19 @@ CONFIGS = {
 ATTEMPT = "import sys; from pathlib import Path; from tests.runs import go_on; go_on(Path(sys.argv[1]))"
 
 
-def attempt(root: Path) -> subprocess.Popen[bytes]:
-    """Train what is left of a run, in a process of its own."""
+# The toy takes megabytes: with as many free, and none for libraries, its plans differ as those of a full size do.
+PRETEND = """
+import sys
+from k5train.base import memory, vram
+memory._ALLOCATOR_BYTES, vram.budget = 0, lambda *_: int(sys.argv[2])
+"""
+
+
+def attempt(root: Path, free_bytes: int | None = None) -> subprocess.Popen[bytes]:
+    """Train what is left of a run, in a process of its own, as if so much VRAM were free."""
     repository = Path(__file__).parent.parent.parent
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", ATTEMPT, str(root)], cwd=repository)
+    code = ATTEMPT if free_bytes is None else PRETEND + ATTEMPT
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(root), str(free_bytes)], cwd=repository)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -83,11 +93,23 @@ def _home(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_twenty_steps_are_ten_a_kill_and_ten_bit_for_bit(tmp_path, toy_model, toy_cache, config):
-    cache = toy_cache("bf16")
+    compare(tmp_path, toy_cache("bf16"), toy_model, config, None, None)
+
+
+def test_they_are_where_other_vram_is_free_after_the_kill(tmp_path, toy_model, toy_cache):
+    compare(tmp_path, toy_cache("bf16"), toy_model, COMPILED, 3_538_944, 6_000_000)
+    plan = latest_state(Run(tmp_path / "cut").state).facts["plan"]
+    assert plan["levels"] == ["attention", "attention", "selective"]  # with 6 MB: all, in all blocks
+
+
+def compare(
+    tmp_path: Path, cache: Path, toy_model: Path, config: TrainConfig, free_bytes: int | None, free_later: int | None
+) -> None:
+    """Twenty steps beside ten, a kill and ten."""
     runs = [create_run(tmp_path / name, cache, ModelConfig(path=str(toy_model)), config) for name in ("whole", "cut")]
     whole, cut = (run.root for run in runs)
-    finish(attempt(whole))
-    killed = attempt(cut)
+    finish(attempt(whole, free_bytes))
+    killed = attempt(cut, free_bytes)
     # The state of step 10 is there and some steps after it are done, which the next attempt does again.
     while killed.poll() is None and not (runs[1].state / "step-000010" / "state.json").exists():
         time.sleep(0.005)
@@ -95,7 +117,7 @@ def test_twenty_steps_are_ten_a_kill_and_ten_bit_for_bit(tmp_path, toy_model, to
     killed.wait()
     assert not runs[1].is_finished
     assert 10 <= steps_done(runs[1]) < 20
-    finish(attempt(cut))
+    finish(attempt(cut, free_later))
     assert same(state_of(cut), state_of(whole))
     assert same(lora_of(cut), lora_of(whole))
     assert comparable(cut) == comparable(whole)

@@ -1,0 +1,275 @@
+"""Does a deterministic run go on with the memory plan that it began with, whatever VRAM is free by then?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from k5cache.config import ModelConfig
+from k5cache.errors import DoesNotFit, RunError
+from k5train import loop, session
+from k5train import sweep as sweeping
+from k5train.base import memory, vram
+from k5train.base.execute import Execution
+from k5train.base.memory import Plan, Streaming
+from k5train.cli import app
+from k5train.config import MemoryConfig, OptimConfig
+from k5train.kept import Kept
+from k5train.state import latest_state
+from tests.cli import Cli
+from tests.runs import CONFIG, go_on, lora_of, same, start_run, state_of
+
+EXACT = replace(
+    CONFIG, steps=2, deterministic=True, base_model_precision="int8-quanto", memory=MemoryConfig(execution="eager"),
+    optim=OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.9),
+)  # fmt: skip
+# Bytes of VRAM, where the allocator takes none, and what the toy's three blocks keep in them.
+STREAMING, LITTLE, SOME, PLENTY = 3_735_552, 4_000_000, 4_200_000, 6_000_000
+ALL = ("all",) * 3
+IN_SOME = ("attention", "attention", "selective")
+IN_LITTLE = ("attention",) * 3
+
+
+@pytest.fixture(scope="module")
+def cache(toy_cache) -> Path:
+    return toy_cache("fp32")
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """``free(n)``: from now on there are so many bytes of VRAM."""
+    monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
+    return lambda num_bytes: monkeypatch.setattr(vram, "budget", lambda *_: num_bytes)
+
+
+@pytest.fixture
+def plans(monkeypatch) -> list[Plan]:
+    """Plans that blocks were set up by."""
+    seen: list[Plan] = []
+    made = Execution.__init__
+
+    def noting(self, transformer, plan, *args, **kwargs):
+        seen.append(plan)
+        made(self, transformer, plan, *args, **kwargs)
+
+    monkeypatch.setattr(Execution, "__init__", noting)
+    return seen
+
+
+def document_of(root: Path) -> dict:
+    return json.loads(path_of(root).read_text())
+
+
+def path_of(root: Path) -> Path:
+    saved = latest_state(root / "state")
+    assert saved is not None
+    return saved.folder / "state.json"
+
+
+@pytest.mark.parametrize(
+    ("at_first", "levels", "streaming"),
+    [(SOME, IN_SOME, None), (STREAMING, ("nothing",) * 3, Streaming(3, 2, True))],
+    ids=["two levels", "streamed"],
+)
+def test_it_goes_on_with_its_plan_where_more_is_free(
+    tmp_path, cache, toy_model, free, plans, at_first, levels, streaming
+):
+    free(at_first)
+    start_run(tmp_path / "whole", cache, toy_model, replace(EXACT, steps=4))
+    start_run(tmp_path / "cut", cache, toy_model, EXACT)
+    free(PLENTY)
+    go_on(tmp_path / "cut", steps=4)
+    assert [plan.levels for plan in plans] == [levels] * 3
+    assert plans[2] == replace(plans[0], streaming=streaming, budget=PLENTY, sizes=(18, 14))
+    assert same(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
+    assert same(lora_of(tmp_path / "cut"), lora_of(tmp_path / "whole"))
+
+
+def test_a_run_that_is_not_deterministic_plans_anew_and_saves_no_plan(tmp_path, cache, toy_model, free, plans):
+    free(SOME)
+    start_run(tmp_path / "run", cache, toy_model, replace(EXACT, deterministic=False))
+    free(PLENTY)
+    go_on(tmp_path / "run", steps=4)
+    assert [plan.levels for plan in plans] == [IN_SOME, ALL]
+    assert "plan" not in document_of(tmp_path / "run")
+
+
+def test_the_margin_of_a_new_plan_is_room_for_one_that_has_run(tmp_path, cache, toy_model, free, plans):
+    free(SOME)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    free(4_028_096)  # its predicted peak; planned anew, LITTLE's levels would be chosen
+    go_on(tmp_path / "run", steps=4)
+    assert [plan.levels for plan in plans] == [IN_SOME, IN_SOME]
+
+
+def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_inexactly_if_told_to(
+    tmp_path, cache, toy_model, free, plans, monkeypatch
+):
+    free(PLENTY)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    free(SOME)
+    result = (tmp_path / "run" / "result.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "load", None)
+        refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.steps=4")
+    assert refused.code == 2
+    assert "run is deterministic and goes on with the memory plan it has, which needs 4.9 MiB of VRAM" in refused.err
+    assert "there is 4.0 MiB for torch" in refused.err
+    assert "Free VRAM, or go on with a new plan" in refused.err
+    assert (tmp_path / "run" / "result.json").read_bytes() == result  # it is still finished
+    command = refused.err.split(": k5train ")[1].split()  # what is told to do works
+    assert command == ["resume", "run", "--set", "train.deterministic=false"]
+    done = Cli(tmp_path)(app, *command, "--set", "train.steps=4")
+    assert done.code == 0, done.err
+    assert [plan.levels for plan in plans] == [ALL, IN_SOME]
+    assert "plan" not in document_of(tmp_path / "run")
+    with pytest.raises(RunError, match=r"train\.deterministic: false, now true"):  # what is lost does not come back
+        go_on(tmp_path / "run", deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"activations": "all"}, 'train.memory.activations: "auto", now "all"'),
+        ({"execution": "diffusers"}, 'train.memory.execution: "eager", now "diffusers"'),
+        ({"enable_group_offload": True}, "train.memory.enable_group_offload: false, now true"),
+    ],
+)
+def test_what_would_make_another_plan_is_refused_by_the_name_of_its_field(
+    tmp_path, cache, toy_model, free, change, named
+):
+    free(PLENTY)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    changed = replace(EXACT.memory, **change)
+    with pytest.raises(RunError) as caught:
+        go_on(tmp_path / "run", steps=4, memory=changed)
+    assert named in caught.value.problem
+    go_on(tmp_path / "run", steps=4, memory=changed, deterministic=False)
+
+
+def test_the_vram_to_plan_for_may_change_and_the_plan_does_not(tmp_path, cache, toy_model, plans):
+    start_run(tmp_path / "run", cache, toy_model, replace(EXACT, memory=MemoryConfig("0.9GB", execution="eager")))
+    go_on(tmp_path / "run", steps=4, memory=MemoryConfig("12GB", execution="eager"))
+    assert plans[1] == replace(plans[0], budget=12 * 2**30 - memory.CONTEXT_BYTES)
+    with pytest.raises(DoesNotFit, match="there is 32"):
+        go_on(tmp_path / "run", steps=6, memory=MemoryConfig("800MB", execution="eager"))
+
+
+def test_a_state_of_before_plans_were_kept_goes_on_with_a_warning_and_keeps_the_new_one(
+    tmp_path, cache, toy_model, free, plans, capsys
+):
+    free(SOME)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
+    del document["plan"]
+    path.write_text(json.dumps(document))
+    free(LITTLE)
+    go_on(tmp_path / "run", steps=3)
+    assert "saved without its memory plan" in capsys.readouterr().err
+    free(PLENTY)
+    go_on(tmp_path / "run", steps=4)
+    assert "saved without its memory plan" not in capsys.readouterr().err
+    assert [plan.levels for plan in plans] == [IN_SOME, IN_LITTLE, IN_LITTLE]
+
+
+def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
+    tmp_path, cache, toy_model, free, plans, monkeypatch
+):
+    free(PLENTY)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
+    assert document["plan"]["sizes"] == [18, 14]
+    document["plan"]["sizes"] = [20, 30]  # as of a larger picture, which no row names any more
+    path.write_text(json.dumps(document))
+    kernels_for, determinism = [], loop.determinism
+    monkeypatch.setattr(loop, "determinism", lambda is_on, what: kernels_for.append(what) or determinism(is_on, what))
+    go_on(tmp_path / "run", steps=4)
+    assert plans[1].sizes == (20, 30)
+    assert kernels_for == [((20, 30), EXACT.lora)]
+
+
+@pytest.mark.parametrize("damage", [{"levels": ["everything"] * 3}, {"streaming": {"blocks": 3}}, {"sizes": 18}])
+def test_a_plan_that_is_none_is_named(tmp_path, cache, toy_model, free, damage):
+    free(PLENTY)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
+    document["plan"] |= damage
+    path.write_text(json.dumps(document))
+    with pytest.raises(RunError, match=r"state\.json cannot be read"):
+        go_on(tmp_path / "run", steps=4)
+
+
+def run_out_once(monkeypatch) -> None:
+    """The next step to warm up finds no memory."""
+    left, warm_up = iter([1]), Execution.warm_up
+
+    def failing(self, step):
+        if next(left, None):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+        warm_up(self, step)
+
+    monkeypatch.setattr(Execution, "warm_up", failing)
+
+
+def test_a_plan_that_the_first_step_made_leaner_is_the_one_that_is_kept(
+    tmp_path, cache, toy_model, free, plans, monkeypatch
+):
+    free(PLENTY)
+    run_out_once(monkeypatch)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    leaner = plans[1].levels
+    assert plans[0].levels == ALL
+    assert leaner == ("matmuls",) * 3
+    go_on(tmp_path / "run", steps=4)
+    assert plans[2].levels == leaner
+    # What it is resumed with is not made leaner: that would be another plan.
+    run_out_once(monkeypatch)
+    with pytest.raises(DoesNotFit, match="ran out of memory") as caught:
+        go_on(tmp_path / "run", steps=6)
+    assert "Free VRAM, or go on with a new plan" in caught.value.fix
+    assert len(plans) == 4
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
+    tmp_path, cache, toy_model, free, plans, monkeypatch
+):
+    runs = [sweeping.Setting(f"rank={rank}", replace(EXACT, steps=4, lora=replace(EXACT.lora, rank=rank)))
+            for rank in (2, 4)]  # fmt: skip
+    model = ModelConfig(path=str(toy_model))
+    out = tmp_path / "out"
+
+    def crash(*args, **kwargs):
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_result", crash)  # after the last step: the state is there, the run is not finished
+        free(SOME)
+        with pytest.raises(Stop):
+            sweeping.sweep(cache, out, model, runs)
+    assert document_of(out / "rank=2")["plan"]["levels"] == list(plans[0].levels)
+    free(PLENTY)
+    rows, _ = sweeping.sweep(cache, out, model, runs)
+    assert [row.problem for row in rows] == [None, None]
+    assert [plan.levels for plan in plans] == [plans[0].levels] * 3
+    assert plans[0].levels != ALL
+
+
+def test_a_shared_base_takes_a_runs_own_levels_but_not_its_own_streaming(tmp_path):
+    def base(streaming: Streaming | None) -> session.Base:
+        plan = Plan(ALL, streaming, {"weights": 100}, 200, 0, (18, 14))
+        return session.Base(torch.nn.Module(), torch.device("cpu"), plan)
+
+    kept = Kept(tmp_path / "run", Plan(IN_SOME, None, {"weights": 90}, 150, 0, (18, 14)))
+    assert session.follow(base(None), None).plan.levels == ALL
+    assert session.follow(base(None), kept).plan == replace(kept.plan, budget=200)
+    with pytest.raises(RunError, match="other weights streamed") as caught:
+        session.follow(base(Streaming(3)), kept)
+    assert f"k5train resume {tmp_path / 'run'}" in caught.value.fix
