@@ -13,8 +13,8 @@ from torch import nn
 
 from k5cache.errors import DoesNotFit
 from k5train import lora, ready
-from k5train.base import execute, ops, stream
-from k5train.base.block import Modes, gather
+from k5train.base import execute, stream
+from k5train.base.block import Linears, Modes, gather, project
 from k5train.base.execute import Execution, choose_modes
 from k5train.base.forward import predict_velocity
 from k5train.base.memory import LEVELS, Plan, Streaming
@@ -257,33 +257,47 @@ def test_what_is_compiled_is_kept_where_the_base_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-def test_a_traced_block_is_found_again_and_not_taken_for_one_that_keeps_something_else(tmp_path, monkeypatch):
+def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    execute._compile()  # its settings
+    monkeypatch.setattr(execute, "run_block", one_linear)  # of a whole block the code alone takes a minute
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (16, 8), dtype=torch.int8, generator=generator)
-    down, up, x, scale = (torch.randn(shape, generator=generator) for shape in ((2, 8), (16, 2), (4, 8), (16, 1)))
+    scale, down, up, x = (torch.randn(shape, generator=generator) for shape in ((16, 1), (2, 8), (16, 2), (1, 4, 8)))
 
-    def block(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, weight, scale, None, down, up, 1, False, "self_qkv").sin()
-
-    def run(x: torch.Tensor, down: torch.Tensor, level: str) -> torch.Tensor:
-        return execute.checkpoint(block, x, down, use_reentrant=False, context_fn=execute._CONTEXTS[level])
-
-    def gradients(run: Any, level: str) -> tuple[torch.Tensor, ...]:
+    def gradients(run: Any, level: str, modes: Modes) -> tuple[torch.Tensor, ...]:
         leaves = [t.clone().requires_grad_() for t in (x, down)]
-        return torch.autograd.grad(run(*leaves, level).sum(), leaves)
+        part = Linears(weight, scale, None, (leaves[1],), (up,), torch.tensor(1.0), 0.0)
+        return torch.autograd.grad(run(leaves[0], None, x, None, x, part, modes, level).sum(), leaves)
 
+    int8 = PLAIN._replace(int8_dynamic=True)
     found = []
-    for level in ("nothing", "selective", "nothing"):  # a linear computed again, a linear kept
+    for level, modes in (("nothing", PLAIN), ("selective", PLAIN), ("nothing", int8), ("nothing", PLAIN)):
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
         counters.clear()
-        for ours, plain in zip(gradients(torch.compile(run), level), gradients(run, level), strict=True):
-            torch.testing.assert_close(ours, plain)
+        compiled, plain = gradients(execute._compile(), level, modes), gradients(execute._run, level, modes)
+        for ours, theirs in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
         found.append({k: v for k, v in counters["aot_autograd"].items() if k.startswith("autograd_cache")})
     made = {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
-    assert found == [made, made, {"autograd_cache_hit": 1}]
+    assert found == [made, made, made, {"autograd_cache_hit": 1}]
+
+
+def one_linear(x: torch.Tensor, text: Any, mask: Any, modulation: Any, rope: Any, part: Any, modes: Modes) -> Any:
+    """Stands for ``run_block``."""
+    return project(x, part, modes, "self_qkv").sin()[..., :8]
+
+
+def test_what_the_cache_knows_a_block_by_changes_with_its_source(monkeypatch):
+    import torch._inductor.config as inductor
+
+    found = []
+    for change in ("", "# another"):
+        monkeypatch.setattr(execute.inspect, "getsource", lambda module, change=change: module.__name__ + change)
+        execute._mark_opaque()
+        found.append(dict(inductor.unsafe_marked_cacheable_functions))
+    assert found[0].keys() == found[1].keys() >= {"k5train.base.execute._opaque_block", "k5train.base.block.Block"}
+    assert not set(found[0].values()) & set(found[1].values())
 
 
 def test_a_compiler_that_fails_leaves_one_line_and_eager_blocks(toy_model, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import itertools
 import logging
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from k5cache import console
 from k5cache.errors import K5Error, RunError
+from k5train.base import block as block_module
 from k5train.base import ops
-from k5train.base.block import Block, Modes, adapter_state, gather, run_block
+from k5train.base.block import Attention, Block, Linears, Modes, adapter_state, gather, run_block
 from k5train.base.forward import BlockPolicy, keep, recompute
 from k5train.base.masked import MaskedTextBlock, MaskedVisualBlock
 from k5train.base.memory import LEVELS, Level, LevelName, Plan
@@ -341,17 +344,46 @@ def _run(
     args = (x, text, mask, modulation, rope, block, modes)
     result: Tensor
     if level == "all" or not torch.is_grad_enabled():
-        result = run_block(*args)
+        result = _opaque_block(*args)
     elif level == "nothing" and not torch.compiler.is_compiling():
         result = checkpoint(run_block, *args, use_reentrant=False)
     else:  # "nothing" too: without a context the compiler recomputes only what it finds worth it
-        result = checkpoint(run_block, *args, use_reentrant=False, context_fn=_CONTEXTS[level])
+        result = checkpoint(_opaque_block, *args, use_reentrant=False, context_fn=_CONTEXTS[level])
     return result
+
+
+def _opaque_block(x: Tensor, *rest: Any) -> Tensor:
+    """``run_block``, as one call in dynamo's graph: AOTAutograd looks inside, unless it finds what it made before.
+
+    Dynamo follows Python a line at a time, and would do so at every start: seconds a level. It only asks this function
+    what comes out of it, by a call with a fake tensor, and that is known.
+    """
+    if type(x) is FakeTensor and not _is_traced():
+        return x.clone()
+    return run_block(x, *rest)
+
+
+def _is_traced() -> bool:
+    """Whether AOTAutograd is at work: it always makes ops functional, to learn shapes as well as to trace."""
+    key = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(k) is not None for k in (key.FUNCTIONAL, key.PROXY))
+
+
+def _mark_opaque() -> None:
+    """Tell dynamo to leave ``_opaque_block`` whole, and the cache of traced graphs what a call of it stands for."""
+    import torch._inductor.config as inductor
+
+    torch.compiler.allow_in_graph(_opaque_block)  # type: ignore[no-untyped-call, unused-ignore]
+    # Not in torch 2.7: without it a later process finds the kernels, but traces the block again.
+    if hasattr(inductor, "unsafe_marked_cacheable_functions"):
+        sources = "".join(inspect.getsource(module) for module in (block_module, ops))
+        digest = hashlib.sha256(sources.encode()).hexdigest()
+        for f in (_opaque_block, Attention, Block, Linears, Modes):
+            inductor.unsafe_marked_cacheable_functions[f"{f.__module__}.{f.__name__}"] = digest
 
 
 def _compile() -> Callable[..., Tensor]:
     import torch._dynamo
-    import torch._functorch.config as functorch
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # inductor keeps what it compiled in /tmp, which a restart empties; a second run then compiles again, a minute.
@@ -361,10 +393,7 @@ def _compile() -> Callable[..., Tensor]:
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILED_VARIANTS)
     config.force_parameter_static_shapes = False  # adapters are parameters, of any rank
-    # A later process then finds the traced forward and backward too, not only the kernels: a third of the time. What
-    # our autograd functions do is in the graph, so in the cache's key. Not in torch 2.7.
-    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
-        functorch.autograd_cache_allow_custom_autograd_functions = True
+    _mark_opaque()
     # Says once that in-place ops would be wrong under selective checkpointing; there are none inside a block.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     return torch.compile(_run, fullgraph=True, dynamic=False)
