@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from k5cache.errors import DoesNotFit
 from k5cache.hub import read_config
 from k5train import lora
 from k5train.base import memory, vram
-from k5train.base.execute import Execution, check_bfloat16, choose_modes
+from k5train.base.execute import Execution, check_bfloat16, choose_modes, import_compiler
 from k5train.base.forward import keep, recompute, use_policies
 from k5train.base.memory import Architecture, Plan, Streaming, Work
 from k5train.base.prepared import load_prepared
@@ -145,6 +146,8 @@ def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) ->
     On the GPU int8 weights come from the prepared file under ``K5_HOME``, which is made on first use.
     """
     vram.limit(device, plan.budget if config.memory.vram else None)
+    if how_to_run(config, device) == "compiled":
+        Thread(target=import_compiler, daemon=True).start()
     dtype, precision = DTYPES[config.mixed_precision], config.base_model_precision
     if device.type != "cuda" or precision == "no_change":
         transformer = load_transformer(folder, precision, dtype, device)

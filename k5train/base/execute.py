@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import logging
 import os
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -383,6 +384,12 @@ def _mark_opaque() -> None:
 
 
 def _compile() -> Callable[..., Tensor]:
+    set_up_compiler()
+    return torch.compile(_run, fullgraph=True, dynamic=False)
+
+
+def set_up_compiler() -> None:
+    """The compiler's settings, and where it keeps what it makes."""
     import torch._dynamo
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -396,4 +403,18 @@ def _compile() -> Callable[..., Tensor]:
     _mark_opaque()
     # Says once that in-place ops would be wrong under selective checkpointing; there are none inside a block.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    return torch.compile(_run, fullgraph=True, dynamic=False)
+
+
+def import_compiler() -> None:
+    """Import what the first compilation will, and hash torch's and Triton's sources as it will: seconds.
+
+    For a thread beside the reading of weights, which needs the processor little. What fails here fails again where the
+    compiler is used, and is answered there.
+    """
+    with suppress(Exception):
+        set_up_compiler()
+        importlib.import_module("torch._inductor.compile_fx")
+        from torch._inductor.codecache import CacheBase, torch_key
+
+        CacheBase.get_system()
+        torch_key()

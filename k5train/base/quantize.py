@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights
 from diffusers import Kandinsky5Transformer3DModel
-from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -131,6 +130,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``[out, in]`` int8 and ``[out, 1]`` scale, on the weight's device.
     """
+    from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight  # 0.4 s, and only the first use of a base asks
+
     scale = AbsmaxOptimizer()(weight, qtype=qint8, axis=0)
     quantized = quantize_weight(weight, qtype=qint8, axis=0, scale=scale, optimized=False)
     return quantized._data, quantized._scale.reshape(-1, 1)
