@@ -20,6 +20,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from k5train.base.attention import any_attention, attention
 from k5train.base.linear import Int8Linear
 from k5train.base.ops import linear
 
@@ -66,6 +67,8 @@ class Modes(NamedTuple):
     int8_dynamic: bool
     cudnn: bool
     """Attention over the picture by cuDNN: faster than flash attention on Hopper."""
+    flash: bool = True
+    """Attention without a mask by ``attention.attention``; else as torch chooses."""
 
 
 def run_block(
@@ -126,7 +129,10 @@ def attend(
     query, key = rms_norm(query, part.query_norm), rms_norm(key, part.key_norm)
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
-    mixed = scaled_dot_product(query, key, value, mask, cudnn=modes.cudnn and text is None and mask is None)
+    if mask is None and modes.flash and (not query.is_cuda or query.dtype == torch.bfloat16):
+        mixed = attention(query, key, value, cudnn=modes.cudnn and text is None)
+    else:
+        mixed = any_attention(query, key, value, mask)
     return project(mixed.flatten(-2, -1), part.out, modes, f"{tag}_out")
 
 
@@ -141,17 +147,6 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """RoPE on ``[B, N, heads, head]``; diffusers rounds the result to bfloat16 whatever x is."""
     pairs = torch.unflatten(x.float(), -1, (-1, 1, 2))
     return (rope * pairs).sum(dim=-1).flatten(-2, -1).to(torch.bfloat16).type_as(x)
-
-
-def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cudnn: bool) -> Tensor:
-    """``[B, N, heads, head]`` each, as ``dispatch_attention_fn``'s native backend takes them."""
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    if cudnn and query.dtype == torch.bfloat16:
-        need_logsumexp = torch.is_grad_enabled()
-        out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, need_logsumexp)[0]
-    else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return out.transpose(1, 2)
 
 
 def projections(x: Tensor, parts: tuple[Linears, ...], modes: Modes, tag: str) -> Tensor:

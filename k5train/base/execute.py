@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import inspect
@@ -20,8 +19,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from k5cache import console
 from k5cache.errors import K5Error, RunError
+from k5train.base import attention, ops
 from k5train.base import block as block_module
-from k5train.base import ops
+from k5train.base.attention import attention_works
 from k5train.base.block import Attention, Block, Linears, Modes, adapter_state, gather, run_block
 from k5train.base.forward import BlockPolicy, keep, recompute
 from k5train.base.masked import MaskedTextBlock, MaskedVisualBlock
@@ -32,9 +32,12 @@ from k5train.base.stream import Streamer, spread
 if TYPE_CHECKING:
     from diffusers import Kandinsky5Transformer3DModel
 
-_ATTENTIONS = tuple(
-    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
-    for name in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+_ATTENTIONS = (
+    torch.ops.k5.attention.default,
+    *(  # with a mask, and where ours does not work
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+        for name in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+    ),
 )
 _LORA = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _OURS = (torch.ops.k5.matmul.default, torch.ops.k5.int8_matmul.default)
@@ -261,7 +264,8 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
         if not ops.kernel_works(device):
             console.note("The int8 kernel does not run here: torch._int_mm is used, which is slower")
     # Flash attention as torch ships it is written for Ampere; cuDNN's knows Hopper and Blackwell.
-    return Modes(int8_dynamic=precision == "int8-dynamic", cudnn=capability[0] in (9, 10) and _cudnn_works(device))
+    cudnn = capability[0] in (9, 10) and attention_works(device, cudnn=True)
+    return Modes(precision == "int8-dynamic", cudnn, flash=attention_works(device, cudnn=False))
 
 
 def check_bfloat16(device: torch.device, mixed_precision: str) -> None:
@@ -277,35 +281,12 @@ def check_bfloat16(device: torch.device, mixed_precision: str) -> None:
         )
 
 
-@functools.cache
-def _cudnn_works(device: torch.device) -> bool:
-    """Whether cuDNN attention gives what plain attention gives, forward and backward, on a small case."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (1, 2, 256, 128)
-    inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3)]
-    results = []
-    for cudnn in (True, False):
-        query, key, value = leaves = [t.clone().requires_grad_() for t in inputs]
-        try:
-            if cudnn:
-                out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[0]
-            else:
-                out = torch.softmax(query.float() @ key.float().mT / 128**0.5, -1) @ value.float()
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-        except RuntimeError:  # no kernel for this GPU, shape or cuDNN
-            return False
-    return all(_close(ours, plain) for ours, plain in zip(*results, strict=True))
-
-
-def _close(ours: Tensor, plain: Tensor) -> bool:
-    return ((ours.float() - plain.float()).norm() <= 2e-2 * plain.float().norm()).item() is True
-
-
 def _keep(level: Level, op: Any, *args: Any) -> CheckpointPolicy:
     """Whether one op's result is kept; what is elementwise never is."""
     if op in _ATTENTIONS:
         # Over the picture, queries and keys are as many; cross attention is cheap and kept only with its linears.
-        kept = bool(level.matmuls) or (level.attention and args[0].shape[-2] == args[1].shape[-2])
+        is_self = args[0].shape == args[1].shape
+        kept = bool(level.matmuls) or (level.attention and is_self)
     else:
         kept = (op in _OURS and args[-1] in level.matmuls) or (op in _LORA and bool(level.matmuls))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
@@ -377,7 +358,7 @@ def _mark_opaque() -> None:
     torch.compiler.allow_in_graph(_opaque_block)  # type: ignore[no-untyped-call, unused-ignore]
     # Not in torch 2.7: without it a later process finds the kernels, but traces the block again.
     if hasattr(inductor, "unsafe_marked_cacheable_functions"):
-        sources = "".join(inspect.getsource(module) for module in (block_module, ops))
+        sources = "".join(inspect.getsource(module) for module in (block_module, ops, attention))
         digest = hashlib.sha256(sources.encode()).hexdigest()
         for f in (_opaque_block, Attention, Block, Linears, Modes):
             inductor.unsafe_marked_cacheable_functions[f"{f.__module__}.{f.__name__}"] = digest

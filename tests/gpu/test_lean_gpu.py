@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from k5train import bench, lora
-from k5train.base import execute, memory, ops, vram
+from k5train.base import memory, ops, vram
+from k5train.base.attention import attention_works
 from k5train.base.forward import predict_velocity
 from k5train.base.memory import Plan, Streaming
 from k5train.base.prepared import load_prepared
@@ -76,7 +77,11 @@ def test_the_int8_kernel_is_exact_arithmetic_rounded_once():
 def test_hopper_has_cudnn_attention():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
-    assert execute._cudnn_works(GPU)
+    assert attention_works(GPU, cudnn=True)
+
+
+def test_flash_attention_is_ours_too():
+    assert attention_works(GPU, cudnn=False)
 
 
 @pytest.mark.parametrize("level", ["nothing", "selective", "all"])
@@ -88,6 +93,22 @@ def test_compiled_blocks_give_the_plain_gradients(level):
     made.warm_up(lambda: outcome(transformer))
     assert made.is_compiled
     assert_near(outcome(transformer), plain, 0.999)  # bfloat16 in other orders
+
+
+@pytest.mark.parametrize("level", list(memory.LEVELS))
+def test_what_is_compiled_for_a_level_is_found_again(level, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    transformer = adapted("int8-quanto")
+    found = []
+    for _ in range(2):  # a new process knows as much
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        run(transformer, "int8-quanto", level).warm_up(lambda: outcome(transformer))
+        found.append({**counters["aot_autograd"], **counters["inductor"]})
+    first, second = ({k: n for k, n in f.items() if "_cache_" in k and "async" not in k} for f in found)
+    assert first == {"autograd_cache_miss": 1, "autograd_cache_saved": 1, "fxgraph_cache_miss": 2}
+    assert second == {"autograd_cache_hit": 1, "fxgraph_cache_hit": 2}
 
 
 def test_int8_tensor_cores_stay_near_sixteen_bit_gradients():

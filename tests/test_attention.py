@@ -1,0 +1,102 @@
+"""Is our attention torch's, bit for bit, and does nothing in a compiled block look as if it drew random numbers?"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from k5train.base import execute
+from k5train.base.attention import attention, attention_works
+from k5train.base.block import Modes
+from k5train.base.execute import Execution
+from k5train.base.memory import Plan
+from tests.test_lean import CPU, batch, model, outcome
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_keys", [9, 5], ids=["over itself", "over a caption"])
+def test_it_is_torchs_attention_forward_and_backward(dtype, num_keys):
+    generator = torch.Generator().manual_seed(0)
+    # As a block has them: keys and values are parts of one tensor.
+    query = torch.randn(2, 9, 3, 16, generator=generator).to(dtype)
+    fused = torch.randn(2, num_keys, 6, 16, generator=generator).to(dtype)
+    results = []
+    for is_ours in (True, False):
+        leaves = [query.clone().requires_grad_(), fused.clone().requires_grad_()]
+        key, value = leaves[1].chunk(2, dim=2)
+        if is_ours:
+            out = attention(leaves[0], key, value, cudnn=False)
+        else:
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (leaves[0], key, value))).transpose(1, 2)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_it_is_a_proper_op():
+    query, key, value = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (4, 3, 3))
+    out, logsumexp = torch.ops.k5.attention(*(t.detach() for t in (query, key, value)), False)
+    given = [t.detach() for t in (torch.ones_like(out), query, key, value, out, logsumexp)]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.k5.attention.default, (*given[1:4], False), test_utils=checks)
+    torch.library.opcheck(torch.ops.k5.attention_backward.default, (*given, False), test_utils=checks)
+    assert torch.autograd.gradcheck(
+        functools.partial(attention, cudnn=False), [t.detach().double().requires_grad_() for t in (query, key, value)]
+    )
+
+
+def test_a_device_on_which_it_is_wrong_or_absent_is_found_out(monkeypatch):
+    check = attention_works.__wrapped__
+    assert check(CPU, False)
+    monkeypatch.setattr("k5train.base.attention.attention", lambda *inputs, cudnn: inputs[0] * 0.5)
+    assert not check(CPU, False)
+
+    def absent(*inputs: Any, cudnn: bool) -> Any:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr("k5train.base.attention.attention", absent)
+    assert not check(CPU, False)
+
+
+def random_ops(toy_model: Path, level: str, modes: Modes, monkeypatch) -> set[str]:
+    """What draws random numbers in the graphs that blocks are compiled to, by torch's mark."""
+    found: set[str] = set()
+    seen = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(graph)
+        for node in graph.graph.nodes:
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                found.add(str(node.target))
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):  # keeps a generator's state
+                found.add(node.target.name())
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    with monkeypatch.context() as patched:
+        patched.setattr(execute.torch, "compile", functools.partial(torch.compile, backend=backend))
+        torch._dynamo.reset()
+        transformer = model(toy_model)
+        plan = Plan((level,) * len(transformer.visual_transformer_blocks), None, {}, None, 0)  # type: ignore[arg-type]
+        made = Execution(transformer, plan, modes, compiled=True, device=CPU)
+        outcome(transformer, made.policies, batch(transformer))
+    assert len(seen) == 2  # forward and backward of a picture block
+    return found
+
+
+@pytest.mark.parametrize("level", ["nothing", "attention", "selective", "all"])
+def test_no_op_of_a_compiled_block_draws_random_numbers(toy_model, level, monkeypatch):
+    assert random_ops(toy_model, level, Modes(int8_dynamic=False, cudnn=False), monkeypatch) == set()
+
+
+def test_torchs_own_attention_would(toy_model, monkeypatch):
+    plain = Modes(int8_dynamic=False, cudnn=False, flash=False)
+    assert any("attention" in name for name in random_ops(toy_model, "attention", plain, monkeypatch))
