@@ -241,6 +241,11 @@ def when_memory_ends(
         ) from error  # fmt: skip
 
 
+def less(plan: Plan) -> int | None:
+    """The budget for the plan after one whose first step ran out of VRAM; None: there is none, weights would move."""
+    return None if plan.budget is None or plan.streaming else min(plan.budget, plan.peak) * 11 // 12
+
+
 def announce(plan: Plan, print_line: Callable[[str], None] = console.note) -> None:
     """The plan in a few lines, before anything is loaded."""
     for what, how in memory.describe(plan):

@@ -22,7 +22,7 @@ from k5train import lora, state
 from k5train.config import TrainConfig
 from k5train.kept import Kept, kept_plan
 from k5train.optim import Ema, make_optimizer, settled
-from k5train.ready import announce, execute, largest, load, plan_for, plan_training
+from k5train.ready import announce, execute, largest, less, load, plan_for, plan_training
 from k5train.step import exploded, update
 
 if TYPE_CHECKING:
@@ -190,12 +190,12 @@ def leaner(session: Session, config: TrainConfig, data: Mixture) -> Session | No
     Returns:
         None where the recipe fixes what is kept, or where weights would have to move.
     """
-    base, plan = session.base, session.base.plan
-    if plan.budget is None or plan.streaming or config.memory.activations != "auto":
+    base, budget = session.base, less(session.base.plan)
+    if budget is None or config.memory.activations != "auto":
         return None
     sizes = largest(*(source.cache for source in data.sources))
     try:
-        again = plan_for(base.transformer.config, config, base.device, sizes, min(plan.budget, plan.peak) * 11 // 12)
+        again = plan_for(base.transformer.config, config, base.device, sizes, budget)
     except DoesNotFit:
         return None
     if again.streaming:

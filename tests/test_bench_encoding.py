@@ -9,7 +9,7 @@ import pytest
 from k5cache.bench import encoding
 from k5cache.bench.encoding import Sizes, bench
 from k5cache.encoders import machine
-from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE
+from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**FULL_TEXT, **TINY, "num_key_value_heads": 2,
@@ -49,3 +49,15 @@ def test_every_line_is_measured_and_what_must_be_the_same_is():
     assert values["vae float32, strips"][2] < 1e-3  # group norms summed in another order
     assert [values[f"freed_{what}"] for what in ("resident text", "streamed text", "VAE")] == [0, 0, 0]
     assert {f"growth_{n}" for n in SIZES.growth} <= values.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_first_pass_is_one_over_all_captions_in_a_process_of_its_own(tmp_path):
+    write_model(tmp_path, SIZES, "cpu")
+    found = encoding.Found()
+    encoding.first_passes(found, tmp_path, SIZES, "cpu")
+    values = found.values
+    assert 0 < values["first_streamed"] < 60
+    assert 0 < values["first_resident"] < 60
+    assert values["first_over"] == values["first_streamed"] / values["first_resident"]
+    assert found.rows[0][2].startswith(f"{values['first_resident']:.2f} s resident")

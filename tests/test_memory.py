@@ -255,6 +255,29 @@ def test_flops_are_those_that_torch_counts():
     assert counter.get_total_flops() == pytest.approx(forward, rel=0.15)  # and embeddings, modulations, the head
 
 
+def test_a_case_whose_first_step_has_no_room_is_planned_for_less_as_a_run_is(monkeypatch, capsys):
+    small = {**SMALL, "num_visual_blocks": 4, "num_text_blocks": 1}
+    monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
+    plans, timed = [], bench._time_plan
+    config = TrainConfig(base_model_precision="int8-quanto", lora=LoraConfig(rank=4, targets=("qkv",)))
+    whole = bench.plan_for(small, replace(config, memory=MemoryConfig(execution="eager")), CPU, (64, 8), 2**40)
+    case = bench.Case("int8-quanto", 1.05 * whole.peak / 2**30, 128, num_text_tokens=8, rank=4, execution="eager")
+
+    def out_of_memory_once(plan, *args):
+        plans.append(plan)
+        if len(plans) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 MiB.")
+        return timed(plan, *args)
+
+    monkeypatch.setattr(bench, "_time_plan", out_of_memory_once)
+    (result,) = bench.bench((case,), CPU, config=small, num_steps=1, num_warm_up=1)
+    assert plans[1].peak <= plans[0].peak * 11 // 12
+    assert plans[0].levels == ("all",) * 4
+    assert result.plan == "3 matmuls, 1 all, eager"
+    assert "needed more VRAM than the" in capsys.readouterr().err
+
+
+
 def test_flops_of_a_tread_step_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
