@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -52,7 +53,8 @@ def test_every_line_is_measured_and_what_must_be_the_same_is():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_first_pass_is_one_over_all_captions_in_a_process_of_its_own(tmp_path):
+def test_first_passes_are_compared_streamed_and_resident(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))  # spares imports
     write_model(tmp_path, SIZES, "cpu")
     found = encoding.Found()
     encoding.first_passes(found, tmp_path, SIZES, "cpu")

@@ -277,7 +277,6 @@ def test_a_case_whose_first_step_has_no_room_is_planned_for_less_as_a_run_is(mon
     assert "needed more VRAM than the" in capsys.readouterr().err
 
 
-
 def test_flops_of_a_tread_step_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
