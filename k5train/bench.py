@@ -116,6 +116,8 @@ def bench(
     num_warm_up: int = 2,
 ) -> list[Measured]:
     """Time every case, one after the other; one that does not fit or fails is said so and left out."""
+    from k5train.bench_baseline import time_baseline
+
     todo: list[tuple[str, Callable[[], Measured]]] = []
     if baseline:
         todo.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up)))
@@ -327,55 +329,6 @@ def _random_tensors(transformer: nn.Module, precision: Precision, device: torch.
         else:
             std = 0.02 if "modulation" in name or len(shape) == 1 else shape[1] ** -0.5
             yield name, (torch.randn(shape, device=device, generator=generator) * std).bfloat16()
-
-
-def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int) -> Measured:
-    """Today's usual way on the first case: diffusers, peft and quanto's int8, eager, gradient checkpointing."""
-    from optimum.quanto import freeze, qint8, quantize
-
-    case = replace(
-        MUST_REACH[0], side=1024 if config is FULL_SIZE else 64, num_text_tokens=256 if config is FULL_SIZE else 8
-    )
-    transformer = random_transformer(config, "no_change", device)
-    for name, module in list(
-        transformer.named_modules()
-    ):  # as from_pretrained has them: float32 where diffusers keeps it
-        if isinstance(module, nn.Linear):
-            plain = nn.Linear(module.in_features, module.out_features, device="meta")
-            kept = any(part in name for part in ("modulation", "time_embeddings"))
-            plain.weight = nn.Parameter(module.weight.float() if kept else module.weight, requires_grad=False)
-            plain.bias = None if module.bias is None else nn.Parameter(module.bias.to(plain.weight.dtype), False)
-            parent, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), leaf, plain)
-    quantize(transformer, weights=qint8)
-    freeze(transformer)
-    lora.add_lora(transformer, LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets), seed=0)
-    transformer.enable_gradient_checkpointing()
-    latents, sigma, text, pooled = inputs_for(case, config, device)
-    grid = case.side // 16
-    positions = [torch.arange(n, device=device) for n in (1, grid, grid)]
-    parameters, target = lora.lora_parameters(transformer), torch.randn_like(latents)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-    transformer.train()
-
-    def step() -> None:
-        velocity = transformer(
-            hidden_states=latents.bfloat16(), encoder_hidden_states=text, timestep=(1000 * sigma).bfloat16(),
-            pooled_projections=pooled, visual_rope_pos=positions,
-            text_rope_pos=torch.arange(text.shape[1], device=device), return_dict=False,
-        )  # fmt: skip
-        torch.autograd.backward(flow.flow_loss(velocity, target))
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    timing = time_steps(step, None, device, num_steps, num_warm_up)
-    train = TrainConfig(lora=LoraConfig(rank=case.rank, targets=case.targets))
-    needed = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
-    return Measured(
-        "baseline: diffusers + peft + quanto, eager, checkpointing", timing.median, timing.fastest, None,
-        timing.reserved_gib, timing.busy, needed / timing.median / 1e9, "all recomputed", timing.first,
-    )  # fmt: skip
 
 
 def flops(arch: Architecture, work: Work) -> float:

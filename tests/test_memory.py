@@ -16,6 +16,7 @@ from k5train import bench, lora, ready, sample
 from k5train.base import execute, memory, vram
 from k5train.base.block import Modes, gather
 from k5train.base.memory import Streaming, Work, architecture, make_plan
+from k5train.bench_baseline import time_baseline
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.objective import RouteConfig, TreadConfig
 
@@ -236,7 +237,7 @@ def test_the_bench_times_a_case_and_counts_its_arithmetic():
 
 
 def test_the_benchs_baseline_is_diffusers_with_peft_and_quanto():
-    result = bench.time_baseline({**SMALL, "num_text_blocks": 1}, CPU, 1, 0)
+    result = time_baseline({**SMALL, "num_text_blocks": 1}, CPU, 1, 0)
     assert bench.table([result], None)[0][2] == "1.00x"
 
 
