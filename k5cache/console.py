@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shlex
 import sys
@@ -34,8 +35,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def run(app: Callable[[], object]) -> NoReturn:
     """Run a command line to its end: exit 0, 2 for an error the user can mend, 130 for Ctrl-C."""
-    # torch says so once on CPUs in bf16; the pipeline computes the very same norm.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    quiet_libraries()
     try:
         app()
     except K5Error as error:
@@ -54,6 +54,14 @@ def run(app: Callable[[], object]) -> NoReturn:
         print_error(f"{problem}: {error.filename}" if error.filename else problem, fix)
         sys.exit(2)
     sys.exit(0)
+
+
+def quiet_libraries() -> None:
+    """Leave out two remarks of libraries that say nothing about what is done here."""
+    # torch says so once on CPUs in bf16; the pipeline computes the very same norm.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # peft imports bitsandbytes where it is installed, which then misses a kernel of its own for 4 bits on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 _KEPT = "and run the same command again: what was finished is kept"

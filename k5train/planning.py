@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from k5cache.config import ModelConfig
+from k5cache.config import ModelConfig, model_of
 from k5cache.console import human_bytes
 from k5cache.hub import model_folder, read_config
 from k5cache.store.reader import open_cache
@@ -32,12 +32,17 @@ def plan_without_loading(
 
     Args:
         cache: whose largest picture and caption count, instead of the two numbers.
-        model: whose config.json counts; None: the published one's.
+        model: whose config.json counts; None: that of the cache's own model where it is a folder, else the published
+            one's.
 
     Raises:
         DoesNotFit: no plan fits.
     """
-    sizes = largest(open_cache(cache)) if cache else (num_tokens, num_text_tokens)
+    opened = open_cache(cache) if cache else None
+    sizes = largest(opened) if opened else (num_tokens, num_text_tokens)
+    if opened and not model:
+        made_with = model_of(opened.manifest.recipe)
+        model = made_with if made_with.path and Path(made_with.path).is_dir() else None
     transformer = read_config(model_folder(model, ("transformer",)), "transformer") if model else FULL_SIZE
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     # A pretended card runs as a real one would: compiled.

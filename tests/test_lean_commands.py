@@ -64,12 +64,15 @@ def test_plan_reads_the_sizes_of_a_cache(cli, toy_model):
     done = cli(train_app, "plan", "cache", "--model", str(toy_model), "--vram", "12GB")
     assert done.code == 0, done.err
     assert "16 picture tokens" in done.out
+    # Of the model too, where it is still there: a run takes the cache's own.
+    assert cli(train_app, "plan", "cache", "--vram", "12GB").out == done.out
 
 
 def test_plan_refuses_a_card_that_is_too_small_with_advice(cli):
     done = cli(train_app, "plan", "--vram", "3GB")
     assert done.code == 2
     assert "fix:" in done.err
+    assert "there is 0 B for torch" in cli(train_app, "plan", "--vram", "300MB").err  # all of it is CUDA's own
 
 
 def test_bench_without_a_gpu_says_so(cli, monkeypatch):

@@ -19,11 +19,11 @@ def budget(device: torch.device, vram: str | None) -> int | None:
             is free on the GPU now.
     """
     if vram is not None:
-        return parse_bytes(vram) - CONTEXT_BYTES
+        return max(0, parse_bytes(vram) - CONTEXT_BYTES)
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - _KEPT_FREE
+    return max(0, free + torch.cuda.memory_reserved(device) - _KEPT_FREE)
 
 
 def limit(device: torch.device, num_bytes: int | None) -> None:
