@@ -23,7 +23,7 @@ from k5train.base.forward import keep, recompute, use_policies
 from k5train.base.memory import Architecture, Plan, Streaming, Work
 from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
-from k5train.base.stream import Streamer, spread
+from k5train.base.stream import Streamer, check_host_memory, spread
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.setup import DTYPES
 from k5train.tread import walking
@@ -144,7 +144,12 @@ def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) ->
     """The frozen transformer where the plan wants it: on the GPU, the streamed blocks' weights in host memory.
 
     On the GPU int8 weights come from the prepared file under ``K5_HOME``, which is made on first use.
+
+    Raises:
+        DoesNotFit: there is not enough host memory for what is streamed, found before anything is loaded.
     """
+    if plan.streaming:
+        check_host_memory(plan.host_bytes)
     vram.limit(device, plan.budget if config.memory.vram else None)
     if how_to_run(config, device) == "compiled":
         Thread(target=import_compiler, daemon=True).start()

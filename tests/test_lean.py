@@ -129,6 +129,15 @@ def test_streaming_more_than_the_host_has_is_refused(toy_model, monkeypatch):
         execution(model(toy_model), streaming=Streaming(2))
 
 
+def test_a_run_that_streams_more_than_the_host_has_is_refused_before_it_loads(toy_model, monkeypatch):
+    monkeypatch.setattr(stream, "free_ram", lambda: 2**30 + stream._HOST_RESERVE)
+    monkeypatch.setattr(ready, "load_transformer", None)
+    plan = Plan(("nothing",) * 3, Streaming(3), {}, None, 2**30 + 1)
+    with pytest.raises(DoesNotFit, match=r"takes 1\.0 GiB of host memory for weights, 3\.0 GiB is free") as caught:
+        ready.load(toy_model, TrainConfig(base_model_precision="int8-quanto"), CPU, plan)
+    assert "Close other programs" in caught.value.fix
+
+
 def test_linears_of_one_input_are_fused_without_a_second_copy(toy_model):
     transformer = model(toy_model)
     block = transformer.visual_transformer_blocks[0]
