@@ -6,10 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from k5cache.config import ModelConfig
+from k5train.base.execute import Execution
+from k5train.base.memory import Plan
 from k5train.checkpoint import Run, create_run, open_run
 from k5train.config import LoraConfig, OptimConfig, TrainConfig
 from k5train.loop import Result, train
@@ -41,6 +44,19 @@ def go_on(root: Path, **changes: object) -> Result:
     run, model, config, cache = open_run(root)
     config = replace(config, **changes)
     return train(open_data(cache, config), Path(str(model.path)), config, run)
+
+
+def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """From now on, the plans that blocks are set up by."""
+    seen: list[Plan] = []
+    made = Execution.__init__
+
+    def noting(self, transformer, plan, *args, **kwargs):
+        seen.append(plan)
+        made(self, transformer, plan, *args, **kwargs)
+
+    monkeypatch.setattr(Execution, "__init__", noting)
+    return seen
 
 
 def state_of(root: Path) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from k5train.config import MemoryConfig, OptimConfig
 from k5train.kept import Kept
 from k5train.state import latest_state
 from tests.cli import Cli
-from tests.runs import CONFIG, go_on, lora_of, same, start_run, state_of
+from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
 
 EXACT = replace(
     CONFIG, steps=2, deterministic=True, base_model_precision="int8-quanto", memory=MemoryConfig(execution="eager"),
@@ -49,15 +49,7 @@ def free(monkeypatch):
 @pytest.fixture
 def plans(monkeypatch) -> list[Plan]:
     """Plans that blocks were set up by."""
-    seen: list[Plan] = []
-    made = Execution.__init__
-
-    def noting(self, transformer, plan, *args, **kwargs):
-        seen.append(plan)
-        made(self, transformer, plan, *args, **kwargs)
-
-    monkeypatch.setattr(Execution, "__init__", noting)
-    return seen
+    return note_plans(monkeypatch)
 
 
 def document_of(root: Path) -> dict:

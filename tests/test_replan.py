@@ -13,7 +13,7 @@ from k5train import session
 from k5train.base import memory
 from k5train.base.execute import Execution
 from k5train.config import MemoryConfig
-from tests.runs import CONFIG, lora_of, same, start_run
+from tests.runs import CONFIG, lora_of, note_plans, same, start_run
 
 SHORT = replace(
     CONFIG, steps=3, base_model_precision="int8-quanto", memory=MemoryConfig(vram="0.76GB", execution="eager"),
@@ -27,15 +27,7 @@ def plans(monkeypatch):
     monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
     monkeypatch.setattr(memory, "CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
     monkeypatch.setattr("k5train.base.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
-    seen = []
-    made = Execution.__init__
-
-    def noting(self, transformer, plan, *args, **kwargs):
-        seen.append(plan)
-        made(self, transformer, plan, *args, **kwargs)
-
-    monkeypatch.setattr(Execution, "__init__", noting)
-    return seen
+    return note_plans(monkeypatch)
 
 
 def run_out(monkeypatch, times: int) -> None:
