@@ -137,8 +137,8 @@ def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
             f"{found.plan}; first step after {found.first_step_seconds:.0f} s"
         )
         return found
-    except (K5Error, torch.OutOfMemoryError) as error:
-        console.warn(f"{name}: {str(error).splitlines()[0][:200]}")
+    except (K5Error, RuntimeError) as error:  # out of memory, or what a kernel or the compiler says: the others go on
+        console.warn(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}")
         return None
     finally:
         gc.collect()

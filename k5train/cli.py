@@ -137,7 +137,7 @@ def sample(
     """Draw more pictures with a run's LoRA, the base model's beside them."""
     from k5cache.recipe import parse, read
     from k5train.checkpoint import open_run
-    from k5train.config import ValidationConfig
+    from k5train.config import MemoryConfig, ValidationConfig
     from k5train.resample import resample
 
     opened, model_config, config, cache = open_run(run)
@@ -145,8 +145,8 @@ def sample(
     chosen = document.setdefault("train", {}).setdefault("validation", {})
     chosen |= {"prompts": prompts} if prompts else {}
     chosen |= {"seed": seed} if seed is not None else {}
-    (validation,) = parse(document["train"], {"validation": ValidationConfig})
-    grid = resample(opened, model_config, replace(config, validation=validation), cache, step, out)
+    validation, memory = parse(document["train"], {"validation": ValidationConfig, "memory": MemoryConfig})
+    grid = resample(opened, model_config, replace(config, validation=validation, memory=memory), cache, step, out)
     console.out.print(f"Wrote {grid}", markup=False)
 
 

@@ -130,6 +130,8 @@ class _Loop:
         self.loss_of = partial(train_step, huber_c=huber_c, cost=self.cost)
         self.clock = Clock(progress.seconds)
         self.losses: list[float] = []
+        self.is_between_updates = True
+        """The adapter and the optimizer are those of ``progress.step``."""
         self.ready = time.monotonic()
 
     def run_to_end(self) -> str:
@@ -140,7 +142,12 @@ class _Loop:
             interruptions.installed(),
             console.progress() as bars,
             Metrics(run.metrics, progress.step, trackers) as metrics,
-            when_memory_ends(lambda: self.session.base.plan, self.save_checkpoint, self.kept),
+            when_memory_ends(
+                lambda: self.session.base.plan,
+                partial(self.save_all, metrics),
+                partial(console.command, "k5train", "resume", run.root),
+                self.kept,
+            ),  # fmt: skip
         ):
             try:
                 self.warm_up()
@@ -200,8 +207,10 @@ class _Loop:
         waited = time.monotonic() - asked
         loss = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
         with interruptions.held():
+            self.is_between_updates = False
             norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
             progress.step += 1
+            self.is_between_updates = True
             metrics.write(step=progress.step, loss=loss, grad_norm=norm, lr=rate,
                           seconds=time.monotonic() - tick, loader_seconds=waited,
                           **self.cost.take(), **_memory(self.device))  # fmt: skip
@@ -263,6 +272,13 @@ class _Loop:
         for old in list(self.run.checkpoints().values())[: -limit if limit else 0]:
             old.unlink()
         return path
+
+    def save_all(self, metrics: Metrics) -> Path | None:
+        """The adapter as it is and, unless an update broke off, what is needed to go on from it."""
+        self.session.optimizer.zero_grad(set_to_none=True)
+        if self.is_between_updates and self.progress.step:
+            self.save_state(metrics)
+        return self.save_checkpoint()
 
     def save_state(self, metrics: Metrics) -> None:
         """All that is needed to go on from this step."""

@@ -218,13 +218,18 @@ _streamers: WeakKeyDictionary[Any, Streamer] = WeakKeyDictionary()
 
 @contextmanager
 def when_memory_ends(
-    planned: Callable[[], Plan], save: Callable[[], Path | None], must_keep: Callable[[], Kept | None] = lambda: None
+    planned: Callable[[], Plan],
+    save: Callable[[], Path | None],
+    go_on: Callable[..., str],
+    must_keep: Callable[[], Kept | None] = lambda: None,
 ) -> Iterator[None]:
     """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
 
     Args:
         planned: the plan that the run follows by then.
-        save: writes the adapter as it is and says where; None: there is nothing to save yet.
+        save: writes the adapter as it is, with what is needed to go on from it, and says where; None: there is nothing
+            to save yet.
+        go_on: the command to do it again, given what ``--set`` is to change.
         must_keep: the plan that the run can only go on with, where there is one: advice to plan for less is none.
 
     Raises:
@@ -237,13 +242,19 @@ def when_memory_ends(
         torch.cuda.empty_cache()
         plan, saved, fixed = planned(), save(), must_keep()
         kept = f"; the LoRA so far is in {saved}" if saved else ""
-        whole = plan.budget if plan.budget is not None else plan.peak
-        less = max(2.0, (whole + memory.CONTEXT_BYTES) / 2**30 - 1)
         raise DoesNotFit(
             f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{kept}",
-            fixed.advice if fixed
-            else f"Plan for less: --set train.memory.vram={less:.1f}GB, or --set train.memory.activations=nothing",
-        ) from error  # fmt: skip
+            fixed.advice if fixed else _plan_for_less(plan, go_on),
+        ) from error
+
+
+def _plan_for_less(plan: Plan, go_on: Callable[..., str]) -> str:
+    """What to do where a plan was too much for the card."""
+    whole = min(plan.budget, plan.peak) if plan.budget is not None else plan.peak
+    card = (whole * 11 // 12 + memory.CONTEXT_BYTES) / 2**30
+    if plan.streaming and plan.streaming.num_blocks == len(plan.levels):
+        return "Free VRAM, or use a lower resolution, batch size or rank: nothing leaner can be planned"
+    return f"Free VRAM, or plan for less: {go_on(set=f'train.memory.vram={card:.1f}GB')}"
 
 
 def less(plan: Plan) -> int | None:

@@ -13,7 +13,7 @@ from k5cache.store.reader import open_cache
 from k5train import lora, sample
 from k5train.checkpoint import Run, write_whole
 from k5train.config import TrainConfig
-from k5train.ready import execute, largest, load, plan_training
+from k5train.ready import execute, largest, load, plan_training, when_memory_ends
 from k5train.setup import pick_device
 
 
@@ -28,6 +28,7 @@ def resample(
         out: where the grid goes; None: ``samples/sample-NNN.png`` in the run, never written over.
 
     Raises:
+        DoesNotFit: VRAM ended.
         RunError: that checkpoint does not exist.
         CacheError: a prompt is not in the cache.
     """
@@ -45,10 +46,11 @@ def resample(
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     device = pick_device(config.device, folder)
     plan = plan_training(folder, config, device, largest(opened))
-    transformer = load(folder, config, device, plan)
-    execute(transformer, config, device, plan)
-    transformer.eval()
-    with console.progress() as bars:
+    again = partial(console.command, "k5train", "sample", run.root)
+    with when_memory_ends(lambda: plan, lambda: None, again), console.progress() as bars:
+        transformer = load(folder, config, device, plan)
+        execute(transformer, config, device, plan)
+        transformer.eval()
         before = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, "base model")
         lora.load_lora(transformer, weights)
         after = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, run.name)

@@ -325,6 +325,30 @@ def test_a_compiler_that_fails_leaves_one_line_and_eager_blocks(toy_model, monke
     assert_same(outcome(transformer, made.policies, inputs), outcome(transformer, None, inputs), WITHIN)
 
 
+def test_a_compiler_that_fails_for_something_new_in_mid_run_leaves_eager_blocks_too(toy_model, monkeypatch, capsys):
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("no ptxas")
+        return graph.forward
+
+    monkeypatch.setattr(execute.torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    transformer = model(toy_model)
+    inputs = batch(transformer)
+    plan = Plan(("nothing",) * len(transformer.visual_transformer_blocks), None, {}, None, 0, (64, 20))
+    made = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+    made.warm_up(lambda: outcome(transformer, made.policies, inputs))
+    assert made.is_compiled
+    with torch.no_grad():  # a picture
+        drawn = predict_velocity(transformer, *inputs, block_policies=made.policies)
+    assert not made.is_compiled
+    assert "run eagerly" in (said := capsys.readouterr().err)
+    assert said.count("no ptxas") == 1
+    plain = outcome(transformer, None, inputs)
+    torch.testing.assert_close(drawn, plain["velocity"], rtol=0, atol=1e-3)
+    assert_same(outcome(transformer, made.policies, inputs), plain, WITHIN)
+
+
 def test_cudnn_attention_that_fails_is_given_up_before_the_compiler_is(toy_model, capsys):
     made = execution(model(toy_model), modes=Modes(int8_dynamic=False, cudnn=True))
     made._run = lambda *_: None  # type: ignore[assignment, return-value]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from k5cache.console import parse_bytes
+from k5cache.console import command, parse_bytes
 from k5cache.errors import DoesNotFit, RunError
 from k5train import bench, lora, ready, sample
 from k5train.base import execute, memory, vram
 from k5train.base.block import Modes, gather
-from k5train.base.memory import Streaming, Work, architecture, make_plan
+from k5train.base.memory import Plan, Streaming, Work, architecture, make_plan
 from k5train.bench_baseline import time_baseline
 from k5train.config import LoraConfig, MemoryConfig, TrainConfig
 from k5train.objective import RouteConfig, TreadConfig
@@ -204,10 +204,21 @@ def test_running_out_of_memory_saves_and_names_the_setting(tmp_path):
     plan = make_plan(FULL, WORK, 16 * GIB)
     with (
         pytest.raises(DoesNotFit, match="step-000007") as ended,
-        ready.when_memory_ends(lambda: plan, lambda: tmp_path / "step-000007.safetensors"),
+        ready.when_memory_ends(
+            lambda: plan,
+            lambda: tmp_path / "step-000007.safetensors",
+            functools.partial(command, "k5train", "resume", "runs/a b"),
+        ),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
-    assert "train.memory.vram=15.8GB" in ended.value.fix
+    assert ended.value.fix == "Free VRAM, or plan for less: k5train resume 'runs/a b' --set train.memory.vram=14.9GB"
+
+
+def test_there_is_no_leaner_plan_than_all_weights_streamed():
+    plan = Plan(("nothing",) * 50, Streaming(50), {"weights": 4 * GIB}, 5 * GIB, 0)
+    with pytest.raises(DoesNotFit) as ended, ready.when_memory_ends(lambda: plan, lambda: None, lambda **_: "never"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert ended.value.fix.startswith("Free VRAM, or use a lower resolution, batch size or rank")
 
 
 def test_a_picture_is_decoded_whole_where_it_fits_and_in_tiles_where_not():

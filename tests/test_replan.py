@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from k5cache.errors import DoesNotFit
-from k5train import session
+from k5train import loop, session
 from k5train.base import memory
 from k5train.base.execute import Execution
+from k5train.checkpoint import Run
 from k5train.config import MemoryConfig
-from tests.runs import CONFIG, lora_of, note_plans, same, start_run
+from k5train.state import latest_state
+from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
 
 SHORT = replace(
     CONFIG, steps=3, base_model_precision="int8-quanto", memory=MemoryConfig(vram="0.76GB", execution="eager"),
@@ -71,3 +73,32 @@ def test_a_plan_that_the_recipe_fixes_is_not_changed(tmp_path, toy_cache, toy_mo
     with pytest.raises(DoesNotFit, match="ran out of memory"):
         start_run(tmp_path / "run", toy_cache("bf16"), toy_model, fixed)
     assert len(plans) == 1
+
+
+@pytest.mark.parametrize("in_update", [False, True], ids=["in a step", "in its update"])
+def test_memory_that_ends_in_mid_run_leaves_a_state_to_go_on_from(
+    tmp_path, toy_cache, toy_model, monkeypatch, in_update
+):
+    cache, config = toy_cache("fp32"), replace(CONFIG, steps=8, checkpoint_every=3)
+    start_run(tmp_path / "whole", cache, toy_model, config)
+    calls = iter(range(100))
+    owner, name = (session.Session, "update") if in_update else (loop, "accumulate")
+    real = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, failing)
+        with pytest.raises(DoesNotFit, match=r"the LoRA so far is in .*step-000005") as ended:
+            start_run(tmp_path / "cut", cache, toy_model, config)
+    assert f"k5train resume {tmp_path / 'cut'} --set train.memory.vram=" in ended.value.fix
+    saved = latest_state(Run(tmp_path / "cut").state)
+    assert saved is not None
+    # An update that broke off may have changed some weights and not others: the state before it is the last.
+    assert saved.progress.step == (3 if in_update else 5)
+    go_on(tmp_path / "cut")
+    assert same(lora_of(tmp_path / "cut"), lora_of(tmp_path / "whole"))
+    assert same(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))

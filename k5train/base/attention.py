@@ -111,6 +111,8 @@ def attention_works(device: torch.device, cudnn: bool) -> bool:
         try:
             out = run(*leaves)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+        except torch.OutOfMemoryError:  # says nothing of the kernel
+            raise
         except RuntimeError:  # no kernel for this GPU, shape or torch
             return False
     return all(_is_close(ours, plain) for ours, plain in zip(*results, strict=True))

@@ -74,7 +74,7 @@ class Execution:
         self.streamer = streamer
         self._any_rank = any_rank
         self._compiled: set[Any] = set()
-        self._is_warm = False
+        self._is_warm = self._is_warming_up = False
         if plan.streaming and not streamer:
             raise ValueError("a plan that streams needs the streamer that moved the weights")
         self.policies: list[BlockPolicy] = [self._policy("nothing") for _ in text]
@@ -98,14 +98,15 @@ class Execution:
         """
         if not self.is_compiled:
             return
+        self._is_warming_up = True
         error = self._attempt(step)
         if error and self.modes.cudnn:
             self.modes = self.modes._replace(cudnn=False)
             console.note(f"cuDNN attention does not compile here, flash attention is tried ({error})")
             error = self._attempt(step)
+        self._is_warming_up = False
         if error:
-            console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({error})")
-            self._run = _run
+            self._give_up(error)
         self._is_warm = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what loading and compiling took and gave back
@@ -127,7 +128,7 @@ class Execution:
             self._compiled.clear()
             if self.streamer:
                 self.streamer.reset()
-            return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:140]}"
+            return _in_words(error)
 
     def _policy(self, level: LevelName) -> BlockPolicy:
         gathered: dict[Any, tuple[Block, tuple[int, ...]] | None] = {}
@@ -157,22 +158,38 @@ class Execution:
                 if self._is_warm and not any(known[1:] == kind[1:] for known in self._compiled):
                     console.note(f"Compiling for {_words(sized)}: seconds, or a minute if never done on this machine")
                 self._compiled.add(kind)
-                self._compile_at(sized.at(self.plan.sizes, ranks), *args)
+                if not self._compiles_at(sized.at(self.plan.sizes, ranks), *args):
+                    return _run(x, text, rope, mask, *args)
             sized.mark_dynamic()
             result: Tensor = self._run(*sized, *args)
             return result
 
         return policy
 
-    def _compile_at(self, largest: _Sized, *args: Any) -> None:
+    def _compiles_at(self, largest: _Sized, *args: Any) -> bool:
         """Compile what is met for the first time at the plan's largest size, whatever size it is met with.
 
         One compilation serves every size, but the size it was made at decides how its kernels divide their sums. A run
         that is resumed meets sizes in another order, and shall get the same kernels.
+
+        Returns:
+            False where the compiler failed: blocks run eagerly from then on. ``warm_up`` answers its own failures.
         """
         largest.mark_dynamic()
-        with _random_numbers_kept(self.device):
-            self._run(*largest, *args)
+        try:
+            with _random_numbers_kept(self.device):
+                self._run(*largest, *args)
+        except (torch.OutOfMemoryError, K5Error):
+            raise
+        except Exception as error:  # as in _attempt: whatever it was, the eager run that follows answers it
+            if self._is_warming_up:
+                raise
+            self._give_up(_in_words(error))
+        return self.is_compiled
+
+    def _give_up(self, error: str) -> None:
+        console.warn(f"The blocks cannot be compiled here and run eagerly, slower ({error})")
+        self._run = _run
 
     def _ranks(self, weights: Block) -> tuple[int, ...]:
         """Of every adapter in a block, for the compiler a constant or not."""
@@ -186,6 +203,11 @@ class Execution:
                     torch._dynamo.maybe_mark_dynamic(down, 0)
                     torch._dynamo.maybe_mark_dynamic(up, 1)
         return tuple(ranks)
+
+
+def _in_words(error: Exception) -> str:
+    lines = (str(error).strip() or "no message").splitlines()  # dynamo's first line says only that a backend raised
+    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])[:180]}"
 
 
 class _Sized(NamedTuple):

@@ -139,7 +139,7 @@ def remove(name: str) -> Prepared:
     Raises:
         ModelError: none or several begin so.
     """
-    found = [item for item in listed() if item.path.name.startswith(name)]
+    found = [item for item in listed() if name and item.path.name.startswith(name)]
     if len(found) != 1:
         raise ModelError(
             f"{len(found)} prepared bases under {home()} begin with {name!r}", "See their names: k5train base list"

@@ -50,7 +50,10 @@ class Streamer:
         if len(num_bytes) != 1 or 0 in num_bytes:
             raise RunError("Streaming needs blocks of one shape with int8 weights", "Use an int8 base_model_precision")
         (size,) = num_bytes
-        check_host_memory(size * len(blocks))
+        # What lies in host memory already is let go as it is locked, a block at a time.
+        on_host = sum(getattr(m, n).nbytes for layout, _ in layouts for m, n, _ in layout
+                      if getattr(m, n).device.type == "cpu")  # fmt: skip
+        check_host_memory(size + max(0, size * len(blocks) - on_host))
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.num_slots)]
         self._hosts = [
             self._move(layout, size, self._slots[i % self.num_slots]) for i, (layout, _) in enumerate(layouts)
