@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -64,12 +65,16 @@ class Result:
     """From the call of ``train`` until everything was ready for the first step."""
 
 
-def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None) -> Result:
+def train(
+    data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None,
+    accepted: Callable[[], object] | None = None,
+) -> Result:  # fmt: skip
     """Train one LoRA, from where ``run`` was left.
 
     Args:
         folder: the checkpoint; of it only ``transformer``, and ``scheduler`` and ``vae`` for samples, are read.
         base: the loaded transformer, where several runs share one; it is handed back as it was.
+        accepted: called once nothing more can be refused, before the first step.
 
     Raises:
         CacheStale: the cache does not fit the transformer.
@@ -97,7 +102,10 @@ def train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base
         loader, config = open_loader(data, folder, config)
         base = base or load_base(data, folder, config, device, kept=kept)
         session = attach(base, config, saved)
-        run.result.unlink(missing_ok=True)  # what is refused until here leaves a finished run as it was
+        # What is refused until here leaves a finished run as it was. From here on the run is what is asked for now.
+        run.result.unlink(missing_ok=True)
+        if accepted:
+            accepted()
         progress = replace(saved.progress) if saved else Progress()
         if saved:
             console.note(f"Going on from step {progress.step}")

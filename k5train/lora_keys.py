@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,7 +34,7 @@ def read_pairs(path: Path, modules: Iterable[str]) -> dict[str, Pair]:
     Raises:
         RunError: the file cannot be read, holds keys of no known family or another kind of adapter, or half a pair.
     """
-    state, alphas = _read(path)
+    state, config = _read(path)
     flat = {name.replace(".", "_"): name for name in modules}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -52,9 +53,15 @@ def read_pairs(path: Path, modules: Iterable[str]) -> dict[str, Pair]:
             raise RunError(f"{path} has half of the pair for {name}", "Give a whole LoRA file")
         down, up = part["A"].float(), part["B"].float()
         rank = down.shape[0]
-        alpha = part["alpha"].item() if "alpha" in part else alphas.get("lora_alpha", rank)
-        pairs[name] = (down, up * (alpha / rank))
+        pairs[name] = (down, up * (part["alpha"].item() / rank if "alpha" in part else _scaling(name, rank, config)))
     return pairs
+
+
+def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """What peft multiplies a module's ``B A`` with, by the config in diffusers' metadata; 1 where there is none."""
+    found = (a for pattern, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(found, config.get("lora_alpha", rank))
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def name_of(key: str, flat: Mapping[str, str]) -> tuple[str, str] | None:
@@ -77,12 +84,12 @@ def name_of(key: str, flat: Mapping[str, str]) -> tuple[str, str] | None:
     return (name, part) if name.replace(".", "_") in flat else None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The tensors, and ``lora_alpha`` where diffusers' metadata says it."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and peft's config where diffusers' metadata holds it."""
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in list(file.keys())}
             metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
-    return state, {k.removeprefix("transformer."): v for k, v in metadata.items() if k.endswith("lora_alpha")}
+    return state, {k.removeprefix("transformer."): v for k, v in metadata.items()}

@@ -173,6 +173,15 @@ def attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Sessio
         RecipeError: a target matches nothing.
         RunError: the saved state cannot be read or does not fit.
     """
+    try:
+        return _attach(base, config, saved)
+    except BaseException:
+        if getattr(base.transformer, "_hf_peft_config_loaded", False):
+            base.transformer.unload_lora()
+        raise
+
+
+def _attach(base: Base, config: TrainConfig, saved: state.Saved | None) -> Session:
     console.note(lora.describe(lora.add_lora(base.transformer, config.lora, config.seed)))
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,9 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     saved = latest_state(run.state)
     if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
         raise RunError(f"{root} is finished, at step {saved.progress.step}", further(run, config, data, saved))
-    result = train(data, model_folder(model, PARTS), config, run)
-    if options:
-        write_recipe(root, model, config)
-    return result
+    # Before it trains: stopped again, it is to go on as it was told now.
+    accepted = partial(write_recipe, root, model, config) if options else None
+    return train(data, model_folder(model, PARTS), config, run, accepted=accepted)
 
 
 def further(run: Run, config: TrainConfig, data: Mixture, saved: Saved) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor
 from k5cache.errors import RunError
 from k5train import flow, rollout
 from k5train.data import Batch, Group
+from k5train.mixture import Mixture
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
-    from k5train.mixture import Mixture
 
 Predict = Callable[..., Tensor]
 """Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``, and TREAD
@@ -122,5 +122,6 @@ ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
 
 def exploded(problem: str, batches: Sequence[Batch], cache: Cache | Mixture) -> RunError:
     """The error that ends a run before an update: what was found, and on which rows."""
-    names = ", ".join(dict.fromkeys(cache.row(i).path for batch in batches for i in batch.rows))
+    name = cache.name if isinstance(cache, Mixture) else lambda i: cache.row(i).path
+    names = ", ".join(dict.fromkeys(name(i) for batch in batches for i in batch.rows))
     return RunError(f"{problem} at {names}; nothing was updated", ADVICE)

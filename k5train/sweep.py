@@ -18,7 +18,7 @@ from PIL import Image
 
 from k5cache import console
 from k5cache.config import ModelConfig
-from k5cache.errors import RecipeError, RunError
+from k5cache.errors import DoesNotFit, RecipeError, RunError
 from k5cache.hub import model_folder
 from k5cache.recipe import parse, set_option, to_dict
 from k5train import sample
@@ -127,9 +127,10 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
                 _bring(before.samples(0), run.samples(0))
             try:
                 train(data, folder, replace(setting.config, name=run.name), run, base)
-            except RunError as error:
+            except (RunError, RecipeError, DoesNotFit) as error:
                 console.warn(f"{setting.label}: {error.problem}")
-                steps = max((row["step"] for row in read_metrics(run.metrics) if "loss" in row), default=0)
+                done = read_metrics(run.metrics) if run.metrics.is_file() else []
+                steps = max((row["step"] for row in done if "loss" in row), default=0)
                 rows.append(Row(setting.label, str(run.lora), steps, problem=error.problem))
                 continue
             shutil.rmtree(run.state)  # three times the LoRA's size, and the run is finished

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from k5train.base.quantize import empty_transformer
+from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
 from k5train.config import LoraConfig
 from k5train.export import architecture, side_by_side
@@ -96,6 +97,30 @@ def test_every_family_exported_for_diffusers_is_loaded_in_full_with_its_strength
         factor = 1.0 / down.shape[0] if "alpha" in keys else 1.0
         assert torch.equal(loaded[f"{module}.lora_A.weight"], down)
         assert torch.equal(loaded[f"{module}.lora_B.weight"], up * factor)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_file_of_diffusers_has_the_strength_that_its_metadata_says(tmp_path, toy_model, empty, use_rslora):
+    config = PeftLoraConfig(
+        r=8, lora_alpha=4, use_rslora=use_rslora, target_modules=[MODULE, OTHER],
+        rank_pattern={OTHER: 4}, alpha_pattern={"feed_forward.in_layer": 2},
+    )  # fmt: skip
+    transformer = load_transformer(toy_model, "no_change", torch.float32, torch.device("cpu"))
+    transformer.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name in (MODULE, OTHER):
+        layer = transformer.get_submodule(name)
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part)["default"].weight
+            weight.data = torch.randn(weight.shape, generator=generator)
+            state[f"transformer.{name}.{part}.weight"] = weight.data.clone()
+    kept = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    facts = {f"transformer.{key}": getattr(config, key) for key in kept}
+    save_file(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(facts)})
+    for name, (down, up) in read_pairs(tmp_path / "a.safetensors", linear_modules(empty)).items():
+        theirs = transformer.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(up @ down, theirs)
 
 
 def test_kohya_keys_carry_alpha_as_the_rank_and_come_back_the_same(tmp_path, toy_model, empty, pairs):

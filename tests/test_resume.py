@@ -193,6 +193,23 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, whole, cache, toy
     assert "To start another from its LoRA: k5train run" in again.err  # CONFIG has a cosine
 
 
+def test_a_run_that_was_told_another_end_still_has_it_after_it_was_stopped_again(tmp_path, cache, toy_model, crash_at):
+    config = replace(CONFIG, steps=3, deterministic=True, optim=OptimConfig(lr=1e-2, lr_scheduler="constant"))
+    start_run(tmp_path / "run", cache, toy_model, config)
+    cli = Cli(tmp_path)
+    options = ("--set", "train.steps=8", "--set", "train.deterministic=false")
+    refused = cli(app, "resume", "run", *options, "--set", "train.seed=7")  # and what is refused changes nothing
+    assert refused.code == 2
+    assert "train.seed" in refused.err
+    assert "is finished, at step 3" in cli(app, "resume", "run").err
+    crash_at(3, KeyboardInterrupt())
+    stopped = cli(app, "resume", "run", *options)
+    assert "Stopped and saved at step 5. Go on with: k5train resume run" in stopped.err
+    done = cli(app, "resume", "run")
+    assert done.code == 0, done.err
+    assert "Trained 8 steps" in done.out
+
+
 def test_a_signal_during_an_update_waits_for_its_end():
     interruptions, order = Interruptions(), []
 

@@ -16,7 +16,7 @@ from k5train import session
 from k5train import sweep as sweeping
 from k5train.base import quantize
 from k5train.cli import app
-from k5train.config import ValidationConfig
+from k5train.config import LoraConfig, ValidationConfig
 from tests.cli import Cli
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, lora_of, same, start_run
@@ -119,6 +119,28 @@ def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy
     done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.optim.lr=1e5")
     assert done.code == 2
     assert "No run came to its end" in done.err
+
+
+def test_settings_that_are_refused_as_they_start_are_marked_and_the_others_go_on(tmp_path, toy_cache, toy_model):
+    start_run(tmp_path / "big", toy_cache("fp32"), toy_model, replace(CONFIG, steps=1, lora=LoraConfig(rank=4)))
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
+    (tmp_path / "runs.toml").write_text(f"""
+[[run]]
+name = "other modules"
+train.lora.init_lora = "{tmp_path / "big" / "big.safetensors"}"
+[[run]]
+name = "nothing to adapt"
+train.lora.targets = ["nonesuch"]
+[[run]]
+name = "well"
+""")
+    done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--list", "runs.toml", "-o", "out")
+    assert done.code == 0, done.err
+    rows = {row["label"]: row for row in json.loads((tmp_path / "out" / "sweep.json").read_text())}
+    assert "which train.lora.targets does not" in rows["other_modules"]["problem"]
+    assert "matches no module" in rows["nothing_to_adapt"]["problem"]
+    assert [row["steps"] for row in rows.values()] == [0, 0, 3]
+    assert (tmp_path / "out" / "well" / "well.safetensors").is_file()
 
 
 def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
