@@ -206,13 +206,14 @@ _COMFY_OTHERS = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "l
                  "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")  # fmt: skip
 
 
-def by_comfyui(state: Mapping[str, Tensor], modules: Iterable[str]) -> Loader:
+def by_comfyui(state: Mapping[str, Tensor], modules: Mapping[str, tuple[int, int]]) -> Loader:
     """What ComfyUI would take, by ``comfy/lora.py``: ``model_lora_keys_unet`` for Kandinsky 5, then ``load_lora``.
 
     Its names for a module ``a.b``: ``lora_unet_a_b``, ``diffusion_model.a.b``, ``a.b`` and ``transformer.a.b``.
+    What does not have the weight's shape it takes, and leaves out with a line in its log when it draws.
     """
     adapted, used = [], set[str]()
-    for module in modules:
+    for module, (outputs, inputs) in modules.items():
         for name in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}", module,
                      f"transformer.{module}"):  # fmt: skip
             pairs = [(up.format(name), down.format(name)) for up, down in _COMFY_PAIRS]
@@ -220,6 +221,8 @@ def by_comfyui(state: Mapping[str, Tensor], modules: Iterable[str]) -> Loader:
             others = [key for other in _COMFY_OTHERS if (key := f"{name}.{other}") in state]
             if found and found[1] not in state:
                 return Loader("ComfyUI", (), tuple(state), f"KeyError: {found[1]}")
+            if found and (state[found[0]].shape[0], state[found[1]].shape[-1]) != (outputs, inputs):
+                return Loader("ComfyUI", (), tuple(state), OTHER_MODEL)
             if found or others:
                 adapted.append(module)
                 used.update(found or (), others)
@@ -268,6 +271,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
 
 
-def linear_modules(transformer: torch.nn.Module) -> list[str]:
-    """Names of every linear."""
-    return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+def linear_modules(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Every linear by name: outputs and inputs."""
+    found = ((name, m) for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear))
+    return {name: (module.out_features, module.in_features) for name, module in found}

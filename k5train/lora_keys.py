@@ -25,14 +25,16 @@ Pair = tuple[Tensor, Tensor]
 """``lora_A [r, in]`` and ``lora_B [out, r]``, alpha / rank folded into the second; float32."""
 
 
-def read_pairs(path: Path, modules: Iterable[str]) -> dict[str, Pair]:
+def read_pairs(path: Path, modules: Iterable[str] | Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
     """Every pair of a LoRA file by the module it adapts.
 
     Args:
-        modules: names of the transformer's linears; kohya's names are not readable without.
+        modules: names of the transformer's linears; kohya's names are not readable without. With their outputs and
+            inputs, a file of a model of another size is refused.
 
     Raises:
-        RunError: the file cannot be read, holds keys of no known family or another kind of adapter, or half a pair.
+        RunError: the file cannot be read, holds keys of no known family or another kind of adapter, half a pair, or
+            matrices of a model of another size.
     """
     state, config = _read(path)
     flat = {name.replace(".", "_"): name for name in modules}
@@ -52,6 +54,13 @@ def read_pairs(path: Path, modules: Iterable[str]) -> dict[str, Pair]:
         if "A" not in part or "B" not in part:
             raise RunError(f"{path} has half of the pair for {name}", "Give a whole LoRA file")
         down, up = part["A"].float(), part["B"].float()
+        shape = modules[name] if isinstance(modules, Mapping) else (up.shape[0], down.shape[-1])
+        if (up.shape[0], down.shape[-1]) != shape:
+            raise RunError(
+                f"{path} is of a model of another size: {name} has {up.shape[0]} x {down.shape[-1]} weights there, "
+                f"{shape[0]} x {shape[1]} here",
+                "Give the model that it was trained on: --model DIR",
+            )
         rank = down.shape[0]
         pairs[name] = (down, up * (part["alpha"].item() / rank if "alpha" in part else _scaling(name, rank, config)))
     return pairs

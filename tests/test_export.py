@@ -11,11 +11,12 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from k5cache.errors import RunError
 from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
 from k5train.config import LoraConfig
 from k5train.export import architecture, side_by_side
-from k5train.loaders import check_lora, linear_modules, load_by_diffusers
+from k5train.loaders import OTHER_MODEL, check_lora, linear_modules, load_by_diffusers
 from k5train.lora_keys import read_pairs
 from tests.cli import Cli
 from tests.runs import CONFIG, start_run
@@ -121,6 +122,21 @@ def test_a_file_of_diffusers_has_the_strength_that_its_metadata_says(tmp_path, t
     for name, (down, up) in read_pairs(tmp_path / "a.safetensors", linear_modules(empty)).items():
         theirs = transformer.get_submodule(name).get_delta_weight("default")
         torch.testing.assert_close(up @ down, theirs)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", ""])
+def test_a_file_of_a_model_of_another_size_is_known_as_one(tmp_path, empty, pairs, prefix):
+    def wider(name, down, up):
+        return {f"{prefix}{name}.lora_A.weight": torch.zeros(down.shape[0], down.shape[1] + 16),
+                f"{prefix}{name}.lora_B.weight": up}  # fmt: skip
+
+    state = {k: t for name, (down, up) in pairs.items() for k, t in wider(name, down, up).items()}
+    save_file(state, tmp_path / "wide.safetensors")
+    report = check_lora(tmp_path / "wide.safetensors", empty)
+    comfy = next(loader for loader in report.loaders if loader.name == "ComfyUI")
+    assert comfy.error == OTHER_MODEL
+    with pytest.raises(RunError, match="is of a model of another size: visual_transformer_blocks"):
+        read_pairs(tmp_path / "wide.safetensors", linear_modules(empty))
 
 
 def test_kohya_keys_carry_alpha_as_the_rank_and_come_back_the_same(tmp_path, toy_model, empty, pairs):
