@@ -101,7 +101,9 @@ def keys_of(pairs: Mapping[str, Pair], form: Format, dtype: torch.dtype) -> dict
         else:
             state[f"transformer.{name}.lora_A.weight"] = down
             state[f"transformer.{name}.lora_B.weight"] = up
-    return {key: tensor.to(dtype).contiguous() for key, tensor in state.items()}
+    # A rank may be odd and above 256, which bfloat16 would round.
+    return {key: tensor.to(torch.float32 if key.endswith(".alpha") else dtype).contiguous() for key, tensor in
+            state.items()}  # fmt: skip
 
 
 def architecture(folder: Path | None) -> Kandinsky5Transformer3DModel:

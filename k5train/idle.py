@@ -20,6 +20,8 @@ _BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "optim.lr_power": ("optim.lr_scheduler", ("polynomial",)),
     "optim.lr_end": ("optim.lr_scheduler", ("linear", "polynomial", "cosine", "cosine_with_restarts", "rex")),
     "lora.decompose_factor": ("lora.algo", ("lokr",)),
+    "optim.betas": ("optim.optimizer", ("adamw", "adamw8bit", "lion", "muon", "prodigy", "schedulefree")),
+    "optim.eps": ("optim.optimizer", ("adamw", "adamw8bit", "prodigy", "schedulefree")),
 }
 # Option -> what switches it on.
 _NEEDS = {
@@ -31,6 +33,12 @@ _NEEDS = {
     "rollout.num_inference_steps": "rollout.probability",
     "rollout.min_sigma": "rollout.probability",
     "validation.held_out_sigmas": "validation.split",
+    "validation.held_out_every": "validation.split",
+    "memory.group_offload_type": "memory.enable_group_offload",
+    "memory.group_offload_blocks_per_group": "memory.enable_group_offload",
+    "memory.group_offload_use_stream": "memory.enable_group_offload",
+    "trackers.project": "trackers.use",
+    "trackers.offline": "trackers.use",
 }
 
 
@@ -47,6 +55,15 @@ def idle_options(config: TrainConfig) -> list[str]:
         for name, other in _NEEDS.items()
         if attrgetter(name)(config) != attrgetter(name)(default) and not attrgetter(other)(config)
     ]
+    if config.epochs is not None and config.steps != default.steps:
+        lines.append("train.steps does nothing here: train.epochs says when to stop")
+    if config.data and config.repeats != default.repeats:
+        lines.append("train.repeats does nothing here: each [[train.data]] entry has its own")
+    if config.epochs is None and config.optim.warmup_steps >= config.steps > 0:
+        lines.append(
+            f"train.optim.lr is never reached: its warm-up takes {config.optim.warmup_steps} steps, there are "
+            f"{config.steps}: --set train.optim.warmup_steps={config.steps // 10}"
+        )
     has_prior = any(entry.is_regularisation_data for entry in config.data)
     if config.objective.prior_loss_weight != 1 and not has_prior:
         lines.append(

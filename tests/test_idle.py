@@ -30,6 +30,10 @@ def test_nothing_is_said_of_the_defaults():
         ("tread.ramp_down=0.1", "train.tread.routes is not set",
          "tread.routes=[{selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2}]"),
         ("rollout.max_steps=2", "train.rollout.probability is not set", "rollout.probability=0.1"),
+        ("validation.held_out_every=5", "train.validation.split is not set", "validation.split=0.1"),
+        ("memory.group_offload_blocks_per_group=2", "enable_group_offload is not set",
+         "memory.enable_group_offload=true"),
+        ("trackers.project=mine", "train.trackers.use is not set", 'trackers.use=["wandb"]'),
         ("objective.prior_loss_weight=0.5", "no [[train.data]] entry has is_regularisation_data",
          'data=[{cache="a", is_regularisation_data=true}]'),
     ],
@@ -39,6 +43,21 @@ def test_an_option_without_what_it_belongs_to_is_named(idle, what, acting):
     assert line.startswith(f"train.{idle.partition('=')[0]} does nothing here: ")
     assert what in line
     assert lines(idle, acting) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["steps=50", "epochs=2"], "train.steps does nothing here: train.epochs says when to stop"),
+        (["repeats=5", 'data=[{cache="a"}]'], "train.repeats does nothing here"),
+        (["optim.optimizer=adafactor", "optim.betas=[0.9,0.9]"], "train.optim.betas does nothing here"),
+        (["steps=40"], "train.optim.lr is never reached: its warm-up takes 100 steps, there are 40: "
+                       "--set train.optim.warmup_steps=4"),
+    ],
+)  # fmt: skip
+def test_numbers_that_another_number_makes_idle_are_named(options, said):
+    (line,) = lines(*options)
+    assert line.startswith(said)
 
 
 def test_every_name_and_value_is_one():
