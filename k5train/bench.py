@@ -106,6 +106,13 @@ TREAD_BLOCKS = (2, -3)
 """First and last visual block that dropped tokens skip."""
 
 
+def within(budget: int | None, cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The cases as this card can run them: one that may take more than there is takes what there is, once."""
+    limit = None if budget is None else budget / 2**30
+    capped = (replace(c, cap_gib=None) if limit and c.cap_gib and c.cap_gib > limit else c for c in cases)
+    return tuple(dict.fromkeys(capped))
+
+
 def bench(
     cases: tuple[Case, ...],
     device: torch.device,

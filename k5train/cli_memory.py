@@ -70,7 +70,7 @@ def bench(
     start: Annotated[
         bool, typer.Option("--start", help="Time a run's start, first and second, and its host memory, instead.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Timed steps a case.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a case.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
     """Time training steps of a full-size transformer with random weights on this card. Downloads nothing."""
@@ -78,10 +78,15 @@ def bench(
 
     from k5train import bench as benching
     from k5train import fidelity
+    from k5train.base import vram
 
     if not torch.cuda.is_available():
         raise RunError(f"There is no GPU that torch {torch.__version__} sees", "Run it where you mean to train")
     device = torch.device("cuda")
+    if features and start:
+        raise RunError("--features and --start each measure instead of the rest", "Give one of them at a time")
+    if out is not None and not out.parent.is_dir():
+        raise RunError(f"There is no folder {out.parent}", "Make it first: what is measured is to be written there")
     if features:
         time_features(device, max(steps, 20), out)
         return
@@ -89,7 +94,7 @@ def bench(
         time_start(device, out)
         return
     cases = tuple(benching.Case(p, None) for p in ("int8-quanto", "int8-dynamic"))
-    cases = cases if quick else (*benching.MUST_REACH, *benching.SIZES)
+    cases = cases if quick else benching.within(vram.budget(device, None), (*benching.MUST_REACH, *benching.SIZES))
     ceiling = benching.matmul_ceiling(device)
     results = benching.bench(cases, device, baseline=baseline, num_steps=steps)
     title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {ceiling:.0f} TFLOP/s bf16 matmul"

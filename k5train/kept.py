@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache import console
-from k5cache.errors import DoesNotFit
+from k5cache.errors import DoesNotFit, RunError
 from k5train.base.memory import LEVELS, Plan, Streaming
 from k5train.state import Saved, broken
 
@@ -62,20 +62,25 @@ def kept_plan(saved: Saved | None, deterministic: bool) -> Kept | None:
         None where a new one may be made: nothing is saved, or not to the bit, or by a version that kept no plans.
 
     Raises:
-        RunError: the state's plan is not one.
+        RunError: the state's plan is not one, or of another version.
     """
     if saved is None or not deterministic or "plan" not in saved.facts:
         return None
+    run = saved.folder.parent.parent
     try:
-        return Kept(saved.folder.parent.parent, _read(saved.facts["plan"]))
+        unknown = set(saved.facts["plan"]["levels"]) - set(LEVELS)
+        if unknown:
+            inexactly = console.command("k5train", "resume", run, set="train.deterministic=false")
+            raise RunError(
+                f"{run} has a memory plan of another version: levels {', '.join(sorted(unknown))}",
+                f"Use that version, or go on with a new plan, not bit for bit: {inexactly}",
+            )
+        return Kept(run, _read(saved.facts["plan"]))
     except (KeyError, TypeError, ValueError) as error:
         raise broken(saved.folder / "state.json", error) from error
 
 
 def _read(document: Mapping[str, Any]) -> Plan:
-    unknown = set(document["levels"]) - set(LEVELS)
-    if unknown:
-        raise ValueError(f"its plan has levels {', '.join(sorted(unknown))}, this version {', '.join(LEVELS)}")
     streaming, sizes = document["streaming"], document["sizes"]
     return Plan(
         tuple(document["levels"]),

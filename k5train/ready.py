@@ -74,7 +74,9 @@ def plan_for(
     level: Any = None if config.memory.activations == "auto" else config.memory.activations
     if level is None and (budget is None or how == "diffusers"):
         level = "nothing"  # on a CPU, and where only all or nothing can be kept
-    return memory.make_plan(arch, work, budget, level=level, streaming=streaming_of(config.memory, arch))
+    fixed_by = "execution" if how == "diffusers" and config.memory.activations == "auto" else "activations"
+    streaming = streaming_of(config.memory, arch)
+    return memory.make_plan(arch, work, budget, level=level, streaming=streaming, fixed_by=fixed_by)
 
 
 def work_for(

@@ -184,7 +184,19 @@ def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
     assert kernels_for == [((20, 30), EXACT.lora)]
 
 
-@pytest.mark.parametrize("damage", [{"levels": ["everything"] * 3}, {"streaming": {"blocks": 3}}, {"sizes": 18}])
+def test_a_plan_of_another_version_is_named_and_does_not_end_the_run(tmp_path, cache, toy_model, free):
+    free(PLENTY)
+    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
+    document["plan"]["levels"] = ["everything"] * 3
+    path.write_text(json.dumps(document))
+    with pytest.raises(RunError, match="another version: levels everything") as caught:
+        go_on(tmp_path / "run", steps=4)
+    assert "train.deterministic=false" in caught.value.fix
+    go_on(tmp_path / "run", steps=4, deterministic=False)
+
+
+@pytest.mark.parametrize("damage", [{"streaming": {"blocks": 3}}, {"sizes": 18}])
 def test_a_plan_that_is_none_is_named(tmp_path, cache, toy_model, free, damage):
     free(PLENTY)
     start_run(tmp_path / "run", cache, toy_model, EXACT)

@@ -130,6 +130,30 @@ def test_weights_are_streamed_only_when_recomputing_everything_does_not_fit():
     assert plan.host_bytes == pytest.approx(plan.streaming.num_blocks * FULL.block_parameters, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("card", "changes", "fix"),
+    [
+        (5, {"batch_size": 4}, "Nearest that fits, with 3.9 GiB: --set train.batch_size=1, a cache encoded with "
+                               "cache.resolution=512"),
+        (4, {}, "Nearest that fits, with 2.9 GiB: a quarter of train.lora.rank, a cache encoded with "
+                "cache.resolution=768"),
+        (3, {}, "Use a GPU with at least 5.8 GiB of memory"),  # for what was asked, not for a smaller one
+        (8, {"memory": MemoryConfig(enable_group_offload=True, group_offload_blocks_per_group=25)},
+         "Use --set train.memory.group_offload_blocks_per_group=1, with which what fits is planned"),
+        (8, {"memory": MemoryConfig(execution="diffusers")},
+         "Use --set train.memory.execution=auto, with which what fits is planned"),
+        (8, {"memory": MemoryConfig(activations="all")},
+         "Use --set train.memory.activations=auto, with which what fits is planned"),
+    ],
+)  # fmt: skip
+def test_advice_for_a_card_that_is_too_small_is_a_change_that_fits_it(card, changes, fix):
+    config, device = replace(TrainConfig(), **changes), torch.device("cuda")
+    budget = card * GIB - memory.CONTEXT_BYTES
+    with pytest.raises(DoesNotFit) as refused:
+        ready.plan_for(bench.FULL_SIZE, config, device, (4096, 512), budget)
+    assert refused.value.fix == fix
+
+
 def test_what_no_plan_fits_is_refused_with_the_nearest_that_does():
     with pytest.raises(DoesNotFit, match="even with all weights streamed") as refused:
         make_plan(FULL, replace(WORK, batch_size=8), int(4.5 * GIB))
@@ -245,6 +269,12 @@ def test_the_bench_times_a_case_and_counts_its_arithmetic():
     assert result.tflops == pytest.approx(
         bench.flops(architecture(small), Work(1, 16, 8, 0, 0, "int8-dynamic")) / result.milliseconds / 1e9
     )
+
+
+def test_caps_beyond_the_card_are_what_the_card_has():
+    cases = bench.within(8 * GIB, (*bench.MUST_REACH, *bench.SIZES))
+    assert [c.cap_gib for c in cases[:4]] == [None, None, 4.5, None]
+    assert bench.within(80 * GIB, bench.MUST_REACH) == bench.MUST_REACH
 
 
 def test_the_benchs_baseline_is_diffusers_with_peft_and_quanto():

@@ -215,6 +215,7 @@ def make_plan(
     *,
     level: LevelName | None = None,
     streaming: Streaming | None = None,
+    fixed_by: str = "activations",
 ) -> Plan:
     """The fastest plan that fits ``budget`` bytes of VRAM.
 
@@ -226,6 +227,7 @@ def make_plan(
         budget: None: no limit.
         level: for every block, instead of the ladder.
         streaming: asked for; None: only if needed.
+        fixed_by: the option of ``[train.memory]`` that asks for ``level``.
 
     Raises:
         DoesNotFit: no plan fits, or not the one asked for; names the nearest that does.
@@ -244,7 +246,8 @@ def make_plan(
     if level is not None:
         chosen = plan(_mixed(level, level, 0, count), streaming)
         if not fits(chosen):
-            raise _too_small(chosen, arch, work, f'activations = "{level}"')
+            what = f'activations = "{level}"' if fixed_by == "activations" else "with everything recomputed, this run"
+            raise _too_small(chosen, arch, work, what, f"train.memory.{fixed_by}=auto")
         return chosen
     best: Plan | None = None
     ladder: list[LevelName] = list(LEVELS)
@@ -260,13 +263,14 @@ def make_plan(
     lean = _mixed("nothing", "nothing", 0, count)
     if work.precision == "no_change":
         raise _too_small(plan(lean, None), arch, work, "with everything recomputed, this run")
+    fixed = "train.memory.group_offload_blocks_per_group=1" if streaming and streaming.slots > 2 else ""
     if streaming is None:
         for num_blocks in range(3, count + 1):
             candidate = plan(lean, Streaming(num_blocks))
             if fits(candidate):
                 return candidate
         streaming = Streaming(count)
-    raise _too_small(plan(lean, streaming), arch, work, "even with all weights streamed, this run")
+    raise _too_small(plan(lean, streaming), arch, work, "even with all weights streamed, this run", fixed)
 
 
 def _mixed(lower: LevelName, upper: LevelName, raised: int, count: int) -> tuple[LevelName, ...]:
@@ -274,37 +278,40 @@ def _mixed(lower: LevelName, upper: LevelName, raised: int, count: int) -> tuple
     return tuple(upper if (i + 1) * raised // count > i * raised // count else lower for i in range(count))
 
 
-def _too_small(plan: Plan, arch: Architecture, work: Work, what: str) -> DoesNotFit:
-    """The error for a plan over its budget, with the nearest change that fits."""
+def _too_small(plan: Plan, arch: Architecture, work: Work, what: str, fixed: str = "") -> DoesNotFit:
+    """The error for a plan over its budget, with the nearest change that fits.
+
+    Args:
+        fixed: the option without which something leaner would be planned, as ``--set`` takes it.
+    """
     assert plan.budget is not None
+    room = plan.budget * (1 - _MARGIN)
     problem = f"{what} needs {human_bytes(plan.peak)} of VRAM, there is {human_bytes(plan.budget)} for torch"
-    everything = Streaming(arch.num_visual_blocks)
     lean = _mixed("nothing", "nothing", 0, arch.num_visual_blocks)
 
     def peak(changed: Work) -> int:
-        return sum(estimate(arch, changed, lean, everything).values())
+        return sum(estimate(arch, changed, lean, Streaming(arch.num_visual_blocks)).values())
 
-    if work.precision == "no_change" and peak(replace(work, precision="int8-quanto")) <= plan.budget * (1 - _MARGIN):
+    if work.precision == "no_change" and peak(replace(work, precision="int8-quanto")) <= room:
         return DoesNotFit(problem, "Use --set train.base_model_precision=int8-quanto")
-    if peak(work) <= plan.budget * (1 - _MARGIN):
-        return DoesNotFit(problem, "Use --set train.memory.activations=auto, which plans what fits")
-    changes = []
-    if work.batch_size > 1:
-        changes.append(("--set train.batch_size=1", replace(work, batch_size=1)))
+    if fixed and peak(work) <= room:
+        return DoesNotFit(problem, f"Use --set {fixed}, with which what fits is planned")
     one = replace(work, batch_size=1)
-    if work.lora_parameters:
-        less = replace(one, lora_parameters=work.lora_parameters // 4, adapters_width=work.adapters_width // 4)
-        changes.append(("a quarter of train.lora.rank, and train.batch_size=1", less))
-        one = less
-    for side in (768, 512, 256):
-        tokens = (side // 16) ** 2
-        if tokens < work.num_tokens:
-            changes.append((f"a cache encoded with cache.resolution={side}", replace(one, num_tokens=tokens)))
-    for words, changed in changes:
-        if peak(changed) <= plan.budget * (1 - _MARGIN):
-            return DoesNotFit(problem, f"Nearest that fits, with {human_bytes(peak(changed))}: {words}")
-    least = peak(changes[-1][1] if changes else work)
-    return DoesNotFit(problem, f"Use a GPU with at least {human_bytes(least + CONTEXT_BYTES)} of memory")
+    sides = [side for side in (768, 512, 256) if (side // 16) ** 2 < work.num_tokens]
+    smaller = [("", one)] + [
+        (f"a cache encoded with cache.resolution={side}", replace(one, num_tokens=(side // 16) ** 2)) for side in sides
+    ]
+    shares = [1, 4] if work.lora_parameters else [1]
+    for share, (words, changed) in ((share, size) for share in shares for size in smaller):
+        less = replace(changed, lora_parameters=changed.lora_parameters // share,
+                       adapters_width=changed.adapters_width // share)  # fmt: skip
+        if peak(less) <= room:
+            changes = ["--set train.batch_size=1"] if work.batch_size > 1 else []
+            changes += ["a quarter of train.lora.rank"] if share > 1 else []
+            changes += [words] if words else []
+            return DoesNotFit(problem, f"Nearest that fits, with {human_bytes(peak(less))}: {', '.join(changes)}")
+    needed = int(peak(work) / (1 - _MARGIN)) + CONTEXT_BYTES
+    return DoesNotFit(problem, f"Use a GPU with at least {human_bytes(needed)} of memory")
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
