@@ -19,7 +19,7 @@ from PIL import Image
 from k5cache import console
 from k5cache.config import ModelConfig
 from k5cache.errors import DoesNotFit, RecipeError, RunError
-from k5cache.hub import model_folder
+from k5cache.hub import model_folder, read_config
 from k5cache.recipe import parse, set_option, to_dict
 from k5train import sample
 from k5train.checkpoint import Run, create_run, open_run, write_json, write_whole
@@ -28,6 +28,7 @@ from k5train.kept import Kept, kept_plan
 from k5train.loop import train
 from k5train.metrics import read_metrics
 from k5train.mixture import Mixture
+from k5train.ready import largest, plan_for
 from k5train.session import load_base
 from k5train.setup import pick_device
 from k5train.start import PARTS, open_data, with_library
@@ -110,8 +111,7 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
         RunError: ``out`` holds another sweep.
     """
     folder = model_folder(model, PARTS)
-    # One plan for all, by the run that takes most memory: DoRA's and LoKr's keep more than what is compiled.
-    largest = max((s.config for s in runs), key=lambda c: (c.lora.algo in ("dora", "lokr"), c.batch_size, c.lora.rank))
+    most = _largest(cache, folder, [setting.config for setting in runs])
     any_rank = len({(s.config.lora.rank, s.config.lora.ranks) for s in runs}) > 1
     base = None
     rows, before = [], None
@@ -122,7 +122,7 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
         if not run.is_finished:
             if base is None:
                 kept = _kept(out, runs)
-                base = load_base(data, folder, largest, pick_device(largest.device, folder), any_rank, kept)
+                base = load_base(data, folder, most, pick_device(most.device, folder), any_rank, kept)
             if before is not None and not run.samples(0).exists():
                 _bring(before.samples(0), run.samples(0))
             try:
@@ -139,6 +139,21 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
     write_json(out / "sweep.json", [asdict(row) for row in rows])
     ended_well = {row.label for row in rows if not row.problem}
     return rows, _compare(out, [setting for setting in runs if setting.label in ended_well])
+
+
+def _largest(cache: Path | None, folder: Path, configs: Sequence[TrainConfig]) -> TrainConfig:
+    """The run that takes most memory: one plan, by it, is for all."""
+    sizes = largest(*(source.cache for source in open_data(cache, configs[0]).sources))
+    device, transformer = pick_device(configs[0].device, folder), read_config(folder, "transformer")
+
+    def demand(config: TrainConfig) -> tuple[bool, int]:
+        try:
+            peak = plan_for(transformer, config, device, sizes, None).peak
+        except RecipeError:  # a target that matches nothing: said when it is that run's turn
+            return False, 0
+        return config.lora.algo in ("dora", "lokr"), peak  # theirs keep more than what is compiled
+
+    return max(configs, key=demand)
 
 
 def _from_grid(document: dict[str, Any], grid: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:

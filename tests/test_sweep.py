@@ -143,6 +143,15 @@ name = "well"
     assert (tmp_path / "out" / "well" / "well.safetensors").is_file()
 
 
+def test_the_plan_is_that_of_the_run_that_takes_most(toy_cache, toy_model):
+    small = replace(CONFIG, base_model_precision="int8-quanto", lora=LoraConfig(rank=8, targets=("qkv",)))
+    wide = replace(small, lora=LoraConfig(rank=8, targets=("official",)))
+    averaged = replace(wide, optim=replace(CONFIG.optim, ema_decay=0.9))
+    bad = replace(small, lora=LoraConfig(rank=64, targets=("nonesuch",)))
+    plain = replace(wide, optim=replace(CONFIG.optim, ema_decay=0.0))
+    assert sweeping._largest(toy_cache("fp32"), toy_model, [small, plain, averaged, bad]) == averaged
+
+
 def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
     out = swept[0]
     before = {p: p.stat().st_mtime_ns for p in out.glob("*lr=1e-2/*.safetensors")}
