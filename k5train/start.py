@@ -89,9 +89,30 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     saved = latest_state(run.state)
     if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
         raise RunError(f"{root} is finished, at step {saved.progress.step}", further(run, config, data, saved))
+    if run.is_finished and saved:
+        check_may_go_on(run, config, saved)
     # Before it trains: stopped again, it is to go on as it was told now.
     accepted = partial(write_recipe, root, model, config) if options else None
     return train(data, model_folder(model, PARTS), config, run, accepted=accepted)
+
+
+def check_may_go_on(run: Run, config: TrainConfig, saved: Saved) -> None:
+    """Refuse a run that would end at once for the reason for which it ended.
+
+    Raises:
+        RunError: its time is spent, or its patience; says which option gives it more.
+    """
+    hours, step = config.max_hours, saved.progress.step
+    if hours and saved.progress.seconds >= 3600 * hours:
+        more = console.command("k5train", "resume", run.root, set=f"train.max_hours={2 * hours:g}")
+        raise RunError(f"{run.root} ended at step {step} after the time it was given, {hours:g} h", f"For more: {more}")
+    patience = config.validation.patience
+    if patience and saved.progress.not_better >= patience:
+        more = console.command("k5train", "resume", run.root, set="train.validation.patience=0")
+        raise RunError(
+            f"{run.root} ended at step {step}: {patience} times the held-out loss had not fallen",
+            f"To go on all the same: {more}",
+        )
 
 
 def further(run: Run, config: TrainConfig, data: Mixture, saved: Saved) -> str:

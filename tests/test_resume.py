@@ -210,6 +210,24 @@ def test_a_run_that_was_told_another_end_still_has_it_after_it_was_stopped_again
     assert "Trained 8 steps" in done.out
 
 
+def test_a_run_that_ended_by_its_time_or_patience_says_so_and_goes_on_with_more(tmp_path, cache, toy_model):
+    cli = Cli(tmp_path)
+    start_run(tmp_path / "hours", cache, toy_model, replace(CONFIG, steps=6, max_hours=1e-9))
+    ended = cli(app, "resume", "hours")
+    assert ended.code == 2
+    assert "after the time it was given, 1e-09 h" in ended.err
+    assert "k5train resume hours --set train.max_hours=2e-09" in ended.err
+    validation = replace(CONFIG.validation, split=0.2, held_out_every=1, held_out_sigmas=1, patience=1)
+    start_run(tmp_path / "patient", cache, toy_model, replace(CONFIG, steps=6, validation=validation))
+    path = state.latest_state(tmp_path / "patient" / "state").folder / "state.json"
+    document = json.loads(path.read_text())
+    document["progress"] |= {"step": 4, "not_better": 1}  # as one that ended so: whether it does is up to the toy
+    path.write_text(json.dumps(document))
+    ended = cli(app, "resume", "patient")
+    assert "ended at step 4: 1 times the held-out loss had not fallen" in ended.err
+    assert "--set train.validation.patience=0" in ended.err
+
+
 def test_a_signal_during_an_update_waits_for_its_end():
     interruptions, order = Interruptions(), []
 
