@@ -234,7 +234,7 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
     Raises:
         RunError: names every field that differs.
     """
-    before = saved.facts["identity"]
+    before, now = _without_paths(saved.facts["identity"]), _without_paths(now)
     free = [f"train.{name}" for name in may_change(saved, now["train"])]
     # A name, which an encode may note later; the weights that it stands for are compared by their fingerprints.
     free += [f"{name}.recipe.model.revision" for name in now if name.startswith("cache")]
@@ -247,6 +247,13 @@ def check_same(saved: state.Saved, now: Mapping[str, Any]) -> None:
             f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(differing)}",
             "Put that back to go on with it, or train another: k5train run --new, or -o OTHER",
         )
+
+
+def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is, wherever its caches lie: their rows are compared."""
+    train = dict(identity["train"])
+    train["data"] = [{k: v for k, v in entry.items() if k != "cache"} for entry in train.get("data", ())]
+    return {**identity, "train": train}
 
 
 def may_change(saved: state.Saved, train: Mapping[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -85,6 +86,10 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     if cache is None and not config.data and not first.exists():
         moved = console.command("k5train", "resume", root, cache="PATH")
         raise RunError(f"{root} was trained on {first}, which is not there", f"If it moved: {moved}")
+    lost = [entry.cache for entry in config.data if cache is None and not Path(entry.cache).exists()]
+    if lost:
+        moved = console.command("k5train", "resume", root, set=f"train.data={_as_moved(config.data, lost)}")
+        raise RunError(f"{root} was trained on {lost[0]}, which is not there", f"If it moved, with its PATH: {moved}")
     data = open_data(cache or (None if config.data else first), config)
     saved = latest_state(run.state)
     if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
@@ -94,6 +99,17 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     # Before it trains: stopped again, it is to go on as it was told now.
     accepted = partial(write_recipe, root, model, config) if options else None
     return train(data, model_folder(model, PARTS), config, run, accepted=accepted)
+
+
+def _as_moved(entries: Sequence[DataConfig], lost: Sequence[str]) -> str:
+    """``[[train.data]]`` in one line, with PATH for what is not there."""
+    tables = []
+    for entry in entries:
+        values = {**to_dict(entry), "cache": "PATH" if entry.cache in lost else entry.cache}
+        defaults = to_dict(DataConfig(cache=""))
+        kept = {k: v for k, v in values.items() if v != defaults.get(k)}
+        tables.append("{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in kept.items()) + "}")
+    return f"[{', '.join(tables)}]"
 
 
 def check_may_go_on(run: Run, config: TrainConfig, saved: Saved) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,40 @@ def test_another_cache_is_refused_by_what_is_different(tmp_path, whole, toy_mode
     refused = Cli(tmp_path)(app, "resume", str(whole), "--cache", str(other), "--set", "train.steps=30")
     assert refused.code == 2
     assert "cache.recipe.selection.resolution: 64, now 80" in refused.err
+
+
+def test_one_of_several_caches_may_move(tmp_path, cache, toy_model, crash_at):
+    for name in ("a", "b"):
+        shutil.copytree(cache, tmp_path / name)
+    cli = Cli(tmp_path)
+    (tmp_path / "recipe.toml").write_text(f"""
+[model]
+path = "{toy_model}"
+[train]
+steps = 4
+base_model_precision = "no_change"
+mixed_precision = "fp32"
+device = "cpu"
+[train.optim]
+warmup_steps = 0
+[[train.data]]
+cache = "a"
+weight = 3.0
+[[train.data]]
+cache = "b"
+weight = 1.0
+""")
+    crash_at(3, KeyboardInterrupt())
+    assert "saved at step 2" in cli(app, "run", "-r", "recipe.toml", "-o", "run").err
+    (tmp_path / "b").rename(tmp_path / "c")
+    told = cli(app, "resume", "run")
+    assert told.code == 2
+    assert "run was trained on b, which is not there" in told.err
+    command = shlex.split(told.err.split("with its PATH: ")[1])
+    assert command[:3] == ["k5train", "resume", "run"]
+    done = cli(app, *(word.replace("PATH", "c") for word in command[1:]))
+    assert done.code == 0, done.err
+    assert "Trained 4 steps" in done.out
 
 
 def test_a_run_whose_cache_moved_is_told_where_to_name_it(tmp_path, cache, toy_model):
