@@ -94,11 +94,17 @@ def name_of(key: str, flat: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and peft's config where diffusers' metadata holds it."""
+    """The tensors, and peft's config where diffusers' metadata holds it or peft saved it beside the file."""
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in list(file.keys())}
             metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
+    beside = path.with_name("adapter_config.json")
+    if not metadata and beside.is_file() and all(key.startswith("base_model.model.") for key in state):
+        try:  # peft's own file, whose strength is in the config that it saves beside it
+            return state, dict(json.loads(beside.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{beside} cannot be read: {error}", "Mend it, or move the LoRA away from it") from error
     return state, {k.removeprefix("transformer."): v for k, v in metadata.items()}

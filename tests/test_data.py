@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from k5train.config import LoraConfig, TrainConfig
 from k5train.data import Loader
 from k5train.mixture import Mixture, Source, epoch_batches, num_batches, open_mixture
 from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
-from k5train.step import train_step
+from k5train.step import exploded, train_step
 from tests.cli import Cli
 
 SCALE = 0.3611
@@ -326,3 +327,11 @@ def test_rolled_rows_end_on_the_grid_and_a_group_without_any_has_no_path(caches)
         assert (GRID - group.sigma).abs().min() == 0
         assert abs(group.sigma - before.sigma) <= 0.1
     assert all(torch.equal(a.sigma, b.sigma) for a, b in zip(made, plain, strict=True) if a.path is None)
+
+
+def test_a_row_that_ends_a_run_is_named_with_its_cache_where_there_are_several(caches):
+    several, one = open_mixture(entries(caches)), open_mixture(entries(caches)[:1])
+    first, last = SimpleNamespace(rows=[0]), SimpleNamespace(rows=[len(several) - 1])
+    said = exploded("The loss is nan", [first, last], several).problem  # type: ignore[list-item]
+    assert all(f"{path.name}: " in said for path in map(Path, caches))
+    assert f"{Path(caches[0]).name}: " not in exploded("The loss is nan", [first], one).problem  # type: ignore[list-item]

@@ -119,7 +119,14 @@ def test_a_file_of_diffusers_has_the_strength_that_its_metadata_says(tmp_path, t
     kept = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     facts = {f"transformer.{key}": getattr(config, key) for key in kept}
     save_file(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(facts)})
-    for name, (down, up) in read_pairs(tmp_path / "a.safetensors", linear_modules(empty)).items():
+    # peft's own: other keys, and the config in a file beside it
+    (tmp_path / "adapter_config.json").write_text(json.dumps({key: getattr(config, key) for key in kept}))
+    peft_state = {key.replace("transformer.", "base_model.model.", 1): tensor for key, tensor in state.items()}
+    save_file(peft_state, tmp_path / "adapter_model.safetensors")
+    ours = read_pairs(tmp_path / "a.safetensors", linear_modules(empty))
+    of_peft = read_pairs(tmp_path / "adapter_model.safetensors", linear_modules(empty))
+    for name, (down, up) in ours.items():
+        assert torch.equal(of_peft[name][1], up)
         theirs = transformer.get_submodule(name).get_delta_weight("default")
         torch.testing.assert_close(up @ down, theirs)
 
