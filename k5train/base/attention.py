@@ -99,6 +99,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> Tensor:
     return out
 
 
+def fits(query: Tensor) -> bool:
+    """Whether ``attention`` takes such heads: on the GPU bfloat16, a multiple of 8 wide, which torch's would pad."""
+    return not query.is_cuda or (query.dtype == torch.bfloat16 and query.shape[-1] % 8 == 0)
+
+
 @functools.cache
 def attention_works(device: torch.device, cudnn: bool) -> bool:
     """Whether it gives what plain attention gives, forward and backward, on a small case in bfloat16."""

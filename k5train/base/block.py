@@ -20,7 +20,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from k5train.base.attention import any_attention, attention
+from k5train.base.attention import any_attention, attention, fits
 from k5train.base.linear import Int8Linear
 from k5train.base.ops import linear
 
@@ -129,7 +129,7 @@ def attend(
     query, key = rms_norm(query, part.query_norm), rms_norm(key, part.key_norm)
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
-    if mask is None and modes.flash and (not query.is_cuda or query.dtype == torch.bfloat16):
+    if mask is None and modes.flash and fits(query):
         mixed = attention(query, key, value, cudnn=modes.cudnn and text is None)
     else:
         mixed = any_attention(query, key, value, mask)

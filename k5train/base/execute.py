@@ -326,7 +326,7 @@ def _contexts(name: LevelName) -> Callable[[], Any]:
 
     # A cache of traced graphs pickles it by its name, and tells one policy from another by this hash.
     contexts.__name__ = contexts.__qualname__ = f"_contexts_{name}"
-    policy = (level.attention, sorted(level.matmuls), _ATTENTIONS, inspect.getsource(_keep))
+    policy = (level.attention, sorted(level.matmuls), _ATTENTIONS, _OURS, _LORA, inspect.getsource(_keep))
     contexts.cache_hash = repr(policy)  # type: ignore[attr-defined]
     return contexts
 
