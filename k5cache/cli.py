@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from k5cache import console
-
-if TYPE_CHECKING:
-    from k5cache.config import CacheConfig, ModelConfig
-    from k5cache.store.manifest import Manifest
+from k5cache.commands.arguments import (
+    CachePath,
+    Device,
+    Json,
+    Model,
+    Out,
+    Recipe,
+    Rehash,
+    Set,
+    Source,
+    Vram,
+    Wait,
+    _configs,
+    _model_of,
+    _then_train,
+    _vram,
+)
+from k5cache.shared import console
 
 app = typer.Typer(
     help="Encode images and captions once, for as many Kandinsky 5 LoRAs as you like.",
@@ -20,21 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
-Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
-Device = Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Source = Annotated[
-    Path,
-    typer.Argument(help="A folder of images with .txt captions; or a table, tars, or a dataset's name (see options)."),
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")]
-Rehash = Annotated[bool, typer.Option("--rehash", help="Read every image; do not trust size, mtime, inode.")]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for another process that writes this cache.")]
-Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, for example 4GB, whatever there is.")]
-CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
 
 
 @app.callback()
@@ -66,10 +64,10 @@ def encode(
     beside cat.jpg is its mask. Captions, crops, flips and size guards are options of [cache]: see `k5cache options`.
     """
     from k5cache.commands.info import print_report
-    from k5cache.device import check_name
-    from k5cache.encode.asked import EncodeOptions
-    from k5cache.encode.run import encode as run
-    from k5cache.sources.origin import default_name
+    from k5cache.encode.encode import encode as run
+    from k5cache.encode.request import EncodeOptions
+    from k5cache.encoders.device import check_name
+    from k5cache.sources.find import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
@@ -97,11 +95,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what encode would take with the same arguments: mode, VRAM, RAM, disk and time. Loads no encoder."""
-    from k5cache.device import check_name
-    from k5cache.encode.asked import EncodeOptions, look
-    from k5cache.encode.stage1 import rows
+    from k5cache.encode.estimate import rows
+    from k5cache.encode.request import EncodeOptions, look
     from k5cache.encode.update import estimate
-    from k5cache.sources.origin import default_name
+    from k5cache.encoders.device import check_name
+    from k5cache.sources.find import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
@@ -133,9 +131,9 @@ def diff(
 ) -> None:
     """Show what encode would do with the same arguments. Loads no model and writes nothing."""
     from k5cache.commands.reports import print_preview
-    from k5cache.encode.asked import EncodeOptions, look
+    from k5cache.encode.request import EncodeOptions, look
     from k5cache.encode.update import preview
-    from k5cache.sources.origin import default_name
+    from k5cache.sources.find import default_name
 
     model_config, cache_config, prompts = _configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
@@ -259,6 +257,8 @@ def merge(
 
 
 prompts_app = typer.Typer(help="Prompts that a cache holds for validation and sampling.", no_args_is_help=True)
+
+
 app.add_typer(prompts_app, name="prompts")
 
 
@@ -304,11 +304,11 @@ def selftest(
     from contextlib import ExitStack
 
     from k5cache.commands.selftest import selftest as run
-    from k5cache.compare import print_comparisons
-    from k5cache.config import ModelConfig
-    from k5cache.device import pick_device
+    from k5cache.encoders.device import pick_device
+    from k5cache.shared.comparison import print_comparisons
+    from k5cache.shared.model import ModelConfig
+    from k5cache.shared.selftest_model import only_cache, toy_model
     from k5cache.store.reader import open_cache
-    from k5cache.toy import only_cache, toy_model
 
     root = cache or (None if model else only_cache("k5cache selftest"))
     with ExitStack() as stack:
@@ -327,8 +327,9 @@ def selftest(
 @app.command()
 def options() -> None:
     """List every option of [model] and [cache] with its default, as a recipe to copy from."""
-    from k5cache.config import CacheConfig, ModelConfig
-    from k5cache.recipe import document_options
+    from k5cache.options import CacheConfig
+    from k5cache.shared.model import ModelConfig
+    from k5cache.shared.recipe import document_options
 
     console.out.print(document_options({"model": ModelConfig, "cache": CacheConfig}), markup=False)
 
@@ -348,7 +349,7 @@ def bench(
 ) -> None:
     """Measure stage 1 with random weights and rows, beside what others do. Downloads nothing."""
     if not encoders and not store:
-        from k5cache.errors import K5Error
+        from k5cache.shared.errors import K5Error
 
         raise K5Error("There is nothing to measure", "Say --encoders, --store or both")
     found: dict[str, object] = {}
@@ -361,7 +362,7 @@ def bench(
             reading.print_bench(rows)
     if encoders:
         from k5cache.bench import encoding
-        from k5cache.device import pick_device
+        from k5cache.encoders.device import pick_device
 
         measured = encoding.bench(pick_device(device), _vram(vram), folder)
         found["encoders"] = encoding.as_json(measured)
@@ -369,48 +370,6 @@ def bench(
             encoding.print_bench(measured)
     if as_json:
         console.print_json(found)
-
-
-def _vram(text: str | None) -> int | None:
-    """Bytes of ``--vram``."""
-    from k5cache.errors import K5Error
-
-    try:
-        return console.parse_bytes(text) if text is not None else None
-    except ValueError:
-        raise K5Error(f"--vram {text} is not an amount of memory", "Write it like 4GB or 3500MB") from None
-
-
-def _configs(
-    recipe: Path | None, model: str | None, options: list[str] | None
-) -> tuple[ModelConfig, CacheConfig, tuple[str, ...]]:
-    """[model], [cache] and the validation prompts of a recipe with its overrides."""
-    from k5cache.config import CacheConfig, ModelConfig, validation_prompts
-    from k5cache.recipe import parse, read
-
-    document = read(recipe, options or [])
-    if model is not None:
-        document.setdefault("model", {})["path"] = model
-    model_config, cache_config = parse(document, {"model": ModelConfig, "cache": CacheConfig}, recipe)
-    return model_config, cache_config, validation_prompts(document)
-
-
-def _model_of(manifest: Manifest, model: str | None) -> ModelConfig:
-    """The model that made a cache, or the folder that it is in now."""
-    from dataclasses import replace
-
-    from k5cache.config import model_of
-
-    made_by = model_of(manifest.recipe)
-    return replace(made_by, path=model, revision=None) if model else made_by
-
-
-def _then_train(cache: Path, manifest: Manifest) -> None:
-    """The next command, with the model that made the cache written out."""
-    made_by = _model_of(manifest, None)
-    # Without a path nothing is named, and the run takes flavour and revision from the cache.
-    pinned = f"model.revision={made_by.revision}" if made_by.path and made_by.revision else None
-    console.next_step("Next, train a LoRA", console.command("k5train", "run", cache, model=made_by.path, set=pinned))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache import console
+from k5cache.shared import console
 
 
 @dataclass(frozen=True)

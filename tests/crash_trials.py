@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from k5cache import console
 from k5cache.commands.verify import verify
 from k5cache.encoders import clip, qwen, vae
-from k5cache.errors import CacheError
+from k5cache.shared import console
+from k5cache.shared.errors import CacheError
 from k5cache.store.reader import Cache
 from tests.workshop import Workshop
 

@@ -10,12 +10,13 @@ from diffusers import Kandinsky5Transformer3DModel
 
 import k5cache
 from k5cache.cli import app
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.recipe import parse, read
-from k5train.base.forward import predict_velocity
+from k5cache.options import CacheConfig
+from k5cache.shared.model import ModelConfig
+from k5cache.shared.recipe import parse, read
+from k5train.adapter.files import load_lora
 from k5train.base.quantize import load_transformer
-from k5train.config import TrainConfig
-from k5train.lora import load_lora
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.train import TrainConfig
 from tests.cli import Cli
 from tests.runs import start_run
 
@@ -80,6 +81,6 @@ def each_loss(transformer: Kandinsky5Transformer3DModel, cache: Path) -> list[fl
 
 def latents(mean: torch.Tensor) -> torch.Tensor:
     """A cached mean as the transformer learns it, ``[1, 1, 16, 16, 16]``."""
-    from k5cache.hub import read_config
+    from k5cache.shared.checkpoint import read_config
 
     return mean.float()[None, None] * read_config(MODEL, "vae")["scaling_factor"]

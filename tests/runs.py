@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from k5cache.config import ModelConfig
-from k5train.base.execute import Execution
-from k5train.base.memory import Plan
-from k5train.checkpoint import Run, create_run, open_run
-from k5train.config import LoraConfig, OptimConfig, TrainConfig
-from k5train.loop import Result, train
-from k5train.start import open_data
-from k5train.state import latest_state
+from k5cache.shared.model import ModelConfig
+from k5train.forward.execute import Execution
+from k5train.options.adapter import LoraConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
+from k5train.planning.memory import Plan
+from k5train.runs.folder import Run, create_run, open_run
+from k5train.runs.resume_state import latest_state
+from k5train.training.loop import Result, train
+from k5train.training.start import open_data
 
 # Three buckets, four lengths of caption (tests/parity.py); everything that could carry state from step to step is on.
 CONFIG = TrainConfig(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k5train.data import Batch, Group
-from k5train.step import accumulate, train_step
+from k5train.data.batch import Batch, Group
+from k5train.training.step import accumulate, train_step
 
 NUM_ROWS = 7
 

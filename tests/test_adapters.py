@@ -11,14 +11,15 @@ from diffusers import Kandinsky5T2IPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from k5cache.errors import RecipeError, RunError
-from k5cache.recipe import parse
-from k5train import lora
-from k5train.base.forward import predict_velocity
+from k5cache.shared.errors import RecipeError, RunError
+from k5cache.shared.recipe import parse
+from k5train.adapter import attach, files, targets
 from k5train.base.linear import Int8Linear
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig, RankConfig, TrainConfig
-from k5train.ready import how_to_run
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig, RankConfig
+from k5train.options.train import TrainConfig
+from k5train.planning.plan import how_to_run
 from tests.test_lora import a_batch, velocity
 
 QKV = ("qkv",)
@@ -29,11 +30,11 @@ def base(toy_model: Path, precision: str = "no_change"):
     return load_transformer(toy_model, precision, torch.float32, "cpu")
 
 
-def stirred(transformer, config: LoraConfig) -> lora.Matched:
+def stirred(transformer, config: LoraConfig) -> targets.Matched:
     """An adapter none of whose parts is at its start."""
-    matched = lora.add_lora(transformer, config, seed=1)
+    matched = attach.add_lora(transformer, config, seed=1)
     generator = torch.Generator().manual_seed(2)
-    for parameter in lora.lora_parameters(transformer):
+    for parameter in attach.lora_parameters(transformer):
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return matched
 
@@ -68,7 +69,7 @@ def test_rslora_is_scaled_by_the_root_of_its_rank(toy_model, pipeline, tmp_path)
     layer = ours.get_submodule(NAME)
     assert isinstance(layer, LoraLayer)
     assert layer.scaling["default"] == 6.0 / 4**0.5
-    lora.save_lora(tmp_path / "a.safetensors", ours)
+    files.save_lora(tmp_path / "a.safetensors", ours)
     saved = load_file(tmp_path / "a.safetensors")[f"transformer.{NAME}.lora_B.weight"]
     assert torch.equal(saved, layer.lora_B["default"].weight * 3.0)
     _, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
@@ -78,10 +79,10 @@ def test_rslora_is_scaled_by_the_root_of_its_rank(toy_model, pipeline, tmp_path)
 def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, pipeline, tmp_path):
     ours = base(toy_model)
     start = velocity(ours)
-    lora.add_lora(ours, LoraConfig(algo="dora", rank=4, targets=QKV), seed=1)
+    attach.add_lora(ours, LoraConfig(algo="dora", rank=4, targets=QKV), seed=1)
     torch.testing.assert_close(velocity(ours), start, rtol=0, atol=2e-2)  # the norm divides and multiplies again
     matched = stirred(fresh := base(toy_model), LoraConfig(algo="dora", rank=4, targets=QKV))
-    lora.save_lora(tmp_path / "a.safetensors", fresh)
+    files.save_lora(tmp_path / "a.safetensors", fresh)
     state = load_file(tmp_path / "a.safetensors")
     assert len(state) == 3 * len(matched.modules)
     assert f"transformer.{NAME}.lora_magnitude_vector" in state
@@ -89,7 +90,7 @@ def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, pipeline, tm
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(velocity(fresh), after, rtol=0, atol=5e-4)
     again = base(toy_model)
-    assert set(lora.load_lora(again, tmp_path / "a.safetensors")) == set(matched.modules)
+    assert set(files.load_lora(again, tmp_path / "a.safetensors")) == set(matched.modules)
     torch.testing.assert_close(velocity(again), after, rtol=0, atol=5e-4)
 
 
@@ -110,10 +111,10 @@ def test_dora_on_the_int8_base_is_pefts_on_the_weights_that_are_multiplied_with(
     config = LoraConfig(algo="dora", rank=4, targets=QKV, dropout=dropout)
     found = []
     for transformer in (base(toy_model, "int8-quanto"), dequantized(base(toy_model, "int8-quanto"))):
-        lora.add_lora(transformer, config, seed=1)
+        attach.add_lora(transformer, config, seed=1)
         start = transformer.get_submodule(NAME).lora_magnitude_vector["default"].weight.detach().clone()
         generator = torch.Generator().manual_seed(2)
-        for parameter in lora.lora_parameters(transformer):
+        for parameter in attach.lora_parameters(transformer):
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
         transformer.train()
         torch.manual_seed(3)
@@ -157,18 +158,18 @@ def test_lokr_trains_and_diffusers_loads_it_by_the_transformer(toy_model, pipeli
     ours = base(toy_model, precision)
     start = velocity(ours)
     config = LoraConfig(algo="lokr", targets=QKV, **options)
-    lora.add_lora(ours, config, seed=1)
+    attach.add_lora(ours, config, seed=1)
     assert torch.equal(velocity(ours), start)
     predict_velocity(ours, *a_batch()).square().mean().backward()
-    parameters = lora.lora_parameters(ours)
+    parameters = attach.lora_parameters(ours)
     assert {p.dtype for p in parameters} == {torch.float32}
     assert [id(p) for p in ours.parameters() if p.requires_grad] == [id(p) for p in parameters]
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
 
     stirred(fresh := base(toy_model, precision), config)
-    lora.save_lora(tmp_path / "a.safetensors", fresh)
+    files.save_lora(tmp_path / "a.safetensors", fresh)
     again = base(toy_model, precision)
-    lora.load_lora(again, tmp_path / "a.safetensors")
+    files.load_lora(again, tmp_path / "a.safetensors")
     torch.testing.assert_close(velocity(again), velocity(fresh), rtol=0, atol=5e-4)
     if precision == "no_change":
         before, after = through_diffusers(pipeline, tmp_path / "a.safetensors", by_transformer)
@@ -178,7 +179,7 @@ def test_lokr_trains_and_diffusers_loads_it_by_the_transformer(toy_model, pipeli
 
 def test_the_help_says_what_diffusers_pipeline_does_with_lokr(toy_model, pipeline, tmp_path):
     stirred(ours := base(toy_model), LoraConfig(algo="lokr", rank=4, targets=QKV))
-    lora.save_lora(tmp_path / "a.safetensors", ours)
+    files.save_lora(tmp_path / "a.safetensors", ours)
     with pytest.raises(ValueError, match="Invalid"):  # the day this loads, the help of train.lora.algo is out of date
         through_diffusers(pipeline, tmp_path / "a.safetensors")
 
@@ -189,8 +190,8 @@ def test_the_start_of_lokr_depends_on_seed_and_module_alone(toy_model):
     for global_seed in (0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(global_seed)
-            lora.add_lora(ours := base(toy_model), config, seed=5)
-            states.append(lora.lora_state_dict(ours))
+            attach.add_lora(ours := base(toy_model), config, seed=5)
+            states.append(files.lora_state_dict(ours))
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
@@ -203,11 +204,11 @@ def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts
     assert found["visual_transformer_blocks.1.self_attention.to_key"] == 2
     assert found["visual_transformer_blocks.1.feed_forward.in_layer"] == 6
     assert {m.scaling["default"] for m in ours.modules() if isinstance(m, LoraLayer)} == {1.0}
-    lora.save_lora(tmp_path / "a.safetensors", ours)
+    files.save_lora(tmp_path / "a.safetensors", ours)
     _, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
     assert torch.equal(velocity(ours), after)
-    matched = lora.add_lora(other := base(toy_model), LoraConfig(rank=6, ranks=ranks, alpha=12.0), seed=1)
-    said = lora.describe(matched).splitlines()
+    matched = attach.add_lora(other := base(toy_model), LoraConfig(rank=6, ranks=ranks, alpha=12.0), seed=1)
+    said = targets.describe(matched).splitlines()
     assert said[1].startswith("rank 2 on 29 modules: self_attention.to_query, self_attention.to_key")
     assert said[2:] == [
         "rank 3 on 3 modules: cross_attention.to_key",
@@ -219,9 +220,9 @@ def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts
 def test_a_rank_for_what_is_not_adapted_is_refused(toy_model):
     config = LoraConfig(targets=QKV, ranks=(RankConfig("feed_forward.in_layer", 3),))
     with pytest.raises(RecipeError, match=r"train.lora.ranks: .* matches no module that train.lora.targets adapts"):
-        lora.add_lora(base(toy_model), config, seed=1)
+        attach.add_lora(base(toy_model), config, seed=1)
     with pytest.raises(RecipeError, match=r"train.lora.ranks: 'to_kay' matches no module"):
-        lora.add_lora(base(toy_model), LoraConfig(ranks=(RankConfig("to_kay", 3),)), seed=1)
+        attach.add_lora(base(toy_model), LoraConfig(ranks=(RankConfig("to_kay", 3),)), seed=1)
 
 
 def kohya(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -260,13 +261,13 @@ def renamed(prefix: str, ending: str = ".weight"):
 def test_training_starts_from_a_lora_with_anyones_keys_and_a_smaller_rank(toy_model, tmp_path, form, metadata):
     theirs = base(toy_model)
     stirred(theirs, LoraConfig(rank=4, targets=QKV))
-    save_file(form(lora.lora_state_dict(theirs)), tmp_path / "a.safetensors", metadata=metadata)
+    save_file(form(files.lora_state_dict(theirs)), tmp_path / "a.safetensors", metadata=metadata)
     ours = base(toy_model)
     config = LoraConfig(rank=8, alpha=4.0, targets=("attention",), init_lora=str(tmp_path / "a.safetensors"))
-    lora.add_lora(ours, config, seed=3)
+    attach.add_lora(ours, config, seed=3)
     torch.testing.assert_close(velocity(ours), velocity(theirs), rtol=0, atol=5e-4)
     assert ours.get_submodule(NAME).lora_A["default"].weight[4:].abs().max() > 0  # the ranks beyond can learn
-    assert all(p.requires_grad for p in lora.lora_parameters(ours))
+    assert all(p.requires_grad for p in attach.lora_parameters(ours))
 
 
 @pytest.mark.parametrize(
@@ -283,8 +284,8 @@ def test_training_starts_from_a_lora_with_anyones_keys_and_a_smaller_rank(toy_mo
 )  # fmt: skip
 def test_a_lora_that_cannot_be_started_from_is_named(toy_model, tmp_path, change, config, words):
     theirs = base(toy_model)
-    lora.add_lora(theirs, LoraConfig(rank=4, targets=QKV), seed=1)
-    save_file(change(lora.lora_state_dict(theirs)), tmp_path / "a.safetensors")
+    attach.add_lora(theirs, LoraConfig(rank=4, targets=QKV), seed=1)
+    save_file(change(files.lora_state_dict(theirs)), tmp_path / "a.safetensors")
     options = {"rank": 8, "targets": QKV, **config}
     with pytest.raises(RunError, match=words):
-        lora.add_lora(base(toy_model), LoraConfig(**options, init_lora=str(tmp_path / "a.safetensors")), seed=1)
+        attach.add_lora(base(toy_model), LoraConfig(**options, init_lora=str(tmp_path / "a.safetensors")), seed=1)

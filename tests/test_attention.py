@@ -13,11 +13,11 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from k5train.base import execute
-from k5train.base.attention import attention, attention_works
-from k5train.base.block import Modes
-from k5train.base.execute import Execution
-from k5train.base.memory import Plan
+from k5train.forward import execute
+from k5train.forward.attention import attention, attention_works
+from k5train.forward.block import Modes
+from k5train.forward.execute import Execution
+from k5train.planning.memory import Plan
 from tests.test_lean import CPU, batch, model, outcome
 
 
@@ -56,13 +56,13 @@ def test_it_is_a_proper_op():
 def test_a_device_on_which_it_is_wrong_or_absent_is_found_out(monkeypatch):
     check = attention_works.__wrapped__
     assert check(CPU, False)
-    monkeypatch.setattr("k5train.base.attention.attention", lambda *inputs, cudnn: inputs[0] * 0.5)
+    monkeypatch.setattr("k5train.forward.attention.attention", lambda *inputs, cudnn: inputs[0] * 0.5)
     assert not check(CPU, False)
 
     def absent(*inputs: Any, cudnn: bool) -> Any:
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr("k5train.base.attention.attention", absent)
+    monkeypatch.setattr("k5train.forward.attention.attention", absent)
     assert not check(CPU, False)
 
 

@@ -152,10 +152,10 @@ def test_a_model_that_is_not_there_and_cannot_be_downloaded(cli):
 def test_a_full_size_transformer_without_a_gpu(cli, toy_model, monkeypatch):
     import torch
 
-    from k5train import setup
+    from k5train.training import device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(setup, "LARGE", 1000)  # bytes: the toy counts as full size
+    monkeypatch.setattr(device, "LARGE", 1000)  # bytes: the toy counts as full size
     picture(cli.folder / "set" / "a.png")
     assert cli(cache_app, "encode", "set", *small(toy_model)).code == 0
     refused(cli(train_app, "run", "--model", str(toy_model)), "There is no GPU", "train.device=cpu")

@@ -9,7 +9,7 @@ import pytest
 
 from k5cache.bench import encoding
 from k5cache.bench.encoding import Sizes, bench
-from k5cache.encoders import machine
+from k5cache.encoders import speed
 from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -23,7 +23,7 @@ SIZES = Sizes(
 
 
 def test_a_full_size_encoder_is_not_loaded_onto_a_card_that_is_too_small(monkeypatch):
-    monkeypatch.setattr(machine, "free_vram", lambda _: 12 * 2**30)
+    monkeypatch.setattr(speed, "free_vram", lambda _: 12 * 2**30)
     found = encoding.Found()
     assert not encoding.has_room(found, "the whole text encoder", encoding.whole_text_bytes(Sizes()), "cuda")
     assert found.rows == [("the whole text encoder", "not measured", "it takes 16.2 GiB of VRAM, 12.0 GiB are free")]

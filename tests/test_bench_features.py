@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from k5train import bench, bench_features
-from k5train.bench_features import SETTLING
-from k5train.config import LoraConfig, OptimConfig, TrainConfig
+from k5train.base import architecture
+from k5train.bench import features
+from k5train.bench.features import SETTLING
+from k5train.options.adapter import LoraConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
 
 SMALL = {
-    **bench.FULL_SIZE, "in_text_dim": 12, "in_text_dim2": 5, "model_dim": 32, "ff_dim": 64, "time_dim": 32,
+    **architecture.FULL_SIZE, "in_text_dim": 12, "in_text_dim2": 5, "model_dim": 32, "ff_dim": 64, "time_dim": 32,
     "num_visual_blocks": 6, "num_text_blocks": 1, "axes_dims": [4, 6, 6],
 }  # fmt: skip
 
@@ -17,20 +20,20 @@ SMALL = {
 def test_every_feature_is_a_run_of_its_own_on_one_base():
     config = TrainConfig(lora=LoraConfig(rank=2, targets=("qkv",)), optim=OptimConfig(warmup_steps=0))
     said: list[str] = []
-    found = bench_features.bench_features(
+    found = features.bench_features(
         torch.device("cpu"), model=SMALL, side=64, config=config, num_steps=SETTLING + 2, report=said.append
     )
-    assert [f.name for f in found] == ["bare step, fixed inputs", *bench_features.variants(config)]
+    assert [f.name for f in found] == ["bare step, fixed inputs", *features.variants(config)]
     assert len(said) == len(found)
     assert all(f.milliseconds > 0 for f in found)
     assert all(f.waited is not None and 0 <= f.waited < 1 for f in found[1:])
     assert all(f.seconds_to_start is not None and f.seconds_to_start > 0 for f in found[1:])
-    rows = {row[0]: row for row in bench_features.table(found)}
+    rows = {row[0]: row for row in features.table(found)}
     assert rows["plain"][2] == "1.00x"
     assert "ms a pass without gradient" in rows["rollout of every row, 1 step"][-1]
 
 
 def test_the_route_that_is_timed_is_one_that_the_full_size_has():
-    (route,) = bench_features.TREAD.routes
+    (route,) = features.TREAD.routes
     assert route.selection_ratio == 0.5
-    assert route.end_layer_idx % bench.FULL_SIZE["num_visual_blocks"] == 47
+    assert route.end_layer_idx % architecture.FULL_SIZE["num_visual_blocks"] == 47

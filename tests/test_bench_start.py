@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 
-from k5cache.errors import RunError
-from k5train import bench, bench_features, bench_start
+from k5cache.shared.errors import RunError
+from k5train.base.architecture import FULL_SIZE
 from k5train.base.quantize import load_transformer
+from k5train.bench import features, start
 
 TINY = {
-    **bench.FULL_SIZE, "num_visual_blocks": 2, "num_text_blocks": 1, "model_dim": 64, "ff_dim": 128, "time_dim": 32,
+    **FULL_SIZE, "num_visual_blocks": 2, "num_text_blocks": 1, "model_dim": 64, "ff_dim": 128, "time_dim": 32,
     "in_text_dim": 32, "in_text_dim2": 16, "axes_dims": [4, 6, 6],
 }  # fmt: skip
 STEPS = """
@@ -28,28 +29,28 @@ time.sleep(60)
 
 def test_a_run_is_timed_to_its_first_step_and_stopped_there(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    found = bench_start.watch("a start", [STEPS, str(metrics)], tmp_path, metrics)
+    found = start.watch("a start", [STEPS, str(metrics)], tmp_path, metrics)
     assert 0.8 <= found.seconds < 20
     assert 64 * 2**20 < found.own_bytes <= found.resident_bytes < 300 * 2**20
-    assert bench_start.table([found])[0][0] == "a start"
+    assert start.table([found])[0][0] == "a start"
 
 
 def test_a_process_without_steps_is_timed_to_its_end_or_by_its_own_clock(tmp_path, monkeypatch):
-    assert 0.3 <= bench_start.watch("a sleep", ["import time; time.sleep(0.3)"], tmp_path).seconds < 20
-    monkeypatch.setattr(bench_start, "_LOAD", "print(1234.5)")
-    assert bench_start.watch("loading", [bench_start._LOAD], tmp_path).seconds == 1234.5
+    assert 0.3 <= start.watch("a sleep", ["import time; time.sleep(0.3)"], tmp_path).seconds < 20
+    monkeypatch.setattr(start, "_LOAD", "print(1234.5)")
+    assert start.watch("loading", [start._LOAD], tmp_path).seconds == 1234.5
 
 
 @pytest.mark.parametrize(("program", "metrics"), [("raise SystemExit('no room')", None), ("print('no room')", "rows")])
 def test_a_process_that_fails_or_makes_no_step_is_named_with_what_it_said(tmp_path, program, metrics):
     with pytest.raises(RunError, match=r"a start: exit code .*no room"):
-        bench_start.watch("a start", [program], tmp_path, metrics and tmp_path / metrics)
+        start.watch("a start", [program], tmp_path, metrics and tmp_path / metrics)
 
 
 def test_the_checkpoint_is_the_hubs_layout_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_start, "SHARD_BYTES", 200_000)
-    folder = bench_features.model_folder(tmp_path / "model", TINY)
-    bench_start.write_checkpoint(folder)
+    monkeypatch.setattr(start, "SHARD_BYTES", 200_000)
+    folder = features.model_folder(tmp_path / "model", TINY)
+    start.write_checkpoint(folder)
     index = json.loads((folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (folder / "transformer").glob("*.safetensors"))
     assert len(files) > 1

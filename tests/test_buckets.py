@@ -19,7 +19,7 @@ from k5cache.buckets import (
     cover,
     fine_table,
 )
-from k5cache.config import CacheConfig
+from k5cache.options import CacheConfig
 
 NATIVE = bucket_table(1024, "native")
 

@@ -13,18 +13,16 @@ from PIL import Image
 from store_samples import index_row
 from workshop import Workshop
 
-import k5cache
-import k5cache.errors
-from k5cache import console
 from k5cache.bench import reading
 from k5cache.buckets import Geometry
 from k5cache.cli import app
 from k5cache.commands import show
 from k5cache.commands.reencode import config_of, geometry_of, reencode
 from k5cache.commands.verify import verify
-from k5cache.config import ModelConfig
 from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
-from k5cache.errors import CacheStale
+from k5cache.shared import console
+from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.model import ModelConfig
 from k5cache.sources.images import load_pixels
 from tests.cli import Cli
 
@@ -172,7 +170,7 @@ def test_prompts_are_added_to_a_finished_cache_and_its_items_stay(own):
 
 
 def test_a_missing_prompt_is_answered_with_the_command_that_adds_it(own):
-    with pytest.raises(k5cache.errors.CacheError) as caught:
+    with pytest.raises(CacheError) as caught:
         own.cache.prompt("it's new")
     assert caught.value.fix.endswith("""k5cache prompts add """ + f"{own.root} 'it'\"'\"'s new'")
 

@@ -27,7 +27,7 @@ from k5cache.commands.gc import collect
 from k5cache.commands.merge import merge
 from k5cache.commands.verify import verify
 from k5cache.encode import commit
-from k5cache.errors import CacheError, CacheLocked
+from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.store.index import with_index
 from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 from k5cache.cli import app
-from k5cache.errors import CacheStale, RecipeError
+from k5cache.shared.errors import CacheStale, RecipeError
 from k5cache.store.reader import open_cache
-from k5train import flow, tread
-from k5train.config import LoraConfig, TrainConfig
-from k5train.data import Loader
-from k5train.mixture import Mixture, Source, epoch_batches, num_batches, open_mixture
-from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
-from k5train.step import exploded, train_step
+from k5train.data.loader import Loader
+from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches, open_mixture
+from k5train.objective import flow, tread
+from k5train.options.adapter import LoraConfig
+from k5train.options.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.train import TrainConfig
+from k5train.training.step import exploded, train_step
 from tests.cli import Cli
 
 SCALE = 0.3611

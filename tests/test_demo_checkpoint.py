@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.recipe import parse, read
+from k5cache.options import CacheConfig
+from k5cache.shared.model import ModelConfig
+from k5cache.shared.recipe import parse, read
 from k5cache.sources.folder import find_items
 from k5cache.sources.images import image_size
-from k5train.config import TrainConfig
+from k5train.options.train import TrainConfig
 
 DEMO = Path(__file__).parent.parent / "pipelines" / "demo"
 

@@ -107,8 +107,8 @@ def test_a_new_row_of_a_table_is_encoded_alone_and_a_broken_one_is_skipped(place
 
 
 def test_the_trainer_draws_every_caption_of_an_image(place):
-    from k5train.config import TrainConfig
-    from k5train.data import Loader
+    from k5train.data.loader import Loader
+    from k5train.options.train import TrainConfig
 
     cache = k5cache.open(place.folder / "cache" / "all")
     drawn: list[str] = []

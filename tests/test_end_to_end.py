@@ -150,7 +150,7 @@ def test_a_training_process_never_loads_an_encoders_modelling_module(workplace, 
         " '-o', 'runs/lean', '--set', 'train.steps=1', '--set', 'train.checkpoint_every=0']\n"
         "from k5train.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "assert 'k5train.loaders' in sys.modules, 'the file was not loaded back'\n"
+        "assert 'k5train.adapter.who_loads' in sys.modules, 'the file was not loaded back'\n"
         "encoders = ('transformers.models.qwen2', 'transformers.models.clip', 'k5cache.encoders', 'torchvision')\n"
         "loaded = [m for m in sys.modules if m.startswith(encoders) and ('.modeling_' in m or 'transf' not in m)]\n"
         "print('LOADED', loaded)\n"

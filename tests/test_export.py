@@ -11,13 +11,13 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from k5cache.errors import RunError
+from k5cache.shared.errors import RunError
+from k5train.adapter.export import architecture, side_by_side
+from k5train.adapter.keys import read_pairs
+from k5train.adapter.who_loads import OTHER_MODEL, check_lora, linear_modules, load_by_diffusers
 from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
-from k5train.config import LoraConfig
-from k5train.export import architecture, side_by_side
-from k5train.loaders import OTHER_MODEL, check_lora, linear_modules, load_by_diffusers
-from k5train.lora_keys import read_pairs
+from k5train.options.adapter import LoraConfig
 from tests.cli import Cli
 from tests.runs import CONFIG, start_run
 
@@ -214,9 +214,9 @@ def test_the_published_architecture_is_at_hand_without_a_download():
 
 
 def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_path, toy_cache, toy_model, monkeypatch):
-    from k5cache.errors import RunError
-    from k5cache.fingerprint import fingerprint
-    from k5train import lora
+    from k5cache.shared.errors import RunError
+    from k5cache.shared.fingerprint import fingerprint
+    from k5train.adapter import attach
 
     start_run(tmp_path / "good", toy_cache("fp32"), toy_model, CONFIG)
     with safe_open(tmp_path / "good" / "good.safetensors", framework="pt") as file:
@@ -231,7 +231,7 @@ def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_pa
     assert (facts["k5.seed"], facts["k5.step"]) == ("42", "20")
     assert set(json.loads(facts["k5.versions"])) == {"kandinsky5-lora", "torch", "diffusers", "peft"}
 
-    monkeypatch.setattr(lora, "PREFIX", "diffusion_model.")  # what diffusers would leave out without a word
+    monkeypatch.setattr(attach, "PREFIX", "diffusion_model.")  # what diffusers would leave out without a word
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 48 of 48 tensors differ"):
         start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, CONFIG)
     assert (tmp_path / "bad" / "result.json").is_file()
@@ -257,8 +257,8 @@ WHOLE = {
 def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     tmp_path, toy_cache, toy_model, empty, monkeypatch, algo, precision
 ):
-    from k5cache.errors import RunError
-    from k5train import lora
+    from k5cache.shared.errors import RunError
+    from k5train.adapter import attach
 
     config = replace(
         CONFIG, steps=2, base_model_precision=precision, lora=LoraConfig(algo=algo, rank=4, targets=("qkv",))
@@ -274,6 +274,6 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
         last = sorted(state)[-1]
         save_file({**state, last: state[last] + 1}, *args, **kwargs)
 
-    monkeypatch.setattr(lora, "save_file", changed)
+    monkeypatch.setattr(attach, "save_file", changed)
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 1 of \d+ tensors differ"):
         start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config)

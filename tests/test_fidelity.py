@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k5train import bench, fidelity
-from k5train.base.forward import predict_velocity
+from k5train.base import random_weights
 from k5train.base.quantize import INT8_MODULES
+from k5train.bench import case
+from k5train.exact import int8_error
+from k5train.forward.predict_velocity import predict_velocity
 
-SMALL = {**bench.FULL_SIZE, "model_dim": 64, "ff_dim": 128, "in_text_dim": 32, "in_text_dim2": 16, "time_dim": 32,
+SMALL = {**FULL_SIZE, "model_dim": 64, "ff_dim": 128, "in_text_dim": 32, "in_text_dim2": 16, "time_dim": 32,
          "num_visual_blocks": 2, "num_text_blocks": 1, "axes_dims": [8, 12, 12]}  # fmt: skip
-CASE = bench.Case("no_change", None, side=64, num_text_tokens=6, rank=4)
+CASE = case.Case("no_change", None, side=64, num_text_tokens=6, rank=4)
 CPU = torch.device("cpu")
 
 
 def test_gradients_in_int8_point_where_bf16_gradients_point():
-    found = fidelity.gradients_by_layer(SMALL, CPU, CASE, "eager")
+    found = int8_error.gradients_by_layer(SMALL, CPU, CASE, "eager")
     plain = torch.cat([*found["no_change"].values()])
     for precision in ("int8-quanto", "int8-dynamic"):
         ours = torch.cat([*found[precision].values()])
@@ -25,10 +27,10 @@ def test_gradients_in_int8_point_where_bf16_gradients_point():
 
 
 def test_the_error_of_a_part_is_that_of_its_weights_alone_and_they_come_back():
-    transformer = bench.random_transformer(SMALL, "no_change", CPU)
+    transformer = random_weights.random_transformer(SMALL, "no_change", CPU)
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    inputs = [bench.inputs_for(CASE, SMALL, CPU)]
-    found = {row.part: row for row in fidelity.error_by_part(transformer, inputs)}
+    inputs = [case.inputs_for(CASE, SMALL, CPU)]
+    found = {row.part: row for row in int8_error.error_by_part(transformer, inputs)}
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
 
     plain = predict_velocity(transformer, *inputs[0]).float()
@@ -41,14 +43,14 @@ def test_the_error_of_a_part_is_that_of_its_weights_alone_and_they_come_back():
 
 
 def test_every_linear_belongs_to_one_part():
-    transformer = bench.random_transformer(SMALL, "no_change", CPU)
+    transformer = random_weights.random_transformer(SMALL, "no_change", CPU)
     linears = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
     for name in linears:
-        assert sum(bool(pattern.fullmatch(name)) for pattern in fidelity.PARTS.values()) == 1, name
+        assert sum(bool(pattern.fullmatch(name)) for pattern in int8_error.PARTS.values()) == 1, name
     int8 = {
         part
         for name in linears
-        for part, p in fidelity.PARTS.items()
+        for part, p in int8_error.PARTS.items()
         if INT8_MODULES.fullmatch(name) and p.fullmatch(name)
     }
     assert int8 == {"self attention", "cross attention", "feed-forward", "text blocks"}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k5cache import fingerprint as fingerprints
-from k5cache.errors import ModelError
-from k5cache.fingerprint import NUM_PROBES, PROBE_BYTES, fingerprint
-from k5cache.hub import ENCODER_PARTS
+from k5cache.shared import fingerprint as fingerprints
+from k5cache.shared.checkpoint import ENCODER_PARTS
+from k5cache.shared.errors import ModelError
+from k5cache.shared.fingerprint import NUM_PROBES, PROBE_BYTES, fingerprint
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from k5cache.errors import CacheStale
-from k5cache.fingerprint import fingerprint
-from k5cache.hub import ENCODER_PARTS
-from k5train.fit import check_encoders
+from k5cache.shared.checkpoint import ENCODER_PARTS
+from k5cache.shared.errors import CacheStale
+from k5cache.shared.fingerprint import fingerprint
+from k5train.data.compatible import check_encoders
 
 
 class Recorded:

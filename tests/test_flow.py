@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from k5train import flow
-from k5train.objective import ObjectiveConfig
+from k5train.objective import flow
+from k5train.options.objective import ObjectiveConfig
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

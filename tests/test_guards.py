@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"errors", "console", "recipe", "config", "hub", "buckets", "store", "fingerprint", "compare", "ram", "toy"}
+MOST_LINES = 400
+
+FLOORS = {
+    "k5train": ("cli", "commands", "exact", "bench", "training", "data", "objective", "pictures", "forward", "planning",
+                "adapter runs", "base options"),
+    "k5cache": ("cli", "commands", "bench", "encode", "encoders sources", "store", "options", "buckets", "shared"),
+}  # fmt: skip
+"""The rooms of each package from the top floor down; each imports only from floors below its own."""
+SHARED = {"shared", "store", "buckets", "options"}
+"""What the trainer uses of k5cache; of ``options`` only the command that lists them all."""
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    """Every dotted name that a file imports, inside functions and for type checkers too."""
+    plain = {name.name for node in ast.walk(tree_of(path)) if isinstance(node, ast.Import) for name in node.names}
     return plain | {
         f"{node.module}.{name.name}"
-        for node in ast.walk(tree)
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ImportFrom) and node.module
         for name in node.names
     }
+
+
+def files(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+
+
+OURS = files("k5*/**/*.py", "pipelines/**/*.py")
+TRAINER, CACHE = files("k5train/**/*.py"), files("k5cache/**/*.py")
 
 
 def fresh(code: str) -> str:
@@ -32,45 +56,75 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("k5train/**/*.py")), ids=lambda p: p.name)
-def test_the_trainer_imports_only_the_shared_parts_of_the_cache_package(path):
-    used = {name.split(".")[1] for name in imports_of(path) if name.startswith("k5cache.")}
-    assert used <= SHARED
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("k5train/**/*.py")), ids=lambda p: p.name)
-def test_no_file_of_the_trainer_names_the_encoders_library(path):
-    assert not re.search(r"(?<!diffusers\.models\.)\btransformers\b", path.read_text(encoding="utf-8"))
+def imports_between_rooms(package: str) -> Iterator[tuple[Path, str, str]]:
+    """(file, its room, the room that it imports from) of every import within a package; a room is a folder or a file
+    of the package's own folder."""
+    for path in files(f"{package}/**/*.py"):
+        room = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        for name in imports_of(path):
+            if name.startswith(f"{package}."):
+                yield path, room, name.split(".")[1]
 
 
-FLOORS = ("store", "sources", "encoders", "encode", "commands", "bench")
-"""Packages of k5cache: each may import those before it."""
+@pytest.mark.parametrize("package", sorted(FLOORS))
+def test_a_room_imports_only_from_the_floors_below_it(package):
+    floor_of = {room: number for number, floor in enumerate(FLOORS[package]) for room in floor.split()}
+    rooms = {p.stem if p.is_file() else p.name for p in (ROOT / package).iterdir() if p.suffix in ("", ".py")}
+    assert rooms - {"__init__", "__pycache__"} == set(floor_of)
+    upwards = [
+        f"{path.relative_to(ROOT)} imports {package}.{other}"
+        for path, room, other in imports_between_rooms(package)
+        if room not in (other, "__init__") and floor_of[other] <= floor_of[room]
+    ]
+    assert not upwards
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("k5cache/*/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_package_of_the_cache_imports_only_those_below_it(path):
-    own = FLOORS.index(path.parent.name)
-    used = {name.split(".")[1] for name in imports_of(path) if name.startswith("k5cache.")} & {*FLOORS}
-    assert used <= {*FLOORS[: own + 1]} - ({"commands"} if path.parent.name == "bench" else set())
+def test_no_modules_import_each_other_in_a_circle():
+    paths = {module_of(path): path for path in OURS}
+
+    def imported(name: str) -> str | None:
+        """The module of a dotted name, which may be a function of it."""
+        return name if name in paths else next((m for m in (name.rpartition(".")[0],) if m in paths), None)
+
+    below = {module: {imported(n) for n in imports_of(path)} - {module, None} for module, path in paths.items()}
+    while leaves := [module for module, names in below.items() if not names]:
+        below = {module: names - {*leaves} for module, names in below.items() if module not in leaves}
+    assert not below, f"in a circle, or above one: {sorted(below)}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("k5cache/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_encoders_name_their_library_and_the_cache_never_needs_the_trainer(path):
-    names = imports_of(path)
-    assert not any(name.startswith("k5train") for name in names)
-    if path.parent.name != "encoders":
-        assert not any(name.split(".")[0] == "transformers" for name in names)
+def test_no_file_is_longer_than_its_reader_can_hold():
+    long = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in OURS}
+    assert not {str(path.relative_to(ROOT)): n for path, n in long.items() if n > MOST_LINES}
 
 
-OURS = sorted([*ROOT.glob("k5*/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
+def test_the_trainer_imports_only_the_shared_parts_of_the_cache_package():
+    for path in TRAINER:
+        used = {name.split(".")[1] for name in imports_of(path) if name.startswith("k5cache.")}
+        assert used <= SHARED, path
+        assert "options" not in used or path == ROOT / "k5train/commands/options.py", path
 
 
-@pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_imports_torchvision_or_reads_pickles(path):
-    names = {name.split(".")[0] for name in imports_of(path)}
-    assert not names & {"torchvision", "pickle", "dill", "joblib"}
-    if path != ROOT / "k5cache" / "bench" / "reading.py":  # measures what others do, .pt files among them
-        assert "torch.load(" not in path.read_text(encoding="utf-8")
+def test_no_file_of_the_trainer_names_the_encoders_library():
+    for path in TRAINER:
+        assert not re.search(r"(?<!diffusers\.models\.)\btransformers\b", path.read_text(encoding="utf-8")), path
+
+
+def test_only_the_encoders_name_their_library_and_the_cache_never_needs_the_trainer():
+    for path in CACHE:
+        names = {name.split(".")[0] for name in imports_of(path)}
+        assert "k5train" not in names, path
+        assert "transformers" not in names or path.parent.name == "encoders", path
+
+
+def test_nothing_imports_torchvision_or_reads_pickles():
+    for path in OURS:
+        assert not {name.split(".")[0] for name in imports_of(path)} & {"torchvision", "pickle", "dill", "joblib"}, path
+        if path != ROOT / "k5cache" / "bench" / "reading.py":  # measures what others do, .pt files among them
+            assert "torch.load(" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("module", ["k5cache.cli", "k5train.cli"])
@@ -88,6 +142,6 @@ def test_the_store_needs_no_torch_to_be_imported():
 
 
 def test_every_file_says_first_which_question_it_answers():
-    for path in [*ROOT.glob("k5*/**/*.py"), *ROOT.glob("pipelines/**/*.py"), *ROOT.glob("tests/**/*.py")]:
+    for path in [*OURS, *files("tests/**/*.py")]:
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
         assert first.startswith('"""') or first.startswith("#!"), path

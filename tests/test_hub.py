@@ -14,11 +14,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from workshop import Workshop
 
 from k5cache.cli import app as cache_app
-from k5cache.config import FLAVOURS, CacheConfig, ModelConfig, model_of
-from k5cache.encode import stale
-from k5cache.encode.asked import build_recipe
-from k5cache.errors import ModelError
-from k5cache.hub import model_folder
+from k5cache.encode import differences
+from k5cache.encode.request import build_recipe
+from k5cache.options import CacheConfig
+from k5cache.shared.checkpoint import model_folder
+from k5cache.shared.errors import ModelError
+from k5cache.shared.model import FLAVOURS, ModelConfig, model_of
 from k5cache.store.manifest import read_manifest, write_manifest
 from k5train.cli import app
 from tests.cli import Cli
@@ -183,7 +184,7 @@ def test_a_revision_changes_no_key_and_a_cache_without_one_has_the_recipe_that_i
     plain, at = (build_recipe(ModelConfig(revision=r), CacheConfig(), toy_model) for r in (None, COMMIT))
     assert plain["model"] == {"source": FLAVOURS["t2i-lite-sft"], "flavour": "t2i-lite-sft"}
     assert at == {**plain, "model": {**plain["model"], "revision": COMMIT}}
-    assert stale.differences(plain, at) == []
+    assert differences.differences(plain, at) == []
     assert (model_of(plain), model_of(at)) == (ModelConfig(), ModelConfig(revision=COMMIT))
     assert model_of({"model": {**plain["model"], "revision": 5}}) == ModelConfig()
 

@@ -6,10 +6,10 @@ from operator import attrgetter
 
 import pytest
 
-from k5cache.recipe import parse, read
-from k5train.config import TrainConfig
-from k5train.idle import _BELONGS, _NEEDS, idle_options
-from k5train.start import start
+from k5cache.shared.recipe import parse, read
+from k5train.options.train import TrainConfig
+from k5train.options.without_effect import _BELONGS, _NEEDS, idle_options
+from k5train.training.start import start
 
 
 def lines(*options: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_every_name_and_value_is_one():
 
 def test_a_run_says_it_at_its_start(monkeypatch, capsys):
     (config,) = parse(read(None, ["train.objective.huber_c=0.5"]), {"train": TrainConfig})
-    monkeypatch.setattr("k5train.start.open_data", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("k5train.training.start.open_data", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         start(None, config, None, None, False)
     assert "warning: train.objective.huber_c does nothing here" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from picture_files import BLACK, BLUE, GREEN, RED, chunk, png, whole
 from PIL import Image
 
 from k5cache.buckets import Bucket, cover
-from k5cache.config import CacheConfig
+from k5cache.options import CacheConfig
 from k5cache.sources import images
 from k5cache.sources.folder import find_items
 from k5cache.sources.images import hash_content, image_size, load_many, load_pixels

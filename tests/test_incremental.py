@@ -18,12 +18,13 @@ from workshop import Workshop
 
 from k5cache.commands.gc import collect
 from k5cache.commands.verify import verify
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode import asked as asking
-from k5cache.encode import passes, update
-from k5cache.encode.asked import EncodeReport, look
+from k5cache.encode import image_pass, update
+from k5cache.encode import request as asking
+from k5cache.encode.request import EncodeReport, look
 from k5cache.encoders import clip, qwen, vae
-from k5cache.errors import CacheCorrupt, CacheStale
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import CacheCorrupt, CacheStale
+from k5cache.shared.model import ModelConfig
 from k5cache.store.manifest import read_manifest
 
 
@@ -179,7 +180,7 @@ def test_a_broken_image_is_reported_every_time_and_loads_no_model(three, loaded)
 
 def test_an_image_that_changes_while_it_is_encoded_is_not_stored_under_the_old_name(three, monkeypatch):
     path = three.put("fox.png", "a cat", seed=9)
-    original = passes.encode_latents
+    original = image_pass.encode_latents
 
     def late(job, commit, jobs):
         three.put("fox.png", "a cat", seed=10)

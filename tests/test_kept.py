@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from k5cache.config import ModelConfig
-from k5cache.errors import DoesNotFit, RunError
-from k5train import loop, session
-from k5train import sweep as sweeping
-from k5train.base import memory, vram
-from k5train.base.execute import Execution
-from k5train.base.memory import Plan, Streaming
+from k5cache.shared.errors import DoesNotFit, RunError
+from k5cache.shared.model import ModelConfig
 from k5train.cli import app
-from k5train.config import MemoryConfig, OptimConfig
-from k5train.kept import Kept
-from k5train.state import latest_state
+from k5train.forward.execute import Execution
+from k5train.options.memory import MemoryConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.planning import memory, vram
+from k5train.planning.memory import Plan, Streaming
+from k5train.planning.saved_plan import Kept
+from k5train.runs.resume_state import latest_state
+from k5train.training import loop, session
+from k5train.training import sweep as sweeping
+from k5train.training.base import Base, follow
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
 
@@ -267,13 +269,13 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
 
 
 def test_a_shared_base_takes_a_runs_own_levels_but_not_its_own_streaming(tmp_path):
-    def base(streaming: Streaming | None) -> session.Base:
+    def base(streaming: Streaming | None) -> Base:
         plan = Plan(ALL, streaming, {"weights": 100}, 200, 0, (18, 14))
-        return session.Base(torch.nn.Module(), torch.device("cpu"), plan)
+        return Base(torch.nn.Module(), torch.device("cpu"), plan)
 
     kept = Kept(tmp_path / "run", Plan(IN_SOME, None, {"weights": 90}, 150, 0, (18, 14)))
-    assert session.follow(base(None), None).plan.levels == ALL
-    assert session.follow(base(None), kept).plan == replace(kept.plan, budget=200)
+    assert follow(base(None), None).plan.levels == ALL
+    assert follow(base(None), kept).plan == replace(kept.plan, budget=200)
     with pytest.raises(RunError, match="other weights streamed") as caught:
-        session.follow(base(Streaming(3)), kept)
+        follow(base(Streaming(3)), kept)
     assert f"k5train resume {tmp_path / 'run'}" in caught.value.fix

@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from k5cache.errors import DoesNotFit
-from k5train import lora, ready
-from k5train.base import execute, stream
-from k5train.base.block import Linears, Modes, gather, project
-from k5train.base.execute import Execution, choose_modes
-from k5train.base.forward import predict_velocity
-from k5train.base.memory import LEVELS, Plan, Streaming
+from k5cache.shared.errors import DoesNotFit
+from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig, MemoryConfig, TrainConfig
+from k5train.forward import compile, execute, load, stream
+from k5train.forward.block import Linears, Modes, gather, project
+from k5train.forward.execute import Execution, choose_modes
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.train import TrainConfig
+from k5train.planning.memory import LEVELS, Plan, Streaming
 
 CPU = torch.device("cpu")
 PLAIN = Modes(int8_dynamic=False, cudnn=False)
@@ -32,7 +34,7 @@ def model(folder: Path, precision: Any = "int8-quanto", **adapter: Any) -> Any:
 
 def adapt(transformer: Any, targets: tuple[str, ...] = ("official",), dropout: float = 0.0, rank: int = 4) -> Any:
     """An adapter whose every matrix has a gradient, always the same."""
-    lora.add_lora(transformer, LoraConfig(rank=rank, alpha=8, targets=targets, dropout=dropout), seed=0)
+    attach.add_lora(transformer, LoraConfig(rank=rank, alpha=8, targets=targets, dropout=dropout), seed=0)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
@@ -131,10 +133,10 @@ def test_streaming_more_than_the_host_has_is_refused(toy_model, monkeypatch):
 
 def test_a_run_that_streams_more_than_the_host_has_is_refused_before_it_loads(toy_model, monkeypatch):
     monkeypatch.setattr(stream, "free_ram", lambda: 2**30 + stream._HOST_RESERVE)
-    monkeypatch.setattr(ready, "load_transformer", None)
+    monkeypatch.setattr(load, "load_transformer", None)
     plan = Plan(("nothing",) * 3, Streaming(3), {}, None, 2**30 + 1)
     with pytest.raises(DoesNotFit, match=r"takes 1\.0 GiB of host memory for weights, 3\.0 GiB is free") as caught:
-        ready.load(toy_model, TrainConfig(base_model_precision="int8-quanto"), CPU, plan)
+        load.load(toy_model, TrainConfig(base_model_precision="int8-quanto"), CPU, plan)
     assert "Close other programs" in caught.value.fix
 
 
@@ -257,11 +259,11 @@ def test_what_is_compiled_is_kept_where_the_base_is(tmp_path, monkeypatch):
 
     monkeypatch.setenv("K5_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/elsewhere")
-    execute._compile()
+    compile._compile()
     assert cache_dir() == "/tmp/elsewhere"  # a user's choice stands
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     cache_dir()  # as the import of dynamo does: the environment now names a folder in /tmp
-    execute._compile()
+    compile._compile()
     assert cache_dir() == str(tmp_path / "compiled")
 
 
@@ -284,7 +286,7 @@ def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monke
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
         counters.clear()
-        compiled, plain = gradients(execute._compile(), level, modes), gradients(execute._run, level, modes)
+        compiled, plain = gradients(compile._compile(), level, modes), gradients(compile._run, level, modes)
         for ours, theirs in zip(compiled, plain, strict=True):
             torch.testing.assert_close(ours, theirs)
         found.append({k: v for k, v in counters["aot_autograd"].items() if k.startswith("autograd_cache")})
@@ -303,9 +305,16 @@ def test_what_the_cache_knows_a_block_by_changes_with_its_source(monkeypatch):
     found = []
     for change in ("", "# another"):
         monkeypatch.setattr(execute.inspect, "getsource", lambda module, change=change: module.__name__ + change)
-        execute._mark_opaque()
+        compile._mark_opaque()
         found.append(dict(inductor.unsafe_marked_cacheable_functions))
-    assert found[0].keys() == found[1].keys() >= {"k5train.base.execute._opaque_block", "k5train.base.block.Block"}
+    assert (
+        found[0].keys()
+        == found[1].keys()
+        >= {
+            "k5train.forward.compile._opaque_block",
+            "k5train.forward.block.Block",
+        }
+    )
     assert not set(found[0].values()) & set(found[1].values())
 
 
@@ -409,9 +418,9 @@ def test_another_adapter_on_the_same_base_finds_the_streamed_weights(toy_model):
     resident = outcome(transformer, None, inputs)
     config = TrainConfig(memory=MemoryConfig(execution="eager"))
     plan = Plan(("nothing",) * len(transformer.visual_transformer_blocks), Streaming(2), {}, None, 0)
-    ready.stream_weights(transformer, plan, CPU)
+    load.stream_weights(transformer, plan, CPU)
     for _ in range(2):
-        made = ready.execute(transformer, config, CPU, plan)
+        made = load.execute(transformer, config, CPU, plan)
         assert made is not None
         assert_same(outcome(transformer, made.policies, inputs), resident, WITHIN)
         transformer.unload_lora()

@@ -11,11 +11,12 @@ from diffusers import Kandinsky5T2IPipeline, Kandinsky5Transformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from k5cache.errors import RecipeError, RunError
-from k5train import lora
-from k5train.base.forward import predict_velocity
+from k5cache.shared.errors import RecipeError, RunError
+from k5train.adapter import attach, files
+from k5train.adapter.targets import Matched, describe, match_targets
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig
 
 # The official trainer's configs/trainer/lora_image.yaml, read as peft reads a list: ends of dotted names.
 OFFICIAL = [
@@ -35,11 +36,11 @@ def a_batch() -> tuple[torch.Tensor, ...]:
     return latents, torch.tensor([0.3, 0.8]), embeds, torch.randn(2, 48, generator=generator)
 
 
-def trained(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, size: float = 0.5) -> lora.Matched:
+def trained(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, size: float = 0.5) -> Matched:
     """An adapter whose B is no longer zero."""
-    matched = lora.add_lora(transformer, config, seed=1)
+    matched = attach.add_lora(transformer, config, seed=1)
     generator = torch.Generator().manual_seed(2)
-    for parameter in lora.lora_parameters(transformer)[1::2]:
+    for parameter in attach.lora_parameters(transformer)[1::2]:
         parameter.data = torch.randn(parameter.shape, generator=generator) * size
     return matched
 
@@ -58,19 +59,19 @@ def plain(toy_model):
 def test_the_official_preset_is_the_official_trainers_list_in_text_and_visual_blocks(plain):
     linears = [n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear)]
     theirs = {n for n in linears if any(n.endswith(f".{t}") for t in OFFICIAL)}
-    matched = lora.match_targets(plain, ["official"])
+    matched = match_targets(plain, ["official"])
     assert set(matched.modules) == theirs
     assert len(theirs) == 2 * 6 + 3 * 10
     assert not any("modulation" in n or "embeddings" in n for n in theirs)
-    assert lora.match_targets(plain, OFFICIAL).modules != ()
-    assert set(lora.match_targets(plain, OFFICIAL).modules) == theirs
+    assert match_targets(plain, OFFICIAL).modules != ()
+    assert set(match_targets(plain, OFFICIAL).modules) == theirs
 
 
 @pytest.mark.parametrize(("preset", "count"), [("attention", 2 * 4 + 3 * 8), ("qkv", 2 * 3 + 3 * 6)])
 def test_presets_nest(plain, preset, count):
-    names = set(lora.match_targets(plain, [preset]).modules)
+    names = set(match_targets(plain, [preset]).modules)
     assert len(names) == count
-    assert names < set(lora.match_targets(plain, ["official"]).modules)
+    assert names < set(match_targets(plain, ["official"]).modules)
 
 
 @pytest.mark.parametrize(
@@ -87,16 +88,14 @@ def test_presets_nest(plain, preset, count):
     ],
 )
 def test_a_pattern_is_the_end_of_a_name_or_a_regular_expression(plain, target, names):
-    assert list(lora.match_targets(plain, [target]).modules) == names
+    assert list(match_targets(plain, [target]).modules) == names
 
 
 def test_a_module_matched_twice_is_adapted_once_and_both_patterns_say_so(plain):
-    matched = lora.match_targets(plain, ["qkv", "cross_attention.to_key"])
+    matched = match_targets(plain, ["qkv", "cross_attention.to_key"])
     assert len(matched.patterns["cross_attention.to_key"]) == 3
-    assert matched.modules == lora.match_targets(plain, ["qkv"]).modules
-    assert lora.describe(matched).splitlines()[1] == (
-        "LoRA on 3 modules by cross_attention.to_key: cross_attention.to_key"
-    )
+    assert matched.modules == match_targets(plain, ["qkv"]).modules
+    assert describe(matched).splitlines()[1] == ("LoRA on 3 modules by cross_attention.to_key: cross_attention.to_key")
 
 
 @pytest.mark.parametrize(
@@ -118,28 +117,28 @@ def test_a_module_matched_twice_is_adapted_once_and_both_patterns_say_so(plain):
 )
 def test_a_pattern_that_hits_nothing_or_too_much_is_refused_with_a_way_out(plain, target, words):
     with pytest.raises(RecipeError, match=words):
-        lora.match_targets(plain, ["official", target])
+        match_targets(plain, ["official", target])
 
 
 def test_only_the_adapter_is_trained_and_it_is_float32_on_any_base(toy_model):
     for precision in ("int8-quanto", "no_change"):
         transformer = base(toy_model, precision, torch.bfloat16)
         before = transformer.dtype
-        matched = lora.add_lora(transformer, LoraConfig(rank=4), seed=1)
+        matched = attach.add_lora(transformer, LoraConfig(rank=4), seed=1)
         trainable = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
         assert len(trainable) == 2 * len(matched.modules) == 84
         assert all(".lora_A." in n or ".lora_B." in n for n in trainable)
         assert {p.dtype for p in trainable.values()} == {torch.float32}
-        assert [id(p) for p in trainable.values()] == [id(p) for p in lora.lora_parameters(transformer)]
+        assert [id(p) for p in trainable.values()] == [id(p) for p in attach.lora_parameters(transformer)]
         assert transformer.dtype == before == torch.bfloat16
 
 
 def test_the_start_is_pefts_and_changes_nothing_yet(toy_model):
     transformer = base(toy_model)
     before = velocity(transformer)
-    lora.add_lora(transformer, LoraConfig(rank=8), seed=1)
+    attach.add_lora(transformer, LoraConfig(rank=8), seed=1)
     assert torch.equal(velocity(transformer), before)
-    state = lora.lora_state_dict(transformer)
+    state = files.lora_state_dict(transformer)
     for key, tensor in state.items():
         if ".lora_A." in key:  # kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(in)
             bound = tensor.shape[1] ** -0.5
@@ -155,9 +154,9 @@ def test_the_start_depends_on_seed_and_module_and_on_nothing_else(toy_model):
             torch.manual_seed(global_seed)
             transformer = base(toy_model, precision, torch.bfloat16)
             state = torch.random.get_rng_state()
-            lora.add_lora(transformer, LoraConfig(rank=4, targets=targets), seed)
+            attach.add_lora(transformer, LoraConfig(rank=4, targets=targets), seed)
             assert torch.equal(torch.random.get_rng_state(), state)
-        return {k: t for k, t in lora.lora_state_dict(transformer).items() if ".lora_A." in k}
+        return {k: t for k, t in files.lora_state_dict(transformer).items() if ".lora_A." in k}
 
     whole = start(1, ("official",), "int8-quanto", 0)
     some = start(1, ("cross_attention.to_key", "qkv"), "no_change", 99)
@@ -189,7 +188,7 @@ def test_gradients_on_the_int8_base_are_those_on_a_linear_with_the_dequantised_w
                     transformer.set_submodule(name, linear)
         trained(transformer, LoraConfig(rank=4))
         predict_velocity(transformer, *a_batch()).square().mean().backward()
-        grads.append([p.grad for p in lora.lora_parameters(transformer)])
+        grads.append([p.grad for p in attach.lora_parameters(transformer)])
     for ours, theirs in zip(*grads, strict=True):  # the bias is added apart from the matmul: float32 rounding
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
@@ -197,7 +196,7 @@ def test_gradients_on_the_int8_base_are_those_on_a_linear_with_the_dequantised_w
 def test_the_file_holds_only_what_diffusers_loads(toy_model, tmp_path):
     transformer = base(toy_model)
     matched = trained(transformer, LoraConfig(rank=4, alpha=6.0))
-    lora.save_lora(tmp_path / "new" / "one.safetensors", transformer, {"name": "one"})
+    files.save_lora(tmp_path / "new" / "one.safetensors", transformer, {"name": "one"})
     path = tmp_path / "new" / "one.safetensors"
     state = load_file(path)
     expected = {f"transformer.{n}.lora_{p}.weight" for n in matched.modules for p in "AB"}
@@ -215,15 +214,15 @@ def test_the_file_holds_only_what_diffusers_loads(toy_model, tmp_path):
 def test_a_16_bit_file_is_the_float32_one_rounded(toy_model, tmp_path):
     transformer = base(toy_model)
     trained(transformer, LoraConfig(rank=4, alpha=3.0))
-    lora.save_lora(tmp_path / "a.safetensors", transformer, dtype=torch.bfloat16)
-    small, exact = load_file(tmp_path / "a.safetensors"), lora.lora_state_dict(transformer)
+    files.save_lora(tmp_path / "a.safetensors", transformer, dtype=torch.bfloat16)
+    small, exact = load_file(tmp_path / "a.safetensors"), files.lora_state_dict(transformer)
     assert all(torch.equal(small[k], t.bfloat16()) for k, t in exact.items())
 
 
 def test_a_saved_file_may_be_read_by_whom_the_umask_lets(toy_model, tmp_path):
     transformer = base(toy_model)
     trained(transformer, LoraConfig(rank=2, targets=("qkv",)))
-    lora.save_lora(tmp_path / "a.safetensors", transformer)
+    files.save_lora(tmp_path / "a.safetensors", transformer)
     (tmp_path / "other").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
@@ -236,9 +235,9 @@ def test_a_save_that_fails_leaves_the_old_file(toy_model, tmp_path, monkeypatch)
         Path(temporary).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lora, "save_file", full)
+    monkeypatch.setattr(attach, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        lora.save_lora(path, base(toy_model))
+        files.save_lora(path, base(toy_model))
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -255,7 +254,7 @@ def test_a_save_that_fails_leaves_the_old_file(toy_model, tmp_path, monkeypatch)
 def test_the_pipeline_loads_every_tensor_and_draws_what_we_trained(toy_model, tmp_path, dtype, alpha, atol):
     ours = base(toy_model, "no_change", dtype)
     matched = trained(ours, LoraConfig(rank=4, alpha=alpha))
-    lora.save_lora(tmp_path / "a.safetensors", ours)
+    files.save_lora(tmp_path / "a.safetensors", ours)
     pipeline = Kandinsky5T2IPipeline.from_pretrained(toy_model, dtype=dtype)
     before = velocity(pipeline.transformer)
     pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="mine")
@@ -277,7 +276,7 @@ def test_the_pipeline_loads_every_tensor_and_draws_what_we_trained(toy_model, tm
 def test_an_adapter_of_several_ranks_means_the_same_to_diffusers(toy_model, tmp_path):
     ours = base(toy_model, "no_change")
     trained(ours, LoraConfig(rank=4))
-    lora.save_lora(tmp_path / "a.safetensors", ours)
+    files.save_lora(tmp_path / "a.safetensors", ours)
     state = load_file(tmp_path / "a.safetensors")
     for key in list(state):  # rank 3 on one kind of module
         if "cross_attention.to_key" in key:
@@ -286,7 +285,7 @@ def test_an_adapter_of_several_ranks_means_the_same_to_diffusers(toy_model, tmp_
     theirs = Kandinsky5Transformer3DModel.from_pretrained(toy_model, subfolder="transformer", torch_dtype=torch.float32)
     theirs.load_lora_adapter(str(tmp_path / "b.safetensors"))
     fresh = base(toy_model, "no_change")
-    lora.load_lora(fresh, tmp_path / "b.safetensors")
+    files.load_lora(fresh, tmp_path / "b.safetensors")
     assert torch.equal(velocity(fresh), velocity(theirs))
     assert not torch.equal(velocity(fresh), velocity(ours))
 
@@ -295,17 +294,17 @@ def test_an_adapter_of_several_ranks_means_the_same_to_diffusers(toy_model, tmp_
 def test_a_saved_adapter_loads_back_into_a_bare_base_and_into_its_own_kind(toy_model, tmp_path, alpha):
     ours = base(toy_model)
     matched = trained(ours, LoraConfig(rank=4, alpha=alpha))
-    lora.save_lora(tmp_path / "a.safetensors", ours)
+    files.save_lora(tmp_path / "a.safetensors", ours)
     bare, adapted = base(toy_model), base(toy_model)
-    lora.add_lora(adapted, LoraConfig(rank=4, alpha=alpha), seed=7)
+    attach.add_lora(adapted, LoraConfig(rank=4, alpha=alpha), seed=7)
     for other in (bare, adapted):
-        assert lora.load_lora(other, tmp_path / "a.safetensors") == matched.modules
+        assert files.load_lora(other, tmp_path / "a.safetensors") == matched.modules
         assert torch.equal(velocity(other), velocity(ours))
         assert all(
-            torch.equal(a, b) for a, b in zip(*(lora.lora_state_dict(t).values() for t in (other, ours)), strict=True)
+            torch.equal(a, b) for a, b in zip(*(files.lora_state_dict(t).values() for t in (other, ours)), strict=True)
         )
     assert all(
-        torch.equal(a, b) for a, b in zip(lora.lora_parameters(adapted), lora.lora_parameters(ours), strict=True)
+        torch.equal(a, b) for a, b in zip(attach.lora_parameters(adapted), attach.lora_parameters(ours), strict=True)
     )
 
 
@@ -325,24 +324,24 @@ def test_a_saved_adapter_loads_back_into_a_bare_base_and_into_its_own_kind(toy_m
 )
 def test_a_file_that_is_not_such_a_lora_is_named(toy_model, tmp_path, change, words):
     transformer = base(toy_model)
-    lora.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=1)
-    save_file(change(lora.lora_state_dict(transformer)), tmp_path / "a.safetensors")
+    attach.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=1)
+    save_file(change(files.lora_state_dict(transformer)), tmp_path / "a.safetensors")
     with pytest.raises(RunError, match=words):
-        lora.load_lora(base(toy_model), tmp_path / "a.safetensors")
+        files.load_lora(base(toy_model), tmp_path / "a.safetensors")
 
 
 def test_a_lora_of_other_targets_or_rank_does_not_load_into_an_adapter(toy_model, tmp_path):
     transformer = base(toy_model)
-    lora.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=1)
-    lora.save_lora(tmp_path / "a.safetensors", transformer)
+    attach.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=1)
+    files.save_lora(tmp_path / "a.safetensors", transformer)
     for config, words in ((LoraConfig(rank=4), "they differ in"), (LoraConfig(rank=2, targets=("qkv",)), "expected")):
         other = base(toy_model)
-        lora.add_lora(other, config, seed=1)
+        attach.add_lora(other, config, seed=1)
         with pytest.raises(RunError, match=words):
-            lora.load_lora(other, tmp_path / "a.safetensors")
+            files.load_lora(other, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
     with pytest.raises(RunError, match="cannot be read"):
-        lora.load_lora(transformer, tmp_path / "b.safetensors")
+        files.load_lora(transformer, tmp_path / "b.safetensors")
 
 
 def test_dropout_acts_in_training_only(toy_model):

@@ -16,7 +16,7 @@ from PIL import Image
 import k5cache
 from k5cache.buckets import Bucket, Geometry, cover, squash
 from k5cache.cli import app
-from k5cache.config import CacheConfig
+from k5cache.options import CacheConfig
 from k5cache.sources.folder import find_items
 from k5cache.sources.images import hash_content
 from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage

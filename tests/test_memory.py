@@ -10,22 +10,33 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from k5cache.console import command, parse_bytes
-from k5cache.errors import DoesNotFit, RunError
-from k5train import bench, lora, ready, sample
-from k5train.base import execute, memory, vram
-from k5train.base.block import Modes, gather
-from k5train.base.memory import Plan, Streaming, Work, architecture, make_plan
-from k5train.bench_baseline import time_baseline
-from k5train.config import LoraConfig, MemoryConfig, TrainConfig
-from k5train.objective import RouteConfig, TreadConfig
+from k5cache.shared.console import command, parse_bytes
+from k5cache.shared.errors import DoesNotFit, RunError
+from k5train.adapter import attach
+from k5train.base import random_weights
+from k5train.base.architecture import FULL_SIZE
+from k5train.bench import steps, timing
+from k5train.bench.baseline import time_baseline
+from k5train.bench.case import MUST_REACH, SIZES, Case, inputs_for, routes_for
+from k5train.forward import compile, execute
+from k5train.forward.block import Modes, gather
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.objective import RouteConfig, TreadConfig
+from k5train.options.train import TrainConfig
+from k5train.pictures import sample
+from k5train.planning import memory, vram
+from k5train.planning.memory import Plan, Streaming, Work, architecture, make_plan
+from k5train.planning.plan import adapter_size, plan_for, streaming_of, work_for
+from k5train.planning.vram import check_bfloat16
+from k5train.training import out_of_memory
 
 GIB = 2**30
 CPU = torch.device("cpu")
-FULL = architecture(bench.FULL_SIZE)
+FULL = architecture(FULL_SIZE)
 WORK = Work(1, 4096, 256, 24_739_840, 16 * 6, "int8-quanto")  # r16 on q, k, v of both attentions
 SMALL = {
-    **bench.FULL_SIZE, "model_dim": 256, "ff_dim": 1024, "time_dim": 32, "num_visual_blocks": 1,
+    **FULL_SIZE, "model_dim": 256, "ff_dim": 1024, "time_dim": 32, "num_visual_blocks": 1,
     "in_text_dim": 64, "in_text_dim2": 48,
 }  # fmt: skip
 
@@ -44,9 +55,9 @@ def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monke
     monkeypatch.setattr(
         execute.torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     )
-    run = execute._compile()
-    transformer = bench.random_transformer(SMALL, precision, CPU)
-    lora.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=0)
+    run = compile._compile()
+    transformer = random_weights.random_transformer(SMALL, precision, CPU)
+    attach.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=0)
     block = gather(transformer.visual_transformer_blocks[0], dropout=False)
     tokens, text_tokens, arch = 192, 24, architecture(SMALL)
     work = Work(1, tokens, text_tokens, 0, 4 * 6, precision)
@@ -75,7 +86,7 @@ def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monke
 def test_tokens_that_always_skip_blocks_are_not_planned_for():
     def work(**tread: Any) -> Work:
         config = TrainConfig(tread=TreadConfig(routes=(RouteConfig(0.5, 1, -2),), **tread))
-        return ready.work_for({**SMALL, "num_visual_blocks": 6}, config, (64, 24), compiled=True)
+        return work_for({**SMALL, "num_visual_blocks": 6}, config, (64, 24), compiled=True)
 
     routed, whole = work(), work(ramp_down=0.1)
     assert routed.walking == (1, 0.5, 0.5, 0.5, 0.5, 1)
@@ -88,7 +99,7 @@ def test_tokens_that_always_skip_blocks_are_not_planned_for():
 
 def test_weights_are_counted_as_they_are_held():
     for precision in ("int8-quanto", "no_change"):
-        transformer = bench.random_transformer(SMALL, precision, CPU)
+        transformer = random_weights.random_transformer(SMALL, precision, CPU)
         held = sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
         work = replace(WORK, precision=precision, lora_parameters=0)
         counted = memory.estimate(architecture(SMALL), work, ("nothing",), None)["weights"]
@@ -99,9 +110,9 @@ def test_weights_are_counted_as_they_are_held():
 def test_the_adapter_is_counted_as_it_is_made():
     for targets in (("qkv",), ("official",), ("visual_modulation.out_layer",)):
         config = LoraConfig(rank=4, targets=targets)
-        transformer = bench.random_transformer(SMALL, "no_change", CPU)
-        lora.add_lora(transformer, config, seed=0)
-        parameters, _ = ready.adapter_size(SMALL, config)
+        transformer = random_weights.random_transformer(SMALL, "no_change", CPU)
+        attach.add_lora(transformer, config, seed=0)
+        parameters, _ = adapter_size(SMALL, config)
         assert parameters == sum(p.numel() for p in transformer.parameters() if p.requires_grad)
 
 
@@ -150,7 +161,7 @@ def test_advice_for_a_card_that_is_too_small_is_a_change_that_fits_it(card, chan
     config, device = replace(TrainConfig(), **changes), torch.device("cuda")
     budget = card * GIB - memory.CONTEXT_BYTES
     with pytest.raises(DoesNotFit) as refused:
-        ready.plan_for(bench.FULL_SIZE, config, device, (4096, 512), budget)
+        plan_for(FULL_SIZE, config, device, (4096, 512), budget)
     assert refused.value.fix == fix
 
 
@@ -195,13 +206,13 @@ def test_what_is_no_amount_of_memory_is_refused(text):
 
 def test_group_offload_words_become_slots():
     arch = FULL
-    assert ready.streaming_of(MemoryConfig(), arch) is None
+    assert streaming_of(MemoryConfig(), arch) is None
     on = MemoryConfig(enable_group_offload=True)
-    assert ready.streaming_of(on, arch) == Streaming(50, slots=2, prefetch=True)
+    assert streaming_of(on, arch) == Streaming(50, slots=2, prefetch=True)
     groups = replace(on, group_offload_blocks_per_group=3)
-    assert ready.streaming_of(groups, arch) == Streaming(50, slots=6, prefetch=True)
-    assert ready.streaming_of(replace(groups, group_offload_use_stream=False), arch) == Streaming(50, 3, False)
-    assert ready.streaming_of(replace(on, group_offload_type="leaf_level"), arch) == Streaming(50, 2, True)
+    assert streaming_of(groups, arch) == Streaming(50, slots=6, prefetch=True)
+    assert streaming_of(replace(groups, group_offload_use_stream=False), arch) == Streaming(50, 3, False)
+    assert streaming_of(replace(on, group_offload_type="leaf_level"), arch) == Streaming(50, 2, True)
 
 
 def test_words_that_exclude_each_other_are_named():
@@ -219,16 +230,16 @@ def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Quadro RTX 4000")
     with pytest.raises(RunError, match="Quadro RTX 4000 has no bfloat16"):
-        execute.check_bfloat16(torch.device("cuda"), "bf16")
-    execute.check_bfloat16(torch.device("cuda"), "fp32")
-    execute.check_bfloat16(CPU, "bf16")
+        check_bfloat16(torch.device("cuda"), "bf16")
+    check_bfloat16(torch.device("cuda"), "fp32")
+    check_bfloat16(CPU, "bf16")
 
 
 def test_running_out_of_memory_saves_and_names_the_setting(tmp_path):
     plan = make_plan(FULL, WORK, 16 * GIB)
     with (
         pytest.raises(DoesNotFit, match="step-000007") as ended,
-        ready.when_memory_ends(
+        out_of_memory.when_memory_ends(
             lambda: plan,
             lambda: tmp_path / "step-000007.safetensors",
             functools.partial(command, "k5train", "resume", "runs/a b"),
@@ -240,7 +251,10 @@ def test_running_out_of_memory_saves_and_names_the_setting(tmp_path):
 
 def test_there_is_no_leaner_plan_than_all_weights_streamed():
     plan = Plan(("nothing",) * 50, Streaming(50), {"weights": 4 * GIB}, 5 * GIB, 0)
-    with pytest.raises(DoesNotFit) as ended, ready.when_memory_ends(lambda: plan, lambda: None, lambda **_: "never"):
+    with (
+        pytest.raises(DoesNotFit) as ended,
+        out_of_memory.when_memory_ends(lambda: plan, lambda: None, lambda **_: "never"),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert ended.value.fix.startswith("Free VRAM, or use a lower resolution, batch size or rank")
 
@@ -262,48 +276,48 @@ def test_the_budget_is_the_card_less_what_cuda_takes():
 
 def test_the_bench_times_a_case_and_counts_its_arithmetic():
     small = {**SMALL, "num_text_blocks": 1}
-    case = bench.Case("int8-dynamic", 4.0, side=64, num_text_tokens=8, rank=4, execution="eager")
-    (result,) = bench.bench((case,), CPU, config=small, num_steps=2, num_warm_up=1)
+    case = Case("int8-dynamic", 4.0, side=64, num_text_tokens=8, rank=4, execution="eager")
+    (result,) = steps.bench((case,), CPU, config=small, num_steps=2, num_warm_up=1)
     assert result.milliseconds > 0
     assert result.plan == "1 all, eager"
     assert result.tflops == pytest.approx(
-        bench.flops(architecture(small), Work(1, 16, 8, 0, 0, "int8-dynamic")) / result.milliseconds / 1e9
+        timing.flops(architecture(small), Work(1, 16, 8, 0, 0, "int8-dynamic")) / result.milliseconds / 1e9
     )
 
 
 def test_caps_beyond_the_card_are_what_the_card_has():
-    cases = bench.within(8 * GIB, (*bench.MUST_REACH, *bench.SIZES))
+    cases = steps.within(8 * GIB, (*MUST_REACH, *SIZES))
     assert [c.cap_gib for c in cases[:4]] == [None, None, 4.5, None]
-    assert bench.within(80 * GIB, bench.MUST_REACH) == bench.MUST_REACH
+    assert steps.within(80 * GIB, MUST_REACH) == MUST_REACH
 
 
 def test_the_benchs_baseline_is_diffusers_with_peft_and_quanto():
     result = time_baseline({**SMALL, "num_text_blocks": 1}, CPU, 1, 0)
-    assert bench.table([result], None)[0][2] == "1.00x"
+    assert steps.table([result], None)[0][2] == "1.00x"
 
 
 def test_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     small = {**SMALL, "num_visual_blocks": 2}
-    transformer = bench.random_transformer(small, "no_change", CPU).requires_grad_(False)
-    case = bench.Case("no_change", None, side=128, num_text_tokens=24)
+    transformer = random_weights.random_transformer(small, "no_change", CPU).requires_grad_(False)
+    case = Case("no_change", None, side=128, num_text_tokens=24)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        bench.predict_velocity(transformer, *bench.inputs_for(case, small, CPU))
+        steps.predict_velocity(transformer, *inputs_for(case, small, CPU))
     # Forward alone is half of a step's linears and 2 / 7 of its attention.
     work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
     attention = 4 * 256 * (2 * (64 * 64 + 64 * 24) + 2 * 24 * 24)
-    forward = (bench.flops(arch, work) - 3.5 * attention) / 2 + attention
+    forward = (timing.flops(arch, work) - 3.5 * attention) / 2 + attention
     assert counter.get_total_flops() == pytest.approx(forward, rel=0.15)  # and embeddings, modulations, the head
 
 
 def test_a_case_whose_first_step_has_no_room_is_planned_for_less_as_a_run_is(monkeypatch, capsys):
     small = {**SMALL, "num_visual_blocks": 4, "num_text_blocks": 1}
     monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
-    plans, timed = [], bench._time_plan
+    plans, timed = [], steps._time_plan
     config = TrainConfig(base_model_precision="int8-quanto", lora=LoraConfig(rank=4, targets=("qkv",)))
-    whole = bench.plan_for(small, replace(config, memory=MemoryConfig(execution="eager")), CPU, (64, 8), 2**40)
-    case = bench.Case("int8-quanto", 1.05 * whole.peak / 2**30, 128, num_text_tokens=8, rank=4, execution="eager")
+    whole = steps.plan_for(small, replace(config, memory=MemoryConfig(execution="eager")), CPU, (64, 8), 2**40)
+    case = Case("int8-quanto", 1.05 * whole.peak / 2**30, 128, num_text_tokens=8, rank=4, execution="eager")
 
     def out_of_memory_once(plan, *args):
         plans.append(plan)
@@ -311,8 +325,8 @@ def test_a_case_whose_first_step_has_no_room_is_planned_for_less_as_a_run_is(mon
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 MiB.")
         return timed(plan, *args)
 
-    monkeypatch.setattr(bench, "_time_plan", out_of_memory_once)
-    (result,) = bench.bench((case,), CPU, config=small, num_steps=1, num_warm_up=1)
+    monkeypatch.setattr(steps, "_time_plan", out_of_memory_once)
+    (result,) = steps.bench((case,), CPU, config=small, num_steps=1, num_warm_up=1)
     assert plans[1].peak <= plans[0].peak * 11 // 12
     assert plans[0].levels == ("all",) * 4
     assert result.plan == "3 matmuls, 1 all, eager"
@@ -323,16 +337,16 @@ def test_flops_of_a_tread_step_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     small = {**SMALL, "num_visual_blocks": 8}
-    transformer = bench.random_transformer(small, "no_change", CPU).requires_grad_(False)
-    plain, routed = (bench.Case("no_change", None, side=128, num_text_tokens=24, tread=ratio) for ratio in (0.0, 0.5))
+    transformer = random_weights.random_transformer(small, "no_change", CPU).requires_grad_(False)
+    plain, routed = (Case("no_change", None, side=128, num_text_tokens=24, tread=ratio) for ratio in (0.0, 0.5))
     counted = []
     for case in (plain, routed):
-        routes = bench.routes_for(case, CPU)
+        routes = routes_for(case, CPU)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            bench.predict_velocity(transformer, *bench.inputs_for(case, small, CPU), routes=routes)
+            steps.predict_velocity(transformer, *inputs_for(case, small, CPU), routes=routes)
         counted.append(counter.get_total_flops())
     work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
     half = replace(work, walking=(1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1))
-    saved = bench.flops(arch, work) - bench.flops(arch, half)  # of linears twice, of attention 3.5 times
+    saved = timing.flops(arch, work) - timing.flops(arch, half)  # of linears twice, of attention 3.5 times
     attention = 4 * 4 * 256 * (64 * 64 + 64 * 24 - 32 * 32 - 32 * 24)  # 4 of 8 blocks: 2 to 5
     assert counted[0] - counted[1] == (saved - 3.5 * attention) / 2  # torch counts no attention on a CPU

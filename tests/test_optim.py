@@ -11,21 +11,23 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from k5cache.errors import RunError
-from k5train import optim, state
-from k5train.config import OptimConfig
+from k5cache.shared.errors import RunError
+from k5train.options.optimizer import OptimConfig
+from k5train.training import optimizer_state
+from k5train.training.average import Ema
+from k5train.training.optimizer import EXTRAS, learning_rate, make_optimizer, settled
 
 EVERY = ["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "muon"]
 
 
 def make(name: str, **options):
     """An optimizer over two matrices, large enough for 8-bit states."""
-    if name in optim.EXTRAS:
-        pytest.importorskip(optim.EXTRAS[name])
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name])
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(64, 80, generator=generator)) for _ in range(2)]
     config = OptimConfig(optimizer=name, **{"lr": 1.0 if name == "prodigy" else 1e-2, **options})
-    return weights, optim.make_optimizer(weights, config)
+    return weights, make_optimizer(weights, config)
 
 
 def descend(weights, optimizer, first: int, last: int) -> None:
@@ -42,7 +44,7 @@ def test_each_optimizer_moves_towards_the_minimum(name):
     weights, optimizer = make(name)
     before = sum(w.square().sum() for w in weights)
     descend(weights, optimizer, 0, 100 if name == "prodigy" else 20)  # Prodigy starts at a rate of 1e-6
-    with optim.settled(optimizer):
+    with settled(optimizer):
         assert sum(w.square().sum() for w in weights) < 0.99 * before
 
 
@@ -53,11 +55,11 @@ def test_each_optimizer_goes_on_from_safetensors_and_json_bit_for_bit(name):
 
     first, optimizer = make(name)
     descend(first, optimizer, 0, 4)
-    tensors, plain = state.optimizer_state(optimizer, ["a", "b"])
+    tensors, plain = optimizer_state.optimizer_state(optimizer, ["a", "b"])
     again, optimizer = make(name)
     for weight, saved in zip(again, first, strict=True):
         weight.data = saved.detach().clone()
-    state.restore_optimizer(optimizer, ["a", "b"], tensors, plain)
+    optimizer_state.restore_optimizer(optimizer, ["a", "b"], tensors, plain)
     descend(again, optimizer, 4, 8)
     assert all(torch.equal(a, b) for a, b in zip(again, through, strict=True))
 
@@ -105,21 +107,21 @@ def test_eight_bits_hold_the_states_of_adamw8bit():
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(RunError) as caught:
-        optim.make_optimizer([torch.nn.Parameter(torch.ones(2, 2))], OptimConfig(optimizer="prodigy"))
+        make_optimizer([torch.nn.Parameter(torch.ones(2, 2))], OptimConfig(optimizer="prodigy"))
     assert "prodigyopt is not installed" in caught.value.problem
     assert 'pip install "kandinsky5-lora[prodigy]"' in caught.value.fix
 
 
 def test_muon_refuses_an_adapter_with_vectors():
     with pytest.raises(RunError, match="matrices only"):
-        optim.make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(optimizer="muon"))
+        make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(optimizer="muon"))
 
 
 def test_schedulefree_saves_its_average_and_trains_on():
     weights, optimizer = make("schedulefree")
     descend(weights, optimizer, 0, 5)
     trained = weights[0].detach().clone()
-    with optim.settled(optimizer):
+    with settled(optimizer):
         assert not torch.equal(weights[0], trained)
     torch.testing.assert_close(weights[0], trained)  # the switch is arithmetic on the weights themselves
     assert OptimConfig(optimizer="schedulefree", lr_scheduler="cosine").check()
@@ -142,7 +144,7 @@ def test_after_warm_up_a_schedule_is_diffusers_own(ours, theirs, warmup):
     scheduler = get_scheduler(theirs, reference, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3)
     for step in range(30):
         expected = reference.param_groups[0]["lr"]
-        found = optim.learning_rate(step, config, 30)
+        found = learning_rate(step, config, 30)
         if step < warmup:  # diffusers' first step does not move at all
             assert found == pytest.approx(2e-3 * (step + 1) / warmup)
         else:
@@ -155,7 +157,7 @@ def test_after_warm_up_a_schedule_is_diffusers_own(ours, theirs, warmup):
 def test_rex_polynomial_and_the_end_are_their_formulas():
     def rates(**options):
         config = OptimConfig(lr=1.0, warmup_steps=0, **options)
-        return [optim.learning_rate(step, config, 4) for step in range(4)]
+        return [learning_rate(step, config, 4) for step in range(4)]
 
     assert rates(lr_scheduler="rex") == pytest.approx([1, 0.75 / 0.875, 0.5 / 0.75, 0.25 / 0.625])
     assert rates(lr_scheduler="polynomial", lr_power=2.0) == pytest.approx([1, 0.5625, 0.25, 0.0625])
@@ -165,12 +167,12 @@ def test_rex_polynomial_and_the_end_are_their_formulas():
 
 def test_warm_up_longer_than_the_run_still_rises():
     config = OptimConfig(lr=1.0, warmup_steps=100, lr_scheduler="cosine")
-    assert [optim.learning_rate(step, config, 10) for step in (0, 9)] == [0.01, 0.1]
+    assert [learning_rate(step, config, 10) for step in (0, 9)] == [0.01, 0.1]
 
 
 def test_the_average_is_diffusers_own():
     weights, optimizer = make("adamw")
-    ours, theirs = optim.Ema(weights, 0.9), EMAModel(weights, decay=0.9)
+    ours, theirs = Ema(weights, 0.9), EMAModel(weights, decay=0.9)
     for step in range(40):
         descend(weights, optimizer, step, step + 1)
         ours.update()
@@ -182,7 +184,7 @@ def test_the_average_is_diffusers_own():
 
 def test_the_average_swaps_in_and_out_and_goes_on_from_its_state():
     weights, optimizer = make("adamw")
-    average = optim.Ema(weights, 0.9)
+    average = Ema(weights, 0.9)
     descend(weights, optimizer, 0, 3)
     average.update()
     descend(weights, optimizer, 3, 5)
@@ -193,7 +195,7 @@ def test_the_average_swaps_in_and_out_and_goes_on_from_its_state():
         assert not torch.equal(weights[0], trained)
     assert torch.equal(weights[0], trained)
 
-    again = optim.Ema(weights, 0.9)
+    again = Ema(weights, 0.9)
     again.load_state_dict(average.state_dict())
     for one in (average, again):
         one.update()

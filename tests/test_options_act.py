@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k5cache.config import ModelConfig
-from k5cache.errors import RecipeError
-from k5cache.recipe import parse
-from k5train.checkpoint import Run, create_run
-from k5train.config import LoraConfig, OptimConfig, RankConfig, TrainConfig
-from k5train.loop import hold_out, train
-from k5train.metrics import read_metrics
-from k5train.mixture import open_mixture
-from k5train.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
-from k5train.session import load_base
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import ModelConfig
+from k5cache.shared.recipe import parse
+from k5train.data.mixture import open_mixture
+from k5train.options.adapter import LoraConfig, RankConfig
+from k5train.options.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
+from k5train.runs.folder import Run, create_run
+from k5train.runs.metrics import read_metrics
+from k5train.training.base import load_base
+from k5train.training.loop import hold_out, train
 from tests.cli import Cli
 
 LR = OptimConfig(lr=1e-2, warmup_steps=0)

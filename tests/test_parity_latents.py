@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
-from k5cache.errors import ModelError
+from k5cache.shared.errors import ModelError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -8,15 +8,17 @@ from functools import partial
 import pytest
 import torch
 
-from k5cache.hub import read_config
+from k5cache.shared.checkpoint import read_config
 from k5cache.store.reader import open_cache
-from k5train import lora
-from k5train.base.forward import predict_velocity
-from k5train.base.masked import text_mask
+from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig, TrainConfig
-from k5train.data import Batch, Group, Loader, pad
-from k5train.step import accumulate
+from k5train.data.batch import Batch, Group, pad
+from k5train.data.loader import Loader
+from k5train.forward.masked import text_mask
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig
+from k5train.options.train import TrainConfig
+from k5train.training.step import accumulate
 from tests.parity import as_the_pipeline_calls_it, reference_transformer, with_strength
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -35,7 +37,7 @@ def precision(request):
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
 def transformer(request, toy_model, precision):
     loaded = load_transformer(toy_model, precision, request.param, "cpu")
-    lora.add_lora(loaded, LoraConfig(rank=4), seed=1)
+    attach.add_lora(loaded, LoraConfig(rank=4), seed=1)
     with_strength(loaded, 0.05)
     return loaded.train()
 
@@ -57,7 +59,7 @@ def velocity(transformer, group: Group, **options) -> torch.Tensor:
 
 
 def loss_and_gradients(transformer, groups: list[Group], device="cpu", **options) -> tuple[float, torch.Tensor]:
-    parameters = lora.lora_parameters(transformer)
+    parameters = attach.lora_parameters(transformer)
     batch = Batch(tuple(range(sum(len(g.sigma) for g in groups))), tuple(groups))
     predict = partial(predict_velocity, transformer, **options)
     loss = accumulate(predict, [batch], None, torch.device(device))  # type: ignore[arg-type]

@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from k5cache.store.reader import open_cache
-from k5train import lora, sample
+from k5train.adapter import attach, files
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig
+from k5train.options.adapter import LoraConfig
+from k5train.pictures import sample
 from tests.parity import PROMPTS, pipeline_of, with_strength
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,9 +69,9 @@ def test_with_a_lora_the_latents_are_those_of_the_pipeline_that_loaded_the_same_
     dtype = PRECISIONS[precision]
     path = tmp_path / "a.safetensors"
     trained = load_transformer(toy_model, "no_change", dtype, "cpu")
-    lora.add_lora(trained, LoraConfig(rank=4), seed=1)
+    attach.add_lora(trained, LoraConfig(rank=4), seed=1)
     with_strength(trained)
-    lora.save_lora(path, trained)
+    files.save_lora(path, trained)
 
     pipeline, cache = pipelines[precision], open_cache(toy_cache(precision))
     without = drawn_by_the_pipeline(pipeline, PROMPTS[0], 3.5, 11)
@@ -80,13 +81,13 @@ def test_with_a_lora_the_latents_are_those_of_the_pipeline_that_loaded_the_same_
     assert (theirs - without).abs().max() > 0.05
 
     ours = load_transformer(toy_model, "no_change", dtype, "cpu")
-    lora.load_lora(ours, path)
+    files.load_lora(ours, path)
     latents = drawn_by_us(ours, toy_model, cache, PROMPTS[0], 3.5, 11)
     if dtype == torch.float32:
         assert torch.equal(latents, theirs)
     else:  # the pipeline casts the adapter to bfloat16 when it loads it, we keep the float32 that was trained
         torch.testing.assert_close(latents, theirs, rtol=0, atol=0.1)  # 4 steps, latents up to 4; 0.047 seen
-        for parameter in lora.lora_parameters(ours):
+        for parameter in attach.lora_parameters(ours):
             parameter.data = parameter.data.to(dtype)
         assert torch.equal(drawn_by_us(ours, toy_model, cache, PROMPTS[0], 3.5, 11), theirs)
 

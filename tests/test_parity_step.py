@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2IPipeline, Ka
 from optimum.quanto import freeze, qint8, quantize
 from torch.utils.checkpoint import checkpoint
 
-from k5train.base.forward import ROPE_SCALE, compute_dtype, keep, predict_velocity, recompute, rotary
 from k5train.base.quantize import load_transformer
+from k5train.forward.predict_velocity import ROPE_SCALE, compute_dtype, keep, predict_velocity, recompute, rotary
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(64, 64), (32, 96), (96, 48)]  # (height, width) in pixels

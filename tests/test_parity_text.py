@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from k5cache.encoders.clip import encode_pooled, load_clip
 from k5cache.encoders.pipeline import clean, pipeline_facts
 from k5cache.encoders.qwen import encode_prompt_embeds, load_qwen, load_tokenizer, tokenize
-from k5cache.errors import ModelError
+from k5cache.shared.errors import ModelError
 
 MAX_TOKENS = 512
 CAPTIONS = {

@@ -13,16 +13,22 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from k5cache.hub import read_config
+from k5cache.shared.checkpoint import read_config
 from k5cache.store.reader import open_cache
-from k5train import lora
-from k5train.base.forward import predict_velocity
+from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
-from k5train.data import Batch, Loader, prefetch
-from k5train.optim import learning_rate, make_optimizer
-from k5train.ready import execute, largest, plan_training
-from k5train.step import accumulate, update
+from k5train.data.batch import Batch
+from k5train.data.loader import Loader
+from k5train.data.prefetch import prefetch
+from k5train.forward.load import execute
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
+from k5train.planning.plan import largest, plan_training
+from k5train.training.optimizer import learning_rate, make_optimizer
+from k5train.training.step import accumulate, update
 from tests.parity import as_the_pipeline_calls_it, reference_transformer
 
 RANK, ALPHA, LR, WARMUP, BETAS, DECAY, CLIP = 4, 8.0, 1e-3, 10, (0.9, 0.95), 0.01, 0.05
@@ -43,9 +49,11 @@ QUANTO_INCLUDE = ["*_transformer_blocks.*attention.*", "*.feed_forward.*"]
 
 
 def our_steps(model, cache, precision, dtype, steps, config, device="cpu"):
-    """The pieces of ``k5train.loop.train``, without its files. Returns losses, norms, adapter, its start, batches."""
+    """The pieces of ``k5train.training.loop.train``, without its files.
+
+    Returns losses, norms, adapter, its start, batches."""
     transformer = load_transformer(model, precision, dtype, device)
-    lora.add_lora(transformer, config.lora, config.seed)
+    attach.add_lora(transformer, config.lora, config.seed)
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, config.optim)
@@ -152,7 +160,7 @@ def test_the_lean_blocks_train_as_the_plain_loop_does(toy_model, toy_cache, dtyp
 
 def test_the_adapter_sits_where_the_official_trainer_puts_it(toy_model, toy_cache):
     transformer = load_transformer(toy_model, "no_change", torch.float32, "cpu")
-    matched = lora.add_lora(transformer, LoraConfig(rank=RANK), 0)
+    matched = attach.add_lora(transformer, LoraConfig(rank=RANK), 0)
     reference = reference_transformer(toy_model, torch.float32)
     reference.add_adapter(PeftLoraConfig(r=RANK, target_modules=OFFICIAL))
     assert set(matched.modules) == {n for n, m in reference.named_modules() if isinstance(m, LoraLayer)}

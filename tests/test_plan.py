@@ -12,8 +12,8 @@ from hashlib import sha256
 import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
-from k5cache.config import CacheConfig
 from k5cache.encode.plan import Plan, latent_key, make_plan, text_key
+from k5cache.options import CacheConfig
 from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}

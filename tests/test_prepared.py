@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k5cache.errors import ModelError
+from k5cache.shared.errors import ModelError
 from k5train.base import prepared
 from k5train.base.prepared import listed, load_prepared, prepare, prepared_path, remove
 from k5train.base.quantize import finish, load_transformer

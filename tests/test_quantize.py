@@ -14,7 +14,7 @@ from optimum.quanto.library.qbytes_mm import qbytes_mm
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from k5cache.errors import ModelError
+from k5cache.shared.errors import ModelError
 from k5train.base import quantize as loading
 from k5train.base.linear import Float32Linear, Int8Linear
 from k5train.base.quantize import INT8_MODULES, load_transformer, quantize_int8

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from k5cache.config import CacheConfig, ModelConfig, validation_prompts
-from k5cache.errors import RecipeError
-from k5cache.recipe import document_options, parse, read, to_dict, to_toml
-from k5train.config import TrainConfig
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import ModelConfig, validation_prompts
+from k5cache.shared.recipe import document_options, parse, read, to_dict, to_toml
+from k5train.options.train import TrainConfig
 
 SCHEMAS = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from k5cache.errors import DoesNotFit
-from k5train import loop, session
-from k5train.base import memory
-from k5train.base.execute import Execution
-from k5train.checkpoint import Run
-from k5train.config import MemoryConfig
-from k5train.state import latest_state
+from k5cache.shared.errors import DoesNotFit
+from k5train.forward.execute import Execution
+from k5train.options.memory import MemoryConfig
+from k5train.planning import memory
+from k5train.runs.folder import Run
+from k5train.runs.resume_state import latest_state
+from k5train.training import loop, session
 from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
 
 SHORT = replace(
@@ -28,7 +28,7 @@ def plans(monkeypatch):
     """Plans that blocks were set up by; the toy's megabytes alone decide them."""
     monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
     monkeypatch.setattr(memory, "CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
-    monkeypatch.setattr("k5train.base.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
+    monkeypatch.setattr("k5train.planning.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
     return note_plans(monkeypatch)
 
 

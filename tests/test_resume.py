@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from k5cache.errors import RunError
-from k5train import loop, session, state, step
-from k5train.checkpoint import Run, hold
+from k5cache.shared.errors import RunError
 from k5train.cli import app
-from k5train.config import LoraConfig, ObjectiveConfig, OptimConfig
-from k5train.interrupt import Interruptions
-from k5train.objective import RouteConfig, TreadConfig
-from k5train.optim import make_optimizer
+from k5train.options.adapter import LoraConfig
+from k5train.options.objective import RouteConfig, TreadConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import ObjectiveConfig
+from k5train.runs import resume_state
+from k5train.runs.folder import Run, hold
+from k5train.training import identity, loop, optimizer_state, step
+from k5train.training.interrupt import Interruptions
+from k5train.training.optimizer import make_optimizer
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run, state_of
 
@@ -59,7 +62,7 @@ def crash_at(monkeypatch):
                 raise error or Stop
             return update(*args, **kwargs)
 
-        monkeypatch.setattr("k5train.session.update", failing)
+        monkeypatch.setattr("k5train.training.session.update", failing)
 
     return arrange
 
@@ -163,14 +166,14 @@ def test_every_optimizer_goes_on_with_the_same_bits_from_files(tmp_path, name):
     steps(whole, optimizer, 0, 6)
     broken, optimizer = make()
     steps(broken, optimizer, 0, 3)
-    tensors, plain = state.optimizer_state(optimizer, names)
+    tensors, plain = optimizer_state.optimizer_state(optimizer, names)
     parts = {"adapter": dict(zip(names, broken, strict=True)), "optimizer": tensors}
-    state.save_state(tmp_path, state.Progress(3), parts, {"optimizer": plain})
-    saved = state.latest_state(tmp_path)
+    resume_state.save_state(tmp_path, resume_state.Progress(3), parts, {"optimizer": plain})
+    saved = resume_state.latest_state(tmp_path)
     resumed, optimizer = make()
     for parameter, tensor in zip(resumed, saved.tensors("adapter").values(), strict=True):
         parameter.data = tensor
-    state.restore_optimizer(optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
+    optimizer_state.restore_optimizer(optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
     steps(resumed, optimizer, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
 
@@ -183,7 +186,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, whole, cache, toy
     assert stopped.code == 130
     root = tmp_path / "runs" / cache.name
     assert "Stopped and saved at step 7. Go on with: k5train resume runs/pictures" in stopped.err
-    assert state.latest_state(root / "state").progress.step == 7
+    assert resume_state.latest_state(root / "state").progress.step == 7
     done = cli(app, "run", str(cache), "-r", "recipe.toml")  # the same command goes on by itself
     assert done.code == 0, done.err
     assert "was stopped before its end: going on" in done.err
@@ -220,7 +223,7 @@ def test_a_run_that_ended_by_its_time_or_patience_says_so_and_goes_on_with_more(
     assert "k5train resume hours --set train.max_hours=2e-09" in ended.err
     validation = replace(CONFIG.validation, split=0.2, held_out_every=1, held_out_sigmas=1, patience=1)
     start_run(tmp_path / "patient", cache, toy_model, replace(CONFIG, steps=6, validation=validation))
-    path = state.latest_state(tmp_path / "patient" / "state").folder / "state.json"
+    path = resume_state.latest_state(tmp_path / "patient" / "state").folder / "state.json"
     document = json.loads(path.read_text())
     document["progress"] |= {"step": 4, "not_better": 1}  # as one that ended so: whether it does is up to the toy
     path.write_text(json.dumps(document))
@@ -272,7 +275,7 @@ def test_a_changed_recipe_is_refused_by_the_name_of_its_field(whole, change, nam
 
 
 def test_a_cache_whose_rows_changed_is_refused_in_words(whole, cache, monkeypatch):
-    monkeypatch.setattr(session, "_rows", lambda cache: "another hash")
+    monkeypatch.setattr(identity, "_rows", lambda cache: "another hash")
     with pytest.raises(RunError, match="cache: its images or captions are others now") as caught:
         go_on(whole, steps=30)
     assert "-o OTHER" in caught.value.fix

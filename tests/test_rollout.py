@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from k5train import flow, rollout
-from k5train.objective import RolloutConfig
+from k5train.objective import flow, rollout
+from k5train.options.objective import RolloutConfig
+from k5train.pictures import sample
 
 GRID = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 SHAPE = (3, 1, 2, 2, 4)
@@ -113,7 +114,7 @@ def test_the_probability_rises_over_the_ramp():
 
 
 def test_the_grid_is_that_of_the_checkpoints_scheduler(toy_model):
-    sigmas = rollout.inference_sigmas(toy_model, 10)
+    sigmas = sample.inference_sigmas(toy_model, 10)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(toy_model, subfolder="scheduler")
     scheduler.set_timesteps(10)
     assert torch.equal(sigmas, scheduler.sigmas)

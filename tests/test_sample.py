@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from k5train.sample import grid
+from k5train.pictures.sheet import grid
 
 
 def square(colour: str, side: int = 200) -> Image.Image:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from k5cache.cli import app as cache_app
-from k5cache.compare import check, compare, not_run, print_comparisons
-from k5train import selftest
-from k5train.base import forward
+from k5cache.shared.comparison import check, compare, not_run, print_comparisons
 from k5train.cli import app as train_app
-from k5train.config import TrainConfig
-from k5train.sample import load_scheduler
+from k5train.exact import selftest
+from k5train.forward import predict_velocity
+from k5train.options.train import TrainConfig
+from k5train.pictures.sample import load_scheduler
 from tests.cli import Cli
 
 
@@ -65,7 +65,7 @@ def test_an_encoder_that_computes_something_else_is_named_with_the_caption_and_t
 
 
 def test_the_video_models_rope_is_found_by_the_first_line_it_touches(toy_cache, monkeypatch):
-    monkeypatch.setattr(forward, "ROPE_SCALE", (1.0, 2.0, 2.0))
+    monkeypatch.setattr(predict_velocity, "ROPE_SCALE", (1.0, 2.0, 2.0))
     code, rows, _ = run(toy_cache("bf16"), train_app, "--set", "train.device=cpu")
     assert code == 1
     failed = [what for what, row in rows.items() if row["result"] == "DIFFERS"]
@@ -128,19 +128,19 @@ def test_k5train_selftest_loads_no_encoders_modelling(toy_cache):
 
 
 def test_where_the_images_are_not_at_hand_the_hub_is_not_asked_for_them(toy_model, toy_cache, tmp_path, monkeypatch):
-    from k5cache.sources import origin
+    from k5cache.sources import find
 
     shutil.copytree(toy_cache("bf16"), tmp_path / "cache" / "pictures")
-    monkeypatch.delattr(origin, "find")
+    monkeypatch.delattr(find, "find")
     done = Cli(tmp_path)(cache_app, "selftest", "--model", str(toy_model), "cache/pictures", "--count", "1")
     assert done.code == 0, done.err
     assert "there is no datasets/pictures: name the folder of the images with --source" in done.out
 
 
 def test_without_a_cache_there_must_be_a_model_or_a_checkout(tmp_path, monkeypatch):
-    from k5cache import toy
+    from k5cache.shared import selftest_model
 
-    monkeypatch.setattr(toy, "MAKER", tmp_path / "none.py")
+    monkeypatch.setattr(selftest_model, "MAKER", tmp_path / "none.py")
     for app in (cache_app, train_app):
         done = Cli(tmp_path)(app, "selftest")
         assert done.code == 2

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from diffusers import Kandinsky5T2IPipeline
 
-from k5cache import facts
+from k5cache.encoders import pipeline_facts as pipeline_facts_module
 from k5cache.encoders.pipeline import pipeline_facts
-from k5cache.errors import CacheStale
+from k5cache.shared.errors import CacheStale
 from k5cache.store.manifest import lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
-from k5train.skew import check_template, installed_template, read_template
+from k5train.data.template import check_template, installed_template, read_template
 
 OLD = "promt engineer"  # diffusers before 0.42 spelt it so, and cropped 41
 
@@ -56,7 +56,7 @@ def test_the_template_read_off_the_source_is_the_one_the_pipeline_has():
 
 def test_it_is_read_without_importing_diffusers():
     code = (
-        "import sys\nfrom k5train.skew import installed_template\nfor kind in ('t2i', 'i2i'):\n"
+        "import sys\nfrom k5train.data.template import installed_template\nfor kind in ('t2i', 'i2i'):\n"
         "    assert '{}' in installed_template(kind).text\n"
         "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     )
@@ -107,10 +107,10 @@ def test_k5cache_encode_refuses_it_too_and_offers_to_bring_it_up_to_date(cache_m
 def test_a_cache_records_what_cleaned_its_captions_and_knows_when_ftfy_came_or_went(toy_cache, monkeypatch):
     manifest = read_manifest(toy_cache("bf16"))
     assert manifest.created_by["ftfy"] == version("ftfy")
-    assert manifest.recipe["cleaning"] == facts.cleaning()
-    true = facts.version
-    monkeypatch.setattr(facts, "version", lambda package: None if package == "ftfy" else true(package))
-    assert manifest.recipe["cleaning"] != facts.cleaning()
+    assert manifest.recipe["cleaning"] == pipeline_facts_module.cleaning()
+    true = pipeline_facts_module.version
+    monkeypatch.setattr(pipeline_facts_module, "version", lambda package: None if package == "ftfy" else true(package))
+    assert manifest.recipe["cleaning"] != pipeline_facts_module.cleaning()
 
 
 def test_k5train_run_refuses_before_it_loads_anything(cache_made_with, toy_model, tmp_path):

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from k5cache.config import CacheConfig
-from k5cache.errors import DatasetError
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import DatasetError
+from k5cache.sources.find import default_name, find
 from k5cache.sources.images import hash_content, image_size
 from k5cache.sources.items import Skipped, UnreadableImage
-from k5cache.sources.origin import default_name, find
 from tests.picture_files import colour
 
 
@@ -134,8 +134,8 @@ def test_options_that_contradict_each_other_are_named(options, problem):
 def test_a_plain_folder_needs_neither_datasets_nor_arrow(tmp_path):
     put(tmp_path, cat_jpg="", cat_txt="a cat")
     code = (
-        "import sys, pathlib, k5cache.config, k5cache.sources.origin as s\n"
-        f"s.find(pathlib.Path({str(tmp_path)!r}), k5cache.config.CacheConfig())\n"
+        "import sys, pathlib, k5cache.options, k5cache.sources.find as s\n"
+        f"s.find(pathlib.Path({str(tmp_path)!r}), k5cache.options.CacheConfig())\n"
         "print(sorted({'datasets', 'pyarrow', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -11,14 +11,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from k5cache import memory_plan, ram
 from k5cache.cli import app
-from k5cache.console import parse_bytes
-from k5cache.encode import alone, passes, stage1
-from k5cache.encoders import clip, machine, qwen, vae
+from k5cache.encode import estimate, one_encoder, text_pass
+from k5cache.encoders import clip, memory_plan, qwen, vae
+from k5cache.encoders.memory_plan import TextArchitecture, plan_text, plan_vae
+from k5cache.encoders.speed import text_lengths
 from k5cache.encoders.strips import moments_in_strips
-from k5cache.errors import DoesNotFit
-from k5cache.memory_plan import TextArchitecture, plan_text, plan_vae
+from k5cache.shared import host_memory
+from k5cache.shared.console import parse_bytes
+from k5cache.shared.errors import DoesNotFit
 from tests.cli import Cli
 
 GIB = 2**30
@@ -183,7 +184,7 @@ def test_a_containers_limit_is_what_is_free(tmp_path, group, files, left):
         names = ("limit_in_bytes", "usage_in_bytes") if folder == "memory" else ("max", "current")
         for name, text in zip((*names, "stat"), texts, strict=True):
             (where / f"memory.{name}").write_text(text)
-    assert ram.free_ram(tmp_path) == pytest.approx(left, rel=1e-3)
+    assert host_memory.free_ram(tmp_path) == pytest.approx(left, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_a_plan_that_does_not_fit_ends_in_two_lines(toy_model, source, tmp_path)
 
 def test_an_encode_on_a_cpu_says_first_how_long_it_will_take(toy_model, source, tmp_path, monkeypatch):
     speed = memory_plan.Speed(text_flops=5e5, vae_flops=1e7, read_bytes=1e9)
-    monkeypatch.setattr(stage1, "measured", lambda *_: speed)
+    monkeypatch.setattr(estimate, "measured", lambda *_: speed)
     command = ("encode", "pictures", "--model", str(toy_model), "--set", "cache.resolution=64")
     done = Cli(tmp_path)(app, *command, "--set", "cache.text_encoder_1_precision=int8")
     assert done.code == 0, done.err
@@ -285,7 +286,7 @@ COMMAND = ("encode", "pictures", "--set", "cache.resolution=64")
 def test_an_encode_says_its_modes_and_refuses_what_does_not_fit_before_it_loads_anything(
     toy_model, source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(passes, "encode_texts", None)
+    monkeypatch.setattr(text_pass, "encode_texts", None)
     monkeypatch.setattr(memory_plan, "VAE_BYTES", {"whole": 2**20, "strips": 2**20})
     done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model), "--vram", "2GB")
     assert done.code == 2
@@ -316,11 +317,11 @@ def test_memory_that_ends_in_an_encoder_is_two_lines_and_the_next_encode_goes_on
 
 
 def test_memory_that_ends_on_a_gpu_is_answered_by_the_plan_to_ask_for():
-    with pytest.raises(DoesNotFit) as refused, alone._when_memory_ends("cuda", "The VAE", 4 * GIB):
+    with pytest.raises(DoesNotFit) as refused, one_encoder._when_memory_ends("cuda", "The VAE", 4 * GIB):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee the manual")
     assert refused.value.problem.startswith("The VAE ran out of memory, 4.0 GiB of VRAM were planned: CUDA out of")
     assert "k5cache encode --vram 3.6GB" in refused.value.fix
-    with pytest.raises(RuntimeError, match="shapes"), alone._when_memory_ends("cuda", "The VAE", 0):
+    with pytest.raises(RuntimeError, match="shapes"), one_encoder._when_memory_ends("cuda", "The VAE", 0):
         raise RuntimeError("shapes do not match")
 
 
@@ -354,8 +355,8 @@ def test_numbers_that_overflow_are_refused_and_not_stored(
 def test_estimates_of_captions_are_near_their_token_counts(toy_model):
     tokenizer = qwen.load_tokenizer(toy_model)
     captions = ["a red fox asleep in the deep snow of a very long winter", "birds", "", "a red fox " * 300]
-    for caption, about in zip(captions, machine.text_lengths(captions, 40), strict=True):
+    for caption, about in zip(captions, text_lengths(captions, 40), strict=True):
         assert about == pytest.approx(len(qwen.tokenize(tokenizer, caption, 40).ids), abs=20)
     russian, chinese = "рыжая лиса спит в глубоком снегу", "一只红狐狸睡在深雪里"
     # By Qwen2.5's own vocabulary they take 17 and 8 tokens
-    assert [n - 45 for n in machine.text_lengths([russian, chinese], 512)] == [14, 7]
+    assert [n - 45 for n in text_lengths([russian, chinese], 512)] == [14, 7]

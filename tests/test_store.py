@@ -17,7 +17,7 @@ import torch
 from store_samples import CAPTIONS, LATENTS, TEXT, index_row, latents_row, make_cache, text_row
 
 import k5cache
-from k5cache.errors import CacheError
+from k5cache.shared.errors import CacheError
 from k5cache.store import locations, reader
 from k5cache.store.index import index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, read_manifest, write_manifest

@@ -23,7 +23,7 @@ import pytest
 import torch
 from store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
 
-from k5cache.errors import CacheCorrupt, CacheError, CacheLocked
+from k5cache.shared.errors import CacheCorrupt, CacheError, CacheLocked
 from k5cache.store import tables
 from k5cache.store.index import SCHEMA, with_index
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, encode_document, lock, read_manifest, write_manifest

@@ -15,15 +15,15 @@ from optimum.quanto import freeze, qint8, quantize
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from k5cache import memory_plan
-from k5cache.config import CacheConfig
-from k5cache.encode import passes, stage1
+from k5cache.encode import estimate, text_pass
 from k5cache.encode.commit import Collector, Committer
+from k5cache.encode.job import Job
 from k5cache.encode.plan import TextJob
-from k5cache.encoders import clip, hostio, qwen, streaming
+from k5cache.encoders import clip, hostio, memory_plan, qwen, streaming
 from k5cache.encoders.layers import make_packs
 from k5cache.encoders.pipeline import clean
-from k5cache.errors import ModelError
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import ModelError
 from k5cache.store.manifest import Manifest, read_manifest
 from k5cache.store.shards import read_keys
 
@@ -207,14 +207,14 @@ def test_a_pack_parked_in_host_memory_is_put_away_before_it_is_brought_again(dee
     assert order[first - 1] == ("bring", 1), "the next pack is on its way before this one leaves"
 
 
-def text_job(root: Path, folder: Path, **options) -> passes.Job:
+def text_job(root: Path, folder: Path, **options) -> Job:
     root.mkdir(exist_ok=True)
-    return passes.Job(Path, root, folder, {}, CacheConfig(**options), "cpu", Progress(disable=True))
+    return Job(Path, root, folder, {}, CacheConfig(**options), "cpu", Progress(disable=True))
 
 
 def in_chunks_of(monkeypatch, num_tokens: int, mode: str = "streamed") -> None:
     made = memory_plan.TextPlan(mode, "device", num_tokens, 8192, 0, 0, 0)
-    monkeypatch.setattr(stage1, "plan_text", lambda *_: made)
+    monkeypatch.setattr(estimate, "plan_text", lambda *_: made)
 
 
 def text_jobs() -> list[TextJob]:
@@ -224,7 +224,7 @@ def text_jobs() -> list[TextJob]:
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_rows_of_many_chunks_have_their_own_captions_and_vectors(deep_model, tokens, tmp_path, monkeypatch, mode):
     in_chunks_of(monkeypatch, 120, mode)
-    monkeypatch.setattr(passes, "_POOLED_IN_MEMORY", 100)  # bytes: the vectors go to a file
+    monkeypatch.setattr(text_pass, "_POOLED_IN_MEMORY", 100)  # bytes: the vectors go to a file
     rows = {}
 
     class Kept(Committer):
@@ -234,7 +234,7 @@ def test_rows_of_many_chunks_have_their_own_captions_and_vectors(deep_model, tok
 
     chunks: list[str] = []
     commit = Kept(tmp_path, Manifest(recipe={}), 2**20)
-    passes.encode_texts(text_job(tmp_path / "cache", deep_model), commit, text_jobs())
+    text_pass.encode_texts(text_job(tmp_path / "cache", deep_model), commit, text_jobs())
     pooled = clip.encode_pooled(clip.load_clip(deep_model, "cpu", torch.bfloat16), CAPTIONS)
     for i, expected in enumerate(resident(deep_model, tokens)):
         row = rows[f"{i:032x}"]
@@ -246,13 +246,13 @@ def test_rows_of_many_chunks_have_their_own_captions_and_vectors(deep_model, tok
 
 
 def test_clip_and_qwen_take_turns_over_many_captions(deep_model, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "_TOGETHER", 4)
+    monkeypatch.setattr(text_pass, "_TOGETHER", 4)
     turns = []
     for module, name in ((clip, "load_clip"), (qwen, "load_qwen")):
         right = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, right=right, name=name, **k: turns.append(name) or right(*a, **k))
     commit = Collector()
-    passes.encode_texts(text_job(tmp_path / "cache", deep_model), commit, text_jobs())
+    text_pass.encode_texts(text_job(tmp_path / "cache", deep_model), commit, text_jobs())
     assert turns == ["load_clip", "load_qwen"] * 3
     for i, expected in enumerate(resident(deep_model, tokens)):
         assert commit.rows[f"{i:032x}"]["caption"] == CAPTIONS[i]
@@ -276,7 +276,7 @@ def test_a_kill_in_mid_stream_costs_one_chunk(deep_model, tmp_path, monkeypatch)
 
         stream = streaming.stream_prompt_embeds
         streaming.stream_prompt_embeds = killed_in_the_third_chunk
-        passes.encode_texts(job, Committer(root, Manifest(recipe={}), 2**20), jobs)
+        text_pass.encode_texts(job, Committer(root, Manifest(recipe={}), 2**20), jobs)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     manifest = read_manifest(root)
@@ -285,7 +285,7 @@ def test_a_kill_in_mid_stream_costs_one_chunk(deep_model, tmp_path, monkeypatch)
     assert 0 < len(done) < len(jobs)
     rest = [one for one in jobs if one.key not in done]
     commit = Committer(root, manifest, 2**20)
-    passes.encode_texts(job, commit, rest)
+    text_pass.encode_texts(job, commit, rest)
     assert commit.keys("text") == {one.key for one in jobs}
 
 
@@ -303,7 +303,7 @@ def test_a_row_that_cannot_be_written_ends_the_pass_with_its_own_error(deep_mode
             return nullcontext(full)
 
     with pytest.raises(OSError, match="No space left"):
-        passes.encode_texts(
+        text_pass.encode_texts(
             text_job(tmp_path / "cache", deep_model), Full(tmp_path, Manifest(recipe={}), 1), text_jobs()
         )
     assert len(written) == 2, "nothing is written after the row that failed"

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from k5cache.errors import RecipeError
-from k5train import session
-from k5train import sweep as sweeping
+from k5cache.shared.errors import RecipeError
 from k5train.base import quantize
 from k5train.cli import app
-from k5train.config import LoraConfig, ValidationConfig
+from k5train.options.adapter import LoraConfig
+from k5train.options.validation import ValidationConfig
+from k5train.training import session
+from k5train.training import sweep as sweeping
 from tests.cli import Cli
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, lora_of, same, start_run
@@ -54,8 +55,8 @@ def swept(tmp_path_factory, toy_cache, toy_model):
     loads, any_rank = [], set()
     load, execute = quantize.load_transformer, session.execute
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("k5train.ready.load_transformer", lambda *a: loads.append(1) or load(*a))
-        patched.setattr("k5train.session.execute", lambda *a: any_rank.add(a[4]) or execute(*a))
+        patched.setattr("k5train.forward.load.load_transformer", lambda *a: loads.append(1) or load(*a))
+        patched.setattr("k5train.training.session.execute", lambda *a: any_rank.add(a[4]) or execute(*a))
         done = Cli(root)(
             app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml",
             "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2,1e5", "-o", "out",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k5cache.errors import RecipeError
-from k5train import tread
-from k5train.base.block import Modes
-from k5train.base.execute import Execution
-from k5train.base.forward import predict_velocity, rotary
-from k5train.base.memory import Plan
+from k5cache.shared.errors import RecipeError
 from k5train.base.quantize import load_transformer
-from k5train.objective import RouteConfig, TreadConfig
+from k5train.forward import routing
+from k5train.forward.block import Modes
+from k5train.forward.execute import Execution
+from k5train.forward.predict_velocity import predict_velocity, rotary
+from k5train.objective import tread
+from k5train.options.objective import RouteConfig, TreadConfig
+from k5train.planning.memory import Plan
 from tests.test_lora import a_batch
 
 NUM_TOKENS = 6  # a_batch is 6x4 latents: 3x2 tokens
@@ -32,10 +33,10 @@ def test_dropped_tokens_return_as_they_left_and_the_others_have_walked():
     whole = torch.tensor([[[1.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [7.0], [8.0]]])
     rope = torch.arange(4.0).view(1, 4, 1, 1, 1, 1)
     kept = torch.tensor([[1, 3], [0, 1]])
-    walking, turned = tread.leave(whole, rope, kept)
+    walking, turned = routing.leave(whole, rope, kept)
     assert walking.tolist() == [[[2.0], [4.0]], [[5.0], [6.0]]]
     assert turned.flatten(1).tolist() == [[1.0, 3.0], [0.0, 1.0]]  # each token keeps its own position
-    back = tread.come_back(whole, 10 * walking, kept)
+    back = routing.come_back(whole, 10 * walking, kept)
     assert back.flatten(1).tolist() == [[1.0, 20.0, 3.0, 40.0], [50.0, 60.0, 7.0, 8.0]]
 
 
@@ -44,7 +45,7 @@ def test_a_route_that_keeps_every_token_is_the_plain_pass_bit_for_bit(transforme
     everything = torch.arange(NUM_TOKENS).expand(2, -1)
     with torch.no_grad():
         plain = predict_velocity(transformer, *a_batch())
-        routed = predict_velocity(transformer, *a_batch(), routes=[tread.Route(start, end, everything)])
+        routed = predict_velocity(transformer, *a_batch(), routes=[routing.Route(start, end, everything)])
     assert torch.equal(plain, routed)
 
 
@@ -64,7 +65,7 @@ def test_blocks_from_start_to_end_inclusive_see_only_the_kept_tokens(plain_block
     ]
     kept = torch.tensor([[0, 2, 5], [1, 3, 4]])
     with torch.no_grad():
-        predict_velocity(plain_blocks, *a_batch(), routes=[tread.Route(start, end, kept)])
+        predict_velocity(plain_blocks, *a_batch(), routes=[routing.Route(start, end, kept)])
     for hook in hooks:
         hook.remove()
     assert [i for i, tokens, _, _ in seen if tokens.shape[1] == 3] == inside
@@ -85,7 +86,7 @@ def test_a_hand_computed_pass_through_a_route_is_what_the_blocks_give(plain_bloc
     latents, sigma, embeds, pooled = a_batch()
     kept = torch.tensor([[0, 3], [2, 5]])
     with torch.no_grad():
-        routed = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, routes=[tread.Route(1, 1, kept)])
+        routed = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, routes=[routing.Route(1, 1, kept)])
         t = plain_blocks
         text, time = t.text_embeddings(embeds), t.time_embeddings(1000 * sigma) + t.pooled_text_embeddings(pooled)
         rope = rotary(t, 9, (1, 3, 2), latents.device)
@@ -110,11 +111,11 @@ def test_a_route_through_padded_captions_is_each_picture_by_itself(plain_blocks)
     kept = torch.tensor([[0, 3], [2, 5]])
     with torch.no_grad():
         both = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, text_lengths=(9, 4),
-                                routes=[tread.Route(0, 1, kept)])  # fmt: skip
+                                routes=[routing.Route(0, 1, kept)])  # fmt: skip
         for i, length in enumerate((9, 4)):
             one = slice(i, i + 1)
             alone = predict_velocity(plain_blocks, latents[one], sigma[one], embeds[one, :length], pooled[one],
-                                     routes=[tread.Route(0, 1, kept[one])])  # fmt: skip
+                                     routes=[routing.Route(0, 1, kept[one])])  # fmt: skip
             torch.testing.assert_close(both[one], alone, rtol=0, atol=5e-3)  # masked attention sums in another order
 
 
@@ -122,7 +123,7 @@ def test_the_lean_blocks_route_as_diffusers_own_do(plain_blocks):
     plan = Plan(("nothing",) * 3, None, {}, None, 0)
     modes = Modes(int8_dynamic=False, cudnn=False)
     lean = Execution(plain_blocks, plan, modes, compiled=False, device=torch.device("cpu"))
-    routes = [tread.Route(1, -1, torch.tensor([[0, 2, 5], [1, 3, 4]]))]
+    routes = [routing.Route(1, -1, torch.tensor([[0, 2, 5], [1, 3, 4]]))]
     with torch.no_grad():
         theirs = predict_velocity(plain_blocks, *a_batch(), routes=routes)
         ours = predict_velocity(plain_blocks, *a_batch(), routes=routes, block_policies=lean.policies)
@@ -132,8 +133,8 @@ def test_the_lean_blocks_route_as_diffusers_own_do(plain_blocks):
 def test_gradients_reach_through_both_the_walk_and_the_way_around():
     whole = torch.ones(1, 3, 2, requires_grad=True)
     kept = torch.tensor([[1]])
-    walking, _ = tread.leave(whole, torch.zeros(1, 3, 1, 1, 2, 2), kept)
-    tread.come_back(whole, 5 * walking, kept).sum().backward()
+    walking, _ = routing.leave(whole, torch.zeros(1, 3, 1, 1, 2, 2), kept)
+    routing.come_back(whole, 5 * walking, kept).sum().backward()
     assert whole.grad.tolist() == [[[1.0, 1.0], [5.0, 5.0], [1.0, 1.0]]]
 
 

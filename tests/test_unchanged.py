@@ -15,13 +15,14 @@ from PIL import Image
 from rich.progress import Progress, TaskID
 from workshop import Workshop
 
-from k5cache import console
-from k5cache.config import CacheConfig, ModelConfig
 from k5cache.encode import update
-from k5cache.encode.asked import EncodeOptions
-from k5cache.encode.run import encode
-from k5cache.errors import CacheStale, ModelError
-from k5cache.sources import glance, origin
+from k5cache.encode.encode import encode
+from k5cache.encode.request import EncodeOptions
+from k5cache.options import CacheConfig
+from k5cache.shared import console
+from k5cache.shared.errors import CacheStale, ModelError
+from k5cache.shared.model import ModelConfig
+from k5cache.sources import find, unchanged
 from k5cache.store.manifest import read_manifest
 
 
@@ -33,7 +34,7 @@ def encoded(tmp_path_factory, toy_model) -> Workshop:
     shop.put("sub/owl.png", "an owl", seed=1)
     put_mask(shop, "sub/owl.mask.png", 255)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glance, "SETTLED_NS", 0)
+        patch.setattr(unchanged, "SETTLED_NS", 0)
         shop.encode("a fox")
     return shop
 
@@ -49,7 +50,7 @@ def shop(encoded, monkeypatch) -> Workshop:
     made.source, made.root, made.model = encoded.source, encoded.root.with_name("own"), encoded.model
     shutil.rmtree(made.root, ignore_errors=True)
     shutil.copytree(encoded.root, made.root)
-    monkeypatch.setattr(glance, "SETTLED_NS", 0)
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
     return made
 
 
@@ -58,7 +59,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, target: object, name: str) -> None:
 
 
 def test_where_no_file_was_touched_none_is_opened(shop, monkeypatch):
-    refuse(monkeypatch, origin, "find")
+    refuse(monkeypatch, find, "find")
     before = shop.files()
     report = shop.encode("a fox")
     assert (report.is_unchanged, report.num_items, report.skipped) == (True, 2, ())
@@ -84,7 +85,7 @@ def test_a_caption_edited_within_its_size_and_time_is_seen(shop):
 )
 def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, name, content):
     def digest() -> str:
-        seen = glance.glance(encoded.source)
+        seen = unchanged.glance(encoded.source)
         assert seen
         return seen.digest
 
@@ -102,10 +103,10 @@ def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, n
 
 
 def test_another_kind_of_file_does_not_count(encoded):
-    before = glance.glance(encoded.source)
+    before = unchanged.glance(encoded.source)
     (encoded.source / "notes.md").write_text("x", encoding="utf-8")
     (encoded.source / ".hidden.png").write_text("x", encoding="utf-8")
-    after = glance.glance(encoded.source)
+    after = unchanged.glance(encoded.source)
     for name in ("notes.md", ".hidden.png"):
         (encoded.source / name).unlink()
     assert before == after
@@ -118,7 +119,7 @@ def test_what_a_stat_does_not_settle_is_left_to_who_reads(tmp_path, kind):
         source.mkdir()
         path = source / "a.png"
         os.mkfifo(path) if kind == "pipe" else path.symlink_to(tmp_path / "nowhere")
-    assert glance.glance(source) is None
+    assert unchanged.glance(source) is None
 
 
 def test_other_permissions_open_the_captions_and_change_nothing(shop):
@@ -130,7 +131,7 @@ def test_other_permissions_open_the_captions_and_change_nothing(shop):
 
 
 def test_a_file_written_as_it_was_read_is_read_again_next_time(tmp_path, toy_model, monkeypatch):
-    monkeypatch.setattr(glance, "SETTLED_NS", 3_600 * 10**9)
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 3_600 * 10**9)
     shop = Workshop(tmp_path, toy_model)
     shop.put("cat.png")
     shop.encode()
@@ -145,7 +146,7 @@ def test_a_source_that_settled_meanwhile_is_noted_by_the_next_encode_that_looks_
     shop.put("cat.png")
     reports, notes = [], []
     for settled_ns in (3_600 * 10**9, 0, 0):
-        monkeypatch.setattr(glance, "SETTLED_NS", settled_ns)
+        monkeypatch.setattr(unchanged, "SETTLED_NS", settled_ns)
         reports.append(shop.encode(rehash=True))
         notes.append(len(read_manifest(shop.root).source))
     assert [(report.num_latents, report.num_texts, report.is_unchanged) for report in reports] == [
@@ -157,7 +158,7 @@ def test_a_source_that_settled_meanwhile_is_noted_by_the_next_encode_that_looks_
 def test_a_caption_edited_while_it_is_encoded_is_not_taken_for_the_one_that_was_read(tmp_path, toy_model, monkeypatch):
     shop = Workshop(tmp_path, toy_model)
     shop.put("cat.png", "a cat")
-    monkeypatch.setattr(glance, "SETTLED_NS", 0)
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
     original = update.encode_texts
 
     def late(job, commit, jobs):
@@ -240,7 +241,7 @@ def test_a_revision_that_moved_is_met_when_something_is_to_be_encoded_and_then_r
 
 
 def test_a_download_that_lacks_a_part_is_completed_by_the_hub(tmp_path, toy_model, hub, monkeypatch):
-    monkeypatch.setattr(glance, "SETTLED_NS", 0)  # else the second encode writes a note if it is 2 s after `put`
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)  # else the second encode writes a note if it is 2 s after `put`
     shop = Workshop(tmp_path / "shop", toy_model)
     shop.put("cat.png", "a cat")
     encode_from_hub(shop)
@@ -255,7 +256,7 @@ def test_a_download_that_lacks_a_part_is_completed_by_the_hub(tmp_path, toy_mode
 
 
 def test_a_pinned_commit_is_found_under_its_own_name(hub, toy_model):
-    from k5cache.hub import ENCODER_PARTS, folder_on_disk
+    from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
 
     found = folder_on_disk(ModelConfig(path="someone/toy", revision="1111"), ENCODER_PARTS)
     assert found == hub["folder"] / "snapshots" / "1111"

@@ -13,19 +13,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from k5cache.config import prompt_library, validation_prompts
-from k5cache.errors import RecipeError
-from k5cache.hub import read_config
-from k5train import heldout, loop
-from k5train.base.forward import predict_velocity
+from k5cache.shared.checkpoint import read_config
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import prompt_library, validation_prompts
 from k5train.base.quantize import load_transformer
-from k5train.checkpoint import Run
-from k5train.cli import print_result
-from k5train.config import OptimConfig, TrainConfig, ValidationConfig
-from k5train.curve import draw_losses, nice_axis, smooth
-from k5train.data import Loader
-from k5train.heldout import HeldOut, held_out_rows, hold_out, sigmas_of
-from k5train.start import open_data, with_library
+from k5train.commands.run import print_result
+from k5train.data.loader import Loader
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
+from k5train.options.validation import ValidationConfig
+from k5train.runs.folder import Run
+from k5train.runs.loss_curve import draw_losses, nice_axis, smooth
+from k5train.training import held_out_loss, loop
+from k5train.training.held_out_loss import HeldOut, held_out_rows, hold_out, sigmas_of
+from k5train.training.start import open_data, with_library
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, go_on, metrics_of, start_run
 
@@ -104,7 +106,7 @@ def test_the_held_out_loss_is_the_flow_matching_loss_written_out(cache, toy_mode
     text, latents = data.first.text(row.caption_keys[0]), data.first.latents(row.latent_key)["mean"].float()
     expected = []
     for i, sigma in enumerate(sigmas_of(row.latent_key, 2)):
-        noise = torch.randn(latents.shape, generator=heldout._generator(row.latent_key, "noise", i))
+        noise = torch.randn(latents.shape, generator=held_out_loss._generator(row.latent_key, "noise", i))
         noisy = (1 - sigma) * latents * scaling_factor + sigma * noise
         with torch.no_grad():
             velocity = predict_velocity(transformer, noisy[None, None], torch.tensor([sigma]),

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from k5cache import console
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode.asked import EncodeOptions, EncodeReport
-from k5cache.encode.run import encode
+from k5cache.encode.encode import encode
+from k5cache.encode.request import EncodeOptions, EncodeReport
+from k5cache.options import CacheConfig
+from k5cache.shared import console
+from k5cache.shared.model import ModelConfig
 from k5cache.store.reader import Cache, open_cache
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from k5cache import console, memory_plan
 from k5cache.bench.found import Found, Sizes
 from k5cache.bench.tools import collect, in_use, peak_vram, reset_peak, rss, timed, watched
-from k5cache.console import human_bytes
+from k5cache.encoders import memory_plan
 from k5cache.encoders.random_model import as_pipeline, write_model, write_pictures
-from k5cache.errors import K5Error
+from k5cache.shared import console
+from k5cache.shared.console import human_bytes
+from k5cache.shared.errors import K5Error
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +84,9 @@ def whole_vae_bytes(sizes: Sizes) -> int:
 
 def has_room(found: Found, what: str, num_bytes: int, device: str) -> bool:
     """Whether the device holds so much; a line where it does not."""
-    from k5cache.encoders import machine
+    from k5cache.encoders import speed
 
-    free = machine.free_vram(device)
+    free = speed.free_vram(device)
     if free is None or num_bytes <= free:
         return True
     found.add(what, "not measured", f"it takes {human_bytes(num_bytes)} of VRAM, {human_bytes(free)} are free")
@@ -215,11 +216,11 @@ def compare_streamed(
     """Time, memory and bits of one way to batch."""
     import torch
 
-    from k5cache.encoders import machine, qwen, streaming
+    from k5cache.encoders import qwen, speed, streaming
 
     made = plan_streamed(sizes, tokens, batching, device)
     options: dict[str, Any] = {"exact": batching == "exact", "batch_tokens": made.batch_tokens}
-    machine.limit_vram(device, sizes.vram)
+    speed.limit_vram(device, sizes.vram)
     encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
     read, _ = timed(device, lambda: [None for _ in qwen.read_layers(encoder, reuse=True)])
     held = encoder.embeddings.shape[1] * 2 * sum(t.n_tokens for t in tokens)  # the bench keeps what a shard would get
@@ -247,7 +248,7 @@ def compare_streamed(
                   f"besides results; {began[0] - start:.2f} s before the layers, {layers:.2f} s in them; planned on "
                   f"the {made.parking}, {human_bytes(made.vram)}",
                   **{f"streamed_{batching}_{name}": (seconds, peak, host)})  # fmt: skip
-    machine.limit_vram(device, None)
+    speed.limit_vram(device, None)
     if not is_whole:
         found.add(f"reading the layers, {batching}", f"{read:.2f} s", "", **{f"read_{batching}": read})
         return
@@ -290,7 +291,7 @@ def first_pass(root: Path, sizes: Sizes, mode: str, device: str) -> float:
     """Seconds of the exact pass over all captions: "streamed" within the cap, or "resident" once it is loaded."""
     import torch
 
-    from k5cache.encoders import machine, qwen, streaming
+    from k5cache.encoders import qwen, speed, streaming
 
     with torch.no_grad():
         tokens = tokenized(None, root, make_captions(sizes.tokens, sizes.num_captions), device)
@@ -299,7 +300,7 @@ def first_pass(root: Path, sizes: Sizes, mode: str, device: str) -> float:
         if mode == "resident":
             whole = qwen.load_qwen(root, device, torch.bfloat16)
             return timed(device, lambda: collect(qwen.iter_prompt_embeds(whole, tokens, **options)))[0]
-        machine.limit_vram(device, sizes.vram)
+        speed.limit_vram(device, sizes.vram)
         encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
         parked = partial(streaming.stream_prompt_embeds, encoder, tokens, parking=made.parking, **options)
         return timed(device, lambda: collect(parked()))[0]
@@ -325,8 +326,8 @@ def growth(found: Found, root: Path, sizes: Sizes, device: str) -> None:
 
     from k5cache.bench.pictures import job_for
     from k5cache.encode.commit import Committer
-    from k5cache.encode.passes import encode_texts
     from k5cache.encode.plan import TextJob
+    from k5cache.encode.text_pass import encode_texts
     from k5cache.store.manifest import Manifest
 
     config = root / "text_encoder" / "config.json"
@@ -379,7 +380,7 @@ def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[st
 
 def freed(found: Found, what: str, device: str) -> None:
     """Whether VRAM is what it was before the first encoder."""
-    from k5cache.encode.alone import release
+    from k5cache.encode.one_encoder import release
 
     release(device)
     now, start = in_use(device), found.values["vram_at_start"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from k5cache import console
 from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE
+from k5cache.shared import console
 
 
 @dataclass(frozen=True)

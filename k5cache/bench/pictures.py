@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from k5cache.buckets import Bucket, Geometry, cover
-from k5cache.config import CacheConfig
-from k5cache.console import human_bytes
-from k5cache.encode import passes, plan
+from k5cache.encode import image_pass, plan
 from k5cache.encode.commit import Committer
+from k5cache.encode.job import Job
+from k5cache.options import CacheConfig
+from k5cache.shared.console import human_bytes
 from k5cache.sources import images
 from k5cache.store.manifest import Manifest
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from k5cache.bench.found import Found, Sizes
 
 
-def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram: int | None = None) -> passes.Job:
+def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram: int | None = None) -> Job:
     """A job as ``k5cache encode`` makes it, without a recipe; images are at their paths."""
-    return passes.Job(Path, cache, root, {}, CacheConfig(**options), device, Progress(disable=True), vram)
+    return Job(Path, cache, root, {}, CacheConfig(**options), device, Progress(disable=True), vram)
 
 
 def compare_speed(found: Found, root: Path, source: Path, sizes: Sizes, device: str) -> None:
@@ -90,10 +91,12 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     job = job_for(root, cache, device, {"resolution": bucket.width})
     jobs = [plan.LatentJob(f"{i:032x}", str(path), geometry) for i, path in enumerate(files)]
     reset_peak(device)
-    encoder = passes.Vae(job, jobs)
+    encoder = image_pass.Vae(job, jobs)
     encoder.moments(torch.zeros(3, bucket.height, bucket.width, dtype=torch.uint8), ["mean"])
     commit = Committer(cache, Manifest(recipe={}), 2**28)
-    seconds, _ = timed(device, lambda: passes.encode_bucket(job, commit, bucket, jobs, encoder, {}, lambda *_: None))
+    seconds, _ = timed(
+        device, lambda: image_pass.encode_bucket(job, commit, bucket, jobs, encoder, {}, lambda *_: None)
+    )
     return seconds, peak_vram(device)
 
 

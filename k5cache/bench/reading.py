@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from k5cache import console
+from k5cache.shared import console
 from k5cache.store.index import IndexRow, with_index
 from k5cache.store.manifest import Manifest, lock, write_manifest
 from k5cache.store.reader import open_cache

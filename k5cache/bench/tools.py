@@ -45,7 +45,7 @@ def reset_peak(device: str) -> None:
     """Begin to watch VRAM."""
     import torch
 
-    from k5cache.encode.alone import release
+    from k5cache.encode.one_encoder import release
 
     release(device)
     if device != "cpu":

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from k5cache import console
 from k5cache.commands.reports import print_changes, short, some
-from k5cache.config import model_name
+from k5cache.shared import console
+from k5cache.shared.model import model_name
 
 if TYPE_CHECKING:
-    from k5cache.encode.asked import EncodeReport
+    from k5cache.encode.request import EncodeReport
     from k5cache.store.reader import Cache
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from k5cache.encode import stale
-from k5cache.errors import CacheError, CacheStale
+from k5cache.encode import differences
+from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
@@ -45,7 +45,7 @@ def merge(parts: Sequence[Path], out: Path) -> Merged:
         raise CacheError("There is one cache to merge", "Name two or more: k5cache merge A B -o C")
     manifests = [_finished(root) for root in parts]
     for root, manifest in zip(parts[1:], manifests[1:], strict=True):
-        found = stale.differences(manifests[0].recipe, manifest.recipe)
+        found = differences.differences(manifests[0].recipe, manifest.recipe)
         if found:
             raise CacheStale(
                 f"{parts[0]} and {root} have other recipes: {'; '.join(f.between(parts[0], root) for f in found)}",

@@ -9,14 +9,15 @@ from pathlib import Path
 from rich.progress import Progress
 
 from k5cache.commands.reencode import config_of
-from k5cache.config import ModelConfig
-from k5cache.device import pick_device
-from k5cache.encode import plan, stale
-from k5cache.encode.asked import build_recipe
+from k5cache.encode import differences, plan
 from k5cache.encode.commit import Committer
-from k5cache.encode.passes import Job, encode_texts
-from k5cache.errors import CacheError, CacheStale
-from k5cache.hub import ENCODER_PARTS, model_folder
+from k5cache.encode.job import Job
+from k5cache.encode.request import build_recipe
+from k5cache.encode.text_pass import encode_texts
+from k5cache.encoders.device import pick_device
+from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
+from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.model import ModelConfig
 from k5cache.store.index import index_rows, read_index
 from k5cache.store.manifest import lock, read_manifest
 
@@ -60,7 +61,7 @@ def add_prompts(
                 f"{root} holds no finished index: its encode was interrupted",
                 f"Finish it first: k5cache encode SOURCE -o {root}",
             )
-        recipe = dict(stale.table_of(root, manifest.recipe, "text", "text_encoder"))
+        recipe = dict(differences.table_of(root, manifest.recipe, "text", "text_encoder"))
         keys = {raw: plan.text_key(clean(raw), recipe) for raw in dict.fromkeys(prompts)}
         commit = Committer(root, manifest, 2**28)
         stored = commit.keys("text")
@@ -69,7 +70,7 @@ def add_prompts(
         if jobs:
             config = config_of(manifest.recipe)
             folder = model_folder(model, ENCODER_PARTS)
-            found = stale.differences(manifest.recipe, build_recipe(model, config, folder), ("text",))
+            found = differences.differences(manifest.recipe, build_recipe(model, config, folder), ("text",))
             if found:
                 raise CacheStale(
                     f"{root} was not encoded by {model.source}: {'; '.join(map(str, found))}",

@@ -11,15 +11,18 @@ from rich.progress import Progress
 
 from k5cache.buckets import Bucket, Geometry
 from k5cache.commands.verify import Verified
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.device import pick_device
-from k5cache.encode import plan, stale
-from k5cache.encode.asked import build_recipe
+from k5cache.encode import differences, plan
 from k5cache.encode.commit import Collector
-from k5cache.encode.passes import Job, encode_latents, encode_texts
-from k5cache.errors import CacheError, CacheStale
-from k5cache.hub import ENCODER_PARTS, model_folder
-from k5cache.sources import images, items, origin
+from k5cache.encode.image_pass import encode_latents
+from k5cache.encode.job import Job
+from k5cache.encode.request import build_recipe
+from k5cache.encode.text_pass import encode_texts
+from k5cache.encoders.device import pick_device
+from k5cache.options import CacheConfig
+from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
+from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.model import ModelConfig
+from k5cache.sources import find, images, items
 from k5cache.store.index import IndexRow
 from k5cache.store.reader import Cache
 
@@ -78,7 +81,7 @@ def reencode(
     folder = model_folder(model, ENCODER_PARTS)
     recipe = cache.manifest.recipe
     config = config_of(recipe)
-    found = stale.differences(recipe, build_recipe(model, config, folder), ("text", "latents"))
+    found = differences.differences(recipe, build_recipe(model, config, folder), ("text", "latents"))
     if found:
         raise CacheStale(
             f"{cache.root} was not encoded by {model.source}: {'; '.join(map(str, found))}",
@@ -119,7 +122,7 @@ def config_of(recipe: dict[str, Any]) -> CacheConfig:
     Raises:
         CacheError: the recipe is not one that this version writes.
     """
-    tables = [recipe.get(name) for name in stale.TABLES]
+    tables = [recipe.get(name) for name in differences.TABLES]
     known = {f.name for f in fields(CacheConfig)}
     try:
         values = {key: value for table in tables for key, value in dict(table or {}).items() if key in known}
@@ -141,7 +144,7 @@ def _job(
     cache: Cache, config: CacheConfig, folder: Path, recipe: dict[str, Any], source: Path | None, device: str,
     bars: Progress,
 ) -> Job:  # fmt: skip
-    read = origin.find(source, config).read if source else Path
+    read = find.find(source, config).read if source else Path
     return Job(read, cache.root, folder, recipe, config, device, bars)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from k5cache import console
+from k5cache.shared import console
 
 if TYPE_CHECKING:
     from k5cache.commands.gc import Collected

@@ -17,15 +17,18 @@ from rich.progress import Progress
 
 from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.commands.reencode import TOLERANCE, config_of, geometry_of
-from k5cache.compare import Comparison, check, compare, not_run
-from k5cache.config import CacheConfig, ModelConfig
-from k5cache.encode import plan, stale
-from k5cache.encode.asked import build_recipe
+from k5cache.encode import differences, plan
 from k5cache.encode.commit import Collector
-from k5cache.encode.passes import DTYPES, Job, encode_latents, encode_texts
-from k5cache.errors import K5Error
-from k5cache.hub import ENCODER_PARTS, model_folder
-from k5cache.sources import images, origin
+from k5cache.encode.image_pass import encode_latents
+from k5cache.encode.job import DTYPES, Job
+from k5cache.encode.request import build_recipe
+from k5cache.encode.text_pass import encode_texts
+from k5cache.options import CacheConfig
+from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
+from k5cache.shared.comparison import Comparison, check, compare, not_run
+from k5cache.shared.errors import K5Error
+from k5cache.shared.model import ModelConfig
+from k5cache.sources import find, images
 from k5cache.sources.items import Content, UnreadableImage
 from k5cache.store.reader import Cache
 
@@ -104,7 +107,7 @@ def selftest(
 
 
 def _recipe(cache: Cache, recipe: dict[str, Any]) -> Comparison:
-    found = stale.differences(cache.manifest.recipe, recipe, ("text", "latents"))
+    found = differences.differences(cache.manifest.recipe, recipe, ("text", "latents"))
     return check(
         "recipe of the cache: template, crop, weights", "this diffusers, this model", "; ".join(map(str, found))
     )
@@ -182,7 +185,7 @@ def _stored_captions(cache: Cache, count: int) -> dict[str, str]:
 
 def _stored_texts(cache: Cache, stored: dict[str, str], reference: dict[str, Encoded]) -> list[Comparison]:
     rows = {key: cache.text(key) for key in stored}
-    precision = stale.table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
+    precision = differences.table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
     return [
         compare(
             f"cached {name} of {len(rows)} captions",
@@ -235,7 +238,7 @@ def _pictures(
 def _images_of(cache: Cache, source: Path, config: CacheConfig, count: int) -> tuple[list[tuple[Picture, str]], str]:
     """Some of the cache's images as they are now, each with its latent key; passed over where they have changed."""
     try:
-        read = origin.find(source, config).read
+        read = find.find(source, config).read
     except K5Error as error:
         return [], f"{error.problem}; name the folder of the images with --source"
     found, why = [], ""

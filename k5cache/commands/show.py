@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 from rich.progress import Progress
 
-from k5cache.config import ModelConfig
-from k5cache.device import pick_device
-from k5cache.encode import stale
-from k5cache.errors import CacheStale
-from k5cache.fingerprint import fingerprint
-from k5cache.hub import model_folder
+from k5cache.encode import differences
+from k5cache.encoders.device import pick_device
+from k5cache.shared.checkpoint import model_folder
+from k5cache.shared.errors import CacheStale
+from k5cache.shared.fingerprint import fingerprint
+from k5cache.shared.model import ModelConfig
 from k5cache.store.files import new_file
 from k5cache.store.index import IndexRow
 from k5cache.store.reader import Cache
@@ -66,8 +66,8 @@ def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str
     from k5cache.encoders.vae import load_vae
 
     folder = model_folder(model, ("vae",))
-    made_by = stale.table_of(cache.root, cache.manifest.recipe, "latents", "vae")["vae"]
-    found = stale.Difference("latents", "vae", made_by, fingerprint(folder, "vae"))
+    made_by = differences.table_of(cache.root, cache.manifest.recipe, "latents", "vae")["vae"]
+    found = differences.Difference("latents", "vae", made_by, fingerprint(folder, "vae"))
     if found.cached != found.now:
         raise CacheStale(f"{cache.root} was not encoded by {model.source}: {found}", "Name its model with --model DIR")
     where = pick_device(device)

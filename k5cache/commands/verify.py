@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from k5cache.errors import CacheError
+from k5cache.shared.errors import CacheError
 from k5cache.store import files, tables
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA

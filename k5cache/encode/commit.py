@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from k5cache.buckets import Bucket
-from k5cache.errors import CacheError
-from k5cache.memory_plan import SECONDS_AT_RISK
+from k5cache.encoders.memory_plan import SECONDS_AT_RISK
+from k5cache.shared.errors import CacheError
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA

@@ -14,13 +14,17 @@ from dataclasses import dataclass, replace
 
 from rich.progress import Progress, TaskID
 
-from k5cache import console
-from k5cache.device import pick_device
-from k5cache.encode import plan, stage1, stale
-from k5cache.encode.asked import Asked, EncodeOptions, EncodeReport, note, versions
+from k5cache.encode import estimate as estimate_
+from k5cache.encode import plan
 from k5cache.encode.commit import Committer, drop_damaged
-from k5cache.encode.passes import Job, encode_latents, encode_masks, encode_texts
-from k5cache.errors import DatasetError
+from k5cache.encode.differences import refuse
+from k5cache.encode.image_pass import encode_latents, encode_masks
+from k5cache.encode.job import Job
+from k5cache.encode.request import Asked, EncodeOptions, EncodeReport, note, versions
+from k5cache.encode.text_pass import encode_texts
+from k5cache.encoders.device import pick_device
+from k5cache.shared import console
+from k5cache.shared.errors import DatasetError
 from k5cache.sources import images, items, masks
 from k5cache.store.index import index_rows, read_index
 from k5cache.store.manifest import require_files
@@ -98,7 +102,7 @@ class _Probing:
 def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> EncodeReport:
     """Encode what is new or changed and commit it; the lock is held. Raises as ``encode``."""
     if asked.differences and not options.update:  # another process has changed it while we waited
-        raise stale.refuse(asked.root, asked.differences)
+        raise refuse(asked.root, asked.differences)
     manifest, repaired = drop_damaged(asked.root, asked.manifest) if options.repair else (asked.manifest, ())
     require_files(asked.root, manifest)
     asked = replace(asked, manifest=manifest)
@@ -156,11 +160,11 @@ def _announce(asked: Asked, device: str, vram: int | None, made: plan.Plan, bars
     jobs = made.text_jobs, made.latent_jobs
     if device == "cpu":
         with console.doing(bars, "measuring this machine"):
-            how_long = stage1.estimate(asked.folder, asked.config, device, None, *jobs)
-        console.note(f"Encoding on this CPU takes {stage1.duration(how_long)}, and loading the encoders besides")
+            how_long = estimate_.estimate(asked.folder, asked.config, device, None, *jobs)
+        console.note(f"Encoding on this CPU takes {estimate_.duration(how_long)}, and loading the encoders besides")
     if device != "cpu" or vram:
-        planned = stage1.estimate(asked.folder, asked.config, device, vram, *jobs, is_timed=False)
-        console.note(f"Planned: {stage1.modes(planned)}")
+        planned = estimate_.estimate(asked.folder, asked.config, device, vram, *jobs, is_timed=False)
+        console.note(f"Planned: {estimate_.modes(planned)}")
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def preview(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
     )
 
 
-def estimate(asked: Asked, options: EncodeOptions, bars: Progress | None) -> stage1.Estimate:
+def estimate(asked: Asked, options: EncodeOptions, bars: Progress | None) -> estimate_.Estimate:
     """What an encode would take here; no lock is taken, no model loaded, nothing written.
 
     Raises:
@@ -211,7 +215,7 @@ def estimate(asked: Asked, options: EncodeOptions, bars: Progress | None) -> sta
     require_files(asked.root, asked.manifest)
     made = make_plan(asked, Committer(asked.root, asked.manifest, 0), False, bars)
     device = pick_device(options.device)
-    return stage1.estimate(asked.folder, asked.config, device, options.vram, made.text_jobs, made.latent_jobs)
+    return estimate_.estimate(asked.folder, asked.config, device, options.vram, made.text_jobs, made.latent_jobs)
 
 
 def _nothing_readable(asked: Asked, skipped: Sequence[items.Skipped]) -> DatasetError:

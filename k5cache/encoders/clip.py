@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k5cache.errors import ModelError
-from k5cache.hub import read_config, weight_files
+from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.errors import ModelError
 
 if TYPE_CHECKING:
     import torch

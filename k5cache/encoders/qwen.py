@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 from k5cache.encoders.hostio import DTYPES, fetched, read_ahead
 from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, attention_kernels, make_packs, run_layer
 from k5cache.encoders.pipeline import pipeline_facts, pipeline_token_ids
-from k5cache.errors import ModelError
-from k5cache.fingerprint import StoredTensor, read_header
-from k5cache.hub import read_config, weight_files
+from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.errors import ModelError
+from k5cache.shared.fingerprint import StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.pipeline import clean, silent
 from k5cache.encoders.qwen import load_tokenizer
-from k5cache.hub import weight_files
+from k5cache.shared.checkpoint import weight_files
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.hostio import fetched, new_stream, record_event
 from k5cache.encoders.layers import Pack, Positions, attention_kernels, make_packs, run_layer
+from k5cache.encoders.memory_plan import Parking
 from k5cache.encoders.qwen import Qwen, Tokens, cropped, finish_layer, raw_layers, read_layers
-from k5cache.memory_plan import Parking
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from k5cache.config import CacheConfig
+from k5cache.options import CacheConfig
 
 Captions = tuple[str, ...] | str
 """One or more captions; or, as a string, the reason why there is none."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from k5cache.config import CacheConfig
+from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_lines, without_source
 from k5cache.sources.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
 

@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k5cache.config import CacheConfig
-from k5cache.errors import DatasetError
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import DatasetError
 from k5cache.sources.captions import Captions, finish, from_cell, from_lines, without_source
 from k5cache.sources.items import IMAGE_SUFFIXES, Content, MaskFile, Skipped, SourceItem, UnreadableImage
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from k5cache.errors import CacheCorrupt, CacheError
+from k5cache.shared.errors import CacheCorrupt, CacheError
 
 FOLDERS = ("latents", "masks", "text")
 TEMPORARY = ".tmp-"

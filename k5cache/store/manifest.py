@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from k5cache.errors import CacheError, CacheLocked
+from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.store import files
 
 FORMAT = 1

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from k5cache.errors import CacheCorrupt, CacheError
+from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.store import files, tables
 from k5cache.store.index import SCHEMA, IndexRow, row_of
 from k5cache.store.locations import Locations

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from k5cache.errors import CacheCorrupt, CacheError
+from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.store import files
 from k5cache.store.manifest import ShardInfo, ShardKind
 from k5cache.store.tensors import TensorSpec, to_bytes, torch_dtype

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from k5cache.errors import CacheError
+from k5cache.shared.errors import CacheError
 from k5cache.store import files
 from k5cache.store.manifest import IndexInfo
 

@@ -18,18 +18,28 @@ import torch
 import xxhash
 from torch import Tensor
 
-from k5cache import console
-from k5cache.errors import ModelError
-from k5cache.fingerprint import fingerprint
+from k5cache.shared import console
+from k5cache.shared.errors import ModelError
+from k5cache.shared.fingerprint import fingerprint
+from k5cache.shared.home import k5_home
 from k5train.base.quantize import converted, empty_transformer, finish, place
 
 if TYPE_CHECKING:
     from diffusers import Kandinsky5Transformer3DModel
 
+
 FORMAT = 1
+
+
 _DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
+
+
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+
+
 _HEADER_BYTES = 4 * 2**20  # 3,000 tensors take 0.5 MB; fixed, since tensors are written before their sums are known
+
+
 _THREADS = 4
 
 
@@ -48,11 +58,6 @@ class Prepared:
 def home() -> Path:
     """Where prepared bases are kept: ``$K5_HOME/base``, by default ``~/.cache/k5/base``."""
     return k5_home() / "base"
-
-
-def k5_home() -> Path:
-    """Where what can be made again is kept: ``$K5_HOME``, by default ``~/.cache/k5``."""
-    return Path(os.environ.get("K5_HOME") or Path("~/.cache/k5").expanduser())
 
 
 def prepared_path(folder: Path, dtype: torch.dtype) -> Path:

@@ -58,10 +58,10 @@ def compare(run: Path) -> Path:
     """One column a prompt: the base's picture, the LoRA's, and the drawing of the set, which neither has seen."""
     from PIL import Image
 
-    from k5cache.console import quiet_libraries
+    from k5cache.shared.console import quiet_libraries
 
     quiet_libraries()
-    from k5train.sample import grid
+    from k5train.pictures.sheet import grid
 
     prompts = tomllib.loads(RECIPE.read_text(encoding="utf8"))["train"]["validation"]["prompts"]
     concepts = [prompt.split(",")[0] for prompt in prompts]

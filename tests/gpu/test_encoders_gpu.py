@@ -8,14 +8,14 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from k5cache import memory_plan
 from k5cache.buckets import Bucket, cover
-from k5cache.config import CacheConfig
-from k5cache.encode import alone, passes, plan, stage1
+from k5cache.encode import estimate, image_pass, one_encoder, plan, text_pass
 from k5cache.encode.commit import Committer
-from k5cache.encoders import machine, qwen, streaming, vae
+from k5cache.encode.job import Job
+from k5cache.encoders import memory_plan, qwen, speed, streaming, vae
 from k5cache.encoders.pipeline import clean
 from k5cache.encoders.strips import moments_in_strips
+from k5cache.options import CacheConfig
 from k5cache.store.manifest import Manifest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -52,12 +52,12 @@ def test_layers_read_through_pinned_memory_are_the_file(toy_model):
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_vram_is_free_after_each_encoder(toy_model, tmp_path, monkeypatch, mode, capfd):
     made = memory_plan.TextPlan(mode, "device", 300, 8192, 0, 0, 0)
-    monkeypatch.setattr(stage1, "plan_text", lambda *_: made)
-    alone.release("cuda")
+    monkeypatch.setattr(estimate, "plan_text", lambda *_: made)
+    one_encoder.release("cuda")
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    job = passes.Job(Path, tmp_path, toy_model, {}, CacheConfig(), "cuda", Progress(disable=True))
+    job = Job(Path, tmp_path, toy_model, {}, CacheConfig(), "cuda", Progress(disable=True))
     jobs = [plan.TextJob(f"{i:032x}", caption) for i, caption in enumerate(CAPTIONS)]
-    passes.encode_texts(job, Committer(tmp_path, Manifest(recipe={}), 2**20), jobs)
+    text_pass.encode_texts(job, Committer(tmp_path, Manifest(recipe={}), 2**20), jobs)
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
     assert "behind" not in capfd.readouterr().err
 
@@ -74,8 +74,8 @@ def test_strips_are_the_whole_image(toy_model):
 
 def test_latents_of_the_pass_are_those_of_one_image_alone(toy_model):
     geometry = cover(80, 70, Bucket(64, 64))
-    job = passes.Job(Path, Path(), toy_model, {}, CacheConfig(resolution=64), "cuda", Progress(disable=True))
-    encoder = passes.Vae(job, [plan.LatentJob("0", "x.png", geometry)])
+    job = Job(Path, Path(), toy_model, {}, CacheConfig(resolution=64), "cuda", Progress(disable=True))
+    encoder = image_pass.Vae(job, [plan.LatentJob("0", "x.png", geometry)])
     pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     moments = encoder.moments(pixels, ["mean", "std"]).cpu()
     alone = vae.encode_pixels(vae.load_vae(toy_model, "cuda", torch.float32), vae.to_model_range(pixels[None]))
@@ -84,10 +84,10 @@ def test_latents_of_the_pass_are_those_of_one_image_alone(toy_model):
 
 
 def test_the_limit_that_vram_sets_is_kept_and_lifted():
-    machine.limit_vram("cuda", memory_plan.CONTEXT_BYTES + 2**26)
+    speed.limit_vram("cuda", memory_plan.CONTEXT_BYTES + 2**26)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**28, dtype=torch.uint8, device="cuda")
     finally:
-        machine.limit_vram("cuda", None)
+        speed.limit_vram("cuda", None)
     torch.empty(2**28, dtype=torch.uint8, device="cuda")

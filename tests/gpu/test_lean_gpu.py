@@ -10,22 +10,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k5train import bench, lora
-from k5train.base import memory, ops, vram
-from k5train.base.attention import attention_works
-from k5train.base.forward import predict_velocity
-from k5train.base.memory import Plan, Streaming
+from k5train.adapter import attach
+from k5train.base import architecture, random_weights
 from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig, MemoryConfig, TrainConfig
-from k5train.ready import execute as make_execution
-from k5train.ready import stream_weights
+from k5train.bench import steps
+from k5train.bench.case import Case, inputs_for
+from k5train.bench.timing import time_steps
+from k5train.forward import ops
+from k5train.forward.attention import attention_works
+from k5train.forward.load import execute as make_execution
+from k5train.forward.load import stream_weights
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.train import TrainConfig
+from k5train.planning import memory, vram
+from k5train.planning.memory import Plan, Streaming
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 # A few blocks of the real width: what is measured of one block holds for fifty.
-WIDE = {**bench.FULL_SIZE, "num_visual_blocks": 6, "num_text_blocks": 1}
-CASE = bench.Case("int8-quanto", None, side=512, num_text_tokens=77)
+WIDE = {**architecture.FULL_SIZE, "num_visual_blocks": 6, "num_text_blocks": 1}
+CASE = Case("int8-quanto", None, side=512, num_text_tokens=77)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +43,9 @@ def _empty_gpu():
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def outcome(transformer: Any, case: bench.Case = CASE) -> dict[str, torch.Tensor]:
+def outcome(transformer: Any, case: Case = CASE) -> dict[str, torch.Tensor]:
     transformer.zero_grad()
-    velocity = predict_velocity(transformer, *bench.inputs_for(case, WIDE, GPU))
+    velocity = predict_velocity(transformer, *inputs_for(case, WIDE, GPU))
     velocity.float().square().mean().backward()
     return {
         "velocity": velocity.detach(),
@@ -47,10 +54,10 @@ def outcome(transformer: Any, case: bench.Case = CASE) -> dict[str, torch.Tensor
 
 
 def adapted(precision: Any, streamed: frozenset[int] = frozenset()) -> Any:
-    transformer = bench.random_transformer(WIDE, precision, GPU, streamed)
-    lora.add_lora(transformer, LoraConfig(rank=16, targets=("official",)), seed=0)
+    transformer = random_weights.random_transformer(WIDE, precision, GPU, streamed)
+    attach.add_lora(transformer, LoraConfig(rank=16, targets=("official",)), seed=0)
     generator = torch.Generator(GPU).manual_seed(3)
-    for parameter in lora.lora_parameters(transformer)[1::2]:
+    for parameter in attach.lora_parameters(transformer)[1::2]:
         parameter.data = torch.randn(parameter.shape, generator=generator, device=GPU) * 0.01
     return transformer.train()
 
@@ -129,7 +136,7 @@ def test_streamed_weights_give_the_resident_gradients_step_after_step(streaming)
     run(transformer, "int8-quanto", "attention", streaming=streaming)
     for _ in range(3):
         with torch.no_grad():
-            predict_velocity(transformer, *bench.inputs_for(CASE, WIDE, GPU))
+            predict_velocity(transformer, *inputs_for(CASE, WIDE, GPU))
         assert_near(outcome(transformer), resident, 0.9999)
 
 
@@ -142,11 +149,11 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured(level, precisi
         lora=LoraConfig(rank=16, targets=("qkv",)),
         memory=MemoryConfig(activations=level),
     )
-    plan = bench.plan_for(WIDE, config, GPU, (4096, 77), None)
-    transformer = bench.random_transformer(WIDE, precision, GPU)
-    lora.add_lora(transformer, config.lora, seed=0)
+    plan = steps.plan_for(WIDE, config, GPU, (4096, 77), None)
+    transformer = random_weights.random_transformer(WIDE, precision, GPU)
+    attach.add_lora(transformer, config.lora, seed=0)
     made = make_execution(transformer, config, GPU, plan)
-    timing = bench.time_steps(bench.stepper(transformer, bench.inputs_for(case, WIDE, GPU)), made, GPU, 2, 2)
+    timing = time_steps(steps.stepper(transformer, inputs_for(case, WIDE, GPU)), made, GPU, 2, 2)
     assert timing.reserved_gib is not None
     assert plan.peak / 2**30 == pytest.approx(timing.reserved_gib, rel=0.10)
 
@@ -170,8 +177,8 @@ def test_the_prepared_base_arrives_whole_on_the_gpu(toy_model, tmp_path, monkeyp
 def test_the_plan_of_this_card_fits_it():
     budget = vram.budget(GPU, None)
     assert budget is not None
-    arch = memory.architecture(bench.FULL_SIZE)
-    work = bench.work_for(
-        bench.FULL_SIZE, TrainConfig(lora=LoraConfig(rank=16, targets=("qkv",))), (4096, 256), compiled=True
+    arch = memory.architecture(architecture.FULL_SIZE)
+    work = steps.work_for(
+        architecture.FULL_SIZE, TrainConfig(lora=LoraConfig(rank=16, targets=("qkv",))), (4096, 256), compiled=True
     )
     assert memory.make_plan(arch, work, budget).peak <= budget

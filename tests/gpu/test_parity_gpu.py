@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from k5cache.store.reader import open_cache
-from k5train import lora, sample, selftest
-from k5train.base.forward import predict_velocity
+from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
-from k5train.config import LoraConfig, TrainConfig
-from k5train.data import pad
+from k5train.data.batch import pad
+from k5train.exact import selftest
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.adapter import LoraConfig
+from k5train.options.train import TrainConfig
+from k5train.pictures import sample
 from tests.cli import Cli
 from tests.parity import PROMPTS, as_the_pipeline_calls_it, pipeline_of, reference_transformer, with_strength
 from tests.test_parity_masks import GRADIENTS, VELOCITY, loss_and_gradients, rows
@@ -77,7 +80,7 @@ def test_twenty_training_steps_are_a_plain_loops(toy_model, toy_cache, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_masked_batch_is_its_rows_one_by_one(toy_model, precision, dtype):
     transformer = load_transformer(toy_model, precision, dtype, "cuda")
-    lora.add_lora(transformer, LoraConfig(rank=4), seed=1)
+    attach.add_lora(transformer, LoraConfig(rank=4), seed=1)
     with_strength(transformer, 0.05)
     alone = [row.to(torch.device("cuda")) for row in rows()]
     together = pad(alone)

@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from k5cache.config import ModelConfig
-from k5train.checkpoint import Run, create_run
-from k5train.config import LoraConfig, MemoryConfig, OptimConfig, TrainConfig
-from k5train.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
-from k5train.state import latest_state
+from k5cache.shared.model import ModelConfig
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
+from k5train.runs.folder import Run, create_run
+from k5train.runs.resume_state import latest_state
 from tests.runs import lora_of, metrics_of, numbers, same, state_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

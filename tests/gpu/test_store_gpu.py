@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import k5cache
-from k5cache.errors import CacheError
+from k5cache.shared.errors import CacheError
 from k5cache.store.reader import TextRow, open_cache
 from tests.store_samples import make_cache
 

@@ -1,0 +1,1 @@
+"""What both stages use: errors, console, recipes, models and files."""

@@ -1,0 +1,162 @@
+"""Find a checkpoint: a diffusers-layout folder, or a hub repository of which only the needed parts are fetched.
+
+The hub is asked which commit a revision is, one short request. What is whole on this machine is not downloaded again;
+where the hub cannot be reached it serves as it is, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from k5cache.shared.console import note
+from k5cache.shared.errors import ModelError
+from k5cache.shared.model import ModelConfig
+
+ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
+
+
+_CONFIG_OF = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+}
+
+
+def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
+    """The local folder of a checkpoint, with ``parts`` (``transformer``, ``vae``, ...) in it.
+
+    Raises:
+        ModelError: there is no such folder or repository, it cannot be reached, or it lacks a part.
+    """
+    source = model.source
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if model.path and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+            raise ModelError(
+                f"There is no model folder {source}", "Give a folder in the diffusers layout with --model DIR"
+            )
+        folder = _from_hub(source, model.revision, parts)
+    for part in parts:
+        config = folder / part / _CONFIG_OF.get(part, "config.json")
+        if not config.is_file():
+            raise ModelError(
+                f"The model folder {folder} lacks {part}/{config.name}",
+                "Give a whole Kandinsky 5 Image repository in the diffusers layout with --model DIR",
+            )
+    return folder
+
+
+def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
+    """``model_folder`` without asking the hub: what was last downloaded of it; None where a part is missing.
+
+    The hub may have a newer revision by now.
+    """
+    folder: Path | None = Path(model.source).expanduser()
+    if folder and not folder.is_dir():
+        folder = _downloaded(model.source, model.revision)
+    if folder is None or not all((folder / part / _CONFIG_OF.get(part, "config.json")).is_file() for part in parts):
+        return None
+    return folder
+
+
+def _downloaded(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a repository in the hub's own cache on this machine.
+
+    Its layout is documented (huggingface_hub, "Understand caching"): ``models--owner--name/refs/<branch>`` holds the
+    commit, ``snapshots/<commit>`` the files. ``snapshot_download`` gives the same folder, but asks the hub first.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    home = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    revision = revision or "main"
+    try:
+        commit = (home / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision
+    found = home / "snapshots" / commit
+    return found if commit and found.is_dir() else None
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """``part``'s config as plain values.
+
+    Raises:
+        ModelError: it is not JSON.
+    """
+    path = folder / part / _CONFIG_OF.get(part, "config.json")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "Download the model again") from error
+    return config
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files of one part, in name order, all of them present and whole by their index.
+
+    Raises:
+        ModelError: there is none, or one named in the index is missing.
+    """
+    files = sorted((folder / part).glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder / part} has no .safetensors file", "Download the model again, in the safetensors format"
+        )
+    for index in sorted((folder / part).glob("*.safetensors.index.json")):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        absent = sorted(named - {f.name for f in files})
+        if absent:
+            raise ModelError(f"{folder / part} lacks {', '.join(absent)}", "Download the model again")
+        return [f for f in files if f.name in named]
+    return files
+
+
+def _from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
+    """The snapshot of the revision that the hub has now, or of the one that was last downloaded."""
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    here = _downloaded(repo, revision)
+    lacking = _lacking(here, parts) if here else ""
+    # The parent of all that httpx raises, whichever httpx the hub's client has: no route, no name, a timeout, a proxy.
+    http_error: Any = HfHubHTTPError.__mro__[1]
+    unreachable = (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
+    try:
+        if here and not lacking:
+            commit = revision if revision == here.name else model_info(repo, revision=revision, timeout=10).sha
+            if commit == here.name:
+                return here
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)])
+        )
+    except unreachable as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if here and not lacking:
+            if not HF_HUB_OFFLINE:
+                note(f"{repo} as last downloaded, commit {here.name[:8]}: the hub cannot be asked ({reason})")
+            return here
+        raise ModelError(
+            f"The model {repo} is not on this machine{f' as a whole: {lacking} is missing' if here else ''}, "
+            f"and cannot be downloaded ({reason})",
+            "Connect to the hub once, or give a local folder with --model DIR",
+        ) from error
+
+
+def _lacking(folder: Path, parts: tuple[str, ...]) -> str:
+    """What a download that was interrupted, or that was of other parts, has not brought; "" where it is whole.
+
+    The hub's client puts a file into a snapshot when all of it is there.
+    """
+    for part in parts:
+        config = folder / part / _CONFIG_OF.get(part, "config.json")
+        if not config.is_file():
+            return f"{part}/{config.name}"
+        if part not in _CONFIG_OF:
+            try:
+                weight_files(folder, part)
+            except ModelError:
+                return f"a weight file of {part}"
+    return ""

@@ -1,0 +1,206 @@
+"""What a person sees: stdout is the result, stderr is progress and errors. Shared by both command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from k5cache.shared.errors import K5Error
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def run(app: Callable[[], object]) -> NoReturn:
+    """Run a command line to its end: exit 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    quiet_libraries()
+    try:
+        app()
+    except K5Error as error:
+        print_error(error.problem, error.fix)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("Stopped. What was finished is kept.", style="yellow")
+        sys.exit(130)
+    except BrokenPipeError:  # `k5cache info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        problem, fix = _OF_THE_DISK[error.errno]
+        print_error(f"{problem}: {error.filename}" if error.filename else problem, fix)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def quiet_libraries() -> None:
+    """Leave out two remarks of libraries that say nothing about what is done here."""
+    # torch says so once on CPUs in bf16; the pipeline computes the very same norm.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # peft imports bitsandbytes where it is installed, which then misses a kernel of its own for 4 bits on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+_KEPT = "and run the same command again: what was finished is kept"
+
+
+_OF_THE_DISK: dict[int | None, tuple[str, str]] = {
+    errno.ENOSPC: ("The disk is full while writing", f"Free some space {_KEPT}"),
+    errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space {_KEPT}"),
+    errno.EFBIG: ("A file is larger than this system allows", f"Raise `ulimit -f` or use another disk, {_KEPT}"),
+    errno.EACCES: ("There is no permission for", "Use another folder, or change its permissions"),
+    errno.EPERM: ("There is no permission for", "Use another folder, or change its permissions"),
+    errno.EROFS: ("The disk is read-only", "Write to another folder"),
+}
+
+
+def print_error(problem: str, fix: str) -> None:
+    """Two lines on stderr. Nothing in them is read as markup."""
+    err.print(Text.assemble(("error: ", "bold red"), problem))
+    err.print(Text.assemble(("  fix: ", "bold"), fix))
+
+
+def note(message: str, style: str = "dim") -> None:
+    """One line of progress on stderr; ``message`` is plain text."""
+    err.print(Text(message, style=style))
+
+
+def warn(message: str) -> None:
+    """One line that a person should not miss, on stderr."""
+    err.print(Text.assemble(("warning: ", "bold yellow"), message))
+
+
+def next_step(message: str, command: str) -> None:
+    """The line that ends a success: what to run next, the user's own paths filled in."""
+    out.print(Text.assemble((f"{message}: ", "bold"), (command, "cyan")))
+
+
+def command(*words: object, **options: object) -> str:
+    """A command line to copy: quoted for a shell; options that are None left out, lists repeated."""
+    line = [str(word) for word in words]
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            line += [] if one is None else [f"--{name}", str(one)]
+    return shlex.join(line)
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout, for scripts; dataclasses as objects, paths as strings."""
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return str(value)
+
+    print(json.dumps(value, default=plain, indent=1), file=out.file)  # not through rich: it would wrap and colour
+
+
+def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """The one table style. ``numbers`` names the columns that are right-aligned."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+class _Rate(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        unit = task.fields.get("unit", "")
+        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}", style="dim")
+
+
+class _Count(MofNCompleteColumn):
+    """Nothing for a task that counts nothing."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None and not task.completed else super().render(task)
+
+
+def progress() -> Progress:
+    """A progress display with a rate and the time left. Give each task ``unit="image"``."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        _Count(),
+        _Rate(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        console=err,
+        transient=not err.is_terminal,
+        refresh_per_second=4,
+    )
+
+
+@contextmanager
+def doing(bars: Progress | None, what: str) -> Iterator[None]:
+    """Show ``what`` beside a spinner while the block runs."""
+    task = bars.add_task(what, total=None, unit="", note="") if bars else None
+    try:
+        yield
+    finally:
+        if bars and task is not None:
+            bars.remove_task(task)
+
+
+def human_bytes(num_bytes: float) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def parse_bytes(text: str) -> int:
+    """``"4GB"``, ``"4 GiB"``, ``"4"`` or ``"3500MB"`` to bytes. A card of "4 GB" has 4 GiB: both mean 2**30 here.
+
+    Raises:
+        ValueError: it is no amount of memory.
+    """
+    words = text.strip().lower().removesuffix("b").removesuffix("i").strip()
+    unit = {"g": 2**30, "m": 2**20}.get(words[-1:])
+    number = float(words[:-1] if unit else words)
+    if not 0 < number < 1e6 or number * (unit or 2**30) < 1:
+        raise ValueError(text)
+    return int(number * (unit or 2**30))
+
+
+def human_seconds(seconds: float) -> str:
+    """``75`` -> ``1 min 15 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

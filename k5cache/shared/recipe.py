@@ -1,0 +1,289 @@
+"""A recipe: one TOML file is a whole run. Strict: every problem is named, all at once, with the nearest name.
+
+A schema is a frozen dataclass; this file turns TOML tables into it and back. It knows no option by name.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import textwrap
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from k5cache.shared.errors import RecipeError
+
+T = TypeVar("T")
+
+
+Document = dict[str, Any]
+
+
+def read(path: Path | None, overrides: list[str], tables: tuple[str, ...] = ("model", "cache", "train")) -> Document:
+    """Read a recipe and lay ``--set table.key=value`` over it.
+
+    Args:
+        path: a TOML file; None means all defaults.
+        overrides: ``table.key=value``; the value is read as TOML, and as a plain string where it is not TOML.
+        tables: the top-level tables that exist.
+
+    Raises:
+        RecipeError: the file is missing or not TOML, an override is not ``key=value``, or a table is unknown.
+    """
+    document: Document = {}
+    if path is not None:
+        if not path.is_file():
+            raise RecipeError(
+                f"There is no recipe {path}", "Give the path of a .toml file, for example one in pipelines/"
+            )
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}", "Mend that line; see https://toml.io") from error
+    for override in overrides:
+        set_option(document, override)
+    problems = [_unknown("table", name, tables) for name in document if name not in tables]
+    if problems:
+        raise RecipeError(_join(problems, path), f"The tables of a recipe are {', '.join(f'[{t}]' for t in tables)}")
+    return document
+
+
+def parse(document: Document, schemas: dict[str, type[Any]], path: Path | None = None) -> list[Any]:
+    """Turn the tables of a document into their dataclasses, in the order of ``schemas``.
+
+    Raises:
+        RecipeError: unknown keys (with the nearest name), wrong types, values refused by a schema's ``check`` method.
+    """
+    problems: list[str] = []
+    parsed = [_build(schema, document.get(name, {}), name, problems) for name, schema in schemas.items()]
+    if problems:
+        raise RecipeError(
+            _join(problems, path), "Mend the recipe or the --set option; every option is listed by `k5train options`"
+        )
+    return parsed
+
+
+def to_dict(config: Any) -> Document:
+    """The inverse of ``parse`` for one table: plain TOML values, unset (None) keys left out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return typing.cast(Document, plain(config))
+
+
+def to_toml(document: Document) -> str:
+    """A document as TOML text that ``read`` reads back to the same values."""
+    lines: list[str] = []
+
+    def emit(table: Document, name: str) -> None:
+        scalars = {k: v for k, v in table.items() if not _is_table(v)}
+        if name and (scalars or not table):
+            lines.append(f"[{name}]")
+        lines.extend(f"{key} = {_toml_value(value)}" for key, value in scalars.items())
+        if scalars or (name and not table):
+            lines.append("")
+        for key, value in table.items():
+            inner = f"{name}.{key}" if name else key
+            if isinstance(value, dict):
+                emit(value, inner)
+            elif _is_table(value):
+                for entry in value:
+                    lines.append(f"[[{inner}]]")
+                    lines.extend(f"{k} = {_toml_value(v)}" for k, v in entry.items())
+                    lines.append("")
+
+    emit(document, "")
+    return "\n".join(lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+    )
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(v) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(k)} = {_toml_value(v)}' for k, v in value.items())}}}"
+    # A JSON string is a TOML basic string, except that TOML also forbids a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+
+
+def set_option(document: Document, override: str) -> None:
+    """Lay one ``table.key=value`` over a document, in place.
+
+    Raises:
+        RecipeError: it is not ``table.key=value``.
+    """
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise RecipeError(f"--set {override} is not table.key=value", "Write it like --set train.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = document
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(
+                f"--set {override}: {key} is a value, not a table", "Write it like --set train.lora.rank=32"
+            )
+        table = inner
+    table[keys[-1]] = value
+
+
+def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
+    if not isinstance(table, dict):
+        problems.append(f"[{where}] must be a table, found {_shown(table)}")
+        return schema()
+    hints = typing.get_type_hints(schema)
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, schema))]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in names:
+            problems.append(f"[{where}] {_unknown('key', key, tuple(names))}")
+        else:
+            converted = _convert(hints[key], value, f"{where}.{key}", problems)
+            if converted is not _BAD:
+                values[key] = converted
+    missing = [f.name for f in dataclasses.fields(typing.cast(Any, schema)) if f.name not in values
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]  # fmt: skip
+    if missing:
+        problems += [f"{where}.{name} is required" for name in missing if name not in table]
+        return typing.cast(T, None)
+    config = schema(**values)
+    check = getattr(config, "check", None)
+    if check is not None:
+        problems += [f"{where}.{problem}" for problem in check()]
+    return config
+
+
+_BAD: Any = object()
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """``value`` as type ``hint``, or _BAD with a problem noted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in args if a is not type(None)]
+        for option in inner:
+            attempt: list[str] = []
+            converted = _convert(option, value, where, attempt)
+            if not attempt:
+                return converted
+        if len(inner) == 1:
+            problems.extend(attempt)
+            return _BAD
+    elif origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.5)
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        problems.append(f"{where} must be one of {', '.join(map(repr, args))}, found {_shown(value)}{hint_text}")
+        return _BAD
+    elif origin is tuple:
+        if isinstance(value, list):
+            if args[-1] is Ellipsis:
+                made = [_convert(args[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value)]
+            elif len(args) == len(value):
+                made = [
+                    _convert(a, v, f"{where}[{i}]", problems) for i, (a, v) in enumerate(zip(args, value, strict=True))
+                ]
+            else:
+                problems.append(f"{where} must have {len(args)} values, found {len(value)}")
+                return _BAD
+            return _BAD if any(m is _BAD for m in made) else tuple(made)
+    elif origin is dict:
+        if isinstance(value, dict):
+            made_values = {k: _convert(args[1], v, f"{where}.{k}", problems) for k, v in value.items()}
+            return _BAD if any(v is _BAD for v in made_values.values()) else made_values
+    elif dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, where, problems)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    problems.append(f"{where} must be {_type_name(hint)}, found {_shown(value)}")
+    return _BAD
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
+    args = [a for a in typing.get_args(hint) if a not in (type(None), Ellipsis)]
+    if hint in names:
+        return names[hint]
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    return " or ".join(_type_name(a) for a in args) if args else "a table"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _join(problems: list[str], path: Path | None) -> str:
+    where = f"{path}: " if path else ""
+    return where + "; ".join(problems)
+
+
+def document_options(schemas: dict[str, type[Any]]) -> str:
+    """Every option with its default and its help, as TOML text to copy from; options unset by default are comments."""
+    lines: list[str] = []
+    for name, schema in schemas.items():
+        _document(schema, name, lines)
+    return "\n".join(lines).strip()
+
+
+def _document(schema: type[Any], name: str, lines: list[str]) -> None:
+    helps, hints = _option_helps(schema), typing.get_type_hints(schema)
+    lines += ["", f"# --- {(schema.__doc__ or '').strip()}", f"[{name}]"]
+    inner: list[tuple[str, type[Any]]] = []
+    default = schema()
+    for option in dataclasses.fields(schema):
+        value = getattr(default, option.name)
+        if dataclasses.is_dataclass(hints[option.name]):
+            inner.append((option.name, typing.cast(type[Any], hints[option.name])))
+            continue
+        plain = list(value) if isinstance(value, tuple) else value
+        lines += [f"# {help_line}" for help_line in textwrap.wrap(helps.get(option.name, ""), 110)]
+        lines.append(f"# {option.name} =" if value is None else f"{option.name} = {_toml_value(plain)}")
+    for key, table in inner:
+        _document(table, f"{name}.{key}", lines)
+
+
+def _option_helps(schema: type[Any]) -> dict[str, str]:
+    """The docstring under each option of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    helps: dict[str, str] = {}
+    for option, text in itertools.pairwise(body.body):
+        if isinstance(option, ast.AnnAssign) and isinstance(option.target, ast.Name) and isinstance(text, ast.Expr):
+            assert isinstance(text.value, ast.Constant)
+            helps[option.target.id] = " ".join(str(text.value.value).split())
+    return helps

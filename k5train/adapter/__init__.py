@@ -1,0 +1,1 @@
+"""The adapter: where it is attached, its files, and who loads them."""

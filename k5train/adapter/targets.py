@@ -1,0 +1,133 @@
+"""Which modules get an adapter, and of which rank?"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from k5cache.shared.errors import RecipeError
+from k5train.options.adapter import LoraConfig
+
+_BLOCK = r"(?:text|visual)_transformer_blocks\.\d+\."
+
+
+_ADAPTED = re.compile(_BLOCK + r"(?:(?:self|cross)_attention|feed_forward)\.\w+")
+
+
+PRESETS = {
+    # The official trainer's configs/trainer/lora_image.yaml: ten suffixes, self_attention.to_query and so on.
+    "official": _BLOCK
+    + r"(?:(?:self|cross)_attention\.(?:to_query|to_key|to_value|out_layer)|feed_forward\.(?:in_layer|out_layer))",
+    "attention": _BLOCK + r"(?:self|cross)_attention\.(?:to_query|to_key|to_value|out_layer)",
+    "qkv": _BLOCK + r"(?:self|cross)_attention\.(?:to_query|to_key|to_value)",
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What each target matched: pattern -> module names, in the recipe's order."""
+
+    patterns: Mapping[str, tuple[str, ...]]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Module name -> rank, once the adapter is there."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every matched module once."""
+        return tuple(dict.fromkeys(name for names in self.patterns.values() for name in names))
+
+
+def describe(matched: Matched) -> str:
+    """One line a target: what it matched, block numbers left out, and how many modules; one a rank, if several."""
+    lines = [
+        f"LoRA on {len(names)} modules by {target}: {', '.join(_endings(names))}"
+        for target, names in matched.patterns.items()
+    ]
+    by_rank: dict[int, list[str]] = {}
+    for name, rank in matched.ranks.items():
+        by_rank.setdefault(rank, []).append(name)
+    if len(by_rank) > 1:
+        lines += [f"rank {r} on {len(by_rank[r])} modules: {', '.join(_endings(by_rank[r]))}" for r in sorted(by_rank)]
+    return "\n".join(lines)
+
+
+def match_targets(transformer: nn.Module, targets: Iterable[str], option: str = "train.lora.targets") -> Matched:
+    """Find the linears that ``targets`` name.
+
+    A target is a preset (``official``, ``attention``, ``qkv``); or the end of a dotted module name
+    (``cross_attention.to_value``), as peft reads a list; or, when it has any other character, a regular expression
+    for the whole name (``visual_transformer_blocks\\.(1|2)\\d\\..*attention\\.to_query``), as peft reads a string.
+
+    Modulations, embeddings and the output head are taken only when the target spells their parent out
+    (``visual_modulation.out_layer``): a bare ``out_layer`` would hit all of them.
+
+    Raises:
+        RecipeError: a target matches nothing, or more than it says.
+    """
+    linears = linear_names(transformer)
+    return Matched({target: _match(target, linears, option) for target in targets})
+
+
+def linear_names(transformer: nn.Module) -> list[str]:
+    """Every linear of the transformer, adapted or not."""
+    linears = [n.replace(".base_layer", "") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    return [n for n in linears if ".lora_" not in n]
+
+
+def _match(target: str, linears: list[str], option: str) -> tuple[str, ...]:
+    try:
+        pattern = re.compile(
+            PRESETS.get(target) or (rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target)
+        )
+    except re.error as error:
+        raise RecipeError(f"{option}: {target!r} is no regular expression: {error}", "Mend it") from error
+    names = tuple(n for n in linears if pattern.fullmatch(n))
+    if not names:
+        endings = _endings(linears)
+        words = [*PRESETS, *endings, *(e.rpartition(".")[2] for e in endings)]
+        near = difflib.get_close_matches(target, dict.fromkeys(words), n=3, cutoff=0.5) or sorted(PRESETS)
+        raise RecipeError(f"{option}: {target!r} matches no module", f"Did you mean {', '.join(near)}?")
+    spelt = target.replace("\\", "")
+    surprising = [n for n in names if not _ADAPTED.fullmatch(n) and _parent(n) not in spelt]
+    if surprising:
+        parents = ", ".join(dict.fromkeys(_parent(n) for n in surprising))
+        meant = ", ".join(_endings(n for n in names if n not in surprising))
+        raise RecipeError(
+            f"{option}: {target!r} also matches {len(surprising)} modules of {parents}",
+            f"Write the parent too: {meant or parents}",
+        )
+    return names
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    """Names without the block they are in, each once."""
+    return list(dict.fromkeys(n.split(".", 2)[-1] if "_blocks." in n else n for n in names))
+
+
+def _parent(name: str) -> str:
+    """What must be spelt out for a linear outside attention and feed-forward; the head is ``out_layer.out_layer``."""
+    parent = name.rpartition(".")[0].rpartition(".")[2]
+    return name if parent == "out_layer" else parent
+
+
+def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict[str, int]:
+    """The rank of each module that is adapted.
+
+    Raises:
+        RecipeError: an entry of ``train.lora.ranks`` matches none of them.
+    """
+    ranks = dict.fromkeys(matched.modules, config.rank)
+    for entry in config.ranks:
+        names = match_targets(transformer, [entry.target], "train.lora.ranks").modules
+        hit = [n for n in names if n in matched.modules]
+        if not hit:
+            raise RecipeError(
+                f"train.lora.ranks: {entry.target!r} matches no module that train.lora.targets adapts",
+                "Add it to targets, or leave its rank out",
+            )
+        ranks |= dict.fromkeys(hit, entry.rank)
+    return ranks

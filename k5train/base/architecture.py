@@ -1,0 +1,26 @@
+"""Facts of the transformer that need no weights: its full size and its number formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Kandinsky 5.0 Image Lite, transformer/config.json of the published T2I checkpoints (DESIGN section 2).
+FULL_SIZE: dict[str, Any] = {
+    "_class_name": "Kandinsky5Transformer3DModel",
+    "in_visual_dim": 16,
+    "out_visual_dim": 16,
+    "in_text_dim": 3584,
+    "in_text_dim2": 768,
+    "time_dim": 512,
+    "patch_size": [1, 2, 2],
+    "model_dim": 2560,
+    "ff_dim": 10240,
+    "num_text_blocks": 2,
+    "num_visual_blocks": 50,
+    "axes_dims": [32, 48, 48],
+}
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

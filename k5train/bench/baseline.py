@@ -1,0 +1,70 @@
+"""What a user does today: the step that `k5train bench` is compared with. diffusers, peft and quanto's int8, eager."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from optimum.quanto import freeze, qint8, quantize
+from torch import nn
+
+from k5train.adapter import attach
+from k5train.base import random_weights
+from k5train.base.architecture import FULL_SIZE
+from k5train.bench.case import MUST_REACH, Measured, inputs_for
+from k5train.bench.timing import flops, time_steps
+from k5train.objective import flow
+from k5train.options.adapter import LoraConfig
+from k5train.options.train import TrainConfig
+from k5train.planning.memory import architecture
+from k5train.planning.plan import work_for
+
+
+def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int) -> Measured:
+    """The bench's first case, with gradient checkpointing.
+
+    Args:
+        config: the transformer's config.json; another than the full size is timed on a small picture.
+    """
+    case = MUST_REACH[0]
+    if config is not FULL_SIZE:
+        case = replace(case, side=64, num_text_tokens=8)
+    transformer = random_weights.random_transformer(config, "no_change", device)
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, nn.Linear):  # as from_pretrained has them: float32 where diffusers keeps it
+            plain = nn.Linear(module.in_features, module.out_features, device="meta")
+            kept = any(part in name for part in ("modulation", "time_embeddings"))
+            plain.weight = nn.Parameter(module.weight.float() if kept else module.weight, requires_grad=False)
+            plain.bias = None if module.bias is None else nn.Parameter(module.bias.to(plain.weight.dtype), False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), leaf, plain)
+    quantize(transformer, weights=qint8)
+    freeze(transformer)
+    attach.add_lora(transformer, LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets), seed=0)
+    transformer.enable_gradient_checkpointing()
+    latents, sigma, text, pooled = inputs_for(case, config, device)
+    grid = case.side // 16
+    positions = [torch.arange(n, device=device) for n in (1, grid, grid)]
+    parameters, target = attach.lora_parameters(transformer), torch.randn_like(latents)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    transformer.train()
+
+    def step() -> None:
+        velocity = transformer(
+            hidden_states=latents.bfloat16(), encoder_hidden_states=text, timestep=(1000 * sigma).bfloat16(),
+            pooled_projections=pooled, visual_rope_pos=positions,
+            text_rope_pos=torch.arange(text.shape[1], device=device), return_dict=False,
+        )  # fmt: skip
+        torch.autograd.backward(flow.flow_loss(velocity, target))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    timing = time_steps(step, None, device, num_steps, num_warm_up)
+    train = TrainConfig(lora=LoraConfig(rank=case.rank, targets=case.targets))
+    needed = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
+    return Measured(
+        "baseline: diffusers + peft + quanto, eager, checkpointing", timing.median, timing.fastest, None,
+        timing.reserved_gib, timing.busy, needed / timing.median / 1e9, "all recomputed", timing.first,
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What `k5train bench` measures: one case a line, and the random inputs it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k5train.base.quantize import Precision
+from k5train.forward import routing
+from k5train.objective import tread
+from k5train.options.objective import RouteConfig, TreadConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the bench."""
+
+    precision: Precision
+    cap_gib: float | None
+    """What torch may reserve. None: what the card has."""
+    side: int = 1024
+    batch_size: int = 1
+    num_text_tokens: int = 256
+    rank: int = 16
+    targets: tuple[str, ...] = ("qkv",)
+    execution: str = "auto"
+    tread: float = 0.0
+    """Share of the picture's tokens that skip the blocks of ``TREAD_BLOCKS``."""
+
+    @property
+    def name(self) -> str:
+        """What differs from the first case, in words."""
+        cap = f"{self.cap_gib:g} GiB" if self.cap_gib else "all VRAM"
+        tread = f", TREAD {self.tread:g}" if self.tread else ""
+        adapter = f"r{self.rank} {'+'.join(self.targets)}"
+        return f"{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, {adapter}{tread}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case took."""
+
+    name: str
+    milliseconds: float
+    """Median of a step: forward, backward, clip, AdamW."""
+    fastest: float
+    predicted_gib: float | None
+    reserved_gib: float | None
+    busy: float | None
+    """Milliseconds of a step in which the GPU computes: near the median it is the limit, else launching is."""
+    tflops: float
+    """Of the arithmetic that the step needs, recompute not counted."""
+    plan: str
+    first_step_seconds: float
+    """Compilation included."""
+
+
+MUST_REACH = (Case("int8-quanto", 16), Case("int8-dynamic", 16), Case("int8-quanto", 8.5), Case("int8-quanto", 4.5))
+
+
+SIZES = tuple(
+    Case(precision, 16, side, batch, rank=rank, targets=targets, tread=tread)
+    for precision in ("int8-quanto", "int8-dynamic")
+    for side, batch, rank, targets, tread in (
+        (512, 1, 16, ("qkv",), 0.0),
+        (768, 1, 16, ("qkv",), 0.0),
+        (512, 4, 16, ("qkv",), 0.0),
+        (1024, 2, 16, ("qkv",), 0.0),
+        (1024, 4, 16, ("qkv",), 0.0),
+        (1024, 1, 64, ("official",), 0.0),
+        (1024, 1, 16, ("qkv",), 0.5),
+    )
+)
+
+
+TREAD_BLOCKS = (2, -3)
+
+
+"""First and last visual block that dropped tokens skip."""
+
+
+def tread_of(case: Case) -> TreadConfig:
+    """The case's TREAD route, if it has one."""
+    return TreadConfig(routes=(RouteConfig(case.tread, *TREAD_BLOCKS),) if case.tread else ())
+
+
+def routes_for(case: Case, device: torch.device) -> tuple[routing.Route, ...]:
+    """The case's TREAD route, other tokens for each row."""
+    if not case.tread:
+        return ()
+    generator = torch.Generator().manual_seed(4)
+    rows = [tread.token_scores((case.side // 16) ** 2, generator) for _ in range(case.batch_size)]
+    routes = tread.choose(torch.stack(rows)[:, None], tread_of(case), 0, 1)
+    return tuple(replace(route, kept=route.kept.to(device)) for route in routes)
+
+
+def inputs_for(case: Case, config: dict[str, Any], device: torch.device) -> tuple[Tensor, ...]:
+    """Random latents, sigma, prompt_embeds and pooled_projections."""
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    latents = normal(case.batch_size, 1, case.side // 8, case.side // 8, config["in_visual_dim"])
+    text = normal(case.batch_size, case.num_text_tokens, config["in_text_dim"])
+    sigma = torch.rand(case.batch_size, generator=generator, device=device)
+    return latents, sigma, text.bfloat16(), normal(case.batch_size, config["in_text_dim2"]).bfloat16()

@@ -1,0 +1,178 @@
+"""What will this card do? Steps of a full-size transformer with random weights, timed beside today's usual way."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k5cache.shared import console
+from k5cache.shared.errors import K5Error
+from k5train.adapter import attach
+from k5train.base.architecture import FULL_SIZE
+from k5train.base.random_weights import random_transformer
+from k5train.bench.case import Case, Measured, inputs_for, routes_for, tread_of
+from k5train.bench.timing import flops, time_steps
+from k5train.forward import routing
+from k5train.forward.load import execute, stream_weights, streamed_blocks
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.objective import flow
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.train import TrainConfig
+from k5train.planning import vram
+from k5train.planning.memory import Plan, architecture
+from k5train.planning.plan import less, plan_for, work_for
+
+
+def within(budget: int | None, cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The cases as this card can run them: one that may take more than there is takes what there is, once."""
+    limit = None if budget is None else budget / 2**30
+    capped = (replace(c, cap_gib=None) if limit and c.cap_gib and c.cap_gib > limit else c for c in cases)
+    return tuple(dict.fromkeys(capped))
+
+
+def bench(
+    cases: tuple[Case, ...],
+    device: torch.device,
+    *,
+    config: dict[str, Any] = FULL_SIZE,
+    baseline: bool = False,
+    num_steps: int = 8,
+    num_warm_up: int = 2,
+) -> list[Measured]:
+    """Time every case, one after the other; one that does not fit or fails is said so and left out."""
+    from k5train.bench.baseline import time_baseline
+
+    todo: list[tuple[str, Callable[[], Measured]]] = []
+    if baseline:
+        todo.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up)))
+    todo += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
+    results = [_guarded(name, measure) for name, measure in todo]
+    return [r for r in results if r is not None]
+
+
+def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
+    try:
+        found = measure()
+        memory = f", {found.reserved_gib:.2f} GiB reserved" if found.reserved_gib else ""
+        predicted = f", {found.predicted_gib:.2f} predicted" if found.predicted_gib else ""
+        busy = f", GPU busy {found.busy:.0f}" if found.busy else ""
+        console.note(
+            f"{name}: {found.milliseconds:.0f} ms a step (fastest {found.fastest:.0f}{busy}){memory}{predicted}; "
+            f"{found.plan}; first step after {found.first_step_seconds:.0f} s"
+        )
+        return found
+    except (K5Error, RuntimeError) as error:  # out of memory, or what a kernel or the compiler says: the others go on
+        console.warn(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}")
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def time_case(
+    case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2
+) -> Measured:
+    """Plan a case, build its transformer with random weights where the plan wants them, and time its steps."""
+    train = TrainConfig(
+        batch_size=case.batch_size,
+        base_model_precision=case.precision,
+        mixed_precision="bf16",
+        lora=LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets),
+        memory=MemoryConfig(execution=case.execution),  # type: ignore[arg-type]
+        tread=tread_of(case),
+    )
+    sizes = ((case.side // 16) ** 2, case.num_text_tokens)
+    budget = int(case.cap_gib * 2**30) if case.cap_gib else vram.budget(device, None)
+    if case.cap_gib:
+        vram.limit(device, budget)
+    plan = plan_for(config, train, device, sizes, budget)
+    try:
+        return _time_plan(plan, case, train, device, config, num_steps, num_warm_up)
+    except torch.OutOfMemoryError:
+        leaner = less(plan)
+        if leaner is None:
+            raise
+    # As a run does. Out of the handler: the error held the step's memory.
+    gc.collect()
+    torch.cuda.empty_cache()
+    console.warn(f"{case.name}: the first step needed more VRAM than the {plan.peak / 2**30:.2f} GiB planned")
+    plan = plan_for(config, train, device, sizes, leaner)
+    return _time_plan(plan, case, train, device, config, num_steps, num_warm_up)
+
+
+def _time_plan(
+    plan: Plan, case: Case, train: TrainConfig, device: torch.device, config: dict[str, Any], num_steps: int,
+    num_warm_up: int,
+) -> Measured:  # fmt: skip
+    sizes = plan.sizes
+    assert sizes is not None
+    transformer = random_transformer(config, case.precision, device, frozenset(streamed_blocks(plan)))
+    stream_weights(transformer, plan, device)
+    attach.add_lora(transformer, train.lora, seed=0)
+    execution = execute(transformer, train, device, plan)
+    step = stepper(transformer, inputs_for(case, config, device), routes_for(case, device))
+    timing = time_steps(step, execution, device, num_steps, num_warm_up)
+    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True))
+    words = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
+    words += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
+    words += [] if execution is None or execution.is_compiled else ["eager"]
+    on_gpu = device.type == "cuda"
+    return Measured(
+        case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
+        timing.busy, needed / timing.median / 1e9, ", ".join(words), timing.first,
+    )  # fmt: skip
+
+
+def stepper(
+    transformer: Any, inputs: tuple[Tensor, ...], routes: tuple[routing.Route, ...] = ()
+) -> Callable[[], Tensor]:
+    """One step on fixed inputs: forward, loss, backward, clip, AdamW. Returns the gradients' norm, unread."""
+    parameters = attach.lora_parameters(transformer)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=inputs[0].is_cuda)
+    target = torch.randn_like(inputs[0])
+    transformer.train()
+
+    def step() -> Tensor:
+        loss = flow.flow_loss(predict_velocity(transformer, *inputs, routes=routes), target)
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    return step
+
+
+def table(results: list[Measured], ceiling: float | None) -> list[list[str]]:
+    """Results as rows of text, the first as the baseline of speed where it is one."""
+    base = results[0].milliseconds if results and results[0].name.startswith("baseline") else None
+    rows = []
+    for r in results:
+        error = (
+            f" ({100 * (r.predicted_gib / r.reserved_gib - 1):+.0f} %)" if r.predicted_gib and r.reserved_gib else ""
+        )
+        predicted = f"{r.predicted_gib:.2f}{error}" if r.predicted_gib else ""
+        rows.append([
+            r.name, f"{r.milliseconds:.0f}", f"{base / r.milliseconds:.2f}x" if base else "",
+            f"{r.busy:.0f}" if r.busy else "", f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
+            f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,
+        ])  # fmt: skip
+    return rows
+
+
+COLUMNS = ("case", "ms/step", "speed", "GPU busy", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
+
+
+def as_json(results: list[Measured]) -> str:
+    """Results for a file."""
+    return json.dumps([asdict(r) for r in results], indent=2) + "\n"

@@ -1,0 +1,89 @@
+"""How a training step is timed: wall time, the time in which the GPU computes, and what it needs at least."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from k5train.forward.execute import Execution
+from k5train.planning.memory import Architecture, Work
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one kind of step, in milliseconds; ``first`` in seconds."""
+
+    median: float
+    fastest: float
+    first: float
+    reserved_gib: float | None
+    busy: float | None
+
+
+def time_steps(
+    step: Callable[[], Any], execution: Execution | None, device: torch.device, num_steps: int, num_warm_up: int
+) -> Timing:
+    """Time whole steps, the GPU waited for after each."""
+    started = time.perf_counter()
+    if execution:
+        execution.warm_up(step)
+    for _ in range(num_warm_up):
+        step()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    first, times = time.perf_counter() - started, []
+    for _ in range(num_steps):
+        tick = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - tick))
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
+    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, busy_of(step) if on_gpu else None)
+
+
+def busy_of(step: Callable[[], Any]) -> float:
+    """Milliseconds that kernels of one step take on the GPU, copies left out."""
+    from torch.profiler import ProfilerActivity, profile
+
+    # Without acc_events a second profile of a process warns.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        step()
+        torch.cuda.synchronize()
+    events: list[Any] = list(seen.key_averages())
+    kernels = [e for e in events if e.device_type.name == "CUDA" and not e.key.startswith("Mem")]
+    return float(sum(e.self_device_time_total for e in kernels)) / 1000
+
+
+def flops(arch: Architecture, work: Work) -> float:
+    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights."""
+    d, text = arch.model_dim, work.num_text_tokens
+
+    def block(tokens: float) -> float:
+        linears = 2 * tokens * (6 * d * d + 2 * d * arch.ff_dim) + 2 * text * 2 * d * d
+        attention = 4 * d * (tokens * tokens + tokens * text)
+        return 2 * linears + 3.5 * attention  # backward: one matmul a linear, five for attention's two
+
+    blocks = sum(block(work.in_block(i).num_tokens) for i in range(arch.num_visual_blocks))
+    captions = arch.num_text_blocks * (2 * 2 * text * arch.text_block_parameters + 3.5 * 4 * d * text * text)
+    return work.batch_size * (blocks + captions)
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """TFLOP/s of one large bf16 matrix product on random data."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(10):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / start.elapsed_time(end) / 1e9

@@ -1,0 +1,1 @@
+"""The commands of stage 2. A command parses, calls one function and prints its result."""

@@ -1,0 +1,111 @@
+"""The commands on LoRA files: export, merge, check-lora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from k5cache.shared import console
+
+if TYPE_CHECKING:
+    from k5train.adapter.who_loads import Report
+
+
+LoraPath = Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, from any trainer.")]
+
+
+Folder = Annotated[
+    Path | None, typer.Option("--model", help="A model folder, for its architecture. Default: Kandinsky 5 Image Lite.")
+]
+
+
+Form = Annotated[
+    Literal["diffusers", "kohya"], typer.Option("--format", help="diffusers (ComfyUI loads it too) or kohya.")
+]
+
+
+Number = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option("--dtype", help="fp32, bf16 or fp16: half the size.")]
+
+
+def export(
+    file: LoraPath,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE-kohya or FILE-diffusers.")] = None,
+    form: Form = "kohya",
+    number: Number = "fp32",
+    model: Folder = None,
+) -> None:
+    """Write a LoRA with the keys of another program, or in 16 bits."""
+    from k5train.adapter.export import export as export_lora
+
+    target = out or file.with_name(f"{file.stem}-{form}{'' if number == 'fp32' else '-' + number}.safetensors")
+    num_modules = export_lora(file, target, form, number, model)
+    console.out.print(f"Wrote {target}: {num_modules} modules, {form} keys, {number}", markup=False)
+    if form == "kohya":
+        console.note("For ComfyUI and others that read kohya's keys; diffusers loads nothing of them, without an error")
+    console.next_step("Next, see what loads it", console.command("k5train", "check-lora", target))
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Two or more LoRA files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    weights: Annotated[
+        list[float] | None, typer.Option("--weight", "-w", help="Strength of each file, in order. Default: 1 each.")
+    ] = None,
+    form: Form = "diffusers",
+    number: Number = "fp32",
+    model: Folder = None,
+) -> None:
+    """Write one LoRA that does exactly what several do together; its rank is the sum of theirs."""
+    from k5train.adapter.export import merge as merge_loras
+
+    num_modules = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
+    console.out.print(f"Wrote {out}: {num_modules} modules of {len(files)} files", markup=False)
+    console.next_step("Next, see what loads it", console.command("k5train", "check-lora", out))
+
+
+def check_lora(file: LoraPath, model: Folder = None) -> None:
+    """Say which keys of a LoRA file diffusers and ComfyUI would load; exit code 1 unless each loads all of it."""
+    from k5train.adapter.export import architecture
+    from k5train.adapter.who_loads import check_lora as check
+
+    report = check(file, architecture(model))
+    print_report(report)
+    if not report.is_good:
+        raise typer.Exit(1)
+
+
+def print_report(report: Report) -> None:
+    """What was found, and what to do where a program would leave keys out."""
+    from k5train.adapter.who_loads import BY_TRANSFORMER, OTHER_MODEL
+
+    facts = [
+        report.kind,
+        f"{report.num_keys} keys",
+        f"rank {', '.join(map(str, report.ranks)) or 'unknown'}",
+        *report.dtypes,
+    ]
+    console.out.print(Text(f"{report.path}: {', '.join(facts)}"))
+    table = Table(box=None, pad_edge=False)
+    for column in ("program", "modules", "keys left out", "verdict"):
+        table.add_column(column)
+    for loader in report.loaders:
+        if loader.error:
+            verdict = f"refuses the file: {loader.error}"
+        elif not loader.modules:
+            verdict = "loads nothing, without an error"
+        elif loader.unused:
+            verdict = f"leaves out {loader.unused[0]} and the like"
+        else:
+            verdict = "loads all of it"
+        table.add_row(loader.name, str(len(loader.modules)), str(len(loader.unused)), Text(verdict))
+    console.out.print(table)
+    if any(loader.error == OTHER_MODEL for loader in report.loaders):
+        console.next_step("Give the model that it was trained on", f"k5train check-lora {report.path} --model DIR")
+    elif report.kind == "lora" and not report.is_good:
+        console.next_step("To mend it", f"k5train export {report.path} --format diffusers")
+    elif any(loader.name == "diffusers' transformer" and loader.loads_all for loader in report.loaders):
+        console.next_step("In diffusers load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))

@@ -1,0 +1,39 @@
+"""``k5train sample``: draw more pictures with a run's LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k5cache.shared import console
+from k5train.commands.arguments import RunPath, Set
+
+
+def sample(
+    run: RunPath,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt that the cache holds. May be repeated.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Draw this checkpoint. Default: the finished LoRA.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG grid. Default: in the run's samples/.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Noise. Default: the recipe's.")] = None,
+    options: Set = None,
+) -> None:
+    """Draw more pictures with a run's LoRA, the base model's beside them."""
+    from k5cache.shared.recipe import parse, read
+    from k5train.options.memory import MemoryConfig
+    from k5train.options.validation import ValidationConfig
+    from k5train.runs.folder import open_run
+    from k5train.training.more_pictures import resample
+
+    opened, model_config, config, cache = open_run(run)
+    document = read(opened.root / "recipe.toml", options or [])
+    chosen = document.setdefault("train", {}).setdefault("validation", {})
+    chosen |= {"prompts": prompts} if prompts else {}
+    chosen |= {"seed": seed} if seed is not None else {}
+    validation, memory = parse(document["train"], {"validation": ValidationConfig, "memory": MemoryConfig})
+    grid = resample(opened, model_config, replace(config, validation=validation, memory=memory), cache, step, out)
+    console.out.print(f"Wrote {grid}", markup=False)

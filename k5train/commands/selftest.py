@@ -1,0 +1,49 @@
+"""``k5train selftest``: compare this machine's training with diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k5cache.shared import console
+from k5train.commands.arguments import Model, Recipe, Set, made_with, read_recipe
+
+
+def selftest(
+    cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Prove on this machine that what is trained is what diffusers computes. Exit code 1 where it is not.
+
+    One step, its gradients and a drawing, of our transformer and of diffusers' own. With --model and no cache, on
+    random rows; with neither, on a toy model. Loads no text encoder.
+    """
+    from contextlib import ExitStack
+
+    from k5cache.shared.checkpoint import model_folder
+    from k5cache.shared.comparison import print_comparisons
+    from k5cache.shared.model import ModelConfig
+    from k5cache.shared.selftest_model import only_cache, toy_model
+    from k5cache.store.reader import open_cache
+    from k5train.exact.selftest import selftest as run
+    from k5train.training.device import pick_device
+
+    root = cache or (None if model else only_cache("k5train selftest"))
+    model_config, config = read_recipe(recipe, model, options)
+    is_named = model_config is not None
+    with ExitStack() as stack:
+        opened = open_cache(root) if root else None
+        if not model_config:
+            model_config = made_with(root) if root else ModelConfig(path=str(stack.enter_context(toy_model())))
+        folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
+        found = run(opened, folder, config, pick_device(config.device, folder))
+    what = str(root or model or (model_config.source if is_named else "a toy model"))
+    if as_json:
+        console.print_json(found)
+    if any(one.is_failed for one in found) if as_json else not print_comparisons(f"Selftest of {what}", found):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Rows of caches to batches, each a function of the seed and the step."""

@@ -1,0 +1,86 @@
+"""Does a cache fit a transformer? Widths, encoders' weights and template, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k5cache.shared.checkpoint import ENCODER_PARTS, read_config
+from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.fingerprint import fingerprint
+from k5cache.shared.model import model_name
+from k5train.data.template import check_template
+
+if TYPE_CHECKING:
+    from k5cache.store.reader import Cache
+
+
+WORDS = {
+    "text_encoder": "its captions went through another Qwen2.5-VL",
+    "tokenizer": "its captions were cut into tokens by another vocabulary",
+    "text_encoder_2": "its captions went through another CLIP",
+    "tokenizer_2": "its captions were cut into tokens by another CLIP vocabulary",
+    "vae": "its images went through another VAE",
+}
+
+
+def check_encoders(cache: Cache, folder: Path) -> None:
+    """Refuse a cache that other encoders made than those beside the transformer; under 0.2 s, no model is loaded.
+
+    Only the parts that are in ``folder`` are compared: a training machine needs no text encoder, and T2I and its
+    pretrain have the same ones.
+
+    Raises:
+        CacheStale: names each part that is another.
+    """
+    recipe = cache.manifest.recipe
+    edits = bool(read_config(folder, "transformer").get("visual_cond"))
+    flavour = str(recipe.get("model", {}).get("flavour", ""))
+    if flavour and flavour.startswith("i2i") != edits:
+        kinds = ("images to edit (I2I)", "captions alone (T2I)")
+        raise CacheStale(
+            f"{cache.root} was encoded for {flavour}, and the transformer in {folder} takes {kinds[not edits]}",
+            "Encode with the flavour that is trained: k5cache encode SOURCE -o OTHER --set model.flavour=FLAVOUR",
+        )
+    others = [
+        f"{WORDS[part]} (part {part})"
+        for part in ENCODER_PARTS
+        if (cached := _cached(recipe, part)) and (folder / part).is_dir() and fingerprint(folder, part) != cached
+    ]
+    if others:
+        raise CacheStale(
+            f"{cache.root} does not belong to the model in {folder}: {'; '.join(others)}",
+            f"Train with the model that encoded it ({model_name(recipe)}), "
+            f"or encode with this one: k5cache encode SOURCE -o {cache.root} --model {folder} --update",
+        )
+
+
+def _cached(recipe: dict[str, Any], part: str) -> str:
+    table = recipe.get("latents" if part == "vae" else "text", {})
+    return str(table.get(part) or "")
+
+
+def check_fit(cache: Cache, folder: Path) -> None:
+    """Refuse a cache whose tensors this transformer cannot take, before anything is loaded.
+
+    Raises:
+        CacheStale: widths differ, or the encoders' weights are not those beside the transformer: the cache was made by
+            others; or the installed diffusers would encode its captions otherwise.
+        CacheError: another program made it.
+    """
+    check_template(cache)
+    check_encoders(cache, folder)
+    wanted = read_config(folder, "transformer")
+    if not isinstance(cache.manifest.recipe.get("selection", {}).get("resolution"), int):
+        raise CacheError(
+            f"{cache.root} was not made by `k5cache encode`: its recipe has no selection.resolution",
+            "Encode into a new cache: k5cache encode SOURCE -o OTHER",
+        )
+    text = cache.prompt("")
+    found = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
+    for name, width in found.items():
+        if width != wanted[name]:
+            raise CacheStale(
+                f"{cache.root} holds text embeddings {width} wide, the transformer in {folder} takes {wanted[name]}",
+                "Encode with the same model: k5cache encode SOURCE -o OTHER --model DIR",
+            )

@@ -1,0 +1,187 @@
+"""Rows to batches: which rows, in what order, with which noise. All of it is a function of (seed, step, row).
+
+No worker count, restart or machine changes a batch: every draw comes from a generator seeded by what it is for.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from k5cache.shared.errors import RecipeError
+from k5train.data.batch import Batch, Group, _cat, pad
+from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches
+from k5train.objective import flow, rollout, tread
+
+if TYPE_CHECKING:
+    from k5cache.store.index import IndexRow
+    from k5cache.store.reader import Cache, TextRow
+    from k5train.options.train import TrainConfig
+
+
+class Loader:
+    """Micro-batch ``i`` of a run, for any ``i``, in any order.
+
+    Args:
+        data: a mixture of caches, or one cache opened by ``k5cache.store.reader.open_cache``.
+        config: seeds, sizes, dropout, objective, TREAD and rollout.
+        scaling_factor: of the VAE whose moments the cache holds.
+        inference_sigmas: the scheduler's, from 1 down to 0; rollouts step along them.
+
+    Raises:
+        RecipeError: the recipe counts on masks and no row has one.
+    """
+
+    def __init__(
+        self, data: Mixture | Cache, config: TrainConfig, scaling_factor: float, inference_sigmas: Tensor | None = None
+    ) -> None:
+        self.data = data if isinstance(data, Mixture) else Mixture([Source(data, config.repeats)])
+        self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
+        for name, wanted in (
+            ("objective.masked_loss", config.objective.masked_loss),
+            ("tread.keep_masked", bool(config.tread.routes) and config.tread.keep_masked),
+        ):
+            if wanted and not self.data.has_masks():
+                raise RecipeError(
+                    f"train.{name} is set, and the cache holds no masks",
+                    "Put cat.mask.png beside cat.png, white where it counts, and encode again",
+                )
+        self._epochs: dict[int, list[list[int]]] = {}
+        self._slices: tuple[int, list[int], list[int]] = (-1, [], [])
+        self._ends = [0]  # micro-batches before each epoch
+
+    def rows_of(self, micro: int) -> list[int]:
+        """Rows of micro-batch ``micro`` (counted from the start of the run)."""
+        while self._ends[-1] <= micro:
+            self._ends.append(
+                self._ends[-1] + num_batches(self.data.pools, self.config.batch_size, len(self._ends) - 1)
+            )
+        epoch = bisect.bisect_right(self._ends, micro) - 1
+        return self._epoch(epoch)[micro - self._ends[epoch]]
+
+    def micro_batches(self, epochs: int) -> int:
+        """How many micro-batches the first ``epochs`` have."""
+        return sum(num_batches(self.data.pools, self.config.batch_size, epoch) for epoch in range(epochs))
+
+    def batch(self, micro: int) -> Batch:
+        """Read micro-batch ``micro`` from the cache and draw its noise.
+
+        Raises:
+            CacheCorrupt: a row of it is not the bytes that were written.
+        """
+        rows = self.rows_of(micro)
+        drawn = [self._draw(row, micro, place) for place, row in enumerate(rows)]
+        if self.config.unequal_captions == "mask":
+            groups = [pad(drawn)]
+        else:
+            by_length: dict[int, list[Group]] = {}
+            for one in drawn:
+                by_length.setdefault(one.prompt_embeds.shape[1], []).append(one)
+            groups = [_cat(members) for _, members in sorted(by_length.items())]
+        return Batch(tuple(rows), tuple(self._route(group, micro) for group in groups))
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # an update may lie across two epochs
+                del self._epochs[min(self._epochs)]
+            generator = _generator(self.config.seed, "order", epoch)
+            self._epochs[epoch] = epoch_batches(self.data.pools, self.config.batch_size, epoch, generator)
+        return self._epochs[epoch]
+
+    def _step(self, micro: int) -> int:
+        return micro // self.config.gradient_accumulation_steps
+
+    def _draw(self, row_index: int, micro: int, place: int) -> Group:
+        config, objective = self.config, self.config.objective
+        source, _ = self.data.locate(row_index)
+        row = self.data.row(row_index)
+        # One generator a row, drawn from in a fixed order: sigma, dropout, caption, posterior, noise.
+        generator = _generator(config.seed, "row", micro, place)
+        u = torch.rand(1, generator=generator, dtype=torch.float64)
+        text = self._text(source.cache, row, generator)
+        latents, noise = self._latents(source.cache, row, generator)
+        if objective.stratified_sigmas:
+            u = self._stratified(u, micro, place)
+        num_tokens = latents.shape[0] * latents.shape[1] // 4
+        shift = flow.auto_shift(num_tokens) if objective.flow_schedule_auto_shift else config.flow_schedule_shift
+        sigma = flow.shift_sigmas(flow.sigma_quantile(u, objective), shift)
+        path = None
+        if config.rollout.probability:
+            assert self.inference_sigmas is not None, "rollout needs the scheduler's sigmas"
+            draw = _generator(config.seed, "rollout", micro, place)
+            path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, self._step(micro), draw)
+            sigma = path[-1:]
+        mask = None
+        if row.mask_key and (objective.masked_loss or config.tread.keep_masked):
+            mask = source.cache.mask(row.mask_key)
+        return Group(
+            latents=latents[None, None],
+            noise=noise[None, None],
+            sigma=sigma,
+            prompt_embeds=text.prompt_embeds[None],
+            pooled_projections=text.pooled[None],
+            weight=self._weight(sigma, source),
+            mask=self._mask(mask, latents) if objective.masked_loss else None,
+            path=None if path is None else path[None],
+            scores=self._scores(mask, num_tokens, micro, place) if config.tread.routes else None,
+        )
+
+    def _text(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> TextRow:
+        dropout, choice = torch.rand(2, generator=generator).tolist()
+        if dropout < self.config.caption_dropout_probability:
+            return cache.prompt("")
+        number = 0 if self.config.caption_choice == "first" else int(choice * len(row.caption_keys))
+        return cache.text(row.caption_keys[number])
+
+    def _latents(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        moments = cache.latents(row.latent_key)
+        mean = moments["mean"].float()
+        std = moments["std"].float() if "std" in moments else torch.zeros_like(mean)
+        latents = flow.sample_posterior(mean, std, torch.randn(mean.shape, generator=generator), self.scaling_factor)
+        return latents, torch.randn(latents.shape, generator=generator)
+
+    def _stratified(self, u: Tensor, micro: int, place: int) -> Tensor:
+        """Each row of an update draws from a slice of its own, whatever micro-batch it falls into."""
+        step, count = self._step(micro), self.config.gradient_accumulation_steps
+        if self._slices[0] != step:
+            sizes = [len(self.rows_of(m)) for m in range(step * count, (step + 1) * count)]
+            order = torch.randperm(sum(sizes), generator=_generator(self.config.seed, "slices", step)).tolist()
+            self._slices = (step, sizes, order)
+        _, sizes, order = self._slices
+        number = order[sum(sizes[: micro - step * count]) + place]
+        return (number + u) / len(order)
+
+    def _weight(self, sigma: Tensor, source: Source) -> Tensor | None:
+        weight = flow.loss_weights(sigma, self.config.objective)
+        prior = self.config.objective.prior_loss_weight
+        if prior == 1 or not any(s.is_regularisation_data for s in self.data.sources):
+            return weight
+        return (torch.ones_like(sigma) if weight is None else weight) * (prior if source.is_regularisation_data else 1)
+
+    def _mask(self, mask: Tensor | None, latents: Tensor) -> Tensor:
+        whole = torch.ones(latents.shape[:2]) if mask is None else mask
+        return whole.clamp(min=self.config.objective.unmasked_weight)[None, None, ..., None]
+
+    def _scores(self, mask: Tensor | None, num_tokens: int, micro: int, place: int) -> Tensor:
+        forced = tread.masked_tokens(mask) if mask is not None and self.config.tread.keep_masked else None
+        generator = _generator(self.config.seed, "tread", micro, place)
+        routes = self.config.tread.routes
+        return torch.stack([tread.token_scores(num_tokens, generator, forced) for _ in routes])[None]
+
+    def _route(self, group: Group, micro: int) -> Group:
+        if group.path is not None and torch.equal(group.path, group.path[:, -1:].expand_as(group.path)):
+            group = replace(group, path=None)  # no row of it is rolled
+        if group.scores is None:
+            return group
+        routes = tread.choose(group.scores, self.config.tread, self._step(micro), self.config.steps)
+        return replace(group, scores=None, routes=routes)
+
+
+def _generator(seed: int, *what: str | int) -> torch.Generator:
+    digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,0 +1,176 @@
+"""Several caches as one list of rows: which rows an epoch has, in which order, and where each one lies."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.store.reader import Cache, open_cache
+from k5train.options.objective import DataConfig
+
+if TYPE_CHECKING:
+    from k5cache.store.index import IndexRow
+
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache and how it takes part."""
+
+    cache: Cache
+    repeats: int = 1
+    weight: float | None = None
+    """Share of an epoch's rows, relative to the other sources'. None: by size."""
+    is_regularisation_data: bool = False
+    held_out: frozenset[int] = frozenset()
+    """Items of the cache that are not trained on."""
+
+
+_GOLDEN = 0.6180339887  # multiples of it spread evenly over 0 to 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The rows of one source in one bucket."""
+
+    rows: list[int]
+    rate: float
+    """Rows that they give an epoch, on average."""
+    phase: float
+    """0 to 1: where the fractions of the rate are rounded up, so that not all pools do in the same epoch."""
+
+    def count(self, epoch: int) -> int:
+        """Rows that they give in this epoch: the rate rounded so that the sum over epochs is never off by one."""
+        return math.floor((epoch + 1) * self.rate + self.phase) - math.floor(epoch * self.rate + self.phase)
+
+
+class Mixture:
+    """Rows 0 to ``len - 1`` are the items of the first cache, then those of the second, and so on."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self._ends = list(itertools.accumulate(len(s.cache) for s in self.sources))
+
+    @property
+    def first(self) -> Cache:
+        """The cache whose prompts are drawn."""
+        return self.sources[0].cache
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, row: int) -> tuple[Source, int]:
+        """The source of a row, and its item there."""
+        number = bisect.bisect_right(self._ends, row)
+        return self.sources[number], row - (self._ends[number - 1] if number else 0)
+
+    def row(self, row: int) -> IndexRow:
+        """What the index of its cache says of a row."""
+        source, item = self.locate(row)
+        return source.cache.row(item)
+
+    def name(self, row: int) -> str:
+        """A row as a person knows it: the image's path, and the cache where there are several."""
+        source, item = self.locate(row)
+        path = source.cache.row(item).path
+        return path if len(self.sources) == 1 else f"{source.cache.root.name}: {path}"
+
+    def has_masks(self) -> bool:
+        """Whether any row has a mask."""
+        columns = [s.cache.columns("mask_key").column(0) for s in self.sources]
+        return any(c.null_count < len(c) for c in columns)
+
+    @cached_property
+    def pools(self) -> dict[Size, list[Pool]]:
+        """Bucket -> from each source: its rows there and how many rows of an epoch they give."""
+        by_source = [self._by_bucket(number) for number in range(len(self.sources))]
+        sizes = [sum(map(len, buckets.values())) for buckets in by_source]
+        totals = [float(size * source.repeats) for size, source in zip(sizes, self.sources, strict=True)]
+        weights = [s.weight or 0.0 for s in self.sources]
+        if sum(weights):
+            totals = [sum(totals) * weight / sum(weights) for weight in weights]
+        pools: dict[Size, list[Pool]] = {}
+        number = 0
+        for buckets, size, total in zip(by_source, sizes, totals, strict=True):
+            for bucket, rows in buckets.items():
+                pools.setdefault(bucket, []).append(Pool(rows, total / size * len(rows), number * _GOLDEN % 1))
+                number += 1
+        return dict(sorted(pools.items()))
+
+    def _by_bucket(self, number: int) -> dict[Size, list[int]]:
+        source = self.sources[number]
+        columns = source.cache.columns("bucket_width", "bucket_height").columns
+        offset = self._ends[number] - len(source.cache)
+        buckets: dict[Size, list[int]] = {}
+        for item, size in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
+            if item not in source.held_out:
+                buckets.setdefault(size, []).append(offset + item)
+        return buckets
+
+
+def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
+    """Open the caches of a run.
+
+    Raises:
+        CacheError: one cannot be opened, or all are empty.
+        CacheStale: they were made by different encoders; names the fields.
+    """
+    sources = [
+        Source(open_cache(Path(e.cache)), e.repeats, e.weight, e.is_regularisation_data) for e in entries
+    ]  # fmt: skip
+    mixture = Mixture(sources)
+    if not len(mixture):
+        raise CacheError(f"{mixture.first.root} holds no images", "Encode some first: k5cache encode SOURCE")
+    for other in sources[1:]:
+        ours, theirs = mixture.first.manifest.recipe, other.cache.manifest.recipe
+        fields = [("text", name) for name in ours["text"]]
+        fields += [("latents", name) for name in ("vae", "scaling_factor")]
+        odd = [f"{table}.{name}" for table, name in fields if ours[table][name] != theirs[table].get(name)]
+        if odd:
+            raise CacheStale(
+                f"{mixture.first.root} and {other.cache.root} were encoded differently: {', '.join(odd)} differ",
+                "Encode both with one [model] and one [cache] recipe, by one installation",
+            )
+    return mixture
+
+
+def num_batches(pools: Mapping[Size, Sequence[Pool]], batch_size: int, epoch: int) -> int:
+    """How many batches ``epoch_batches`` makes of an epoch. Without weights the same for all."""
+    return sum(-(-sum(p.count(epoch) for p in parts) // batch_size) for parts in pools.values())
+
+
+def epoch_batches(
+    pools: Mapping[Size, Sequence[Pool]], batch_size: int, epoch: int, generator: torch.Generator
+) -> list[list[int]]:
+    """The batches of one epoch, in order.
+
+    Args:
+        pools: ``Mixture.pools``. A pool of n rows that is to give ``q * n + r`` gives every row q times, and r of them
+            once more, drawn anew in every epoch.
+        batch_size: rows of a batch; the last batch of a bucket may be smaller.
+
+    Returns:
+        Lists of rows; those of one list share a bucket.
+    """
+    batches: list[list[int]] = []
+    for parts in pools.values():
+        rows: list[int] = []
+        for pool in parts:
+            whole, rest = divmod(pool.count(epoch), len(pool.rows))
+            rows += pool.rows * whole
+            if rest:
+                rows += [pool.rows[i] for i in torch.randperm(len(pool.rows), generator=generator)[:rest].tolist()]
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

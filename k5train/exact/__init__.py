@@ -1,0 +1,1 @@
+"""Proof on the user's machine: our step beside diffusers', and what int8 costs."""

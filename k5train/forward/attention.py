@@ -1,0 +1,146 @@
+"""Attention without dropout, as ops of our own: what draws no random numbers must not look as if it did.
+
+torch marks its fused attentions as random, for the dropout that they could do. Where one is computed again in backward,
+the compiler saves and restores the generator's state around it, in every block of every step, and keeps nothing of what
+it made: each start compiled such blocks anew, 9 s a level on an H100.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten: Any = torch.ops.aten
+
+
+_library: Any = torch.library.Library("k5", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+_library.define("attention(Tensor query, Tensor key, Tensor value, bool cudnn) -> (Tensor, Tensor)")
+
+
+_library.define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, bool cudnn)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> tuple[Tensor, Tensor]:
+    """Output ``[B, N, heads, head]`` and its log-sum-exp, by the kernel that torch has for the device."""
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    if not query.is_cuda:
+        found = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    elif cudnn:
+        found = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
+    else:
+        found = _aten._scaled_dot_product_flash_attention(query, key, value)
+    return found[0].transpose(1, 2).contiguous(), found[1].contiguous()
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, cudnn: bool
+) -> tuple[Tensor, ...]:
+    sizes, on_gpu = (query.shape[1], key.shape[1]), query.is_cuda
+    tensors = [t.transpose(1, 2) for t in (grad.contiguous(), query, key, value, out)]
+    if not on_gpu:
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, logsumexp, 0.0, False)
+    else:
+        none = query.new_empty(2, dtype=torch.uint64)  # the generator's state, which is read for dropout only
+        if cudnn:
+            grads = _aten._scaled_dot_product_cudnn_attention_backward(
+                *tensors, logsumexp, none, none, None, None, None, *sizes, 0.0, False
+            )
+        else:
+            grads = _aten._scaled_dot_product_flash_attention_backward(
+                *tensors, logsumexp, None, None, *sizes, 0.0, False, none, none
+            )
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+
+
+_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("k5::attention", lib=_library)
+def _(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = query.shape
+    ending = (1,) if cudnn and query.is_cuda else ()
+    return query.new_empty(query.shape), query.new_empty(batch, heads, tokens, *ending, dtype=torch.float32)
+
+
+@torch.library.register_fake("k5::attention_backward", lib=_library)
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> Tensor:
+        out, logsumexp = torch.ops.k5.attention(query, key, value, cudnn)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        ctx.cudnn = cudnn
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*torch.ops.k5.attention_backward(grads[0], *ctx.saved_tensors, ctx.cudnn), None)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> Tensor:
+    """Scaled dot product attention, no mask, no dropout.
+
+    Args:
+        query: ``[B, N, heads, head]``.
+        key: ``[B, L, heads, head]``, as value.
+        cudnn: by cuDNN, else by flash attention; on the CPU there is one kernel.
+
+    Returns:
+        ``[B, N, heads, head]``, contiguous.
+    """
+    out: Tensor = _Attention.apply(query, key, value, cudnn)  # type: ignore[no-untyped-call]
+    return out
+
+
+def fits(query: Tensor) -> bool:
+    """Whether ``attention`` takes such heads: on the GPU bfloat16, a multiple of 8 wide, which torch's would pad."""
+    return not query.is_cuda or (query.dtype == torch.bfloat16 and query.shape[-1] % 8 == 0)
+
+
+@functools.cache
+def attention_works(device: torch.device, cudnn: bool) -> bool:
+    """Whether it gives what plain attention gives, forward and backward, on a small case in bfloat16."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((1, 256, 2, 128), (1, 77, 2, 128), (1, 77, 2, 128))
+    inputs = [torch.randn(s, device=device, dtype=torch.bfloat16, generator=generator) for s in shapes]
+    results = []
+    for run in (functools.partial(attention, cudnn=cudnn), _plain):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        try:
+            out = run(*leaves)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+        except torch.OutOfMemoryError:  # says nothing of the kernel
+            raise
+        except RuntimeError:  # no kernel for this GPU, shape or torch
+            return False
+    return all(_is_close(ours, plain) for ours, plain in zip(*results, strict=True))
+
+
+def _plain(*inputs: Tensor) -> Tensor:
+    query, key, value = (t.float().transpose(1, 2) for t in inputs)
+    return (torch.softmax(query @ key.mT / query.shape[-1] ** 0.5, -1) @ value).transpose(1, 2)
+
+
+def _is_close(ours: Tensor, plain: Tensor) -> bool:
+    return ((ours.float() - plain.float()).norm() <= 2e-2 * plain.float().norm()).item() is True
+
+
+def any_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, N, heads, head]`` each, as ``dispatch_attention_fn``'s native backend takes them: masked, or any dtype."""
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)

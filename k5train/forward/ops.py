@@ -1,0 +1,305 @@
+"""The lean linear: one matmul for all that share an input, LoRA inside it, nothing saved that backward can spare.
+
+The matmuls are ops of their own (``torch.ops.k5``), so that a memory policy can name them (``memory.py``) and
+``torch.compile`` fuses what is around them: the quantisation of an input goes into the norm that makes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library: Any = torch.library.Library("k5", "DEF")  # type: ignore[no-untyped-call]
+
+
+_library.define(
+    "matmul(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? z, Tensor? up, int segments, str tag)"
+    " -> Tensor"
+)
+
+
+_library.define("matmul_backward(Tensor g, Tensor weight, Tensor? scale, Tensor? dz, Tensor? down) -> Tensor")
+
+
+_library.define(
+    "int8_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor? b_scale, Tensor? bias, Tensor? z, Tensor? up,"
+    " int segments, ScalarType dtype, bool transpose_b, str tag) -> Tensor"
+)
+
+
+def _matmul(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    up: Tensor | None,
+    segments: int,
+    tag: str,
+) -> Tensor:
+    """``x @ (scale * weight).T + bias``, and to segment i of the columns ``z_i @ up_i.T``.
+
+    Args:
+        x: ``[M, K]``.
+        weight: ``[N, K]``, in x's dtype, or int8 with ``scale [N, 1]``.
+        z: ``[M, segments * R]``: what the adapters' down-projections made of x.
+        up: ``[N, R]``: the up-projections, one under the other.
+        tag: names the matmul to a memory policy.
+    """
+    weight = _scaled(weight, scale).t()
+    out = x @ weight if bias is None else torch.addmm(bias, x, weight)
+    if z is not None and up is not None:
+        columns, rank = out.shape[1] // segments, up.shape[1]
+        for i in range(segments):
+            part = slice(i * columns, (i + 1) * columns)
+            out[:, part].addmm_(z[:, i * rank : (i + 1) * rank], up[part].t())
+    return out
+
+
+_workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _workspace(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Room for a weight as one matmul needs it, the same memory every time: the stream runs one after the other.
+
+    A new tensor each time is freed among activations that stay, and leaves holes: 0.9 of 16 GiB on an H200.
+    """
+    room = _workspaces.get((like.device, dtype))
+    if room is None or room.numel() < like.numel():
+        room = _workspaces[like.device, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+    return room[: like.numel()].view(shape)
+
+
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return weight
+    if not weight.is_cuda:
+        return scale * weight
+    return torch.mul(scale, weight, out=_workspace(weight, scale.dtype, *weight.shape))
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """``[K, N]`` int8 to a contiguous ``[N, K]``."""
+    if not (weight.is_cuda and kernel_works(weight.device)):
+        return weight.t().contiguous()
+    from k5train.forward.kernels import transpose
+
+    return transpose(weight, _workspace(weight, weight.dtype, weight.shape[1], weight.shape[0]))
+
+
+def _matmul_backward(g: Tensor, weight: Tensor, scale: Tensor | None, dz: Tensor | None, down: Tensor | None) -> Tensor:
+    """``g @ (scale * weight) + dz @ down``: the gradient of x. An op, lest the compiler keep ``scale * weight``."""
+    out = g @ _scaled(weight, scale)
+    return out if dz is None or down is None else out.addmm_(dz, down)
+
+
+def _int8_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    up: Tensor | None,
+    segments: int,
+    dtype: torch.dtype,
+    transpose_b: bool,
+    tag: str,
+) -> Tensor:
+    """``(a @ b.T) * a_scale * b_scale.T + bias``, and to segment i of the columns ``z_i @ up_i.T``.
+
+    Args:
+        a: ``[M, K]`` int8.
+        a_scale: ``[M, 1]`` float32.
+        b: ``[N, K]`` int8.
+        b_scale: ``[N, 1]``.
+        dtype: of the result.
+        transpose_b: b is given as ``[K, N]``. int8 tensor cores want both operands along K, so it is turned here, for
+            the moment of the matmul: outside, the compiler would keep what it can make from a weight alone.
+    """
+    b = _turned(b) if transpose_b else b
+    if a.is_cuda and kernel_works(a.device):
+        from k5train.forward.kernels import int8_matmul
+
+        return int8_matmul(a, a_scale, b, b_scale, bias, z, up, segments, dtype)
+    return _exact(a, a_scale, b, b_scale, bias, z, up, segments).to(dtype)
+
+
+def _exact(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    up: Tensor | None,
+    segments: int,
+) -> Tensor:
+    """The same with torch alone: integer tensor cores through cuBLAS where it takes the shape, else float64."""
+    if a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+        out = torch._int_mm(a, b.t()).float()
+    else:
+        out = (a.double() @ b.double().t()).float()  # sums of 10,240 products of int8 are exact in float64
+    out = out * a_scale
+    out = out if b_scale is None else out * b_scale.float().t()
+    out = out if bias is None else out + bias.float()
+    if z is not None and up is not None:
+        columns, rank = out.shape[1] // segments, up.shape[1]
+        for i in range(segments):
+            part = slice(i * columns, (i + 1) * columns)
+            out[:, part] += z[:, i * rank : (i + 1) * rank].float() @ up[part].float().t()
+    return out
+
+
+_library.impl("matmul", _matmul, "CompositeExplicitAutograd")
+
+
+_library.impl("matmul_backward", _matmul_backward, "CompositeExplicitAutograd")
+
+
+_library.impl("int8_matmul", _int8_matmul, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("k5::matmul", lib=_library)
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("k5::matmul_backward", lib=_library)
+def _(g: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return g.new_empty(g.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("k5::int8_matmul", lib=_library)
+def _(a: Tensor, a_scale: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    dtype, transpose_b = rest[-3:-1]
+    return a.new_empty(a.shape[0], b.shape[1 if transpose_b else 0], dtype=dtype)
+
+
+@functools.cache
+def kernel_works(device: torch.device) -> bool:
+    """Whether the Triton kernels give what exact arithmetic gives, in every form that is used, on small cases."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return False
+    from k5train.forward import kernels
+
+    kernels.is_direct = True
+    if _kernels_agree(device):
+        return True
+    kernels.is_direct = False
+    return _kernels_agree(device)
+
+
+def _kernels_agree(device: torch.device) -> bool:
+    from k5train.forward.kernels import int8_matmul, transpose
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, device=device, dtype=torch.int8, generator=generator)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+
+    for rows in (96, 1024):  # small and large tiles
+        a, a_scale, b = integers(rows, 256), numbers(rows, 1).float().abs(), integers(1536, 256)
+        full = (numbers(1536, 1).abs(), numbers(1536), numbers(rows, 48), numbers(1536, 16), 3)
+        for b_scale, bias, z, up, segments in (full, (None, None, numbers(rows, 20), numbers(20, 1536).t(), 1)):
+            plain = _exact(a, a_scale, b, b_scale, bias, z, up, segments)
+            for _ in range(2):  # compiled, and launched again
+                try:
+                    ours = int8_matmul(a, a_scale, b, b_scale, bias, z, up, segments, torch.bfloat16).double()
+                except Exception:  # Triton, ptxas, gcc and the driver fail in their own ways; the answer is the same
+                    return False
+                if not ((ours - plain).norm() <= 5e-3 * plain.norm()).item():  # bfloat16 results: 2e-3
+                    return False
+    weights = (integers(256, 640), b[:, :100])
+    return all(torch.equal(transpose(w, w.new_empty(w.shape[::-1])), w.t()) for w in weights for _ in range(2))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[M, K]`` to int8 and one float32 scale a row, ``[M, 1]``: symmetric, absolute maximum to 127."""
+    x = x.float()
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (x * (127.0 / largest)).round().clamp(-127, 127).to(torch.int8), largest / 127.0
+
+
+class _Linear(torch.autograd.Function):
+    """See ``linear``. Backward needs the weight, and x only for the gradient of ``down``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor | None,
+        up: Tensor | None,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        segments: int,
+        int8_dynamic: bool,
+        tag: str,
+    ) -> Tensor:
+        z = None if down is None else x @ down.t()
+        ctx.segments, ctx.int8_dynamic, ctx.tag = segments, int8_dynamic, tag
+        ctx.save_for_backward(None if down is None else x, down, up, z, weight, scale)
+        if not int8_dynamic:
+            return torch.ops.k5.matmul(x, weight, scale, bias, z, up, segments, tag)
+        a, a_scale = quantize_rows(x)
+        return torch.ops.k5.int8_matmul(a, a_scale, weight, scale, bias, z, up, segments, x.dtype, False, tag)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, z, weight, scale = ctx.saved_tensors
+        g, segments = grads[0], ctx.segments
+        dz = d_down = d_up = None
+        if down is not None:
+            columns, rank = g.shape[1] // segments, up.shape[1]
+            parts = [slice(i * columns, (i + 1) * columns) for i in range(segments)]
+            ranks = [slice(i * rank, (i + 1) * rank) for i in range(segments)]
+            dz = torch.cat([g[:, p] @ up[p] for p in parts], dim=1)
+            d_up = torch.cat([g[:, p].t() @ z[:, r] for p, r in zip(parts, ranks, strict=True)])
+            d_down = dz.t() @ x
+        if ctx.int8_dynamic:
+            # The scale of a row of the weight is one of the sum's terms here: it belongs to g before g is quantised.
+            a, a_scale = quantize_rows(g.float() * scale.float().t())
+            down_t = None if down is None else down.t()
+            dx = torch.ops.k5.int8_matmul(a, a_scale, weight, None, None, dz, down_t, 1, g.dtype, True, "backward")
+        else:
+            dx = torch.ops.k5.matmul_backward(g, weight, scale, dz, down)
+        return dx, d_down, d_up, None, None, None, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    segments: int,
+    int8_dynamic: bool,
+    tag: str,
+) -> Tensor:
+    """A frozen linear, or several that share an input, each with its LoRA.
+
+    Args:
+        x: ``[..., K]`` in the compute dtype.
+        weight: ``[N, K]``, the weights of ``segments`` linears one under the other; int8, or in x's dtype.
+        scale: ``[N, 1]`` of an int8 weight.
+        down: ``[segments * R, K]`` in x's dtype, alpha / rank folded in. None: no adapter.
+        up: ``[N, R]``.
+        int8_dynamic: quantise x a row at a time, and in backward its gradient, and multiply on int8 tensor cores.
+        tag: names the matmul to a memory policy.
+
+    Returns:
+        ``[..., N]``.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Linear.apply(rows, down, up, weight, scale, bias, segments, int8_dynamic, tag)  # type: ignore[no-untyped-call]
+    return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,1 @@
+"""What a step is trained towards: flow matching, TREAD and rollout, as pure functions."""

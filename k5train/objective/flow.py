@@ -1,0 +1,181 @@
+"""Flow matching: what is noised, by how much, and what the transformer should answer. Pure, in float32.
+
+The rules are the official trainer's: ``x = (1 - sigma) * latents + sigma * noise`` and ``velocity = noise - latents``,
+with ``sigma = sigmoid(N(0, 1))`` and then the shift.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from k5train.options.objective import ObjectiveConfig
+
+
+def sample_posterior(mean: Tensor, std: Tensor | None, noise: Tensor, scaling_factor: float) -> Tensor:
+    """One draw of the VAE's posterior, in the units that the transformer sees.
+
+    Args:
+        mean: any shape, unscaled, as the cache holds it (float16).
+        std: like ``mean``. None: the cache holds only the mean, and the mean is the draw.
+        noise: like ``mean``, N(0, 1).
+        scaling_factor: the VAE config's. Kandinsky 5 does not use ``shift_factor``.
+
+    Returns:
+        latents, float32, like ``mean``.
+    """
+    moment = mean.float() if std is None else mean.float() + std.float() * noise.float()
+    return moment * scaling_factor
+
+
+def sigma_quantile(u: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """The noise level below which a share ``u`` of those trained on lie, before the shift.
+
+    One uniform number makes one sigma, whatever the distribution; equally spaced ones make stratified sigmas.
+
+    Args:
+        u: any shape, 0 to 1, float64 for exact tails.
+
+    Returns:
+        float32 in (0, 1), like ``u``.
+    """
+    u = u.double().clamp(2.0**-24, 1 - 2.0**-24)
+    match objective.sigma_sampling:
+        case "sigmoid":
+            sigma = torch.sigmoid(objective.sigmoid_scale * torch.special.ndtri(u))
+        case "logit_normal":
+            sigma = torch.sigmoid(objective.logit_mean + objective.logit_std * torch.special.ndtri(u))
+        case "mode":  # diffusers' compute_density_for_timestep_sampling; there it falls as its u rises
+            u = 1 - u
+            sigma = 1 - u - objective.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        case "beta":
+            shapes = objective.beta_schedule_alpha, objective.beta_schedule_beta
+            sigma = torch.tensor([_beta_quantile(x, *shapes) for x in u.flatten().tolist()]).view(u.shape)
+        case "uniform":
+            sigma = u
+    return sigma.float()
+
+
+def auto_shift(num_tokens: int) -> float:
+    """Flux's shift for a picture of so many visual tokens (pixels / 256): ``pipelines.flux.calculate_shift``'s exp."""
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return math.exp(0.5 + (num_tokens - 256) * slope)
+
+
+def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
+    """``s * sigma / (1 + (s - 1) * sigma)``; 0 and 1 stay, above 1 moves the rest towards noise."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The transformer's input at ``sigma``.
+
+    Args:
+        latents: ``[B, ...]``.
+        noise: like ``latents``, N(0, 1).
+        sigma: ``[B]``; 0 gives the latents, 1 the noise.
+
+    Returns:
+        float32, like ``latents``.
+    """
+    sigma = sigma.float().view(-1, *(1,) * (latents.ndim - 1))
+    return (1 - sigma) * latents.float() + sigma * noise.float()
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """The velocity that leads from data to noise, float32: what the transformer should predict at every sigma."""
+    return noise.float() - latents.float()
+
+
+def loss_weights(sigma: Tensor, objective: ObjectiveConfig) -> Tensor | None:
+    """What each row's error counts at its sigma.
+
+    ``min_snr``: with ``SNR = ((1 - sigma) / sigma)^2`` an error e of the velocity is ``sigma * e`` of the data,
+    which Min-SNR weighs by ``min(SNR, gamma)``: together ``min(SNR, gamma) * sigma^2``, its own rule for v-prediction.
+
+    Args:
+        sigma: ``[B]``, after the shift.
+
+    Returns:
+        ``[B]`` float32, or None where all count the same.
+    """
+    sigma = sigma.float()
+    match objective.weighting:
+        case "cosmap":  # diffusers' compute_loss_weighting_for_sd3
+            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        case "bell":  # exp(-2 (sigma - 1/2)^2), lowered to 0 at the ends, divided by its mean
+            lowest, mean = math.exp(-0.5), math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5))
+            return (torch.exp(-2 * (sigma - 0.5) ** 2) - lowest) / (mean - lowest)
+        case "min_snr":
+            return torch.minimum((1 - sigma) ** 2, objective.snr_gamma * sigma**2)
+    return None
+
+
+def flow_loss(
+    predicted: Tensor,
+    velocity: Tensor,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    huber_c: float | None = None,
+) -> Tensor:
+    """The error of a forward pass, a mean over its rows, a float32 scalar.
+
+    Args:
+        predicted: ``[B, ...]``.
+        velocity: like ``predicted``.
+        weight: ``[B]``, of each row. None: 1.
+        mask: broadcasts to ``predicted``, 0 to 1: a row's error is the mean over what its mask covers, so a small
+            subject counts as much as a large one. None: the mean over everything.
+        huber_c: the size from which an error counts linearly: ``c * (2 * |e| - c)`` instead of ``e^2``. None: never.
+    """
+    predicted, velocity = predicted.float(), velocity.float()
+    if weight is None and mask is None and huber_c is None:
+        return F.mse_loss(predicted, velocity)
+    if huber_c is None:
+        errors = F.mse_loss(predicted, velocity, reduction="none")
+    else:
+        errors = 2 * F.huber_loss(predicted, velocity, reduction="none", delta=huber_c)
+    if mask is None:
+        rows = errors.flatten(1).mean(1)
+    else:
+        mask = mask.expand_as(errors).flatten(1)
+        rows = (errors.flatten(1) * mask).sum(1) / mask.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows if weight is None else rows * weight).mean()
+
+
+def _beta_quantile(u: float, a: float, b: float) -> float:
+    """Where Beta(a, b)'s distribution function reaches ``u``, by bisection to float64."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _beta_cdf(middle, a, b) < u else (low, middle)
+    return (low + high) / 2
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22) and Lentz's method."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side
+        return 1 - _beta_cdf(1 - x, b, a)
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    ) / a  # fmt: skip
+    value, c, d = 1.0, 1.0, 0.0
+    for i in range(300):
+        m = i // 2
+        if i == 0:
+            term = 1.0
+        elif i % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / (1 + term * d)
+        c = 1 + term / c
+        value *= c * d
+        if abs(1 - c * d) < 1e-15:
+            break
+    return front * (value - 1)

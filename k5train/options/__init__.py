@@ -1,0 +1,1 @@
+"""The options of stage 2, one file a table of the recipe."""

@@ -1,0 +1,1 @@
+"""What each block keeps, recomputes or streams in the VRAM there is."""

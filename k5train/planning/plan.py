@@ -1,0 +1,157 @@
+"""From a run's recipe to its memory plan: sizes, budget, and how blocks are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import Kandinsky5Transformer3DModel
+
+from k5cache.shared import console
+from k5cache.shared.checkpoint import read_config
+from k5train.adapter import targets
+from k5train.base.architecture import DTYPES
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.objective import RouteConfig
+from k5train.options.train import TrainConfig
+from k5train.planning import memory, vram
+from k5train.planning.memory import Architecture, Plan, Streaming, Work
+from k5train.planning.vram import check_bfloat16
+
+if TYPE_CHECKING:
+    from k5cache.store.reader import Cache
+    from k5train.planning.saved_plan import Kept
+
+
+# What each optimizer holds for a parameter: AdamW two averages, Lion and Muon one, 8-bit AdamW two bytes, Adafactor
+# rows and columns, Prodigy two averages, its start and its sum, schedule-free AdamW an average and its fast iterate.
+_STATE_BYTES = {
+    "adamw": 8, "adamw8bit": 2, "lion": 4, "muon": 4, "adafactor": 1, "prodigy": 16, "schedulefree": 8,
+}  # fmt: skip
+
+
+def plan_training(
+    folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int], kept: Kept | None = None
+) -> Plan:
+    """What a run will keep, recompute and stream on ``device``. Reads the checkpoint's config.json, no weights.
+
+    Args:
+        sizes: the most tokens of a picture and of a caption, as ``largest`` finds them.
+        kept: the plan that it has to be.
+
+    Raises:
+        DoesNotFit: no plan fits, or not the one that is kept or that the recipe asks for.
+        RecipeError: a LoRA target matches nothing.
+        RunError: the GPU has no bfloat16.
+    """
+    check_bfloat16(device, config.mixed_precision)
+    budget = vram.budget(device, config.memory.vram)
+    if kept:
+        return kept.within(budget)
+    return plan_for(read_config(folder, "transformer"), config, device, sizes, budget)
+
+
+def plan_for(
+    transformer_config: Mapping[str, Any],
+    config: TrainConfig,
+    device: torch.device,
+    sizes: tuple[int, int],
+    budget: int | None,
+) -> Plan:
+    """The same for a transformer's config as values, within ``budget`` bytes."""
+    how = how_to_run(config, device)
+    arch = memory.architecture(transformer_config)
+    work = work_for(transformer_config, config, sizes, compiled=how == "compiled")
+    level: Any = None if config.memory.activations == "auto" else config.memory.activations
+    if level is None and (budget is None or how == "diffusers"):
+        level = "nothing"  # on a CPU, and where only all or nothing can be kept
+    fixed_by = "execution" if how == "diffusers" and config.memory.activations == "auto" else "activations"
+    streaming = streaming_of(config.memory, arch)
+    return memory.make_plan(arch, work, budget, level=level, streaming=streaming, fixed_by=fixed_by)
+
+
+def work_for(
+    transformer_config: Mapping[str, Any], config: TrainConfig, sizes: tuple[int, int], compiled: bool
+) -> Work:
+    """The largest forward and backward pass of a run."""
+    parameters, width = adapter_size(transformer_config, config.lora)
+    always = config.tread.routes and not config.tread.ramp_down and not config.tread.keep_masked
+    return Work(
+        batch_size=config.batch_size,
+        num_tokens=sizes[0],
+        num_text_tokens=sizes[1],
+        lora_parameters=parameters,
+        adapters_width=width,
+        precision=config.base_model_precision,
+        bytes_per_element=DTYPES[config.mixed_precision].itemsize,
+        compiled=compiled,
+        bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
+        walking=walking(config.tread.routes, transformer_config["num_visual_blocks"]) if always else (),
+    )
+
+
+def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> tuple[int, int]:
+    """Trained parameters, and the sum of ranks over one picture block: from shapes alone.
+
+    Raises:
+        RecipeError: a target matches nothing.
+    """
+    with init_empty_weights():
+        transformer = Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
+    ranks = targets.module_ranks(transformer, config, targets.match_targets(transformer, config.targets))
+    linears: list[tuple[Any, int]] = [(transformer.get_submodule(name), rank) for name, rank in ranks.items()]
+    parameters = sum(rank * (m.in_features + m.out_features) for m, rank in linears)
+    blocks = max(1, len(transformer.visual_transformer_blocks))
+    in_blocks = sum(rank for name, rank in ranks.items() if name.startswith("visual_transformer_blocks."))
+    return parameters, -(-in_blocks // blocks)
+
+
+def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:
+    """The group-offload words as what they mean here. None: stream only what must be."""
+    if not config.enable_group_offload:
+        return None
+    groups = 2 if config.group_offload_use_stream else 1
+    slots = groups * config.group_offload_blocks_per_group
+    return Streaming(arch.num_visual_blocks, slots, config.group_offload_use_stream)
+
+
+def how_to_run(config: TrainConfig, device: torch.device) -> str:
+    """``compiled``, ``eager`` or ``diffusers``."""
+    if config.memory.execution != "auto":
+        return config.memory.execution
+    if device.type == "cuda":
+        # DoRA's and LoKr's blocks run as peft's modules, which the compiled block does not know: plan for that.
+        return "eager" if config.lora.algo in ("dora", "lokr") else "compiled"
+    lean = config.base_model_precision == "int8-dynamic" or config.memory.enable_group_offload
+    return "eager" if lean or config.memory.activations not in ("auto", "nothing", "all") else "diffusers"
+
+
+def largest(*caches: Cache) -> tuple[int, int]:
+    """The most tokens of a picture and of a caption in some caches: what the plan must hold."""
+    buckets = [shard.bucket for cache in caches for shard in cache.manifest.shards if shard.bucket]
+    pictures = max(((w // 16) * (h // 16) for w, h in buckets), default=0)
+    return pictures, max((n for cache in caches for n in cache.text_lengths().values()), default=1)
+
+
+def less(plan: Plan) -> int | None:
+    """The budget for the plan after one whose first step ran out of VRAM; None: there is none, weights would move."""
+    return None if plan.budget is None or plan.streaming else min(plan.budget, plan.peak) * 11 // 12
+
+
+def announce(plan: Plan, print_line: Callable[[str], None] = console.note) -> None:
+    """The plan in a few lines, before anything is loaded."""
+    for what, how in memory.describe(plan):
+        print_line(f"  {what:<32} {how}")
+
+
+def walking(routes: Sequence[RouteConfig], num_blocks: int) -> tuple[float, ...]:
+    """Share of the picture's tokens that goes through each visual block."""
+    shares = [1.0] * num_blocks
+    for route in routes:
+        first, last = route.start_layer_idx % num_blocks, route.end_layer_idx % num_blocks
+        shares[first : last + 1] = [1 - route.selection_ratio] * (last + 1 - first)
+    return tuple(shares)

@@ -1,0 +1,43 @@
+"""What a LoRA file says about itself: how it was made, and the modelspec keys that other tools show."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from k5train.data.mixture import Mixture
+from k5train.options.train import TrainConfig
+from k5train.runs.folder import Run
+
+ARCHITECTURE = "kandinsky-5-image-lite/lora"
+
+
+def metadata(data: Mixture, config: TrainConfig, identity: dict[str, Any], run: Run, step: int) -> dict[str, str]:
+    """Strings for the header of the file: ``k5.*`` for us, ``modelspec.*`` as github.com/Stability-AI/ModelSpec has it.
+
+    Args:
+        identity: from ``session.identity``: the recipe, the caches' rows, the base's fingerprint.
+        step: updates done.
+    """
+    caches = [{"images": c["images"], "rows": c["rows"]} for name, c in identity.items() if name.startswith("cache")]
+    model = data.first.manifest.recipe["model"]["source"]
+    side = data.first.manifest.recipe["selection"]["resolution"]
+    versions = {name: version(name) for name in ("kandinsky5-lora", "torch", "diffusers", "peft")}
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURE,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": run.name,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{side}x{side}",
+        "software": "kandinsky5-lora",
+        "k5.base_model": str(model),
+        "k5.base_fingerprint": identity["transformer"],
+        "k5.caches": json.dumps(caches),
+        "k5.recipe": json.dumps(identity["train"]),
+        "k5.seed": str(config.seed),
+        "k5.step": str(step),
+        "k5.versions": json.dumps(versions),
+    }

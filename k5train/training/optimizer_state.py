@@ -1,0 +1,61 @@
+"""An optimizer's state as named tensors and JSON, and back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by name, and the rest as JSON: any torch optimizer's, bit for bit.
+
+    Args:
+        names: of the parameters, in the optimizer's order.
+    """
+    document = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    state = {names[i]: _take_tensors(values, names[i], tensors) for i, values in document["state"].items()}
+    groups = [_take_tensors(group, f"group/{i}", tensors) for i, group in enumerate(document["param_groups"])]
+    return tensors, {"state": state, "groups": groups}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
+) -> None:
+    """The inverse of ``optimizer_state``, into an optimizer made by the same recipe."""
+    document = optimizer.state_dict()
+    state = {names.index(name): _put_tensors(values, name, tensors) for name, values in plain["state"].items()}
+    saved = [_put_tensors(group, f"group/{i}", tensors) for i, group in enumerate(plain["groups"])]
+    groups = [{**new, **_like(new, old)} for new, old in zip(document["param_groups"], saved, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _take_tensors(values: Mapping[str, Any], where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """``values`` with null in place of tensors, which move to ``tensors``; bitsandbytes nests dicts in its state."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            tensors[f"{where}/{key}"] = value.clone()  # safetensors refuses tensors that share memory
+        plain[key] = (
+            None if isinstance(value, Tensor)
+            else _take_tensors(value, f"{where}/{key}", tensors) if isinstance(value, dict)
+            else value
+        )  # fmt: skip
+    return plain
+
+
+def _put_tensors(plain: Mapping[str, Any], where: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of ``_take_tensors``."""
+    return {
+        key: _put_tensors(value, f"{where}/{key}", tensors) if isinstance(value, dict)
+        else tensors.get(f"{where}/{key}", value)
+        for key, value in plain.items()
+    }  # fmt: skip
+
+
+def _like(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples: give each value the type that a fresh optimizer has."""
+    return {k: tuple(v) if isinstance(new.get(k), tuple) and isinstance(v, list) else v for k, v in old.items()}

@@ -1,0 +1,98 @@
+"""Pictures of the validation prompts at a step, and the run's grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from rich.progress import Progress
+
+from k5cache.shared.files import write_json, write_whole
+from k5train.data.mixture import Mixture
+from k5train.options.train import TrainConfig
+from k5train.pictures import sample, sheet
+from k5train.runs.folder import Run
+
+if TYPE_CHECKING:
+    from diffusers import Kandinsky5Transformer3DModel
+
+
+class Painter:
+    """Draws the validation prompts at a step and keeps the run's grid up to date.
+
+    Raises:
+        CacheError: a prompt is not in the cache: found before anything is loaded.
+    """
+
+    def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run) -> None:
+        chosen, cache = config.validation, data.first
+        self.folder, self.run, self.prompts = folder, run, chosen.prompts
+        self.rows, self.negative = sample.prompt_rows(cache, chosen.prompts, chosen.negative_prompt)
+        self.settings = sample.settings_for(cache, chosen)
+        self.drawn = {"prompts": list(self.prompts), "negative_prompt": chosen.negative_prompt, **asdict(self.settings)}
+
+    def draw(
+        self, transformer: Kandinsky5Transformer3DModel, step: int, bars: Progress, kind: str = ""
+    ) -> dict[str, Image.Image]:
+        """Sample every prompt with the transformer as it is now, decode, and write pictures and grid.
+
+        Before the first step that is the base model, without its adapter: the row that all others stand beside.
+
+        Args:
+            kind: a further row of the same step, such as ``EMA``.
+
+        Returns:
+            the pictures by what they show.
+        """
+        transformer.eval()
+        folder = self.run.samples(step) / kind.lower()
+        if step == 0 and self._is_drawn(folder):  # a sweep brings the base model's pictures along
+            pictures = self._read(folder)
+        else:
+            with _without_adapter(transformer) if step == 0 else nullcontext():
+                pictures = sample.draw_prompts(
+                    transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(pictures):
+                write_whole(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
+            write_json(folder / "drawn.json", self.drawn)
+        self.write_grid(step)
+        ending = f" ({kind})" if kind else ""
+        return {f"{prompt}{ending}": picture for prompt, picture in zip(self.prompts, pictures, strict=True)}
+
+    def write_grid(self, step: int) -> None:
+        """Every row drawn so until ``step``, from the files: also those of before a restart."""
+        rows = []
+        for number in sorted(int(p.name.removeprefix("step-")) for p in self.run.root.glob("samples/step-*")):
+            for kind in ("", "EMA"):
+                folder = self.run.samples(number) / kind.lower()
+                if number <= step and self._is_drawn(folder):
+                    label = f"step {number} {kind}".strip() if number else "base model"
+                    rows.append((label, self._read(folder)))
+        write_whole(self.run.grid, partial(sheet.grid(rows, self.prompts).save, format="PNG"))
+
+    def _is_drawn(self, folder: Path) -> bool:
+        """Whether these prompts were drawn there, in this way."""
+        try:
+            return bool(json.loads((folder / "drawn.json").read_text(encoding="utf-8")) == self.drawn)
+        except FileNotFoundError:
+            return False
+
+    def _read(self, folder: Path) -> list[Image.Image]:
+        return [Image.open(folder / f"{i:02d}.png").convert("RGB") for i in range(len(self.prompts))]
+
+
+@contextmanager
+def _without_adapter(transformer: Kandinsky5Transformer3DModel) -> Iterator[None]:
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()

@@ -1,0 +1,159 @@
+"""What one run trains on a base: its adapter and optimizer, put on, saved, brought back, and taken off again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from k5cache.shared import console
+from k5cache.shared.errors import DoesNotFit, RunError
+from k5train.adapter import targets
+from k5train.adapter.attach import add_lora
+from k5train.forward.load import execute
+from k5train.options.train import TrainConfig
+from k5train.planning.plan import announce, largest, less, plan_for
+from k5train.runs import resume_state
+from k5train.training import optimizer_state
+from k5train.training.average import Ema
+from k5train.training.base import Base
+from k5train.training.optimizer import make_optimizer, settled
+from k5train.training.step import exploded, update
+
+if TYPE_CHECKING:
+    from k5train.data.batch import Batch
+    from k5train.data.mixture import Mixture
+    from k5train.forward.execute import Execution
+
+
+@dataclass(frozen=True)
+class Session:
+    """An adapter on its base, and what updates it."""
+
+    base: Base
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    execution: Execution | None
+
+    def update(self, batches: Sequence[Batch], cache: Mixture, max_grad_norm: float) -> float:
+        """One step of the optimizer, and of the average. Returns the gradients' norm.
+
+        Raises:
+            RunError: it is not finite; the rows are named and nothing was updated.
+        """
+        explain = partial(exploded, batches=batches, cache=cache)
+        norm = update(self.optimizer, list(self.parameters.values()), max_grad_norm, explain)
+        if self.ema:
+            self.ema.update()
+        return norm
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The adapter as it is to be used: a schedule-free optimizer's average; afterwards every bit as before."""
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        before = [p.detach().clone() for p in self.parameters.values()]
+        with settled(self.optimizer):
+            yield
+        with torch.no_grad():
+            for parameter, tensor in zip(self.parameters.values(), before, strict=True):
+                parameter.copy_(tensor)
+
+    def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """What ``state.save_state`` writes of it: tensors by part, and the optimizer's plain values."""
+        tensors, plain = optimizer_state.optimizer_state(self.optimizer, list(self.parameters))
+        parts: dict[str, Mapping[str, Tensor]] = {"adapter": self.parameters, "optimizer": tensors}
+        return parts | ({"ema": self.ema.state_dict()} if self.ema else {}), {"optimizer": plain}
+
+    def restore(self, saved: resume_state.Saved) -> None:
+        """Bring back what ``parts`` gave.
+
+        Raises:
+            RunError: the files do not fit this adapter.
+        """
+        adapter = saved.tensors("adapter")
+        if {n: t.shape for n, t in adapter.items()} != {n: p.shape for n, p in self.parameters.items()}:
+            raise RunError(
+                f"{saved.folder} holds another adapter than the recipe makes",
+                "Resume with the recipe that the run started with",
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(adapter[name])
+        optimizer_state.restore_optimizer(
+            self.optimizer, list(self.parameters), saved.tensors("optimizer"), saved.facts["optimizer"]
+        )
+        if self.ema:
+            self.ema.load_state_dict(saved.tensors("ema"))
+
+    def close(self) -> None:
+        """Take the adapter off: the base is as it was."""
+        self.base.transformer.unload_lora()
+
+
+def attach(base: Base, config: TrainConfig, saved: resume_state.Saved | None) -> Session:
+    """Put the recipe's adapter on the base, at its start or as it was saved.
+
+    Raises:
+        RecipeError: a target matches nothing.
+        RunError: the saved state cannot be read or does not fit.
+    """
+    try:
+        return _attach(base, config, saved)
+    except BaseException:
+        if getattr(base.transformer, "_hf_peft_config_loaded", False):
+            base.transformer.unload_lora()
+        raise
+
+
+def _attach(base: Base, config: TrainConfig, saved: resume_state.Saved | None) -> Session:
+    console.note(targets.describe(add_lora(base.transformer, config.lora, config.seed)))
+    parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(parameters.values(), config.optim)
+    ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
+    made = execute(base.transformer, config, base.device, base.plan, base.any_rank)
+    session = Session(base, parameters, optimizer, ema, made)
+    if saved:
+        session.restore(saved)
+    return session
+
+
+def leaner(session: Session, config: TrainConfig, data: Mixture) -> Session | None:
+    """The session with a plan for a twelfth less VRAM: what the first step found missing.
+
+    Returns:
+        None where the recipe fixes what is kept, or where weights would have to move.
+    """
+    base, budget = session.base, less(session.base.plan)
+    if budget is None or config.memory.activations != "auto":
+        return None
+    sizes = largest(*(source.cache for source in data.sources))
+    try:
+        again = plan_for(base.transformer.config, config, base.device, sizes, budget)
+    except DoesNotFit:
+        return None
+    if again.streaming:
+        return None
+    console.warn("The first step needed more VRAM than planned: planning for less")
+    announce(again)
+    execution = execute(base.transformer, config, base.device, again, base.any_rank)
+    return replace(session, base=replace(base, plan=again), execution=execution)
+
+
+class Clock:
+    """Seconds that a run took, earlier attempts included."""
+
+    def __init__(self, spent: float) -> None:
+        self._start = time.monotonic() - spent
+
+    def seconds(self) -> float:
+        """Until now."""
+        return time.monotonic() - self._start
