@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from k5train.base import random_weights
+from k5train.base.architecture import FULL_SIZE
 from k5train.base.quantize import INT8_MODULES
 from k5train.bench import case
 from k5train.exact import int8_error
