@@ -141,7 +141,7 @@ def test_what_runs_as_pefts_modules_is_refused_on_int8_arithmetic_and_planned_as
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian"])
 def test_a_start_that_changes_the_base_is_refused_with_the_reason(start):
-    with pytest.raises(RecipeError, match="frozen, int8 and shared by every run"):
+    with pytest.raises(RecipeError, match=r"train\.lora\.init_lora_weights .* frozen, int8 and shared by every run"):
         parse({"train": {"lora": {"init_lora_weights": start}}}, {"train": TrainConfig})
 
 

@@ -189,12 +189,6 @@ def test_huber_is_squared_to_its_limit_and_linear_beyond():
     )
 
 
-def test_noise_offset_is_refused_with_the_reason():
-    (problem,) = ObjectiveConfig(noise_offset=0.05).check()
-    assert "flow matching does, at sigma 1" in problem
-    assert "flow_schedule_shift" in problem
-
-
 def test_a_posterior_sample_is_diffusers_own_times_the_scaling_factor_without_a_shift():
     moments = gaussian(1, 32, 4, 6)
     posterior = DiagonalGaussianDistribution(moments)

@@ -212,14 +212,9 @@ def test_group_offload_words_become_slots():
     groups = replace(on, group_offload_blocks_per_group=3)
     assert streaming_of(groups, arch) == Streaming(50, slots=6, prefetch=True)
     assert streaming_of(replace(groups, group_offload_use_stream=False), arch) == Streaming(50, 3, False)
-    assert streaming_of(replace(on, group_offload_type="leaf_level"), arch) == Streaming(50, 2, True)
 
 
-def test_words_that_exclude_each_other_are_named():
-    both = MemoryConfig(enable_group_offload=True, enable_model_cpu_offload=True)
-    assert "exclude each other" in both.check()[0]
-    assert "not needed" in MemoryConfig(enable_model_cpu_offload=True).check()[0]
-    assert "block_level" in MemoryConfig(group_offload_type="leaf_level", group_offload_blocks_per_group=2).check()[0]
+def test_options_that_exclude_each_other_are_named():
     assert (
         "int8-dynamic"
         in TrainConfig(base_model_precision="int8-dynamic", memory=MemoryConfig(execution="diffusers")).check()[0]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.recipe import parse
+from k5cache.shared.recipe import parse, read, to_dict
 from k5train.data.mixture import open_mixture
 from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
+from k5train.options.removed import LORA, MEMORY, OBJECTIVE, without_removed
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import Run, create_run
 from k5train.runs.metrics import read_metrics
@@ -168,6 +169,31 @@ def test_every_recipe_in_the_docs_is_one(number):
     for recipe in document.get("run", [document]):  # of a sweep's list, or a recipe
         (config,) = parse({"train": recipe["train"]}, {"train": TrainConfig})
         assert config != TrainConfig()
+
+
+def test_an_option_that_could_do_nothing_is_refused_with_the_reason_beside_all_other_problems():
+    words = ["objective.noise_offset=0.05", "memory.enable_model_cpu_offload=true", "lora.init_lora_weights=pissa"]
+    words += ["memory.group_offload_type=leaf_level", "steps=0"]
+    with pytest.raises(RecipeError) as refused:
+        parse(read(None, [f"train.{word}" for word in words]), {"train": TrainConfig})
+    for reason in (
+        "train.objective.noise_offset does not exist: it corrects schedules that never reach pure noise",
+        "For darker or brighter pictures train more on noisy inputs: flow_schedule_shift = 3",
+        "train.memory.enable_model_cpu_offload does not exist: stage 2 never loads two models at once",
+        "train.lora.init_lora_weights does not exist: PiSSA",
+        "train.memory.group_offload_type does not exist: one block is the smallest group",
+        "train.steps must be at least 1, found 0",
+    ):
+        assert reason in refused.value.problem
+
+
+def test_recipes_of_older_runs_may_hold_the_value_that_such_an_option_always_had():
+    tables = {"objective": OBJECTIVE, "lora": LORA, "memory": MEMORY}
+    old = {table: {name: value for name, (value, _) in options.items()} for table, options in tables.items()}
+    (config,) = parse({"train": old}, {"train": TrainConfig})
+    assert config == TrainConfig()
+    saved = to_dict(TrainConfig())
+    assert without_removed({**saved, **{table: {**saved[table], **old[table]} for table in tables}}) == saved
 
 
 def test_a_route_beyond_the_transformer_is_refused_before_anything_is_loaded(toy_model, toy_cache, tmp_path):

@@ -157,8 +157,13 @@ def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
     hints = typing.get_type_hints(schema)
     names = [f.name for f in dataclasses.fields(typing.cast(Any, schema))]
     values: dict[str, Any] = {}
+    removed = getattr(schema, "removed", {})
     for key, value in table.items():
-        if key not in names:
+        if key in removed:
+            value_of_old_recipes, reason = removed[key]
+            if value != value_of_old_recipes:
+                problems.append(f"{where}.{key} {reason}")
+        elif key not in names:
             problems.append(f"[{where}] {_unknown('key', key, tuple(names))}")
         else:
             converted = _convert(hints[key], value, f"{where}.{key}", problems)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import ClassVar, Literal
+
+from k5train.options.removed import LORA, Removed
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ class LoraConfig:
     init_lora: str | None = None
     """Start from this .safetensors file: one of ours, diffusers', peft's, ComfyUI's or kohya's keys. Its rank may be
     smaller than ``rank``."""
-    init_lora_weights: str = "default"
-    """Stays ``default``, peft's start. PiSSA and its like are refused, with the reason."""
     decompose_factor: int = -1
     """Of ``lokr``: how large the first factor may be. -1: as near to square as it goes, the smallest file."""
+
+    removed: ClassVar[Removed] = LORA
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -61,12 +63,6 @@ class LoraConfig:
             problems.append(f"decompose_factor must be -1 or at least 1, found {self.decompose_factor}")
         if not self.targets:
             problems.append("targets must name at least one preset or pattern")
-        if self.init_lora_weights != "default":
-            problems.append(
-                "init_lora_weights must be 'default': PiSSA, OLoRA, CorDA and EVA move part of the base's weights into"
-                " the adapter, and the base here is frozen, int8 and shared by every run; a LoRA made so would need"
-                f" that same changed base to be loaded, found {self.init_lora_weights!r}"
-            )
         if self.algo == "lokr" and (self.ranks or self.dropout or self.init_lora or self.alpha is not None):
             problems.append("algo 'lokr' takes rank and targets only: ranks, alpha, dropout and init_lora are for LoRA")
         if self.algo == "dora" and self.init_lora:

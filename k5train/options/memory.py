@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from k5cache.shared.console import parse_bytes
+from k5train.options.removed import MEMORY, Removed
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,12 @@ class MemoryConfig:
     """How blocks run: compiled, one op at a time, or as diffusers' own modules. auto: compiled, diffusers on a CPU."""
     enable_group_offload: bool = False
     """Hold the blocks' weights in host memory and copy them ahead of use. Without it: only as many as must be."""
-    group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
-    """What is copied at a time. leaf_level: one block, the smallest group here."""
     group_offload_blocks_per_group: int = 1
     """Blocks of a group; two groups have room on the GPU, with group_offload_use_stream."""
     group_offload_use_stream: bool = True
     """Copy on a stream of its own while blocks are computed."""
-    enable_model_cpu_offload: bool = False
-    """Known from elsewhere, refused here: stage 2 never holds two models at once, so there is none to move away."""
+
+    removed: ClassVar[Removed] = MEMORY
 
     def check(self) -> list[str]:
         """What is out of range or cannot be had together."""
@@ -37,15 +36,10 @@ class MemoryConfig:
                 parse_bytes(self.vram)
             except ValueError:
                 problems.append(f'vram must be an amount such as "12GB", found {self.vram!r}')
-        if self.enable_model_cpu_offload:
-            conflict = " and enable_group_offload exclude each other" if self.enable_group_offload else " is not needed"
-            problems.append(f"enable_model_cpu_offload{conflict}; enable_group_offload moves weights block by block")
         if self.group_offload_blocks_per_group < 1:
             problems.append(
                 f"group_offload_blocks_per_group must be at least 1, found {self.group_offload_blocks_per_group}"
             )
-        if self.group_offload_type == "leaf_level" and self.group_offload_blocks_per_group > 1:
-            problems.append("group_offload_blocks_per_group belongs to group_offload_type = block_level")
         if self.execution == "diffusers" and self.enable_group_offload:
             problems.append("enable_group_offload needs execution = compiled or eager")
         if self.execution == "diffusers" and self.activations not in ("auto", "nothing", "all"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import Literal
+from typing import ClassVar, Literal
+
+from k5train.options.removed import OBJECTIVE, Removed
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class ObjectiveConfig:
     """Of ``masked_loss``: the least weight of what a mask leaves out, 0 to 1."""
     prior_loss_weight: float = 1.0
     """Weight of rows from ``[[train.data]]`` entries with ``is_regularisation_data``."""
-    noise_offset: float = 0.0
-    """Stays 0: refused for flow matching, with the reason."""
+
+    removed: ClassVar[Removed] = OBJECTIVE
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -66,12 +68,6 @@ class ObjectiveConfig:
             problems.append(f"unmasked_weight must be 0 to 1, found {self.unmasked_weight}")
         if not 0 <= self.prior_loss_weight < inf:
             problems.append(f"prior_loss_weight must be 0 or more, found {self.prior_loss_weight}")
-        if self.noise_offset:
-            problems.append(
-                "noise_offset must be 0: it mends schedules that never reach pure noise, and flow matching does, at"
-                " sigma 1; offset noise is not what inference starts from. For darker or brighter pictures train more"
-                " on noisy inputs: flow_schedule_shift = 3"
-            )
         return problems
 
 

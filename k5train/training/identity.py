@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from k5cache.shared.errors import RunError
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.recipe import to_dict
+from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 from k5train.planning.saved_plan import kept_plan
 from k5train.runs import resume_state
@@ -72,7 +73,7 @@ def check_same(saved: resume_state.Saved, now: Mapping[str, Any]) -> None:
 
 def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is, wherever its caches lie: their rows are compared."""
-    train = dict(identity["train"])
+    train = without_removed(identity["train"])
     train["data"] = [{k: v for k, v in entry.items() if k != "cache"} for entry in train.get("data", ())]
     return {**identity, "train": train}
 
