@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from k5cache.commands.verify import verify
 from k5cache.encoders import clip, qwen, vae
 from k5cache.shared import console
 from k5cache.shared.errors import CacheError
 from k5cache.store.reader import Cache
+from k5cache.upkeep.verify import verify_cache
 from tests.workshop import Workshop
 
 NUM_IMAGES = 6
@@ -83,7 +83,7 @@ def opens(shop: Workshop) -> bool:
     try:
         cache = shop.cache
     except CacheError:
-        assert not (shop.root / "manifest.json").exists() or "interrupted" in " ".join(verify(shop.root).problems)
+        assert not (shop.root / "manifest.json").exists() or "interrupted" in " ".join(verify_cache(shop.root).problems)
         return False
     rows_of(cache)
     return True
@@ -92,7 +92,7 @@ def opens(shop: Workshop) -> bool:
 def again(shop: Workshop, expected: dict[str, list[torch.Tensor]]) -> None:
     """Encode again, undisturbed: the cache is clean and has the rows of a run that nothing disturbed."""
     encode(shop)
-    assert verify(shop.root).problems == ()
+    assert verify_cache(shop.root).problems == ()
     found = rows_of(shop.cache)
     assert found.keys() == expected.keys()
     for path, tensors in found.items():

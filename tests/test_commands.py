@@ -16,14 +16,16 @@ from workshop import Workshop
 from k5cache.bench import reading
 from k5cache.buckets import Geometry
 from k5cache.cli import app
-from k5cache.commands import show
-from k5cache.commands.reencode import config_of, geometry_of, reencode
-from k5cache.commands.verify import verify
+from k5cache.encode.plan import geometry_of
+from k5cache.encode.request import config_of
 from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
+from k5cache.exact.reencode import reencode
 from k5cache.shared import console
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.sources.images import load_pixels
+from k5cache.upkeep import show
+from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
 
 
@@ -54,14 +56,15 @@ def again(shop: Workshop, count: int, source: Path | None):
 
 
 def test_rows_encoded_again_are_the_same_bits_on_the_same_machine(shop):
-    found = again(shop, 9, shop.source)
-    assert sorted((row.kind, row.name) for row in found.compared) == [
+    reencoded = again(shop, 9, shop.source)
+    assert sorted((row.kind, row.name) for row in reencoded.compared) == [
         ("latents", "0.png"), ("latents", "1.png"), ("latents", "2.png"),
         ("text", ""), ("text", "a fox"), ("text", "number 0"), ("text", "number 1"), ("text", "number 2"),
         ("text", "zwei"),
     ]  # fmt: skip
-    assert all(row.is_exact and row.error == 0 and not row.is_wrong for row in found.compared)
-    assert found.added_to(verify(shop.root)).problems == ()
+    assert all(row.is_exact and row.error == 0 and not row.is_wrong for row in reencoded.compared)
+    assert reencoded.problems == ()
+    assert verify_cache(shop.root).problems == ()
 
 
 def test_rows_that_another_encoder_would_give_are_problems(shop, monkeypatch):
@@ -72,18 +75,18 @@ def test_rows_that_another_encoder_would_give_are_problems(shop, monkeypatch):
         return type(row)(**{**vars(row), "prompt_embeds": row.prompt_embeds * 1.05})
 
     monkeypatch.setattr(type(shop.cache), "text", scaled)
-    found = again(shop, 2, None)
-    assert [row.is_wrong for row in found.compared] == [True, True]
-    assert found.compared[0].error == pytest.approx(0.05 / 1.05, rel=0.05)
-    assert len(found.added_to(verify(shop.root)).problems) == 2
+    reencoded = again(shop, 2, None)
+    assert [row.is_wrong for row in reencoded.compared] == [True, True]
+    assert reencoded.compared[0].error == pytest.approx(0.05 / 1.05, rel=0.05)
+    assert len(reencoded.problems) == 2
 
 
 def test_an_image_that_changed_since_is_not_held_against_the_cache(shop, tmp_path):
     shutil.copytree(shop.source, tmp_path / "images")
     (tmp_path / "images" / "1.png").write_bytes((shop.source / "0.png").read_bytes())
-    found = again(shop, 9, tmp_path / "images")
-    assert found.not_compared == ("1.png: has changed since it was encoded",)
-    assert sum(row.kind == "latents" for row in found.compared) == 2
+    reencoded = again(shop, 9, tmp_path / "images")
+    assert reencoded.not_compared == ("1.png: has changed since it was encoded",)
+    assert sum(row.kind == "latents" for row in reencoded.compared) == 2
 
 
 def test_the_recipe_gives_back_the_options_and_the_index_the_crops(shop):
@@ -112,7 +115,8 @@ def test_show_decodes_what_diffusers_decodes_and_writes_a_sheet(shop, tmp_path):
         assert one.picture.size == (one.row.bucket_width, one.row.bucket_height)
     assert shown[1].captions == ("number 2", "zwei")
     with console.progress() as bars:
-        assert show.show(shop.cache, tmp_path / "sheet.png", 9, ModelConfig(path=str(shop.model)), "cpu", bars) == 3
+        model = ModelConfig(path=str(shop.model))
+        assert show.write_contact_sheet(shop.cache, tmp_path / "sheet.png", 9, model, "cpu", bars) == 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 2 * show.CELL
         assert np.asarray(sheet.convert("L")).std() > 10
@@ -164,7 +168,7 @@ def test_prompts_are_added_to_a_finished_cache_and_its_items_stay(own):
     assert after.prompt("a red fox").key == after.prompt("  a   red fox ").key
     assert after.prompt("number 1").key == before.row(1).caption_keys[0]
     assert after.index.equals(before.index)
-    assert verify(own.root).problems == ()
+    assert verify_cache(own.root).problems == ()
     assert own.encode().is_unchanged
     assert "1 prompts" not in cli(app, "prompts", "add", "cache", "a red fox").err
 

@@ -23,9 +23,6 @@ from workshop import Workshop
 
 from k5cache.buckets import Bucket
 from k5cache.cli import app
-from k5cache.commands.gc import collect
-from k5cache.commands.merge import merge
-from k5cache.commands.verify import verify
 from k5cache.encode import commit
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.store.index import with_index
@@ -33,15 +30,19 @@ from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.shards import ShardWriter
 from k5cache.store.tensors import TensorSpec
+from k5cache.upkeep.gc import collect
+from k5cache.upkeep.merge import merge_caches
+from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
 
 
-def test_an_encode_killed_at_any_of_fifty_instants_goes_on_to_the_rows_of_an_undisturbed_one(tmp_path, toy_model):
-    command = [sys.executable, "-m", "tests.crash_trials", toy_model, tmp_path / "trials", "50"]
+@pytest.mark.parametrize("num_kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_one(tmp_path, toy_model, num_kills):
+    command = [sys.executable, "-m", "tests.crash_trials", toy_model, tmp_path / "trials", str(num_kills)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["killed"] == 50
+    assert counts["killed"] == num_kills
 
 
 SMALL = {"mean": TensorSpec("float16", (2, 2, 16))}
@@ -72,7 +73,7 @@ def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_t
         manifest = Manifest(recipe={}, shards=tuple(shards))
         rows = [replace(index_row(i, (f"t-{i % 400}",)), bucket_width=16, bucket_height=16) for i in range(1000)]
         write_manifest(tmp_path, with_index(tmp_path, manifest, rows))
-    assert verify(tmp_path).problems == ()
+    assert verify_cache(tmp_path).problems == ()
     chance = random.Random(0)
     for shard in shards:
         meta = pq.read_metadata(tmp_path / shard.file)
@@ -84,7 +85,7 @@ def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_t
                 tmp_path / shard.file,
                 chance.randrange(begin * 8, (last.data_page_offset + last.total_compressed_size) * 8),
             )
-    said = "\n".join(verify(tmp_path).problems)
+    said = "\n".join(verify_cache(tmp_path).problems)
     cache = open_cache(tmp_path)
     count = 0
     for shard in shards:
@@ -98,7 +99,8 @@ def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_t
     assert count == 1400
 
 
-def test_each_of_600_flipped_bits_outside_the_rows_is_found_by_verify_and_by_a_run(tmp_path):
+@pytest.mark.parametrize("flips_per_part", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_each_flipped_bit_outside_the_rows_is_found_by_verify_and_by_a_run(tmp_path, flips_per_part):
     make_cache(tmp_path)
     read_everything(tmp_path)
     chance = random.Random(0)
@@ -109,13 +111,13 @@ def test_each_of_600_flipped_bits_outside_the_rows_is_found_by_verify_and_by_a_r
         meta = pq.read_metadata(tmp_path / shard.file)
         places.append((tmp_path / shard.file, shard.num_bytes - meta.serialized_size - 8, shard.num_bytes))
     for path, begin, end in places:
-        for bit in chance.sample(range(begin * 8, end * 8), 100):
+        for bit in chance.sample(range(begin * 8, end * 8), flips_per_part):
             flip(path, bit)
-            assert verify(tmp_path).problems, (path.name, bit)
+            assert verify_cache(tmp_path).problems, (path.name, bit)
             with pytest.raises(CacheError):
                 read_everything(tmp_path)
             flip(path, bit)
-    assert verify(tmp_path).problems == ()
+    assert verify_cache(tmp_path).problems == ()
 
 
 # What verify says
@@ -131,7 +133,7 @@ def test_every_problem_is_listed_not_the_first_alone(tmp_path):
     text = shard_of(tmp_path, "text")
     flip(text, 8 * 500)
     os.truncate(tmp_path / read_manifest(tmp_path).index.file, 100)
-    problems = verify(tmp_path).problems
+    problems = verify_cache(tmp_path).problems
     said = "\n".join(problems)
     assert len(set(problems)) == len(problems)
     assert f"{shard_of(tmp_path, 'latents')} is missing" in said
@@ -144,7 +146,7 @@ def test_a_shard_swapped_with_another_caches_is_named(tmp_path):
     make_cache(tmp_path / "a")
     other = make_cache(tmp_path / "b")
     shutil.copy(tmp_path / "b" / other.shards[0].file, tmp_path / "a" / other.shards[1].file)
-    (problem, *_) = verify(tmp_path / "a").problems
+    (problem, *_) = verify_cache(tmp_path / "a").problems
     assert other.shards[1].file in problem
 
 
@@ -175,7 +177,7 @@ def test_numbers_that_were_written_and_make_no_sense_are_problems(tmp_path, name
     rows = [latents_row(i) for i in range(5)]
     rows[2][name] = change(rows[2][name])
     cache_of(tmp_path, rows, text_row("t-cat"))
-    (problem,) = verify(tmp_path).problems
+    (problem,) = verify_cache(tmp_path).problems
     assert words in problem
     assert "row 2" in problem
 
@@ -188,7 +190,7 @@ def test_ordinary_rows_of_any_image_are_in_line(tmp_path, toy_model):
     for name, colour in (("black", "black"), ("white", "white"), ("red", "red")):
         Image.new("RGB", (64, 64), colour).save(shop.put(f"{name}.png", "a very long caption of many words " * 9))
     shop.encode("a prompt", "?")
-    assert verify(tmp_path / "cache").problems == ()
+    assert verify_cache(tmp_path / "cache").problems == ()
 
 
 def test_an_unfinished_cache_is_a_problem_and_what_a_crash_left_is_not(tmp_path):
@@ -196,13 +198,13 @@ def test_an_unfinished_cache_is_a_problem_and_what_a_crash_left_is_not(tmp_path)
     with ShardWriter(tmp_path, "latents", LATENTS, (64, 64)) as writer:
         writer.append(latents_row(9))
         left = writer.finish()
-    found = verify(tmp_path)
+    found = verify_cache(tmp_path)
     assert (found.problems, found.unnamed) == ((), (left.file,))
     assert collect(tmp_path).unnamed == (left.file,)
     assert not (tmp_path / left.file).exists()
     with lock(tmp_path / "new"):
         write_manifest(tmp_path / "new", Manifest(recipe={}))
-    assert "interrupted" in verify(tmp_path / "new").problems[0]
+    assert "interrupted" in verify_cache(tmp_path / "new").problems[0]
 
 
 def test_a_slow_encode_commits_every_three_minutes_however_small_the_shard(tmp_path, monkeypatch):
@@ -249,9 +251,9 @@ def test_collecting_may_be_killed_between_any_two_steps(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             steps += 1
         monkeypatch.undo()
-        assert verify(trial).problems == ()
+        assert verify_cache(trial).problems == ()
         collect(trial)
-        assert (verify(trial).problems, verify(trial).unnamed) == ((), ())
+        assert (verify_cache(trial).problems, verify_cache(trial).unnamed) == ((), ())
         found = {i["path"]: i["mean"] for i in open_cache(trial)}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[k], expected[k]) for k in found)
@@ -315,10 +317,10 @@ def test_caches_of_parts_merge_into_the_cache_of_the_whole(tmp_path, toy_model):
             shop.put(f"{i}.png", f"number {i // 2}", seed=i)
     for shop in (whole, *parts):
         shop.encode("a fox" if shop is parts[0] else "a dog")
-    made = merge([part.root for part in parts], tmp_path / "merged")
+    made = merge_caches([part.root for part in parts], tmp_path / "merged")
     assert (made.num_items, made.is_linked, made.duplicates) == (4, True, ())
     merged = open_cache(tmp_path / "merged")
-    assert verify(merged.root).problems == ()
+    assert verify_cache(merged.root).problems == ()
     assert set(merged.manifest.prompts) == {"", "a fox", "a dog"}
     for ours, theirs in zip(merged, whole.cache, strict=True):
         assert ours["path"] == theirs["path"]
@@ -328,11 +330,11 @@ def test_caches_of_parts_merge_into_the_cache_of_the_whole(tmp_path, toy_model):
     merged_shop.root = merged.root
     assert (merged_shop.encode().num_latents, len(merged_shop.cache)) == (0, 4)
     with pytest.raises(CacheError, match="is a cache already"):
-        merge([part.root for part in parts], tmp_path / "merged")
+        merge_caches([part.root for part in parts], tmp_path / "merged")
     parts[1].put("0.png", "another", seed=9)
     parts[1].encode("a dog")
     with pytest.raises(CacheError, match=r"0.png is one item in .* and another in"):
-        merge([part.root for part in parts], tmp_path / "again")
+        merge_caches([part.root for part in parts], tmp_path / "again")
     parts[1].encode(resolution=128, update=True)
     with pytest.raises(CacheError, match=r"selection.resolution is 64 in .*a/cache, 128 in .*b/cache"):
-        merge([part.root for part in parts], tmp_path / "again")
+        merge_caches([part.root for part in parts], tmp_path / "again")

@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from workshop import Workshop
 
-from k5cache.commands.gc import collect
-from k5cache.commands.verify import verify
 from k5cache.encode import image_pass, update
 from k5cache.encode import request as asking
 from k5cache.encode.request import EncodeReport, look
@@ -26,6 +24,8 @@ from k5cache.options import CacheConfig
 from k5cache.shared.errors import CacheCorrupt, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.store.manifest import read_manifest
+from k5cache.upkeep.gc import collect
+from k5cache.upkeep.verify import verify_cache
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_deleted_image_leaves_the_index_at_once_and_the_shards_at_gc(three):
     assert three.cache.manifest.shards == size
     collect(three.root)
     assert sum(shard.num_rows for shard in three.cache.manifest.shards) == 2 + 4  # "", a fox, a cat, an owl
-    assert verify(three.root).problems == ()
+    assert verify_cache(three.root).problems == ()
     assert three.encode("a fox").is_unchanged
 
 
@@ -305,13 +305,13 @@ def test_repair_encodes_what_is_damaged_and_only_that(three, kind):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    assert verify(three.root).problems
+    assert verify_cache(three.root).problems
     report = three.encode("a fox", repair=True)
     assert report.repaired == (str(path.relative_to(three.root)),)
     assert report.num_texts == 0
     assert not report.is_unchanged
     assert (report.num_latents > 0) == (kind == "latents")
-    assert verify(three.root).problems == ()
+    assert verify_cache(three.root).problems == ()
     assert all(torch.equal(rows[i], three.cache[i]["mean"]) for i in range(3))
     assert three.encode("a fox").is_unchanged
 
@@ -324,7 +324,7 @@ def test_a_preview_says_what_an_encode_then_does_and_writes_nothing(three):
     (three.source / "dog.png").unlink()
     before = three.files()
     asked = look(three.source, three.root, ModelConfig(path=str(three.model)), CacheConfig(resolution=64), ("a fox",))
-    would = update.preview(asked, False, None)
+    would = update.preview_encode(asked, False, None)
     assert three.files() == before
     did = three.encode("a fox")
     assert (would.num_latents, would.num_texts, would.added, would.removed) == (1, 0, ("fox.png",), ("dog.png",))

@@ -16,7 +16,7 @@ from rich.progress import Progress, TaskID
 from workshop import Workshop
 
 from k5cache.encode import update
-from k5cache.encode.encode import encode
+from k5cache.encode.encode import encode_source
 from k5cache.encode.request import EncodeOptions
 from k5cache.options import CacheConfig
 from k5cache.shared import console
@@ -205,7 +205,7 @@ def hub(tmp_path, toy_model, monkeypatch):
 def encode_from_hub(shop: Workshop, **options: object):
     with console.progress() as bars:
         chosen = EncodeOptions(device="cpu", **options)
-        return encode(
+        return encode_source(
             shop.source, shop.root, ModelConfig(path="someone/toy"), CacheConfig(resolution=64), (), bars, chosen
         )
 
@@ -294,18 +294,18 @@ def test_bars_count_what_is_read_and_encoded_and_spinners_say_what_is_waited_for
     shop.put("dog.png", "a dog", seed=1)
     arguments = (shop.source, shop.root, ModelConfig(path=str(toy_model)), CacheConfig(resolution=64), ())
     first, second, third = Seen(), Seen(), Seen()
-    encode(*arguments, first, EncodeOptions(device="cpu"))
+    encode_source(*arguments, first, EncodeOptions(device="cpu"))
     assert first.shown == [
         ("looking at the images and the model", None), ("hashing images", 2), ("importing torch", None),
         ("measuring this machine", None), ("loading CLIP", None), ("CLIP", 3), ("loading Qwen2.5-VL", 3), ("VAE", 2),
         ("loading the VAE", None),
     ]  # fmt: skip
     shop.put("owl.png", "a cat", seed=2)
-    encode(*arguments, second, EncodeOptions(device="cpu"))
+    encode_source(*arguments, second, EncodeOptions(device="cpu"))
     assert ("hashing images", 1) in second.shown
     assert ("VAE", 1) in second.shown
     assert not [name for name, _ in second.shown if name == "CLIP"]
-    encode(*arguments, third, EncodeOptions(device="cpu"))
+    encode_source(*arguments, third, EncodeOptions(device="cpu"))
     assert third.shown == []
 
 
@@ -314,16 +314,17 @@ def test_the_import_of_diffusers_is_shown_as_such(tmp_path, toy_model):
     shop.put("cat.png", "a cat")
     code = (
         "import sys; from pathlib import Path; from rich.progress import Progress\n"
-        "from k5cache.encode.run import encode; from k5cache.encode.asked import EncodeOptions\n"
-        "from k5cache.config import CacheConfig, ModelConfig; from k5cache.encoders import pipeline\n"
+        "from k5cache.encode.encode import encode_source; from k5cache.encode.request import EncodeOptions\n"
+        "from k5cache.options import CacheConfig; from k5cache.shared.model import ModelConfig\n"
+        "from k5cache.encoders import pipeline\n"
         "bars, original = Progress(disable=True), pipeline.clean\n"
         "def clean(caption):\n"
         "    if 'diffusers' not in sys.modules:\n"
         "        print([task.description for task in bars.tasks])\n"
         "    return original(caption)\n"
         "pipeline.clean = clean\n"
-        "encode(Path(sys.argv[1]), Path(sys.argv[2]), ModelConfig(path=sys.argv[3]), CacheConfig(resolution=64), (),\n"
-        "       bars, EncodeOptions(device='cpu'))\n"
+        "encode_source(Path(sys.argv[1]), Path(sys.argv[2]), ModelConfig(path=sys.argv[3]),\n"
+        "              CacheConfig(resolution=64), (), bars, EncodeOptions(device='cpu'))\n"
     )
     shop.encode()  # the pipeline's facts are known on this machine
     shop.put("dog.png", "a dog", seed=1)

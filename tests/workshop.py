@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from k5cache.encode.encode import encode
+from k5cache.encode.encode import encode_source
 from k5cache.encode.request import EncodeOptions, EncodeReport
 from k5cache.options import CacheConfig
 from k5cache.shared import console
@@ -37,7 +37,7 @@ class Workshop:
         own = {f.name for f in fields(EncodeOptions)}
         chosen = {"resolution": 64, **{k: v for k, v in options.items() if k not in own}}
         with console.progress() as bars:
-            return encode(
+            return encode_source(
                 self.source, self.root, ModelConfig(path=str(model or self.model)), CacheConfig(**chosen), prompts,
                 bars, EncodeOptions(device="cpu", **{k: v for k, v in options.items() if k in own}),
             )  # fmt: skip

@@ -1,1 +1,1 @@
-"""What the other commands do: look into a cache, check it, put it together, clean it up."""
+"""The commands of stage 1. A command parses, calls one function and prints its result."""

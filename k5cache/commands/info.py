@@ -1,59 +1,44 @@
-"""What a cache holds and what an encode did, as tables for a person."""
+"""``k5cache info``: what does a cache hold?"""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from k5cache.commands.reports import print_changes, short, some
+from k5cache.commands.arguments import CachePath, Json, suggest_training
+from k5cache.commands.listing import shorten
 from k5cache.shared import console
-from k5cache.shared.model import model_name
 
 if TYPE_CHECKING:
-    from k5cache.encode.request import EncodeReport
+    from rich.table import Table
+
     from k5cache.store.reader import Cache
 
 
-def print_report(report: EncodeReport, root: Path) -> None:
-    """The summary that ends an encode: what changed, what was computed for it, what was left out."""
-    if report.is_unchanged:
-        console.out.print(
-            f"{root} is up to date: {report.num_items} items, {console.human_bytes(report.num_bytes)}, nothing to do "
-            f"({console.human_seconds(report.seconds)})",
-            markup=False,
-        )
-    else:
-        table = console.table(f"Encoded {root}", "what", "images", "captions", numbers=("images", "captions"))
-        table.add_row("encoded now", str(report.num_latents), str(report.num_texts))
-        table.add_row("reused", str(report.reused_latents), str(report.reused_texts))
-        console.out.print(table)
-        console.out.print(
-            f"{report.num_items} items in {report.num_buckets} buckets, {console.human_bytes(report.num_bytes)}, "
-            f"{console.human_seconds(report.seconds)}",
-            markup=False,
-        )
-    print_changes(report.added, report.changed, report.renamed, report.removed, report.reused_latents)
-    some("damaged and encoded again", list(report.repaired), "yellow")
-    some("skipped", [f"{s.path}: {s.reason}" for s in report.skipped], "yellow")
-    cut = [f"{short(caption)} (last {count} characters)" for caption, count in report.truncated]
-    some("truncated captions", cut, "yellow")
-    some("upscaled, smaller than their bucket", list(report.upscaled), "yellow")
+def info(cache: CachePath, as_json: Json = False) -> None:
+    """Show what a cache holds: items, buckets, caption lengths, sizes, model and recipe."""
+    from k5cache.store.reader import open_cache
+
+    opened = open_cache(cache)
+    if as_json:
+        console.print_json(info_json(opened))
+        return
+    console.out.print(_bucket_table(opened))
+    console.out.print(_fact_table(opened))
+    suggest_training(cache, opened.manifest)
 
 
 def info_json(cache: Cache) -> dict[str, Any]:
     """The same facts for a script."""
     manifest = cache.manifest
-    sizes = cache.columns("bucket_width", "bucket_height")
-    buckets = Counter(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
     lengths = sorted(cache.text_lengths().values())
     return {
         "format": manifest.format,
         "items": len(cache),
-        "buckets": {f"{width}x{height}": count for (width, height), count in sorted(buckets.items())},
+        "buckets": {f"{width}x{height}": count for (width, height), count in sorted(_items_by_bucket(cache).items())},
         "captions": len(lengths),
         "tokens": {"min": lengths[0], "median": median(lengths), "max": lengths[-1]} if lengths else None,
         "shards": len(manifest.shards),
@@ -64,39 +49,53 @@ def info_json(cache: Cache) -> dict[str, Any]:
     }
 
 
-def print_info(cache: Cache) -> None:
-    """A cache at a glance."""
-    manifest = cache.manifest
-    recipe = manifest.recipe
-    buckets: Counter[tuple[int, int]] = Counter()
-    lengths = cache.text_lengths()
-    columns = cache.columns("bucket_width", "bucket_height", "flipped", "mask_key").to_pydict()
-    buckets.update(zip(columns["bucket_width"], columns["bucket_height"], strict=True))
-    num_flipped, num_masked = sum(columns["flipped"]), sum(key is not None for key in columns["mask_key"])
+def _items_by_bucket(cache: Cache) -> Counter[tuple[int, int]]:
+    """Number of items of each (width, height)."""
+    sizes = cache.columns("bucket_width", "bucket_height")
+    return Counter(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
+
+
+def _bucket_table(cache: Cache) -> Table:
     table = console.table(f"{cache.root}", "bucket", "items", "share", numbers=("items", "share"))
-    for (width, height), count in sorted(buckets.items(), key=lambda pair: (-pair[1], pair[0])):
+    for (width, height), count in sorted(_items_by_bucket(cache).items(), key=lambda pair: (-pair[1], pair[0])):
         table.add_row(f"{width}x{height}", str(count), f"{count / len(cache):.0%}")
-    console.out.print(table)
-    facts = console.table("", "what", "value")
-    flipped = f", {num_flipped} of them mirrored" if num_flipped else ""
-    facts.add_row("items", f"{len(cache)}{flipped}{f', {num_masked} with a mask' if num_masked else ''}")
-    facts.add_row("captions and prompts", str(len(lengths)))
+    return table
+
+
+def _fact_table(cache: Cache) -> Table:
+    manifest = cache.manifest
+    table = console.table("", "what", "value")
+    table.add_row("items", _items(cache))
+    lengths = sorted(cache.text_lengths().values())
+    table.add_row("captions and prompts", str(len(lengths)))
     if lengths:
-        values = sorted(lengths.values())
-        facts.add_row("tokens a caption", f"{values[0]} to {values[-1]}, median {median(values):.0f}")
+        table.add_row("tokens a caption", f"{lengths[0]} to {lengths[-1]}, median {median(lengths):.0f}")
     for kind in ("latents", "masks", "text"):
-        shards = [s for s in manifest.shards if s.kind == kind]
-        if not shards:
-            continue
-        size = console.human_bytes(sum(s.num_bytes for s in shards))
-        facts.add_row(kind, f"{sum(s.num_rows for s in shards)} rows in {len(shards)} shards, {size}")
-    facts.add_row("prompts for validation", ", ".join(short(p) for p in manifest.prompts if p) or "none")
-    facts.add_row("model", Text(model_name(recipe)))
-    for table_name in ("latents", "text", "selection"):
-        for key, value in recipe.get(table_name, {}).items():
-            if value is None:
-                continue
-            facts.add_row(f"{table_name}.{key}", Text(short(repr(value) if not isinstance(value, str) else value)))
-    facts.add_row("made by", ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()))
-    facts.add_row("format", str(manifest.format))
-    console.out.print(facts)
+        shards = [shard for shard in manifest.shards if shard.kind == kind]
+        if shards:
+            size = console.human_bytes(sum(shard.num_bytes for shard in shards))
+            table.add_row(kind, f"{sum(shard.num_rows for shard in shards)} rows in {len(shards)} shards, {size}")
+    table.add_row("prompts for validation", ", ".join(shorten(p) for p in manifest.prompts if p) or "none")
+    _add_recipe(table, manifest.recipe)
+    table.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.created_by.items()))
+    table.add_row("format", str(manifest.format))
+    return table
+
+
+def _items(cache: Cache) -> str:
+    columns = cache.columns("flipped", "mask_key").to_pydict()
+    num_flipped = sum(columns["flipped"])
+    num_masked = sum(key is not None for key in columns["mask_key"])
+    flipped = f", {num_flipped} of them mirrored" if num_flipped else ""
+    masked = f", {num_masked} with a mask" if num_masked else ""
+    return f"{len(cache)}{flipped}{masked}"
+
+
+def _add_recipe(table: Table, recipe: dict[str, Any]) -> None:
+    from k5cache.shared.model import model_name
+
+    table.add_row("model", Text(model_name(recipe)))
+    for name in ("latents", "text", "selection"):
+        for key, value in recipe.get(name, {}).items():
+            if value is not None:
+                table.add_row(f"{name}.{key}", Text(shorten(value if isinstance(value, str) else repr(value))))

@@ -1,175 +1,31 @@
-"""What will be trained on, for a person to see: the cached latents decoded, each with its bucket and its captions."""
+"""``k5cache show``: what will be trained on, as pictures?"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from PIL import Image, ImageDraw, ImageFont, ImageStat
-from rich.progress import Progress
+import typer
 
-from k5cache.encode import differences
-from k5cache.encoders.device import pick_device
-from k5cache.shared.checkpoint import model_folder
-from k5cache.shared.errors import CacheStale
-from k5cache.shared.fingerprint import fingerprint
-from k5cache.shared.model import ModelConfig
-from k5cache.store.files import new_file
-from k5cache.store.index import IndexRow
-from k5cache.store.reader import Cache
-
-if TYPE_CHECKING:
-    import torch
-
-CELL = 256  # pixels on the longer side of a picture in the sheet
-LINES = 4  # of caption under a picture
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
-"""Looked for on the system, for scripts that Pillow's own font has not."""
+from k5cache.commands.arguments import CachePath, Device, Model, model_of_cache
+from k5cache.shared import console
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One item as it will be trained on."""
+def show(
+    cache: CachePath,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG. Default: <CACHE>.png beside the cache.")] = None,
+    count: Annotated[int, typer.Option(help="Number of random items to show.", min=1, max=400)] = 16,
+    model: Model = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
+) -> None:
+    """Draw a contact sheet of what will be trained on: decoded latents with bucket and caption."""
+    from k5cache.store.reader import open_cache
+    from k5cache.upkeep.show import write_contact_sheet
 
-    row: IndexRow
-    captions: tuple[str, ...]
-    """Cleaned."""
-    picture: Image.Image
-    mask: Image.Image | None = None
-    """Greyscale, a pixel a latent; white counts in a masked loss."""
-
-
-def show(cache: Cache, out: Path, count: int, model: ModelConfig, device: str, bars: Progress, seed: int = 0) -> int:
-    """Write a contact sheet of ``count`` random items (all, where there are fewer); returns how many.
-
-    Raises:
-        CacheStale: the VAE is not the one that encoded the cache.
-        CacheCorrupt: a row is damaged.
-    """
-    numbers = sorted(random.Random(seed).sample(range(len(cache)), min(count, len(cache))))
-    sheet = contact_sheet(decode(cache, numbers, model, device, bars))
-    data = BytesIO()
-    sheet.save(data, format="PNG")
-    with new_file(out) as file:
-        file.write(data.getvalue())
-    return len(numbers)
-
-
-def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str, bars: Progress) -> list[Shown]:
-    """The items at these positions; their posterior's mean through the VAE that made it. Raises as ``show``."""
-    import torch
-
-    from k5cache.encoders.vae import load_vae
-
-    folder = model_folder(model, ("vae",))
-    made_by = differences.table_of(cache.root, cache.manifest.recipe, "latents", "vae")["vae"]
-    found = differences.Difference("latents", "vae", made_by, fingerprint(folder, "vae"))
-    if found.cached != found.now:
-        raise CacheStale(f"{cache.root} was not encoded by {model.source}: {found}", "Name its model with --model DIR")
-    where = pick_device(device)
-    task = bars.add_task("VAE", total=len(numbers), unit="image", note="")
-    vae = load_vae(folder, where, torch.float32)
-    shown = []
-    for number in numbers:
-        row = cache.row(number)
-        # Stored unscaled, as the VAE gives it: decode without scaling_factor.
-        mean = cache.latents(row.latent_key)["mean"].float().permute(2, 0, 1).unsqueeze(0).to(where)
-        with torch.no_grad():
-            picture = to_picture(vae.decode(mean).sample[0])
-        mask = Image.fromarray((cache.mask(row.mask_key) * 255).byte().numpy()) if row.mask_key else None
-        shown.append(Shown(row, tuple(cache.text(key).caption for key in row.caption_keys), picture, mask))
-        bars.advance(task)
-    bars.remove_task(task)
-    return shown
-
-
-def to_picture(pixels: torch.Tensor) -> Image.Image:
-    """``[3, H, W]`` in [-1, 1] as a picture."""
-    rows = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous()
-    return Image.fromarray(rows.numpy())
-
-
-def contact_sheet(shown: Sequence[Shown], columns: int | None = None) -> Image.Image:
-    """Pictures in a grid, each over its path, bucket and captions."""
-    columns = columns or min(len(shown), max(2, round(len(shown) ** 0.5)))
-    font, line, gap = load_font(13), 17, 12
-    labels = [_labels(one, font) for one in shown]
-    cell_height = CELL + line * max(map(len, labels)) + 2 * gap
-    num_rows = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (columns * (CELL + gap) + gap, num_rows * cell_height + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, one in enumerate(shown):
-        left, top = gap + i % columns * (CELL + gap), gap + i // columns * cell_height
-        scale = CELL / max(one.picture.size)
-        size = (max(1, round(one.picture.width * scale)), max(1, round(one.picture.height * scale)))
-        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        picture = _under_mask(one).resize(size, method)
-        sheet.paste(picture, (left + (CELL - size[0]) // 2, top + CELL - size[1]))
-        for number, (text, colour) in enumerate(labels[i]):
-            draw.text((left, top + CELL + 4 + number * line), text, colour, font)
-    return sheet
-
-
-def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of the system with many scripts, or Pillow's own, which has Latin letters only."""
-    for name in FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
-
-
-def _under_mask(one: Shown) -> Image.Image:
-    """The picture, white where its mask leaves it out."""
-    if one.mask is None:
-        return one.picture
-    pale = Image.blend(one.picture, Image.new("RGB", one.picture.size, "white"), 0.8)
-    return Image.composite(one.picture, pale, one.mask.resize(one.picture.size, Image.Resampling.NEAREST))
-
-
-def _labels(one: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
-    row = one.row
-    kind = f"{row.bucket_width}x{row.bucket_height} of {row.width}x{row.height}{', flipped' if row.flipped else ''}"
-    kind += f", mask {ImageStat.Stat(one.mask).mean[0] / 255:.0%}" if one.mask else ""
-    more = f" (and {len(one.captions) - 1} more)" if len(one.captions) > 1 else ""
-    caption = wrap((one.captions[0] or "(empty caption)") + more, font, CELL, LINES)
-    return [(_fit(row.path, font), "#666"), (kind, "#06c"), *((text, "black") for text in caption)]
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; what does not fit ``most`` of them ends in dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        pieces = _pieces(word, font, width)
-        lines += pieces if lines[-1] else [pieces[0], *pieces[1:]]
-        if not lines[0]:
-            lines = lines[1:]
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-3] + "..."]
-
-
-def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A word cut where it is wider than a line: scripts without spaces are one word."""
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
-
-
-def _fit(path: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The end of a path, where all of it is too long."""
-    if font.getlength(path) <= CELL:
-        return path
-    while path and font.getlength("..." + path) > CELL:
-        path = path[max(1, len(path) // 20) :]
-    return "..." + path
+    opened = open_cache(cache)
+    path = out or cache.resolve().with_name(f"{cache.resolve().name}.png")
+    with console.progress() as bars:
+        model_config = model_of_cache(opened.manifest, model)
+        num_shown = write_contact_sheet(opened, path, count, model_config, device, bars, seed)
+    console.out.print(f"Wrote {path}: {num_shown} of {len(opened)} items", markup=False)

@@ -20,7 +20,7 @@ from k5cache.sources.unchanged import glance
 from k5cache.store.manifest import Manifest, lock, require_files
 
 
-def encode(
+def encode_source(
     source: Path,
     root: Path,
     model: ModelConfig,

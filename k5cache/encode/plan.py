@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from k5cache.buckets import Framing, Geometry
+from k5cache.buckets import Bucket, Framing, Geometry
 from k5cache.sources.items import Skipped, SourceItem, UnreadableImage
 from k5cache.store.index import IndexRow
 
@@ -323,6 +323,15 @@ def _row(
         mask_inode=mask_stat[2],
         captions_hash=captions_hash(item),
     )
+
+
+def geometry_of(row: IndexRow) -> Geometry:
+    """The crop of an index row."""
+    return Geometry(
+        width=row.width, height=row.height, bucket=Bucket(row.bucket_width, row.bucket_height),
+        resized_width=row.resized_width, resized_height=row.resized_height,
+        left=row.left, top=row.top, flipped=row.flipped,
+    )  # fmt: skip
 
 
 def _same_keys(row: IndexRow, before: IndexRow) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from k5cache.encoders.pipeline_facts import cached_facts, cleaning, version
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder, read_config
-from k5cache.shared.errors import DatasetError, RecipeError
+from k5cache.shared.errors import CacheError, DatasetError, RecipeError
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, items
 from k5cache.sources.unchanged import glance, is_settled
@@ -106,6 +106,21 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
         "cleaning": cleaning(),
         "selection": config.selection,
     }
+
+
+def config_of(recipe: dict[str, Any]) -> CacheConfig:
+    """The options that a recipe was built from.
+
+    Raises:
+        CacheError: the recipe is not one that this version writes.
+    """
+    tables = [recipe.get(name) for name in differences.TABLES]
+    known = {f.name for f in fields(CacheConfig)}
+    try:
+        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in known}
+        return CacheConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"The recipe in the manifest is not complete: {error}", "Encode again") from None
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ class Preview:
     upscaled: tuple[str, ...] = ()
 
 
-def preview(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
+def preview_encode(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
     """The plan of an encode, without doing it: no lock is taken, no model loaded, nothing written."""
     require_files(asked.root, asked.manifest)
     made = make_plan(asked, Committer(asked.root, asked.manifest, 0), rehash, bars)
@@ -206,7 +206,7 @@ def preview(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
     )
 
 
-def estimate(asked: Asked, options: EncodeOptions, bars: Progress | None) -> estimate_.Estimate:
+def estimate_encode(asked: Asked, options: EncodeOptions, bars: Progress | None) -> estimate_.Estimate:
     """What an encode would take here; no lock is taken, no model loaded, nothing written.
 
     Raises:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache.buckets import Bucket, Geometry
-from k5cache.commands.verify import Verified
 from k5cache.encode import differences, plan
 from k5cache.encode.commit import Collector
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job
-from k5cache.encode.request import build_recipe
+from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.text_pass import encode_texts
 from k5cache.encoders.device import pick_device
 from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
-from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.errors import CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images, items
 from k5cache.store.index import IndexRow
@@ -59,11 +57,11 @@ class Reencoded:
     not_compared: tuple[str, ...]
     """``path: why``: the image has changed since, or is not there. Not a fault of the cache."""
 
-    def added_to(self, found: Verified) -> Verified:
-        """The verification with the rows that are wrong among its problems."""
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The rows that are wrong, one sentence each."""
         wrong = [row for row in self.compared if row.is_wrong]
-        said = [f"{row.kind} of {row.name[:80]!r}: encoded again it differs by {row.error:.2g}" for row in wrong]
-        return replace(found, problems=(*found.problems, *said))
+        return tuple(f"{row.kind} of {row.name[:80]!r}: encoded again it differs by {row.error:.2g}" for row in wrong)
 
 
 def reencode(
@@ -101,7 +99,7 @@ def reencode(
         if reason:
             not_compared.append(f"{row.path}: {reason}")
         else:
-            jobs.append(plan.LatentJob(key, row.path, geometry_of(row), row.content_hash))
+            jobs.append(plan.LatentJob(key, row.path, plan.geometry_of(row), row.content_hash))
     failed = encode_latents(job, again, jobs)
     not_compared += [f"{rows[key].path}: {reason}" for key, reason in failed.items()]
     compared = [
@@ -114,30 +112,6 @@ def reencode(
         if one.key not in failed
     ]
     return Reencoded(tuple(compared), tuple(not_compared))
-
-
-def config_of(recipe: dict[str, Any]) -> CacheConfig:
-    """The options that a recipe was built from.
-
-    Raises:
-        CacheError: the recipe is not one that this version writes.
-    """
-    tables = [recipe.get(name) for name in differences.TABLES]
-    known = {f.name for f in fields(CacheConfig)}
-    try:
-        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in known}
-        return CacheConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise CacheError(f"The recipe in the manifest is not complete: {error}", "Encode again") from None
-
-
-def geometry_of(row: IndexRow) -> Geometry:
-    """The crop of an index row."""
-    return Geometry(
-        width=row.width, height=row.height, bucket=Bucket(row.bucket_width, row.bucket_height),
-        resized_width=row.resized_width, resized_height=row.resized_height,
-        left=row.left, top=row.top, flipped=row.flipped,
-    )  # fmt: skip
 
 
 def _job(

@@ -1,0 +1,49 @@
+"""``k5cache bench``: how fast is stage 1 on this machine?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k5cache.commands.arguments import Device, Json, vram_bytes
+from k5cache.shared import console
+
+
+def bench(
+    encoders: Annotated[
+        bool,
+        typer.Option("--encoders", help="Measure full-size text encoders and VAE on this GPU; writes 14 GB to --dir."),
+    ] = False,
+    store: Annotated[
+        bool, typer.Option("--store", help="Measure reading random rows from shards, beside other formats.")
+    ] = False,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where to write. Default: the temporary folder.")] = None,
+    vram: Annotated[str, typer.Option(help="The cap under which --encoders streams.")] = "4GB",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure stage 1 with random weights and rows, beside what others do. Downloads nothing."""
+    if not encoders and not store:
+        from k5cache.shared.errors import K5Error
+
+        raise K5Error("There is nothing to measure", "Give --encoders, --store or both")
+    results: dict[str, object] = {}
+    if store:
+        from k5cache.bench import reading
+
+        rows = reading.bench_store(folder=folder)
+        results["store"] = reading.as_json(rows)
+        if not as_json:
+            reading.print_bench(rows)
+    if encoders:
+        from k5cache.bench import encoding
+        from k5cache.encoders.device import pick_device
+
+        measured = encoding.bench(pick_device(device), vram_bytes(vram), folder)
+        results["encoders"] = encoding.as_json(measured)
+        if not as_json:
+            encoding.print_bench(measured)
+    if as_json:
+        console.print_json(results)

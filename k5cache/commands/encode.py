@@ -1,0 +1,185 @@
+"""``k5cache encode``, and what tells beforehand what it would do: ``k5cache plan`` and ``k5cache diff``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k5cache.commands.arguments import (
+    Device,
+    Json,
+    Model,
+    Out,
+    Recipe,
+    Rehash,
+    Set,
+    Source,
+    Vram,
+    Wait,
+    read_configs,
+    vram_bytes,
+)
+from k5cache.commands.listing import print_some, shorten
+from k5cache.shared import console
+
+if TYPE_CHECKING:
+    from k5cache.encode.request import EncodeReport
+    from k5cache.encode.update import Preview
+
+
+def encode(
+    source: Source,
+    out: Out = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    device: Device = "auto",
+    update: Annotated[
+        bool, typer.Option("--update", help="If the recipe differs from the cache's, encode again what it changes.")
+    ] = False,
+    rehash: Rehash = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Check every byte of the cache and encode damaged shards again.")
+    ] = False,
+    wait: Wait = 0,
+    vram: Vram = None,
+    as_json: Json = False,
+) -> None:
+    """Encode images and captions into a cache, or bring one up to date.
+
+    SOURCE is a folder of images with captions beside them; a .csv, .jsonl, .parquet or .tar, or a pattern of them
+    ("cats-*.tar"); a folder of such files; or a dataset of the hub (owner/name). A greyscale cat.mask.png
+    beside cat.jpg is its mask. Captions, crops, flips and size guards are options of [cache]: see `k5cache options`.
+    """
+    from k5cache.encode.encode import encode_source
+    from k5cache.encode.request import EncodeOptions
+    from k5cache.encoders.device import check_name
+    from k5cache.sources.find import default_name
+
+    model_config, cache_config, prompts = read_configs(recipe, model, options)
+    root = out or Path("cache") / default_name(source)
+    encode_options = EncodeOptions(update, rehash, repair, wait, check_name(device), vram_bytes(vram))
+    with console.progress() as bars:
+        report = encode_source(source, root, model_config, cache_config, prompts, bars, encode_options)
+    if as_json:
+        console.print_json(report)
+        return
+    print_report(report, root)
+    model_options = [option for option in options or [] if option.startswith("model.")]
+    arguments = {"recipe": recipe, "model": model, "set": model_options}
+    console.next_step("Next, train a LoRA", console.command("k5train", "run", root, **arguments))
+
+
+def plan(
+    source: Source,
+    out: Out = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    device: Device = "auto",
+    vram: Vram = None,
+    as_json: Json = False,
+) -> None:
+    """Show what encode would take with the same arguments: mode, VRAM, RAM, disk and time. Loads no encoder."""
+    from k5cache.encode.estimate import rows
+    from k5cache.encode.request import EncodeOptions, look
+    from k5cache.encode.update import estimate_encode
+    from k5cache.encoders.device import check_name
+    from k5cache.sources.find import default_name
+
+    model_config, cache_config, prompts = read_configs(recipe, model, options)
+    root = out or Path("cache") / default_name(source)
+    encode_options = EncodeOptions(update=True, device=check_name(device), vram=vram_bytes(vram))
+    request = look(source, root, model_config, cache_config, prompts, encode_options)
+    with console.progress() as bars:
+        estimate = estimate_encode(request, encode_options, bars)
+    if as_json:
+        console.print_json(estimate)
+        return
+    table = console.table("Stage 1", "what", "value")
+    for row in rows(estimate):
+        table.add_row(*row)
+    console.out.print(table)
+    arguments = {"recipe": recipe, "model": model, "set": options, "vram": vram}
+    arguments["device"] = None if device == "auto" else device
+    console.next_step("Next, encode", console.command("k5cache", "encode", source, "-o", root, **arguments))
+
+
+def diff(
+    source: Source,
+    out: Out = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    options: Set = None,
+    rehash: Rehash = False,
+    as_json: Json = False,
+) -> None:
+    """Show what encode would do with the same arguments. Loads no model and writes nothing."""
+    from k5cache.encode.request import EncodeOptions, look
+    from k5cache.encode.update import preview_encode
+    from k5cache.sources.find import default_name
+
+    model_config, cache_config, prompts = read_configs(recipe, model, options)
+    root = out or Path("cache") / default_name(source)
+    request = look(source, root, model_config, cache_config, prompts, EncodeOptions(update=True))
+    with console.progress() as bars:
+        preview = preview_encode(request, rehash, bars)
+    if as_json:
+        console.print_json(preview)
+    else:
+        print_preview(preview, root)
+
+
+def print_report(report: EncodeReport, root: Path) -> None:
+    """The summary that ends an encode: what changed, what was computed for it, what was left out."""
+    if report.is_unchanged:
+        console.out.print(
+            f"{root} is up to date: {report.num_items} items, {console.human_bytes(report.num_bytes)}, nothing to do "
+            f"({console.human_seconds(report.seconds)})",
+            markup=False,
+        )
+    else:
+        table = console.table(f"Encoded {root}", "what", "images", "captions", numbers=("images", "captions"))
+        table.add_row("encoded now", str(report.num_latents), str(report.num_texts))
+        table.add_row("reused", str(report.reused_latents), str(report.reused_texts))
+        console.out.print(table)
+        console.out.print(
+            f"{report.num_items} items in {report.num_buckets} buckets, {console.human_bytes(report.num_bytes)}, "
+            f"{console.human_seconds(report.seconds)}",
+            markup=False,
+        )
+    _print_changes(report.added, report.changed, report.renamed, report.removed, report.reused_latents)
+    print_some("damaged and encoded again", report.repaired, "yellow")
+    print_some("skipped", [f"{item.path}: {item.reason}" for item in report.skipped], "yellow")
+    cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
+    print_some("truncated captions", cut, "yellow")
+    print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
+
+
+def print_preview(preview: Preview, root: Path) -> None:
+    """What an encode would do."""
+    print_some("differences of the recipe (encode would need --update)", preview.differences, "yellow", most=99)
+    table = console.table(f"Encoding into {root} would", "what", "images", "captions", numbers=("images", "captions"))
+    table.add_row("encode", str(preview.num_latents), str(preview.num_texts))
+    table.add_row("reuse", str(preview.reused_latents), str(preview.reused_texts))
+    console.out.print(table)
+    _print_changes(preview.added, preview.changed, preview.renamed, preview.removed, preview.reused_latents)
+    print_some("skipped", [f"{item.path}: {item.reason}" for item in preview.skipped], "yellow")
+    print_some("upscaled, smaller than their bucket", preview.upscaled, "yellow")
+
+
+def _print_changes(
+    added: Sequence[str],
+    changed: Sequence[str],
+    renamed: Sequence[tuple[str, str]],
+    removed: Sequence[str],
+    num_reused: int,
+) -> None:
+    """The paths that differ from the last encode. In a first encode every path is new, so none is listed."""
+    print_some("added", added if num_reused or changed or renamed or removed else (), "green")
+    print_some("changed", changed, "green")
+    print_some("renamed", [f"{before} -> {now}" for before, now in renamed], "green")
+    print_some("removed", removed, "yellow")

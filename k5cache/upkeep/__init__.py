@@ -1,0 +1,1 @@
+"""What is done with a finished cache: check, draw, add prompts, merge, and delete what is not needed."""

@@ -1,0 +1,164 @@
+"""Is every byte of a cache the byte that was written, and does every number make sense? Lists all that is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from k5cache.shared.errors import CacheError
+from k5cache.store import files, tables
+from k5cache.store.index import SCHEMA as INDEX_SCHEMA
+from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
+from k5cache.store.locations import Locations, file_names, locate
+from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, read_manifest
+from k5cache.store.shards import StoredRow, verify_shard
+
+if TYPE_CHECKING:
+    import torch
+
+OUT_OF_LINE = 16.0
+"""Times the median norm of its kind above or below which a row is reported. A test holds noise, plain black, white and
+red, and captions of 1 to 70 words within it; rows scaled wrongly, or of another encoder, are often far outside."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification saw."""
+
+    root: Path
+    problems: tuple[str, ...]
+    """One sentence each; none where the cache is as it was written."""
+    num_shards: int = 0
+    num_rows: int = 0
+    num_bytes: int = 0
+    unnamed: tuple[str, ...] = ()
+    """Files that no manifest names: what a crash left, or shards that were replaced. `k5cache gc` deletes them."""
+    seconds: float = 0.0
+
+
+def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> Verified:
+    """Check everything that can be checked without a model.
+
+    Bytes: the manifest, the tables and every shard by sha256, every row by its own checksum. Sense: row counts, what
+    the index names is there and has its size, no NaN, no infinity, norms in line with the other rows.
+
+    Args:
+        advance: called with the bytes that were read.
+
+    Raises:
+        CacheError: there is no cache at ``root`` at all.
+    """
+    started = time.monotonic()
+    if not (root / "manifest.json").exists():
+        read_manifest(root)  # raises, saying what is there instead
+    try:
+        manifest = read_manifest(root)
+    except CacheError as error:
+        return Verified(root, (error.problem,))
+    problems = list(_tables(root, manifest))
+    norms = _Norms()
+    for shard in manifest.shards:
+        problems += verify_shard(root, shard, partial(norms.visit, shard))
+        advance(shard.num_bytes)
+    problems += norms.out_of_line(root)
+    return Verified(
+        root=root,
+        problems=tuple(dict.fromkeys(problems)),  # a shard that cannot be opened is met by its rows and by its table
+        num_shards=len(manifest.shards),
+        num_rows=sum(shard.num_rows for shard in manifest.shards),
+        num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+        unnamed=tuple(sorted(unnamed_files(root, manifest))),
+        seconds=time.monotonic() - started,
+    )
+
+
+def unnamed_files(root: Path, manifest: Manifest) -> Iterator[str]:
+    """Files of this format's kinds that the manifest does not name, relative to ``root``."""
+    named = {shard.file for shard in manifest.shards}
+    named |= {info.file for info in (manifest.index, manifest.locations) if info}
+    for pattern in (*(f"{folder}/*.parquet" for folder in files.FOLDERS), "index-*.parquet", "locations-*.parquet"):
+        for path in root.glob(pattern):
+            if path.relative_to(root).as_posix() not in named and not path.is_symlink():
+                yield path.relative_to(root).as_posix()
+
+
+def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the index and the locations, and with what they say of the shards."""
+    try:
+        if manifest.locations and not _locations_are_true(root, manifest, manifest.locations):
+            yield f"{root / manifest.locations.file}: it does not say where the rows of the shards are"
+    except CacheError as error:
+        yield error.problem
+    if manifest.index is None:
+        yield f"{root} holds no finished index: its encode was interrupted"
+        return
+    try:
+        index = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMA)).to_pylist()
+        found = Locations(root, manifest.locations, manifest.shards)
+        lengths = found.text_lengths()
+    except CacheError as error:
+        yield error.problem
+        return
+    for raw, key in manifest.prompts.items():
+        if key not in lengths:
+            yield f"{root}: the prompt {raw[:80]!r} has no row"
+    for row in index:
+        bucket = (row["bucket_width"], row["bucket_height"])
+        for kind, key in (("latents", row["latent_key"]), ("masks", row["mask_key"])):
+            where = found.find("masks" if kind == "masks" else "latents", key) if key else None
+            if key and (where is None or where[0].bucket != bucket):
+                yield f"{root / manifest.index.file}: {row['path'][:200]} has no {kind} of {bucket[0]}x{bucket[1]}"
+        if [lengths.get(key) for key in row["caption_keys"]] != row["caption_lengths"] or not row["caption_keys"]:
+            yield f"{root / manifest.index.file}: {row['path'][:200]} has no captions of the lengths it says"
+
+
+def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool:
+    """Whether the table says of the shards it knows what their footers say; shards of later encodes are not in it."""
+    file = tables.open_table(root, info, LOCATIONS_SCHEMA)
+    by_name = {shard.file: shard for shard in manifest.shards}
+    known = [by_name.get(name) for name in file_names(root, info, file.schema_arrow)]
+    shards = [shard for shard in known if shard]
+    return len(shards) < len(known) or bool(tables.read_table(file).equals(locate(root, shards)))
+
+
+@dataclass
+class _Norms:
+    """Root mean squares of every tensor, compared when all are known."""
+
+    seen: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
+
+    def visit(self, shard: ShardInfo, row: int, stored: StoredRow) -> Iterator[str]:
+        """What is wrong with the numbers of one row."""
+        for name, tensor in stored.tensors.items():
+            if not tensor.is_floating_point():
+                continue
+            finite, rms = _measure(tensor)
+            if not finite:
+                yield f"{name} of {stored.key} is not finite"
+            elif name == "std":
+                if tensor.min() < 0:
+                    yield f"std of {stored.key} is negative"
+            else:
+                self.seen.setdefault(name, []).append((rms, f"{shard.file}, row {row}: {name} of {stored.key}"))
+
+    def out_of_line(self, root: Path) -> Iterator[str]:
+        """Rows whose norm is far from the median of their kind."""
+        for rows in self.seen.values():
+            middle = median(rms for rms, _ in rows)
+            for rms, where in rows:
+                if rms == 0 or not middle / OUT_OF_LINE <= rms <= middle * OUT_OF_LINE:
+                    yield f"{root / where} has a norm out of line: {rms:.3g}, the median is {middle:.3g}"
+
+
+def _measure(tensor: torch.Tensor) -> tuple[bool, float]:
+    """Whether all values are finite, and their root mean square."""
+    values = tensor.float()
+    rms = values.square().mean().sqrt().item()
+    if rms == rms and rms != float("inf"):  # no NaN and no infinity can hide in a finite sum of squares
+        return True, rms
+    return bool(values.isfinite().all()), rms
