@@ -1,10 +1,11 @@
-# make demo | make test | make check. Everything lands in .venv; nothing outside this folder is touched.
+# make demo | make test | make test-slow | make test-gpu | make check. Everything lands in .venv; nothing outside
+# this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-slow test-gpu check install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +22,13 @@ demo: install
 
 test: install check
 	$(BIN)/python -m pytest -n 2
+
+# The trials that test makes a few of, in full: kills at random instants, training on k5-micro, compilation.
+test-slow: install
+	$(BIN)/python -m pytest -n 2 -m slow
+
+test-gpu: install
+	$(BIN)/python -m pytest tests/gpu
 
 check: install
 	$(BIN)/ruff check .

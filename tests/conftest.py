@@ -1,7 +1,8 @@
-"""What do all tests share? The toy checkpoint and whatever else is made once a run."""
+"""Fixtures that all tests share: the toy checkpoint, its caches, and whatever else is made once for the whole run."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -13,19 +14,41 @@ from filelock import FileLock
 
 # Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests reach it from the repo
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests import it from the checkout
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+MANY_MODULES = 100
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    spare_the_collector()
+
+
+@pytest.fixture(autouse=True)
+def _spare_the_collector():
+    """An encode collects garbage after each encoder; the libraries' million objects would cost 0.3 s each time."""
+    before = len(sys.modules)
+    yield
+    if len(sys.modules) > before + MANY_MODULES:  # the test was the first to import torch, diffusers or the like
+        spare_the_collector()
+
+
+def spare_the_collector() -> None:
+    """Collect garbage once more, then leave everything that is alive out of later collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """``once("name", make)``: a folder that ``make`` filled, once a run whatever the number of workers.
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once("name", make)`` returns a folder that ``make`` filled, once for all workers of a run.
 
-    Read it, never write into it: workers share it.
+    Only read it: the workers share it.
     """
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # pytest-xdist: one folder above the workers'
+    shared = base.parent if base.name.startswith("popen-") else base  # pytest-xdist: the folder above the workers' own
 
-    def made(name: str, make: Callable[[Path], object]) -> Path:
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
         folder, done = shared / name, shared / f"{name}.done"
         with FileLock(f"{folder}.lock"):
             if not done.exists():
@@ -35,11 +58,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
                 done.touch()
         return folder
 
-    return made
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def toy_model(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def toy_model(once: Once) -> Path:
     """A whole Kandinsky 5 Image in the diffusers layout, seed 0."""
     from pipelines.demo.make_checkpoint import make
 
@@ -47,15 +70,12 @@ def toy_model(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_cache(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``toy_cache("bf16")`` or ``"fp32"``: ``parity.make_cache`` of the toy's encoders in that precision, once."""
+def toy_cache(toy_model: Path, once: Once) -> Callable[[str], Path]:
+    """``toy_cache("bf16")`` or ``"fp32"``: the cache of ``parity.make_cache`` with the toy's encoders in that precision."""
     from tests.parity import make_cache
 
-    made: dict[str, Path] = {}
+    def cache_of(precision: str) -> Path:
+        root = once(f"toy_cache_{precision}", lambda folder: make_cache(folder, toy_model, precision))
+        return root / "cache" / "pictures"
 
-    def cache(precision: str) -> Path:
-        if precision not in made:
-            made[precision] = make_cache(tmp_path_factory.mktemp(precision), toy_model, precision)
-        return made[precision]
-
-    return cache
+    return cache_of
