@@ -272,7 +272,7 @@ def test_the_budget_is_the_card_less_what_cuda_takes():
 def test_the_bench_times_a_case_and_counts_its_arithmetic():
     small = {**SMALL, "num_text_blocks": 1}
     case = Case("int8-dynamic", 4.0, side=64, num_text_tokens=8, rank=4, execution="eager")
-    (result,) = steps.bench((case,), CPU, config=small, num_steps=2, num_warm_up=1)
+    (result,) = steps.time_cases((case,), CPU, config=small, num_steps=2, num_warm_up=1)
     assert result.milliseconds > 0
     assert result.plan == "1 all, eager"
     assert result.tflops == pytest.approx(
@@ -288,7 +288,7 @@ def test_caps_beyond_the_card_are_what_the_card_has():
 
 def test_the_benchs_baseline_is_diffusers_with_peft_and_quanto():
     result = time_baseline({**SMALL, "num_text_blocks": 1}, CPU, 1, 0)
-    assert steps.table([result], None)[0][2] == "1.00x"
+    assert steps.table_rows([result], None)[0][2] == "1.00x"
 
 
 def test_flops_are_those_that_torch_counts():
@@ -321,7 +321,7 @@ def test_a_case_whose_first_step_has_no_room_is_planned_for_less_as_a_run_is(mon
         return timed(plan, *args)
 
     monkeypatch.setattr(steps, "_time_plan", out_of_memory_once)
-    (result,) = steps.bench((case,), CPU, config=small, num_steps=1, num_warm_up=1)
+    (result,) = steps.time_cases((case,), CPU, config=small, num_steps=1, num_warm_up=1)
     assert plans[1].peak <= plans[0].peak * 11 // 12
     assert plans[0].levels == ("all",) * 4
     assert result.plan == "3 matmuls, 1 all, eager"

@@ -1,4 +1,4 @@
-"""What a user does today: the step that `k5train bench` is compared with. diffusers, peft and quanto's int8, eager."""
+"""How long does a step take with diffusers, peft and quanto's int8, eager? `k5train bench` is compared with it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,16 @@ from k5train.planning.plan import work_for
 
 
 def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int) -> Measured:
-    """The bench's first case, with gradient checkpointing.
+    """Time the first case of the bench, with gradient checkpointing.
 
     Args:
-        config: the transformer's config.json; another than the full size is timed on a small picture.
+        config: the transformer's config.json. Any other than the full size is timed on a small picture.
     """
     case = MUST_REACH[0]
     if config is not FULL_SIZE:
         case = replace(case, side=64, num_text_tokens=8)
     transformer = random_weights.random_transformer(config, "no_change", device)
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, nn.Linear):  # as from_pretrained has them: float32 where diffusers keeps it
-            plain = nn.Linear(module.in_features, module.out_features, device="meta")
-            kept = any(part in name for part in ("modulation", "time_embeddings"))
-            plain.weight = nn.Parameter(module.weight.float() if kept else module.weight, requires_grad=False)
-            plain.bias = None if module.bias is None else nn.Parameter(module.bias.to(plain.weight.dtype), False)
-            parent, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), leaf, plain)
+    _use_plain_linears(transformer)
     quantize(transformer, weights=qint8)
     freeze(transformer)
     attach.add_lora(transformer, LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets), seed=0)
@@ -63,8 +56,21 @@ def time_baseline(config: dict[str, Any], device: torch.device, num_steps: int, 
 
     timing = time_steps(step, None, device, num_steps, num_warm_up)
     train = TrainConfig(lora=LoraConfig(rank=case.rank, targets=case.targets))
-    needed = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
+    operations = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
     return Measured(
         "baseline: diffusers + peft + quanto, eager, checkpointing", timing.median, timing.fastest, None,
-        timing.reserved_gib, timing.busy, needed / timing.median / 1e9, "all recomputed", timing.first,
+        timing.reserved_gib, timing.busy, operations / timing.median / 1e9, "all recomputed", timing.first,
     )  # fmt: skip
+
+
+def _use_plain_linears(transformer: nn.Module) -> None:
+    """Give the transformer the linears that ``from_pretrained`` gives it: float32 where diffusers keeps float32."""
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, nn.Linear):
+            linear = nn.Linear(module.in_features, module.out_features, device="meta")
+            is_float32 = any(part in name for part in ("modulation", "time_embeddings"))
+            weight = module.weight.float() if is_float32 else module.weight
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.bias = None if module.bias is None else nn.Parameter(module.bias.to(weight.dtype), False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), leaf, linear)

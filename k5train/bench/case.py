@@ -1,4 +1,4 @@
-"""What `k5train bench` measures: one case a line, and the random inputs it runs on."""
+"""What does `k5train bench` measure? Its cases, one a line of the table, and the random inputs that they run on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case:
 
     precision: Precision
     cap_gib: float | None
-    """What torch may reserve. None: what the card has."""
+    """What torch may reserve. None: all that the card has."""
     side: int = 1024
     batch_size: int = 1
     num_text_tokens: int = 256
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What differs from the first case, in words."""
+        """Precision, cap, size, batch and adapter, as the table shows them."""
         cap = f"{self.cap_gib:g} GiB" if self.cap_gib else "all VRAM"
         tread = f", TREAD {self.tread:g}" if self.tread else ""
         adapter = f"r{self.rank} {'+'.join(self.targets)}"
@@ -41,26 +41,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a case took."""
+    """What a step of one case took."""
 
     name: str
     milliseconds: float
-    """Median of a step: forward, backward, clip, AdamW."""
+    """Median: forward, backward, clip, AdamW."""
     fastest: float
     predicted_gib: float | None
     reserved_gib: float | None
     busy: float | None
-    """Milliseconds of a step in which the GPU computes: near the median it is the limit, else launching is."""
+    """Milliseconds in which the GPU computes. Near the median, the GPU is the limit; far below it, launching is."""
     tflops: float
-    """Of the arithmetic that the step needs, recompute not counted."""
+    """A second, of the arithmetic that the step needs; recompute is not counted."""
     plan: str
     first_step_seconds: float
-    """Compilation included."""
+    """With compilation."""
 
 
+QUICK = (Case("int8-quanto", None), Case("int8-dynamic", None))
 MUST_REACH = (Case("int8-quanto", 16), Case("int8-dynamic", 16), Case("int8-quanto", 8.5), Case("int8-quanto", 4.5))
-
-
 SIZES = tuple(
     Case(precision, 16, side, batch, rank=rank, targets=targets, tread=tread)
     for precision in ("int8-quanto", "int8-dynamic")
@@ -74,21 +73,17 @@ SIZES = tuple(
         (1024, 1, 16, ("qkv",), 0.5),
     )
 )
-
-
 TREAD_BLOCKS = (2, -3)
-
-
 """First and last visual block that dropped tokens skip."""
 
 
 def tread_of(case: Case) -> TreadConfig:
-    """The case's TREAD route, if it has one."""
+    """The case's TREAD options."""
     return TreadConfig(routes=(RouteConfig(case.tread, *TREAD_BLOCKS),) if case.tread else ())
 
 
 def routes_for(case: Case, device: torch.device) -> tuple[routing.Route, ...]:
-    """The case's TREAD route, other tokens for each row."""
+    """The case's TREAD route, with tokens drawn for each row."""
     if not case.tread:
         return ()
     generator = torch.Generator().manual_seed(4)

@@ -1,4 +1,4 @@
-"""What will this card do? Steps of a full-size transformer with random weights, timed beside today's usual way."""
+"""What will this card do? Times training steps of a full-size transformer with random weights, case by case."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from k5cache.shared.errors import K5Error
 from k5train.adapter import attach
 from k5train.base.architecture import FULL_SIZE
 from k5train.base.random_weights import random_transformer
+from k5train.bench.baseline import time_baseline
 from k5train.bench.case import Case, Measured, inputs_for, routes_for, tread_of
 from k5train.bench.timing import flops, time_steps
 from k5train.forward import routing
@@ -30,15 +31,19 @@ from k5train.planning import vram
 from k5train.planning.memory import Plan, architecture
 from k5train.planning.plan import less, plan_for, work_for
 
+COLUMNS = ("case", "ms/step", "speed", "GPU busy", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
+
 
 def within(budget: int | None, cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """The cases as this card can run them: one that may take more than there is takes what there is, once."""
+    """The cases as this card can run them: a cap above what the card has becomes all that it has, in one case."""
     limit = None if budget is None else budget / 2**30
-    capped = (replace(c, cap_gib=None) if limit and c.cap_gib and c.cap_gib > limit else c for c in cases)
+    capped = (
+        replace(case, cap_gib=None) if limit and case.cap_gib and case.cap_gib > limit else case for case in cases
+    )
     return tuple(dict.fromkeys(capped))
 
 
-def bench(
+def time_cases(
     cases: tuple[Case, ...],
     device: torch.device,
     *,
@@ -47,29 +52,28 @@ def bench(
     num_steps: int = 8,
     num_warm_up: int = 2,
 ) -> list[Measured]:
-    """Time every case, one after the other; one that does not fit or fails is said so and left out."""
-    from k5train.bench.baseline import time_baseline
-
-    todo: list[tuple[str, Callable[[], Measured]]] = []
+    """Time every case, one after the other. A case that does not fit or fails is named and left out."""
+    measurements: list[tuple[str, Callable[[], Measured]]] = []
     if baseline:
-        todo.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up)))
-    todo += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
-    results = [_guarded(name, measure) for name, measure in todo]
-    return [r for r in results if r is not None]
+        measurements.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up)))
+    measurements += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
+    results = [_measure_or_warn(name, measure) for name, measure in measurements]
+    return [result for result in results if result is not None]
 
 
-def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
+def _measure_or_warn(name: str, measure: Callable[[], Measured]) -> Measured | None:
+    """What ``measure`` returns, also reported in a line; None if it fails, with a warning that names the reason."""
     try:
-        found = measure()
-        memory = f", {found.reserved_gib:.2f} GiB reserved" if found.reserved_gib else ""
-        predicted = f", {found.predicted_gib:.2f} predicted" if found.predicted_gib else ""
-        busy = f", GPU busy {found.busy:.0f}" if found.busy else ""
+        result = measure()
+        memory = f", {result.reserved_gib:.2f} GiB reserved" if result.reserved_gib else ""
+        predicted = f", {result.predicted_gib:.2f} predicted" if result.predicted_gib else ""
+        busy = f", GPU busy {result.busy:.0f}" if result.busy else ""
         console.note(
-            f"{name}: {found.milliseconds:.0f} ms a step (fastest {found.fastest:.0f}{busy}){memory}{predicted}; "
-            f"{found.plan}; first step after {found.first_step_seconds:.0f} s"
+            f"{name}: {result.milliseconds:.0f} ms a step (fastest {result.fastest:.0f}{busy}){memory}{predicted}; "
+            f"{result.plan}; first step after {result.first_step_seconds:.0f} s"
         )
-        return found
-    except (K5Error, RuntimeError) as error:  # out of memory, or what a kernel or the compiler says: the others go on
+        return result
+    except (K5Error, RuntimeError) as error:  # out of memory, or a kernel or the compiler failed: go on with the rest
         console.warn(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}")
         return None
     finally:
@@ -82,7 +86,7 @@ def _guarded(name: str, measure: Callable[[], Measured]) -> Measured | None:
 def time_case(
     case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2
 ) -> Measured:
-    """Plan a case, build its transformer with random weights where the plan wants them, and time its steps."""
+    """Plan a case, put random weights where the plan wants them, and time the steps."""
     train = TrainConfig(
         batch_size=case.batch_size,
         base_model_precision=case.precision,
@@ -102,7 +106,7 @@ def time_case(
         leaner = less(plan)
         if leaner is None:
             raise
-    # As a run does. Out of the handler: the error held the step's memory.
+    # Plan again, as a run does. Not inside the handler, because the error keeps the step's memory alive.
     gc.collect()
     torch.cuda.empty_cache()
     console.warn(f"{case.name}: the first step needed more VRAM than the {plan.peak / 2**30:.2f} GiB planned")
@@ -114,29 +118,33 @@ def _time_plan(
     plan: Plan, case: Case, train: TrainConfig, device: torch.device, config: dict[str, Any], num_steps: int,
     num_warm_up: int,
 ) -> Measured:  # fmt: skip
+    """Time the steps of a case by one plan."""
     sizes = plan.sizes
     assert sizes is not None
     transformer = random_transformer(config, case.precision, device, frozenset(streamed_blocks(plan)))
     stream_weights(transformer, plan, device)
     attach.add_lora(transformer, train.lora, seed=0)
     execution = execute(transformer, train, device, plan)
-    step = stepper(transformer, inputs_for(case, config, device), routes_for(case, device))
+    step = make_step(transformer, inputs_for(case, config, device), routes_for(case, device))
     timing = time_steps(step, execution, device, num_steps, num_warm_up)
-    needed = flops(architecture(config), work_for(config, train, sizes, compiled=True))
-    words = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
-    words += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
-    words += [] if execution is None or execution.is_compiled else ["eager"]
+    operations = flops(architecture(config), work_for(config, train, sizes, compiled=True))
+    blocks = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
+    blocks += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
+    blocks += [] if execution is None or execution.is_compiled else ["eager"]
     on_gpu = device.type == "cuda"
     return Measured(
         case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
-        timing.busy, needed / timing.median / 1e9, ", ".join(words), timing.first,
+        timing.busy, operations / timing.median / 1e9, ", ".join(blocks), timing.first,
     )  # fmt: skip
 
 
-def stepper(
+def make_step(
     transformer: Any, inputs: tuple[Tensor, ...], routes: tuple[routing.Route, ...] = ()
 ) -> Callable[[], Tensor]:
-    """One step on fixed inputs: forward, loss, backward, clip, AdamW. Returns the gradients' norm, unread."""
+    """A function that does one step on fixed inputs: forward, loss, backward, clip, AdamW.
+
+    It returns the gradients' norm without waiting for it.
+    """
     parameters = attach.lora_parameters(transformer)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=inputs[0].is_cuda)
     target = torch.randn_like(inputs[0])
@@ -153,8 +161,8 @@ def stepper(
     return step
 
 
-def table(results: list[Measured], ceiling: float | None) -> list[list[str]]:
-    """Results as rows of text, the first as the baseline of speed where it is one."""
+def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]]:
+    """Results as rows of text. If the first is the baseline, every row has its speed beside it."""
     base = results[0].milliseconds if results and results[0].name.startswith("baseline") else None
     rows = []
     for r in results:
@@ -168,9 +176,6 @@ def table(results: list[Measured], ceiling: float | None) -> list[list[str]]:
             f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,
         ])  # fmt: skip
     return rows
-
-
-COLUMNS = ("case", "ms/step", "speed", "GPU busy", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
 
 
 def as_json(results: list[Measured]) -> str:

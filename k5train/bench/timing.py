@@ -1,4 +1,4 @@
-"""How a training step is timed: wall time, the time in which the GPU computes, and what it needs at least."""
+"""How is a training step timed? Wall time, the time in which the GPU computes, and the arithmetic it needs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from k5train.planning.memory import Architecture, Work
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one kind of step, in milliseconds; ``first`` in seconds."""
+    """What one kind of step took, in milliseconds."""
 
     median: float
     fastest: float
     first: float
+    """Seconds until the first timed step: compilation and warm-up."""
     reserved_gib: float | None
     busy: float | None
+    """Milliseconds in which the GPU computes, by ``busy_milliseconds``."""
 
 
 def time_steps(
     step: Callable[[], Any], execution: Execution | None, device: torch.device, num_steps: int, num_warm_up: int
 ) -> Timing:
-    """Time whole steps, the GPU waited for after each."""
+    """Time whole steps, waiting for the GPU after each."""
     started = time.perf_counter()
     if execution:
         execution.warm_up(step)
@@ -45,24 +47,26 @@ def time_steps(
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - tick))
     reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
-    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, busy_of(step) if on_gpu else None)
+    return Timing(
+        sorted(times)[len(times) // 2], min(times), first, reserved, busy_milliseconds(step) if on_gpu else None
+    )
 
 
-def busy_of(step: Callable[[], Any]) -> float:
-    """Milliseconds that kernels of one step take on the GPU, copies left out."""
+def busy_milliseconds(step: Callable[[], Any]) -> float:
+    """Milliseconds that the kernels of one step take on the GPU, without copies."""
     from torch.profiler import ProfilerActivity, profile
 
-    # Without acc_events a second profile of a process warns.
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+    # Without acc_events torch warns at the second profile of a process.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         step()
         torch.cuda.synchronize()
-    events: list[Any] = list(seen.key_averages())
+    events: list[Any] = list(profiled.key_averages())
     kernels = [e for e in events if e.device_type.name == "CUDA" and not e.key.startswith("Mem")]
     return float(sum(e.self_device_time_total for e in kernels)) / 1000
 
 
 def flops(arch: Architecture, work: Work) -> float:
-    """Operations that one forward and backward pass cannot do without: no recompute, no gradient of frozen weights."""
+    """Operations that one forward and backward pass needs, without recompute or gradients of frozen weights."""
     d, text = arch.model_dim, work.num_text_tokens
 
     def block(tokens: float) -> float:

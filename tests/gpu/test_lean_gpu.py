@@ -153,7 +153,7 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured(level, precisi
     transformer = random_weights.random_transformer(WIDE, precision, GPU)
     attach.add_lora(transformer, config.lora, seed=0)
     made = make_execution(transformer, config, GPU, plan)
-    timing = time_steps(steps.stepper(transformer, inputs_for(case, WIDE, GPU)), made, GPU, 2, 2)
+    timing = time_steps(steps.make_step(transformer, inputs_for(case, WIDE, GPU)), made, GPU, 2, 2)
     assert timing.reserved_gib is not None
     assert plan.peak / 2**30 == pytest.approx(timing.reserved_gib, rel=0.10)
 

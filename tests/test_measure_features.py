@@ -1,15 +1,15 @@
-"""Does the bench of features time what it says: real runs, one after the other, on one base and a real cache?"""
+"""Does ``pipelines.measure.features`` time what it says: real runs, one after another, on one base and a cache?"""
 
 from __future__ import annotations
 
 import torch
 
 from k5train.base import architecture
-from k5train.bench import features
-from k5train.bench.features import SETTLING
 from k5train.options.adapter import LoraConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.train import TrainConfig
+from pipelines.measure import features
+from pipelines.measure.features import SETTLING
 
 SMALL = {
     **architecture.FULL_SIZE, "in_text_dim": 12, "in_text_dim2": 5, "model_dim": 32, "ff_dim": 64, "time_dim": 32,
@@ -19,16 +19,16 @@ SMALL = {
 
 def test_every_feature_is_a_run_of_its_own_on_one_base():
     config = TrainConfig(lora=LoraConfig(rank=2, targets=("qkv",)), optim=OptimConfig(warmup_steps=0))
-    said: list[str] = []
-    found = features.bench_features(
-        torch.device("cpu"), model=SMALL, side=64, config=config, num_steps=SETTLING + 2, report=said.append
+    lines: list[str] = []
+    results = features.time_features(
+        torch.device("cpu"), model=SMALL, side=64, config=config, num_steps=SETTLING + 2, report=lines.append
     )
-    assert [f.name for f in found] == ["bare step, fixed inputs", *features.variants(config)]
-    assert len(said) == len(found)
-    assert all(f.milliseconds > 0 for f in found)
-    assert all(f.waited is not None and 0 <= f.waited < 1 for f in found[1:])
-    assert all(f.seconds_to_start is not None and f.seconds_to_start > 0 for f in found[1:])
-    rows = {row[0]: row for row in features.table(found)}
+    assert [f.name for f in results] == ["bare step, fixed inputs", *features.variants(config)]
+    assert len(lines) == len(results)
+    assert all(f.milliseconds > 0 for f in results)
+    assert all(f.waited is not None and 0 <= f.waited < 1 for f in results[1:])
+    assert all(f.seconds_to_start is not None and f.seconds_to_start > 0 for f in results[1:])
+    rows = {row[0]: row for row in features.table_rows(results)}
     assert rows["plain"][2] == "1.00x"
     assert "ms a pass without gradient" in rows["rollout of every row, 1 step"][-1]
 

@@ -1,4 +1,4 @@
-"""Does `k5train bench --start` time what it says? Processes of its kind, and the checkpoint that it writes."""
+"""Does ``pipelines.measure.start`` time what it says? Processes of its kind, and the checkpoint that it writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from k5cache.shared.errors import RunError
 from k5train.base.architecture import FULL_SIZE
 from k5train.base.quantize import load_transformer
-from k5train.bench import features, start
+from pipelines.measure import random_inputs, start
 
 TINY = {
     **FULL_SIZE, "num_visual_blocks": 2, "num_text_blocks": 1, "model_dim": 64, "ff_dim": 128, "time_dim": 32,
@@ -29,10 +29,10 @@ time.sleep(60)
 
 def test_a_run_is_timed_to_its_first_step_and_stopped_there(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    found = start.watch("a start", [STEPS, str(metrics)], tmp_path, metrics)
-    assert 0.8 <= found.seconds < 20
-    assert 64 * 2**20 < found.own_bytes <= found.resident_bytes < 300 * 2**20
-    assert start.table([found])[0][0] == "a start"
+    measured = start.watch("a start", [STEPS, str(metrics)], tmp_path, metrics)
+    assert 0.8 <= measured.seconds < 20
+    assert 64 * 2**20 < measured.own_bytes <= measured.resident_bytes < 300 * 2**20
+    assert start.table_rows([measured])[0][0] == "a start"
 
 
 def test_a_process_without_steps_is_timed_to_its_end_or_by_its_own_clock(tmp_path, monkeypatch):
@@ -48,9 +48,9 @@ def test_a_process_that_fails_or_makes_no_step_is_named_with_what_it_said(tmp_pa
 
 
 def test_the_checkpoint_is_the_hubs_layout_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "SHARD_BYTES", 200_000)
-    folder = features.model_folder(tmp_path / "model", TINY)
-    start.write_checkpoint(folder)
+    monkeypatch.setattr(random_inputs, "SHARD_BYTES", 200_000)
+    folder = random_inputs.model_folder(tmp_path / "model", TINY)
+    random_inputs.write_checkpoint(folder)
     index = json.loads((folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (folder / "transformer").glob("*.safetensors"))
     assert len(files) > 1

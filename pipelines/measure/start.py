@@ -1,0 +1,152 @@
+"""How long does a run take to its first step? A full-size checkpoint of random weights, started twice as a user would.
+
+Each start is a process of its own that is watched from outside, so the figures include Python, imports, quantising,
+loading and compiling. Downloads nothing; writes 18 GB to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from k5cache.shared import console
+from k5cache.shared.errors import RunError
+from k5train.base.architecture import FULL_SIZE
+from k5train.commands.bench import gpu_to_measure
+from pipelines.measure import command_line
+from pipelines.measure.random_inputs import model_folder, write_cache, write_checkpoint
+
+COLUMNS = ("process", "seconds", "own host memory", "with mapped files")
+
+_CLI = "from k5train.cli import main; main()"
+_LOAD = """
+import sys, time, torch
+from pathlib import Path
+from k5train.base.prepared import load_prepared
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.zeros(1, device=device)
+begin = time.monotonic()
+load_prepared(Path(sys.argv[1]), torch.bfloat16, device)
+if device.type == "cuda":
+    torch.cuda.synchronize()
+print(time.monotonic() - begin)
+"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one process took."""
+
+    name: str
+    seconds: float
+    """Until its first optimizer step was done, or until it ended if it makes no step."""
+    own_bytes: int
+    """The most host memory that was the process's own (RssAnon)."""
+    resident_bytes: int
+    """The same with the pages of mapped files (VmHWM), which the system may take back at any time."""
+
+
+def main(out: command_line.Out = None) -> None:
+    """Time a run's first and second start, and measure their host memory. Needs a GPU and 18 GB of disk."""
+    gpu_to_measure(out)
+    starts = time_starts()
+    command_line.print_table("full size, random weights", COLUMNS, table_rows(starts), numbers=COLUMNS[1:])
+    command_line.write_json(out, [asdict(start) for start in starts])
+
+
+def time_starts(
+    model: Mapping[str, Any] = FULL_SIZE,
+    side: int = 1024,
+    vram: str = "16GB",
+    report: Callable[[str], None] = console.note,
+) -> list[Start]:
+    """Quantise, start once, start again, and load the weights alone. Report each as soon as it is known.
+
+    Raises:
+        RunError: a process failed. The message has the last lines that it printed.
+    """
+    starts: list[Start] = []
+
+    def add(*process: Any) -> None:
+        starts.append(watch(*process))
+        report("  ".join(table_rows(starts)[-1]))
+
+    with TemporaryDirectory(prefix="k5-start-") as name:
+        root = Path(name)
+        folder = model_folder(root / "model", model)
+        begin = time.monotonic()
+        write_checkpoint(folder)
+        write_cache(root / "cache", model, side)
+        report(f"wrote a random checkpoint and a cache in {time.monotonic() - begin:.0f} s")
+        run = ["run", str(root / "cache"), "--model", str(folder), "--set", "train.steps=3", "--set",
+               "train.loss_limit=0", "--set", f"train.memory.vram={vram}", "-o"]  # fmt: skip
+        add("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root)
+        for i, label in enumerate(("first start: blocks are compiled", "second start")):
+            add(label, [_CLI, *run, str(root / f"run{i}")], root, root / f"run{i}" / "metrics.jsonl")
+        add("loading the weights alone", [_LOAD, str(folder)], root)
+    return starts
+
+
+def watch(name: str, program: list[str], root: Path, metrics: Path | None = None) -> Start:
+    """Run ``python -c`` with a program and its arguments, and look at it every 20 ms.
+
+    Args:
+        metrics: a run's metrics. Its first row with a loss is the first step, and the process is stopped there. None:
+            the process is timed to its end; ``_LOAD`` prints its own seconds in its last line.
+
+    Raises:
+        RunError: the process failed or made no step.
+    """
+    with (root / "log").open("w+") as log:
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-c", *program], stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"K5_HOME": str(root / "home"), "TORCHINDUCTOR_CACHE_DIR": str(root / "compiled")},
+        )  # fmt: skip
+        own = resident = 0
+        first_step: float | None = None
+        while process.poll() is None:
+            time.sleep(0.02)
+            memory = _memory(process.pid)
+            own, resident = max(own, memory.get("RssAnon", 0)), max(resident, memory.get("VmHWM", 0))
+            if metrics and first_step is None and metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
+                first_step = time.monotonic() - begin
+                process.kill()  # what follows, above all saving, is not part of the start
+        seconds = first_step or time.monotonic() - begin
+        log.seek(0)
+        lines = log.read().strip().splitlines()
+    if (process.returncode or metrics) and first_step is None:
+        problem = f"{name}: exit code {process.returncode}: {' | '.join(lines[-3:])}"
+        raise RunError(problem, "Run it by hand to see more")
+    if program[0] == _LOAD:
+        seconds = float(lines[-1])
+    return Start(name, seconds, own, resident)
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """Bytes of each kind of memory in ``/proc/PID/status``; empty once the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    words = [line.split() for line in lines if line.endswith(" kB")]
+    return {name.rstrip(":"): 1024 * int(size) for name, size, _ in words}
+
+
+def table_rows(starts: list[Start]) -> list[list[str]]:
+    """Results as rows of text."""
+    return [
+        [s.name, f"{s.seconds:.1f}", f"{s.own_bytes / 2**30:.2f} GiB", f"{s.resident_bytes / 2**30:.2f} GiB"]
+        for s in starts
+    ]
+
+
+if __name__ == "__main__":
+    command_line.run(main)
