@@ -11,6 +11,7 @@ import torch
 
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.vram import CONTEXT_BYTES
 from k5train.cli import app
 from k5train.forward.execute import Execution
 from k5train.options.memory import MemoryConfig
@@ -148,7 +149,7 @@ def test_what_would_make_another_plan_is_refused_by_the_name_of_its_field(
 def test_the_vram_to_plan_for_may_change_and_the_plan_does_not(tmp_path, cache, toy_model, plans):
     start_run(tmp_path / "run", cache, toy_model, replace(EXACT, memory=MemoryConfig("0.9GB", execution="eager")))
     go_on(tmp_path / "run", steps=4, memory=MemoryConfig("12GB", execution="eager"))
-    assert plans[1] == replace(plans[0], budget=12 * 2**30 - memory.CONTEXT_BYTES)
+    assert plans[1] == replace(plans[0], budget=12 * 2**30 - CONTEXT_BYTES)
     with pytest.raises(DoesNotFit, match="there is 32"):
         go_on(tmp_path / "run", steps=6, memory=MemoryConfig("800MB", execution="eager"))
 

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 
 from k5cache.shared.console import command, parse_bytes
 from k5cache.shared.errors import DoesNotFit, RunError
+from k5cache.shared.vram import CONTEXT_BYTES, left
 from k5train.adapter import attach
 from k5train.base import random_weights
 from k5train.base.architecture import FULL_SIZE
@@ -159,7 +160,7 @@ def test_weights_are_streamed_only_when_recomputing_everything_does_not_fit():
 )  # fmt: skip
 def test_advice_for_a_card_that_is_too_small_is_a_change_that_fits_it(card, changes, fix):
     config, device = replace(TrainConfig(), **changes), torch.device("cuda")
-    budget = card * GIB - memory.CONTEXT_BYTES
+    budget = card * GIB - CONTEXT_BYTES
     with pytest.raises(DoesNotFit) as refused:
         plan_for(FULL_SIZE, config, device, (4096, 512), budget)
     assert refused.value.fix == fix
@@ -265,8 +266,8 @@ def test_a_picture_is_decoded_whole_where_it_fits_and_in_tiles_where_not():
 
 def test_the_budget_is_the_card_less_what_cuda_takes():
     assert vram.budget(CPU, None) is None
-    assert vram.budget(CPU, "12GB") == 12 * GIB - memory.CONTEXT_BYTES
-    assert vram.left(CPU) is None
+    assert vram.budget(CPU, "12GB") == 12 * GIB - CONTEXT_BYTES
+    assert left(CPU) is None
 
 
 def test_the_bench_times_a_case_and_counts_its_arithmetic():

@@ -27,8 +27,7 @@ SHORT = replace(
 def plans(monkeypatch):
     """Plans that blocks were set up by; the toy's megabytes alone decide them."""
     monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
-    monkeypatch.setattr(memory, "CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
-    monkeypatch.setattr("k5train.planning.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
+    monkeypatch.setattr("k5cache.shared.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
     return note_plans(monkeypatch)
 
 

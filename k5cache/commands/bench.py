@@ -39,7 +39,7 @@ def bench(
             reading.print_bench(rows)
     if encoders:
         from k5cache.bench import encoding
-        from k5cache.encoders.device import pick_device
+        from k5cache.shared.device import pick_device
 
         measured = encoding.bench(pick_device(device), vram_bytes(vram), folder)
         results["encoders"] = encoding.as_json(measured)

@@ -28,9 +28,9 @@ def selftest(
     """
     from contextlib import ExitStack
 
-    from k5cache.encoders.device import pick_device
     from k5cache.exact.selftest import compare_with_diffusers
     from k5cache.shared.comparison import print_comparisons
+    from k5cache.shared.device import pick_device
     from k5cache.shared.model import ModelConfig
     from k5cache.shared.selftest_model import only_cache, toy_model
     from k5cache.store.reader import open_cache

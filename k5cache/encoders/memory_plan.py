@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import DoesNotFit
+from k5cache.shared.vram import CONTEXT_BYTES
 
 TextMode = Literal["resident", "streamed"]
 
@@ -16,12 +17,6 @@ VaeMode = Literal["whole", "strips"]
 
 
 Parking = Literal["device", "host"]
-
-
-CONTEXT_BYTES = 768 * 2**20
-
-
-"""VRAM outside torch's allocator: the CUDA context, libraries' kernels, a desktop. As stage 2 counts it."""
 
 
 PROCESS_BYTES = {"cuda": 3 * 2**30, "cpu": 2**30}

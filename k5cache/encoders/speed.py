@@ -1,4 +1,4 @@
-"""What does this machine have free, and how fast is it? Asked before a model is loaded."""
+"""How fast is this machine? Measured for a moment, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k5cache.encoders.memory_plan import CONTEXT_BYTES, Speed, TextArchitecture
+from k5cache.encoders.memory_plan import Speed, TextArchitecture
 from k5cache.shared.checkpoint import weight_files
 
 if TYPE_CHECKING:
@@ -15,28 +15,6 @@ if TYPE_CHECKING:
 
 
 _READ_BYTES = 2**28
-
-
-def free_vram(device: str) -> int | None:
-    """Bytes that a plan may count on, the CUDA context included; None on a CPU."""
-    import torch
-
-    if not device.startswith("cuda"):
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
-    return min(total, free + own + CONTEXT_BYTES)  # this process's context is taken already
-
-
-def limit_vram(device: str, vram: int | None) -> None:
-    """Have torch refuse to take more than a card of ``vram`` bytes would give; None lifts the limit."""
-    import torch
-
-    if device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = 1.0 if vram is None else min(1.0, max(vram - CONTEXT_BYTES, 0) / total)
-        index = torch.device(device).index
-        torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device() if index is None else index)
 
 
 def measure_speed(folder: Path, device: str, text_dtype: torch.dtype, vae_dtype: torch.dtype, batching: str) -> Speed:

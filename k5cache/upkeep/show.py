@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageStat
 from rich.progress import Progress
 
 from k5cache.encode import differences
-from k5cache.encoders.device import pick_device
 from k5cache.shared.checkpoint import model_folder
+from k5cache.shared.device import pick_device
 from k5cache.shared.errors import CacheStale
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.model import ModelConfig

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.errors import K5Error
+from k5cache.shared.vram import limit
 from k5train.adapter import attach
 from k5train.base.architecture import FULL_SIZE
 from k5train.base.random_weights import random_transformer
@@ -80,7 +81,7 @@ def _measure_or_warn(name: str, measure: Callable[[], Measured]) -> Measured | N
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            limit("cuda", None)
 
 
 def time_case(
@@ -98,7 +99,7 @@ def time_case(
     sizes = ((case.side // 16) ** 2, case.num_text_tokens)
     budget = int(case.cap_gib * 2**30) if case.cap_gib else vram.budget(device, None)
     if case.cap_gib:
-        vram.limit(device, budget)
+        limit(device, budget)
     plan = plan_for(config, train, device, sizes, budget)
     try:
         return _time_plan(plan, case, train, device, config, num_steps, num_warm_up)

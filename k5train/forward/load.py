@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers import Kandinsky5Transformer3DModel
 
+from k5cache.shared import vram
 from k5train.base.architecture import DTYPES
 from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
@@ -18,7 +19,6 @@ from k5train.forward.execute import Execution, choose_modes
 from k5train.forward.predict_velocity import keep, recompute, use_policies
 from k5train.forward.stream import Streamer, check_host_memory, spread
 from k5train.options.train import TrainConfig
-from k5train.planning import vram
 from k5train.planning.memory import Plan
 from k5train.planning.plan import how_to_run
 
@@ -33,7 +33,8 @@ def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) ->
     """
     if plan.streaming:
         check_host_memory(plan.host_bytes)
-    vram.limit(device, plan.budget if config.memory.vram else None)
+    if config.memory.vram:
+        vram.limit(device, plan.budget)
     if how_to_run(config, device) == "compiled":
         Thread(target=import_compiler, daemon=True).start()
     dtype, precision = DTYPES[config.mixed_precision], config.base_model_precision

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.vram import left
 from k5train.forward.predict_velocity import predict_velocity
-from k5train.planning.vram import left
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel

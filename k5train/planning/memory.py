@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from k5cache.shared import vram
 from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import DoesNotFit
 
@@ -41,12 +42,6 @@ LEVELS: dict[LevelName, Level] = {
     "matmuls": Level(True, _SELECTIVE | {"ff_in"}, "keep every matmul, recompute elementwise work"),
     "all": Level(True, _SELECTIVE | {"ff_in"}, "recompute nothing"),
 }
-
-
-CONTEXT_BYTES = 768 * 2**20
-
-
-"""VRAM outside torch's allocator: the CUDA context, libraries' kernels, a desktop. From a card's size to a budget."""
 
 
 _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding leaves unused
@@ -321,7 +316,7 @@ def _too_small(plan: Plan, arch: Architecture, work: Work, what: str, fixed: str
             changes += ["a quarter of train.lora.rank"] if share > 1 else []
             changes += [words] if words else []
             return DoesNotFit(problem, f"Nearest that fits, with {human_bytes(peak(less))}: {', '.join(changes)}")
-    needed = int(peak(work) / (1 - _MARGIN)) + CONTEXT_BYTES
+    needed = int(peak(work) / (1 - _MARGIN)) + vram.CONTEXT_BYTES
     return DoesNotFit(problem, f"Use a GPU with at least {human_bytes(needed)} of memory")
 
 

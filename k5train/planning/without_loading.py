@@ -10,6 +10,7 @@ import torch
 from k5cache.shared.checkpoint import model_folder, read_config
 from k5cache.shared.console import human_bytes
 from k5cache.shared.model import ModelConfig, model_of
+from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import open_cache
 from k5train.base.architecture import FULL_SIZE
 from k5train.options.train import TrainConfig
@@ -51,7 +52,7 @@ def plan_without_loading(
     plan = plan_for(transformer, config, device, sizes, budget)
     card = torch.cuda.get_device_name() if on_gpu else "no GPU here"
     if config.memory.vram:
-        card = f"a card of {config.memory.vram}: {human_bytes(memory.CONTEXT_BYTES)} of it for CUDA itself"
+        card = f"a card of {config.memory.vram}: {human_bytes(CONTEXT_BYTES)} of it for CUDA itself"
     title = (
         f"{card}; {sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
         f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"

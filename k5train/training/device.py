@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from k5cache.shared import console
+from k5cache.shared import device as device_module
 from k5cache.shared.checkpoint import weight_files
 from k5cache.shared.errors import RunError
 
@@ -20,22 +21,18 @@ def pick_device(name: str, folder: Path) -> torch.device:
     """The device to train on.
 
     Raises:
-        RunError: a GPU is asked for and there is none, or a full-size model would land on the CPU unasked.
+        K5Error: ``name`` asks for a GPU and there is none.
+        RunError: ``name`` is auto, there is no GPU, and a full-size model would train on the CPU.
     """
-    if torch.cuda.is_available() and name != "cpu":
-        return torch.device("cuda")
-    if name == "cuda":
-        raise RunError(
-            f"train.device is cuda and torch {torch.__version__} sees no GPU", "Install torch for CUDA, or use cpu"
-        )
-    num_bytes = sum(f.stat().st_size for f in weight_files(folder, "transformer"))
+    device = device_module.pick_device(name, "train.device=")
+    num_bytes = sum(f.stat().st_size for f in weight_files(folder, "transformer")) if device == "cpu" else 0
     if name == "auto" and num_bytes > LARGE:
         raise RunError(
             f"There is no GPU that torch {torch.__version__} sees, and the transformer has "
             f"{console.human_bytes(num_bytes)} of weights: one step on a CPU would take minutes",
             "Run on a machine with a GPU and torch for CUDA; --set train.device=cpu trains on the CPU all the same",
         )
-    return torch.device("cpu")
+    return torch.device(device)
 
 
 @contextmanager

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from k5cache.shared import console
+from k5cache.shared import console, vram
 from k5cache.shared.errors import DoesNotFit
-from k5train.planning import memory
 from k5train.planning.memory import Plan
 
 if TYPE_CHECKING:
     from k5train.planning.saved_plan import Kept
 
 
-@contextmanager
 def when_memory_ends(
     planned: Callable[[], Plan],
     save: Callable[[], Path | None],
     go_on: Callable[..., str],
     must_keep: Callable[[], Kept | None] = lambda: None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
 
     Args:
@@ -37,23 +35,23 @@ def when_memory_ends(
     Raises:
         DoesNotFit: VRAM ended inside.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        words = str(error).splitlines()[0][:160]
+
+    def refuse(words: str) -> DoesNotFit:
         torch.cuda.empty_cache()
         plan, saved, fixed = planned(), save(), must_keep()
         kept = f"; the LoRA so far is in {saved}" if saved else ""
-        raise DoesNotFit(
+        return DoesNotFit(
             f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{kept}",
             fixed.advice if fixed else _plan_for_less(plan, go_on),
-        ) from error
+        )
+
+    return vram.when_memory_ends(refuse, (torch.OutOfMemoryError,))
 
 
 def _plan_for_less(plan: Plan, go_on: Callable[..., str]) -> str:
     """What to do where a plan was too much for the card."""
     whole = min(plan.budget, plan.peak) if plan.budget is not None else plan.peak
-    card = (whole * 11 // 12 + memory.CONTEXT_BYTES) / 2**30
+    card = (whole * 11 // 12 + vram.CONTEXT_BYTES) / 2**30
     if plan.streaming and plan.streaming.num_blocks == len(plan.levels):
         return "Free VRAM, or use a lower resolution, batch size or rank: nothing leaner can be planned"
     return f"Free VRAM, or plan for less: {go_on(set=f'train.memory.vram={card:.1f}GB')}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from k5cache.shared.vram import left, limit
 from k5train.adapter import attach
 from k5train.base import architecture, random_weights
 from k5train.base.prepared import load_prepared
@@ -158,12 +159,13 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured(level, precisi
     assert plan.peak / 2**30 == pytest.approx(timing.reserved_gib, rel=0.10)
 
 
-def test_a_limit_is_kept(toy_model):
-    vram.limit(GPU, 2 * 2**30)
-    assert (vram.left(GPU) or 0) <= 2 * 2**30
+def test_a_limit_is_kept_and_lifted(toy_model):
+    limit(GPU, 2 * 2**30)
+    assert (left(GPU) or 0) <= 2 * 2**30
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(3 * 2**30, dtype=torch.uint8, device=GPU)
-    vram._limits.clear()
+    limit(GPU, None)
+    torch.empty(3 * 2**30, dtype=torch.uint8, device=GPU)
 
 
 def test_the_prepared_base_arrives_whole_on_the_gpu(toy_model, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ ATTEMPT = "import sys; from pathlib import Path; from tests.runs import go_on; g
 # The toy takes megabytes: with as many free, and none for libraries, its plans differ as those of a full size do.
 PRETEND = """
 import sys
-from k5train.base import memory, vram
+from k5train.planning import memory, vram
 memory._ALLOCATOR_BYTES, vram.budget = 0, lambda *_: int(sys.argv[2])
 """
 

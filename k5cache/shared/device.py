@@ -1,0 +1,38 @@
+"""Which device does a command run on? torch, which takes a second to import, is imported when that is asked."""
+
+from __future__ import annotations
+
+import re
+
+from k5cache.shared.errors import K5Error
+
+
+def check_name(name: str, option: str = "--device ") -> str:
+    """``name`` if it is auto, cpu, cuda or cuda:N; torch is not imported."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
+        raise K5Error(f"{option}{name} is not a device", "Use auto, cuda, cuda:1 or cpu")
+    return name
+
+
+def pick_device(name: str, option: str = "--device ") -> str:
+    """The device that ``name`` means on this machine; ``auto`` is the GPU if there is one.
+
+    Args:
+        option: what the user set, as it begins an error.
+
+    Raises:
+        K5Error: ``name`` is no device, or one that this machine does not have.
+    """
+    import torch
+
+    if check_name(name, option) == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name != "cpu" and not count:
+        raise K5Error(
+            f"{option}{name}: torch {torch.__version__} sees no CUDA GPU",
+            f"Use {option}cpu, or install torch for CUDA",
+        )
+    if name.startswith("cuda:") and int(name[5:]) >= count:
+        raise K5Error(f"{option}{name}: there are {count} GPUs, from cuda:0", "Use one of them")
+    return name
