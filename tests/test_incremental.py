@@ -23,6 +23,7 @@ from k5cache.encoders import clip, qwen, vae
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import CacheCorrupt, CacheStale
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.template import Template
 from k5cache.store.manifest import read_manifest
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
@@ -214,8 +215,7 @@ def other_vae(tmp_path_factory, toy_model) -> Path:
 
 
 def test_every_field_that_differs_is_named_with_both_values(three, other_vae, monkeypatch):
-    facts = asking.cached_facts()
-    monkeypatch.setattr(asking, "cached_facts", lambda: type(facts)(**{**vars(facts), "prompt_template": "other {}"}))
+    monkeypatch.setattr(asking, "prompt_template", lambda: Template("other {}", 40))
     with pytest.raises(CacheStale) as caught:
         three.encode(model=other_vae, resolution=128, max_sequence_length=256)
     said = caught.value.problem
@@ -250,8 +250,7 @@ def test_another_vae_encodes_the_images_again_and_leaves_the_text_alone(three, o
 
 
 def test_another_template_encodes_the_captions_again_and_leaves_the_images_alone(three, loaded, monkeypatch):
-    facts = asking.cached_facts()
-    monkeypatch.setattr(asking, "cached_facts", lambda: type(facts)(**{**vars(facts), "prompt_template": "other {}"}))
+    monkeypatch.setattr(asking, "prompt_template", lambda: Template("other {}", 40))
     report = three.encode(update=True)  # the prompt "a fox" was asked for before: it is not lost
     assert (report.num_latents, report.num_texts) == (0, 5)
     assert "vae" not in loaded

@@ -13,9 +13,10 @@ from diffusers import Kandinsky5T2IPipeline
 from safetensors.torch import load_file, save_file
 
 from k5cache.encoders.clip import encode_pooled, load_clip
-from k5cache.encoders.pipeline import clean, pipeline_facts
+from k5cache.encoders.pipeline import clean, pipeline_template
 from k5cache.encoders.qwen import encode_prompt_embeds, load_qwen, load_tokenizer, tokenize
 from k5cache.shared.errors import ModelError
+from k5cache.shared.template import version
 
 MAX_TOKENS = 512
 CAPTIONS = {
@@ -117,7 +118,7 @@ def test_truncation_cuts_where_the_pipeline_cuts(tokenizer, tokens_of, text_pipe
 def test_what_was_truncated_is_the_end_of_the_caption_that_no_token_stands_for(tokenizer, tokens_of):
     caption = clean(CAPTIONS["2,000 words"])
     tokens = tokens_of(caption)
-    kept = tokenizer.decode(tokens.ids[pipeline_facts().encode_start_idx :])
+    kept = tokenizer.decode(tokens.ids[pipeline_template().encode_start_idx :])
     assert tokens.truncated.endswith("and so it ends")
     assert kept + tokens.truncated == caption
 
@@ -149,18 +150,17 @@ def test_loading_prints_nothing_and_truncating_does_not_let_diffusers_warn(toy_m
 
 def test_captions_are_cleaned_as_the_pipeline_cleans_them():
     # ftfy straightens quotes, and so changes token ids: pyproject requires it, so that this never depends on luck.
-    assert pipeline_facts().ftfy is not None
+    assert version("ftfy") is not None
     assert clean(CAPTIONS["curly quotes"]) == "\"quoted\" 'it's' — an em dash…"
     assert clean(CAPTIONS["HTML entities"]) == 'a <b> & "c"'
     assert clean(CAPTIONS["doubled spaces"]) == "a fox asleep"
     assert clean(CAPTIONS["newlines"]) == "one two three four"
 
 
-def test_template_crop_and_resolutions_are_the_installed_pipelines(text_pipeline):
-    facts = pipeline_facts()
-    assert facts.prompt_template == text_pipeline.prompt_template
-    assert facts.encode_start_idx == text_pipeline.prompt_template_encode_start_idx
-    assert list(facts.resolutions) == text_pipeline.resolutions
+def test_template_and_crop_are_the_installed_pipelines(text_pipeline):
+    template = pipeline_template()
+    assert template.text == text_pipeline.prompt_template
+    assert template.encode_start_idx == text_pipeline.prompt_template_encode_start_idx
 
 
 def test_a_tokenizer_that_pads_left_is_told_to_pad_right(toy_model, tmp_path):

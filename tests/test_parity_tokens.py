@@ -8,8 +8,9 @@ from diffusers import Kandinsky5T2IPipeline
 from filelock import FileLock
 
 from k5cache.encoders.clip import Clip, encode_pooled
-from k5cache.encoders.pipeline import clean, pipeline_facts
+from k5cache.encoders.pipeline import clean, pipeline_template
 from k5cache.encoders.qwen import load_tokenizer, tokenize
+from k5cache.shared.template import version
 from tests import real_tokenizers
 from tests.test_parity_text import CAPTIONS
 
@@ -86,13 +87,13 @@ def test_the_vocabularies_are_the_published_ones(folder, tokenizer):
 
 
 def test_the_template_before_the_caption_is_exactly_as_long_as_the_pipeline_crops(tokenizer):
-    facts = pipeline_facts()
-    before, after = facts.prompt_template.split("{}")
-    assert len(tokenizer(before)["input_ids"]) == facts.encode_start_idx
+    template = pipeline_template()
+    before, after = template.text.split("{}")
+    assert len(tokenizer(before)["input_ids"]) == template.encode_start_idx
     assert tokenizer(after)["input_ids"] == [IM_END]
     for name, caption in WIDE.items():  # the caption's first characters never merge with the template's last
         ids = tokenize(tokenizer, clean(caption), 512).ids
-        assert ids[: facts.encode_start_idx] == tokenizer(before)["input_ids"], name
+        assert ids[: template.encode_start_idx] == tokenizer(before)["input_ids"], name
 
 
 @pytest.mark.parametrize("limit", [16, 512, 1024])
@@ -100,7 +101,7 @@ def test_the_ids_of_every_caption_are_the_pipelines(tokenizer, pipeline, limit):
     for name, caption in WIDE.items():
         tokens = tokenize(tokenizer, clean(caption), limit)
         assert [tokens.ids] == pipeline(caption, limit)["qwen"], name
-        assert tokens.n_tokens == len(tokens.ids) - pipeline_facts().encode_start_idx <= limit, name
+        assert tokens.n_tokens == len(tokens.ids) - pipeline_template().encode_start_idx <= limit, name
 
 
 def test_a_caption_ends_in_the_closing_tag_unless_it_was_cut_and_has_no_token_of_its_own_at_the_start(tokenizer):
@@ -157,4 +158,4 @@ def test_clips_ids_are_the_pipelines_77_with_start_end_and_padding(folder, pipel
 def test_ftfy_changes_ids_so_its_presence_is_part_of_what_a_cache_records(tokenizer):
     curly = CAPTIONS["curly quotes"]
     assert tokenizer(clean(curly))["input_ids"] != tokenizer(" ".join(curly.split()))["input_ids"]
-    assert pipeline_facts().ftfy is not None
+    assert version("ftfy") is not None

@@ -368,12 +368,12 @@ def tokenized(found: Found | None, root: Path, captions: Sequence[str], device: 
 
 def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[str]:
     """Captions of random words, their lengths spread evenly over ``tokens``."""
-    from k5cache.encoders.pipeline import pipeline_facts
+    from k5cache.encoders.pipeline import prompt_template
 
-    facts = pipeline_facts()
-    template = len(facts.prompt_template.format("w0").split()) - 1  # words; the crop takes its own number of tokens
+    template = prompt_template()
+    num_words = len(template.text.format("w0").split()) - 1  # words; the crop takes its own number of tokens
     chance = random.Random(seed)
-    missing = facts.encode_start_idx - template
+    missing = template.encode_start_idx - num_words
     lengths = [max(0, chance.randint(*tokens) + missing) for _ in range(count)]
     return [" ".join(f"w{chance.randrange(200)}" for _ in range(n)) for n in lengths]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.encode import differences
-from k5cache.encoders.pipeline_facts import cached_facts, cleaning, version
+from k5cache.encoders.pipeline import prompt_template
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder, read_config
 from k5cache.shared.errors import CacheError, DatasetError, RecipeError
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
 from k5cache.sources.unchanged import glance, is_settled
 from k5cache.store.manifest import Manifest, read_manifest
@@ -79,7 +80,7 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
     ``model`` is only where the weights came from, for a run that names no model: it is in no key, and ``stale`` does
     not compare it.
     """
-    facts = cached_facts()
+    template = prompt_template()
     vae = read_config(folder, "vae")
     return {
         "model": {
@@ -89,8 +90,8 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
         },
         "text": {
             **{part: fingerprint.fingerprint(folder, part) for part in ENCODER_PARTS if part != "vae"},
-            "prompt_template": facts.prompt_template,
-            "prompt_template_encode_start_idx": facts.encode_start_idx,
+            "prompt_template": template.text,
+            "prompt_template_encode_start_idx": template.encode_start_idx,
             "max_sequence_length": config.max_sequence_length,
             "text_encoder_1_precision": config.text_encoder_1_precision,
             "text_encoder_2_precision": config.text_encoder_2_precision,

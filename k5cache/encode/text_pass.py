@@ -82,9 +82,9 @@ def _encode_prompts(
 ) -> tuple[tuple[str, int], ...]:
     """Qwen over every caption, a chunk at a time; the next chunk is tokenised meanwhile."""
     from k5cache.encoders import qwen
-    from k5cache.encoders.pipeline import pipeline_facts
+    from k5cache.encoders.pipeline import pipeline_template
 
-    pipeline_facts()  # imports diffusers, whose lazy modules break when two threads are the first to ask
+    pipeline_template()  # imports diffusers, whose lazy modules break when two threads are the first to ask
     tokenizer = qwen.load_tokenizer(job.folder)
     truncated: list[tuple[str, int]] = []
     spec = TensorSpec(DTYPES[job.config.text_encoder_2_precision], (pooled_width,))

@@ -1,48 +1,34 @@
-"""What the installed diffusers pipeline says about text: asked of the class itself, never copied.
+"""What does the installed diffusers pipeline do to text? It is asked of the pipeline, and never copied.
 
-diffusers changed the template and its crop between releases, so both are read off a pipeline without modules, and
-token ids come from the pipeline's own ``_encode_prompt_qwen`` run over a text encoder that only takes notes.
+diffusers changed the template and its crop between releases, so both are read from the installed one. Token ids come
+from the pipeline's own ``_encode_prompt_qwen``, run with a text encoder that only records its input.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
+
+from k5cache.shared.template import Template, installed_template
 
 _MODULES = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
 
 
-@dataclass(frozen=True)
-class PipelineFacts:
-    """What ``Kandinsky5T2IPipeline`` of the installed diffusers does to a caption, and under which libraries."""
-
-    prompt_template: str
-    """The text around the caption, with one ``{}``."""
-    encode_start_idx: int
-    """Tokens of the template that are cropped off the front of the hidden states."""
-    resolutions: tuple[tuple[int, int], ...]
-    """Native (width, height) in pixels."""
-    diffusers: str
-    ftfy: str | None
-    """Its version; None where it is not installed, and then captions are not mended before tokenising."""
+def prompt_template() -> Template:
+    """The template and crop of the installed pipeline: from its source if that states them, else from the class."""
+    return installed_template("t2i") or pipeline_template()
 
 
 @functools.cache
-def pipeline_facts() -> PipelineFacts:
-    """Read the facts off the installed pipeline. The first call imports diffusers: about 6 s."""
+def pipeline_template() -> Template:
+    """The template and crop of the installed pipeline class. The first call imports diffusers: about 6 s."""
     pipe = _empty_pipeline()
-    return PipelineFacts(
-        prompt_template=pipe.prompt_template,
-        encode_start_idx=pipe.prompt_template_encode_start_idx,
-        resolutions=tuple((int(w), int(h)) for w, h in pipe.resolutions),
-        diffusers=importlib.metadata.version("diffusers"),
-        ftfy=_version("ftfy"),
-    )
+    template = Template(pipe.prompt_template, pipe.prompt_template_encode_start_idx)
+    assert installed_template("t2i") in (None, template), "diffusers' source states another template than its class"
+    return template
 
 
 def clean(caption: str) -> str:
@@ -97,10 +83,3 @@ def _pipeline_class() -> Callable[..., Any]:
     from diffusers import Kandinsky5T2IPipeline
 
     return cast(Callable[..., Any], Kandinsky5T2IPipeline)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from k5cache.encoders.hostio import DTYPES, fetched, read_ahead
 from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, attention_kernels, make_packs, run_layer
-from k5cache.encoders.pipeline import pipeline_facts, pipeline_token_ids
+from k5cache.encoders.pipeline import pipeline_template, pipeline_token_ids
 from k5cache.shared.checkpoint import read_config, weight_files
 from k5cache.shared.errors import ModelError
 from k5cache.shared.fingerprint import StoredTensor, read_header
@@ -98,16 +98,16 @@ def tokenize(tokenizer: Any, caption: str, max_sequence_length: int) -> Tokens:
         caption: after ``clean``.
         max_sequence_length: tokens kept after the crop, the template's closing tag among them.
     """
-    facts = pipeline_facts()
+    template = pipeline_template()
     ids = pipeline_token_ids(tokenizer, caption, max_sequence_length)
-    whole = tokenizer(text=facts.prompt_template.format(caption))["input_ids"]
+    whole = tokenizer(text=template.text.format(caption))["input_ids"]
     truncated = ""
     if ids != whole:
         # The tokenizer composes characters (NFC); a character cut in half decodes to another, so it counts as lost.
         caption = unicodedata.normalize("NFC", caption)
-        kept = tokenizer.decode(ids).removeprefix(facts.prompt_template.partition("{}")[0])
+        kept = tokenizer.decode(ids).removeprefix(template.text.partition("{}")[0])
         truncated = caption[_agreement(kept, caption) :]
-    return Tokens(ids=ids, n_tokens=len(ids) - facts.encode_start_idx, truncated=truncated)
+    return Tokens(ids=ids, n_tokens=len(ids) - template.encode_start_idx, truncated=truncated)
 
 
 def load_qwen(
@@ -137,7 +137,7 @@ def load_qwen(
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)  # made on the CPU, then moved: the same bits
     attend_side_by_side(model.config)
     embeddings = weights.tensor("embed_tokens.weight")
-    qwen = Qwen(model, pipeline_facts().encode_start_idx, weights, embeddings, dtype, int8)
+    qwen = Qwen(model, pipeline_template().encode_start_idx, weights, embeddings, dtype, int8)
     if not streamed:
         for i, layer in enumerate(read_layers(qwen, reuse=False)):
             model.layers[i] = layer

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from diffusers import Kandinsky5T2IPipeline
 
-from k5cache.encoders import pipeline_facts as pipeline_facts_module
-from k5cache.encoders.pipeline import pipeline_facts
+from k5cache.encoders.pipeline import pipeline_template
+from k5cache.shared import template as template_module
 from k5cache.shared.errors import CacheStale
+from k5cache.shared.template import installed_template, read_template
 from k5cache.store.manifest import lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
-from k5train.data.template import check_template, installed_template, read_template
+from k5train.data.template import check_template
 
 OLD = "promt engineer"  # diffusers before 0.42 spelt it so, and cropped 41
 
@@ -44,19 +45,19 @@ def cache_made_with(toy_cache, tmp_path):
     return make
 
 
-def test_the_template_read_off_the_source_is_the_one_the_pipeline_has():
-    template, facts = installed_template("t2i"), pipeline_facts()
+def test_the_template_read_from_the_source_is_the_pipelines():
+    template = installed_template("t2i")
     pipeline = Kandinsky5T2IPipeline(
         **dict.fromkeys(Kandinsky5T2IPipeline._get_signature_keys(Kandinsky5T2IPipeline)[0])
     )
-    assert template is not None
-    assert template.text == facts.prompt_template == pipeline.prompt_template
-    assert template.encode_start_idx == facts.encode_start_idx == pipeline.prompt_template_encode_start_idx
+    assert template == pipeline_template()
+    assert template.text == pipeline.prompt_template
+    assert template.encode_start_idx == pipeline.prompt_template_encode_start_idx
 
 
 def test_it_is_read_without_importing_diffusers():
     code = (
-        "import sys\nfrom k5train.data.template import installed_template\nfor kind in ('t2i', 'i2i'):\n"
+        "import sys\nfrom k5cache.shared.template import installed_template\nfor kind in ('t2i', 'i2i'):\n"
         "    assert '{}' in installed_template(kind).text\n"
         "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     )
@@ -68,7 +69,7 @@ def test_a_cache_of_the_installed_template_passes(cache_made_with):
 
 
 def test_a_cache_of_another_template_is_refused_with_both_wordings_versions_and_the_way_out(cache_made_with):
-    old = pipeline_facts().prompt_template.replace("prompt engineer", OLD)
+    old = pipeline_template().text.replace("prompt engineer", OLD)
     root = cache_made_with(prompt_template=old, prompt_template_encode_start_idx=41)
     with pytest.raises(CacheStale) as refused:
         check_template(open_cache(root))
@@ -84,7 +85,7 @@ def test_a_cache_of_another_crop_is_refused(cache_made_with):
         check_template(open_cache(cache_made_with(prompt_template_encode_start_idx=41)))
 
 
-def test_source_that_does_not_say_it_plainly_refuses_nothing():
+def test_a_template_that_the_source_does_not_state_refuses_nothing():
     assert read_template("class Kandinsky5T2IPipeline:\n    def __init__(self):\n        self.x = 1\n", "A") is None
     assert installed_template("t2v") is None
 
@@ -93,7 +94,7 @@ def test_k5cache_encode_refuses_it_too_and_offers_to_bring_it_up_to_date(cache_m
     from k5cache.cli import app
     from tests.cli import Cli
 
-    old = pipeline_facts().prompt_template.replace("prompt engineer", OLD)
+    old = pipeline_template().text.replace("prompt engineer", OLD)
     root, workplace = cache_made_with(prompt_template=old), toy_cache("bf16").parent.parent
     done = Cli(workplace)(
         app, "encode", "datasets/pictures", "-o", str(root), "-r", "recipe.toml", "--model", str(toy_model)
@@ -107,17 +108,17 @@ def test_k5cache_encode_refuses_it_too_and_offers_to_bring_it_up_to_date(cache_m
 def test_a_cache_records_what_cleaned_its_captions_and_knows_when_ftfy_came_or_went(toy_cache, monkeypatch):
     manifest = read_manifest(toy_cache("bf16"))
     assert manifest.created_by["ftfy"] == version("ftfy")
-    assert manifest.recipe["cleaning"] == pipeline_facts_module.cleaning()
-    true = pipeline_facts_module.version
-    monkeypatch.setattr(pipeline_facts_module, "version", lambda package: None if package == "ftfy" else true(package))
-    assert manifest.recipe["cleaning"] != pipeline_facts_module.cleaning()
+    assert manifest.recipe["cleaning"] == template_module.cleaning()
+    true = template_module.version
+    monkeypatch.setattr(template_module, "version", lambda package: None if package == "ftfy" else true(package))
+    assert manifest.recipe["cleaning"] != template_module.cleaning()
 
 
 def test_k5train_run_refuses_before_it_loads_anything(cache_made_with, toy_model, tmp_path):
     from k5train.cli import app
     from tests.cli import Cli
 
-    old = pipeline_facts().prompt_template.replace("prompt engineer", OLD)
+    old = pipeline_template().text.replace("prompt engineer", OLD)
     root = cache_made_with(prompt_template=old)
     done = Cli(tmp_path)(app, "run", str(root), "--model", str(toy_model), "-o", "runs/a")
     assert done.code == 2
