@@ -14,16 +14,21 @@ from store_samples import index_row
 from workshop import Workshop
 
 from k5cache.bench import reading
-from k5cache.buckets import Geometry
+from k5cache.buckets import Bucket, Geometry
 from k5cache.cli import app
+from k5cache.encode.commit import Committer
 from k5cache.encode.plan import geometry_of
 from k5cache.encode.request import config_of
+from k5cache.encode.sink import Collector
 from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
 from k5cache.exact.reencode import reencode
 from k5cache.shared import console
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.sources.images import load_pixels
+from k5cache.store.manifest import Manifest
+from k5cache.store.shards import Shard
+from k5cache.store.tensors import TensorSpec
 from k5cache.upkeep import show
 from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
@@ -65,6 +70,21 @@ def test_rows_encoded_again_are_the_same_bits_on_the_same_machine(shop):
     assert all(row.is_exact and row.error == 0 and not row.is_wrong for row in reencoded.compared)
     assert reencoded.problems == ()
     assert verify_cache(shop.root).problems == ()
+
+
+def test_rows_collected_in_memory_are_those_that_a_cache_would_hold(tmp_path):
+    specs = {"mask": TensorSpec("uint8", (8, 8))}
+    rows = [{"key": f"{i:032x}", "mask": torch.full((8, 8), i, dtype=torch.uint8)} for i in range(3)]
+    collector, committer = Collector(), Committer(tmp_path, Manifest(recipe={}), 2**20)
+    for sink in (collector, committer):
+        with sink.shards("masks", specs, Bucket(64, 64)) as append:
+            for row in rows:
+                append(row)
+    (shard,) = committer.manifest.shards
+    stored = Shard(tmp_path, shard)
+    assert collector.rows.keys() == committer.keys("masks") == set(stored.keys)
+    for number, key in enumerate(stored.keys):
+        assert torch.equal(collector.rows[key]["mask"], stored.read(number, key).tensors["mask"])
 
 
 def test_rows_that_another_encoder_would_give_are_problems(shop, monkeypatch):

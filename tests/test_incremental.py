@@ -18,12 +18,14 @@ from workshop import Workshop
 
 from k5cache.encode import image_pass, update
 from k5cache.encode import request as asking
-from k5cache.encode.request import EncodeReport, look
+from k5cache.encode.preview import preview_encode
+from k5cache.encode.request import EncodeReport, read_listed_request
 from k5cache.encoders import clip, qwen, vae
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import CacheCorrupt, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.template import Template
+from k5cache.sources import images
 from k5cache.store.manifest import read_manifest
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
@@ -119,7 +121,7 @@ def test_an_edited_caption_is_encoded_alone(three, loaded):
 
 
 def test_a_renamed_image_is_neither_read_nor_encoded(three, loaded, monkeypatch):
-    monkeypatch.setattr(update.images, "hash_content", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(images, "hash_content", lambda _: pytest.fail("it was read"))
     for suffix in (".png", ".txt"):
         (three.source / f"dog{suffix}").rename(three.source / f"hound{suffix}")
     report = three.encode("a fox")
@@ -322,14 +324,19 @@ def test_a_preview_says_what_an_encode_then_does_and_writes_nothing(three):
     three.put("fox.png", "a fox", seed=9)
     (three.source / "dog.png").unlink()
     before = three.files()
-    asked = look(three.source, three.root, ModelConfig(path=str(three.model)), CacheConfig(resolution=64), ("a fox",))
-    would = update.preview_encode(asked, False, None)
+    model, config = ModelConfig(path=str(three.model)), CacheConfig(resolution=64)
+    preview = preview_encode(read_listed_request(three.source, three.root, model, config, ("a fox",)), False, None)
     assert three.files() == before
     did = three.encode("a fox")
-    assert (would.num_latents, would.num_texts, would.added, would.removed) == (1, 0, ("fox.png",), ("dog.png",))
+    assert (preview.num_latents, preview.num_texts, preview.added, preview.removed) == (
+        1,
+        0,
+        ("fox.png",),
+        ("dog.png",),
+    )
     assert (did.num_latents, did.num_texts, did.added, did.removed) == (1, 0, ("fox.png",), ("dog.png",))
 
 
 def test_the_manifest_keeps_no_path_of_this_machine_but_the_models(three):
-    written = json.dumps([read_manifest(three.root).source, *read_manifest(three.root).prompts])
+    written = json.dumps([str(read_manifest(three.root).source), *read_manifest(three.root).prompts])
     assert str(three.source) not in written

@@ -12,12 +12,17 @@ from hashlib import sha256
 import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
-from k5cache.encode.plan import Plan, latent_key, make_plan, text_key
+from k5cache.encode.keys import latent_key, text_key
+from k5cache.encode.plan import Plan, Probes, Stored, Wanted, make_plan
 from k5cache.options import CacheConfig
 from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
 TABLE = bucket_table(1024, "native")
+
+
+def no_mask(item: SourceItem, width: int, height: int) -> str:
+    raise AssertionError(f"{item.path} has no mask")
 
 
 class Folder:
@@ -47,10 +52,11 @@ class Folder:
                 raise UnreadableImage("is damaged")
             return f"hash of {content}", *size
 
-        return make_plan(
-            items, skipped, self.known.values(), self.latents, self.texts, prompts, Framing(table), vae, text,
-            self.clean, probe, rehash, known_prompts=self.prompts if text == TEXT else None,
-        )  # fmt: skip
+        stored = Stored(
+            tuple(self.known.values()), self.latents, self.texts, prompts=self.prompts if text == TEXT else None
+        )
+        wanted = Wanted(items, skipped, prompts, Framing(table), vae, text)
+        return make_plan(wanted, stored, Probes(probe, no_mask, self.clean), rehash)
 
     def encode(self, **options) -> Plan:
         made = self.plan(**options)
@@ -261,7 +267,7 @@ def test_rows_lost_with_their_shard_are_encoded_again(three):
 def test_images_smaller_than_their_bucket_are_counted(three):
     three.put("icon.png", "icon", size=(8, 8))
     made = three.plan()
-    assert (made.upscaled, made.num_upscaled) == (("icon.png",), 1)
+    assert made.upscaled == ("icon.png",)
 
 
 def test_a_key_is_half_the_sha256_of_canonical_json():
@@ -325,10 +331,8 @@ def plan_of(*items: SourceItem, known=(), probed=None, masks=frozenset(), **opti
             raise UnreadableImage("its mask is empty")
         return f"hash of {item.mask.path}"
 
-    return make_plan(
-        items, [], known, set(), set(), [""], CacheConfig(**options).framing, VAE, TEXT, str.strip, probe,
-        stored_masks=masks, probe_mask=probe_mask,
-    )  # fmt: skip
+    wanted = Wanted(items, [], [""], CacheConfig(**options).framing, VAE, TEXT)
+    return make_plan(wanted, Stored(known, masks=masks), Probes(probe, probe_mask, str.strip))
 
 
 CAT = SourceItem("cat.jpg", 1, 2, 3, ("a cat",), MaskFile("cat.mask.png", 4, 5, 6))

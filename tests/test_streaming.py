@@ -16,9 +16,10 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from k5cache.encode import estimate, text_pass
-from k5cache.encode.commit import Collector, Committer
+from k5cache.encode.commit import Committer
 from k5cache.encode.job import Job
 from k5cache.encode.plan import TextJob
+from k5cache.encode.sink import Collector
 from k5cache.encoders import clip, hostio, memory_plan, qwen, streaming
 from k5cache.encoders.layers import make_packs
 from k5cache.encoders.pipeline import clean
@@ -209,7 +210,7 @@ def test_a_pack_parked_in_host_memory_is_put_away_before_it_is_brought_again(dee
 
 def text_job(root: Path, folder: Path, **options) -> Job:
     root.mkdir(exist_ok=True)
-    return Job(Path, root, folder, {}, CacheConfig(**options), "cpu", Progress(disable=True))
+    return Job(Path, root, folder, CacheConfig(**options), "cpu", Progress(disable=True))
 
 
 def in_chunks_of(monkeypatch, num_tokens: int, mode: str = "streamed") -> None:
@@ -246,7 +247,7 @@ def test_rows_of_many_chunks_have_their_own_captions_and_vectors(deep_model, tok
 
 
 def test_clip_and_qwen_take_turns_over_many_captions(deep_model, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_pass, "_TOGETHER", 4)
+    monkeypatch.setattr(text_pass, "_CLIP_CAPTIONS", 4)
     turns = []
     for module, name in ((clip, "load_clip"), (qwen, "load_qwen")):
         right = getattr(module, name)

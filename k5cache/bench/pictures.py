@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram: int | None = None) -> Job:
     """A job as ``k5cache encode`` makes it, without a recipe; images are at their paths."""
-    return Job(Path, cache, root, {}, CacheConfig(**options), device, Progress(disable=True), vram)
+    return Job(Path, cache, root, CacheConfig(**options), device, Progress(disable=True), vram)
 
 
 def compare_speed(found: Found, root: Path, source: Path, sizes: Sizes, device: str) -> None:

@@ -26,8 +26,8 @@ from k5cache.commands.listing import print_some, shorten
 from k5cache.shared import console
 
 if TYPE_CHECKING:
+    from k5cache.encode.preview import Preview
     from k5cache.encode.request import EncodeReport
-    from k5cache.encode.update import Preview
 
 
 def encode(
@@ -56,7 +56,7 @@ def encode(
     """
     from k5cache.encode.encode import encode_source
     from k5cache.encode.request import EncodeOptions
-    from k5cache.encoders.device import check_name
+    from k5cache.shared.device import check_name
     from k5cache.sources.find import default_name
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
@@ -85,15 +85,15 @@ def plan(
 ) -> None:
     """Show what encode would take with the same arguments: mode, VRAM, RAM, disk and time. Loads no encoder."""
     from k5cache.encode.estimate import rows
-    from k5cache.encode.request import EncodeOptions, look
-    from k5cache.encode.update import estimate_encode
-    from k5cache.encoders.device import check_name
+    from k5cache.encode.preview import estimate_encode
+    from k5cache.encode.request import EncodeOptions, read_listed_request
+    from k5cache.shared.device import check_name
     from k5cache.sources.find import default_name
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
     encode_options = EncodeOptions(update=True, device=check_name(device), vram=vram_bytes(vram))
-    request = look(source, root, model_config, cache_config, prompts, encode_options)
+    request = read_listed_request(source, root, model_config, cache_config, prompts, encode_options)
     with console.progress() as bars:
         estimate = estimate_encode(request, encode_options, bars)
     if as_json:
@@ -118,13 +118,13 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show what encode would do with the same arguments. Loads no model and writes nothing."""
-    from k5cache.encode.request import EncodeOptions, look
-    from k5cache.encode.update import preview_encode
+    from k5cache.encode.preview import preview_encode
+    from k5cache.encode.request import EncodeOptions, read_listed_request
     from k5cache.sources.find import default_name
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    request = look(source, root, model_config, cache_config, prompts, EncodeOptions(update=True))
+    request = read_listed_request(source, root, model_config, cache_config, prompts, EncodeOptions(update=True))
     with console.progress() as bars:
         preview = preview_encode(request, rehash, bars)
     if as_json:

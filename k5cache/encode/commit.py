@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from k5cache.buckets import Bucket
+from k5cache.encode.sink import Append
 from k5cache.encoders.memory_plan import SECONDS_AT_RISK
 from k5cache.shared.errors import CacheError
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
-from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, write_manifest
+from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
 from k5cache.store.shards import ShardWriter, verify_shard
 from k5cache.store.tables import open_table, read_table
 from k5cache.store.tensors import TensorSpec
@@ -41,9 +42,7 @@ class Committer:
         return set(self._located.filter(pc.is_in(self._located["shard"], numbers))["key"].to_pylist())
 
     @contextmanager
-    def shards(
-        self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
-    ) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def shards(self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None) -> Iterator[Append]:
         """Yield ``append``; a shard is committed when it has grown to ``shard_bytes`` or is old, and at the end."""
         size = (bucket.width, bucket.height) if bucket else None
         writer: ShardWriter | None = None
@@ -74,7 +73,7 @@ class Committer:
         prompts: dict[str, str],
         recipe: dict[str, Any],
         versions: dict[str, str],
-        source: str = "",
+        source: SourceNote = SourceNote(),  # noqa: B008 (frozen)
     ) -> bool:
         """Write the index and name it, with the recipe that made its rows: from here on readers see these rows.
 
@@ -126,17 +125,3 @@ def _same(rows: Sequence[IndexRow], before: Sequence[IndexRow]) -> bool:
     if len(rows) != len(before):
         return False
     return all(replace(old, caption_lengths=()) == new for old, new in zip(before, rows, strict=True))
-
-
-class Collector(Committer):
-    """Takes rows as a ``Committer`` does and keeps them in memory, by key; nothing is written."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def shards(
-        self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None
-    ) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yield ``append``."""
-        yield lambda row: self.rows.update({row["key"]: row})

@@ -1,4 +1,4 @@
-"""Encode: is there anything to do? If not, it ends within a second and without a write; the work is in ``update``."""
+"""Encode: is there anything to do? If not, this ends within a second and writes nothing; ``update`` does the work."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from k5cache.encode.request import EncodeOptions, EncodeReport, Request, digest, look, manifest_of, request
+from k5cache.encode.request import (
+    EncodeOptions,
+    EncodeReport,
+    Request,
+    manifest_of,
+    read_listed_request,
+    read_request,
+)
+from k5cache.encode.source_note import is_untouched, listing_digest
 from k5cache.options import CacheConfig
 from k5cache.shared import console
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find
-from k5cache.sources.unchanged import glance
 from k5cache.store.manifest import Manifest, lock, require_files
 
 
@@ -31,8 +38,9 @@ def encode_source(
 ) -> EncodeReport:
     """Bring the cache at ``root`` up to date with the images and captions in ``source``.
 
-    A model of the hub is looked for on this machine first. While the cache agrees with what is here, the hub is not
-    asked; as soon as anything is to be encoded it is, and a newer revision there is refused as any other weights are.
+    A model of the hub is looked for on this machine first. The hub is not asked while the cache agrees with what is
+    here. It is asked as soon as anything is to be encoded, and a newer revision there is refused like any other
+    weights.
 
     Raises:
         DatasetError: ``source`` holds no usable image.
@@ -40,63 +48,63 @@ def encode_source(
         CacheStale: ``root`` was made by another recipe, and ``update`` is not set.
         CacheCorrupt: a file of ``root`` is damaged, and ``repair`` is not set.
         CacheLocked: another process is writing ``root``.
-        DoesNotFit: an encoder fits in no mode, or memory ended while it ran.
+        DoesNotFit: an encoder fits in no mode, or memory ran out while it was running.
     """
     started = time.monotonic()
-    found = None
+    listing = None
     if not (options.rehash or options.repair):
-        wanted = _on_this_machine(source, root, model, config, prompts)
-        if wanted and not _is_untouched(wanted):
-            found = find.find(source, config)
-        if wanted and (found is None or _is_note_of(wanted.manifest, found)):
-            require_files(root, wanted.manifest)
-            return _unchanged(wanted.manifest, found, time.monotonic() - started)
+        local_request = _request_on_this_machine(source, root, model, config, prompts)
+        if local_request:
+            manifest = local_request.manifest
+            if not is_untouched(source, manifest.source):
+                listing = find.find(source, config)
+            if listing is None or listing_digest(listing) == manifest.source.listing:
+                require_files(root, manifest)
+                return _unchanged(manifest, listing, time.monotonic() - started)
     with console.doing(
         bars, "looking at the images and the model"
     ):  # the first time on a machine, diffusers is imported
-        asked = look(source, root, model, config, prompts, options, found)
-    from k5cache.encode.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed for nothing
+        request = read_listed_request(source, root, model, config, prompts, options, listing)
+    from k5cache.encode.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed if nothing is to be done
 
     with lock(root, options.wait_seconds):
-        report = bring_up_to_date(replace(asked, manifest=manifest_of(root, asked.recipe)), options, bars)  # we waited
+        # The manifest is read again: another process may have written it while we waited for the lock.
+        request = replace(request, manifest=manifest_of(root, request.recipe))
+        report = bring_up_to_date(request, options, bars)
     return replace(report, seconds=time.monotonic() - started)
 
 
-def _on_this_machine(
+def _request_on_this_machine(
     source: Path, root: Path, model: ModelConfig, config: CacheConfig, prompts: Sequence[str]
 ) -> Request | None:
-    """What is asked for, where the cache has all of it as far as its recipe and prompts say; None where it may not."""
+    """The request, if the model is on this machine and the cache already has what its recipe and prompts ask for.
+
+    None if there may be something to encode. The source is not looked at.
+    """
     if not (root / "manifest.json").exists():
         return None
     try:
         folder = folder_on_disk(model, ENCODER_PARTS)
-        wanted = request(source, root, folder, model, config, prompts) if folder else None
-    except ModelError:  # not whole on this machine: the hub is asked
+        request = read_request(source, root, folder, model, config, prompts) if folder else None
+    except ModelError:  # not complete on this machine: the hub is asked
         return None
-    if wanted is None or wanted.manifest.index is None or not wanted.manifest.source or wanted.differences:
+    if request is None:
         return None
-    if model.revision and wanted.manifest.recipe.get("model") != wanted.recipe["model"]:  # pinned since: to be noted
+    manifest = request.manifest
+    is_finished = manifest.index is not None and manifest.source.listing
+    if not is_finished or request.differences or not request.is_cleaned_as_before:
         return None
-    return wanted if wanted.is_clean_as_before and wanted.manifest.prompts.keys() >= set(wanted.prompts) else None
+    if model.revision and manifest.recipe.get("model") != request.recipe["model"]:  # pinned since: to be noted
+        return None
+    return request if manifest.prompts.keys() >= set(request.prompts) else None
 
 
-def _is_untouched(wanted: Request) -> bool:
-    """Whether no file of the source was touched since the cache was made of it: then none is opened."""
-    noted = wanted.manifest.source[32:]
-    seen = glance(wanted.source) if noted else None
-    return seen is not None and seen.digest == noted
-
-
-def _is_note_of(manifest: Manifest, found: find.Source) -> bool:
-    return manifest.source[:32] == digest(found)
-
-
-def _unchanged(manifest: Manifest, found: find.Source | None, seconds: float) -> EncodeReport:
+def _unchanged(manifest: Manifest, listing: find.Source | None, seconds: float) -> EncodeReport:
     return EncodeReport(
         num_items=manifest.index.num_rows if manifest.index else 0,
-        skipped=tuple(found.skipped) if found else (),
+        skipped=tuple(listing.skipped) if listing else (),
         is_unchanged=True,
-        num_buckets=len({shard.bucket for shard in manifest.shards if shard.bucket}),  # dead ones too, until `gc`
+        num_buckets=len({shard.bucket for shard in manifest.shards if shard.bucket}),  # unused ones too, until `gc`
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         seconds=seconds,
     )

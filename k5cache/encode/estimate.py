@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.encode.plan import LatentJob, TextJob
+from k5cache.encode.precision import ITEM_BYTES, torch_dtype
 from k5cache.encoders import memory_plan
 from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.console import human_bytes, human_seconds
 from k5cache.shared.host_memory import free_ram
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
-
-
-_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 2}
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def plan_text(
     folder: Path, config: CacheConfig, device: str, vram: int | None, lengths: Sequence[int]
 ) -> memory_plan.TextPlan:
     """How captions of about these token counts will be encoded. Raises ``DoesNotFit``."""
-    from k5cache.encoders.speed import free_vram
+    from k5cache.shared.vram import free_card
 
     architecture = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder"))
     on_cpu = device == "cpu" and vram is None
@@ -119,7 +115,7 @@ def plan_text(
         config.text_encoder_1_precision,
         config.text_batching,
         config.max_sequence_length,
-        vram=vram or free_vram(device),
+        vram=vram or free_card(device),
         ram=free_ram(),
         num_tokens=sum(lengths),
         tokens_per_second=measured(folder, device, config).text_flops / per_token if on_cpu else None,
@@ -130,7 +126,7 @@ def plan_vae(
     folder: Path, config: CacheConfig, device: str, vram: int | None, latents: Sequence[LatentJob]
 ) -> memory_plan.VaePlan:
     """How these images will be encoded. Raises ``DoesNotFit``."""
-    from k5cache.encoders.speed import free_vram
+    from k5cache.shared.vram import free_card
     from k5cache.sources.images import num_workers
 
     largest = max(one.geometry.bucket.width * one.geometry.bucket.height for one in latents)
@@ -139,7 +135,7 @@ def plan_vae(
         read_config(folder, "vae"),
         config.vae_precision,
         largest,
-        vram=vram or free_vram(device),
+        vram=vram or free_card(device),
         ram=free_ram(),
         decoded_bytes=2 * num_workers() * 3 * decoded,
     )
@@ -148,11 +144,9 @@ def plan_vae(
 @functools.cache
 def measured(folder: Path, device: str, config: CacheConfig) -> memory_plan.Speed:
     """``machine.measure_speed``, once: a second."""
-    import torch
-
     from k5cache.encoders.speed import measure_speed
 
-    text, vae = (getattr(torch, DTYPES[p]) for p in (config.text_encoder_1_precision, config.vae_precision))
+    text, vae = torch_dtype(config.text_encoder_1_precision), torch_dtype(config.vae_precision)
     return measure_speed(folder, device, text, vae, config.text_batching)
 
 
@@ -200,7 +194,7 @@ def duration(made: Estimate) -> str:
 def _disk(folder: Path, config: CacheConfig, lengths: Sequence[int], pixels: Sequence[int]) -> int:
     """Rows as they are stored: embeddings without the template, mean and std in float16."""
     hidden = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder")).hidden_size
-    text = sum(max(1, n - 40) for n in lengths) * hidden * _ITEMSIZE[config.text_encoder_1_precision]
+    text = sum(max(1, n - 40) for n in lengths) * hidden * ITEM_BYTES[config.text_encoder_1_precision]
     moments = 2 if config.posterior == "sample" else 1
     return text + sum(pixels) // 64 * read_config(folder, "vae")["latent_channels"] * 2 * moments
 

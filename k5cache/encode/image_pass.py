@@ -1,4 +1,4 @@
-"""The VAE over every new image, and masks beside them."""
+"""The VAE over every new image, and masks at latent size beside them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from k5cache.buckets import Bucket
-from k5cache.encode import estimate, plan
-from k5cache.encode.commit import Committer
-from k5cache.encode.job import Job, _bar, _dtype, _in_background, _numbers
-from k5cache.encode.one_encoder import alone
+from k5cache.encode import estimate
+from k5cache.encode.job import Job
+from k5cache.encode.one_encoder import one_encoder
+from k5cache.encode.plan import LatentJob, MaskJob
+from k5cache.encode.precision import torch_dtype
+from k5cache.encode.sink import RowSink
+from k5cache.encode.write_rows import row_writer
 from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
 from k5cache.sources import images, masks
@@ -20,48 +23,62 @@ if TYPE_CHECKING:
     import torch
 
 
-def encode_latents(job: Job, commit: Committer, jobs: Sequence[plan.LatentJob]) -> dict[str, str]:
-    """The VAE over every new image, one bucket after another. Returns latent key -> reason for unreadable images.
+def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) -> dict[str, str]:
+    """The VAE over every new image, one bucket after another.
+
+    Returns:
+        latent key -> why the image could not be read, for those that could not.
 
     Raises:
-        DoesNotFit: the card cannot hold the VAE and an image, in strips either.
+        DoesNotFit: the card cannot hold the VAE and an image, even in strips.
     """
-    if not jobs:
+    if not latent_jobs:
         return {}
-    by_bucket: dict[Bucket, list[plan.LatentJob]] = {}
-    for one in jobs:
-        by_bucket.setdefault(one.geometry.bucket, []).append(one)
+    by_bucket: dict[Bucket, list[LatentJob]] = {}
+    for latent_job in latent_jobs:
+        by_bucket.setdefault(latent_job.geometry.bucket, []).append(latent_job)
     failed: dict[str, str] = {}
-    planned = estimate.plan_vae(job.folder, job.config, job.device, job.vram, jobs).vram
-    with alone(job.device, job.vram, "The VAE", planned), _bar(job.bars, "VAE", len(jobs), "image") as advance:
-        encoder = Vae(job, jobs)
-        for bucket, members in sorted(by_bucket.items()):
+    planned = estimate.plan_vae(job.folder, job.config, job.device, job.vram, latent_jobs).vram
+    with (
+        one_encoder(job.device, job.vram, "The VAE", planned),
+        job.progress_bar("VAE", len(latent_jobs), "image") as advance,
+    ):
+        vae = Vae(job, latent_jobs)
+        for bucket, jobs_of_bucket in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
-            encode_bucket(job, commit, bucket, members, encoder, failed, advance)
+            encode_bucket(job, sink, bucket, jobs_of_bucket, vae, failed, advance)
     return failed
 
 
 class Vae:
-    """The VAE, loaded for the first image that can be read: a broken one alone is no reason to."""
+    """The VAE, loaded for the first image that can be read: broken images alone are no reason to load it."""
 
-    def __init__(self, job: Job, jobs: Sequence[plan.LatentJob]) -> None:
-        self._job, self._jobs = job, jobs
-        self._loaded: Any = None
+    def __init__(self, job: Job, latent_jobs: Sequence[LatentJob]) -> None:
+        self._job, self._latent_jobs = job, latent_jobs
+        self._model: Any = None
         self._in_strips = False
 
     def moments(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """uint8 ``[3, H, W]`` to float16 ``[names, H/8, W/8, 16]`` on the device; the copy there is queued."""
+        """Encode one image.
+
+        Args:
+            pixels: uint8 ``[3, H, W]``; copied to the device without waiting for it.
+            names: ``mean``, or ``mean`` and ``std``.
+
+        Returns:
+            float16 ``[names, H/8, W/8, 16]`` on the device.
+        """
         import torch
 
         from k5cache.encoders import vae
 
-        if self._loaded is None:
+        if self._model is None:
             with console.doing(self._job.bars, "loading the VAE"):
                 self._load()
         if self._job.device != "cpu":
             pixels = pixels.pin_memory().to(self._job.device, non_blocking=True)
         mean, std = vae.encode_on_device(
-            self._loaded, vae.to_model_range(pixels.unsqueeze(0)), in_strips=self._in_strips
+            self._model, vae.to_model_range(pixels.unsqueeze(0)), in_strips=self._in_strips
         )
         moments = {"mean": mean, "std": std}
         return torch.cat([moments[name] for name in names]).half()
@@ -70,21 +87,22 @@ class Vae:
         from k5cache.encoders import vae
 
         job = self._job
-        made = estimate.plan_vae(job.folder, job.config, job.device, job.vram, self._jobs)
-        self._in_strips = made.mode == "strips"
-        self._loaded = vae.keep_encoder_only(vae.load_vae(job.folder, job.device, _dtype(job.config.vae_precision)))
+        plan = estimate.plan_vae(job.folder, job.config, job.device, job.vram, self._latent_jobs)
+        self._in_strips = plan.mode == "strips"
+        model = vae.load_vae(job.folder, job.device, torch_dtype(job.config.vae_precision))
+        self._model = vae.keep_encoder_only(model)
 
 
 def encode_bucket(
     job: Job,
-    commit: Committer,
+    sink: RowSink,
     bucket: Bucket,
-    members: Sequence[plan.LatentJob],
-    encoder: Vae,
+    latent_jobs: Sequence[LatentJob],
+    vae: Vae,
     failed: dict[str, str],
     advance: Callable[..., None],
 ) -> None:
-    """The images of one bucket into shards; reasons for unreadable ones go to ``failed``."""
+    """The images of one bucket into shards. The reasons of those that cannot be read are added to ``failed``."""
     from k5cache.encoders.hostio import fetched
 
     height, width = bucket.latent_shape
@@ -94,39 +112,47 @@ def encode_bucket(
 
     def encoded() -> Iterator[tuple[str, torch.Tensor]]:
         # With its hash: an image that changed since the plan must not be stored under the old content's key.
-        wanted = ((one.path, one.geometry, one.content_hash) for one in members)
+        wanted = ((latent_job.path, latent_job.geometry, latent_job.content_hash) for latent_job in latent_jobs)
         for i, pixels in images.load_many(wanted, job.read):
             if isinstance(pixels, UnreadableImage):
-                failed[members[i].key] = pixels.reason
+                failed[latent_jobs[i].key] = pixels.reason
                 advance(1)
             else:
-                yield members[i].key, encoder.moments(pixels, names)
+                yield latent_jobs[i].key, vae.moments(pixels, names)
 
-    with commit.shards("latents", specs, bucket) as append, _in_background(_numbers(append, job.config)) as put:
+    with row_writer(sink, job.config, "latents", specs, bucket) as put:
         for key, moments in fetched(encoded()):
             put({"key": key} | dict(zip(names, moments, strict=True)))
             advance(1)
 
 
-def encode_masks(read: Callable[[str], Content], commit: Committer, jobs: Sequence[plan.MaskJob]) -> dict[str, str]:
-    """Every new mask into shards, one bucket after another. Returns mask key -> reason for unreadable ones."""
+def encode_masks(read: Callable[[str], Content], sink: RowSink, mask_jobs: Sequence[MaskJob]) -> dict[str, str]:
+    """Every new mask into shards, one bucket after another.
+
+    Returns:
+        mask key -> why the mask could not be used, for those that could not.
+    """
     failed: dict[str, str] = {}
-    by_bucket: dict[Bucket, list[plan.MaskJob]] = {}
-    for job in jobs:
-        by_bucket.setdefault(job.geometry.bucket, []).append(job)
-    for bucket, members in sorted(by_bucket.items()):
-        with commit.shards("masks", {"mask": TensorSpec("uint8", bucket.latent_shape)}, bucket) as append:
-            for job in members:
+    by_bucket: dict[Bucket, list[MaskJob]] = {}
+    for mask_job in mask_jobs:
+        by_bucket.setdefault(mask_job.geometry.bucket, []).append(mask_job)
+    for bucket, jobs_of_bucket in sorted(by_bucket.items()):
+        with sink.shards("masks", {"mask": TensorSpec("uint8", bucket.latent_shape)}, bucket) as append:
+            for mask_job in jobs_of_bucket:
                 try:
-                    content = read(job.path)
-                    content = content if isinstance(content, bytes) else content.read_bytes()  # what is hashed is used
-                    if job.content_hash and images.hash_content(content) != job.content_hash:
-                        raise UnreadableImage("has changed since the encode began; encode again")
-                    mask = masks.load_mask(content, job.geometry)
+                    mask = _load_mask(read, mask_job)
                 except OSError as error:
-                    failed[job.key] = f"its mask {job.path} cannot be read ({error.strerror})"
+                    failed[mask_job.key] = f"its mask {mask_job.path} cannot be read ({error.strerror})"
                 except UnreadableImage as error:
-                    failed[job.key] = f"its mask {job.path} {error.reason}"
+                    failed[mask_job.key] = f"its mask {mask_job.path} {error.reason}"
                 else:
-                    append({"key": job.key, "mask": mask})
+                    append({"key": mask_job.key, "mask": mask})
     return failed
+
+
+def _load_mask(read: Callable[[str], Content], mask_job: MaskJob) -> torch.Tensor:
+    content = read(mask_job.path)
+    content = content if isinstance(content, bytes) else content.read_bytes()  # the bytes that are hashed are used
+    if mask_job.content_hash and images.hash_content(content) != mask_job.content_hash:
+        raise UnreadableImage("has changed since the encode began; encode again")
+    return masks.load_mask(content, mask_job.geometry)

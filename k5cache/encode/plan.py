@@ -1,23 +1,61 @@
-"""The plan: what is new, changed and gone since the last encode, and what is left to compute. Pure, no torch."""
+"""The plan: what is new, changed and gone since the last encode, and what is left to compute? Pure, no torch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from k5cache.buckets import Bucket, Framing, Geometry
+from k5cache.encode.keys import canonical, latent_key_of, mask_key, text_key_of
+from k5cache.encode.previous_index import PreviousIndex, captions_hash, mask_stat
 from k5cache.sources.items import Skipped, SourceItem, UnreadableImage
 from k5cache.store.index import IndexRow
 
-Probe = Callable[[SourceItem], tuple[str, int, int]]
-"""An item's (content hash, width, height); raises ``UnreadableImage``."""
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the cache is to hold."""
+
+    items: Sequence[SourceItem]
+    """The images of the source, in the order that the rows will have."""
+    skipped: Sequence[Skipped]
+    """What the source has and cannot be used; unreadable images are added to it."""
+    prompts: Sequence[str]
+    """Raw prompts that the cache must hold besides the captions."""
+    framing: Framing
+    """The buckets to choose from, and which part of an image is used."""
+    latent_recipe: Mapping[str, Any]
+    """All that changes latents besides image and crop. Plain JSON values."""
+    text_recipe: Mapping[str, Any]
+    """All that changes embeddings besides the caption. Plain JSON values."""
 
 
-ProbeMask = Callable[[SourceItem, int, int], str]
-"""The content hash of an item's mask, given the image's width and height; raises ``UnreadableImage``."""
+@dataclass(frozen=True)
+class Stored:
+    """What the cache holds now."""
+
+    rows: Sequence[IndexRow] = ()
+    """Its index."""
+    latents: Set[str] = frozenset()
+    """Keys of the latents in its shards."""
+    texts: Set[str] = frozenset()
+    masks: Set[str] = frozenset()
+    prompts: Mapping[str, str] | None = None
+    """Raw prompt to text key. Given only if text recipe and cleaning are still those that made ``rows``: captions and
+    prompts that did not change then keep their keys and are not cleaned."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """How images and captions are looked at. ``make_plan`` itself opens no file."""
+
+    image: Callable[[SourceItem], tuple[str, int, int]]
+    """An image's (content hash, width, height). Raises ``UnreadableImage``."""
+    mask: Callable[[SourceItem, int, int], str]
+    """The content hash of an item's mask, given the image's width and height. Raises ``UnreadableImage``."""
+    clean: Callable[[str], str]
+    """The pipeline's own prompt cleaning."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +90,7 @@ class TextJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the cache will hold (``rows``), and what must be computed for it (the jobs, one a key)."""
+    """What the cache will hold (``rows``), and what must be computed for it (the jobs, one per key)."""
 
     rows: tuple[IndexRow, ...]
     latent_jobs: tuple[LatentJob, ...]
@@ -61,247 +99,186 @@ class Plan:
     prompts: dict[str, str]
     """Raw prompt to text key."""
     num_reused_latents: int
-    """Latents that ``rows`` need and the cache has; each counts once however many rows share it."""
+    """Latents that ``rows`` need and the cache has; each counts once, however many rows share it."""
     num_reused_texts: int
-    """The same for texts, the prompts' among them."""
-    removed: tuple[str, ...]
-    """Paths that the previous index had and ``rows`` have not, those of ``renamed`` left out."""
+    """The same for texts, those of the prompts included."""
     added: tuple[str, ...]
-    """Paths that the previous index had not, those of ``renamed`` left out."""
+    """This and the next three are the paths that differ from the previous index, as in ``Changes``."""
+    removed: tuple[str, ...]
     renamed: tuple[tuple[str, str], ...]
-    """(path in the previous index, path now) of images whose bytes are the same."""
     changed: tuple[str, ...]
-    """Paths whose latents or texts have other keys than in the previous index."""
     skipped: tuple[Skipped, ...]
     upscaled: tuple[str, ...]
     """Paths of images smaller than their bucket."""
 
-    @property
-    def num_upscaled(self) -> int:
-        return len(self.upscaled)
 
-
-def latent_key(content_hash: str, geometry: Geometry, latent_recipe: Mapping[str, Any]) -> str:
-    """Name of the latents that these bytes, this crop and this VAE recipe give: 32 hex digits."""
-    return _latent_key(content_hash, geometry, _canonical(latent_recipe))
-
-
-def text_key(cleaned_caption: str, text_recipe: Mapping[str, Any]) -> str:
-    """Name of the embeddings that this cleaned caption and this text recipe give: 32 hex digits."""
-    return _text_key(cleaned_caption, _canonical(text_recipe))
-
-
-_MASK_COLUMNS = ("mask_num_bytes", "mask_mtime_ns", "mask_inode")
-
-
-def captions_hash(item: SourceItem) -> str:
-    """What an index row keeps of the raw captions: unchanged means that its ``caption_keys`` still hold."""
-    return hashlib.sha256("\0".join(item.captions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def make_plan(
-    items: Sequence[SourceItem],
-    skipped: Iterable[Skipped],
-    known: Iterable[IndexRow],
-    stored_latents: Set[str],
-    stored_texts: Set[str],
-    prompts: Sequence[str],
-    framing: Framing,
-    latent_recipe: Mapping[str, Any],
-    text_recipe: Mapping[str, Any],
-    clean: Callable[[str], str],
-    probe: Probe,
-    rehash: bool = False,
-    stored_masks: Set[str] = frozenset(),
-    probe_mask: ProbeMask | None = None,
-    known_prompts: Mapping[str, str] | None = None,
-) -> Plan:
-    """Compare a folder with the cache it has.
+def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = False) -> Plan:
+    """Compare a source with the cache that was made of it.
 
     Args:
-        items: the images found, in the order that the rows will have.
-        skipped: what was found and cannot be used; unreadable images are added to it.
-        known: the previous index.
-        stored_latents: keys that the cache's shards hold.
-        stored_texts: keys that the cache's shards hold.
-        prompts: raw prompts that the cache must hold besides the captions.
-        framing: the buckets to choose from, and which part of an image is used.
-        latent_recipe: all that changes latents besides image and crop. Plain JSON values.
-        text_recipe: all that changes embeddings besides the caption. Plain JSON values.
-        clean: the pipeline's own prompt cleaning.
-        probe: reads an image's hash and header; called only for items whose size, time or inode is not the known one.
-        rehash: probe every item.
-        stored_masks: keys that the cache's shards hold.
-        probe_mask: reads a mask's hash, and checks its size.
-        known_prompts: raw prompt to key, given when the text recipe and the cleaning are those that made ``known``:
-            then captions and prompts that did not change keep their keys and are not cleaned.
+        rehash: probe every item, also those whose size, time and inode are the ones in the index.
     """
-    before = _Before(known, items)
-    texts = _Texts(text_recipe, clean)
-    kept = known_prompts or {}
-    keys_of_prompts = {
-        prompt: kept[prompt] if kept.get(prompt) in stored_texts else texts.key(prompt) for prompt in prompts
-    }
+    previous = PreviousIndex(stored.rows, wanted.items)
+    texts = _TextKeys(wanted.text_recipe, probes.clean, stored, previous)
+    prompts = {prompt: texts.of_prompt(prompt) for prompt in wanted.prompts}
+    images, unreadable = _probe_images(wanted, previous, probes, rehash)
+    recipe = canonical(wanted.latent_recipe)
     rows: list[IndexRow] = []
-    recipe = _canonical(latent_recipe)
-    crops = _Crops(framing)
-    latent_jobs: dict[str, LatentJob] = {}  # one a key: an image found twice is encoded once
-    mask_jobs: dict[str, MaskJob] = {}
-    unusable = list(skipped)
-    upscaled: list[str] = []
-    for item in items:
-        try:
-            content_hash, width, height = _identity(item, before, probe, rehash)
-            geometries = crops.of(width, height, content_hash)
-            mask_hash = _mask_identity(item, width, height, before, probe_mask, rehash)
-        except UnreadableImage as error:
-            unusable.append(Skipped(item.path, error.reason))
-            continue
-        caption_keys = before.caption_keys.get(captions_hash(item), ()) if known_prompts is not None else ()
-        if not caption_keys or any(key not in stored_texts for key in caption_keys):
-            caption_keys = tuple(texts.key(caption) for caption in item.captions)
-        for geometry in geometries:
-            key = _latent_key(content_hash, geometry, recipe)
-            mask_key = _mask_key(mask_hash, geometry) if mask_hash else None
-            rows.append(_row(item, content_hash, geometry, key, caption_keys, mask_key, mask_hash))
-            latent_jobs.setdefault(key, LatentJob(key, item.path, geometry, content_hash))
-            if mask_key and item.mask:
-                mask_jobs.setdefault(mask_key, MaskJob(mask_key, item.mask.path, geometry, mask_hash or ""))
-        if geometries[0].upscaled:
-            upscaled.append(item.path)
-    needed_texts = {key for row in rows for key in row.caption_keys} | set(keys_of_prompts.values())
-    firsts = [row for row in rows if not row.flipped]
-    added, removed, renamed = before.compare(firsts)
+    for image in images:
+        caption_keys = texts.of_captions(image.item)
+        rows += [_row(image, geometry, recipe, caption_keys) for geometry in image.geometries]
+    changes = previous.changes(rows)
+    needed_texts = {key for row in rows for key in row.caption_keys} | set(prompts.values())
     return Plan(
         rows=tuple(rows),
-        latent_jobs=tuple(job for key, job in latent_jobs.items() if key not in stored_latents),
-        mask_jobs=tuple(job for key, job in mask_jobs.items() if key not in stored_masks),
-        prompts=keys_of_prompts,
-        text_jobs=tuple(TextJob(key, text) for text, key in texts.keys.items() if key not in stored_texts),
-        num_reused_latents=len(latent_jobs.keys() & stored_latents),
-        num_reused_texts=len(needed_texts & stored_texts),
-        removed=removed,
-        added=added,
-        renamed=renamed,
-        changed=tuple(row.path for row in firsts if row.path in before.at and not _same_keys(row, before.at[row.path])),
-        skipped=tuple(unusable),
-        upscaled=tuple(upscaled),
+        latent_jobs=_latent_jobs(rows, stored.latents),
+        text_jobs=tuple(TextJob(key, text) for text, key in texts.by_cleaned.items() if key not in stored.texts),
+        mask_jobs=_mask_jobs(images, rows, stored.masks),
+        prompts=prompts,
+        num_reused_latents=len({row.latent_key for row in rows} & stored.latents),
+        num_reused_texts=len(needed_texts & stored.texts),
+        added=changes.added,
+        removed=changes.removed,
+        renamed=changes.renamed,
+        changed=changes.changed,
+        skipped=(*wanted.skipped, *unreadable),
+        upscaled=tuple(image.item.path for image in images if image.geometries[0].upscaled),
     )
 
 
-def num_unknown(items: Sequence[SourceItem], known: Iterable[IndexRow], rehash: bool = False) -> int:
-    """How many of ``items`` ``make_plan`` will probe."""
-    before = _Before(known, items)
-    return sum(rehash or before.same_file(item) is None for item in items)
+def num_unknown(items: Sequence[SourceItem], rows: Iterable[IndexRow], rehash: bool = False) -> int:
+    """How many of ``items`` ``make_plan`` will probe, given the previous index."""
+    previous = PreviousIndex(rows, items)
+    return sum(rehash or previous.same_file(item) is None for item in items)
+
+
+def geometry_of(row: IndexRow) -> Geometry:
+    """The crop of an index row."""
+    return Geometry(
+        width=row.width,
+        height=row.height,
+        bucket=Bucket(row.bucket_width, row.bucket_height),
+        resized_width=row.resized_width,
+        resized_height=row.resized_height,
+        left=row.left,
+        top=row.top,
+        flipped=row.flipped,
+    )
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An item that can be used, and what is known of its bytes."""
+
+    item: SourceItem
+    content_hash: str
+    geometries: tuple[Geometry, ...]
+    """One crop, or two with a flip."""
+    mask_hash: str | None
+
+
+def _probe_images(
+    wanted: Wanted, previous: PreviousIndex, probes: Probes, rehash: bool
+) -> tuple[list[_Image], list[Skipped]]:
+    """The images that can be used, and those that cannot. A file is read only if its stat is not that in the index."""
+    images: list[_Image] = []
+    unreadable: list[Skipped] = []
+    crops = _Crops(wanted.framing)
+    for item in wanted.items:
+        row = None if rehash else previous.same_file(item)
+        try:
+            identity = probes.image(item) if row is None else (row.content_hash, row.width, row.height)
+            content_hash, width, height = identity
+            geometries = crops.of(width, height, content_hash)
+            mask_hash = None if rehash else previous.mask_hash(item)
+            if item.mask and mask_hash is None:
+                mask_hash = probes.mask(item, width, height)
+        except UnreadableImage as error:
+            unreadable.append(Skipped(item.path, error.reason))
+        else:
+            images.append(_Image(item, content_hash, geometries, mask_hash))
+    return images, unreadable
 
 
 class _Crops:
-    """Geometries of images; a camera's images share a few sizes, so each is worked out once."""
+    """The crops of images. A camera's images share a few sizes, so each size is worked out once."""
 
     def __init__(self, framing: Framing) -> None:
         self._framing = framing
-        self._known: dict[tuple[int, int], tuple[Geometry, ...]] = {}
+        self._by_size: dict[tuple[int, int], tuple[Geometry, ...]] = {}
 
     def of(self, width: int, height: int, content_hash: str) -> tuple[Geometry, ...]:
-        """One crop, or two with a flip; ``UnreadableImage`` where a guard refuses the image."""
-        found = self._known.get((width, height))
-        if found is None or self._framing.crop == "random":
-            found = self._known[width, height] = self._framing.frame(width, height, content_hash)
-        reason = self._framing.refusal(found[0])
+        """One crop, or two with a flip. Raises ``UnreadableImage`` if a size guard refuses the image."""
+        geometries = self._by_size.get((width, height))
+        if geometries is None or self._framing.crop == "random":
+            geometries = self._by_size[width, height] = self._framing.frame(width, height, content_hash)
+        reason = self._framing.refusal(geometries[0])
         if reason:
             raise UnreadableImage(reason)
-        return found
+        return geometries
 
 
-class _Before:
-    """The previous index, looked up by path and, for images that were renamed, by stat and by content."""
+class _TextKeys:
+    """Raw captions to text keys; each caption is cleaned and hashed once."""
 
-    def __init__(self, known: Iterable[IndexRow], items: Sequence[SourceItem]) -> None:
-        self.at = {row.path: row for row in known if not row.flipped}
-        here = {item.path for item in items}
-        self.caption_keys = {row.captions_hash: row.caption_keys for row in self.at.values()}
-        self._gone = {_stat(row): row for row in self.at.values() if row.path not in here}
-
-    def same_file(self, item: SourceItem) -> IndexRow | None:
-        """The row of this very file: same path, or a path that is gone, and same size, time and inode."""
-        row = self.at.get(item.path)
-        if row is not None:
-            return row if _stat(row) == _stat(item) else None
-        return self._gone.get(_stat(item))
-
-    def compare(self, rows: Sequence[IndexRow]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """(added, removed, renamed) of ``rows`` against the previous index."""
-        paths = {row.path for row in rows}
-        gone: dict[str, list[str]] = {}
-        for row in self.at.values():
-            if row.path not in paths:
-                gone.setdefault(row.content_hash, []).append(row.path)
-        added, renamed = [], []
-        for row in rows:
-            if row.path not in self.at:
-                if gone.get(row.content_hash):
-                    renamed.append((gone[row.content_hash].pop(0), row.path))
-                else:
-                    added.append(row.path)
-        left = {path for paths_left in gone.values() for path in paths_left}
-        return tuple(added), tuple(path for path in self.at if path in left), tuple(renamed)
-
-
-def _stat(of: IndexRow | SourceItem) -> tuple[int, int, int]:
-    return of.num_bytes, of.mtime_ns, of.inode
-
-
-class _Texts:
-    """Raw captions to keys; each caption is cleaned and hashed once."""
-
-    def __init__(self, recipe: Mapping[str, Any], clean: Callable[[str], str]) -> None:
-        self._recipe, self._clean = _canonical(recipe), clean
+    def __init__(
+        self, recipe: Mapping[str, Any], clean: Callable[[str], str], stored: Stored, previous: PreviousIndex
+    ) -> None:
+        self._recipe, self._clean = canonical(recipe), clean
+        self._stored, self._previous = stored, previous
         self._by_raw: dict[str, str] = {}
-        self.keys: dict[str, str] = {}
-        """Cleaned caption to key, in the order first met."""
+        self.by_cleaned: dict[str, str] = {}
+        """In the order first met."""
 
-    def key(self, raw: str) -> str:
+    def of_prompt(self, prompt: str) -> str:
+        key = (self._stored.prompts or {}).get(prompt)
+        return key if key is not None and key in self._stored.texts else self._of(prompt)
+
+    def of_captions(self, item: SourceItem) -> tuple[str, ...]:
+        """The keys of the item's captions, in their order."""
+        keys = () if self._stored.prompts is None else self._previous.caption_keys(item)
+        if keys and all(key in self._stored.texts for key in keys):
+            return keys
+        return tuple(self._of(caption) for caption in item.captions)
+
+    def _of(self, raw: str) -> str:
         if raw not in self._by_raw:
             cleaned = self._clean(raw)
-            self._by_raw[raw] = self.keys.setdefault(cleaned, _text_key(cleaned, self._recipe))
+            self._by_raw[raw] = self.by_cleaned.setdefault(cleaned, text_key_of(cleaned, self._recipe))
         return self._by_raw[raw]
 
 
-def _identity(item: SourceItem, before: _Before, probe: Probe, rehash: bool) -> tuple[str, int, int]:
-    """(content hash, width, height), read from the file only when its stat is not the one in the index."""
-    row = None if rehash else before.same_file(item)
-    return probe(item) if row is None else (row.content_hash, row.width, row.height)
+def _latent_jobs(rows: Sequence[IndexRow], stored: Set[str]) -> tuple[LatentJob, ...]:
+    """One job per key that is not stored: an image that is there twice is encoded once."""
+    firsts: dict[str, IndexRow] = {}
+    for row in rows:
+        firsts.setdefault(row.latent_key, row)
+    return tuple(
+        LatentJob(key, row.path, geometry_of(row), row.content_hash) for key, row in firsts.items() if key not in stored
+    )
 
 
-def _mask_identity(
-    item: SourceItem, width: int, height: int, before: _Before, probe: ProbeMask | None, rehash: bool
-) -> str | None:
-    """The content hash of the mask, if there is one, read only when the stat of mask or image is not in the index."""
-    if item.mask is None or probe is None:
-        return None
-    row = None if rehash else before.same_file(item)
-    if row is not None and row.mask_hash and _mask_stat(item) == tuple(getattr(row, name) for name in _MASK_COLUMNS):
-        return row.mask_hash
-    return probe(item, width, height)
+def _mask_jobs(images: Sequence[_Image], rows: Sequence[IndexRow], stored: Set[str]) -> tuple[MaskJob, ...]:
+    """One job per key that is not stored."""
+    paths = {image.item.path: image.item.mask.path for image in images if image.item.mask}
+    firsts: dict[str, IndexRow] = {}
+    for row in rows:
+        if row.mask_key:
+            firsts.setdefault(row.mask_key, row)
+    return tuple(
+        MaskJob(key, paths[row.path], geometry_of(row), row.mask_hash or "")
+        for key, row in firsts.items()
+        if key not in stored
+    )
 
 
-def _mask_stat(item: SourceItem) -> tuple[int, int, int]:
-    return (item.mask.num_bytes, item.mask.mtime_ns, item.mask.inode) if item.mask else (0, 0, 0)
-
-
-def _row(
-    item: SourceItem,
-    content_hash: str,
-    geometry: Geometry,
-    key: str,
-    caption_keys: tuple[str, ...],
-    mask_key: str | None,
-    mask_hash: str | None,
-) -> IndexRow:
-    mask_stat = _mask_stat(item)
+def _row(image: _Image, geometry: Geometry, canonical_recipe: str, caption_keys: tuple[str, ...]) -> IndexRow:
+    """The index row of one crop of one image."""
+    item = image.item
+    mask_num_bytes, mask_mtime_ns, mask_inode = mask_stat(item)
     return IndexRow(
         path=item.path,
-        content_hash=content_hash,
+        content_hash=image.content_hash,
         num_bytes=item.num_bytes,
         mtime_ns=item.mtime_ns,
         inode=item.inode,
@@ -314,60 +291,12 @@ def _row(
         left=geometry.left,
         top=geometry.top,
         flipped=geometry.flipped,
-        latent_key=key,
+        latent_key=latent_key_of(image.content_hash, geometry, canonical_recipe),
         caption_keys=caption_keys,
-        mask_key=mask_key,
-        mask_hash=mask_hash,
-        mask_num_bytes=mask_stat[0],
-        mask_mtime_ns=mask_stat[1],
-        mask_inode=mask_stat[2],
+        mask_key=mask_key(image.mask_hash, geometry) if image.mask_hash else None,
+        mask_hash=image.mask_hash,
+        mask_num_bytes=mask_num_bytes,
+        mask_mtime_ns=mask_mtime_ns,
+        mask_inode=mask_inode,
         captions_hash=captions_hash(item),
     )
-
-
-def geometry_of(row: IndexRow) -> Geometry:
-    """The crop of an index row."""
-    return Geometry(
-        width=row.width, height=row.height, bucket=Bucket(row.bucket_width, row.bucket_height),
-        resized_width=row.resized_width, resized_height=row.resized_height,
-        left=row.left, top=row.top, flipped=row.flipped,
-    )  # fmt: skip
-
-
-def _same_keys(row: IndexRow, before: IndexRow) -> bool:
-    now, then = ((r.latent_key, r.mask_key, r.caption_keys) for r in (row, before))
-    return now == then
-
-
-def _latent_key(content_hash: str, geometry: Geometry, recipe: str) -> str:
-    crop = _canonical(_crop(geometry))
-    return _digest(f'{{"content":{_canonical(content_hash)},"crop":{crop},"recipe":{recipe}}}')
-
-
-def _mask_key(content_hash: str, geometry: Geometry) -> str:
-    return _digest(_canonical({"crop": _crop(geometry), "mask": content_hash}))
-
-
-def _crop(geometry: Geometry) -> dict[str, Any]:
-    return {
-        "bucket": [geometry.bucket.width, geometry.bucket.height],
-        "flipped": geometry.flipped,
-        "left_top": [geometry.left, geometry.top],
-        "resized": [geometry.resized_width, geometry.resized_height],
-    }
-
-
-def _text_key(cleaned_caption: str, recipe: str) -> str:
-    return _digest(f'{{"caption":{_canonical(cleaned_caption)},"recipe":{recipe}}}')
-
-
-_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def _canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces. A recipe is written once and set into the JSON of every key."""
-    return _ENCODER.encode(value)
-
-
-def _digest(canonical: str) -> str:
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]

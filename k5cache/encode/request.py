@@ -1,13 +1,11 @@
-"""What is an encode asked for, and what is there? The recipe, the images found, the manifest: nothing is loaded.
+"""What is an encode asked for, and what is there? The recipe, the source's listing and the manifest; loads nothing.
 
 This file imports nothing heavy: an encode with nothing to do ends within a second.
 """
 
 from __future__ import annotations
 
-import hashlib
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,11 +16,10 @@ from k5cache.encoders.pipeline import prompt_template
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder, read_config
-from k5cache.shared.errors import CacheError, DatasetError, RecipeError
+from k5cache.shared.errors import CacheError, RecipeError
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
-from k5cache.sources.unchanged import glance, is_settled
 from k5cache.store.manifest import Manifest, read_manifest
 
 RESIZE = "bicubic-antialias"  # images.load_pixels
@@ -33,16 +30,16 @@ class EncodeOptions:
     """How to encode, besides what."""
 
     update: bool = False
-    """Take the recipe asked for where the cache has another one, and encode again what depends on the difference."""
+    """If the cache has another recipe, take the one asked for and encode again what depends on the difference."""
     rehash: bool = False
     """Read every image's bytes instead of trusting size, mtime and inode."""
     repair: bool = False
-    """Check every stored byte first, and encode again the rows of damaged shards."""
+    """Check every stored byte first, and encode the rows of damaged shards again."""
     wait_seconds: float = 0
-    """How long to wait for another process that writes the same cache."""
+    """How long to wait for another process that is writing the same cache."""
     device: str = "auto"
     vram: int | None = None
-    """Bytes of VRAM to plan for, as if the card had no more; None takes what is free."""
+    """Bytes of VRAM to plan for, as if the card had no more; None plans for what is free."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class EncodeReport:
     """(path before, path now)."""
     skipped: tuple[items.Skipped, ...] = ()
     truncated: tuple[tuple[str, int], ...] = ()
-    """Cleaned caption and how many of its characters no token stands for."""
+    """(cleaned caption, how many of its last characters were cut off)."""
     upscaled: tuple[str, ...] = ()
     repaired: tuple[str, ...] = ()
     """Shards that were damaged, whose rows were encoded again."""
@@ -69,16 +66,16 @@ class EncodeReport:
     num_bytes: int = 0
     seconds: float = 0.0
     is_unchanged: bool = False
-    """Nothing was to be done, and nothing was written."""
+    """There was nothing to do, and nothing was written."""
 
 
 def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[str, Any]:
     """Everything that changes the numbers in a cache, as plain values for its manifest.
 
-    ``text`` enters every text key, ``latents`` every latent key; ``selection`` decides only which rows there are.
-    ``cleaning`` says when captions that did not change must be cleaned again; keys are of cleaned captions.
-    ``model`` is only where the weights came from, for a run that names no model: it is in no key, and ``stale`` does
-    not compare it.
+    ``text`` is part of every text key, ``latents`` of every latent key; ``selection`` only decides which rows there
+    are. ``cleaning`` tells whether captions that did not change must be cleaned again; keys are of cleaned captions.
+    ``model`` only says where the weights came from, for a run that names no model: it is part of no key, and
+    ``differences`` does not compare it.
     """
     template = prompt_template()
     vae = read_config(folder, "vae")
@@ -116,9 +113,9 @@ def config_of(recipe: dict[str, Any]) -> CacheConfig:
         CacheError: the recipe is not one that this version writes.
     """
     tables = [recipe.get(name) for name in differences.TABLES]
-    known = {f.name for f in fields(CacheConfig)}
+    names = {field.name for field in fields(CacheConfig)}
     try:
-        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in known}
+        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in names}
         return CacheConfig(**values)
     except (TypeError, ValueError) as error:
         raise CacheError(f"The recipe in the manifest is not complete: {error}", "Encode again") from None
@@ -126,7 +123,7 @@ def config_of(recipe: dict[str, Any]) -> CacheConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """What an encode was asked for, and the cache as it is; the source is not looked at."""
+    """What an encode was asked for, and the cache as it is. The source has not been looked at."""
 
     source: Path
     root: Path
@@ -135,9 +132,9 @@ class Request:
     config: CacheConfig
     recipe: dict[str, Any]
     prompts: tuple[str, ...]
-    """Raw, the empty one among them, with those that the cache holds already."""
+    """Raw: the empty one, those that the cache has already, and those asked for."""
     manifest: Manifest
-    """Of the cache; a first one, without index and shards, where there is none."""
+    """Of the cache; a first one, without index and shards, if there is no cache."""
 
     @property
     def differences(self) -> list[differences.Difference]:
@@ -145,19 +142,19 @@ class Request:
         return differences.differences(self.manifest.recipe, self.recipe)
 
     @property
-    def is_clean_as_before(self) -> bool:
+    def is_cleaned_as_before(self) -> bool:
         """Whether captions are cleaned by the code that cleaned those of the cache."""
         return bool(self.manifest.recipe.get("cleaning") == self.recipe["cleaning"])
 
 
 @dataclass(frozen=True)
-class Asked(Request):
-    """A request, and the images that its source holds."""
+class ListedRequest(Request):
+    """A request, and what its source holds."""
 
-    found: find.Source
+    listing: find.Source
 
 
-def request(
+def read_request(
     source: Path, root: Path, folder: Path, model: ModelConfig, config: CacheConfig, prompts: Sequence[str]
 ) -> Request:
     """Read the checkpoint's fingerprints and the manifest.
@@ -168,63 +165,36 @@ def request(
     """
     recipe = build_recipe(model, config, folder)
     manifest = manifest_of(root, recipe)
-    raw = tuple(dict.fromkeys(["", *manifest.prompts, *prompts]))
-    return Request(source, root, folder, config, recipe, raw, manifest)
+    raw_prompts = tuple(dict.fromkeys(["", *manifest.prompts, *prompts]))
+    return Request(source, root, folder, config, recipe, raw_prompts, manifest)
 
 
-def look(
+def read_listed_request(
     source: Path,
     root: Path,
     model: ModelConfig,
     config: CacheConfig,
     prompts: Sequence[str],
     options: EncodeOptions = EncodeOptions(),
-    found: find.Source | None = None,
-) -> Asked:
-    """Read what is asked for and what there is; nothing is written and no model is loaded. Raises as ``encode``.
+    listing: find.Source | None = None,
+) -> ListedRequest:
+    """Read what is asked for and what is there. Writes nothing and loads no model. Raises as ``encode_source``.
 
-    The hub is asked for the model, if it comes from there.
+    If the model is one of the hub, the hub is asked for its newest revision.
 
     Args:
-        found: what ``origin.find`` gave a moment ago.
+        listing: what ``find.find`` returned a moment ago, so that the source is not listed twice.
     """
     if model.flavour.startswith("i2i"):
         raise RecipeError(
             f'model.flavour = "{model.flavour}" edits images (I2I), and k5cache encodes captions alone (T2I) so far',
             'Set model.flavour = "t2i-lite-sft" or "t2i-lite-pretrain"',
         )
-    found = found or find.find(source, config)
-    wanted = request(source, root, model_folder(model, ENCODER_PARTS), model, config, prompts)
-    if wanted.differences and not options.update:
-        raise differences.refuse(root, wanted.differences)
-    return Asked(**vars(wanted), found=found)
-
-
-def note(asked: Asked) -> str:
-    """What the manifest keeps of the source: ``digest``, and ``glance`` where stats alone can tell that it is the same.
-
-    Call it when all is encoded. The captions are read once more, after the stats were taken, so that a file that was
-    being written when it was first read is not taken for settled.
-    """
-    before = digest(asked.found)
-    if not asked.found.is_plain or asked.found.skipped:
-        return before
-    seen, read_ns = glance(asked.source), time.time_ns()
-    if seen is None or not is_settled(seen, read_ns):
-        return before
-    try:
-        is_same = digest(find.find(asked.source, asked.config)) == before
-    except DatasetError:  # emptied meanwhile
-        return before
-    return before + seen.digest if is_same else before
-
-
-def digest(found: find.Source) -> str:
-    """One hash over all that was found: paths, sizes, times, inodes, raw captions, masks, and what is skipped."""
-    sha256 = hashlib.sha256()
-    for entry in (*found.items, *found.skipped):
-        sha256.update(repr(entry).encode("utf-8", "surrogatepass"))
-    return sha256.hexdigest()[:32]
+    listing = listing or find.find(source, config)
+    request = read_request(source, root, model_folder(model, ENCODER_PARTS), model, config, prompts)
+    if request.differences and not options.update:
+        raise differences.refuse(root, request.differences)
+    return ListedRequest(**vars(request), listing=listing)
 
 
 def manifest_of(root: Path, recipe: dict[str, Any]) -> Manifest:
@@ -235,6 +205,6 @@ def manifest_of(root: Path, recipe: dict[str, Any]) -> Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Package to version, of all that has a part in what is encoded."""
+    """Package to version, for every package that affects what is encoded."""
     names = ("kandinsky5-lora", "diffusers", "transformers", "torch", "pillow", "ftfy", "pyarrow")
     return {"python": platform.python_version(), **{name: version(name) or "none" for name in names}}

@@ -1,16 +1,24 @@
-"""The text encoders over every new caption: CLIP first, then Qwen, which writes each row."""
+"""The text encoders over every new caption: CLIP first, then Qwen, which writes each row.
+
+One encoder is loaded at a time and freed before the next. Captions go in chunks, each committed when it is done, so
+that neither memory nor what a crash costs grows with their number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
-from k5cache.encode import estimate, plan
-from k5cache.encode.commit import Committer
-from k5cache.encode.job import DTYPES, Job, _bar, _dtype, _in_background, _numbers
-from k5cache.encode.one_encoder import alone
+from k5cache.encode import estimate
+from k5cache.encode.job import Job
+from k5cache.encode.one_encoder import one_encoder
+from k5cache.encode.plan import TextJob
+from k5cache.encode.precision import DTYPES, torch_dtype
+from k5cache.encode.sink import RowSink
+from k5cache.encode.write_rows import row_writer
 from k5cache.encoders import memory_plan
 from k5cache.shared import console
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
@@ -20,65 +28,76 @@ if TYPE_CHECKING:
 
     from k5cache.encoders.qwen import Qwen, Tokens
 
-
-_POOLED_IN_MEMORY = 2**26  # bytes of pooled vectors, 40,000 captions, past which they go to a file
-
-
-_TOGETHER = 50_000  # captions through CLIP before Qwen begins: minutes of a GPU
-
-
-_TRIED_IN_BOTH = 4  # captions that the error of an int8 text encoder is measured on
+_POOLED_IN_MEMORY = 2**26  # bytes of pooled vectors, 40,000 captions; more than this goes to a file
+_CLIP_CAPTIONS = 50_000  # captions that CLIP encodes before Qwen begins: minutes of a GPU
+_CLIP_BATCH = 64  # captions at once where batches need not be exact
+_INT8_ERROR_CAPTIONS = 4  # captions that the error of an int8 text encoder is measured on
 
 
-def encode_texts(job: Job, commit: Committer, jobs: Sequence[plan.TextJob]) -> tuple[tuple[str, int], ...]:
+def encode_texts(job: Job, sink: RowSink, text_jobs: Sequence[TextJob]) -> tuple[tuple[str, int], ...]:
     """CLIP over new captions, then Qwen, which writes each row as it comes. Returns the captions that were cut.
 
-    CLIP goes first because its vectors are small (1.5 KB a caption): Qwen's (2 MB) then never pile up in memory. They
-    are kept by Qwen's rows alone, so of a million captions CLIP takes no more at once than a kill may cost.
+    CLIP goes first because its vectors are small (1.5 KB a caption), so Qwen's (2 MB) never pile up in memory. CLIP's
+    vectors are saved only with Qwen's rows, so CLIP encodes at most 50,000 captions ahead: that is all a crash can
+    lose.
 
     Raises:
         DoesNotFit: the card cannot hold two layers of the text encoder and a caption.
     """
-    if not jobs:
+    if not text_jobs:
         return ()
     from k5cache.encoders import speed
 
-    lengths = speed.text_lengths((one.caption for one in jobs), job.config.max_sequence_length)
-    made = estimate.plan_text(job.folder, job.config, job.device, job.vram, lengths)
+    captions = (text_job.caption for text_job in text_jobs)
+    lengths = speed.text_lengths(captions, job.config.max_sequence_length)
+    plan = estimate.plan_text(job.folder, job.config, job.device, job.vram, lengths)
     truncated: tuple[tuple[str, int], ...] = ()
-    for start in range(0, len(jobs), _TOGETHER):
-        part = jobs[start : start + _TOGETHER]
-        with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as pooled:
-            with alone(job.device, job.vram, "CLIP"):
-                width = _encode_pooled(job, part, pooled)
-            with alone(job.device, job.vram, "Qwen2.5-VL", made.vram):
-                truncated += _encode_prompts(job, commit, part, made, pooled, width)
+    for start in range(0, len(text_jobs), _CLIP_CAPTIONS):
+        part = text_jobs[start : start + _CLIP_CAPTIONS]
+        with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as file:
+            with one_encoder(job.device, job.vram, "CLIP"):
+                pooled = _encode_pooled(job, part, file)
+            with one_encoder(job.device, job.vram, "Qwen2.5-VL", plan.vram):
+                truncated += _encode_prompts(job, sink, part, plan, pooled)
     return truncated
 
 
-def _encode_pooled(job: Job, jobs: Sequence[plan.TextJob], pooled: IO[bytes]) -> int:
-    """CLIP's vector of every caption, appended to ``pooled``. Returns how long one is."""
+@dataclass(frozen=True)
+class _PooledFile:
+    """CLIP's vectors of some captions, one after another in a temporary file."""
+
+    file: IO[bytes]
+    spec: TensorSpec
+    num_bytes: int
+    """Of one vector."""
+
+    def read(self, i: int) -> torch.Tensor:
+        """The vector of caption ``i``."""
+        self.file.seek(self.num_bytes * i)
+        return from_bytes(self.file.read(self.num_bytes), self.spec)
+
+
+def _encode_pooled(job: Job, text_jobs: Sequence[TextJob], file: IO[bytes]) -> _PooledFile:
+    """CLIP's vector of every caption, into ``file``."""
     from k5cache.encoders import clip
 
     is_exact = job.config.text_batching == "exact"
-    size = 1 if is_exact else 64
+    batch = 1 if is_exact else _CLIP_BATCH
+    precision = job.config.text_encoder_2_precision
     with console.doing(job.bars, "loading CLIP"):
-        tower = clip.load_clip(job.folder, job.device, _dtype(job.config.text_encoder_2_precision))
-    with _bar(job.bars, "CLIP", len(jobs), "caption") as advance:
-        for start in range(0, len(jobs), size):
-            vectors = clip.encode_pooled(tower, [one.caption for one in jobs[start : start + size]], exact=is_exact)
-            pooled.write(to_bytes(vectors))
+        tower = clip.load_clip(job.folder, job.device, torch_dtype(precision))
+    with job.progress_bar("CLIP", len(text_jobs), "caption") as advance:
+        for start in range(0, len(text_jobs), batch):
+            captions = [text_job.caption for text_job in text_jobs[start : start + batch]]
+            vectors = clip.encode_pooled(tower, captions, exact=is_exact)
+            file.write(to_bytes(vectors))
             advance(len(vectors))
-        return int(vectors.shape[1])
+    spec = TensorSpec(DTYPES[precision], (int(vectors.shape[1]),))
+    return _PooledFile(file, spec, file.tell() // len(text_jobs))
 
 
 def _encode_prompts(
-    job: Job,
-    commit: Committer,
-    jobs: Sequence[plan.TextJob],
-    made: memory_plan.TextPlan,
-    pooled: IO[bytes],
-    pooled_width: int,
+    job: Job, sink: RowSink, text_jobs: Sequence[TextJob], plan: memory_plan.TextPlan, pooled: _PooledFile
 ) -> tuple[tuple[str, int], ...]:
     """Qwen over every caption, a chunk at a time; the next chunk is tokenised meanwhile."""
     from k5cache.encoders import qwen
@@ -87,51 +106,42 @@ def _encode_prompts(
     pipeline_template()  # imports diffusers, whose lazy modules break when two threads are the first to ask
     tokenizer = qwen.load_tokenizer(job.folder)
     truncated: list[tuple[str, int]] = []
-    spec = TensorSpec(DTYPES[job.config.text_encoder_2_precision], (pooled_width,))
-    row_bytes = pooled.tell() // len(jobs)
-    is_exact = job.config.text_batching == "exact"
-    with ThreadPoolExecutor(1) as pool, _bar(job.bars, "loading Qwen2.5-VL", len(jobs), "caption") as advance:
-        chunks = _chunks(tokenizer, jobs, job.config.max_sequence_length, made.chunk_tokens)
-        following = pool.submit(next, chunks, None)
-        encoder = _load_qwen(job, made, lambda: following.result())
+    progress_bar = job.progress_bar("loading Qwen2.5-VL", len(text_jobs), "caption")
+    with ThreadPoolExecutor(1) as pool, progress_bar as advance:
+        chunks = _chunks(tokenizer, text_jobs, job.config.max_sequence_length, plan.chunk_tokens)
+        next_chunk = pool.submit(next, chunks, None)
+        encoder = _load_qwen(job, plan, lambda: next_chunk.result())
         advance(0, "Qwen2.5-VL")
-        specs = {
-            "prompt_embeds": TensorSpec(
-                DTYPES[job.config.text_encoder_1_precision], (None, encoder.embeddings.shape[1])
-            ),
-            "pooled": spec,
-        }
-        while (chunk := following.result()) is not None:
-            following = pool.submit(next, chunks, None)
+        embeds_spec = TensorSpec(DTYPES[job.config.text_encoder_1_precision], (None, encoder.embeddings.shape[1]))
+        specs = {"prompt_embeds": embeds_spec, "pooled": pooled.spec}
+        while (chunk := next_chunk.result()) is not None:
+            next_chunk = pool.submit(next, chunks, None)
             first, tokens = chunk
-            truncated += [(jobs[first + i].caption, len(t.truncated)) for i, t in enumerate(tokens) if t.truncated]
-            if made.mode == "resident":
-                rows = qwen.iter_prompt_embeds(encoder, tokens, exact=is_exact, batch_tokens=made.batch_tokens)
-            else:
-                rows = _streamed(encoder, tokens, made, is_exact, advance)
-            with commit.shards("text", specs) as append, _in_background(_numbers(append, job.config)) as put:
-                for i, embeds in rows:
-                    one = jobs[first + i]
-                    pooled.seek(row_bytes * (first + i))
-                    vector = from_bytes(pooled.read(row_bytes), spec)
-                    put({"key": one.key, "prompt_embeds": embeds, "pooled": vector,
-                         "n_tokens": tokens[i].n_tokens, "caption": one.caption})  # fmt: skip
+            truncated += [(text_jobs[first + i].caption, len(t.truncated)) for i, t in enumerate(tokens) if t.truncated]
+            with row_writer(sink, job.config, "text", specs) as put:
+                for i, embeds in _prompt_embeds(job, encoder, tokens, plan, advance):
+                    text_job = text_jobs[first + i]
+                    put({
+                        "key": text_job.key, "prompt_embeds": embeds, "pooled": pooled.read(first + i),
+                        "n_tokens": tokens[i].n_tokens, "caption": text_job.caption,
+                    })  # fmt: skip
                     advance(1)
     return tuple(truncated)
 
 
-def _load_qwen(job: Job, made: memory_plan.TextPlan, first_chunk: Callable[[], Any]) -> Qwen:
-    """The text encoder as planned; in 8 bits, its error is printed first."""
+def _load_qwen(job: Job, plan: memory_plan.TextPlan, first_chunk: Callable[[], Any]) -> Qwen:
+    """The text encoder as planned; if it is in 8 bits, its error is printed first."""
     from k5cache.encoders import qwen, streaming
 
-    dtype, is_int8 = _dtype(job.config.text_encoder_1_precision), job.config.text_encoder_1_precision == "int8"
-    is_streamed = made.mode == "streamed"
+    precision = job.config.text_encoder_1_precision
+    dtype, is_int8 = torch_dtype(precision), precision == "int8"
+    is_streamed = plan.mode == "streamed"
     if is_int8:
         encoder = qwen.load_qwen(job.folder, job.device, dtype, streamed=True, int8=True)
-        tried = first_chunk()[1][:_TRIED_IN_BOTH]
-        error = streaming.int8_error(encoder, tried)
+        tokens = first_chunk()[1][:_INT8_ERROR_CAPTIONS]
+        error = streaming.int8_error(encoder, tokens)
         console.note(
-            f"The text encoder in int8 gives embeddings {error:.2%} off those in bf16 (of {len(tried)} captions)"
+            f"The text encoder in int8 gives embeddings {error:.2%} off those in bf16 (of {len(tokens)} captions)"
         )
         if is_streamed:
             return encoder
@@ -139,35 +149,39 @@ def _load_qwen(job: Job, made: memory_plan.TextPlan, first_chunk: Callable[[], A
     return qwen.load_qwen(job.folder, job.device, dtype, streamed=is_streamed, int8=is_int8)
 
 
-def _streamed(
-    encoder: Qwen, tokens: Sequence[Tokens], made: memory_plan.TextPlan, is_exact: bool, advance: Callable[..., None]
+def _prompt_embeds(
+    job: Job, encoder: Qwen, tokens: Sequence[Tokens], plan: memory_plan.TextPlan, advance: Callable[..., None]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    from k5cache.encoders.streaming import stream_prompt_embeds
+    """(position in ``tokens``, prompt_embeds) of every caption of a chunk, as they are done."""
+    from k5cache.encoders import qwen, streaming
 
+    is_exact = job.config.text_batching == "exact"
+    if plan.mode == "resident":
+        return qwen.iter_prompt_embeds(encoder, tokens, exact=is_exact, batch_tokens=plan.batch_tokens)
     num_layers = len(encoder.model.layers)
-    return stream_prompt_embeds(
+    return streaming.stream_prompt_embeds(
         encoder,
         tokens,
         exact=is_exact,
-        batch_tokens=made.batch_tokens,
-        parking=made.parking,
+        batch_tokens=plan.batch_tokens,
+        parking=plan.parking,
         on_layer=lambda i: advance(0, f"Qwen2.5-VL: {len(tokens)} captions, layer {i + 1} of {num_layers}"),
     )
 
 
 def _chunks(
-    tokenizer: Any, jobs: Sequence[plan.TextJob], max_sequence_length: int, chunk_tokens: int
+    tokenizer: Any, text_jobs: Sequence[TextJob], max_sequence_length: int, chunk_tokens: int
 ) -> Iterator[tuple[int, list[Tokens]]]:
     """(position of the first caption, tokens) of captions that are encoded and committed together."""
     from k5cache.encoders import qwen
 
-    first, tokens, size = 0, list[qwen.Tokens](), 0
-    for i, one in enumerate(jobs):
-        text = qwen.tokenize(tokenizer, one.caption, max_sequence_length)
-        if tokens and size + len(text.ids) > chunk_tokens:
-            yield first, tokens
-            first, tokens, size = i, [], 0
-        tokens.append(text)
-        size += len(text.ids)
-    if tokens:
-        yield first, tokens
+    first, chunk, num_tokens = 0, list[qwen.Tokens](), 0
+    for i, text_job in enumerate(text_jobs):
+        tokens = qwen.tokenize(tokenizer, text_job.caption, max_sequence_length)
+        if chunk and num_tokens + len(tokens.ids) > chunk_tokens:
+            yield first, chunk
+            first, chunk, num_tokens = i, [], 0
+        chunk.append(tokens)
+        num_tokens += len(tokens.ids)
+    if chunk:
+        yield first, chunk

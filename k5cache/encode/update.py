@@ -7,217 +7,115 @@ the manifest names and goes on from there.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
-from k5cache.encode import estimate as estimate_
-from k5cache.encode import plan
 from k5cache.encode.commit import Committer, drop_damaged
 from k5cache.encode.differences import refuse
+from k5cache.encode.estimate import duration, estimate, modes
 from k5cache.encode.image_pass import encode_latents, encode_masks
 from k5cache.encode.job import Job
-from k5cache.encode.request import Asked, EncodeOptions, EncodeReport, note, versions
+from k5cache.encode.plan import Plan
+from k5cache.encode.probe import plan_request
+from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
+from k5cache.encode.source_note import take_note
 from k5cache.encode.text_pass import encode_texts
-from k5cache.encoders.device import pick_device
 from k5cache.shared import console
+from k5cache.shared.device import pick_device
 from k5cache.shared.errors import DatasetError
-from k5cache.sources import images, items, masks
-from k5cache.store.index import index_rows, read_index
-from k5cache.store.manifest import require_files
+from k5cache.sources.items import Skipped
+from k5cache.store.index import IndexRow
+from k5cache.store.manifest import SourceNote, require_files
 
 
-def make_plan(asked: Asked, commit: Committer, rehash: bool, bars: Progress | None) -> plan.Plan:
-    """What is new, changed and gone. Images are read where their stat is not the one in the index."""
-    manifest = asked.manifest
-    known = index_rows(read_index(asked.root, manifest.index)) if manifest.index else []
-    shown = _Probing(bars, plan.num_unknown(asked.found.items, known, rehash))
-
-    def probe(item: items.SourceItem) -> tuple[str, int, int]:
-        with shown.one():
-            content = asked.found.read(item.path)
-            return (images.hash_content(content), *images.image_size(content))
-
-    def probe_mask(item: items.SourceItem, width: int, height: int) -> str:
-        return masks.check(asked.found.read, item, width, height)
-
-    texts_differ = any(d.table == "text" for d in asked.differences)
-    made = plan.make_plan(
-        asked.found.items,
-        asked.found.skipped,
-        known,
-        commit.keys("latents"),
-        commit.keys("text"),
-        asked.prompts,
-        asked.config.framing,
-        asked.recipe["latents"],
-        asked.recipe["text"],
-        shown.clean,
-        probe,
-        rehash=rehash,
-        stored_masks=commit.keys("masks"),
-        probe_mask=probe_mask,
-        known_prompts=manifest.prompts if not texts_differ and asked.is_clean_as_before else None,
-    )
-    shown.end()
-    return made
-
-
-class _Probing:
-    """What a plan is at, for a person: a bar from the first image that is read, and before it what takes seconds."""
-
-    def __init__(self, bars: Progress | None, total: int) -> None:
-        self._bars, self._total = bars, total
-        self._task: TaskID | None = None
-
-    def clean(self, caption: str) -> str:
-        """The pipeline's own cleaning; the first caption of a process imports diffusers."""
-        from k5cache.encoders.pipeline import clean
-
-        if "diffusers" in sys.modules:
-            return clean(caption)
-        with console.doing(self._bars, "importing diffusers, which cleans captions"):
-            return clean(caption)
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """While one image is read."""
-        if self._bars and self._task is None:
-            self._task = self._bars.add_task("hashing images", total=self._total, unit="image", note="")
-        try:
-            yield
-        finally:
-            if self._bars and self._task is not None:
-                self._bars.advance(self._task)
-
-    def end(self) -> None:
-        """Take the bar away."""
-        if self._bars and self._task is not None:
-            self._bars.remove_task(self._task)
-
-
-def bring_up_to_date(asked: Asked, options: EncodeOptions, bars: Progress) -> EncodeReport:
-    """Encode what is new or changed and commit it; the lock is held. Raises as ``encode``."""
-    if asked.differences and not options.update:  # another process has changed it while we waited
-        raise refuse(asked.root, asked.differences)
-    manifest, repaired = drop_damaged(asked.root, asked.manifest) if options.repair else (asked.manifest, ())
-    require_files(asked.root, manifest)
-    asked = replace(asked, manifest=manifest)
-    commit = Committer(asked.root, manifest, asked.config.shard_mb * 2**20)
-    made = make_plan(asked, commit, options.rehash, bars)
-    if not made.rows:
-        raise _nothing_readable(asked, made.skipped)
-    truncated: tuple[tuple[str, int], ...] = ()
-    failed: dict[str, str] = {}
-    if made.mask_jobs:
-        failed |= encode_masks(asked.found.read, commit, made.mask_jobs)
-    if made.text_jobs or made.latent_jobs:
-        with console.doing(bars, "importing torch"):
-            device = pick_device(options.device)
-        job = Job(asked.found.read, asked.root, asked.folder, asked.recipe, asked.config, device, bars, options.vram)
-        _announce(asked, device, options.vram, made, bars)
-        truncated = encode_texts(job, commit, made.text_jobs)
-        failed |= encode_latents(job, commit, made.latent_jobs)
-    rows = [row for row in made.rows if not failed.keys() & {row.latent_key, row.mask_key}]
-    lost = {
-        row.path: failed.get(row.latent_key) or failed[row.mask_key or ""]
-        for row in made.rows
-        if failed.keys() & {row.latent_key, row.mask_key}
-    }
-    unreadable = tuple(items.Skipped(path, reason) for path, reason in lost.items())
+def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progress) -> EncodeReport:
+    """Encode what is new or changed and commit it. The caller holds the lock. Raises as ``encode_source``."""
+    if request.differences and not options.update:  # another process has changed the cache while we waited
+        raise refuse(request.root, request.differences)
+    manifest, repaired = drop_damaged(request.root, request.manifest) if options.repair else (request.manifest, ())
+    require_files(request.root, manifest)
+    request = replace(request, manifest=manifest)
+    committer = Committer(request.root, manifest, request.config.shard_mb * 2**20)
+    plan = plan_request(request, committer, options.rehash, bars)
+    if not plan.rows:
+        raise _nothing_readable(request, plan.skipped)
+    encoded = _run_passes(request, committer, plan, options, bars)
+    rows = [row for row in plan.rows if encoded.failure(row) is None]
+    unreadable = {row.path: reason for row in plan.rows if (reason := encoded.failure(row)) is not None}
+    skipped = (*plan.skipped, *(Skipped(path, reason) for path, reason in unreadable.items()))
     if not rows:
-        raise _nothing_readable(asked, unreadable)
+        raise _nothing_readable(request, skipped[len(plan.skipped) :])
     # A source with images that cannot be used is looked at again next time: they are reported until they are mended.
-    is_usable = not unreadable and len(made.skipped) == len(asked.found.skipped)
-    source = note(asked) if is_usable else ""
-    is_written = commit.index(rows, made.prompts, asked.recipe, versions(), source)
-    num_latents = sum(job.key not in failed for job in made.latent_jobs)
+    is_usable = len(skipped) == len(request.listing.skipped)
+    note = take_note(request.source, request.config, request.listing) if is_usable else SourceNote()
+    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note)
+    num_latents = sum(job.key not in encoded.failed for job in plan.latent_jobs)
     return EncodeReport(
         num_items=len(rows),
         num_latents=num_latents,
-        num_texts=len(made.text_jobs),
-        reused_latents=made.num_reused_latents,
-        reused_texts=made.num_reused_texts,
-        added=tuple(path for path in made.added if path not in lost),
-        changed=tuple(path for path in made.changed if path not in lost),
-        removed=made.removed,
-        renamed=made.renamed,
-        skipped=(*made.skipped, *unreadable),
-        truncated=truncated,
-        upscaled=made.upscaled,
+        num_texts=len(plan.text_jobs),
+        reused_latents=plan.num_reused_latents,
+        reused_texts=plan.num_reused_texts,
+        added=tuple(path for path in plan.added if path not in unreadable),
+        changed=tuple(path for path in plan.changed if path not in unreadable),
+        removed=plan.removed,
+        renamed=plan.renamed,
+        skipped=skipped,
+        truncated=encoded.truncated,
+        upscaled=plan.upscaled,
         repaired=repaired,
-        num_buckets=len({(r.bucket_width, r.bucket_height) for r in rows}),
-        num_bytes=sum(s.num_bytes for s in commit.manifest.shards),
-        is_unchanged=not (is_written or repaired or num_latents or made.text_jobs),
+        num_buckets=len({(row.bucket_width, row.bucket_height) for row in rows}),
+        num_bytes=sum(shard.num_bytes for shard in committer.manifest.shards),
+        is_unchanged=not (is_written or repaired or num_latents or plan.text_jobs),
     )
-
-
-def _announce(asked: Asked, device: str, vram: int | None, made: plan.Plan, bars: Progress) -> None:
-    """How it will go, before anything is loaded: what does not fit is refused here, not after hours of captions."""
-    jobs = made.text_jobs, made.latent_jobs
-    if device == "cpu":
-        with console.doing(bars, "measuring this machine"):
-            how_long = estimate_.estimate(asked.folder, asked.config, device, None, *jobs)
-        console.note(f"Encoding on this CPU takes {estimate_.duration(how_long)}, and loading the encoders besides")
-    if device != "cpu" or vram:
-        planned = estimate_.estimate(asked.folder, asked.config, device, vram, *jobs, is_timed=False)
-        console.note(f"Planned: {estimate_.modes(planned)}")
 
 
 @dataclass(frozen=True)
-class Preview:
-    """What an encode would do."""
+class _Encoded:
+    """How the passes over a plan's jobs went."""
 
-    differences: tuple[str, ...]
-    """Between the cache's recipe and the one asked for: an encode would need ``update``."""
-    num_items: int
-    num_latents: int
-    num_texts: int
-    reused_latents: int
-    reused_texts: int
-    added: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-    skipped: tuple[items.Skipped, ...] = ()
-    upscaled: tuple[str, ...] = ()
+    failed: dict[str, str]
+    """Latent or mask key -> why its image or mask could not be read."""
+    truncated: tuple[tuple[str, int], ...] = ()
+    """As in ``EncodeReport``."""
+
+    def failure(self, row: IndexRow) -> str | None:
+        """Why the latents or the mask of this row are missing; None if they are there."""
+        return self.failed.get(row.latent_key) or self.failed.get(row.mask_key or "")
 
 
-def preview_encode(asked: Asked, rehash: bool, bars: Progress | None) -> Preview:
-    """The plan of an encode, without doing it: no lock is taken, no model loaded, nothing written."""
-    require_files(asked.root, asked.manifest)
-    made = make_plan(asked, Committer(asked.root, asked.manifest, 0), rehash, bars)
-    return Preview(
-        differences=tuple(map(str, asked.differences)),
-        num_items=len(made.rows),
-        num_latents=len(made.latent_jobs),
-        num_texts=len(made.text_jobs),
-        reused_latents=made.num_reused_latents,
-        reused_texts=made.num_reused_texts,
-        added=made.added,
-        changed=made.changed,
-        removed=made.removed,
-        renamed=made.renamed,
-        skipped=made.skipped,
-        upscaled=made.upscaled,
+def _run_passes(
+    request: ListedRequest, committer: Committer, plan: Plan, options: EncodeOptions, bars: Progress
+) -> _Encoded:
+    """Masks, texts and latents into shards; torch is imported only if there is a text or an image to encode."""
+    failed = encode_masks(request.listing.read, committer, plan.mask_jobs)
+    if not plan.text_jobs and not plan.latent_jobs:
+        return _Encoded(failed)
+    with console.doing(bars, "importing torch"):
+        device = pick_device(options.device)
+    job = Job(request.listing.read, request.root, request.folder, request.config, device, bars, options.vram)
+    _announce(job, plan)
+    truncated = encode_texts(job, committer, plan.text_jobs)
+    failed |= encode_latents(job, committer, plan.latent_jobs)
+    return _Encoded(failed, truncated)
+
+
+def _announce(job: Job, plan: Plan) -> None:
+    """Print how it will go, before anything is loaded. What does not fit is refused now, not hours later."""
+    jobs = plan.text_jobs, plan.latent_jobs
+    if job.device == "cpu":
+        with console.doing(job.bars, "measuring this machine"):
+            on_cpu = estimate(job.folder, job.config, job.device, None, *jobs)
+        console.note(f"Encoding on this CPU takes {duration(on_cpu)}, and loading the encoders besides")
+    if job.device != "cpu" or job.vram:
+        planned = estimate(job.folder, job.config, job.device, job.vram, *jobs, is_timed=False)
+        console.note(f"Planned: {modes(planned)}")
+
+
+def _nothing_readable(request: ListedRequest, skipped: Sequence[Skipped]) -> DatasetError:
+    reasons = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:3])
+    return DatasetError(
+        f"No image in {request.source} could be read ({reasons})", "Replace these files and encode again"
     )
-
-
-def estimate_encode(asked: Asked, options: EncodeOptions, bars: Progress | None) -> estimate_.Estimate:
-    """What an encode would take here; no lock is taken, no model loaded, nothing written.
-
-    Raises:
-        DoesNotFit: an encoder fits in no mode.
-    """
-    require_files(asked.root, asked.manifest)
-    made = make_plan(asked, Committer(asked.root, asked.manifest, 0), False, bars)
-    device = pick_device(options.device)
-    return estimate_.estimate(asked.folder, asked.config, device, options.vram, made.text_jobs, made.latent_jobs)
-
-
-def _nothing_readable(asked: Asked, skipped: Sequence[items.Skipped]) -> DatasetError:
-    reasons = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
-    return DatasetError(f"No image in {asked.source} could be read ({reasons})", "Replace these files and encode again")

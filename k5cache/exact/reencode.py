@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from k5cache.encode import differences, plan
-from k5cache.encode.commit import Collector
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job
 from k5cache.encode.request import build_recipe, config_of
+from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
-from k5cache.encoders.device import pick_device
 from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
+from k5cache.shared.device import pick_device
 from k5cache.shared.errors import CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images, items
@@ -90,7 +90,7 @@ def reencode(
     texts = {key: cache.text(key) for key in keys}
     numbers = chance.sample(range(len(cache)), min(count, len(cache))) if source else []
     rows = {row.latent_key: row for row in map(cache.row, numbers)}
-    job, not_compared = _job(cache, config, folder, recipe, source, pick_device(device), bars), list[str]()
+    job, not_compared = _job(cache, config, folder, source, pick_device(device), bars), list[str]()
     again = Collector()
     encode_texts(job, again, [plan.TextJob(key, text.caption) for key, text in texts.items()])
     jobs = []
@@ -115,11 +115,11 @@ def reencode(
 
 
 def _job(
-    cache: Cache, config: CacheConfig, folder: Path, recipe: dict[str, Any], source: Path | None, device: str,
+    cache: Cache, config: CacheConfig, folder: Path, source: Path | None, device: str,
     bars: Progress,
 ) -> Job:  # fmt: skip
     read = find.find(source, config).read if source else Path
-    return Job(read, cache.root, folder, recipe, config, device, bars)
+    return Job(read, cache.root, folder, config, device, bars)
 
 
 def _changed(job: Job, row: IndexRow) -> str:

@@ -17,10 +17,11 @@ from rich.progress import Progress
 
 from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.encode import differences, plan
-from k5cache.encode.commit import Collector
 from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import DTYPES, Job
+from k5cache.encode.job import Job
+from k5cache.encode.precision import DTYPES
 from k5cache.encode.request import build_recipe, config_of
+from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
 from k5cache.exact.reencode import TOLERANCE
 from k5cache.options import CacheConfig
@@ -95,7 +96,7 @@ def compare_with_diffusers(
     by_caption = dict(zip(captions, reference, strict=True))
 
     contents = {picture.name: picture.content for picture in pictures}
-    job = Job(contents.__getitem__, Path(), folder, recipe, config, device, bars)
+    job = Job(contents.__getitem__, Path(), folder, config, device, bars)
     ours = Collector()
     made.append(_token_ids(folder, by_caption, config.max_sequence_length))
     made += _texts(job, ours, by_caption)

@@ -64,6 +64,24 @@ class IndexInfo:
 
 
 @dataclass(frozen=True)
+class SourceNote:
+    """What the encoder saw of the source; in the JSON one string, the one hash after the other."""
+
+    listing: str = ""
+    """Hash of paths, sizes, times, captions and masks: 32 hex digits, or empty if nothing is noted."""
+    stats: str = ""
+    """Hash of the files' stats: 32 hex digits, or empty if stats alone cannot tell that the source is the same."""
+
+    @classmethod
+    def parse(cls, text: str) -> SourceNote:
+        """The note in a manifest's ``source``."""
+        return cls(text[:32], text[32:])
+
+    def __str__(self) -> str:
+        return self.listing + self.stats
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a cache is made of."""
 
@@ -78,8 +96,8 @@ class Manifest:
     """Raw prompt -> text key; the empty prompt is always there once encoded."""
     created_by: dict[str, str] = field(default_factory=dict)
     """Package -> version."""
-    source: str = ""
-    """The encoder's note of the source it saw: paths, stats and captions in one hash. Readers have no use for it."""
+    source: SourceNote = SourceNote()
+    """The encoder's note of the source it saw. Readers have no use for it."""
     format: int = FORMAT
 
 
@@ -108,7 +126,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
     Call it with the lock held, after every file it names is durable.
     """
-    raw = encode_document(asdict(manifest))
+    raw = encode_document(asdict(manifest) | {"source": str(manifest.source)})
     _parse(root, raw)  # what we write is what a reader accepts
     with files.new_file(root / FILE) as file:
         file.write(raw)
@@ -236,7 +254,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         locations=_table(document.get("locations"), "locations-"),
         prompts=_strings(document, "prompts"),
         created_by=_strings(document, "created_by"),
-        source=_match({"source": "", **document}, "source", _SOURCE),
+        source=SourceNote.parse(_match({"source": "", **document}, "source", _SOURCE)),
     )
 
 

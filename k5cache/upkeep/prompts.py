@@ -11,10 +11,11 @@ from rich.progress import Progress
 from k5cache.encode import differences, plan
 from k5cache.encode.commit import Committer
 from k5cache.encode.job import Job
+from k5cache.encode.keys import text_key
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.text_pass import encode_texts
-from k5cache.encoders.device import pick_device
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
+from k5cache.shared.device import pick_device
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.store.index import index_rows, read_index
@@ -61,7 +62,7 @@ def add_prompts(
                 f"Finish it first: k5cache encode SOURCE -o {root}",
             )
         recipe = dict(differences.table_of(root, manifest.recipe, "text", "text_encoder"))
-        keys = {raw: plan.text_key(clean(raw), recipe) for raw in dict.fromkeys(prompts)}
+        keys = {raw: text_key(clean(raw), recipe) for raw in dict.fromkeys(prompts)}
         commit = Committer(root, manifest, 2**28)
         stored = commit.keys("text")
         jobs = {key: plan.TextJob(key, clean(raw)) for raw, key in keys.items() if key not in stored}
@@ -75,7 +76,7 @@ def add_prompts(
                     f"{root} was not encoded by {model.source}: {'; '.join(map(str, found))}",
                     "Name the model that made it with --model DIR, or encode its captions again with --update",
                 )
-            job = Job(Path, root, folder, manifest.recipe, config, pick_device(device), bars)
+            job = Job(Path, root, folder, config, pick_device(device), bars)
             truncated = encode_texts(job, commit, list(jobs.values()))
         rows = index_rows(read_index(root, manifest.index))
         commit.index(rows, keys, manifest.recipe, manifest.created_by, manifest.source)

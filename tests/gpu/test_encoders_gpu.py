@@ -9,13 +9,14 @@ import torch
 from rich.progress import Progress
 
 from k5cache.buckets import Bucket, cover
-from k5cache.encode import estimate, image_pass, one_encoder, plan, text_pass
+from k5cache.encode import estimate, image_pass, plan, text_pass
 from k5cache.encode.commit import Committer
 from k5cache.encode.job import Job
-from k5cache.encoders import memory_plan, qwen, speed, streaming, vae
+from k5cache.encoders import memory_plan, qwen, streaming, vae
 from k5cache.encoders.pipeline import clean
 from k5cache.encoders.strips import moments_in_strips
 from k5cache.options import CacheConfig
+from k5cache.shared import vram
 from k5cache.store.manifest import Manifest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -53,9 +54,9 @@ def test_layers_read_through_pinned_memory_are_the_file(toy_model):
 def test_vram_is_free_after_each_encoder(toy_model, tmp_path, monkeypatch, mode, capfd):
     made = memory_plan.TextPlan(mode, "device", 300, 8192, 0, 0, 0)
     monkeypatch.setattr(estimate, "plan_text", lambda *_: made)
-    one_encoder.release("cuda")
+    vram.release("cuda")
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    job = Job(Path, tmp_path, toy_model, {}, CacheConfig(), "cuda", Progress(disable=True))
+    job = Job(Path, tmp_path, toy_model, CacheConfig(), "cuda", Progress(disable=True))
     jobs = [plan.TextJob(f"{i:032x}", caption) for i, caption in enumerate(CAPTIONS)]
     text_pass.encode_texts(job, Committer(tmp_path, Manifest(recipe={}), 2**20), jobs)
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
@@ -74,7 +75,7 @@ def test_strips_are_the_whole_image(toy_model):
 
 def test_latents_of_the_pass_are_those_of_one_image_alone(toy_model):
     geometry = cover(80, 70, Bucket(64, 64))
-    job = Job(Path, Path(), toy_model, {}, CacheConfig(resolution=64), "cuda", Progress(disable=True))
+    job = Job(Path, Path(), toy_model, CacheConfig(resolution=64), "cuda", Progress(disable=True))
     encoder = image_pass.Vae(job, [plan.LatentJob("0", "x.png", geometry)])
     pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     moments = encoder.moments(pixels, ["mean", "std"]).cpu()
@@ -84,10 +85,10 @@ def test_latents_of_the_pass_are_those_of_one_image_alone(toy_model):
 
 
 def test_the_limit_that_vram_sets_is_kept_and_lifted():
-    speed.limit_vram("cuda", memory_plan.CONTEXT_BYTES + 2**26)
+    vram.limit_to_card("cuda", vram.CONTEXT_BYTES + 2**26)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**28, dtype=torch.uint8, device="cuda")
     finally:
-        speed.limit_vram("cuda", None)
+        vram.limit_to_card("cuda", None)
     torch.empty(2**28, dtype=torch.uint8, device="cuda")

@@ -1,0 +1,83 @@
+"""What does an encode's plan know of images and captions? Reads the files that changed, and makes the plan."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import Progress, TaskID
+
+from k5cache.encode.commit import Committer
+from k5cache.encode.plan import Plan, Probes, Stored, Wanted, make_plan, num_unknown
+from k5cache.encode.request import ListedRequest
+from k5cache.shared import console
+from k5cache.sources import images, items, masks
+from k5cache.store.index import index_rows, read_index
+
+
+def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bars: Progress | None) -> Plan:
+    """What is new, changed and gone. An image is read only if its stat is not the one in the index."""
+    manifest, listing = request.manifest, request.listing
+    texts_differ = any(difference.table == "text" for difference in request.differences)
+    stored = Stored(
+        rows=index_rows(read_index(request.root, manifest.index)) if manifest.index else (),
+        latents=committer.keys("latents"),
+        texts=committer.keys("text"),
+        masks=committer.keys("masks"),
+        prompts=manifest.prompts if not texts_differ and request.is_cleaned_as_before else None,
+    )
+    wanted = Wanted(
+        items=listing.items,
+        skipped=listing.skipped,
+        prompts=request.prompts,
+        framing=request.config.framing,
+        latent_recipe=request.recipe["latents"],
+        text_recipe=request.recipe["text"],
+    )
+    progress = _ProbeProgress(bars, num_unknown(listing.items, stored.rows, rehash))
+
+    def probe_image(item: items.SourceItem) -> tuple[str, int, int]:
+        with progress.one_image():
+            content = listing.read(item.path)
+            return (images.hash_content(content), *images.image_size(content))
+
+    def probe_mask(item: items.SourceItem, width: int, height: int) -> str:
+        return masks.check(listing.read, item, width, height)
+
+    plan = make_plan(wanted, stored, Probes(probe_image, probe_mask, progress.clean), rehash)
+    progress.end()
+    return plan
+
+
+class _ProbeProgress:
+    """Shows what planning is doing: importing diffusers, which takes seconds, and a bar while images are read."""
+
+    def __init__(self, bars: Progress | None, num_images: int) -> None:
+        self._bars, self._num_images = bars, num_images
+        self._task: TaskID | None = None
+
+    def clean(self, caption: str) -> str:
+        """The pipeline's own cleaning; the first caption of a process imports diffusers."""
+        from k5cache.encoders.pipeline import clean
+
+        if "diffusers" in sys.modules:
+            return clean(caption)
+        with console.doing(self._bars, "importing diffusers, which cleans captions"):
+            return clean(caption)
+
+    @contextmanager
+    def one_image(self) -> Iterator[None]:
+        """Advance the bar when the image is read; the first image shows the bar."""
+        if self._bars and self._task is None:
+            self._task = self._bars.add_task("hashing images", total=self._num_images, unit="image", note="")
+        try:
+            yield
+        finally:
+            if self._bars and self._task is not None:
+                self._bars.advance(self._task)
+
+    def end(self) -> None:
+        """Remove the bar."""
+        if self._bars and self._task is not None:
+            self._bars.remove_task(self._task)

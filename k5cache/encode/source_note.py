@@ -1,0 +1,49 @@
+"""Has a source changed since a cache was made of it? The manifest keeps a note of what the encoder saw.
+
+This file imports nothing heavy: an encode with nothing to do ends within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import DatasetError
+from k5cache.sources import find
+from k5cache.sources.unchanged import glance, is_settled
+from k5cache.store.manifest import SourceNote
+
+
+def take_note(source: Path, config: CacheConfig, listing: find.Source) -> SourceNote:
+    """The note of a source from which everything in ``listing`` is encoded by now.
+
+    The captions are read once more, after the stats were taken, so that a file that was being written when it was
+    first read does not count as settled.
+    """
+    note = SourceNote(listing_digest(listing))
+    if not listing.is_plain or listing.skipped:
+        return note
+    seen, read_ns = glance(source), time.time_ns()
+    if seen is None or not is_settled(seen, read_ns):
+        return note
+    try:
+        is_same = listing_digest(find.find(source, config)) == note.listing
+    except DatasetError:  # emptied meanwhile
+        return note
+    return SourceNote(note.listing, seen.digest) if is_same else note
+
+
+def is_untouched(source: Path, note: SourceNote) -> bool:
+    """Whether no file of ``source`` was touched since the note was taken. Opens no file; False if stats cannot tell."""
+    seen = glance(source) if note.stats else None
+    return seen is not None and seen.digest == note.stats
+
+
+def listing_digest(listing: find.Source) -> str:
+    """One hash over all that was listed: paths, sizes, times, inodes, raw captions, masks, and what is skipped."""
+    sha256 = hashlib.sha256()
+    for entry in (*listing.items, *listing.skipped):
+        sha256.update(repr(entry).encode("utf-8", "surrogatepass"))
+    return sha256.hexdigest()[:32]
