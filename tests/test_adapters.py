@@ -279,7 +279,7 @@ def test_training_starts_from_a_lora_with_anyones_keys_and_a_smaller_rank(toy_mo
         (lambda s: s | {f"transformer.{NAME}.lokr_w1": torch.ones(4)}, {}, "lokr_w1, which is no LoRA key"),
         (lambda s: dict(list(s.items())[1:]), {}, "half of the pair"),
         (lambda s: {}, {}, "no tensors"),
-        (lambda s: {k: t[..., :3].contiguous() for k, t in s.items()}, {}, "another width|has rank"),
+        (lambda s: {k: t[..., :3].contiguous() for k, t in s.items()}, {}, "another size|has rank"),
     ],
 )  # fmt: skip
 def test_a_lora_that_cannot_be_started_from_is_named(toy_model, tmp_path, change, config, words):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from k5cache.shared.errors import RunError
 from k5train.adapter.export import architecture, side_by_side
 from k5train.adapter.keys import read_pairs
-from k5train.adapter.who_loads import OTHER_MODEL, check_lora, linear_modules, load_by_diffusers
+from k5train.adapter.targets import linear_sizes
+from k5train.adapter.who_loads import OTHER_MODEL, check_lora, load_by_diffusers
 from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
@@ -123,8 +124,8 @@ def test_a_file_of_diffusers_has_the_strength_that_its_metadata_says(tmp_path, t
     (tmp_path / "adapter_config.json").write_text(json.dumps({key: getattr(config, key) for key in kept}))
     peft_state = {key.replace("transformer.", "base_model.model.", 1): tensor for key, tensor in state.items()}
     save_file(peft_state, tmp_path / "adapter_model.safetensors")
-    ours = read_pairs(tmp_path / "a.safetensors", linear_modules(empty))
-    of_peft = read_pairs(tmp_path / "adapter_model.safetensors", linear_modules(empty))
+    ours = read_pairs(tmp_path / "a.safetensors", linear_sizes(empty))
+    of_peft = read_pairs(tmp_path / "adapter_model.safetensors", linear_sizes(empty))
     for name, (down, up) in ours.items():
         assert torch.equal(of_peft[name][1], up)
         theirs = transformer.get_submodule(name).get_delta_weight("default")
@@ -142,8 +143,8 @@ def test_a_file_of_a_model_of_another_size_is_known_as_one(tmp_path, empty, pair
     report = check_lora(tmp_path / "wide.safetensors", empty)
     comfy = next(loader for loader in report.loaders if loader.name == "ComfyUI")
     assert comfy.error == OTHER_MODEL
-    with pytest.raises(RunError, match="is of a model of another size: visual_transformer_blocks"):
-        read_pairs(tmp_path / "wide.safetensors", linear_modules(empty))
+    with pytest.raises(RunError, match="belongs to a model of another size: visual_transformer_blocks"):
+        read_pairs(tmp_path / "wide.safetensors", linear_sizes(empty))
 
 
 def test_kohya_keys_carry_alpha_as_the_rank_and_come_back_the_same(tmp_path, toy_model, empty, pairs):
@@ -154,10 +155,10 @@ def test_kohya_keys_carry_alpha_as_the_rank_and_come_back_the_same(tmp_path, toy
     flat = f"lora_unet_{MODULE.replace('.', '_')}"
     assert state[f"{flat}.alpha"].item() == 2.0
     assert torch.equal(state[f"{flat}.lora_up.weight"], pairs[MODULE][1])
-    back = read_pairs(tmp_path / "source-kohya.safetensors", linear_modules(empty))
+    back = read_pairs(tmp_path / "source-kohya.safetensors", linear_sizes(empty))
     assert all(torch.equal(back[name][i], pairs[name][i]) for name in pairs for i in (0, 1))
     again = Cli(tmp_path)(app, "export", "source.safetensors", "--model", str(toy_model))
-    assert (again.code, "is there already" in again.err) == (2, True)
+    assert (again.code, "already exists" in again.err) == (2, True)
 
 
 def test_a_merge_does_exactly_what_its_parts_do_together(tmp_path, toy_model, empty, pairs):
@@ -203,12 +204,12 @@ def test_check_lora_asks_for_the_model_of_a_file_of_another_size(tmp_path, pairs
     write(tmp_path / "lora.safetensors", pairs)
     done = Cli(tmp_path)(app, "check-lora", "lora.safetensors")  # the toy's file against the full size
     assert done.code == 1
-    assert "its matrices are of a model of another size" in " ".join(done.out.split())
+    assert "its matrices belong to a model of another size" in " ".join(done.out.split())
     assert "k5train check-lora lora.safetensors --model DIR" in done.out
 
 
 def test_the_published_architecture_is_at_hand_without_a_download():
-    names = linear_modules(architecture(None))
+    names = linear_sizes(architecture(None))
     assert sum(name.startswith("visual_transformer_blocks.49.") for name in names) == 11
     assert "text_transformer_blocks.1.self_attention.to_query" in names
 
@@ -216,7 +217,7 @@ def test_the_published_architecture_is_at_hand_without_a_download():
 def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_path, toy_cache, toy_model, monkeypatch):
     from k5cache.shared.errors import RunError
     from k5cache.shared.fingerprint import fingerprint
-    from k5train.adapter import attach
+    from k5train.adapter import files
 
     start_run(tmp_path / "good", toy_cache("fp32"), toy_model, CONFIG)
     with safe_open(tmp_path / "good" / "good.safetensors", framework="pt") as file:
@@ -231,7 +232,7 @@ def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_pa
     assert (facts["k5.seed"], facts["k5.step"]) == ("42", "20")
     assert set(json.loads(facts["k5.versions"])) == {"kandinsky5-lora", "torch", "diffusers", "peft"}
 
-    monkeypatch.setattr(attach, "PREFIX", "diffusion_model.")  # what diffusers would leave out without a word
+    monkeypatch.setattr(files, "PREFIX", "diffusion_model.")  # what diffusers would leave out without a word
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 48 of 48 tensors differ"):
         start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, CONFIG)
     assert (tmp_path / "bad" / "result.json").is_file()
@@ -258,7 +259,7 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     tmp_path, toy_cache, toy_model, empty, monkeypatch, algo, precision
 ):
     from k5cache.shared.errors import RunError
-    from k5train.adapter import attach
+    from k5train.adapter import files
 
     config = replace(
         CONFIG, steps=2, base_model_precision=precision, lora=LoraConfig(algo=algo, rank=4, targets=("qkv",))
@@ -274,6 +275,6 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
         last = sorted(state)[-1]
         save_file({**state, last: state[last] + 1}, *args, **kwargs)
 
-    monkeypatch.setattr(attach, "save_file", changed)
+    monkeypatch.setattr(files, "save_file", changed)
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 1 of \d+ tensors differ"):
         start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config)

@@ -112,7 +112,7 @@ def test_a_module_matched_twice_is_adapted_once_and_both_patterns_say_so(plain):
         ),
         (r".*\.out_layer", "also matches"),
         ("in_layer", "also matches 4 modules of time_embeddings"),
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
     ],
 )
 def test_a_pattern_that_hits_nothing_or_too_much_is_refused_with_a_way_out(plain, target, words):
@@ -235,7 +235,7 @@ def test_a_save_that_fails_leaves_the_old_file(toy_model, tmp_path, monkeypatch)
         Path(temporary).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(attach, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         files.save_lora(path, base(toy_model))
     assert path.read_bytes() == b"old"

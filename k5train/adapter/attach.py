@@ -1,4 +1,4 @@
-"""The adapter: which modules get one, how it starts, and the one file that diffusers and ComfyUI both load in full."""
+"""How is the adapter attached to the transformer, and with which values does it start?"""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from peft import LoKrConfig
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from k5cache.shared.errors import RunError
 from k5train.adapter.keys import read_pairs
-from k5train.adapter.targets import Matched, linear_names, match_targets, module_ranks
+from k5train.adapter.targets import Matched, linear_sizes, match_targets, module_ranks
 from k5train.options.adapter import LoraConfig
 
 ADAPTER = "default"
-
-
-PREFIX = "transformer."  # diffusers loads nothing without it, and says nothing; ComfyUI takes it too
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
+          "lokr_w2_b")  # fmt: skip
+_ZEROS = ("lora_B", "lokr_w1", "lokr_w1_a")  # the parts that are zero at the start, so that the adapter changes nothing
 
 
 def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed: int) -> Matched:
     """Wrap the target linears with an adapter through peft, and freeze everything else.
 
-    The start is peft's (A uniform in +-1/sqrt(in), B zero) but drawn from (seed, module name): the same whatever
-    else was drawn before, whatever other modules are targeted, on any device. Weights are float32.
+    The start is peft's (A uniform in +-1/sqrt(in), B zero), but drawn from (seed, module name): it does not depend on
+    what else was drawn before, on which other modules are targeted, or on the device. Weights are float32.
 
     Raises:
-        RecipeError: a target matches nothing, or more than it says.
+        RecipeError: a target matches nothing, or more than it names.
         RunError: ``init_lora`` cannot be read, or does not fit.
     """
     matched = match_targets(transformer, config.targets)
@@ -47,41 +47,40 @@ def add_lora(transformer: Kandinsky5Transformer3DModel, config: LoraConfig, seed
         with torch.random.fork_rng(devices=[]):  # peft draws a start of its own
             transformer.add_adapter(peft_config, adapter_name=ADAPTER)
     else:
-        _add_unset(transformer, peft_config)
-    for name, layer in _layers(transformer):
-        for part, parameter in _parts(layer):
-            tag = name if part == "lora_A" else f"{name}.{part}"
-            digest = hashlib.sha256(f"{seed}:{tag}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            if part == "lora_magnitude_vector":
-                parameter.data = parameter.data.float()  # the norms of the weights, as peft has found them
-            elif part in _ZEROS:
-                parameter.data = torch.zeros_like(parameter, dtype=torch.float32)
-            else:
-                start = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
-                parameter.data = start.to(parameter.device)
+        add_without_values(transformer, peft_config)
+    for name, layer in adapted_layers(transformer):
+        for part, parameter in adapter_parts(layer):
+            parameter.data = _start_of(name, part, parameter, seed)
     if config.init_lora is not None:
         start_from(transformer, Path(config.init_lora))
     return replace(matched, ranks=ranks)
 
 
-def _add_unset(transformer: Kandinsky5Transformer3DModel, config: PeftLoraConfig) -> None:
-    """A plain adapter where its weights are, its values still to come.
+def _start_of(name: str, part: str, parameter: nn.Parameter, seed: int) -> Tensor:
+    if part == "lora_magnitude_vector":
+        return parameter.data.float()  # the norms of the weights, as peft computed them
+    if part in _ZEROS:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    tag = name if part == "lora_A" else f"{name}.{part}"
+    digest = hashlib.sha256(f"{seed}:{tag}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    values = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+    return values.to(parameter.device)
 
-    peft would draw A twice and B once, 190 million numbers at rank 32: 1.7 s. On the meta device it draws none.
+
+def add_without_values(transformer: Kandinsky5Transformer3DModel, config: PeftLoraConfig) -> None:
+    """Add a plain adapter beside its linears, its memory allocated and its values not yet set.
+
+    peft would draw A twice and B once: 190 million numbers at rank 32, 1.7 s. On the meta device it draws none.
     """
     with init_empty_weights():
         transformer.add_adapter(config, adapter_name=ADAPTER)
-    for _, layer in _layers(transformer):
+    for _, layer in adapted_layers(transformer):
         for part in (layer.lora_A, layer.lora_B):
             part[ADAPTER].to_empty(device=layer.get_base_layer().weight.device)
 
 
-_ZEROS = ("lora_B", "lokr_w1", "lokr_w1_a")  # what makes the start change nothing
-
-
 def _peft_config(config: LoraConfig, matched: Matched, ranks: Mapping[str, int]) -> Any:
-    pattern: dict[str, Any] = {f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != config.rank}
     if config.algo == "lokr":
         return LoKrConfig(
             r=config.rank,
@@ -89,6 +88,7 @@ def _peft_config(config: LoraConfig, matched: Matched, ranks: Mapping[str, int])
             target_modules=list(matched.modules),
             decompose_factor=config.decompose_factor,
         )
+    pattern: dict[str, Any] = {f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != config.rank}
     return PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,
@@ -103,55 +103,52 @@ def _peft_config(config: LoraConfig, matched: Matched, ranks: Mapping[str, int])
 
 
 def start_from(transformer: nn.Module, path: Path) -> None:
-    """Give the adapter that is there the values of a LoRA file of any make: it then changes what the file changed.
+    """Give the attached adapter the values of a LoRA file from any trainer: it then changes what the file changes.
 
-    Where the file's rank is smaller, the ranks beyond it stay at their start, which changes nothing. Modules that the
-    file does not adapt stay at their start.
+    Where the file's rank is smaller, the remaining ranks stay at their start, which changes nothing. Modules that the
+    file does not adapt stay at their start too.
 
     Raises:
         RunError: the file adapts a module that the adapter does not, has a higher rank, or belongs to another model.
     """
-    pairs = read_pairs(path, linear_names(transformer))
-    layers = dict(_layers(transformer))
+    pairs = read_pairs(path, linear_sizes(transformer))
+    layers = dict(adapted_layers(transformer))
     for name, (down, up) in pairs.items():
         if name not in layers:
             raise RunError(
                 f"{path} adapts {name}, which train.lora.targets does not",
                 "Use the targets that the LoRA was trained with",
             )
-        ours = [getattr(layers[name], part)[ADAPTER].weight for part in ("lora_A", "lora_B")]
+        a, b = (getattr(layers[name], part)[ADAPTER].weight for part in ("lora_A", "lora_B"))
         rank = down.shape[0]
-        if (down.shape[1], up.shape[0]) != (ours[0].shape[1], ours[1].shape[0]):
-            raise RunError(f"{path} has another width at {name}", "Use a LoRA of this base model")
-        if rank > ours[0].shape[0]:
+        if rank > a.shape[0]:
             raise RunError(
-                f"{path} has rank {rank} at {name}, the adapter {ours[0].shape[0]}",
+                f"{path} has rank {rank} at {name}, the adapter {a.shape[0]}",
                 f"Use --set train.lora.rank={rank}",
             )
         with torch.no_grad():
-            ours[0][:rank] = down
-            ours[1][:, :rank] = up / layers[name].scaling[ADAPTER]
+            a[:rank] = down
+            b[:, :rank] = up / layers[name].scaling[ADAPTER]
 
 
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """What is trained, in module order: A and B of every adapted module, or the parts of its kind of adapter."""
-    return [parameter for _, layer in _layers(transformer) for _, parameter in _parts(layer)]
+    return [parameter for _, layer in adapted_layers(transformer) for _, parameter in adapter_parts(layer)]
 
 
-def _layers(transformer: nn.Module) -> list[tuple[str, Any]]:
+def adapted_layers(transformer: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that have an adapter, by name, in module order."""
     return [
-        (n, m) for n, m in transformer.named_modules() if isinstance(m, LoraLayer | LoKrLayer) and list(_parts(m))
-    ]  # fmt: skip
+        (name, module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, LoraLayer | LoKrLayer) and any(True for _ in adapter_parts(module))
+    ]
 
 
-def _parts(layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained tensors of one adapted module by their peft name."""
+def adapter_parts(layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained tensors of one adapted module, by peft's name for them."""
     for part in layer.adapter_layer_names:
-        holder = getattr(layer, part, None)
-        if holder is not None and ADAPTER in holder and part in _PARTS:
-            found = holder[ADAPTER]
-            yield part, found if isinstance(found, nn.Parameter) else found.weight
-
-
-_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
-          "lokr_w2_b")  # fmt: skip
+        by_adapter = getattr(layer, part, None)
+        if by_adapter is not None and ADAPTER in by_adapter and part in _PARTS:
+            value = by_adapter[ADAPTER]
+            yield part, value if isinstance(value, nn.Parameter) else value.weight

@@ -1,4 +1,4 @@
-"""The one LoRA file that diffusers and ComfyUI both load in full: how it is written and read."""
+"""How is the one LoRA file written that diffusers and ComfyUI both load in full, and how is it loaded again?"""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from typing import Any
 import torch
 from diffusers import Kandinsky5Transformer3DModel
 from peft import LoraConfig as PeftLoraConfig
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import write_whole
-from k5train.adapter.attach import ADAPTER, PREFIX, _add_unset, _layers, _parts
+from k5train.adapter.attach import ADAPTER, adapted_layers, adapter_parts, add_without_values
+from k5train.adapter.keys import read_file
+from k5train.adapter.targets import linear_sizes
+
+PREFIX = "transformer."  # without it diffusers loads nothing and gives no error; ComfyUI accepts it
 
 
 def lora_state_dict(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The adapter as it is saved: ``transformer.<module>.lora_{A,B}.weight``, alpha / rank folded into B, on the CPU.
 
-    diffusers and ComfyUI then take alpha = rank, and agree; a separate ``.alpha`` makes diffusers raise. DoRA adds
-    ``lora_magnitude_vector``; LoKr has ``lokr_w1``, ``lokr_w2`` or their halves ``_a`` and ``_b``, its scale being 1.
+    diffusers and ComfyUI then take alpha = rank, and agree; a separate ``.alpha`` makes diffusers raise an error. DoRA
+    adds ``lora_magnitude_vector``. LoKr has ``lokr_w1`` and ``lokr_w2``, or their halves ``_a`` and ``_b``; its scale
+    is 1.
     """
     state = {}
-    for name, layer in _layers(transformer):
-        for part, parameter in _parts(layer):
+    for name, layer in adapted_layers(transformer):
+        for part, parameter in adapter_parts(layer):
             tensor = parameter.detach()
             if part == "lora_B":
                 tensor = tensor.float() * layer.scaling[ADAPTER]
@@ -44,12 +48,12 @@ def save_lora(
 ) -> None:
     """Write the adapter, whole or not at all.
 
-    float32 by default: the file is all that is left of the run, and further training, merging and the comparison with
-    diffusers start from it. 16 bits halve it (438 to 219 MB at rank 32) and can be had later; the other way cannot.
-    There is no ``lora_adapter_metadata``: diffusers reads rank, and alpha = rank, off the tensors.
+    float32 by default: the file is all that remains of the run, and further training, merging and the comparison with
+    diffusers start from it. 16 bits halve it (438 to 219 MB at rank 32); `k5train export` can do that later, but not
+    undo it. There is no ``lora_adapter_metadata``: diffusers reads the rank, and alpha = rank, from the tensors.
 
     Args:
-        metadata: strings for the file's header; what is not a string goes in as JSON by the caller.
+        metadata: strings for the file's header.
     """
     header = {"format": "pt", **(metadata or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,7 @@ def save_lora(
 
 
 def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[str, ...]:
-    """Load what ``save_lora`` wrote: into the adapter that is there, or else into a new one with alpha = rank.
+    """Load what ``save_lora`` wrote: into the adapter that is attached, or else into a new one with alpha = rank.
 
     Returns:
         the names of the adapted modules.
@@ -65,27 +69,22 @@ def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[st
     Raises:
         RunError: the file is not such a LoRA, or does not fit the transformer or its adapter.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in list(file.keys())}
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read: {error}", "Give the .safetensors file of a LoRA") from error
+    state, _ = read_file(path)
     if any(".lokr_" in key or "lora_magnitude_vector" in key for key in state):
         return _load_by_diffusers(transformer, path, state)
-    names = _names(path, state)
-    ranks = {name: state[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in names}
-    if not _layers(transformer):
-        _add_empty(transformer, path, ranks)
-    layers = dict(_layers(transformer))
+    names = _module_names(path, state)
+    if not adapted_layers(transformer):
+        ranks = {name: state[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in names}
+        _attach_with_ranks(transformer, path, ranks)
+    layers = dict(adapted_layers(transformer))
     if set(layers) != set(names):
-        odd = sorted(set(layers) ^ set(names))
+        different = sorted(set(layers) ^ set(names))
         raise RunError(
-            f"{path} adapts {len(names)} modules, the adapter here {len(layers)}; they differ in {odd[0]}",
+            f"{path} adapts {len(names)} modules, the adapter here {len(layers)}; they differ in {different[0]}",
             "Use the targets that the LoRA was trained with",
         )
     for name, layer in layers.items():
-        scaling = layer.scaling[ADAPTER]
-        for part, factor in (("lora_A", 1.0), ("lora_B", scaling)):
+        for part, factor in (("lora_A", 1.0), ("lora_B", layer.scaling[ADAPTER])):
             weight = getattr(layer, part)[ADAPTER].weight
             tensor = state[f"{PREFIX}{name}.{part}.weight"]
             if weight.shape != tensor.shape:
@@ -97,7 +96,7 @@ def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[st
     return tuple(layers)
 
 
-def _names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+def _module_names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
     pattern = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
     matches = [pattern.fullmatch(key) for key in state]
     for key, match in zip(state, matches, strict=True):
@@ -107,43 +106,43 @@ def _names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
                 "Give a LoRA in the diffusers format for Kandinsky 5",
             )
     names = list(dict.fromkeys(m.group(1) for m in matches if m))
-    odd = [n for n in names if any(f"{PREFIX}{n}.lora_{p}.weight" not in state for p in "AB")]
-    if odd or not names:
-        found = f"half of the pair for {odd[0]}" if odd else "no tensors"
-        raise RunError(f"{path} has {found}", "Give a whole LoRA file")
+    if not names:
+        raise RunError(f"{path} has no tensors", "Give a whole LoRA file")
+    half = [n for n in names if any(f"{PREFIX}{n}.lora_{part}.weight" not in state for part in "AB")]
+    if half:
+        raise RunError(f"{path} has half of the pair for {half[0]}", "Give a whole LoRA file")
     return names
 
 
-def _add_empty(transformer: Kandinsky5Transformer3DModel, path: Path, ranks: Mapping[str, int]) -> None:
-    """A float32 adapter of these ranks, its values still to come."""
-    linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    if absent := sorted(set(ranks) - linears):
+def _attach_with_ranks(transformer: Kandinsky5Transformer3DModel, path: Path, ranks: Mapping[str, int]) -> None:
+    """Attach a float32 adapter of these ranks, its values not yet set."""
+    if absent := sorted(set(ranks) - set(linear_sizes(transformer))):
         raise RunError(f"{path} adapts {absent[0]}, which this model does not have", "Use it with its own base model")
     rank = max(ranks.values())
     others: dict[str, Any] = {f"^{re.escape(n)}$": r for n, r in ranks.items() if r != rank}
-    _add_unset(
-        transformer,
-        PeftLoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            rank_pattern=others,
-            alpha_pattern=others,
-            init_lora_weights=False,
-            target_modules=list(ranks),
-        ),
+    config = PeftLoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=others,
+        alpha_pattern=others,
+        init_lora_weights=False,
+        target_modules=list(ranks),
     )
+    add_without_values(transformer, config)
 
 
 def _load_by_diffusers(
     transformer: Kandinsky5Transformer3DModel, path: Path, state: dict[str, Tensor]
 ) -> tuple[str, ...]:
-    """DoRA and LoKr, into a transformer without an adapter, as a user of diffusers loads them."""
-    if _layers(transformer):
+    """Load DoRA or LoKr into a transformer without an adapter, as a user of diffusers loads them."""
+    if adapted_layers(transformer):
         raise RunError(
-            f"{path} is no plain LoRA and cannot replace the adapter that is there", "Load it on a bare base"
+            f"{path} is not a plain LoRA and cannot replace the adapter that is attached",
+            "Load it on a base without an adapter",
         )
     transformer.load_lora_adapter(dict(state), prefix=PREFIX.rstrip("."), adapter_name=ADAPTER)
-    for _, layer in _layers(transformer):
-        for _, parameter in _parts(layer):
+    layers = adapted_layers(transformer)
+    for _, layer in layers:
+        for _, parameter in adapter_parts(layer):
             parameter.data = parameter.data.float()
-    return tuple(name for name, _ in _layers(transformer))
+    return tuple(name for name, _ in layers)

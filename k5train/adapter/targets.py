@@ -13,10 +13,7 @@ from k5cache.shared.errors import RecipeError
 from k5train.options.adapter import LoraConfig
 
 _BLOCK = r"(?:text|visual)_transformer_blocks\.\d+\."
-
-
-_ADAPTED = re.compile(_BLOCK + r"(?:(?:self|cross)_attention|feed_forward)\.\w+")
-
+_ADAPTED = re.compile(_BLOCK + r"(?:(?:self|cross)_attention|feed_forward)\.\w+")  # what a preset may match
 
 PRESETS = {
     # The official trainer's configs/trainer/lora_image.yaml: ten suffixes, self_attention.to_query and so on.
@@ -33,16 +30,17 @@ class Matched:
 
     patterns: Mapping[str, tuple[str, ...]]
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """Module name -> rank, once the adapter is there."""
+    """Module name -> rank; empty until the adapter is attached."""
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every matched module once."""
+        """Every matched module, once."""
         return tuple(dict.fromkeys(name for names in self.patterns.values() for name in names))
 
 
 def describe(matched: Matched) -> str:
-    """One line a target: what it matched, block numbers left out, and how many modules; one a rank, if several."""
+    """One line for each target: how many modules it matched, and which, without block numbers. If there are several
+    ranks, one line for each."""
     lines = [
         f"LoRA on {len(names)} modules by {target}: {', '.join(_endings(names))}"
         for target, names in matched.patterns.items()
@@ -56,26 +54,48 @@ def describe(matched: Matched) -> str:
 
 
 def match_targets(transformer: nn.Module, targets: Iterable[str], option: str = "train.lora.targets") -> Matched:
-    """Find the linears that ``targets`` name.
+    """Which linears do ``targets`` name?
 
     A target is a preset (``official``, ``attention``, ``qkv``); or the end of a dotted module name
-    (``cross_attention.to_value``), as peft reads a list; or, when it has any other character, a regular expression
+    (``cross_attention.to_value``), as peft reads a list; or, if it has any other character, a regular expression
     for the whole name (``visual_transformer_blocks\\.(1|2)\\d\\..*attention\\.to_query``), as peft reads a string.
 
-    Modulations, embeddings and the output head are taken only when the target spells their parent out
+    Modulations, embeddings and the output head are taken only if the target names their parent
     (``visual_modulation.out_layer``): a bare ``out_layer`` would hit all of them.
 
     Raises:
-        RecipeError: a target matches nothing, or more than it says.
+        RecipeError: a target matches nothing, or more than it names.
     """
-    linears = linear_names(transformer)
+    linears = list(linear_sizes(transformer))
     return Matched({target: _match(target, linears, option) for target in targets})
 
 
-def linear_names(transformer: nn.Module) -> list[str]:
-    """Every linear of the transformer, adapted or not."""
-    linears = [n.replace(".base_layer", "") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
-    return [n for n in linears if ".lora_" not in n]
+def linear_sizes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every linear of the transformer by its name, whether it is adapted or not."""
+    return {
+        name.replace(".base_layer", ""): (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+
+
+def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict[str, int]:
+    """The rank of each adapted module.
+
+    Raises:
+        RecipeError: an entry of ``train.lora.ranks`` matches no adapted module.
+    """
+    ranks = dict.fromkeys(matched.modules, config.rank)
+    for entry in config.ranks:
+        names = match_targets(transformer, [entry.target], "train.lora.ranks").modules
+        adapted = [n for n in names if n in matched.modules]
+        if not adapted:
+            raise RecipeError(
+                f"train.lora.ranks: {entry.target!r} matches no module that train.lora.targets adapts",
+                "Add it to targets, or leave its rank out",
+            )
+        ranks |= dict.fromkeys(adapted, entry.rank)
+    return ranks
 
 
 def _match(target: str, linears: list[str], option: str) -> tuple[str, ...]:
@@ -84,21 +104,21 @@ def _match(target: str, linears: list[str], option: str) -> tuple[str, ...]:
             PRESETS.get(target) or (rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target)
         )
     except re.error as error:
-        raise RecipeError(f"{option}: {target!r} is no regular expression: {error}", "Mend it") from error
+        raise RecipeError(f"{option}: {target!r} is not a regular expression: {error}", "Correct it") from error
     names = tuple(n for n in linears if pattern.fullmatch(n))
     if not names:
         endings = _endings(linears)
         words = [*PRESETS, *endings, *(e.rpartition(".")[2] for e in endings)]
         near = difflib.get_close_matches(target, dict.fromkeys(words), n=3, cutoff=0.5) or sorted(PRESETS)
         raise RecipeError(f"{option}: {target!r} matches no module", f"Did you mean {', '.join(near)}?")
-    spelt = target.replace("\\", "")
-    surprising = [n for n in names if not _ADAPTED.fullmatch(n) and _parent(n) not in spelt]
+    without_escapes = target.replace("\\", "")
+    surprising = [n for n in names if not _ADAPTED.fullmatch(n) and _parent(n) not in without_escapes]
     if surprising:
         parents = ", ".join(dict.fromkeys(_parent(n) for n in surprising))
-        meant = ", ".join(_endings(n for n in names if n not in surprising))
+        expected = ", ".join(_endings(n for n in names if n not in surprising))
         raise RecipeError(
             f"{option}: {target!r} also matches {len(surprising)} modules of {parents}",
-            f"Write the parent too: {meant or parents}",
+            f"Write the parent too: {expected or parents}",
         )
     return names
 
@@ -109,25 +129,9 @@ def _endings(names: Iterable[str]) -> list[str]:
 
 
 def _parent(name: str) -> str:
-    """What must be spelt out for a linear outside attention and feed-forward; the head is ``out_layer.out_layer``."""
+    """What a target must contain to match this linear outside attention and feed-forward.
+
+    The parent's name, or the whole name for the output head, ``out_layer.out_layer``.
+    """
     parent = name.rpartition(".")[0].rpartition(".")[2]
     return name if parent == "out_layer" else parent
-
-
-def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -> dict[str, int]:
-    """The rank of each module that is adapted.
-
-    Raises:
-        RecipeError: an entry of ``train.lora.ranks`` matches none of them.
-    """
-    ranks = dict.fromkeys(matched.modules, config.rank)
-    for entry in config.ranks:
-        names = match_targets(transformer, [entry.target], "train.lora.ranks").modules
-        hit = [n for n in names if n in matched.modules]
-        if not hit:
-            raise RecipeError(
-                f"train.lora.ranks: {entry.target!r} matches no module that train.lora.targets adapts",
-                "Add it to targets, or leave its rank out",
-            )
-        ranks |= dict.fromkeys(hit, entry.rank)
-    return ranks

@@ -18,7 +18,7 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.files import write_json
 from k5train.adapter import files
-from k5train.adapter.who_loads import compare_saved, way_of
+from k5train.adapter.who_loads import compare_saved, call_for
 from k5train.base.quantize import empty_transformer
 from k5train.data.compatible import check_fit
 from k5train.data.loader import Loader
@@ -123,7 +123,7 @@ def train(
             names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
             write_json(run.result, {**asdict(result), **names})
             with session.settled():
-                compare_saved(run.lora, base.transformer, empty_transformer(folder), way_of(config.lora.algo))
+                compare_saved(run.lora, base.transformer, empty_transformer(folder), call_for(config.lora.algo))
         finally:
             session.close()
     return result
@@ -328,7 +328,7 @@ def _result(run: Run, progress: Progress, config: TrainConfig, ended_by: str, se
     tenth = max(1, len(losses) // 10)
     return Result(
         lora=run.lora,
-        loads_by=way_of(config.lora.algo),
+        loads_by=call_for(config.lora.algo),
         grid=run.grid if config.validation.prompts else None,
         steps=progress.step,
         first_loss=sum(losses[:tenth]) / tenth,
