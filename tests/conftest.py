@@ -71,7 +71,7 @@ def toy_model(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_cache(toy_model: Path, once: Once) -> Callable[[str], Path]:
-    """``toy_cache("bf16")`` or ``"fp32"``: the cache of ``parity.make_cache`` with the toy's encoders in that precision."""
+    """``toy_cache("bf16")`` or ``toy_cache("fp32")``: ``parity.make_cache``, the encoders in that precision."""
     from tests.parity import make_cache
 
     def cache_of(precision: str) -> Path:

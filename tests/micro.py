@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ from tests.runs import start_run
 
 DEMO = Path(__file__).parent.parent / "pipelines" / "demo"
 MODEL = DEMO / "k5-micro"
+
+
+def cache(once: Callable[[str, Callable[[Path], object]], Path], name: str) -> Path:
+    """What ``encode`` returns, encoded once for all tests; the pictures are beside it in ``../../NAME``."""
+    return once(f"micro_{name}", lambda root: encode(root, name)) / "cache" / name
 
 
 def encode(root: Path, name: str) -> Path:

@@ -15,11 +15,11 @@ from tests import micro
 from tests.runs import lora_of
 
 
-def test_a_lora_from_the_cache_equals_one_trained_with_live_encoders(tmp_path, monkeypatch):
-    cache = micro.encode(tmp_path, "held_out")
+def test_a_lora_from_the_cache_equals_one_trained_with_live_encoders(once, tmp_path, monkeypatch):
+    cache = micro.cache(once, "held_out")
     chosen = micro.config(steps=5)
     micro.train_lora(tmp_path / "cached", cache, chosen)
-    live = Live(tmp_path / "held_out")
+    live = Live(cache.parent.parent / "held_out")
     monkeypatch.setattr(Cache, "text", live.text(Cache.text))
     monkeypatch.setattr(Cache, "latents", live.latents(Cache))
     micro.train_lora(tmp_path / "live", cache, chosen)
