@@ -119,7 +119,7 @@ def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
     done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.optim.lr=1e5")
     assert done.code == 2
-    assert "No run came to its end" in done.err
+    assert "No run was finished" in done.err
 
 
 def test_settings_that_are_refused_as_they_start_are_marked_and_the_others_go_on(tmp_path, toy_cache, toy_model):

@@ -52,8 +52,9 @@ def read_template(source: str, pipeline: str) -> Template | None:
         if isinstance(target, ast.Attribute)
     }
     text, start = constants.get("prompt_template"), constants.get("prompt_template_encode_start_idx")
-    is_plain = isinstance(text, str) and text.count("{}") == 1 and type(start) is int
-    return Template(text, start) if is_plain else None
+    if not isinstance(text, str) or text.count("{}") != 1 or not isinstance(start, int):
+        return None
+    return Template(text, start)
 
 
 def cleaning() -> str:

@@ -1,4 +1,4 @@
-"""The arguments that several commands of ``k5train`` share, and what becomes of them."""
+"""Which arguments do several commands of ``k5train`` share, and how is each turned into a value?"""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from k5cache.shared.errors import CacheError
 
 if TYPE_CHECKING:
     from k5cache.shared.model import ModelConfig
+    from k5cache.shared.recipe import Document
     from k5train.options.train import TrainConfig
-
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
@@ -22,48 +22,60 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override one optio
 RunPath = Annotated[Path, typer.Argument(help="A folder made by `k5train run`.")]
 
 
-def find_cache(parent: Path) -> Path:
-    """The only cache under ``parent``; a person at a terminal is asked which one, where there are several.
+def read_document(recipe: Path | None, model: str | None, options: list[str] | None) -> Document:
+    """A recipe with ``--model`` and ``--set`` applied."""
+    from k5cache.shared.recipe import read
 
-    Raises:
-        CacheError: there is none, or there are several and nobody to ask.
-    """
-    found = sorted(p.parent for p in parent.glob("*/manifest.json"))
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise CacheError(f"There is no cache under {parent}/", "Make one first: k5cache encode datasets/my_images")
-    names = ", ".join(str(p) for p in found)
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CacheError(f"There are {len(found)} caches: {names}", f"Say which one: k5train run {found[0]}")
-    for number, path in enumerate(found, 1):
-        console.err.print(f"  {number}  {path}", markup=False)
-    number = typer.prompt("Which cache", type=int, err=True)
-    if not 1 <= number <= len(found):
-        raise CacheError(f"There is no cache number {number}", f"Say which one: k5train run {found[0]}")
-    return found[number - 1]
+    document = read(recipe, options or [])
+    if model is not None:
+        document.setdefault("model", {})["path"] = model
+    return document
+
+
+def parse_document(document: Document, recipe: Path | None) -> tuple[ModelConfig | None, TrainConfig]:
+    """[model] and [train] of a recipe. None if the recipe does not say which model."""
+    from k5cache.shared.model import ModelConfig
+    from k5cache.shared.recipe import parse
+    from k5train.options.train import TrainConfig
+
+    model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
+    return model_config if document.get("model") else None, config
 
 
 def read_recipe(
     recipe: Path | None, model: str | None, options: list[str] | None
 ) -> tuple[ModelConfig | None, TrainConfig]:
-    """[model], None where nothing is said of it, and [train] of a recipe with its overrides."""
-    from k5cache.shared.model import ModelConfig
-    from k5cache.shared.recipe import parse, read
-    from k5train.options.train import TrainConfig
-
-    document = read(recipe, options or [])
-    if model is not None:
-        document.setdefault("model", {})["path"] = model
-    model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
-    return model_config if document.get("model") else None, config
+    """[model] and [train] of a recipe with ``--model`` and ``--set`` applied. None if nothing says which model."""
+    return parse_document(read_document(recipe, model, options), recipe)
 
 
-def made_with(cache: Path) -> ModelConfig:
-    """The model that a cache was encoded with, for a recipe that names none; its flavour where the folder is gone."""
+def find_cache(parent: Path) -> Path:
+    """The only cache under ``parent``. If there are several, a person at a terminal is asked which one.
+
+    Raises:
+        CacheError: there is none, or there are several and nobody to ask.
+    """
+    caches = sorted(path.parent for path in parent.glob("*/manifest.json"))
+    if len(caches) == 1:
+        return caches[0]
+    if not caches:
+        raise CacheError(f"There is no cache under {parent}/", "Make one first: k5cache encode datasets/my_images")
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        names = ", ".join(map(str, caches))
+        raise CacheError(f"There are {len(caches)} caches: {names}", f"Say which one: k5train run {caches[0]}")
+    for number, path in enumerate(caches, 1):
+        console.err.print(f"  {number}  {path}", markup=False)
+    number = typer.prompt("Which cache", type=int, err=True)
+    if not 1 <= number <= len(caches):
+        raise CacheError(f"There is no cache number {number}", f"Say which one: k5train run {caches[0]}")
+    return caches[number - 1]
+
+
+def model_of_cache(cache: Path) -> ModelConfig:
+    """The model that a cache was encoded with, for a recipe that names none; its flavour if that folder is gone."""
     from k5cache.shared.model import ModelConfig, model_of
     from k5cache.store.manifest import read_manifest
 
-    made = model_of(read_manifest(cache).recipe)
-    is_repository = made.path is None or made.path.count("/") == 1
-    return made if is_repository or Path(str(made.path)).is_dir() else ModelConfig(made.flavour)
+    model = model_of(read_manifest(cache).recipe)
+    is_repository = model.path is None or model.path.count("/") == 1
+    return model if is_repository or Path(str(model.path)).is_dir() else ModelConfig(model.flavour)

@@ -1,4 +1,4 @@
-"""``k5train run`` and ``k5train resume``: train a LoRA, or go on with one."""
+"""``k5train run`` and ``k5train resume``: train a LoRA, or continue a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.shared import console
-from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, made_with, read_recipe
+from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, model_of_cache, read_recipe
 
 if TYPE_CHECKING:
     from k5train.training.loop import Result
@@ -18,45 +18,52 @@ def run(
     cache: Annotated[
         list[Path] | None, typer.Argument(help="A cache, or several. Default: the recipe's, or the only one in cache/.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run. Default: runs/<name of CACHE>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The run's folder. Default: runs/<name of CACHE>.")
+    ] = None,
     recipe: Recipe = None,
     model: Model = None,
-    is_new: Annotated[bool, typer.Option("--new", help="Never go on with a run that was stopped.")] = False,
+    is_new: Annotated[
+        bool, typer.Option("--new", help="Start a new run, even if this command was stopped before.")
+    ] = False,
     options: Set = None,
 ) -> None:
     """Train a LoRA on a cache. Loads the transformer only, never a text encoder.
 
-    The same command again, after a crash or Ctrl-C, goes on where the run was stopped.
+    After a crash or Ctrl-C, the same command continues where the run stopped.
     """
     model_config, config = read_recipe(recipe, model, options)
     from k5train.training.start import named, start
 
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
-    chosen = model_config or made_with(caches[0] if caches else Path(config.data[0].cache))
+    chosen = model_config or model_of_cache(caches[0] if caches else Path(config.data[0].cache))
     print_result(start(*named(caches, config), out, chosen, is_new))
 
 
 def resume(
     run: RunPath,
-    cache: Annotated[Path | None, typer.Option("--cache", help="Where the cache is now, if it moved.")] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Where the cache is now, if it has moved.")] = None,
     options: Set = None,
 ) -> None:
-    """Go on with a run that was stopped, exactly as if it had not been; or train a finished one for more steps."""
+    """Continue a run that was stopped, exactly as if it had not stopped, or train a finished one for more steps."""
     from k5train.training import start
 
     print_result(start.resume(run, options or [], cache))
 
 
 def print_result(result: Result) -> None:
-    """What ends a run."""
-    reasons = {"max_hours": ", the time it was given", "patience": ", as the held-out loss no longer fell"}
+    """How a run ended, and its files."""
+    reasons = {
+        "max_hours": " and stopped at train.max_hours",
+        "patience": " and stopped early, as the held-out loss did not improve",
+    }
     console.out.print(
         f"Trained {result.steps} steps in {console.human_seconds(result.seconds)}{reasons.get(result.ended_by, '')}, "
         f"loss {result.first_loss:.4f} -> {result.last_loss:.4f} (means of the first and last tenth)",
         markup=False,
     )
     console.out.print(f"LoRA     {result.lora}", markup=False)
-    console.out.print(f"loads by {result.loads_by}: loaded back by diffusers and compared", markup=False)
+    console.out.print(f"loads by {result.loads_by}: diffusers has loaded it back and the numbers agree", markup=False)
     if result.best_step == 0:
         console.warn(f"The held-out loss was never below the base's, {result.best_loss:.4f}")
     elif result.best_step is not None:
@@ -66,4 +73,6 @@ def print_result(result: Result) -> None:
         )
     if result.grid:
         console.out.print(f"pictures {result.grid}", markup=False)
-    console.next_step("Next, draw more", console.command("k5train", "sample", result.lora.parent))
+    prompt = None if result.grid else "PROMPT"  # without validation prompts there are none to draw again
+    title = "Next, draw more" if result.grid else "Next, draw a prompt that the cache holds"
+    console.next_step(title, console.command("k5train", "sample", result.lora.parent, prompt=prompt))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console
-from k5train.commands.arguments import RunPath, Set
+from k5train.commands.arguments import RunPath, Set, read_document
 
 
 def sample(
@@ -17,23 +17,25 @@ def sample(
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt that the cache holds. May be repeated.")
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Draw this checkpoint. Default: the finished LoRA.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG grid. Default: in the run's samples/.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Noise. Default: the recipe's.")] = None,
+    step: Annotated[int | None, typer.Option(help="Draw with this checkpoint. Default: the finished LoRA.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The PNG to write. Default: in the run's samples/.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: the recipe's.")] = None,
     options: Set = None,
 ) -> None:
-    """Draw more pictures with a run's LoRA, the base model's beside them."""
-    from k5cache.shared.recipe import parse, read
+    """Draw more pictures with a run's LoRA, and the base model's beside them."""
+    from k5cache.shared.recipe import parse
     from k5train.options.memory import MemoryConfig
     from k5train.options.validation import ValidationConfig
     from k5train.runs.folder import open_run
     from k5train.training.more_pictures import resample
 
     opened, model_config, config, cache = open_run(run)
-    document = read(opened.root / "recipe.toml", options or [])
-    chosen = document.setdefault("train", {}).setdefault("validation", {})
-    chosen |= {"prompts": prompts} if prompts else {}
-    chosen |= {"seed": seed} if seed is not None else {}
+    document = read_document(opened.root / "recipe.toml", None, options)
+    overridden = document.setdefault("train", {}).setdefault("validation", {})
+    overridden |= {"prompts": prompts} if prompts else {}
+    overridden |= {"seed": seed} if seed is not None else {}
     validation, memory = parse(document["train"], {"validation": ValidationConfig, "memory": MemoryConfig})
     grid = resample(opened, model_config, replace(config, validation=validation, memory=memory), cache, step, out)
     console.out.print(f"Wrote {grid}", markup=False)

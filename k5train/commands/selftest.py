@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console
-from k5train.commands.arguments import Model, Recipe, Set, made_with, read_recipe
+from k5train.commands.arguments import Model, Recipe, Set, model_of_cache, read_recipe
 
 
 def selftest(
@@ -18,10 +18,10 @@ def selftest(
     options: Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Prove on this machine that what is trained is what diffusers computes. Exit code 1 where it is not.
+    """Check on this machine that what is trained is what diffusers computes. Exit code 1 if it is not.
 
-    One step, its gradients and a drawing, of our transformer and of diffusers' own. With --model and no cache, on
-    random rows; with neither, on a toy model. Loads no text encoder.
+    Compares one step, its gradients and a picture from our transformer with those from diffusers' own. With --model and
+    no cache it uses random rows; with neither, a toy model. Loads no text encoder.
     """
     from contextlib import ExitStack
 
@@ -39,11 +39,14 @@ def selftest(
     with ExitStack() as stack:
         opened = open_cache(root) if root else None
         if not model_config:
-            model_config = made_with(root) if root else ModelConfig(path=str(stack.enter_context(toy_model())))
+            model_config = model_of_cache(root) if root else ModelConfig(path=str(stack.enter_context(toy_model())))
         folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
-        found = run(opened, folder, config, pick_device(config.device, folder))
-    what = str(root or model or (model_config.source if is_named else "a toy model"))
+        comparisons = run(opened, folder, config, pick_device(config.device, folder))
     if as_json:
-        console.print_json(found)
-    if any(one.is_failed for one in found) if as_json else not print_comparisons(f"Selftest of {what}", found):
+        console.print_json(comparisons)
+        is_passed = not any(comparison.is_failed for comparison in comparisons)
+    else:
+        tested = root or model or (model_config.source if is_named else "a toy model")
+        is_passed = print_comparisons(f"Selftest of {tested}", comparisons)
+    if not is_passed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``k5train sweep``: train many LoRAs over one cache and compare them."""
+"""``k5train sweep``: train many LoRAs on one cache and compare them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
-from k5train.commands.arguments import Model, Recipe, Set, find_cache, made_with
+from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
 
 if TYPE_CHECKING:
     from k5train.training.sweep import Row
@@ -20,46 +20,45 @@ if TYPE_CHECKING:
 def sweep(
     cache: Annotated[Path | None, typer.Argument(help="A cache. Default: the only one under cache/.")] = None,
     grid: Annotated[
-        list[str] | None, typer.Option("--grid", help="train.option=a,b,c. All combinations of several are run.")
+        list[str] | None, typer.Option("--grid", help="train.option=a,b,c. Several give all combinations.")
     ] = None,
     listed: Annotated[
-        Path | None, typer.Option("--list", help="A TOML file of [[run]] tables instead: name and options.")
+        Path | None,
+        typer.Option("--list", help="Instead of --grid: a TOML file of [[run]] tables, each with a name and options."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: sweeps/<name of CACHE>.")] = None,
     recipe: Recipe = None,
     model: Model = None,
     options: Set = None,
 ) -> None:
-    """Train many LoRAs over one cache with the base loaded once, and compare them.
+    """Train many LoRAs on one cache with the base loaded once, and compare them.
 
-    The same command again skips what is finished and goes on with what was stopped.
+    The same command again skips the finished runs and continues one that was stopped.
     """
-    from k5cache.shared.recipe import read
     from k5train.training import sweep as sweeping
 
-    document = read(recipe, options or [])
-    if model is not None:
-        document.setdefault("model", {})["path"] = model
+    document = read_document(recipe, model, options)
     model_config, runs = sweeping.settings(document, grid or [], listed, recipe)
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
     if not document.get("model"):
-        model_config = made_with(cache or Path(runs[0].config.data[0].cache))
+        model_config = model_of_cache(cache or Path(runs[0].config.data[0].cache))
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
     rows, pictures = sweeping.sweep(cache, target, model_config, runs)
     print_sweep(rows)
     if pictures:
         console.out.print(f"pictures {pictures}", markup=False)
-    ended_well = [row for row in rows if not row.problem]
-    if not ended_well:
-        raise RunError("No run came to its end", "Their problems are above; often a lower train.optim.lr helps")
-    best = min(ended_well, key=lambda r: r.best_loss or r.last_loss or float("inf"))
-    console.next_step("Next, draw more with the lowest loss", console.command("k5train", "sample", target / best.label))
+    finished = [row for row in rows if not row.problem]
+    if not finished:
+        raise RunError("No run was finished", "Their problems are above; often a lower train.optim.lr helps")
+    best = min(finished, key=lambda r: r.best_loss or r.last_loss or float("inf"))
+    if pictures:
+        console.next_step("Next, draw more with the best", console.command("k5train", "sample", target / best.label))
 
 
 def print_sweep(rows: list[Row]) -> None:
-    """One line a run."""
+    """One line for each run."""
     table = Table(box=None, pad_edge=False)
     for column in ("run", "steps", "loss", "held out", "time", "started in", "problem"):
         table.add_column(column, overflow="fold")

@@ -1,4 +1,7 @@
-"""Pictures from cached prompts: Euler flow steps without a text encoder; the VAE is loaded to decode, then freed."""
+"""How is a picture drawn from a cached prompt? By Euler flow steps, without a text encoder.
+
+The VAE is loaded to decode, and then freed.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,12 @@ if TYPE_CHECKING:
     from k5cache.store.reader import Cache, TextRow
     from k5train.options.validation import ValidationConfig
 
-
-def inference_sigmas(folder: Path, num_inference_steps: int) -> Tensor:
-    """``[steps + 1]``: where the checkpoint's own scheduler steps, from 1 down to 0."""
-    from k5train.pictures.sample import load_scheduler
-
-    scheduler = load_scheduler(folder)
-    scheduler.set_timesteps(num_inference_steps)
-    sigmas: Tensor = scheduler.sigmas
-    return sigmas
+DECODED_BYTES = 4096  # for each pixel: four float32 maps of 256 channels, in the last and largest part of the decoder
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How pictures are drawn; the same settings give the same noise, whatever the adapter."""
+    """How pictures are drawn. The same settings give the same noise, whatever the adapter."""
 
     width: int
     height: int
@@ -47,11 +42,15 @@ class SampleSettings:
     seed: int
 
 
-def settings_for(cache: Cache, chosen: ValidationConfig) -> SampleSettings:
-    """The recipe's settings; a size it leaves open is the cache's resolution, square."""
-    side = cache.manifest.recipe["selection"]["resolution"]
+def settings_for(cache: Cache, validation: ValidationConfig) -> SampleSettings:
+    """The recipe's settings. A width or height that it does not give is the cache's resolution."""
+    resolution = cache.manifest.recipe["selection"]["resolution"]
     return SampleSettings(
-        chosen.width or side, chosen.height or side, chosen.num_inference_steps, chosen.guidance_scale, chosen.seed
+        width=validation.width or resolution,
+        height=validation.height or resolution,
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        seed=validation.seed,
     )
 
 
@@ -64,7 +63,7 @@ def draw_prompts(
     bars: Progress,
     description: str,
 ) -> list[Image.Image]:
-    """One picture a prompt, all from the same noise: sample every prompt, then load the VAE, decode, free it."""
+    """One picture for each prompt, all from the same noise: draw all latents, then load the VAE, decode and free it."""
     task = bars.add_task(description, total=len(rows) * settings.num_inference_steps, unit="step", note="")
     scheduler = load_scheduler(folder)
     on_step = partial(bars.advance, task)
@@ -81,6 +80,14 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
 
 
+def inference_sigmas(folder: Path, num_inference_steps: int) -> Tensor:
+    """``[steps + 1]``: the sigmas that the checkpoint's own scheduler visits, from 1 down to 0."""
+    scheduler = load_scheduler(folder)
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas: Tensor = scheduler.sigmas
+    return sigmas
+
+
 @torch.no_grad()
 def sample_latents(
     transformer: Kandinsky5Transformer3DModel,
@@ -90,7 +97,7 @@ def sample_latents(
     settings: SampleSettings,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """The latents that ``Kandinsky5T2IPipeline`` ends with for the same noise, scheduler and guidance.
+    """The latents that ``Kandinsky5T2IPipeline`` computes from the same noise, scheduler and guidance.
 
     Noise comes from a CPU generator seeded with ``settings.seed``, in the transformer's dtype, as the pipeline draws it
     for ``generator=torch.Generator("cpu").manual_seed(seed)``.
@@ -120,7 +127,7 @@ def sample_latents(
 
 @torch.no_grad()
 def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> list[Image.Image]:
-    """Latents ``[1, 1, H/8, W/8, 16]`` to pictures. The float32 VAE is loaded for this alone and freed again.
+    """Decode latents ``[1, 1, H/8, W/8, 16]`` to pictures. The float32 VAE is loaded for this alone and then freed.
 
     Kandinsky 5 ignores ``shift_factor``: ``Kandinsky5T2IPipeline`` decodes ``latents / scaling_factor``.
     """
@@ -128,12 +135,13 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     from diffusers.image_processor import VaeImageProcessor
 
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device)
-    fit_decoding(vae, max(8 * one.shape[2] for one in latents), max(8 * one.shape[3] for one in latents), left(device))
+    height, width = (8 * max(latent.shape[dim] for latent in latents) for dim in (2, 3))
+    fit_decoding(vae, height, width, left(device))
     processor = VaeImageProcessor(vae_scale_factor=8)
     pictures: list[Image.Image] = []
-    for one in latents:
-        # The strides of the pipeline's own view: with others a convolution rounds 1 pixel in 20,000 off by 1/255.
-        channels_first = one[0, 0].permute(2, 0, 1).unsqueeze(0).to(device, torch.float32)
+    for latent in latents:
+        # These are the strides of the pipeline's own view: with others a convolution changes 1 pixel in 20,000 by 1.
+        channels_first = latent[0, 0].permute(2, 0, 1).unsqueeze(0).to(device, torch.float32)
         pixels = vae.decode(channels_first / vae.config.scaling_factor).sample
         pictures += processor.postprocess(pixels, output_type="pil")
     del vae
@@ -143,35 +151,33 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     return pictures
 
 
-DECODED_BYTES = 4096  # a pixel: four float32 maps of 256 channels, in the last and largest part of the decoder
-
-
 def fit_decoding(vae: AutoencoderKL, height: int, width: int, num_bytes: int | None) -> None:
-    """Have the VAE decode in overlapping tiles where a whole picture does not fit beside the transformer.
+    """Have the VAE decode in overlapping tiles if a whole picture does not fit beside the transformer.
 
-    Tiles are blended: the picture then differs from the pipeline's by what their edges see less of.
+    Tiles are blended, so the picture then differs slightly from the pipeline's.
 
     Args:
-        num_bytes: VRAM that is left. None: no limit.
+        num_bytes: free VRAM. None: no limit.
     """
     if num_bytes is None or height * width * DECODED_BYTES <= num_bytes:
         return
     side = next((side for side in (768, 512, 384) if side * side * DECODED_BYTES <= num_bytes), 256)
-    console.note(f"Decoding in tiles of {side} pixels: {console.human_bytes(num_bytes)} of VRAM are left")
+    console.note(f"Decoding in tiles of {side} pixels: {console.human_bytes(num_bytes)} of VRAM are free")
     vae.enable_tiling()
-    # By default a tile is the size the VAE was trained at, 1024 pixels: no tiling at all of most pictures.
+    # The default tile is the size that the VAE was trained at, 1024 pixels, which would not tile most pictures.
     vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // 8
 
 
 def prompt_rows(cache: Cache, prompts: Sequence[str], negative_prompt: str) -> tuple[list[TextRow], TextRow]:
-    """The cached embeddings of the validation prompts and of the negative prompt.
+    """The cached embeddings of the prompts to draw and of the negative prompt.
 
     Raises:
         RecipeError: there are no prompts to draw.
         CacheError: a prompt is not in the cache.
     """
     if not prompts:
+        add = console.command("k5cache", "prompts", "add", cache.root, "PROMPT")
         raise RecipeError(
-            "There is no prompt to draw", 'Add prompts = ["..."] under [train.validation] and encode again'
+            "There is no prompt to draw", f"Give one that the cache holds with --prompt; to add one to it: {add}"
         )
-    return [cache.prompt(p) for p in prompts], cache.prompt(negative_prompt)
+    return [cache.prompt(prompt) for prompt in prompts], cache.prompt(negative_prompt)

@@ -18,7 +18,7 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.files import write_json
 from k5train.adapter import files
-from k5train.adapter.who_loads import compare_saved, call_for
+from k5train.adapter.who_loads import call_for, compare_saved
 from k5train.base.quantize import empty_transformer
 from k5train.data.compatible import check_fit
 from k5train.data.loader import Loader
