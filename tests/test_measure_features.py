@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from k5train.base import architecture
@@ -17,6 +18,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_feature_is_a_run_of_its_own_on_one_base():
     config = TrainConfig(lora=LoraConfig(rank=2, targets=("qkv",)), optim=OptimConfig(warmup_steps=0))
     lines: list[str] = []

@@ -72,8 +72,8 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from tests.runs import CONFIG, go_on, start_run
-root, cache, model, seed = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-chance = random.Random(seed)
+root, cache, model, most_kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(7)
 
 def attempt():
     if (root / "run.json").exists():
@@ -94,10 +94,10 @@ while True:
     # The first kill comes while the run is being made, later ones anywhere in it.
     end = time.monotonic() + (chance.uniform(0, 0.1) if not kills else chance.uniform(0.1, allowed))
     done = 0
-    while kills < 8 and time.monotonic() < end and not done:
+    while kills < most_kills and time.monotonic() < end and not done:
         done, status = os.waitpid(pid, os.WNOHANG)
         time.sleep(0.002)
-    if kills >= 8 and not done:
+    if kills >= most_kills and not done:
         done, status = os.waitpid(pid, 0)
     if done:
         print(kills, os.waitstatus_to_exitcode(status))
@@ -108,14 +108,17 @@ while True:
 """
 
 
-def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(tmp_path, whole, cache, toy_model):
+@pytest.mark.parametrize("most_kills", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(
+    tmp_path, whole, cache, toy_model, most_kills
+):
     root = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLER, str(root), str(cache), str(toy_model), "7"],
+        [sys.executable, "-W", "ignore", "-c", KILLER, str(root), str(cache), str(toy_model), str(most_kills)],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300,
     )  # fmt: skip
     assert done.stdout.split()[-1] == "0", done.stdout + done.stderr[-2000:]
-    assert int(done.stdout.split()[0]) >= 3  # really killed
+    assert int(done.stdout.split()[0]) >= min(3, most_kills - 1)  # really killed; a fast machine may come to the end
     assert same(state_of(root), state_of(whole))
     assert same(lora_of(root), lora_of(whole))
     assert numbers(metrics_of(root)) == numbers(metrics_of(whole))
