@@ -14,7 +14,7 @@ from torch import nn
 from k5cache.shared.errors import DoesNotFit
 from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
-from k5train.forward import compile, execute, load, stream
+from k5train.forward import compile, execute, levels, load, stream
 from k5train.forward.block import Linears, Modes, gather, project
 from k5train.forward.execute import Execution, choose_modes
 from k5train.forward.predict_velocity import predict_velocity
@@ -259,18 +259,18 @@ def test_what_is_compiled_is_kept_where_the_base_is(tmp_path, monkeypatch):
 
     monkeypatch.setenv("K5_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/elsewhere")
-    compile._compile()
+    compile.compile_block()
     assert cache_dir() == "/tmp/elsewhere"  # a user's choice stands
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     cache_dir()  # as the import of dynamo does: the environment now names a folder in /tmp
-    compile._compile()
+    compile.compile_block()
     assert cache_dir() == str(tmp_path / "compiled")
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(execute, "run_block", one_linear)  # of a whole block the code alone takes a minute
+    monkeypatch.setattr(levels, "run_block", one_linear)  # of a whole block the code alone takes a minute
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (16, 8), dtype=torch.int8, generator=generator)
     scale, down, up, x = (torch.randn(shape, generator=generator) for shape in ((16, 1), (2, 8), (16, 2), (1, 4, 8)))
@@ -286,7 +286,7 @@ def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monke
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
         counters.clear()
-        compiled, plain = gradients(compile._compile(), level, modes), gradients(compile._run, level, modes)
+        compiled, plain = gradients(compile.compile_block(), level, modes), gradients(levels.run_at_level, level, modes)
         for ours, theirs in zip(compiled, plain, strict=True):
             torch.testing.assert_close(ours, theirs)
         found.append({k: v for k, v in counters["aot_autograd"].items() if k.startswith("autograd_cache")})
@@ -304,14 +304,14 @@ def test_what_the_cache_knows_a_block_by_changes_with_its_source(monkeypatch):
 
     found = []
     for change in ("", "# another"):
-        monkeypatch.setattr(execute.inspect, "getsource", lambda module, change=change: module.__name__ + change)
-        compile._mark_opaque()
+        monkeypatch.setattr(compile.inspect, "getsource", lambda module, change=change: module.__name__ + change)
+        compile.mark_opaque()
         found.append(dict(inductor.unsafe_marked_cacheable_functions))
     assert (
         found[0].keys()
         == found[1].keys()
         >= {
-            "k5train.forward.compile._opaque_block",
+            "k5train.forward.levels.opaque_block",
             "k5train.forward.block.Block",
         }
     )
@@ -360,7 +360,7 @@ def test_a_compiler_that_fails_for_something_new_in_mid_run_leaves_eager_blocks_
 
 def test_cudnn_attention_that_fails_is_given_up_before_the_compiler_is(toy_model, capsys):
     made = execution(model(toy_model), modes=Modes(int8_dynamic=False, cudnn=True))
-    made._run = lambda *_: None  # type: ignore[assignment, return-value]
+    made._run_compiled = lambda *_: None  # type: ignore[assignment, return-value]
 
     def step() -> None:
         if made.modes.cudnn:
@@ -374,7 +374,7 @@ def test_cudnn_attention_that_fails_is_given_up_before_the_compiler_is(toy_model
 
 def test_running_out_of_memory_while_compiling_is_no_reason_to_run_eagerly(toy_model):
     made = execution(model(toy_model))
-    made._run = lambda *a: None  # type: ignore[assignment, return-value]
+    made._run_compiled = lambda *a: None  # type: ignore[assignment, return-value]
 
     def step() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

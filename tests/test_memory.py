@@ -56,7 +56,7 @@ def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monke
     monkeypatch.setattr(
         execute.torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     )
-    run = compile._compile()
+    run = compile.compile_block()
     transformer = random_weights.random_transformer(SMALL, precision, CPU)
     attach.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=0)
     block = gather(transformer.visual_transformer_blocks[0], dropout=False)

@@ -1,4 +1,4 @@
-"""The sizes a block is compiled for: stand-ins at the plan's largest size, and what counts as new."""
+"""For which sizes is a block compiled? Stand-ins of the plan's largest size, and what needs another compilation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class _Sized(NamedTuple):
+class SizedInputs(NamedTuple):
     """The inputs of a picture block whose sizes change from step to step."""
 
     x: Tensor
@@ -19,46 +19,46 @@ class _Sized(NamedTuple):
     mask: Tensor | None
 
     def mark_dynamic(self) -> None:
-        """Have one compilation serve every size."""
-        for tensor, along in zip(self, _ALONG, strict=True):
+        """Have one compilation serve every number of tokens."""
+        for tensor, axis in zip(self, _TOKEN_AXES, strict=True):
             if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, along)
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
-    def kinds(self) -> tuple[tuple[int, ...] | None, ...]:
-        """The shapes with 0 for a number of tokens, unless it is one: the compiler takes that for a constant."""
+    def kind(self) -> tuple[tuple[int, ...] | None, ...]:
+        """What is compiled apart: the shapes, with 0 for any number of tokens but 1, a constant to the compiler."""
 
-        def kind(tensor: Tensor | None, along: int) -> tuple[int, ...] | None:
+        def shape(tensor: Tensor | None, axis: int) -> tuple[int, ...] | None:
             if tensor is None:
                 return None
-            return (*tensor.shape[:along], int(tensor.shape[along] == 1), *tensor.shape[along + 1 :])
+            return (*tensor.shape[:axis], int(tensor.shape[axis] == 1), *tensor.shape[axis + 1 :])
 
-        return tuple(map(kind, self, _ALONG))
+        return tuple(map(shape, self, _TOKEN_AXES))
 
-    def at(self, sizes: tuple[int, int], taken: Collection[int]) -> _Sized:
-        """Stand-ins for a picture and a caption of so many tokens, or a few more.
+    def stand_ins(self, sizes: tuple[int, int], taken: Collection[int]) -> SizedInputs:
+        """Zeros in the place of these inputs, for a picture and a caption of so many tokens or a few more.
 
         Args:
-            taken: no size is one of these: the compiler takes two sizes that are equal at first for one size.
+            sizes: tokens of the picture and of the caption.
+            taken: numbers that a size must not be. The compiler takes two sizes that are equal at first for one size.
         """
         chosen: list[int] = []
         for size in sizes:
             chosen.append(next(n for n in itertools.count(max(2, size)) if n not in {*taken, *chosen}))
         num_tokens, num_text_tokens = chosen
 
-        def stand_in(tensor: Any, along: int, size: int) -> Any:
-            if tensor is None or tensor.shape[along] == 1:
+        def stand_in(tensor: Any, axis: int, size: int) -> Any:
+            if tensor is None or tensor.shape[axis] == 1:
                 return tensor
-            shape = [*tensor.shape[:along], size, *tensor.shape[along + 1 :]]
+            shape = [*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]]
             return tensor.new_zeros(shape).requires_grad_(tensor.requires_grad)
 
-        return _Sized(*map(stand_in, self, _ALONG, (num_tokens, num_text_tokens, num_tokens, num_text_tokens)))
+        return SizedInputs(*map(stand_in, self, _TOKEN_AXES, (num_tokens, num_text_tokens) * 2))
+
+    def describe(self) -> str:
+        """What may be new about a step, for a person who waits for the compiler."""
+        caption = "captions of one token" if self.text.shape[1] == 1 else "captions"
+        masked = "" if self.mask is None else ", masked"
+        return f"{'training' if torch.is_grad_enabled() else 'drawing'} on {len(self.x)} x {caption}{masked}"
 
 
-_ALONG = (1, 1, 1, 3)  # where _Sized's tensors have their tokens
-
-
-def _words(sized: _Sized) -> str:
-    """What may be new about a step, for a person who waits for the compiler."""
-    caption = "captions of one token" if sized.text.shape[1] == 1 else "captions"
-    masked = "" if sized.mask is None else ", masked"
-    return f"{'training' if torch.is_grad_enabled() else 'drawing'} on {len(sized.x)} x {caption}{masked}"
+_TOKEN_AXES = (1, 1, 1, 3)  # along which axis each of the inputs has its tokens
