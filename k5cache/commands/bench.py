@@ -17,14 +17,14 @@ def bench(
         typer.Option("--encoders", help="Measure full-size text encoders and VAE on this GPU; writes 14 GB to --dir."),
     ] = False,
     store: Annotated[
-        bool, typer.Option("--store", help="Measure reading random rows from shards, beside other formats.")
+        bool, typer.Option("--store", help="Measure reading random rows from shards, compared with other formats.")
     ] = False,
     folder: Annotated[Path | None, typer.Option("--dir", help="Where to write. Default: the temporary folder.")] = None,
     vram: Annotated[str, typer.Option(help="The cap under which --encoders streams.")] = "4GB",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure stage 1 with random weights and rows, beside what others do. Downloads nothing."""
+    """Measure stage 1 with random weights and rows, compared with what others do. Downloads nothing."""
     if not encoders and not store:
         from k5cache.shared.errors import K5Error
 

@@ -1,4 +1,4 @@
-"""The manifest as a cache grows: a shard is whole on disk before the manifest names it, the index comes last."""
+"""How does a cache grow? A shard is whole on disk before the manifest names it, and the index comes last."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from k5cache.store.tensors import TensorSpec
 
 
 class Committer:
-    """The manifest as it grows: a shard is whole on disk before the manifest names it."""
+    """The ``RowSink`` that writes shards and names each in the manifest once it is whole on disk."""
 
     def __init__(self, root: Path, manifest: Manifest, shard_bytes: int) -> None:
         self.root, self.manifest, self.shard_bytes = root, manifest, shard_bytes
         self._located: pa.Table | None = None
 
     def keys(self, kind: ShardKind) -> set[str]:
-        """Keys of every row of this kind that is committed; footers are read of shards that no index knows yet."""
+        """Keys of every committed row of this kind. Reads the footers of shards that no index names yet."""
         if self._located is None:
             self._located = locate(self.root, self.manifest.shards, self.manifest.locations)
         shards = self.manifest.shards
@@ -43,7 +43,7 @@ class Committer:
 
     @contextmanager
     def shards(self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None) -> Iterator[Append]:
-        """Yield ``append``; a shard is committed when it has grown to ``shard_bytes`` or is old, and at the end."""
+        """Yield ``append``. A shard is committed when it has ``shard_bytes`` or is old, and at the end."""
         size = (bucket.width, bucket.height) if bucket else None
         writer: ShardWriter | None = None
         opened = 0.0
@@ -75,15 +75,19 @@ class Committer:
         versions: dict[str, str],
         source: SourceNote = SourceNote(),  # noqa: B008 (frozen)
     ) -> bool:
-        """Write the index and name it, with the recipe that made its rows: from here on readers see these rows.
+        """Write the index and name it, with the recipe that made its rows. From then on readers see these rows.
 
         Returns:
-            False where the cache says all this already: then nothing is written.
+            False if the cache says all this already; then nothing is written.
         """
         before = self.manifest
         self.manifest = replace(before, prompts={**before.prompts, **prompts}, recipe=recipe, source=source)
-        is_whole = before.index and before.locations and before == self.manifest
-        if is_whole and before.index and _same(rows, index_rows(read_index(self.root, before.index))):
+        if (
+            before.index
+            and before.locations
+            and before == self.manifest
+            and _same(rows, index_rows(read_index(self.root, before.index)))
+        ):
             return False
         self.manifest = with_index(self.root, replace(self.manifest, created_by=versions), rows)
         write_manifest(self.root, self.manifest)
@@ -95,13 +99,13 @@ class Committer:
 
 
 def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest without the files that are damaged, and their names; every byte is read.
+    """The manifest without the files that are damaged, and their names. Every byte is read.
 
-    On disk nothing changes: no file is deleted, and the manifest is written with the next commit.
+    Nothing changes on disk: no file is deleted, and the manifest is written with the next commit.
     """
     damaged = {shard.file for shard in manifest.shards if verify_shard(root, shard)}
-    kept = tuple(shard for shard in manifest.shards if shard.file not in damaged)
-    manifest = replace(manifest, shards=kept)
+    intact = tuple(shard for shard in manifest.shards if shard.file not in damaged)
+    manifest = replace(manifest, shards=intact)
     if not _is_whole(root, manifest.index, INDEX_SCHEMA):
         damaged.add(manifest.index.file if manifest.index else "")
         manifest = replace(manifest, index=None)
@@ -121,7 +125,7 @@ def _is_whole(root: Path, info: IndexInfo | None, schema: pa.Schema) -> bool:
 
 
 def _same(rows: Sequence[IndexRow], before: Sequence[IndexRow]) -> bool:
-    """Whether two indexes say the same; ``caption_lengths`` follow from the keys and are not known before writing."""
+    """Whether two indexes say the same. ``caption_lengths`` follow from the keys and are not known before writing."""
     if len(rows) != len(before):
         return False
     return all(replace(old, caption_lengths=()) == new for old, new in zip(before, rows, strict=True))

@@ -1,4 +1,4 @@
-"""Is a cache what this recipe would make? Each difference by name, with both values, as a person reads them."""
+"""Is a cache what this recipe would make? Names each difference with both values, for a person to read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from k5cache.shared.checkpoint import ENCODER_PARTS
 from k5cache.shared.errors import CacheError, CacheStale
 
 TABLES = ("text", "latents", "selection")
-
-
-"""The parts of a recipe that decide rows. ``text`` is in every text key, ``latents`` in every latent key,
-``selection`` says which rows there are."""
+"""The parts of a recipe that decide rows. ``text`` is part of every text key, ``latents`` of every latent key, and
+``selection`` decides which rows there are."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field of a recipe that a cache was made with and that is another now."""
+    """One field of a recipe whose value differs from the one that the cache was made with."""
 
     table: str
     key: str
@@ -27,13 +25,13 @@ class Difference:
     now: Any
 
     def __str__(self) -> str:
-        return self._say("in the cache", "now")
+        return self._sentence("in the cache", "now")
 
     def between(self, first: object, second: object) -> str:
-        """The difference between two caches."""
-        return self._say(f"in {first}", f"in {second}")
+        """The difference as a sentence about two caches."""
+        return self._sentence(f"in {first}", f"in {second}")
 
-    def _say(self, there: str, here: str) -> str:
+    def _sentence(self, there: str, here: str) -> str:
         name = f"{self.table}.{self.key}"
         if self.key in ENCODER_PARTS and self.cached and self.now:
             kind = "vocabulary" if self.key.startswith("tokenizer") else "weights"
@@ -49,38 +47,45 @@ def differences(
     cached: Mapping[str, Any], wanted: Mapping[str, Any], tables: Sequence[str] = TABLES
 ) -> list[Difference]:
     """Every value that changes the numbers or the rows and is not the same, in order."""
-    return [
-        Difference(table, key, was.get(key), now.get(key))
-        for table in tables
-        for was, now in [(_table(cached, table), _table(wanted, table))]
-        for key in dict.fromkeys([*was, *now])
-        if was.get(key) != now.get(key)
-    ]
+    differing: list[Difference] = []
+    for table in tables:
+        was, now = _table(cached, table), _table(wanted, table)
+        differing += [
+            Difference(table, key, was.get(key), now.get(key))
+            for key in dict.fromkeys([*was, *now])
+            if was.get(key) != now.get(key)
+        ]
+    return differing
 
 
-def consequences(found: Sequence[Difference]) -> str:
-    """What ``--update`` would encode again for these differences."""
-    tables = {difference.table for difference in found}
+def consequences(differing: Sequence[Difference]) -> str:
+    """What ``--update`` would encode again because of these differences."""
+    tables = {difference.table for difference in differing}
     again = [name for name, needs in (("captions", "text"), ("images", "latents")) if needs in tables]
     if "selection" in tables:
         again.append("whatever the selection changes")
     return " and ".join(again)
 
 
-def refuse(root: Path, found: Sequence[Difference]) -> CacheStale:
+def refuse(root: Path, differing: Sequence[Difference]) -> CacheStale:
     """The error for a cache that another recipe made."""
     return CacheStale(
-        f"{root} was encoded with another recipe: {'; '.join(map(str, found))}",
-        f"Run the same command with --update to encode {consequences(found)} again; what it replaces stays until "
+        f"{root} was encoded with another recipe: {'; '.join(map(str, differing))}",
+        f"Run the same command with --update to encode {consequences(differing)} again; what it replaces stays until "
         "`k5cache gc`. Or set these options back, or encode into a new cache with -o OTHER",
     )
 
 
+def refuse_model(root: Path, model: str, differing: Sequence[Difference], fix: str) -> CacheStale:
+    """The error for a model, by its source, that did not encode this cache."""
+    return CacheStale(f"{root} was not encoded by {model}: {'; '.join(map(str, differing))}", fix)
+
+
 def table_of(root: Path, recipe: Mapping[str, Any], name: str, *keys: str) -> Mapping[str, Any]:
-    """One of ``TABLES`` of a cache, where ``keys`` are needed of it.
+    """One of ``TABLES`` of a cache.
 
     Raises:
-        CacheError: it lacks one: another program made the cache.
+        CacheError: the table lacks one of ``keys``: another program made the cache.
     """
     table = _table(recipe, name)
     if missing := [key for key in keys if key not in table]:

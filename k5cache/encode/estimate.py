@@ -18,21 +18,21 @@ from k5cache.shared.host_memory import free_ram
 
 @dataclass(frozen=True)
 class Estimate:
-    """One encode on one machine, as it will go."""
+    """How one encode will go on one machine."""
 
     device: str
     num_captions: int
     num_images: int
     num_tokens: int
-    """Of all captions, templates included; about."""
+    """Of all captions, templates included; approximate."""
     text: memory_plan.TextPlan | None
-    """None where there is no caption to encode."""
+    """None if there is no caption to encode."""
     vae: memory_plan.VaePlan | None
-    """None where there is no image to encode."""
+    """None if there is no image to encode."""
     disk: int
-    """Bytes that the shards will take; about."""
+    """Bytes that the shards will take; approximate."""
     text_seconds: float | None
-    """None where the device is not here to be measured."""
+    """None if the device is not here to be measured."""
     vae_seconds: float | None
 
     @property
@@ -47,7 +47,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of both encoders."""
+        """Of both encoders; None if the device is not here to be measured."""
         if self.text_seconds is None or self.vae_seconds is None:
             return None
         return self.text_seconds + self.vae_seconds
@@ -58,8 +58,8 @@ def estimate(
     config: CacheConfig,
     device: str,
     vram: int | None,
-    texts: Sequence[TextJob],
-    latents: Sequence[LatentJob],
+    text_jobs: Sequence[TextJob],
+    latent_jobs: Sequence[LatentJob],
     *,
     is_timed: bool = True,
 ) -> Estimate:
@@ -67,8 +67,8 @@ def estimate(
 
     Args:
         folder: of the checkpoint.
-        device: as ``pick_device`` gives it.
-        vram: bytes to plan for, also where there is no GPU: then times are not known.
+        device: what ``pick_device`` returned.
+        vram: bytes to plan for. Without a GPU too, but then times are not known.
         is_timed: measure the device for a moment, to know the times.
 
     Raises:
@@ -76,11 +76,11 @@ def estimate(
     """
     from k5cache.encoders.speed import text_lengths
 
-    lengths = text_lengths((one.caption for one in texts), config.max_sequence_length)
-    pixels = [one.geometry.bucket.width * one.geometry.bucket.height for one in latents]
+    lengths = text_lengths((text_job.caption for text_job in text_jobs), config.max_sequence_length)
+    pixels = [job.geometry.bucket.width * job.geometry.bucket.height for job in latent_jobs]
     is_here = device != "cpu" or vram is None
-    text = plan_text(folder, config, device, vram, lengths) if texts else None
-    vae = plan_vae(folder, config, device, vram, latents) if latents else None
+    text = plan_text(folder, config, device, vram, lengths) if text_jobs else None
+    vae = plan_vae(folder, config, device, vram, latent_jobs) if latent_jobs else None
     text_seconds = vae_seconds = None
     if is_here and is_timed:
         architecture = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder"))
@@ -90,8 +90,8 @@ def estimate(
         vae_seconds = flops / speed.vae_flops
     return Estimate(
         device if is_here else f"a card of {human_bytes(vram or 0)}",
-        len(texts),
-        len(latents),
+        len(text_jobs),
+        len(latent_jobs),
         sum(lengths),
         text,
         vae,
@@ -104,7 +104,7 @@ def estimate(
 def plan_text(
     folder: Path, config: CacheConfig, device: str, vram: int | None, lengths: Sequence[int]
 ) -> memory_plan.TextPlan:
-    """How captions of about these token counts will be encoded. Raises ``DoesNotFit``."""
+    """How captions of these token counts will be encoded. Raises ``DoesNotFit``."""
     from k5cache.shared.vram import free_card
 
     architecture = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder"))
@@ -123,14 +123,14 @@ def plan_text(
 
 
 def plan_vae(
-    folder: Path, config: CacheConfig, device: str, vram: int | None, latents: Sequence[LatentJob]
+    folder: Path, config: CacheConfig, device: str, vram: int | None, latent_jobs: Sequence[LatentJob]
 ) -> memory_plan.VaePlan:
     """How these images will be encoded. Raises ``DoesNotFit``."""
     from k5cache.shared.vram import free_card
     from k5cache.sources.images import num_workers
 
-    largest = max(one.geometry.bucket.width * one.geometry.bucket.height for one in latents)
-    decoded = max(one.geometry.width * one.geometry.height for one in latents)
+    largest = max(job.geometry.bucket.width * job.geometry.bucket.height for job in latent_jobs)
+    decoded = max(job.geometry.width * job.geometry.height for job in latent_jobs)
     return memory_plan.plan_vae(
         read_config(folder, "vae"),
         config.vae_precision,
@@ -143,61 +143,65 @@ def plan_vae(
 
 @functools.cache
 def measured(folder: Path, device: str, config: CacheConfig) -> memory_plan.Speed:
-    """``machine.measure_speed``, once: a second."""
+    """``measure_speed``, once per process: it takes a second."""
     from k5cache.encoders.speed import measure_speed
 
     text, vae = torch_dtype(config.text_encoder_1_precision), torch_dtype(config.vae_precision)
     return measure_speed(folder, device, text, vae, config.text_batching)
 
 
-def rows(made: Estimate) -> list[tuple[str, str]]:
-    """(what, value) lines for a person."""
-    lines = [("device", made.device)]
-    if made.text:
-        chunks = made.text.num_chunks(made.num_tokens)
-        how = "all layers on the device"
-        if made.text.mode == "streamed":
-            where = "on the device" if made.text.parking == "device" else "in host memory"
-            how = f"a layer at a time, states parked {where}, weights read {_times(chunks)}"
-        lines.append(("text encoder", f"{made.text.mode}: {how}"))
-        lines.append(("captions", f"{made.num_captions}, about {made.num_tokens} tokens with their templates"))
-    if made.vae:
-        how = "an image at once" if made.vae.mode == "whole" else "an image in strips, exact but for rounding"
-        lines.append(("VAE", f"{made.vae.mode}: {how}; {made.num_images} images"))
-    if made.text and made.vae and made.vram:
-        lines.append(("VRAM", f"{human_bytes(made.text.vram)} for text, then {human_bytes(made.vae.vram)} for images"))
-    elif made.vram:
-        lines.append(("VRAM", human_bytes(made.vram)))
-    lines.append(("RAM", human_bytes(made.ram)))
-    lines.append(("disk", human_bytes(made.disk)))
-    lines.append(("time", duration(made)))
-    return lines
+def rows(estimated: Estimate) -> list[tuple[str, str]]:
+    """(what, value) rows of a table for a person."""
+    text, vae = estimated.text, estimated.vae
+    table = [("device", estimated.device)]
+    if text:
+        table.append(("text encoder", f"{text.mode}: {_text_mode(text, estimated.num_tokens)}"))
+        tokens = f"about {estimated.num_tokens} tokens with their templates"
+        table.append(("captions", f"{estimated.num_captions}, {tokens}"))
+    if vae:
+        mode = "an image at once" if vae.mode == "whole" else "an image in strips, exact but for rounding"
+        table.append(("VAE", f"{vae.mode}: {mode}; {estimated.num_images} images"))
+    if text and vae and estimated.vram:
+        table.append(("VRAM", f"{human_bytes(text.vram)} for text, then {human_bytes(vae.vram)} for images"))
+    elif estimated.vram:
+        table.append(("VRAM", human_bytes(estimated.vram)))
+    table.append(("RAM", human_bytes(estimated.ram)))
+    table.append(("disk", human_bytes(estimated.disk)))
+    table.append(("time", duration(estimated)))
+    return table
 
 
-def modes(made: Estimate) -> str:
+def modes(estimated: Estimate) -> str:
     """Each encoder's mode and VRAM, in a line."""
-    parts = [("text encoder", made.text), ("VAE", made.vae)]
+    plans = [("text encoder", estimated.text), ("VAE", estimated.vae)]
     return ", then ".join(
-        f"{name} {one.mode}" + (f" ({human_bytes(one.vram)} of VRAM)" if one.vram else "") for name, one in parts if one
+        f"{name} {plan.mode}" + (f" ({human_bytes(plan.vram)} of VRAM)" if plan.vram else "")
+        for name, plan in plans
+        if plan
     )
 
 
-def duration(made: Estimate) -> str:
-    """How long, in words."""
-    if made.seconds is None or made.text_seconds is None or made.vae_seconds is None:
+def duration(estimated: Estimate) -> str:
+    """How long an encode will take, in words."""
+    if estimated.seconds is None or estimated.text_seconds is None or estimated.vae_seconds is None:
         return "not known: there is no GPU here to measure"
-    parts = f"{human_seconds(made.text_seconds)} for {made.num_captions} captions, "
-    parts += f"{human_seconds(made.vae_seconds)} for {made.num_images} images"
-    return f"about {human_seconds(made.seconds)} ({parts})"
+    parts = f"{human_seconds(estimated.text_seconds)} for {estimated.num_captions} captions, "
+    parts += f"{human_seconds(estimated.vae_seconds)} for {estimated.num_images} images"
+    return f"about {human_seconds(estimated.seconds)} ({parts})"
+
+
+def _text_mode(plan: memory_plan.TextPlan, num_tokens: int) -> str:
+    if plan.mode == "resident":
+        return "all layers on the device"
+    place = "on the device" if plan.parking == "device" else "in host memory"
+    num_chunks = plan.num_chunks(num_tokens)
+    reads = "once" if num_chunks == 1 else f"{num_chunks} times"
+    return f"a layer at a time, states parked {place}, weights read {reads}"
 
 
 def _disk(folder: Path, config: CacheConfig, lengths: Sequence[int], pixels: Sequence[int]) -> int:
-    """Rows as they are stored: embeddings without the template, mean and std in float16."""
+    """Bytes of the rows as they are stored: embeddings without the template, mean and std in float16."""
     hidden = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder")).hidden_size
     text = sum(max(1, n - 40) for n in lengths) * hidden * ITEM_BYTES[config.text_encoder_1_precision]
     moments = 2 if config.posterior == "sample" else 1
     return text + sum(pixels) // 64 * read_config(folder, "vae")["latent_channels"] * 2 * moments
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"

@@ -1,4 +1,4 @@
-"""What does a pass of an encoder need to know, besides what it encodes?"""
+"""What does an encoder's pass need to know, apart from the captions or images that it encodes?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One encoder at a time: its memory is capped, freed afterwards, and named where it does not suffice."""
+"""One encoder at a time: its memory is limited and then freed, and an error says so if there is not enough."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from k5cache.shared.errors import DoesNotFit
 
 @contextmanager
 def one_encoder(device: str, card_bytes: int | None, name: str, planned: int = 0) -> Iterator[None]:
-    """One encoder's time on the device: afterwards its memory is free again, or that is said.
+    """Run one encoder on the device and free its memory afterwards. If some of it stays in use, say so.
 
     Args:
         card_bytes: the size of card that torch is limited to; None: no limit.
-        planned: bytes of VRAM that it will take by its plan.
+        planned: bytes of VRAM that its plan says it takes.
 
     Raises:
-        DoesNotFit: memory ended all the same.
+        DoesNotFit: memory ran out all the same.
     """
     import torch
 
@@ -44,16 +44,16 @@ def _when_memory_ends(device: str, name: str, planned: int) -> AbstractContextMa
     """Turn running out of memory into an error that names the setting to change."""
 
     def refuse(words: str) -> DoesNotFit:
-        kept = "what was finished is kept"
+        note = "what was finished is kept"
         if device == "cpu":
             problem = f"{name} ran out of memory: {words}"
-            return DoesNotFit(problem, f"Close other programs and run the same command again: {kept}")
-        said = f", {console.human_bytes(planned)} of VRAM were planned" if planned else ""
-        # A tenth less than the plan takes it to the next leaner one: fewer tokens at once, a layer at a time, strips.
+            return DoesNotFit(problem, f"Close other programs and run the same command again: {note}")
+        expected = f", {console.human_bytes(planned)} of VRAM were planned" if planned else ""
+        # A tenth less than planned gives the next leaner plan: fewer tokens at once, a layer at a time, strips.
         less = f", plan for less with k5cache encode --vram {0.9 * planned / 2**30:.1f}GB" if planned else ""
         return DoesNotFit(
-            f"{name} ran out of memory{said}: {words}",
-            f"Close what else uses the GPU{less}, or use --device cpu: {kept}",
+            f"{name} ran out of memory{expected}: {words}",
+            f"Close what else uses the GPU{less}, or use --device cpu: {note}",
         )
 
     return vram.when_memory_ends(refuse)

@@ -22,13 +22,13 @@ class Wanted:
     skipped: Sequence[Skipped]
     """What the source has and cannot be used; unreadable images are added to it."""
     prompts: Sequence[str]
-    """Raw prompts that the cache must hold besides the captions."""
+    """Raw prompts that the cache must hold in addition to the captions."""
     framing: Framing
     """The buckets to choose from, and which part of an image is used."""
     latent_recipe: Mapping[str, Any]
-    """All that changes latents besides image and crop. Plain JSON values."""
+    """Everything but image and crop that changes latents. Plain JSON values."""
     text_recipe: Mapping[str, Any]
-    """All that changes embeddings besides the caption. Plain JSON values."""
+    """Everything but the caption that changes embeddings. Plain JSON values."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def geometry_of(row: IndexRow) -> Geometry:
 
 @dataclass(frozen=True)
 class _Image:
-    """An item that can be used, and what is known of its bytes."""
+    """An item that can be used, and what is known about its bytes."""
 
     item: SourceItem
     content_hash: str
@@ -228,7 +228,7 @@ class _TextKeys:
         self._stored, self._previous = stored, previous
         self._by_raw: dict[str, str] = {}
         self.by_cleaned: dict[str, str] = {}
-        """In the order first met."""
+        """Cleaned caption to key, in the order of first use."""
 
     def of_prompt(self, prompt: str) -> str:
         key = (self._stored.prompts or {}).get(prompt)

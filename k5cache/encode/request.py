@@ -27,7 +27,7 @@ RESIZE = "bicubic-antialias"  # images.load_pixels
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How to encode, besides what."""
+    """How to encode, as opposed to what."""
 
     update: bool = False
     """If the cache has another recipe, take the one asked for and encode again what depends on the difference."""

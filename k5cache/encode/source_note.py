@@ -30,7 +30,7 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
         return note
     try:
         is_same = listing_digest(find.find(source, config)) == note.listing
-    except DatasetError:  # emptied meanwhile
+    except DatasetError:  # it was emptied in the meantime
         return note
     return SourceNote(note.listing, seen.digest) if is_same else note
 

@@ -99,7 +99,7 @@ def _encode_pooled(job: Job, text_jobs: Sequence[TextJob], file: IO[bytes]) -> _
 def _encode_prompts(
     job: Job, sink: RowSink, text_jobs: Sequence[TextJob], plan: memory_plan.TextPlan, pooled: _PooledFile
 ) -> tuple[tuple[str, int], ...]:
-    """Qwen over every caption, a chunk at a time; the next chunk is tokenised meanwhile."""
+    """Qwen over every caption, a chunk at a time. While it runs, a thread tokenises the next chunk."""
     from k5cache.encoders import qwen
     from k5cache.encoders.pipeline import pipeline_template
 

@@ -108,7 +108,7 @@ def _announce(job: Job, plan: Plan) -> None:
     if job.device == "cpu":
         with console.doing(job.bars, "measuring this machine"):
             on_cpu = estimate(job.folder, job.config, job.device, None, *jobs)
-        console.note(f"Encoding on this CPU takes {duration(on_cpu)}, and loading the encoders besides")
+        console.note(f"Encoding on this CPU takes {duration(on_cpu)}, plus the time to load the encoders")
     if job.device != "cpu" or job.vram:
         planned = estimate(job.folder, job.config, job.device, job.vram, *jobs, is_timed=False)
         console.note(f"Planned: {modes(planned)}")

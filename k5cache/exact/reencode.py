@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache.encode import differences, plan
+from k5cache.encode.differences import differences, refuse_model
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job
+from k5cache.encode.plan import LatentJob, TextJob, geometry_of
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
-from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.device import pick_device
-from k5cache.shared.errors import CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images, items
 from k5cache.store.index import IndexRow
@@ -55,7 +55,7 @@ class Reencoded:
 
     compared: tuple[Compared, ...]
     not_compared: tuple[str, ...]
-    """``path: why``: the image has changed since, or is not there. Not a fault of the cache."""
+    """``path: why``: the image has changed since it was encoded, or is not there. Not a fault of the cache."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -67,79 +67,77 @@ class Reencoded:
 def reencode(
     cache: Cache, count: int, source: Path | None, model: ModelConfig, device: str, bars: Progress, seed: int = 0
 ) -> Reencoded:
-    """Encode ``count`` random captions and, where ``source`` is given, ``count`` random images again and compare.
+    """Encode random rows again and compare them: ``count`` captions and, if ``source`` is given, ``count`` images.
 
     Args:
         source: where the images are.
         model: the encoders; their weights must be those of the cache.
 
     Raises:
-        CacheStale: they are not.
+        CacheStale: the weights are not those of the cache.
     """
     folder = model_folder(model, ENCODER_PARTS)
     recipe = cache.manifest.recipe
     config = config_of(recipe)
-    found = differences.differences(recipe, build_recipe(model, config, folder), ("text", "latents"))
-    if found:
-        raise CacheStale(
-            f"{cache.root} was not encoded by {model.source}: {'; '.join(map(str, found))}",
-            "Name the model that made it with --model DIR",
-        )
-    chance = random.Random(seed)
-    keys = chance.sample(sorted(cache.text_lengths()), min(count, len(cache.text_lengths())))
+    if differing := differences(recipe, build_recipe(model, config, folder), ("text", "latents")):
+        raise refuse_model(cache.root, model.source, differing, "Name the model that made it with --model DIR")
+    generator = random.Random(seed)
+    keys = generator.sample(sorted(cache.text_lengths()), min(count, len(cache.text_lengths())))
+    numbers = generator.sample(range(len(cache)), min(count, len(cache))) if source else []
+    read = find.find(source, config).read if source else Path
+    job = Job(read, cache.root, folder, config, pick_device(device), bars)
+    compared = _reencode_texts(cache, job, keys)
+    compared_latents, not_compared = _reencode_latents(cache, job, [cache.row(number) for number in numbers])
+    return Reencoded((*compared, *compared_latents), tuple(not_compared))
+
+
+def _reencode_texts(cache: Cache, job: Job, keys: list[str]) -> list[Compared]:
     texts = {key: cache.text(key) for key in keys}
-    numbers = chance.sample(range(len(cache)), min(count, len(cache))) if source else []
-    rows = {row.latent_key: row for row in map(cache.row, numbers)}
-    job, not_compared = _job(cache, config, folder, source, pick_device(device), bars), list[str]()
-    again = Collector()
-    encode_texts(job, again, [plan.TextJob(key, text.caption) for key, text in texts.items()])
-    jobs = []
-    for key, row in rows.items():
-        reason = _changed(job, row)
-        if reason:
-            not_compared.append(f"{row.path}: {reason}")
-        else:
-            jobs.append(plan.LatentJob(key, row.path, plan.geometry_of(row), row.content_hash))
-    failed = encode_latents(job, again, jobs)
-    not_compared += [f"{rows[key].path}: {reason}" for key, reason in failed.items()]
-    compared = [
-        _compare("text", text.caption, {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}, again.rows[key])
+    encoded = Collector()
+    encode_texts(job, encoded, [TextJob(key, text.caption) for key, text in texts.items()])
+    return [
+        _compare("text", text.caption, {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}, encoded.rows[key])
         for key, text in texts.items()
     ]
-    compared += [
-        _compare("latents", rows[one.key].path, cache.latents(one.key), again.rows[one.key])
-        for one in jobs
-        if one.key not in failed
+
+
+def _reencode_latents(cache: Cache, job: Job, index_rows: list[IndexRow]) -> tuple[list[Compared], list[str]]:
+    """The rows that were encoded again, and ``path: why`` for the images that could not be."""
+    rows = {row.latent_key: row for row in index_rows}
+    reasons = {key: reason for key, row in rows.items() if (reason := _why_not_comparable(job, row))}
+    latent_jobs = [
+        LatentJob(key, row.path, geometry_of(row), row.content_hash) for key, row in rows.items() if key not in reasons
     ]
-    return Reencoded(tuple(compared), tuple(not_compared))
+    encoded = Collector()
+    reasons |= encode_latents(job, encoded, latent_jobs)
+    compared = [
+        _compare("latents", row.path, cache.latents(key), encoded.rows[key])
+        for key, row in rows.items()
+        if key not in reasons
+    ]
+    return compared, [f"{rows[key].path}: {reason}" for key, reason in reasons.items()]
 
 
-def _job(
-    cache: Cache, config: CacheConfig, folder: Path, source: Path | None, device: str,
-    bars: Progress,
-) -> Job:  # fmt: skip
-    read = find.find(source, config).read if source else Path
-    return Job(read, cache.root, folder, config, device, bars)
-
-
-def _changed(job: Job, row: IndexRow) -> str:
+def _why_not_comparable(job: Job, row: IndexRow) -> str:
+    """Why the image of ``row`` cannot be compared; empty if it can."""
     try:
-        same = images.hash_content(job.read(row.path)) == row.content_hash
+        is_same = images.hash_content(job.read(row.path)) == row.content_hash
     except items.UnreadableImage as error:
         return error.reason
-    return "" if same else "has changed since it was encoded"
+    return "" if is_same else "has changed since it was encoded"
 
 
-def _compare(kind: str, name: str, stored: dict[str, torch.Tensor], again: dict[str, Any]) -> Compared:
+def _compare(kind: str, name: str, stored: Mapping[str, torch.Tensor], encoded: Mapping[str, Any]) -> Compared:
+    """Compare the tensors of one row, by name."""
     import torch
 
     errors = []
     for tensor_name, tensor in stored.items():
-        other = again[tensor_name]
+        other = encoded[tensor_name]
         if other.shape != tensor.shape:
             errors.append(float("inf"))
         else:
             norm = tensor.float().norm().item() or 1.0
             errors.append((other.float() - tensor.float()).norm().item() / norm)
-    exact = all(torch.equal(tensor, again[n]) and tensor.dtype == again[n].dtype for n, tensor in stored.items())
-    return Compared(kind, name, exact, max(errors))
+    is_exact = all(torch.equal(tensor, encoded[n]) and tensor.dtype == encoded[n].dtype for n, tensor in stored.items())
+    return Compared(kind, name, is_exact, max(errors))

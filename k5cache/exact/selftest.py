@@ -1,7 +1,7 @@
-"""Is what this machine would cache what diffusers computes? Ours by an encode's own code, on the user's checkpoint.
+"""Is what this machine would cache what diffusers computes? Checked with an encode's own code on a checkpoint.
 
-Captions and crops go through ``passes`` as an encode sends them, and through ``Kandinsky5T2IPipeline.encode_prompt``
-and ``vae.encode``. Of a cache, stored rows are compared too. One part of the checkpoint is loaded at a time.
+Captions and crops go through the passes of an encode, and through ``Kandinsky5T2IPipeline.encode_prompt`` and
+``vae.encode``. If there is a cache, its stored rows are compared too. One part of the checkpoint is loaded at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
-from k5cache.encode import differences, plan
+from k5cache.encode.differences import differences, table_of
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job
-from k5cache.encode.precision import DTYPES
+from k5cache.encode.plan import LatentJob, TextJob, geometry_of
+from k5cache.encode.precision import torch_dtype
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
@@ -48,7 +49,7 @@ CAPTIONS = (
     "",
     "many words " * 400,
 )
-PICTURE_SIDE = 256  # pixels: of synthetic pictures, so that a float32 VAE on a CPU needs seconds
+PICTURE_SIDE = 256  # pixels of the side of synthetic pictures, so that a float32 VAE on a CPU takes seconds
 PIPELINE = "pipeline.encode_prompt"
 VAE = "vae.encode(preprocess)"
 _ALLOWED = {"int8": 0.1, "fast": 0.02}  # of the norm: 8 bits in 28 layers; bfloat16 products of another size
@@ -69,8 +70,9 @@ def compare_with_diffusers(
     """Every comparison, in the order that data flows.
 
     Args:
-        cache: whose rows, recipe and options are used; None: the defaults, and captions and pictures of our own.
-        source: where the cache's images are; by default ``datasets/<name of the cache>``. Else crops are synthetic.
+        cache: its rows, recipe and options are used. None: default options, and captions and pictures of our own.
+        source: where the cache's images are, by default ``datasets/<name of the cache>``. If they cannot be used,
+            crops are synthetic.
         count: rows of the cache that are compared.
 
     Raises:
@@ -81,40 +83,39 @@ def compare_with_diffusers(
     folder = model_folder(model, ENCODER_PARTS)
     config = config_of(cache.manifest.recipe) if cache else CacheConfig()
     recipe = build_recipe(model, config, folder)
-    made = [] if cache is None else [_recipe(cache, recipe)]
+    comparisons = [] if cache is None else [_compare_recipe(cache, recipe)]
     stored = _stored_captions(cache, count) if cache else {}
     captions = [*CAPTIONS, *(caption for caption in stored.values() if caption not in CAPTIONS)]
-    pictures, rows, why = _pictures(cache, source, config, count)
+    pictures, latent_keys, reason = _pictures(cache, source, config, count)
 
-    torch_dtypes = _dtypes(config)
-    bars_task = bars.add_task("diffusers' text encoders", total=None, unit="caption", note="")
-    reference = encode_as_the_pipeline(folder, captions, config.max_sequence_length, device, torch_dtypes[:2])
-    bars.update(bars_task, description="diffusers' VAE")
+    qwen_dtype, clip_dtype, vae_dtype = _dtypes(config)
+    task = bars.add_task("diffusers' text encoders", total=None, unit="caption", note="")
+    encoded = encode_as_the_pipeline(folder, captions, config.max_sequence_length, device, (qwen_dtype, clip_dtype))
+    bars.update(task, description="diffusers' VAE")
     crops = [images.load_pixels(picture.content, picture.geometry) for picture in pictures]
-    moments = moments_of_the_vae(folder, crops, device, torch_dtypes[2])
-    bars.remove_task(bars_task)
-    by_caption = dict(zip(captions, reference, strict=True))
+    moments = moments_of_the_vae(folder, crops, device, vae_dtype)
+    bars.remove_task(task)
+    reference = dict(zip(captions, encoded, strict=True))
 
     contents = {picture.name: picture.content for picture in pictures}
     job = Job(contents.__getitem__, Path(), folder, config, device, bars)
-    ours = Collector()
-    made.append(_token_ids(folder, by_caption, config.max_sequence_length))
-    made += _texts(job, ours, by_caption)
-    made += _latents(job, ours, pictures, moments, recipe)
+    comparisons.append(_compare_token_ids(folder, reference, config.max_sequence_length))
+    comparisons += _compare_texts(job, reference)
+    comparisons += _compare_latents(job, pictures, moments, recipe)
     if cache:
-        made += _stored_texts(cache, stored, by_caption)
-        made.append(_stored_latents(cache, rows, pictures, moments, why))
-    return made
+        comparisons += _compare_stored_texts(cache, stored, reference)
+        comparisons.append(_compare_stored_latents(cache, latent_keys, pictures, moments, reason))
+    return comparisons
 
 
-def _recipe(cache: Cache, recipe: dict[str, Any]) -> Comparison:
-    found = differences.differences(cache.manifest.recipe, recipe, ("text", "latents"))
+def _compare_recipe(cache: Cache, recipe: dict[str, Any]) -> Comparison:
+    differing = differences(cache.manifest.recipe, recipe, ("text", "latents"))
     return check(
-        "recipe of the cache: template, crop, weights", "this diffusers, this model", "; ".join(map(str, found))
+        "recipe of the cache: template, crop, weights", "this diffusers, this model", "; ".join(map(str, differing))
     )
 
 
-def _token_ids(folder: Path, reference: dict[str, Encoded], limit: int) -> Comparison:
+def _compare_token_ids(folder: Path, reference: dict[str, Encoded], limit: int) -> Comparison:
     import torch
 
     from k5cache.encoders.pipeline import clean
@@ -128,11 +129,12 @@ def _token_ids(folder: Path, reference: dict[str, Encoded], limit: int) -> Compa
     return compare(f"token ids of {len(pairs)} captions", PIPELINE, pairs)
 
 
-def _texts(job: Job, ours: Collector, reference: dict[str, Encoded]) -> list[Comparison]:
-    """Captions through an encode's own passes against the pipeline."""
+def _compare_texts(job: Job, reference: dict[str, Encoded]) -> list[Comparison]:
+    """Captions through an encode's own passes, compared with the pipeline."""
     from k5cache.encoders.pipeline import clean
 
-    encode_texts(job, ours, [plan.TextJob(caption, clean(caption)) for caption in reference])
+    ours = Collector()
+    encode_texts(job, ours, [TextJob(caption, clean(caption)) for caption in reference])
     precise = max(_ALLOWED.get(job.config.text_encoder_1_precision, 0.0), _ALLOWED.get(job.config.text_batching, 0.0))
     allowed = {"prompt_embeds": precise, "pooled": _ALLOWED.get(job.config.text_batching, 0.0)}
     return [
@@ -146,19 +148,19 @@ def _texts(job: Job, ours: Collector, reference: dict[str, Encoded]) -> list[Com
     ]
 
 
-def _latents(
+def _compare_latents(
     job: Job,
-    ours: Collector,
     pictures: Sequence[Picture],
     moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
     recipe: dict[str, Any],
 ) -> list[Comparison]:
-    """Crops through an encode's own pass against the VAE, in the float16 that is stored."""
+    """Crops through an encode's own pass, compared with the VAE in the float16 that is stored."""
     from diffusers import AutoencoderKL
 
-    failed = encode_latents(job, ours, [plan.LatentJob(p.name, p.name, p.geometry) for p in pictures])
+    ours = Collector()
+    failed = encode_latents(job, ours, [LatentJob(p.name, p.name, p.geometry) for p in pictures])
     names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
-    made = [
+    comparisons = [
         compare(
             f"{name} of {len(pictures)} crops",
             VAE,
@@ -171,22 +173,22 @@ def _latents(
         for i, name in enumerate(names)
     ]
     factor = AutoencoderKL.load_config(job.folder / "vae", local_files_only=True)["scaling_factor"]
-    found = recipe["latents"]["scaling_factor"]
-    problem = "" if found == factor else f"scaling_factor is {found} instead of {factor}"
-    return [*made, check("scaling_factor", "the VAE's config", problem)]
+    ours_factor = recipe["latents"]["scaling_factor"]
+    problem = "" if ours_factor == factor else f"scaling_factor is {ours_factor} instead of {factor}"
+    return [*comparisons, check("scaling_factor", "the VAE's config", problem)]
 
 
 def _stored_captions(cache: Cache, count: int) -> dict[str, str]:
-    """Text key -> caption of some random rows, always with the prompts that samples are drawn from."""
+    """Text key -> caption of ``count`` random rows, and of up to ``count`` prompts that samples are drawn from."""
     keys = sorted(cache.text_lengths())
     chosen = random.Random(0).sample(keys, min(count, len(keys)))
     chosen += sorted(set(cache.manifest.prompts.values()) - set(chosen))[:count]
     return {key: cache.text(key).caption for key in chosen}
 
 
-def _stored_texts(cache: Cache, stored: dict[str, str], reference: dict[str, Encoded]) -> list[Comparison]:
+def _compare_stored_texts(cache: Cache, stored: dict[str, str], reference: dict[str, Encoded]) -> list[Comparison]:
     rows = {key: cache.text(key) for key in stored}
-    precision = differences.table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
+    precision = table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
     return [
         compare(
             f"cached {name} of {len(rows)} captions",
@@ -201,66 +203,66 @@ def _stored_texts(cache: Cache, stored: dict[str, str], reference: dict[str, Enc
     ]
 
 
-def _stored_latents(
+def _compare_stored_latents(
     cache: Cache,
-    rows: dict[str, str],
+    latent_keys: dict[str, str],
     pictures: Sequence[Picture],
     moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    why: str,
+    reason: str,
 ) -> Comparison:
-    what, against = f"cached latents of {len(rows)} images", VAE
-    if not rows:
-        return not_run(what, against, why)
+    title = f"cached latents of {len(latent_keys)} images"
+    if not latent_keys:
+        return not_run(title, VAE, reason)
     pairs = [
         (f"{p.name} {name}", tensor, theirs[("mean", "std").index(name)].half())
         for p, theirs in zip(pictures, moments, strict=True)
-        for name, tensor in cache.latents(rows[p.name]).items()
+        for name, tensor in cache.latents(latent_keys[p.name]).items()
         if name in ("mean", "std")
     ]
-    return compare(what, against, pairs, TOLERANCE["latents"])
+    return compare(title, VAE, pairs, TOLERANCE["latents"])
 
 
 def _pictures(
     cache: Cache | None, source: Path | None, config: CacheConfig, count: int
 ) -> tuple[list[Picture], dict[str, str], str]:
-    """Crops to encode; of the cache's own images, their latent keys too, or why there are none."""
-    why = "there is no cache"
+    """Crops to encode, and if they are of the cache's own images, name -> latent key; else why they are not."""
+    reason = "there is no cache"
     if cache is not None:
         usual = Path("datasets") / cache.root.resolve().name
-        if source is None and not usual.exists():  # never a guess at a hub dataset's name
-            why = f"there is no {usual}: name the folder of the images with --source"
-            return _synthetic(min(config.resolution, PICTURE_SIDE)), {}, why
-        found, why = _images_of(cache, source or usual, config, count)
-        if found:
-            return [picture for picture, _ in found], {picture.name: key for picture, key in found}, ""
-    return _synthetic(min(config.resolution, PICTURE_SIDE)), {}, why
+        if source is None and not usual.exists():  # the name is not looked up as a dataset on the hub
+            reason = f"there is no {usual}: name the folder of the images with --source"
+        else:
+            keyed, reason = _images_of(cache, source or usual, config, count)
+            if keyed:
+                return [picture for picture, _ in keyed], {picture.name: key for picture, key in keyed}, ""
+    return _synthetic(min(config.resolution, PICTURE_SIDE)), {}, reason
 
 
 def _images_of(cache: Cache, source: Path, config: CacheConfig, count: int) -> tuple[list[tuple[Picture, str]], str]:
-    """Some of the cache's images as they are now, each with its latent key; passed over where they have changed."""
+    """Some of the cache's images that have not changed, each with its latent key; and why others are left out."""
     try:
         read = find.find(source, config).read
     except K5Error as error:
         return [], f"{error.problem}; name the folder of the images with --source"
-    found, why = [], ""
+    pictures, reason = list[tuple[Picture, str]](), ""
     for i in random.Random(0).sample(range(len(cache)), len(cache)):
         row = cache.row(i)
         try:
             content = read(row.path)
             if images.hash_content(content) != row.content_hash:
-                why = f"{row.path} has changed since it was encoded"
+                reason = f"{row.path} has changed since it was encoded"
                 continue
         except UnreadableImage as error:
-            why = f"{row.path} {error.reason}"
+            reason = f"{row.path} {error.reason}"
             continue
-        found.append((Picture(row.path, content, plan.geometry_of(row)), row.latent_key))
-        if len(found) == count:
+        pictures.append((Picture(row.path, content, geometry_of(row)), row.latent_key))
+        if len(pictures) == count:
             break
-    return found, why
+    return pictures, reason
 
 
 def _synthetic(resolution: int) -> list[Picture]:
-    """A square and a wide picture of soft shapes and noise, a little larger than their buckets."""
+    """A square and a wide picture of soft shapes and noise, each a little larger than its bucket."""
     import numpy as np
     from PIL import Image
 
@@ -280,8 +282,8 @@ def _synthetic(resolution: int) -> list[Picture]:
 
 def _dtypes(config: CacheConfig) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Of Qwen, CLIP and the VAE; the reference of int8 is bfloat16."""
-    import torch
-
-    named = (config.text_encoder_1_precision, config.text_encoder_2_precision, config.vae_precision)
-    first, second, third = (getattr(torch, DTYPES.get(name, "bfloat16")) for name in named)
-    return first, second, third
+    return (
+        torch_dtype(config.text_encoder_1_precision),
+        torch_dtype(config.text_encoder_2_precision),
+        torch_dtype(config.vae_precision),
+    )

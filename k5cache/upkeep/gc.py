@@ -1,8 +1,8 @@
-"""What does a cache hold that nothing needs any more? Shards lose the rows that no item and no prompt names."""
+"""What does a cache hold that nothing needs any more? Rows that no item and no prompt names are deleted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,91 +18,105 @@ class Collected:
     """What a collection freed, or would free."""
 
     dropped: tuple[str, ...]
-    """Shards none of whose rows is needed."""
+    """Shards without a row that is needed."""
     rewritten: tuple[str, ...]
-    """Shards some of whose rows are needed: these are copied into a new shard."""
+    """Shards with some rows that are needed: these rows are copied into a new shard."""
     unnamed: tuple[str, ...]
     """Files that no manifest names: left by a crash or by an earlier collection."""
     num_rows: int
-    """Rows that go."""
+    """Rows that are deleted."""
     num_bytes: int
-    """Bytes that are freed; of rewritten shards an estimate, by their rows."""
+    """Bytes that are freed; for rewritten shards an estimate from their number of rows."""
 
 
 def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Collected:
     """Delete what neither the index nor a prompt needs.
 
-    The new shards are whole and named before the old ones are deleted, so a crash at any instant loses nothing; run it
-    again. A run that reads this cache keeps the rows of its own index only while no other index has been written since:
-    do not collect while one trains on an older index.
+    The new shards are whole and named before the old ones are deleted, so a crash at any instant loses nothing, and
+    the next collection finishes the work. Do not collect while a run trains on this cache and another index has been
+    written since that run started: the run reads the older index, whose rows may be deleted.
 
     Raises:
         CacheError: there is no cache.
-        CacheCorrupt: a file is damaged; nothing is deleted then.
+        CacheCorrupt: a file is damaged; then nothing is deleted.
         CacheLocked: another process is writing this cache.
     """
-    seen = read_manifest(root)  # before the lock: it makes the folder of a mistyped name
+    manifest = read_manifest(root)  # before the lock, which would create the folder of a mistyped name
     if dry_run:
-        return _look(root, seen)[0]
+        return _look(root, manifest, _needed_keys(manifest, _read_rows(root, manifest)))
     with lock(root, wait_seconds):
         manifest = read_manifest(root)
-        found, rows, needed = _look(root, manifest)
-        if found.rewritten or found.dropped:
-            manifest = _commit(root, manifest, found, rows, needed)
+        rows = _read_rows(root, manifest)
+        needed = _needed_keys(manifest, rows)
+        collected = _look(root, manifest, needed)
+        if collected.rewritten or collected.dropped:
+            manifest = _commit(root, manifest, collected, rows, needed)
         for name in unnamed_files(root, manifest):
             (root / name).unlink(missing_ok=True)
         for folder in files.FOLDERS:
             if (root / folder).is_dir():
                 files.sync_folder(root / folder)
-    return found
+    return collected
 
 
-def _look(root: Path, manifest: Manifest) -> tuple[Collected, list[IndexRow], dict[str, set[str]]]:
-    """What can go, the index, and the keys of each kind that must stay."""
+def _read_rows(root: Path, manifest: Manifest) -> list[IndexRow]:
     require_files(root, manifest)
-    if manifest.index is None:  # an encode goes on from here: all its rows are needed
-        return Collected((), (), tuple(sorted(unnamed_files(root, manifest))), 0, _sizes(root, manifest)), [], {}
-    rows = index_rows(read_index(root, manifest.index))
-    needed = {
+    return list(index_rows(read_index(root, manifest.index))) if manifest.index else []
+
+
+def _needed_keys(manifest: Manifest, rows: Sequence[IndexRow]) -> dict[str, set[str]]:
+    """The keys of each kind that must stay."""
+    return {
         "latents": {row.latent_key for row in rows},
         "masks": {row.mask_key for row in rows if row.mask_key},
         "text": {key for row in rows for key in row.caption_keys} | set(manifest.prompts.values()),
     }
+
+
+def _look(root: Path, manifest: Manifest, needed: Mapping[str, Set[str]]) -> Collected:
+    """What can be deleted; nothing is changed."""
+    unnamed = tuple(sorted(unnamed_files(root, manifest)))
+    num_rows, num_bytes = 0, sum((root / name).stat().st_size for name in unnamed)
+    if manifest.index is None:  # an interrupted encode goes on from here: all its rows are needed
+        return Collected((), (), unnamed, num_rows, num_bytes)
     dropped, rewritten = list[str](), list[str]()
-    num_rows, num_bytes = 0, _sizes(root, manifest)
-    left = {kind: set(keys) for kind, keys in needed.items()}
+    missing = {kind: set(keys) for kind, keys in needed.items()}  # needed keys that no shard so far has
     for shard in manifest.shards:
         keys = Shard(root, shard).keys
-        kept = left[shard.kind] & set(keys)
-        left[shard.kind] -= kept  # where two shards hold one key, the first is read
-        if len(kept) < len(keys):
-            (rewritten if kept else dropped).append(shard.file)
-            num_rows += len(keys) - len(kept)
-            num_bytes += shard.num_bytes * (len(keys) - len(kept)) // len(keys)
-    unnamed = tuple(sorted(unnamed_files(root, manifest)))
-    return Collected(tuple(dropped), tuple(rewritten), unnamed, num_rows, num_bytes), rows, needed
+        needed_here = missing[shard.kind] & set(keys)
+        missing[shard.kind] -= needed_here  # if two shards have one key, the first is read
+        num_unneeded = len(keys) - len(needed_here)
+        if num_unneeded:
+            (rewritten if needed_here else dropped).append(shard.file)
+            num_rows += num_unneeded
+            num_bytes += shard.num_bytes * num_unneeded // len(keys)
+    return Collected(tuple(dropped), tuple(rewritten), unnamed, num_rows, num_bytes)
 
 
 def _commit(
-    root: Path, manifest: Manifest, found: Collected, rows: Sequence[IndexRow], needed: dict[str, set[str]]
+    root: Path,
+    manifest: Manifest,
+    collected: Collected,
+    rows: Sequence[IndexRow],
+    needed: Mapping[str, Set[str]],
 ) -> Manifest:
-    """Name the new shards in the place of the old, with an index and locations to match."""
+    """Name the new shards instead of the old, with an index and locations to match."""
     shards: list[ShardInfo] = []
-    left = {kind: set(keys) for kind, keys in needed.items()}
+    missing = {kind: set(keys) for kind, keys in needed.items()}
     for shard in manifest.shards:
-        if shard.file in found.rewritten:
-            shards.append(_copy(root, shard, left[shard.kind]))
-        elif shard.file not in found.dropped:
+        if shard.file in collected.rewritten:
+            shards.append(_copy(root, shard, missing[shard.kind]))
+        elif shard.file not in collected.dropped:
             shards.append(shard)
-        left[shard.kind] -= set(Shard(root, shard).keys)
+        missing[shard.kind] -= set(Shard(root, shard).keys)
     lean = replace(manifest, shards=tuple(shards))
     lean = with_index(root, lean, [replace(row, caption_lengths=()) for row in rows])
     write_manifest(root, lean)
     return lean
 
 
-def _copy(root: Path, shard: ShardInfo, needed: set[str]) -> ShardInfo:
-    """A new shard with the needed rows of ``shard``, each checked as it is read."""
+def _copy(root: Path, shard: ShardInfo, needed: Set[str]) -> ShardInfo:
+    """A new shard with the needed rows of ``shard``; each row is checked as it is read."""
     old = Shard(root, shard)
     with ShardWriter(root, shard.kind, old.specs, shard.bucket) as writer:
         for number, key in enumerate(old.keys):
@@ -110,7 +124,3 @@ def _copy(root: Path, shard: ShardInfo, needed: set[str]) -> ShardInfo:
                 row = old.read(number, key)
                 writer.append({"key": key, **row.tensors, "n_tokens": row.n_tokens, "caption": row.caption})
         return writer.finish()
-
-
-def _sizes(root: Path, manifest: Manifest) -> int:
-    return sum((root / name).stat().st_size for name in unnamed_files(root, manifest))

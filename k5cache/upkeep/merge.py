@@ -1,4 +1,4 @@
-"""Several caches of one recipe as one: encodes of parts of a source on several machines, put together."""
+"""How do several caches of one recipe become one? For example caches of parts that were encoded on several machines."""
 
 from __future__ import annotations
 
@@ -8,105 +8,110 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from k5cache.encode import differences
+from k5cache.encode.differences import differences
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
 from k5cache.store.shards import verify_shard
+from k5cache.upkeep.finished import finished_index
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge made."""
+    """What the merged cache holds."""
 
     num_items: int
     num_shards: int
     num_bytes: int
     duplicates: tuple[str, ...]
-    """Paths that an earlier cache had with the same image, captions and crop; each is in the merged cache once."""
+    """Paths that several caches had, with the same image, captions and crop. The merged cache has each once."""
     is_linked: bool
     """Whether the shards are hard links: one copy on disk for both caches."""
 
 
 def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
-    """Put caches together. The parts stay as they are; where they lie on the same disk, shards are linked, not copied.
+    """Merge caches into a new one.
+
+    The parts stay as they are. Shards on the same disk are linked, not copied.
 
     Args:
         parts: two or more finished caches with the same recipe.
         out: a folder that is not there yet, or one that an interrupted merge left.
 
     Raises:
-        CacheStale: two recipes differ; says where.
-        CacheCorrupt: a shard is damaged: it is named before anything is linked to it.
+        CacheStale: two recipes differ; the message names the fields.
+        CacheCorrupt: a shard is damaged; it is named before anything is linked to it.
         CacheError: a path stands for different images in two caches, or ``out`` is a cache already.
     """
     if len(parts) < 2:
         raise CacheError("There is one cache to merge", "Name two or more: k5cache merge A B -o C")
-    manifests = [_finished(root) for root in parts]
-    for root, manifest in zip(parts[1:], manifests[1:], strict=True):
-        found = differences.differences(manifests[0].recipe, manifest.recipe)
-        if found:
-            raise CacheStale(
-                f"{parts[0]} and {root} have other recipes: {'; '.join(f.between(parts[0], root) for f in found)}",
-                "Encode one of them again with the recipe of the other, and --update",
-            )
+    manifests = [_read_finished(root) for root in parts]
+    _require_one_recipe(parts, manifests)
     with lock(out):
         if (out / "manifest.json").exists():
             raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
-        rows, duplicates = _rows(parts, manifests)
+        rows, duplicates = _merge_rows(parts, manifests)
         shards: dict[str, ShardInfo] = {}
-        linked = True
+        is_linked = True
         for root, manifest in zip(parts, manifests, strict=True):
             for shard in manifest.shards:
                 if shard.file not in shards:
-                    linked = _bring(root, out, shard) and linked
+                    is_linked = _bring(root, out, shard) and is_linked
                     shards[shard.file] = shard
-        made = Manifest(
+        merged = Manifest(
             recipe=manifests[0].recipe,
             shards=tuple(shards.values()),
             prompts={raw: key for manifest in reversed(manifests) for raw, key in manifest.prompts.items()},
             created_by=manifests[0].created_by,
         )
-        write_manifest(out, with_index(out, made, rows))
-    return Merged(len(rows), len(shards), sum(s.num_bytes for s in shards.values()), duplicates, linked)
+        write_manifest(out, with_index(out, merged, rows))
+    num_bytes = sum(shard.num_bytes for shard in shards.values())
+    return Merged(len(rows), len(shards), num_bytes, duplicates, is_linked)
 
 
-def _finished(root: Path) -> Manifest:
+def _read_finished(root: Path) -> Manifest:
     manifest = read_manifest(root)
-    if manifest.index is None:
-        raise CacheError(
-            f"{root} holds no finished index: its encode was interrupted",
-            f"Finish it first: k5cache encode SOURCE -o {root}",
-        )
+    finished_index(root, manifest)
     require_files(root, manifest)
     return manifest
 
 
-def _rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[list[IndexRow], tuple[str, ...]]:
-    """The rows of all parts by path, and the paths that came twice."""
-    found: dict[tuple[str, bool], tuple[IndexRow, Path]] = {}
+def _require_one_recipe(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    for root, manifest in zip(parts[1:], manifests[1:], strict=True):
+        differing = differences(manifests[0].recipe, manifest.recipe)
+        if differing:
+            sentences = "; ".join(difference.between(parts[0], root) for difference in differing)
+            raise CacheStale(
+                f"{parts[0]} and {root} have different recipes: {sentences}",
+                "Encode one of them again with the recipe of the other, and --update",
+            )
+
+
+def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[list[IndexRow], tuple[str, ...]]:
+    """The rows of all parts by path, and the paths that several parts have."""
+    rows: dict[tuple[str, bool], tuple[IndexRow, Path]] = {}
     duplicates: dict[str, None] = {}
     for root, manifest in zip(parts, manifests, strict=True):
-        for row in index_rows(read_index(root, manifest.index)) if manifest.index else ():
-            before = found.setdefault((row.path, row.flipped), (row, root))
-            if before[1] is root:
+        for row in index_rows(read_index(root, finished_index(root, manifest))):
+            first_row, first_root = rows.setdefault((row.path, row.flipped), (row, root))
+            if first_root is root:
                 continue
-            if _content(before[0]) != _content(row):
+            if _keys(first_row) != _keys(row):
                 raise CacheError(
-                    f"{row.path} is one item in {before[1]} and another in {root}",
+                    f"{row.path} is one item in {first_root} and another in {root}",
                     "Rename it in one of the sources and encode that again; a path stands for one image",
                 )
             duplicates[row.path] = None
-    return [replace(found[at][0], caption_lengths=()) for at in sorted(found)], tuple(duplicates)
+    return [replace(rows[name][0], caption_lengths=()) for name in sorted(rows)], tuple(duplicates)
 
 
-def _content(row: IndexRow) -> tuple[object, ...]:
+def _keys(row: IndexRow) -> tuple[object, ...]:
     return row.latent_key, row.mask_key, row.caption_keys
 
 
 def _bring(root: Path, out: Path, shard: ShardInfo) -> bool:
-    """Have ``shard`` in ``out``, checked, whole and durable. Returns whether it is a hard link."""
+    """Check ``shard`` and link or copy it into ``out``. Returns whether it is a hard link."""
     problems = verify_shard(root, shard)
     if problems:
         raise files.corrupt(root, problems[0])

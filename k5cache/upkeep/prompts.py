@@ -1,4 +1,4 @@
-"""More prompts for a finished cache: only the text encoders are loaded, and only for what is not there yet."""
+"""How does a finished cache get more prompts? The text encoders are loaded only for prompts that it does not have."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from k5cache.encode import differences, plan
 from k5cache.encode.commit import Committer
+from k5cache.encode.differences import differences, refuse_model, table_of
 from k5cache.encode.job import Job
 from k5cache.encode.keys import text_key
+from k5cache.encode.plan import TextJob
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.text_pass import encode_texts
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.device import pick_device
-from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.store.index import index_rows, read_index
 from k5cache.store.manifest import lock, read_manifest
+from k5cache.upkeep.finished import finished_index
+
+_SHARD_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Added:
 
     encoded: tuple[str, ...]
     already_there: tuple[str, ...]
-    """Named before, or the caption of an image: nothing was computed."""
+    """Prompts of an earlier encode, or captions of an image: nothing was computed for them."""
     truncated: tuple[tuple[str, int], ...]
-    """Cleaned prompt and how many of its characters no token stands for."""
+    """(cleaned prompt, how many of its last characters were cut off)."""
 
 
 def add_prompts(
@@ -41,7 +44,7 @@ def add_prompts(
     bars: Progress,
     wait_seconds: float = 0,
 ) -> Added:
-    """Give the cache these prompts, for validation and `k5train sample`; its items stay as they are.
+    """Add prompts to the cache, for validation and `k5train sample`. Its items stay as they are.
 
     Args:
         prompts: as their user writes them.
@@ -56,29 +59,22 @@ def add_prompts(
 
     with lock(root, wait_seconds):
         manifest = read_manifest(root)
-        if manifest.index is None:
-            raise CacheError(
-                f"{root} holds no finished index: its encode was interrupted",
-                f"Finish it first: k5cache encode SOURCE -o {root}",
-            )
-        recipe = dict(differences.table_of(root, manifest.recipe, "text", "text_encoder"))
-        keys = {raw: text_key(clean(raw), recipe) for raw in dict.fromkeys(prompts)}
-        commit = Committer(root, manifest, 2**28)
-        stored = commit.keys("text")
-        jobs = {key: plan.TextJob(key, clean(raw)) for raw, key in keys.items() if key not in stored}
+        index = finished_index(root, manifest)
+        text_recipe = dict(table_of(root, manifest.recipe, "text", "text_encoder"))
+        keys = {raw: text_key(clean(raw), text_recipe) for raw in dict.fromkeys(prompts)}
+        committer = Committer(root, manifest, _SHARD_BYTES)
+        stored = committer.keys("text")
+        text_jobs = {key: TextJob(key, clean(raw)) for raw, key in keys.items() if key not in stored}
         truncated: tuple[tuple[str, int], ...] = ()
-        if jobs:
+        if text_jobs:
             config = config_of(manifest.recipe)
             folder = model_folder(model, ENCODER_PARTS)
-            found = differences.differences(manifest.recipe, build_recipe(model, config, folder), ("text",))
-            if found:
-                raise CacheStale(
-                    f"{root} was not encoded by {model.source}: {'; '.join(map(str, found))}",
-                    "Name the model that made it with --model DIR, or encode its captions again with --update",
-                )
+            if differing := differences(manifest.recipe, build_recipe(model, config, folder), ("text",)):
+                fix = "Name the model that made it with --model DIR, or encode its captions again with --update"
+                raise refuse_model(root, model.source, differing, fix)
             job = Job(Path, root, folder, config, pick_device(device), bars)
-            truncated = encode_texts(job, commit, list(jobs.values()))
-        rows = index_rows(read_index(root, manifest.index))
-        commit.index(rows, keys, manifest.recipe, manifest.created_by, manifest.source)
-    encoded = tuple(raw for raw, key in keys.items() if key in jobs)
+            truncated = encode_texts(job, committer, list(text_jobs.values()))
+        rows = index_rows(read_index(root, index))
+        committer.index(rows, keys, manifest.recipe, manifest.created_by, manifest.source)
+    encoded = tuple(raw for raw, key in keys.items() if key in text_jobs)
     return Added(encoded, tuple(raw for raw in keys if raw not in encoded), truncated)

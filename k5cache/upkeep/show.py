@@ -1,4 +1,4 @@
-"""What will be trained on, for a person to see: the cached latents decoded, each with its bucket and its captions."""
+"""What will be trained on, as pictures? The cached latents decoded, each with its bucket and its captions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 from rich.progress import Progress
 
-from k5cache.encode import differences
+from k5cache.encode.differences import Difference, refuse_model, table_of
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.device import pick_device
-from k5cache.shared.errors import CacheStale
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.model import ModelConfig
 from k5cache.store.files import new_file
@@ -25,10 +24,10 @@ from k5cache.store.reader import Cache
 if TYPE_CHECKING:
     import torch
 
-CELL = 256  # pixels on the longer side of a picture in the sheet
+CELL = 256  # pixels of the longer side of a picture in the sheet
 LINES = 4  # of caption under a picture
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
-"""Looked for on the system, for scripts that Pillow's own font has not."""
+"""Looked for on the system, because Pillow's own font has Latin letters only."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,13 @@ class Shown:
     """Cleaned."""
     picture: Image.Image
     mask: Image.Image | None = None
-    """Greyscale, a pixel a latent; white counts in a masked loss."""
+    """Greyscale, one pixel per latent; white counts in a masked loss."""
 
 
 def write_contact_sheet(
     cache: Cache, out: Path, count: int, model: ModelConfig, device: str, bars: Progress, seed: int = 0
 ) -> int:
-    """Write a contact sheet of ``count`` random items (all, where there are fewer); returns how many.
+    """Write a contact sheet of ``count`` random items, or all if there are fewer. Returns how many.
 
     Raises:
         CacheStale: the VAE is not the one that encoded the cache.
@@ -68,18 +67,18 @@ def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str
     from k5cache.encoders.vae import load_vae
 
     folder = model_folder(model, ("vae",))
-    made_by = differences.table_of(cache.root, cache.manifest.recipe, "latents", "vae")["vae"]
-    found = differences.Difference("latents", "vae", made_by, fingerprint(folder, "vae"))
-    if found.cached != found.now:
-        raise CacheStale(f"{cache.root} was not encoded by {model.source}: {found}", "Name its model with --model DIR")
-    where = pick_device(device)
+    cached_vae = table_of(cache.root, cache.manifest.recipe, "latents", "vae")["vae"]
+    difference = Difference("latents", "vae", cached_vae, fingerprint(folder, "vae"))
+    if difference.cached != difference.now:
+        raise refuse_model(cache.root, model.source, [difference], "Name its model with --model DIR")
+    device = pick_device(device)
     task = bars.add_task("VAE", total=len(numbers), unit="image", note="")
-    vae = load_vae(folder, where, torch.float32)
-    shown = []
+    vae = load_vae(folder, device, torch.float32)
+    shown: list[Shown] = []
     for number in numbers:
         row = cache.row(number)
         # Stored unscaled, as the VAE gives it: decode without scaling_factor.
-        mean = cache.latents(row.latent_key)["mean"].float().permute(2, 0, 1).unsqueeze(0).to(where)
+        mean = cache.latents(row.latent_key)["mean"].float().permute(2, 0, 1).unsqueeze(0).to(device)
         with torch.no_grad():
             picture = to_picture(vae.decode(mean).sample[0])
         mask = Image.fromarray((cache.mask(row.mask_key) * 255).byte().numpy()) if row.mask_key else None
@@ -96,20 +95,20 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 
 def contact_sheet(shown: Sequence[Shown], columns: int | None = None) -> Image.Image:
-    """Pictures in a grid, each over its path, bucket and captions."""
+    """A grid of pictures, each above its path, bucket and captions."""
     columns = columns or min(len(shown), max(2, round(len(shown) ** 0.5)))
     font, line, gap = load_font(13), 17, 12
-    labels = [_labels(one, font) for one in shown]
+    labels = [_labels(item, font) for item in shown]
     cell_height = CELL + line * max(map(len, labels)) + 2 * gap
     num_rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (CELL + gap) + gap, num_rows * cell_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, one in enumerate(shown):
+    for i, item in enumerate(shown):
         left, top = gap + i % columns * (CELL + gap), gap + i // columns * cell_height
-        scale = CELL / max(one.picture.size)
-        size = (max(1, round(one.picture.width * scale)), max(1, round(one.picture.height * scale)))
+        scale = CELL / max(item.picture.size)
+        size = (max(1, round(item.picture.width * scale)), max(1, round(item.picture.height * scale)))
         method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        picture = _under_mask(one).resize(size, method)
+        picture = _under_mask(item).resize(size, method)
         sheet.paste(picture, (left + (CELL - size[0]) // 2, top + CELL - size[1]))
         for number, (text, colour) in enumerate(labels[i]):
             draw.text((left, top + CELL + 4 + number * line), text, colour, font)
@@ -126,25 +125,26 @@ def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _under_mask(one: Shown) -> Image.Image:
-    """The picture, white where its mask leaves it out."""
-    if one.mask is None:
-        return one.picture
-    pale = Image.blend(one.picture, Image.new("RGB", one.picture.size, "white"), 0.8)
-    return Image.composite(one.picture, pale, one.mask.resize(one.picture.size, Image.Resampling.NEAREST))
+def _under_mask(item: Shown) -> Image.Image:
+    """The picture, paler where its mask leaves it out."""
+    if item.mask is None:
+        return item.picture
+    pale = Image.blend(item.picture, Image.new("RGB", item.picture.size, "white"), 0.8)
+    return Image.composite(item.picture, pale, item.mask.resize(item.picture.size, Image.Resampling.NEAREST))
 
 
-def _labels(one: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
-    row = one.row
+def _labels(item: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
+    """(text, colour) of each line under a picture."""
+    row = item.row
     kind = f"{row.bucket_width}x{row.bucket_height} of {row.width}x{row.height}{', flipped' if row.flipped else ''}"
-    kind += f", mask {ImageStat.Stat(one.mask).mean[0] / 255:.0%}" if one.mask else ""
-    more = f" (and {len(one.captions) - 1} more)" if len(one.captions) > 1 else ""
-    caption = wrap((one.captions[0] or "(empty caption)") + more, font, CELL, LINES)
+    kind += f", mask {ImageStat.Stat(item.mask).mean[0] / 255:.0%}" if item.mask else ""
+    more = f" (and {len(item.captions) - 1} more)" if len(item.captions) > 1 else ""
+    caption = wrap((item.captions[0] or "(empty caption)") + more, font, CELL, LINES)
     return [(_fit(row.path, font), "#666"), (kind, "#06c"), *((text, "black") for text in caption)]
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; what does not fit ``most`` of them ends in dots."""
+    """``text`` in at most ``most`` lines of at most ``width`` pixels; a longer text ends in dots."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -159,7 +159,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 
 def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A word cut where it is wider than a line: scripts without spaces are one word."""
+    """A word cut into pieces that fit a line: a text in a script without spaces is one word."""
     pieces = [""]
     for letter in word:
         if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
@@ -169,7 +169,7 @@ def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def _fit(path: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The end of a path, where all of it is too long."""
+    """``path``, or its end if all of it is too long."""
     if font.getlength(path) <= CELL:
         return path
     while path and font.getlength("..." + path) > CELL:

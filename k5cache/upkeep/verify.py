@@ -1,4 +1,4 @@
-"""Is every byte of a cache the byte that was written, and does every number make sense? Lists all that is wrong."""
+"""Is every byte of a cache the byte that was written, and does every number make sense? Lists everything wrong."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ if TYPE_CHECKING:
     import torch
 
 OUT_OF_LINE = 16.0
-"""Times the median norm of its kind above or below which a row is reported. A test holds noise, plain black, white and
-red, and captions of 1 to 70 words within it; rows scaled wrongly, or of another encoder, are often far outside."""
+"""A row is reported if its norm is this many times the median of its kind, or this many times less. A test checks that
+noise, plain black, white and red, and captions of 1 to 70 words stay within it. Rows with a wrong scale or of another
+encoder are often far outside."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What a verification saw."""
+    """What a verification read, and what is wrong."""
 
     root: Path
     problems: tuple[str, ...]
-    """One sentence each; none where the cache is as it was written."""
+    """One sentence each; none if the cache is as it was written."""
     num_shards: int = 0
     num_rows: int = 0
     num_bytes: int = 0
     unnamed: tuple[str, ...] = ()
-    """Files that no manifest names: what a crash left, or shards that were replaced. `k5cache gc` deletes them."""
+    """Files that no manifest names: left by a crash, or shards that were replaced. `k5cache gc` deletes them."""
     seconds: float = 0.0
 
 
 def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> Verified:
     """Check everything that can be checked without a model.
 
-    Bytes: the manifest, the tables and every shard by sha256, every row by its own checksum. Sense: row counts, what
-    the index names is there and has its size, no NaN, no infinity, norms in line with the other rows.
+    Bytes: the manifest, the tables and every shard by sha256, every row by its own checksum. Numbers: row counts match,
+    what the index names is there and has its size, no NaN, no infinity, norms like those of the other rows.
 
     Args:
-        advance: called with the bytes that were read.
+        advance: called with the number of bytes that were read.
 
     Raises:
         CacheError: there is no cache at ``root`` at all.
@@ -68,7 +69,7 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
     problems += norms.out_of_line(root)
     return Verified(
         root=root,
-        problems=tuple(dict.fromkeys(problems)),  # a shard that cannot be opened is met by its rows and by its table
+        problems=tuple(dict.fromkeys(problems)),  # a shard that cannot be opened is reported by its rows and its table
         num_shards=len(manifest.shards),
         num_rows=sum(shard.num_rows for shard in manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
@@ -88,7 +89,7 @@ def unnamed_files(root: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the index and the locations, and with what they say of the shards."""
+    """What is wrong with the index and the locations, and with what they say about the shards."""
     try:
         if manifest.locations and not _locations_are_true(root, manifest, manifest.locations):
             yield f"{root / manifest.locations.file}: it does not say where the rows of the shards are"
@@ -99,8 +100,8 @@ def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
         return
     try:
         index = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMA)).to_pylist()
-        found = Locations(root, manifest.locations, manifest.shards)
-        lengths = found.text_lengths()
+        locations = Locations(root, manifest.locations, manifest.shards)
+        lengths = locations.text_lengths()
     except CacheError as error:
         yield error.problem
         return
@@ -110,15 +111,15 @@ def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
     for row in index:
         bucket = (row["bucket_width"], row["bucket_height"])
         for kind, key in (("latents", row["latent_key"]), ("masks", row["mask_key"])):
-            where = found.find("masks" if kind == "masks" else "latents", key) if key else None
-            if key and (where is None or where[0].bucket != bucket):
+            place = locations.find("masks" if kind == "masks" else "latents", key) if key else None
+            if key and (place is None or place[0].bucket != bucket):
                 yield f"{root / manifest.index.file}: {row['path'][:200]} has no {kind} of {bucket[0]}x{bucket[1]}"
         if [lengths.get(key) for key in row["caption_keys"]] != row["caption_lengths"] or not row["caption_keys"]:
             yield f"{root / manifest.index.file}: {row['path'][:200]} has no captions of the lengths it says"
 
 
 def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool:
-    """Whether the table says of the shards it knows what their footers say; shards of later encodes are not in it."""
+    """Whether the table agrees with the footers of the shards that it knows. Shards of later encodes are not in it."""
     file = tables.open_table(root, info, LOCATIONS_SCHEMA)
     by_name = {shard.file: shard for shard in manifest.shards}
     known = [by_name.get(name) for name in file_names(root, info, file.schema_arrow)]
@@ -128,7 +129,7 @@ def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool
 
 @dataclass
 class _Norms:
-    """Root mean squares of every tensor, compared when all are known."""
+    """The root mean square of every tensor, compared when all are known."""
 
     seen: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
 
@@ -137,8 +138,8 @@ class _Norms:
         for name, tensor in stored.tensors.items():
             if not tensor.is_floating_point():
                 continue
-            finite, rms = _measure(tensor)
-            if not finite:
+            is_finite, rms = _measure(tensor)
+            if not is_finite:
                 yield f"{name} of {stored.key} is not finite"
             elif name == "std":
                 if tensor.min() < 0:
@@ -149,10 +150,10 @@ class _Norms:
     def out_of_line(self, root: Path) -> Iterator[str]:
         """Rows whose norm is far from the median of their kind."""
         for rows in self.seen.values():
-            middle = median(rms for rms, _ in rows)
-            for rms, where in rows:
-                if rms == 0 or not middle / OUT_OF_LINE <= rms <= middle * OUT_OF_LINE:
-                    yield f"{root / where} has a norm out of line: {rms:.3g}, the median is {middle:.3g}"
+            usual = median(rms for rms, _ in rows)
+            for rms, row in rows:
+                if rms == 0 or not usual / OUT_OF_LINE <= rms <= usual * OUT_OF_LINE:
+                    yield f"{root / row} has a norm out of line: {rms:.3g}, the median is {usual:.3g}"
 
 
 def _measure(tensor: torch.Tensor) -> tuple[bool, float]:

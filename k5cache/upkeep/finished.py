@@ -1,0 +1,22 @@
+"""Is a cache finished, so that it can be changed or merged?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from k5cache.shared.errors import CacheError
+from k5cache.store.manifest import IndexInfo, Manifest
+
+
+def finished_index(root: Path, manifest: Manifest) -> IndexInfo:
+    """The index of a cache.
+
+    Raises:
+        CacheError: the cache has none yet.
+    """
+    if manifest.index is None:
+        raise CacheError(
+            f"{root} holds no finished index: its encode was interrupted",
+            f"Finish it first: k5cache encode SOURCE -o {root}",
+        )
+    return manifest.index
