@@ -19,7 +19,8 @@ from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches, open_mixture
 from k5train.objective import flow, tread
 from k5train.options.adapter import LoraConfig
-from k5train.options.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.data import DataConfig
+from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.train import TrainConfig
 from k5train.training.step import exploded, train_step
 from tests.cli import Cli
@@ -97,15 +98,15 @@ def test_a_batch_never_mixes_buckets_and_an_epoch_has_every_row_repeats_times(ca
 
 def test_weights_share_the_rows_and_no_row_of_any_bucket_is_left_out(caches):
     mixture = open_mixture(entries(caches, {"weight": 1.0}, {"weight": 9.0}))
-    made = [counts(mixture, epoch) for epoch in range(60)]
-    together = sum((seen for seen, _ in made), Counter())
+    epochs = [counts(mixture, epoch) for epoch in range(60)]
+    together = sum((seen for seen, _ in epochs), Counter())
     # 5 rows an epoch: half a row of the first cache's three, 4.5 of the second's two
     assert sum(together[row] for row in range(3)) == pytest.approx(30, abs=2)
     assert sum(together[row] for row in (3, 4)) == pytest.approx(270, abs=2)
     assert together[2] == pytest.approx(10, abs=1)  # alone in its bucket
     assert min(together[0], together[1]) >= 4  # of 20, drawn at random between the two
-    assert {num for _, num in made} == {num_batches(mixture.pools, 2, epoch) for epoch in range(60)}
-    assert all(num == num_batches(mixture.pools, 2, epoch) for epoch, (_, num) in enumerate(made))
+    assert {num for _, num in epochs} == {num_batches(mixture.pools, 2, epoch) for epoch in range(60)}
+    assert all(num == num_batches(mixture.pools, 2, epoch) for epoch, (_, num) in enumerate(epochs))
 
 
 def test_micro_batches_follow_each_other_over_epochs_of_different_length(caches):
@@ -169,8 +170,8 @@ TREAD = replace(CONFIG, tread=TreadConfig(routes=(RouteConfig(0.5, 0, 1),)))
 
 def test_every_draw_is_a_function_of_seed_step_and_row_in_any_order(caches):
     mixture = open_mixture(entries(caches))
-    one, other = Loader(mixture, EVERYTHING, SCALE, GRID), Loader(mixture, EVERYTHING, SCALE, GRID)
-    forwards = [one.batch(i) for i in range(12)]
+    loader, other = Loader(mixture, EVERYTHING, SCALE, GRID), Loader(mixture, EVERYTHING, SCALE, GRID)
+    forwards = [loader.batch(i) for i in range(12)]
     backwards = [other.batch(i) for i in reversed(range(12))][::-1]
     for a, b in zip(forwards, backwards, strict=True):
         assert a.rows == b.rows
@@ -186,12 +187,12 @@ def test_every_draw_is_a_function_of_seed_step_and_row_in_any_order(caches):
 
 def test_another_seed_changes_every_draw(caches):
     mixture = open_mixture(entries(caches)[:1])
-    one, other = (groups(mixture, replace(EVERYTHING, seed=seed), [0])[0] for seed in (1, 2))
-    assert one.sigma[0] != other.sigma[0]
-    assert not torch.equal(one.noise[0], other.noise[0])
-    kept = [route.kept[0].tolist() for group in groups(mixture, TREAD, range(8)) for route in group.routes]
-    kept += [route.kept[0].tolist() for group in groups(mixture, replace(TREAD, seed=1), [0]) for route in group.routes]
-    assert len({tuple(k) for k in kept if len(k) == 8}) > 4  # TREAD's tokens are others for each row, step and seed
+    first, other = (groups(mixture, replace(EVERYTHING, seed=seed), [0])[0] for seed in (1, 2))
+    assert first.sigma[0] != other.sigma[0]
+    assert not torch.equal(first.noise[0], other.noise[0])
+    tokens = [route.kept[0].tolist() for group in groups(mixture, TREAD, range(8)) for route in group.routes]
+    tokens += [route.kept[0].tolist() for group in groups(mixture, replace(TREAD, seed=1), [0]) for route in group.routes]
+    assert len({tuple(k) for k in tokens if len(k) == 8}) > 4  # TREAD's tokens are others for each row, step and seed
 
 
 def test_options_that_are_on_leave_the_other_draws_as_they_were(caches):
@@ -210,8 +211,8 @@ def test_stratified_sigmas_fill_every_slice_of_an_update_once(caches):
     loader = Loader(open_mixture(entries(caches)), config, SCALE)
     order = []
     for step in range(6):
-        made = [g.sigma for micro in range(4 * step, 4 * step + 4) for g in loader.batch(micro).groups]
-        sigmas = torch.cat(made)
+        drawn = [g.sigma for micro in range(4 * step, 4 * step + 4) for g in loader.batch(micro).groups]
+        sigmas = torch.cat(drawn)
         assert sorted((sigmas * len(sigmas)).long().tolist()) == list(range(len(sigmas)))
         order.append((sigmas * len(sigmas)).long().tolist())
     assert len({tuple(o) for o in order}) > 1
@@ -221,8 +222,8 @@ def test_dropout_puts_the_empty_prompt_in_its_share_of_rows(caches):
     cache = open_cache(caches[0])
     empty = cache.prompt("").prompt_embeds
     for share in (0.0, 0.3, 1.0):
-        made = groups(cache, replace(CONFIG, caption_dropout_probability=share), range(100))
-        rows = [row for g in made for row in g.prompt_embeds]
+        batches = groups(cache, replace(CONFIG, caption_dropout_probability=share), range(100))
+        rows = [row for g in batches for row in g.prompt_embeds]
         dropped = sum(row.shape == empty.shape and torch.equal(row, empty) for row in rows) / len(rows)
         assert dropped == pytest.approx(share, abs=0.14 if share == 0.3 else 0)  # 4 standard errors
 
@@ -232,12 +233,12 @@ def test_captions_are_chosen_at_random_or_the_first_is_taken(caches):
     both = {key: cache.text(key).prompt_embeds for key in cache.row(0).caption_keys}
     assert len(both) == 2
 
-    def chosen(how: str) -> Counter:
-        found = Counter()
-        for group in groups(cache, replace(CONFIG, caption_dropout_probability=0.0, caption_choice=how), range(60)):
+    def chosen(choice: str) -> Counter:
+        counts = Counter()
+        for group in groups(cache, replace(CONFIG, caption_dropout_probability=0.0, caption_choice=choice), range(60)):
             for row in group.prompt_embeds:
-                found.update(k for k, t in both.items() if t.shape == row.shape and torch.equal(t, row))
-        return found
+                counts.update(k for k, t in both.items() if t.shape == row.shape and torch.equal(t, row))
+        return counts
 
     first, second = both
     assert set(chosen("first")) == {first}
@@ -320,19 +321,19 @@ def test_routes_keep_their_share_of_tokens_and_what_a_mask_covers(caches):
 def test_rolled_rows_end_on_the_grid_and_a_group_without_any_has_no_path(caches):
     cache = open_cache(caches[0])
     config = replace(CONFIG, batch_size=1, rollout=RolloutConfig(probability=0.5, num_inference_steps=10))
-    made, plain = groups(cache, config, range(30)), groups(cache, replace(CONFIG, batch_size=1), range(30))
-    rolled = [(a, b) for a, b in zip(made, plain, strict=True) if a.path is not None]
+    batches, plain = groups(cache, config, range(30)), groups(cache, replace(CONFIG, batch_size=1), range(30))
+    rolled = [(a, b) for a, b in zip(batches, plain, strict=True) if a.path is not None]
     assert 5 < len(rolled) < 25
     for group, before in rolled:
         assert torch.equal(group.sigma, group.path[:, -1])
         assert (GRID - group.sigma).abs().min() == 0
         assert abs(group.sigma - before.sigma) <= 0.1
-    assert all(torch.equal(a.sigma, b.sigma) for a, b in zip(made, plain, strict=True) if a.path is None)
+    assert all(torch.equal(a.sigma, b.sigma) for a, b in zip(batches, plain, strict=True) if a.path is None)
 
 
 def test_a_row_that_ends_a_run_is_named_with_its_cache_where_there_are_several(caches):
-    several, one = open_mixture(entries(caches)), open_mixture(entries(caches)[:1])
+    several, single = open_mixture(entries(caches)), open_mixture(entries(caches)[:1])
     first, last = SimpleNamespace(rows=[0]), SimpleNamespace(rows=[len(several) - 1])
     said = exploded("The loss is nan", [first, last], several).problem  # type: ignore[list-item]
     assert all(f"{path.name}: " in said for path in map(Path, caches))
-    assert f"{Path(caches[0]).name}: " not in exploded("The loss is nan", [first], one).problem  # type: ignore[list-item]
+    assert f"{Path(caches[0]).name}: " not in exploded("The loss is nan", [first], single).problem  # type: ignore[list-item]

@@ -16,7 +16,8 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import parse, read, to_dict
 from k5train.data.mixture import open_mixture
 from k5train.options.adapter import LoraConfig, RankConfig
-from k5train.options.objective import DataConfig, ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.data import DataConfig
+from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.removed import LORA, MEMORY, OBJECTIVE, without_removed
 from k5train.options.train import TrainConfig
@@ -50,9 +51,9 @@ def finish(toy_model, toy_cache, tmp_path_factory):
     def run(config: TrainConfig) -> Run:
         entries = config.data or (DataConfig(str(cache), repeats=config.repeats),)
         name = f"run-{len(list(root.iterdir()))}"
-        made = create_run(root / name, cache, ModelConfig(path=str(toy_model)), replace(config, name=name))
-        train(open_mixture(entries), toy_model, config, made, base)
-        return made
+        created = create_run(root / name, cache, ModelConfig(path=str(toy_model)), replace(config, name=name))
+        train(open_mixture(entries), toy_model, config, created, base)
+        return created
 
     return run
 
@@ -101,18 +102,18 @@ def test_the_same_recipe_ends_at_the_same_lora(finish, plain):
 
 @pytest.mark.parametrize("options", ACTING.values(), ids=ACTING.keys())
 def test_an_option_changes_what_is_trained(finish, plain, options):
-    made = load_file(finish(replace(PLAIN, **options)).lora)
-    assert all(t.isfinite().all() for t in made.values())
-    differs = made.keys() != plain.keys() or any(
-        made[k].shape != plain[k].shape or not torch.equal(made[k], plain[k]) for k in plain
+    lora = load_file(finish(replace(PLAIN, **options)).lora)
+    assert all(t.isfinite().all() for t in lora.values())
+    differs = lora.keys() != plain.keys() or any(
+        lora[k].shape != plain[k].shape or not torch.equal(lora[k], plain[k]) for k in plain
     )
     assert differs
 
 
 def test_a_lora_goes_on_from_another(finish, plain, tmp_path):
     save_file(plain, first := tmp_path / "first.safetensors")
-    made = finish(replace(PLAIN, steps=1, lora=replace(PLAIN.lora, init_lora=str(first))))
-    started = load_file(made.lora)
+    second = finish(replace(PLAIN, steps=1, lora=replace(PLAIN.lora, init_lora=str(first))))
+    started = load_file(second.lora)
     a = [k for k in plain if "lora_A" in k]  # one step of AdamW moves a weight by its learning rate at most
     assert all((started[k] - plain[k]).abs().max() <= 1.01e-2 for k in a)
 
@@ -125,16 +126,16 @@ def test_the_cost_of_rollouts_is_logged_and_only_where_there_are_any(finish):
 
 
 def test_the_average_is_saved_beside_the_lora_which_is_as_without_it(finish, plain):
-    made = finish(replace(PLAIN, **optim(ema_decay=0.9)))
-    lora, average = load_file(made.lora), load_file(made.ema)
+    result = finish(replace(PLAIN, **optim(ema_decay=0.9)))
+    lora, average = load_file(result.lora), load_file(result.ema)
     assert all(torch.equal(lora[k], plain[k]) for k in plain)
     assert any(not torch.equal(average[k], plain[k]) for k in plain)
 
 
 def test_epochs_take_the_place_of_steps_and_time_ends_a_run(finish):
-    made = finish(replace(PLAIN, epochs=2, gradient_accumulation_steps=3))
+    result = finish(replace(PLAIN, epochs=2, gradient_accumulation_steps=3))
     # 6 pictures in 3 buckets of 3, 2 and 1: 2 + 1 + 1 batches of two, 8 in two epochs, 3 an update: 3 updates
-    assert len(read_metrics(made.metrics)) == 3
+    assert len(read_metrics(result.metrics)) == 3
     assert len(read_metrics(finish(replace(PLAIN, max_hours=1e-9)).metrics)) <= 1
 
 

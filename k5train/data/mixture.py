@@ -15,7 +15,7 @@ import torch
 
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.store.reader import Cache, open_cache
-from k5train.options.objective import DataConfig
+from k5train.options.data import DataConfig
 
 if TYPE_CHECKING:
     from k5cache.store.index import IndexRow

@@ -11,12 +11,12 @@ from k5train.options.removed import LORA, Removed
 
 @dataclass(frozen=True)
 class RankConfig:
-    """``[[train.lora.ranks]]``: another rank for some modules."""
+    """``[[train.lora.ranks]]``: a different rank for some modules."""
 
     target: str
-    """A preset or pattern, as in ``targets``; where several match a module, the last one counts."""
+    """A preset or pattern, as in ``targets``. If several entries match a module, the last one counts."""
     rank: int
-    """Rank of the modules that it matches."""
+    """Rank of the modules that match."""
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -28,25 +28,25 @@ class LoraConfig:
     """``[train.lora]``: the adapter."""
 
     algo: Literal["lora", "rslora", "dora", "lokr"] = "lora"
-    """``rslora``: scaled by alpha / sqrt(rank), for high ranks. ``dora``: a trained magnitude for each output besides;
-    every step computes the norm of every weight. ``lokr``: Kronecker products, small files; diffusers loads them
-    by ``pipe.transformer.load_lora_adapter(FILE, prefix="transformer")``, not by ``pipe.load_lora_weights``. ``dora``
-    and ``lokr`` run as peft's modules, not compiled."""
+    """``rslora`` scales by alpha / sqrt(rank), for high ranks. ``dora`` also trains a magnitude for each output, and
+    computes the norm of every weight in every step. ``lokr`` trains Kronecker products, which make small files;
+    diffusers loads them by ``pipe.transformer.load_lora_adapter(FILE, prefix="transformer")``, not by
+    ``pipe.load_lora_weights``. ``dora`` and ``lokr`` run as peft's modules, which are not compiled."""
     rank: int = 32
     """Rank of each pair of matrices."""
     ranks: tuple[RankConfig, ...] = ()
-    """``[[train.lora.ranks]]`` entries, each ``target`` and ``rank``: another rank for the modules that match."""
+    """``[[train.lora.ranks]]`` entries with ``target`` and ``rank``: a different rank for the modules that match."""
     alpha: float | None = None
-    """Strength: the adapter is scaled by alpha / rank. None: alpha = rank, as the official trainer does."""
+    """Strength: the adapter is scaled by alpha / rank. None: alpha = rank, as in the official trainer."""
     dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training."""
+    """Share of the adapter's inputs that are dropped in training."""
     targets: tuple[str, ...] = ("official",)
-    """Presets (``official``, ``attention``, ``qkv``) or patterns of module names; a pattern must match something."""
+    """Presets (``official``, ``attention``, ``qkv``) or patterns of module names. Each must match something."""
     init_lora: str | None = None
-    """Start from this .safetensors file: one of ours, diffusers', peft's, ComfyUI's or kohya's keys. Its rank may be
+    """Start from this .safetensors file, which has our, diffusers', peft's, ComfyUI's or kohya's keys. Its rank may be
     smaller than ``rank``."""
     decompose_factor: int = -1
-    """Of ``lokr``: how large the first factor may be. -1: as near to square as it goes, the smallest file."""
+    """For ``lokr``: the largest size of the first factor. -1: as square as possible, which gives the smallest file."""
 
     removed: ClassVar[Removed] = LORA
 
@@ -64,7 +64,7 @@ class LoraConfig:
         if not self.targets:
             problems.append("targets must name at least one preset or pattern")
         if self.algo == "lokr" and (self.ranks or self.dropout or self.init_lora or self.alpha is not None):
-            problems.append("algo 'lokr' takes rank and targets only: ranks, alpha, dropout and init_lora are for LoRA")
+            problems.append("algo 'lokr' takes only rank and targets: ranks, alpha, dropout and init_lora are for LoRA")
         if self.algo == "dora" and self.init_lora:
-            problems.append("init_lora must be a plain LoRA's start: algo 'dora' has magnitudes besides")
+            problems.append("init_lora needs a plain LoRA: algo 'dora' also has magnitudes, which the file does not")
         return problems

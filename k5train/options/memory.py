@@ -1,4 +1,4 @@
-"""``[train.memory]``: the options of what is traded for memory. The docstring under an option is its help."""
+"""``[train.memory]``: the options of how memory is used. The docstring under an option is its help."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from k5train.options.removed import MEMORY, Removed
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """``[train.memory]``: what is traded for memory."""
+    """``[train.memory]``: how memory is used."""
 
     vram: str | None = None
-    """VRAM to plan for and never exceed, as a card's size: "12GB". None: what is free on the GPU."""
+    """The VRAM to plan for and never exceed, given as the size of a card: "12GB". None: what is free on the GPU."""
     activations: Literal["auto", "nothing", "attention", "selective", "matmuls", "all"] = "auto"
-    """What blocks keep from forward to backward; the rest is computed again. auto: as much as fits (`k5train plan`)."""
+    """What blocks keep for the backward pass; the rest is computed again. auto: as much as fits, see `k5train plan`."""
     execution: Literal["auto", "compiled", "eager", "diffusers"] = "auto"
-    """How blocks run: compiled, one op at a time, or as diffusers' own modules. auto: compiled, diffusers on a CPU."""
+    """How blocks run: compiled, one op at a time, or as diffusers' own modules. auto: compiled on a GPU, diffusers on a
+    CPU."""
     enable_group_offload: bool = False
-    """Hold the blocks' weights in host memory and copy them ahead of use. Without it: only as many as must be."""
+    """Keep the weights of all blocks in host memory and copy them to the GPU ahead of use. false: do so only for as
+    many blocks as necessary."""
     group_offload_blocks_per_group: int = 1
-    """Blocks of a group; two groups have room on the GPU, with group_offload_use_stream."""
+    """Blocks that are copied together. Two groups are on the GPU at a time with group_offload_use_stream, else one."""
     group_offload_use_stream: bool = True
-    """Copy on a stream of its own while blocks are computed."""
+    """Copy on a separate CUDA stream while blocks are computed."""
 
     removed: ClassVar[Removed] = MEMORY
 
     def check(self) -> list[str]:
-        """What is out of range or cannot be had together."""
+        """What is out of range, or cannot be combined."""
         problems = []
         if self.vram is not None:
             try:

@@ -7,8 +7,6 @@ from math import inf
 from typing import Literal
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "muon"]
-
-
 ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex"]
 
 
@@ -18,30 +16,32 @@ class OptimConfig:
 
     optimizer: OptimizerName = "adamw"
     """``adafactor``, ``muon`` and ``adamw`` are torch's. ``adamw8bit``, ``prodigy``, ``lion`` and ``schedulefree``
-    (AdamW) need the extra of their name: pip install "kandinsky5-lora[lion]". Prodigy finds its own rate: lr = 1.0."""
+    (AdamW) each need the extra of that name: pip install "kandinsky5-lora[lion]". Prodigy finds the learning rate by
+    itself: set lr = 1.0. Every lion update has exactly size lr, so use a third to a tenth of AdamW's."""
     lr: float = 1e-4
-    """Learning rate after warm-up."""
+    """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Averaging of gradient and of its square. ``adafactor`` has none, ``muon`` uses the first."""
+    """Decay of the averages of the gradient and of its square. ``adafactor`` has neither; ``muon`` uses the first."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     eps: float = 1e-8
-    """What keeps AdamW's division finite; for AdamW's kin (8-bit, Prodigy, schedule-free) too."""
+    """Added to the denominator in AdamW and its variants (8-bit, Prodigy, schedule-free)."""
     lr_scheduler: ScheduleName = "constant"
-    """How the learning rate goes on after warm-up, until the last step."""
+    """How the learning rate changes from the end of the warm-up to the last step."""
     lr_num_cycles: int = 1
-    """Of ``cosine_with_restarts``: how many times it falls."""
+    """For ``cosine_with_restarts``: the number of cycles."""
     lr_power: float = 1.0
-    """Of ``polynomial``: 1 is a straight line, 2 a parabola."""
+    """For ``polynomial``: 1 is a straight line, 2 a parabola."""
     lr_end: float = 0.0
-    """Where ``linear``, ``polynomial``, ``cosine``, ``cosine_with_restarts`` and ``rex`` end, as a share of ``lr``."""
+    """The last value of ``linear``, ``polynomial``, ``cosine``, ``cosine_with_restarts`` and ``rex``, as a share of
+    ``lr``."""
     warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises from 0 to ``lr``."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm. 0: never."""
+    """Gradients with a larger norm are scaled down to this norm. 0: never."""
     ema_decay: float = 0.0
-    """Also keep an average of the adapter, each step this share old: 0.99 to 0.9999. 0: none. It is saved beside the
-    LoRA, as ``-ema``, and drawn as a row of its own."""
+    """Also keep an exponential moving average of the adapter with this decay, usually 0.99 to 0.9999; 0 turns it off.
+    It is saved beside the LoRA as ``-ema``, and has its own row of pictures."""
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -62,5 +62,7 @@ class OptimConfig:
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay must be at least 0 and below 1, found {self.ema_decay}")
         if self.optimizer == "schedulefree" and (self.lr_scheduler != "constant" or self.ema_decay):
-            problems.append("optimizer 'schedulefree' averages by itself: lr_scheduler must be constant, ema_decay 0")
+            problems.append(
+                "optimizer 'schedulefree' averages by itself: lr_scheduler must be constant and ema_decay 0"
+            )
         return problems

@@ -7,59 +7,63 @@ from math import inf
 from typing import Literal
 
 from k5train.options.adapter import LoraConfig
+from k5train.options.data import DataConfig
 from k5train.options.memory import MemoryConfig
-from k5train.options.objective import DataConfig, ObjectiveConfig, RolloutConfig, TreadConfig
+from k5train.options.objective import ObjectiveConfig, RolloutConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import TrackersConfig, ValidationConfig
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """``[train]``: stage 2, a cache to a LoRA."""
+    """``[train]``: stage 2, from a cache to a LoRA."""
 
     name: str | None = None
-    """Folder under ``runs/``. None: the cache's name."""
+    """The folder under ``runs/``. None: the name of the cache."""
     steps: int = 1000
-    """Optimizer updates."""
+    """Number of optimizer updates."""
     epochs: int | None = None
-    """Passes over the data, in place of ``steps``."""
+    """Passes over the data, instead of ``steps``."""
     max_hours: float | None = None
-    """End after the step at which this much time has passed, as if it were the last."""
+    """Stop after the step in which this much time is used up, as if it were the last step."""
     batch_size: int = 1
-    """Rows of a micro-batch. They share a bucket; ``unequal_captions`` says what becomes of their captions."""
+    """Rows of a micro-batch, all from one bucket. See ``unequal_captions`` for captions that differ in length."""
     unequal_captions: Literal["split", "mask"] = "split"
-    """Captions of different lengths in a batch. ``split``: one forward pass a length. ``mask``: one for all, padded."""
+    """Captions of different lengths in a batch. ``split``: one forward pass for each length. ``mask``: one forward
+    pass, with padding that is masked out."""
     gradient_accumulation_steps: int = 1
-    """Forward passes of one optimizer update."""
+    """Micro-batches of one optimizer update."""
     repeats: int = 1
-    """How often each image counts in one epoch."""
+    """How often each image is used in one epoch."""
     caption_dropout_probability: float = 0.1
-    """Share of rows trained with the empty prompt, so that guidance keeps working."""
+    """Share of the rows that are trained with the empty prompt, so that guidance keeps working."""
     caption_choice: Literal["random", "first"] = "random"
-    """Which of an image's captions a step trains on."""
+    """Which of an image's captions a step uses."""
     base_model_precision: Literal["int8-quanto", "int8-dynamic", "no_change"] = "int8-quanto"
-    """The frozen transformer: int8 weights by quanto's ``qint8`` scheme, the same on int8 tensor cores, or bf16."""
+    """The frozen transformer. ``int8-quanto``: int8 weights by quanto's ``qint8``. ``int8-dynamic``: the same weights,
+    multiplied on int8 tensor cores. ``no_change``: bf16."""
     mixed_precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of activations and of unquantised weights. fp32 is for CPUs and tests."""
+    """Number format of activations and of weights that are not quantised. fp32 is for CPUs and tests."""
     flow_schedule_shift: float = 1.0
-    """``sigma -> s*sigma / (1 + (s-1)*sigma)``; above 1 trains more on noisy inputs. The official trainer uses 3."""
+    """The s in ``sigma -> s*sigma / (1 + (s-1)*sigma)``: above 1 trains more on noisy inputs. The official trainer uses
+    3."""
     seed: int = 42
-    """Order, noise, sigma and dropout are functions of this and the step."""
+    """Order, noise, sigma and dropout are functions of the seed and the step."""
     checkpoint_every: int = 250
-    """Optimizer steps between saved LoRAs, each with all that `k5train resume` needs. 0: only the last."""
+    """Optimizer steps between saved LoRAs, each with the state that `k5train resume` needs. 0: only the last one."""
     checkpoints_total_limit: int | None = None
-    """How many of these LoRAs are kept, the newest; the best is kept besides. None: all. The state to resume from is
-    always one."""
+    """How many of these LoRAs are kept: the newest ones, and the best in addition. None: all. Only one state to resume
+    from is kept."""
     loss_limit: float = 20.0
-    """A loss above this ends the run before its update: predicting nothing at all gives about 2. 0: no limit."""
+    """A loss above this stops the run before the update; a model that predicts 0 has a loss of about 2. 0: no limit."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     deterministic: bool = False
-    """On a GPU: only kernels that give the same bits every time, so that a resumed run ends with the bits of a run
-    without a break; it may be slower. A CPU always does."""
+    """On a GPU, use only kernels that give the same bits every time, so that a resumed run ends with the same bits as
+    an uninterrupted one; this may be slower. A CPU always gives the same bits."""
     data: tuple[DataConfig, ...] = ()
-    """``[[train.data]]`` entries in place of CACHE arguments, each ``cache``, ``weight`` (share of the rows),
-    ``repeats`` and ``is_regularisation_data`` (weighed by ``objective.prior_loss_weight``)."""
+    """``[[train.data]]`` entries instead of CACHE arguments, with ``cache``, ``weight`` (share of the rows),
+    ``repeats`` and ``is_regularisation_data`` (weighted by ``objective.prior_loss_weight``)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -86,7 +90,7 @@ class TrainConfig:
         if not 0 < self.flow_schedule_shift < inf:
             problems.append(f"flow_schedule_shift must be above 0, found {self.flow_schedule_shift}")
         if self.flow_schedule_shift != 1 and self.objective.flow_schedule_auto_shift:
-            problems.append("flow_schedule_shift must be 1 where objective.flow_schedule_auto_shift finds the shift")
+            problems.append("flow_schedule_shift must be 1 if objective.flow_schedule_auto_shift is set")
         if self.epochs is not None and self.epochs < 1:
             problems.append(f"epochs must be at least 1, found {self.epochs}")
         if self.checkpoint_every < 0:
@@ -98,7 +102,7 @@ class TrainConfig:
         if self.max_hours is not None and not self.max_hours > 0:
             problems.append(f"max_hours must be above 0, found {self.max_hours}")
         if len({entry.weight is None for entry in self.data}) > 1:
-            problems.append("data has entries with a weight and entries without: give one to all, or to none")
+            problems.append("data has entries with a weight and entries without: give all a weight, or none")
         if self.lora.algo in ("dora", "lokr") and self.base_model_precision == "int8-dynamic":
             problems.append(
                 f"lora.algo is {self.lora.algo}, which runs as peft's modules, and these multiply in 16 bits:"

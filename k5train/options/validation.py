@@ -1,4 +1,7 @@
-"""``[train.validation]`` and ``[train.trackers]``: the options of pictures, held-out loss and trackers."""
+"""``[train.validation]`` and ``[train.trackers]``: the options of pictures, held-out loss and trackers.
+
+The docstring under an option is its help.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,36 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """``[train.validation]``: pictures along the way, from prompts that the cache holds."""
+    """``[train.validation]``: pictures drawn during the run from cached prompts, and the held-out loss."""
 
     prompts: tuple[str, ...] = ()
-    """What to draw. `k5cache encode` puts them in the cache, so no text encoder is loaded here."""
+    """The prompts to draw. `k5cache encode` puts them into the cache, so no text encoder is loaded here."""
     negative_prompt: str = ""
-    """What guidance moves away from."""
+    """The prompt that guidance moves away from."""
     every: int = 250
-    """Optimizer steps between sample grids. 0: only before and after."""
+    """Optimizer steps between rows of pictures. 0: only before and after."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance. 1.0: none, and half the time."""
+    """Classifier-free guidance. 1.0 turns it off, which takes half the time."""
     num_inference_steps: int = 50
-    """Euler steps a picture."""
+    """Euler steps for each picture."""
     width: int | None = None
-    """Pixels. None: the cache's resolution."""
+    """Width of the pictures in pixels. None: the cache's resolution."""
     height: int | None = None
-    """Pixels. None: the cache's resolution."""
+    """Height of the pictures in pixels. None: the cache's resolution."""
     seed: int = 42
-    """Noise of the samples: the same for every checkpoint, so that rows can be compared."""
+    """Seed of the pictures' noise, the same for every checkpoint, so that rows can be compared."""
     before: bool = True
-    """Also draw the base model's pictures before the first step."""
+    """Also draw pictures with the base model, before the first step."""
     prompt_library: str | None = None
-    """A JSON file of further prompts, a list or an object of names to prompts. The run's recipe then holds them all."""
+    """A JSON file with more prompts: a list, or an object of names and prompts. The run's own recipe lists them all."""
     split: float = 0.0
-    """Share of the cache's rows that are held out of training, to measure the loss on. 0: none."""
+    """Share of the cache's rows that are held out of training, to measure the loss on them. 0: none."""
     held_out_every: int = 100
     """Optimizer steps between measurements of the held-out loss. 0: only before and after."""
     held_out_sigmas: int = 4
-    """Noise levels at which each held-out row is measured, one in each equal part of 0 to 1."""
+    """Number of sigmas at which each held-out row is measured, one in each equal part of 0 to 1."""
     patience: int = 0
-    """End once the held-out loss has not fallen for this many measurements. 0: never."""
+    """Stop early if the held-out loss does not improve in this many measurements in a row. 0: never."""
 
     def check(self) -> list[str]:
         """What is out of range."""
@@ -56,7 +59,7 @@ class ValidationConfig:
         if self.patience and not self.split:
             problems.append("patience needs rows to measure on: set split, for example split = 0.1")
         if self.patience and not self.held_out_every:
-            problems.append("patience counts measurements along the way: held_out_every must be above 0")
+            problems.append("patience counts measurements during the run: held_out_every must be above 0")
         if not 0 <= self.guidance_scale < inf:
             problems.append(f"guidance_scale must be 0 or more, found {self.guidance_scale}")
         problems += [f"{name} must be 0 or more, found {value}" for name, value in
@@ -67,11 +70,11 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class TrackersConfig:
-    """``[train.trackers]``: where a run is also shown. ``metrics.jsonl`` is always written."""
+    """``[train.trackers]``: where the metrics go besides ``metrics.jsonl``, which is always written."""
 
     use: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Each is an extra: pip install "kandinsky5-lora[tensorboard]"."""
+    """Each needs the extra of that name: pip install "kandinsky5-lora[tensorboard]"."""
     project: str = "kandinsky5-lora"
-    """Name under which wandb and trackio group runs."""
+    """The project under which wandb and trackio group runs."""
     offline: bool = False
-    """wandb writes only into the run's folder, for `wandb sync` to send later. TensorBoard and trackio are local."""
+    """wandb writes only into the run's folder; `wandb sync` can send it later. TensorBoard and trackio are local."""

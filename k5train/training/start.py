@@ -15,7 +15,7 @@ from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.model import ModelConfig, prompt_library
 from k5cache.shared.recipe import parse, read, to_dict
 from k5train.data.mixture import Mixture, open_mixture
-from k5train.options.objective import DataConfig
+from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import idle_options
 from k5train.runs.folder import Run, create_run, free_name, is_held, open_run, undone_if_refused, write_recipe

@@ -30,11 +30,12 @@ from k5train.bench.timing import time_steps
 from k5train.commands.bench import gpu_to_measure
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.forward.load import execute, stream_weights, streamed_blocks
-from k5train.options.objective import DataConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.data import DataConfig
+from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.train import TrainConfig
 from k5train.planning import vram
-from k5train.planning.plan import largest, plan_for
+from k5train.planning.plan import largest_sizes, plan_for
 from k5train.runs.folder import create_run
 from k5train.runs.metrics import read_metrics
 from k5train.training.base import Base
@@ -169,7 +170,7 @@ def _time_bare_step(base: Base, config: TrainConfig, model: Mapping[str, Any], s
 
 
 def _base(model: Mapping[str, Any], config: TrainConfig, device: torch.device, data: Mixture) -> Base:
-    sizes = largest(*(source.cache for source in data.sources))
+    sizes = largest_sizes(*(source.cache for source in data.sources))
     budget = vram.budget(device, config.memory.vram)
     plan = plan_for(model, config, device, sizes, budget)
     streamed = frozenset(streamed_blocks(plan))
