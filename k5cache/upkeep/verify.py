@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from k5cache.shared.errors import CacheError
 from k5cache.store import files, tables
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import Locations, file_names, locate
-from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, read_manifest
+from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
 from k5cache.store.shards import StoredRow, verify_shard
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         manifest = read_manifest(root)
     except CacheError as error:
         return Verified(root, (error.problem,))
-    problems = list(_tables(root, manifest))
+    problems = list(_check_tables(root, manifest))
     norms = _Norms()
     for shard in manifest.shards:
         problems += verify_shard(root, shard, partial(norms.visit, shard))
@@ -88,7 +88,7 @@ def unnamed_files(root: Path, manifest: Manifest) -> Iterator[str]:
                 yield path.relative_to(root).as_posix()
 
 
-def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
+def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
     """What is wrong with the index and the locations, and with what they say about the shards."""
     try:
         if manifest.locations and not _locations_are_true(root, manifest, manifest.locations):
@@ -99,7 +99,7 @@ def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{root} holds no finished index: its encode was interrupted"
         return
     try:
-        index = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMA)).to_pylist()
+        rows = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMA)).to_pylist()
         locations = Locations(root, manifest.locations, manifest.shards)
         lengths = locations.text_lengths()
     except CacheError as error:
@@ -108,14 +108,21 @@ def _tables(root: Path, manifest: Manifest) -> Iterator[str]:
     for raw, key in manifest.prompts.items():
         if key not in lengths:
             yield f"{root}: the prompt {raw[:80]!r} has no row"
-    for row in index:
-        bucket = (row["bucket_width"], row["bucket_height"])
-        for kind, key in (("latents", row["latent_key"]), ("masks", row["mask_key"])):
-            place = locations.find("masks" if kind == "masks" else "latents", key) if key else None
-            if key and (place is None or place[0].bucket != bucket):
-                yield f"{root / manifest.index.file}: {row['path'][:200]} has no {kind} of {bucket[0]}x{bucket[1]}"
-        if [lengths.get(key) for key in row["caption_keys"]] != row["caption_lengths"] or not row["caption_keys"]:
-            yield f"{root / manifest.index.file}: {row['path'][:200]} has no captions of the lengths it says"
+    for row in rows:
+        for problem in _check_index_row(row, locations, lengths):
+            yield f"{root / manifest.index.file}: {row['path'][:200]} {problem}"
+
+
+def _check_index_row(row: dict[str, Any], locations: Locations, lengths: Mapping[str, int]) -> Iterator[str]:
+    """What is wrong with one row of the index, given where rows are and how many tokens each text has."""
+    bucket = (row["bucket_width"], row["bucket_height"])
+    kinds: tuple[ShardKind, ...] = ("latents", "masks")
+    for kind, key in zip(kinds, (row["latent_key"], row["mask_key"]), strict=True):
+        place = locations.find(kind, key) if key else None
+        if key and (place is None or place[0].bucket != bucket):
+            yield f"has no {kind} of {bucket[0]}x{bucket[1]}"
+    if [lengths.get(key) for key in row["caption_keys"]] != row["caption_lengths"] or not row["caption_keys"]:
+        yield "has no captions of the lengths it says"
 
 
 def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool:
