@@ -17,7 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-
 app.command()(run.run)
 app.command()(run.resume)
 app.command()(sweep.sweep)
@@ -34,6 +33,6 @@ app.add_typer(base.base, name="base")
 
 def main() -> None:
     """Entry point of ``k5train``."""
-    # Freed memory is joined again: what torch reserves is then what the plan says. Read when torch is imported.
+    # With this, freed memory is joined again, so torch reserves what the plan says. torch reads it when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     console.run(app)

@@ -56,7 +56,7 @@ def test_other_weights_of_the_same_architecture_are_refused_and_named(tmp_path, 
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CacheStale) as caught:
         check_encoders(Recorded(recipe), folder)
-    assert "its captions went through another CLIP (part text_encoder_2)" in caught.value.problem
+    assert "its captions were encoded by another CLIP (part text_encoder_2)" in caught.value.problem
     assert "VAE" not in caught.value.problem
     assert "kandinskylab/theirs" in caught.value.fix
     assert "--update" in caught.value.fix

@@ -8,13 +8,13 @@ import pytest
 
 from k5cache.shared.recipe import parse, read
 from k5train.options.train import TrainConfig
-from k5train.options.without_effect import _BELONGS, _NEEDS, idle_options
+from k5train.options.without_effect import BELONGS_TO, NEEDS, options_without_effect
 from k5train.training.start import start
 
 
 def lines(*options: str) -> list[str]:
     (config,) = parse(read(None, [f"train.{option}" for option in options]), {"train": TrainConfig})
-    return idle_options(config)
+    return options_without_effect(config)
 
 
 def test_nothing_is_said_of_the_defaults():
@@ -51,8 +51,8 @@ def test_an_option_without_what_it_belongs_to_is_named(idle, what, acting):
         (["steps=50", "epochs=2"], "train.steps does nothing here: train.epochs says when to stop"),
         (["repeats=5", 'data=[{cache="a"}]'], "train.repeats does nothing here"),
         (["optim.optimizer=adafactor", "optim.betas=[0.9,0.9]"], "train.optim.betas does nothing here"),
-        (["steps=40"], "train.optim.lr is never reached: its warm-up takes 100 steps, there are 40: "
-                       "--set train.optim.warmup_steps=4"),
+        (["steps=40"], "train.optim.lr is never reached: the warm-up takes 100 steps and the run 40. "
+                       "Use --set train.optim.warmup_steps=4"),
     ],
 )  # fmt: skip
 def test_numbers_that_another_number_makes_idle_are_named(options, said):
@@ -61,9 +61,9 @@ def test_numbers_that_another_number_makes_idle_are_named(options, said):
 
 
 def test_every_name_and_value_is_one():
-    for name in [*_BELONGS, *_NEEDS, *_NEEDS.values()]:
+    for name in [*BELONGS_TO, *NEEDS, *NEEDS.values()]:
         attrgetter(name)(TrainConfig())
-    for other, values in _BELONGS.values():
+    for other, values in BELONGS_TO.values():
         for value in values:
             assert lines(f"{other}={value}") == []
 

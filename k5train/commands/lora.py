@@ -1,4 +1,4 @@
-"""The commands on LoRA files: export, merge, check-lora."""
+"""``k5train export``, ``merge`` and ``check-lora``: the commands for LoRA files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,16 @@ from k5cache.shared import console
 if TYPE_CHECKING:
     from k5train.adapter.who_loads import Report
 
-
 LoraPath = Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, from any trainer.")]
-
-
 Folder = Annotated[
-    Path | None, typer.Option("--model", help="A model folder, for its architecture. Default: Kandinsky 5 Image Lite.")
+    Path | None, typer.Option("--model", help="A model folder with the architecture. Default: Kandinsky 5 Image Lite.")
 ]
-
-
 Form = Annotated[
     Literal["diffusers", "kohya"], typer.Option("--format", help="diffusers (ComfyUI loads it too) or kohya.")
 ]
-
-
-Number = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option("--dtype", help="fp32, bf16 or fp16: half the size.")]
+Number = Annotated[
+    Literal["fp32", "bf16", "fp16"], typer.Option("--dtype", help="fp32, or bf16 and fp16 for half the size.")
+]
 
 
 def export(
@@ -45,8 +40,10 @@ def export(
     num_modules = export_lora(file, target, form, number, model)
     console.out.print(f"Wrote {target}: {num_modules} modules, {form} keys, {number}", markup=False)
     if form == "kohya":
-        console.note("For ComfyUI and others that read kohya's keys; diffusers loads nothing of them, without an error")
-    console.next_step("Next, see what loads it", console.command("k5train", "check-lora", target))
+        console.note(
+            "This is for ComfyUI and other programs that read kohya's keys. diffusers ignores them without an error"
+        )
+    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", target))
 
 
 def merge(
@@ -59,16 +56,16 @@ def merge(
     number: Number = "fp32",
     model: Folder = None,
 ) -> None:
-    """Write one LoRA that does exactly what several do together; its rank is the sum of theirs."""
+    """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs."""
     from k5train.adapter.export import merge as merge_loras
 
     num_modules = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
-    console.out.print(f"Wrote {out}: {num_modules} modules of {len(files)} files", markup=False)
-    console.next_step("Next, see what loads it", console.command("k5train", "check-lora", out))
+    console.out.print(f"Wrote {out}: {num_modules} modules from {len(files)} files", markup=False)
+    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", out))
 
 
 def check_lora(file: LoraPath, model: Folder = None) -> None:
-    """Say which keys of a LoRA file diffusers and ComfyUI would load; exit code 1 unless each loads all of it."""
+    """Say which keys of a LoRA file diffusers and ComfyUI would load. Exit code 1 unless both load all of them."""
     from k5train.adapter.export import architecture
     from k5train.adapter.who_loads import check_lora as check
 
@@ -79,7 +76,7 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
 
 
 def print_report(report: Report) -> None:
-    """What was found, and what to do where a program would leave keys out."""
+    """What each program would load, and what to do if one would ignore keys."""
     from k5train.adapter.who_loads import BY_TRANSFORMER, OTHER_MODEL
 
     facts = [
@@ -90,7 +87,7 @@ def print_report(report: Report) -> None:
     ]
     console.out.print(Text(f"{report.path}: {', '.join(facts)}"))
     table = Table(box=None, pad_edge=False)
-    for column in ("program", "modules", "keys left out", "verdict"):
+    for column in ("program", "modules", "keys ignored", "verdict"):
         table.add_column(column)
     for loader in report.loaders:
         if loader.error:
@@ -98,14 +95,14 @@ def print_report(report: Report) -> None:
         elif not loader.modules:
             verdict = "loads nothing, without an error"
         elif loader.unused:
-            verdict = f"leaves out {loader.unused[0]} and the like"
+            verdict = f"ignores {loader.unused[0]} and others like it"
         else:
             verdict = "loads all of it"
         table.add_row(loader.name, str(len(loader.modules)), str(len(loader.unused)), Text(verdict))
     console.out.print(table)
     if any(loader.error == OTHER_MODEL for loader in report.loaders):
-        console.next_step("Give the model that it was trained on", f"k5train check-lora {report.path} --model DIR")
+        console.next_step("Name the model that it was trained on", f"k5train check-lora {report.path} --model DIR")
     elif report.kind == "lora" and not report.is_good:
-        console.next_step("To mend it", f"k5train export {report.path} --format diffusers")
+        console.next_step("To fix it", f"k5train export {report.path} --format diffusers")
     elif any(loader.name == "diffusers' transformer" and loader.loads_all for loader in report.loaders):
-        console.next_step("In diffusers load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))
+        console.next_step("In diffusers, load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))

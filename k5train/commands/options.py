@@ -1,4 +1,4 @@
-"""``k5train options``: every option with its default."""
+"""``k5train options``: list every option with its default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One micro-batch: rows of a bucket side by side, captions of one length or padded under masks."""
+"""What does one micro-batch hold? Rows of one bucket, in groups whose captions have one length or are padded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k5train.forward import routing
 
 @dataclass(frozen=True)
 class Group:
-    """One forward pass: rows whose captions have one length, or padded ones with the lengths they had."""
+    """The rows of one forward pass: their captions have one length, or are padded and masked."""
 
     latents: Tensor
     """``[B, 1, H/8, W/8, 16]`` float32, scaled."""
@@ -28,25 +28,25 @@ class Group:
     pooled_projections: Tensor
     """``[B, 768]``."""
     text_lengths: tuple[int, ...] | None = None
-    """Of each caption, where ``prompt_embeds`` is padded behind it: the forward pass masks the rest. None: all L."""
-
+    """The length of each caption, if ``prompt_embeds`` is padded at the end; the forward pass masks the padding. None:
+    all have length L."""
     weight: Tensor | None = None
-    """``[B]`` float32: what each row's error counts. None: 1."""
+    """``[B]`` float32: the weight of each row's error. None: 1."""
     mask: Tensor | None = None
-    """``[B, 1, H/8, W/8, 1]`` float32, 0 to 1: where errors count. None: everywhere."""
+    """``[B, 1, H/8, W/8, 1]`` float32, 0 to 1: the weight of each position's error. None: 1."""
     path: Tensor | None = None
-    """``[B, k + 1]`` sigmas down to ``sigma``, of rows whose input the model makes itself. None: no row's."""
+    """``[B, k + 1]`` sigmas, from the start of a rollout down to ``sigma``. None: no row has a rollout."""
     scores: Tensor | None = None
-    """``[B, routes, N]``: the order in which TREAD keeps tokens; on its way to ``routes``."""
+    """``[B, routes, N]``: the order in which TREAD keeps tokens, until the routes are chosen."""
     routes: tuple[routing.Route, ...] = ()
-    """TREAD's, of this forward pass."""
+    """TREAD's routes of this forward pass."""
 
     def to(self, device: torch.device) -> Group:
         """The same group on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Group:
-        """The same group in page-locked memory, for copies that do not wait."""
+        """The same group in page-locked memory, for asynchronous copies."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Group:
@@ -59,28 +59,30 @@ class Batch:
     """One micro-batch: rows of one bucket."""
 
     rows: tuple[int, ...]
-    """Of the mixture; of a single cache: positions in its index."""
+    """Row numbers of the mixture. With a single cache they are positions in its index."""
     groups: tuple[Group, ...]
 
     @property
     def num_rows(self) -> int:
-        """Rows in all groups."""
+        """Number of rows in all groups."""
         return len(self.rows)
 
 
 def pad(members: Sequence[Group]) -> Group:
-    """Rows of one bucket as one group: captions end in zeros up to the longest, and ``text_lengths`` says where."""
+    """Groups of one bucket as one group. Captions are padded with zeros to the longest one, and ``text_lengths`` has
+    their lengths."""
     lengths = tuple(m.prompt_embeds.shape[1] for m in members for _ in m.sigma)
     longest = max(lengths)
     if set(lengths) == {longest}:
-        return _cat(members)
+        return concatenate(members)
     padded = [
         replace(m, prompt_embeds=F.pad(m.prompt_embeds, (0, 0, 0, longest - m.prompt_embeds.shape[1]))) for m in members
     ]
-    return replace(_cat(padded), text_lengths=lengths)
+    return replace(concatenate(padded), text_lengths=lengths)
 
 
-def _cat(members: Sequence[Group]) -> Group:
-    tensors = [name for name, value in vars(members[0]).items() if isinstance(value, Tensor)]
-    together: dict[str, Any] = {name: torch.cat([vars(m)[name] for m in members]) for name in tensors}
-    return Group(**together)
+def concatenate(members: Sequence[Group]) -> Group:
+    """Groups whose captions have one length as one group."""
+    names = [name for name, value in vars(members[0]).items() if isinstance(value, Tensor)]
+    tensors: dict[str, Any] = {name: torch.cat([vars(m)[name] for m in members]) for name in names}
+    return Group(**tensors)

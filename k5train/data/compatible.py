@@ -1,4 +1,4 @@
-"""Does a cache fit a transformer? Widths, encoders' weights and template, before anything is loaded."""
+"""Does a cache fit a transformer? Compares widths, encoders' weights and template, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,42 +14,41 @@ from k5train.data.template import check_template
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
 
-
-WORDS = {
-    "text_encoder": "its captions went through another Qwen2.5-VL",
-    "tokenizer": "its captions were cut into tokens by another vocabulary",
-    "text_encoder_2": "its captions went through another CLIP",
-    "tokenizer_2": "its captions were cut into tokens by another CLIP vocabulary",
-    "vae": "its images went through another VAE",
+_REASONS = {
+    "text_encoder": "its captions were encoded by another Qwen2.5-VL",
+    "tokenizer": "its captions were tokenised with another vocabulary",
+    "text_encoder_2": "its captions were encoded by another CLIP",
+    "tokenizer_2": "its captions were tokenised with another CLIP vocabulary",
+    "vae": "its images were encoded by another VAE",
 }
 
 
 def check_encoders(cache: Cache, folder: Path) -> None:
-    """Refuse a cache that other encoders made than those beside the transformer; under 0.2 s, no model is loaded.
+    """Refuse a cache that was not made by the encoders beside the transformer. Takes under 0.2 s and loads no model.
 
-    Only the parts that are in ``folder`` are compared: a training machine needs no text encoder, and T2I and its
-    pretrain have the same ones.
+    Only the parts that are in ``folder`` are compared: a training machine needs no text encoder, and the sft and
+    pretrain flavours have the same ones.
 
     Raises:
-        CacheStale: names each part that is another.
+        CacheStale: names each part that differs.
     """
     recipe = cache.manifest.recipe
     edits = bool(read_config(folder, "transformer").get("visual_cond"))
     flavour = str(recipe.get("model", {}).get("flavour", ""))
     if flavour and flavour.startswith("i2i") != edits:
-        kinds = ("images to edit (I2I)", "captions alone (T2I)")
+        kind = "images to edit (I2I)" if edits else "captions alone (T2I)"
         raise CacheStale(
-            f"{cache.root} was encoded for {flavour}, and the transformer in {folder} takes {kinds[not edits]}",
-            "Encode with the flavour that is trained: k5cache encode SOURCE -o OTHER --set model.flavour=FLAVOUR",
+            f"{cache.root} was encoded for {flavour}, and the transformer in {folder} takes {kind}",
+            "Encode for the flavour that you train: k5cache encode SOURCE -o OTHER --set model.flavour=FLAVOUR",
         )
-    others = [
-        f"{WORDS[part]} (part {part})"
+    different = [
+        f"{_REASONS[part]} (part {part})"
         for part in ENCODER_PARTS
         if (cached := _cached(recipe, part)) and (folder / part).is_dir() and fingerprint(folder, part) != cached
     ]
-    if others:
+    if different:
         raise CacheStale(
-            f"{cache.root} does not belong to the model in {folder}: {'; '.join(others)}",
+            f"{cache.root} does not belong to the model in {folder}: {'; '.join(different)}",
             f"Train with the model that encoded it ({model_name(recipe)}), "
             f"or encode with this one: k5cache encode SOURCE -o {cache.root} --model {folder} --update",
         )
@@ -64,23 +63,23 @@ def check_fit(cache: Cache, folder: Path) -> None:
     """Refuse a cache whose tensors this transformer cannot take, before anything is loaded.
 
     Raises:
-        CacheStale: widths differ, or the encoders' weights are not those beside the transformer: the cache was made by
-            others; or the installed diffusers would encode its captions otherwise.
-        CacheError: another program made it.
+        CacheStale: widths differ, the cache was not made by the encoders beside the transformer, or the installed
+            diffusers has another template.
+        CacheError: another program made the cache.
     """
     check_template(cache)
     check_encoders(cache, folder)
-    wanted = read_config(folder, "transformer")
+    config = read_config(folder, "transformer")
     if not isinstance(cache.manifest.recipe.get("selection", {}).get("resolution"), int):
         raise CacheError(
             f"{cache.root} was not made by `k5cache encode`: its recipe has no selection.resolution",
             "Encode into a new cache: k5cache encode SOURCE -o OTHER",
         )
     text = cache.prompt("")
-    found = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
-    for name, width in found.items():
-        if width != wanted[name]:
+    widths = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
+    for name, width in widths.items():
+        if width != config[name]:
             raise CacheStale(
-                f"{cache.root} holds text embeddings {width} wide, the transformer in {folder} takes {wanted[name]}",
+                f"{cache.root} holds text embeddings {width} wide, the transformer in {folder} takes {config[name]}",
                 "Encode with the same model: k5cache encode SOURCE -o OTHER --model DIR",
             )

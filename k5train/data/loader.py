@@ -1,6 +1,6 @@
-"""Rows to batches: which rows, in what order, with which noise. All of it is a function of (seed, step, row).
+"""Which rows does a batch have, and which noise, sigma and caption? All of it is a function of (seed, step, row).
 
-No worker count, restart or machine changes a batch: every draw comes from a generator seeded by what it is for.
+No number of workers, restart or machine changes a batch: each draw has its own generator, seeded by its purpose.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from k5cache.shared.errors import RecipeError
-from k5train.data.batch import Batch, Group, _cat, pad
+from k5train.data.batch import Batch, Group, concatenate, pad
 from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches
 from k5train.objective import flow, rollout, tread
 
@@ -30,11 +30,11 @@ class Loader:
     Args:
         data: a mixture of caches, or one cache opened by ``k5cache.store.reader.open_cache``.
         config: seeds, sizes, dropout, objective, TREAD and rollout.
-        scaling_factor: of the VAE whose moments the cache holds.
-        inference_sigmas: the scheduler's, from 1 down to 0; rollouts step along them.
+        scaling_factor: from the config of the VAE that encoded the cache.
+        inference_sigmas: the scheduler's, from 1 down to 0. Rollouts step along them.
 
     Raises:
-        RecipeError: the recipe counts on masks and no row has one.
+        RecipeError: an option needs masks, and no row has one.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class Loader:
     ) -> None:
         self.data = data if isinstance(data, Mixture) else Mixture([Source(data, config.repeats)])
         self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
-        for name, wanted in (
+        for name, is_set in (
             ("objective.masked_loss", config.objective.masked_loss),
             ("tread.keep_masked", bool(config.tread.routes) and config.tread.keep_masked),
         ):
-            if wanted and not self.data.has_masks():
+            if is_set and not self.data.has_masks():
                 raise RecipeError(
                     f"train.{name} is set, and the cache holds no masks",
-                    "Put cat.mask.png beside cat.png, white where it counts, and encode again",
+                    "Put cat.mask.png beside cat.png, white in the area that counts, and encode again",
                 )
         self._epochs: dict[int, list[list[int]]] = {}
-        self._slices: tuple[int, list[int], list[int]] = (-1, [], [])
         self._ends = [0]  # micro-batches before each epoch
+        self._slices: tuple[int, list[int], list[int]] = (-1, [], [])  # step, sizes of its micro-batches, slice by row
 
     def rows_of(self, micro: int) -> list[int]:
-        """Rows of micro-batch ``micro`` (counted from the start of the run)."""
+        """Rows of micro-batch ``micro``, counted from the start of the run."""
         while self._ends[-1] <= micro:
             self._ends.append(
                 self._ends[-1] + num_batches(self.data.pools, self.config.batch_size, len(self._ends) - 1)
@@ -65,14 +65,14 @@ class Loader:
         return self._epoch(epoch)[micro - self._ends[epoch]]
 
     def micro_batches(self, epochs: int) -> int:
-        """How many micro-batches the first ``epochs`` have."""
+        """How many micro-batches the first ``epochs`` epochs have."""
         return sum(num_batches(self.data.pools, self.config.batch_size, epoch) for epoch in range(epochs))
 
     def batch(self, micro: int) -> Batch:
         """Read micro-batch ``micro`` from the cache and draw its noise.
 
         Raises:
-            CacheCorrupt: a row of it is not the bytes that were written.
+            CacheCorrupt: the bytes of a row are not those that were written.
         """
         rows = self.rows_of(micro)
         drawn = [self._draw(row, micro, place) for place, row in enumerate(rows)]
@@ -80,14 +80,14 @@ class Loader:
             groups = [pad(drawn)]
         else:
             by_length: dict[int, list[Group]] = {}
-            for one in drawn:
-                by_length.setdefault(one.prompt_embeds.shape[1], []).append(one)
-            groups = [_cat(members) for _, members in sorted(by_length.items())]
+            for group in drawn:
+                by_length.setdefault(group.prompt_embeds.shape[1], []).append(group)
+            groups = [concatenate(members) for _, members in sorted(by_length.items())]
         return Batch(tuple(rows), tuple(self._route(group, micro) for group in groups))
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._epochs:
-            if len(self._epochs) > 1:  # an update may lie across two epochs
+            if len(self._epochs) > 1:  # two are kept, because an update may span two epochs
                 del self._epochs[min(self._epochs)]
             generator = _generator(self.config.seed, "order", epoch)
             self._epochs[epoch] = epoch_batches(self.data.pools, self.config.batch_size, epoch, generator)
@@ -100,7 +100,7 @@ class Loader:
         config, objective = self.config, self.config.objective
         source, _ = self.data.locate(row_index)
         row = self.data.row(row_index)
-        # One generator a row, drawn from in a fixed order: sigma, dropout, caption, posterior, noise.
+        # One generator for each row, used in a fixed order: sigma, dropout, caption, posterior, noise.
         generator = _generator(config.seed, "row", micro, place)
         u = torch.rand(1, generator=generator, dtype=torch.float64)
         text = self._text(source.cache, row, generator)
@@ -113,8 +113,9 @@ class Loader:
         path = None
         if config.rollout.probability:
             assert self.inference_sigmas is not None, "rollout needs the scheduler's sigmas"
-            draw = _generator(config.seed, "rollout", micro, place)
-            path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, self._step(micro), draw)
+            of_rollout = _generator(config.seed, "rollout", micro, place)
+            step = self._step(micro)
+            path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, step, of_rollout)
             sigma = path[-1:]
         mask = None
         if row.mask_key and (objective.masked_loss or config.tread.keep_masked):
@@ -146,7 +147,7 @@ class Loader:
         return latents, torch.randn(latents.shape, generator=generator)
 
     def _stratified(self, u: Tensor, micro: int, place: int) -> Tensor:
-        """Each row of an update draws from a slice of its own, whatever micro-batch it falls into."""
+        """``u`` moved into one of n equal slices of 0 to 1: each of the n rows of an update has its own slice."""
         step, count = self._step(micro), self.config.gradient_accumulation_steps
         if self._slices[0] != step:
             sizes = [len(self.rows_of(m)) for m in range(step * count, (step + 1) * count)]
@@ -164,8 +165,8 @@ class Loader:
         return (torch.ones_like(sigma) if weight is None else weight) * (prior if source.is_regularisation_data else 1)
 
     def _mask(self, mask: Tensor | None, latents: Tensor) -> Tensor:
-        whole = torch.ones(latents.shape[:2]) if mask is None else mask
-        return whole.clamp(min=self.config.objective.unmasked_weight)[None, None, ..., None]
+        mask = torch.ones(latents.shape[:2]) if mask is None else mask
+        return mask.clamp(min=self.config.objective.unmasked_weight)[None, None, ..., None]
 
     def _scores(self, mask: Tensor | None, num_tokens: int, micro: int, place: int) -> Tensor:
         forced = tread.masked_tokens(mask) if mask is not None and self.config.tread.keep_masked else None
@@ -175,13 +176,13 @@ class Loader:
 
     def _route(self, group: Group, micro: int) -> Group:
         if group.path is not None and torch.equal(group.path, group.path[:, -1:].expand_as(group.path)):
-            group = replace(group, path=None)  # no row of it is rolled
+            group = replace(group, path=None)  # none of its rows takes a step
         if group.scores is None:
             return group
         routes = tread.choose(group.scores, self.config.tread, self._step(micro), self.config.steps)
         return replace(group, scores=None, routes=routes)
 
 
-def _generator(seed: int, *what: str | int) -> torch.Generator:
-    digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
+def _generator(seed: int, *purpose: str | int) -> torch.Generator:
+    digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

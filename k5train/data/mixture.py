@@ -1,4 +1,4 @@
-"""Several caches as one list of rows: which rows an epoch has, in which order, and where each one lies."""
+"""How are several caches one list of rows? Which rows does an epoch have, in which order, and where is each one?"""
 
 from __future__ import annotations
 
@@ -20,24 +20,21 @@ from k5train.options.data import DataConfig
 if TYPE_CHECKING:
     from k5cache.store.index import IndexRow
 
-
 Size = tuple[int, int]
+_GOLDEN = 0.6180339887  # multiples of it, modulo 1, are spread evenly over 0 to 1
 
 
 @dataclass(frozen=True)
 class Source:
-    """A cache and how it takes part."""
+    """A cache, and how a run uses it."""
 
     cache: Cache
     repeats: int = 1
     weight: float | None = None
-    """Share of an epoch's rows, relative to the other sources'. None: by size."""
+    """Share of the rows of an epoch, relative to the weights of the other sources. None: in proportion to its size."""
     is_regularisation_data: bool = False
     held_out: frozenset[int] = frozenset()
     """Items of the cache that are not trained on."""
-
-
-_GOLDEN = 0.6180339887  # multiples of it spread evenly over 0 to 1
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,17 @@ class Pool:
 
     rows: list[int]
     rate: float
-    """Rows that they give an epoch, on average."""
+    """Mean number of rows that the pool contributes to an epoch."""
     phase: float
-    """0 to 1: where the fractions of the rate are rounded up, so that not all pools do in the same epoch."""
+    """0 to 1: shifts the epochs in which a fractional rate is rounded up, so that they differ between pools."""
 
     def count(self, epoch: int) -> int:
-        """Rows that they give in this epoch: the rate rounded so that the sum over epochs is never off by one."""
+        """Number of rows in this epoch: the rate, rounded so that the sum over epochs is never off by one."""
         return math.floor((epoch + 1) * self.rate + self.phase) - math.floor(epoch * self.rate + self.phase)
 
 
 class Mixture:
-    """Rows 0 to ``len - 1`` are the items of the first cache, then those of the second, and so on."""
+    """Rows 0 to ``len - 1``: the items of the first cache, then those of the second, and so on."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
@@ -64,24 +61,24 @@ class Mixture:
 
     @property
     def first(self) -> Cache:
-        """The cache whose prompts are drawn."""
+        """The first cache, whose prompts are drawn."""
         return self.sources[0].cache
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def locate(self, row: int) -> tuple[Source, int]:
-        """The source of a row, and its item there."""
+        """The source of a row, and the number of its item there."""
         number = bisect.bisect_right(self._ends, row)
         return self.sources[number], row - (self._ends[number - 1] if number else 0)
 
     def row(self, row: int) -> IndexRow:
-        """What the index of its cache says of a row."""
+        """The index row of a row."""
         source, item = self.locate(row)
         return source.cache.row(item)
 
     def name(self, row: int) -> str:
-        """A row as a person knows it: the image's path, and the cache where there are several."""
+        """A row's name for people: the path of its image, with the cache if there are several."""
         source, item = self.locate(row)
         path = source.cache.row(item).path
         return path if len(self.sources) == 1 else f"{source.cache.root.name}: {path}"
@@ -89,11 +86,11 @@ class Mixture:
     def has_masks(self) -> bool:
         """Whether any row has a mask."""
         columns = [s.cache.columns("mask_key").column(0) for s in self.sources]
-        return any(c.null_count < len(c) for c in columns)
+        return any(column.null_count < len(column) for column in columns)
 
     @cached_property
     def pools(self) -> dict[Size, list[Pool]]:
-        """Bucket -> from each source: its rows there and how many rows of an epoch they give."""
+        """Bucket -> the pool of each source that has rows in it."""
         by_source = [self._by_bucket(number) for number in range(len(self.sources))]
         sizes = [sum(map(len, buckets.values())) for buckets in by_source]
         totals = [float(size * source.repeats) for size, source in zip(sizes, self.sources, strict=True)]
@@ -123,12 +120,10 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
     """Open the caches of a run.
 
     Raises:
-        CacheError: one cannot be opened, or all are empty.
+        CacheError: a cache cannot be opened, or all are empty.
         CacheStale: they were made by different encoders; names the fields.
     """
-    sources = [
-        Source(open_cache(Path(e.cache)), e.repeats, e.weight, e.is_regularisation_data) for e in entries
-    ]  # fmt: skip
+    sources = [Source(open_cache(Path(e.cache)), e.repeats, e.weight, e.is_regularisation_data) for e in entries]
     mixture = Mixture(sources)
     if not len(mixture):
         raise CacheError(f"{mixture.first.root} holds no images", "Encode some first: k5cache encode SOURCE")
@@ -136,17 +131,17 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
         ours, theirs = mixture.first.manifest.recipe, other.cache.manifest.recipe
         fields = [("text", name) for name in ours["text"]]
         fields += [("latents", name) for name in ("vae", "scaling_factor")]
-        odd = [f"{table}.{name}" for table, name in fields if ours[table][name] != theirs[table].get(name)]
-        if odd:
+        different = [f"{table}.{name}" for table, name in fields if ours[table][name] != theirs[table].get(name)]
+        if different:
             raise CacheStale(
-                f"{mixture.first.root} and {other.cache.root} were encoded differently: {', '.join(odd)} differ",
-                "Encode both with one [model] and one [cache] recipe, by one installation",
+                f"{mixture.first.root} and {other.cache.root} were encoded differently: {', '.join(different)} differ",
+                "Encode both with the same [model] and [cache] and the same installation",
             )
     return mixture
 
 
 def num_batches(pools: Mapping[Size, Sequence[Pool]], batch_size: int, epoch: int) -> int:
-    """How many batches ``epoch_batches`` makes of an epoch. Without weights the same for all."""
+    """Number of batches in an epoch. Without weights it is the same for all epochs."""
     return sum(-(-sum(p.count(epoch) for p in parts) // batch_size) for parts in pools.values())
 
 
@@ -156,19 +151,19 @@ def epoch_batches(
     """The batches of one epoch, in order.
 
     Args:
-        pools: ``Mixture.pools``. A pool of n rows that is to give ``q * n + r`` gives every row q times, and r of them
-            once more, drawn anew in every epoch.
-        batch_size: rows of a batch; the last batch of a bucket may be smaller.
+        pools: ``Mixture.pools``. A pool of n rows that contributes ``q * n + r`` rows contributes each row q times, and
+            r of them once more, which are drawn anew in every epoch.
+        batch_size: rows of a batch. The last batch of a bucket may be smaller.
 
     Returns:
-        Lists of rows; those of one list share a bucket.
+        Lists of rows. The rows of one list share a bucket.
     """
     batches: list[list[int]] = []
     for parts in pools.values():
         rows: list[int] = []
         for pool in parts:
-            whole, rest = divmod(pool.count(epoch), len(pool.rows))
-            rows += pool.rows * whole
+            times, rest = divmod(pool.count(epoch), len(pool.rows))
+            rows += pool.rows * times
             if rest:
                 rows += [pool.rows[i] for i in torch.randperm(len(pool.rows), generator=generator)[:rest].tolist()]
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]

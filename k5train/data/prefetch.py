@@ -1,4 +1,4 @@
-"""Batches made ahead of their use, in a thread."""
+"""How are batches read ahead of their use? By a thread."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from k5train.data.batch import Batch
 
-LOOK_AHEAD = 4  # batches read before they are needed; one is under 10 MB at 1024x1024
+LOOK_AHEAD = 4  # batches that are read ahead; one is under 10 MB at 1024x1024
 
 
 def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
     """Yield ``read(first) .. read(last - 1)`` in order, read ahead by a background thread.
 
-    An error of the reading thread rises here, at the batch it belongs to.
+    An error in the thread is raised here, at the batch that it belongs to.
     """
     ready: queue.Queue[Batch | BaseException] = queue.Queue(LOOK_AHEAD)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Flow matching: what is noised, by how much, and what the transformer should answer. Pure, in float32.
+"""How noisy is an input, what should the transformer predict from it, and how is its error counted? Pure, float32.
 
 The rules are the official trainer's: ``x = (1 - sigma) * latents + sigma * noise`` and ``velocity = noise - latents``,
 with ``sigma = sigmoid(N(0, 1))`` and then the shift.
@@ -17,11 +17,11 @@ from k5train.options.objective import ObjectiveConfig
 
 
 def sample_posterior(mean: Tensor, std: Tensor | None, noise: Tensor, scaling_factor: float) -> Tensor:
-    """One draw of the VAE's posterior, in the units that the transformer sees.
+    """One draw from the VAE's posterior, in the units that the transformer sees.
 
     Args:
         mean: any shape, unscaled, as the cache holds it (float16).
-        std: like ``mean``. None: the cache holds only the mean, and the mean is the draw.
+        std: like ``mean``. None: the cache holds only the mean, which is then the draw.
         noise: like ``mean``, N(0, 1).
         scaling_factor: the VAE config's. Kandinsky 5 does not use ``shift_factor``.
 
@@ -33,9 +33,9 @@ def sample_posterior(mean: Tensor, std: Tensor | None, noise: Tensor, scaling_fa
 
 
 def sigma_quantile(u: Tensor, objective: ObjectiveConfig) -> Tensor:
-    """The noise level below which a share ``u`` of those trained on lie, before the shift.
+    """The quantile ``u`` of the distribution of sigma, before the shift.
 
-    One uniform number makes one sigma, whatever the distribution; equally spaced ones make stratified sigmas.
+    One uniform number gives one sigma, whatever the distribution; equally spaced numbers give stratified sigmas.
 
     Args:
         u: any shape, 0 to 1, float64 for exact tails.
@@ -49,7 +49,7 @@ def sigma_quantile(u: Tensor, objective: ObjectiveConfig) -> Tensor:
             sigma = torch.sigmoid(objective.sigmoid_scale * torch.special.ndtri(u))
         case "logit_normal":
             sigma = torch.sigmoid(objective.logit_mean + objective.logit_std * torch.special.ndtri(u))
-        case "mode":  # diffusers' compute_density_for_timestep_sampling; there it falls as its u rises
+        case "mode":  # diffusers' compute_density_for_timestep_sampling, where sigma falls as u rises
             u = 1 - u
             sigma = 1 - u - objective.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
         case "beta":
@@ -82,13 +82,13 @@ def _beta_table(a: float, b: float) -> tuple[Tensor, Tensor]:
 
 
 def auto_shift(num_tokens: int) -> float:
-    """Flux's shift for a picture of so many visual tokens (pixels / 256): ``pipelines.flux.calculate_shift``'s exp."""
+    """Flux's shift for a picture of this many tokens (pixels / 256): exp of ``pipelines.flux.calculate_shift``."""
     slope = (1.15 - 0.5) / (4096 - 256)
     return math.exp(0.5 + (num_tokens - 256) * slope)
 
 
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
-    """``s * sigma / (1 + (s - 1) * sigma)``; 0 and 1 stay, above 1 moves the rest towards noise."""
+    """``s * sigma / (1 + (s - 1) * sigma)``. 0 and 1 stay; a shift above 1 moves all others towards noise."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -108,21 +108,22 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """The velocity that leads from data to noise, float32: what the transformer should predict at every sigma."""
+    """The velocity from data to noise, float32: what the transformer should predict at every sigma."""
     return noise.float() - latents.float()
 
 
 def loss_weights(sigma: Tensor, objective: ObjectiveConfig) -> Tensor | None:
-    """What each row's error counts at its sigma.
+    """The weight of each row's error at its sigma.
 
-    ``min_snr``: with ``SNR = ((1 - sigma) / sigma)^2`` an error e of the velocity is ``sigma * e`` of the data,
-    which Min-SNR weighs by ``min(SNR, gamma)``: together ``min(SNR, gamma) * sigma^2``, its own rule for v-prediction.
+    ``min_snr``: an error e of the velocity is an error ``sigma * e`` of the data, which Min-SNR weights by
+    ``min(SNR, gamma)`` with ``SNR = ((1 - sigma) / sigma)^2``. The product is ``min(SNR, gamma) * sigma^2``, which is
+    also Min-SNR's own rule for v-prediction.
 
     Args:
         sigma: ``[B]``, after the shift.
 
     Returns:
-        ``[B]`` float32, or None where all count the same.
+        ``[B]`` float32, or None if all rows have the same weight.
     """
     sigma = sigma.float()
     match objective.weighting:
@@ -143,14 +144,14 @@ def flow_loss(
     mask: Tensor | None = None,
     huber_c: float | None = None,
 ) -> Tensor:
-    """The error of a forward pass, a mean over its rows, a float32 scalar.
+    """The mean error of the rows of a forward pass, a float32 scalar.
 
     Args:
         predicted: ``[B, ...]``.
         velocity: like ``predicted``.
-        weight: ``[B]``, of each row. None: 1.
-        mask: broadcasts to ``predicted``, 0 to 1: a row's error is the mean over what its mask covers, so a small
-            subject counts as much as a large one. None: the mean over everything.
+        weight: ``[B]``, the weight of each row. None: 1.
+        mask: broadcasts to ``predicted``, 0 to 1. A row's error is the mean over the area that its mask covers, so a
+            small subject counts as much as a large one. None: the mean over everything.
         huber_c: the size from which an error counts linearly: ``c * (2 * |e| - c)`` instead of ``e^2``. None: never.
     """
     predicted, velocity = predicted.float(), velocity.float()

@@ -1,4 +1,4 @@
-"""Which options that somebody set do nothing under the others? A warning: a recipe may hold them for its sweep."""
+"""Which options of a recipe have no effect, given the others? A warning and no error: a sweep may need them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from operator import attrgetter
 
 from k5train.options.train import TrainConfig
 
-# Option -> the option that it belongs to, and the values of that under which it counts.
-_BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
+# Option -> the option that it belongs to, and the values of that option with which it has an effect.
+BELONGS_TO: dict[str, tuple[str, tuple[str, ...]]] = {
     "objective.sigmoid_scale": ("objective.sigma_sampling", ("sigmoid",)),
     "objective.logit_mean": ("objective.sigma_sampling", ("logit_normal",)),
     "objective.logit_std": ("objective.sigma_sampling", ("logit_normal",)),
@@ -23,10 +23,8 @@ _BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "optim.betas": ("optim.optimizer", ("adamw", "adamw8bit", "lion", "muon", "prodigy", "schedulefree")),
     "optim.eps": ("optim.optimizer", ("adamw", "adamw8bit", "prodigy", "schedulefree")),
 }
-
-
-# Option -> what switches it on.
-_NEEDS = {
+# Option -> the option without which it has no effect.
+NEEDS = {
     "objective.unmasked_weight": "objective.masked_loss",
     "tread.keep_masked": "tread.routes",
     "tread.ramp_down": "tread.routes",
@@ -43,17 +41,17 @@ _NEEDS = {
 }
 
 
-def idle_options(config: TrainConfig) -> list[str]:
-    """One line for each option that is not at its default and counts for nothing."""
+def options_without_effect(config: TrainConfig) -> list[str]:
+    """One line for each option that is not at its default and has no effect."""
     default = TrainConfig()
     lines = [
         f"train.{name} does nothing here: it belongs to train.{other} = {' or '.join(values)}"
-        for name, (other, values) in _BELONGS.items()
+        for name, (other, values) in BELONGS_TO.items()
         if attrgetter(name)(config) != attrgetter(name)(default) and attrgetter(other)(config) not in values
     ]
     lines += [
         f"train.{name} does nothing here: train.{other} is not set"
-        for name, other in _NEEDS.items()
+        for name, other in NEEDS.items()
         if attrgetter(name)(config) != attrgetter(name)(default) and not attrgetter(other)(config)
     ]
     if config.epochs is not None and config.steps != default.steps:
@@ -62,8 +60,8 @@ def idle_options(config: TrainConfig) -> list[str]:
         lines.append("train.repeats does nothing here: each [[train.data]] entry has its own")
     if config.epochs is None and config.optim.warmup_steps >= config.steps > 0:
         lines.append(
-            f"train.optim.lr is never reached: its warm-up takes {config.optim.warmup_steps} steps, there are "
-            f"{config.steps}: --set train.optim.warmup_steps={config.steps // 10}"
+            f"train.optim.lr is never reached: the warm-up takes {config.optim.warmup_steps} steps and the run "
+            f"{config.steps}. Use --set train.optim.warmup_steps={config.steps // 10}"
         )
     has_prior = any(entry.is_regularisation_data for entry in config.data)
     if config.objective.prior_loss_weight != 1 and not has_prior:

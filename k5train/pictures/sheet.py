@@ -1,4 +1,4 @@
-"""Pictures side by side on one labelled sheet."""
+"""How are pictures shown side by side on one labelled sheet?"""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
-    """One picture of labelled rows (the checkpoints) and columns (the prompts).
+    """One picture with labelled rows (the checkpoints) and columns (the prompts).
 
     Args:
-        rows: label and pictures; every row has ``len(columns)`` pictures. They are shown at most 512 pixels large, and
-            toy pictures enlarged; the files beside the grid keep their size.
-        columns: what each column shows, wrapped above it.
+        rows: a label and ``len(columns)`` pictures for each row. Large pictures are shown at 512 pixels, and toy
+            pictures are enlarged; the files beside the grid keep their size.
+        columns: the text above each column, which is wrapped.
     """
-    shown = [(label, [_shown(picture) for picture in pictures]) for label, pictures in rows]
+    shown = [(label, [_resized(picture) for picture in pictures]) for label, pictures in rows]
     cell_width = max(160, *(p.width for _, pictures in shown for p in pictures))
     cell_height = max(p.height for _, pictures in shown for p in pictures)
     font_size = max(14, cell_width // 28)
     font = ImageFont.load_default(font_size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow is always built with FreeType in its wheels
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels always have FreeType
     line, gap = font_size + 4, 6
     label_width = 24 + max(int(font.getlength(label)) for label, _ in shown)
     headers = [_wrap(text, font, cell_width - 8) for text in columns]
@@ -39,15 +39,17 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
     return sheet
 
 
-def _shown(picture: Image.Image, most: int = 512, least: int = 192) -> Image.Image:
+def _resized(picture: Image.Image, largest: int = 512, smallest: int = 192) -> Image.Image:
     side = max(picture.size)
-    if side > most:
-        return picture.resize((picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS)
-    times = max(1, least // side)
+    if side > largest:
+        return picture.resize(
+            (picture.width * largest // side, picture.height * largest // side), Image.Resampling.LANCZOS
+        )
+    times = max(1, smallest // side)
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 4) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int = 4) -> list[str]:
     lines = [""]
     for word in (text or "(the empty prompt)").split():
         longer = f"{lines[-1]} {word}".strip()
@@ -55,4 +57,4 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 4) 
             lines[-1] = longer
         else:
             lines.append(word)
-    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
+    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1]} ..."]

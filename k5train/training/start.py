@@ -17,7 +17,7 @@ from k5cache.shared.recipe import parse, read, to_dict
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
-from k5train.options.without_effect import idle_options
+from k5train.options.without_effect import options_without_effect
 from k5train.runs.folder import Run, create_run, free_name, is_held, open_run, undone_if_refused, write_recipe
 from k5train.runs.resume_state import Saved, differences, latest_state
 from k5train.training.identity import depends_on_the_last_step
@@ -53,7 +53,7 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         RunError: the folder is taken by a finished run or by one with another recipe.
     """
     config = with_library(config)
-    for line in idle_options(config):
+    for line in options_without_effect(config):
         console.warn(line)
     data = open_data(cache, config)
     folder = model_folder(model, PARTS)
