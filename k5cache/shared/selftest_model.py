@@ -11,7 +11,7 @@ from pathlib import Path
 
 from k5cache.shared.errors import CacheError, ModelError
 
-MAKER = Path(__file__).parent.parent / "pipelines" / "demo" / "make_checkpoint.py"
+MAKER = Path(__file__).parents[2] / "pipelines" / "demo" / "make_checkpoint.py"
 
 
 def only_cache(command: str) -> Path | None:

@@ -74,33 +74,32 @@ class TrainConfig:
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
     def check(self) -> list[str]:
-        """What is out of range."""
+        """What is out of range, or cannot be combined."""
+        return [*self._out_of_range(), *self._conflicts()]
+
+    def _out_of_range(self) -> list[str]:
+        counts = ("steps", "batch_size", "gradient_accumulation_steps", "repeats", "epochs", "checkpoints_total_limit")
         problems = [
             f"{name} must be at least 1, found {value}"
-            for name, value in (
-                ("steps", self.steps),
-                ("batch_size", self.batch_size),
-                ("gradient_accumulation_steps", self.gradient_accumulation_steps),
-                ("repeats", self.repeats),
-            )
-            if value < 1
+            for name, value in ((name, getattr(self, name)) for name in counts)
+            if value is not None and value < 1
         ]
         if not 0 <= self.caption_dropout_probability <= 1:
             problems.append(f"caption_dropout_probability must be 0 to 1, found {self.caption_dropout_probability}")
         if not 0 < self.flow_schedule_shift < inf:
             problems.append(f"flow_schedule_shift must be above 0, found {self.flow_schedule_shift}")
-        if self.flow_schedule_shift != 1 and self.objective.flow_schedule_auto_shift:
-            problems.append("flow_schedule_shift must be 1 if objective.flow_schedule_auto_shift is set")
-        if self.epochs is not None and self.epochs < 1:
-            problems.append(f"epochs must be at least 1, found {self.epochs}")
         if self.checkpoint_every < 0:
             problems.append(f"checkpoint_every must be 0 or more, found {self.checkpoint_every}")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            problems.append(f"checkpoints_total_limit must be at least 1, found {self.checkpoints_total_limit}")
         if not self.loss_limit >= 0:  # NaN too
             problems.append(f"loss_limit must be 0 or more, found {self.loss_limit}")
         if self.max_hours is not None and not self.max_hours > 0:
             problems.append(f"max_hours must be above 0, found {self.max_hours}")
+        return problems
+
+    def _conflicts(self) -> list[str]:
+        problems = []
+        if self.flow_schedule_shift != 1 and self.objective.flow_schedule_auto_shift:
+            problems.append("flow_schedule_shift must be 1 if objective.flow_schedule_auto_shift is set")
         if len({entry.weight is None for entry in self.data}) > 1:
             problems.append("data has entries with a weight and entries without: give all a weight, or none")
         if self.lora.algo in ("dora", "lokr") and self.base_model_precision == "int8-dynamic":
