@@ -18,7 +18,7 @@ from k5train.options.memory import MemoryConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.planning import memory, vram
 from k5train.planning.memory import Plan, Streaming
-from k5train.planning.saved_plan import Kept
+from k5train.planning.saved_plan import SavedPlan
 from k5train.runs.resume_state import latest_state
 from k5train.training import loop, session
 from k5train.training import sweep as sweeping
@@ -109,12 +109,12 @@ def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_ine
     free(SOME)
     result = (tmp_path / "run" / "result.json").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(session, "load", None)
+        patched.setattr("k5train.training.base.load", None)
         refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.steps=4")
     assert refused.code == 2
-    assert "run is deterministic and goes on with the memory plan it has, which needs 4.9 MiB of VRAM" in refused.err
+    assert "run is deterministic and must go on with its saved memory plan, which needs 4.9 MiB of VRAM" in refused.err
     assert "there is 4.0 MiB for torch" in refused.err
-    assert "Free VRAM, or go on with a new plan" in refused.err
+    assert "Free VRAM, or resume with a new plan" in refused.err
     assert (tmp_path / "run" / "result.json").read_bytes() == result  # it is still finished
     command = refused.err.split(": k5train ")[1].split()  # what is told to do works
     assert command == ["resume", "run", "--set", "train.deterministic=false"]
@@ -237,7 +237,7 @@ def test_a_plan_that_the_first_step_made_leaner_is_the_one_that_is_kept(
     run_out_once(monkeypatch)
     with pytest.raises(DoesNotFit, match="ran out of memory") as caught:
         go_on(tmp_path / "run", steps=6)
-    assert "Free VRAM, or go on with a new plan" in caught.value.fix
+    assert "Free VRAM, or resume with a new plan" in caught.value.fix
     assert len(plans) == 4
 
 
@@ -274,7 +274,7 @@ def test_a_shared_base_takes_a_runs_own_levels_but_not_its_own_streaming(tmp_pat
         plan = Plan(ALL, streaming, {"weights": 100}, 200, 0, (18, 14))
         return Base(torch.nn.Module(), torch.device("cpu"), plan)
 
-    kept = Kept(tmp_path / "run", Plan(IN_SOME, None, {"weights": 90}, 150, 0, (18, 14)))
+    kept = SavedPlan(tmp_path / "run", Plan(IN_SOME, None, {"weights": 90}, 150, 0, (18, 14)))
     assert follow(base(None), None).plan.levels == ALL
     assert follow(base(None), kept).plan == replace(kept.plan, budget=200)
     with pytest.raises(RunError, match="other weights streamed") as caught:

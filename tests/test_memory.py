@@ -70,18 +70,18 @@ def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monke
         modulation, rope = torch.randn(1, 9 * 256), torch.randn(1, tokens, 1, 64, 2, 2)
         given = [*transformer.parameters(), *transformer.buffers(), text, modulation, rope]
         known = {t.untyped_storage().data_ptr() for t in given}
-        kept = {x.untyped_storage().data_ptr(): x.nbytes}
+        saved = {x.untyped_storage().data_ptr(): x.nbytes}
 
-        def note(tensor: torch.Tensor, known=known, kept=kept) -> torch.Tensor:
+        def note(tensor: torch.Tensor, known=known, saved=saved) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             run(x, text, rope, None, modulation, block, modes, level)
         counted = memory.kept_bytes(level, arch, work)
-        assert counted * 0.99 < sum(kept.values()) < (counted + casts) * 1.01, level
+        assert counted * 0.99 < sum(saved.values()) < (counted + casts) * 1.01, level
 
 
 def test_tokens_that_always_skip_blocks_are_not_planned_for():
@@ -90,22 +90,22 @@ def test_tokens_that_always_skip_blocks_are_not_planned_for():
         return work_for({**SMALL, "num_visual_blocks": 6}, config, (64, 24), compiled=True)
 
     routed, whole = work(), work(ramp_down=0.1)
-    assert routed.walking == (1, 0.5, 0.5, 0.5, 0.5, 1)
-    assert whole.walking == work(keep_masked=True).walking == ()
+    assert routed.token_shares == (1, 0.5, 0.5, 0.5, 0.5, 1)
+    assert whole.token_shares == work(keep_masked=True).token_shares == ()
     arch = architecture(SMALL)
     counted = memory.estimate(arch, routed, ("selective",) * 6, None)["kept activations"]
-    one, half = (memory.kept_bytes("selective", arch, replace(whole, num_tokens=n)) for n in (64, 32))
-    assert counted == 2 * one + 4 * half
+    all_tokens, half = (memory.kept_bytes("selective", arch, replace(whole, num_tokens=n)) for n in (64, 32))
+    assert counted == 2 * all_tokens + 4 * half
 
 
 def test_weights_are_counted_as_they_are_held():
     for precision in ("int8-quanto", "no_change"):
         transformer = random_weights.random_transformer(SMALL, precision, CPU)
-        held = sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
+        num_bytes = sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
         work = replace(WORK, precision=precision, lora_parameters=0)
         counted = memory.estimate(architecture(SMALL), work, ("nothing",), None)["weights"]
         tables = sum(b.nbytes for n, b in transformer.named_buffers() if "rope" in n)
-        assert counted == pytest.approx(held - tables, rel=0.01)
+        assert counted == pytest.approx(num_bytes - tables, rel=0.01)
 
 
 def test_the_adapter_is_counted_as_it_is_made():
@@ -151,11 +151,11 @@ def test_weights_are_streamed_only_when_recomputing_everything_does_not_fit():
                 "cache.resolution=768"),
         (3, {}, "Use a GPU with at least 5.8 GiB of memory"),  # for what was asked, not for a smaller one
         (8, {"memory": MemoryConfig(enable_group_offload=True, group_offload_blocks_per_group=25)},
-         "Use --set train.memory.group_offload_blocks_per_group=1, with which what fits is planned"),
+         "Use --set train.memory.group_offload_blocks_per_group=1, which allows a plan that fits"),
         (8, {"memory": MemoryConfig(execution="diffusers")},
-         "Use --set train.memory.execution=auto, with which what fits is planned"),
+         "Use --set train.memory.execution=auto, which allows a plan that fits"),
         (8, {"memory": MemoryConfig(activations="all")},
-         "Use --set train.memory.activations=auto, with which what fits is planned"),
+         "Use --set train.memory.activations=auto, which allows a plan that fits"),
     ],
 )  # fmt: skip
 def test_advice_for_a_card_that_is_too_small_is_a_change_that_fits_it(card, changes, fix):
@@ -342,7 +342,7 @@ def test_flops_of_a_tread_step_are_those_that_torch_counts():
             steps.predict_velocity(transformer, *inputs_for(case, small, CPU), routes=routes)
         counted.append(counter.get_total_flops())
     work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
-    half = replace(work, walking=(1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1))
+    half = replace(work, token_shares=(1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1))
     saved = timing.flops(arch, work) - timing.flops(arch, half)  # of linears twice, of attention 3.5 times
     attention = 4 * 4 * 256 * (64 * 64 + 64 * 24 - 32 * 32 - 32 * 24)  # 4 of 8 blocks: 2 to 5
     assert counted[0] - counted[1] == (saved - 3.5 * attention) / 2  # torch counts no attention on a CPU

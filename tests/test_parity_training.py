@@ -26,7 +26,7 @@ from k5train.options.adapter import LoraConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.train import TrainConfig
-from k5train.planning.plan import largest, plan_training
+from k5train.planning.plan import largest_sizes, plan_training
 from k5train.training.optimizer import learning_rate, make_optimizer
 from k5train.training.step import accumulate, update
 from tests.parity import as_the_pipeline_calls_it, reference_transformer
@@ -60,7 +60,7 @@ def our_steps(model, cache, precision, dtype, steps, config, device="cpu"):
     loader = Loader(cache, config, read_config(model, "vae")["scaling_factor"])
     predict = partial(predict_velocity, transformer, gradient_checkpointing=True)
     if config.memory.execution != "auto":
-        plan = plan_training(model, config, torch.device(device), largest(cache))
+        plan = plan_training(model, config, torch.device(device), largest_sizes(cache))
         execute(transformer, config, torch.device(device), plan)
     micro = config.gradient_accumulation_steps
     batches = prefetch(loader.batch, 0, steps * micro, pin=False)

@@ -30,7 +30,7 @@ from k5train.options.memory import MemoryConfig
 from k5train.options.train import TrainConfig
 from k5train.planning import vram
 from k5train.planning.memory import Plan, architecture
-from k5train.planning.plan import less, plan_for, work_for
+from k5train.planning.plan import leaner_budget, plan_for, work_for
 
 COLUMNS = ("case", "ms/step", "speed", "GPU busy", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
 
@@ -104,7 +104,7 @@ def time_case(
     try:
         return _time_plan(plan, case, train, device, config, num_steps, num_warm_up)
     except torch.OutOfMemoryError:
-        leaner = less(plan)
+        leaner = leaner_budget(plan)
         if leaner is None:
             raise
     # Plan again, as a run does. Not inside the handler, because the error keeps the step's memory alive.

@@ -1,1 +1,1 @@
-"""What each block keeps, recomputes or streams in the VRAM there is."""
+"""Which plan fits: what each block keeps, recomputes or streams in the VRAM that there is."""

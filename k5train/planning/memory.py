@@ -1,6 +1,6 @@
-"""What fits: from architecture, size, adapter and VRAM to what each block keeps and which weights are streamed.
+"""Which plan fits? From architecture, sizes, adapter and VRAM to what each block keeps and which weights are streamed.
 
-Arithmetic only. ``execute.py`` carries a plan out, ``tests/test_memory.py`` counts what it really keeps.
+Arithmetic only. ``forward/execute.py`` carries a plan out, ``tests/test_memory.py`` counts what it really keeps.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ LevelName = Literal["nothing", "attention", "selective", "matmuls", "all"]
 
 
 class Level(NamedTuple):
-    """What a block keeps besides its input; the rest is computed again in backward."""
+    """What a block keeps for the backward pass besides its input. The rest is computed again."""
 
     attention: bool
-    """Self attention's output: its recompute is the dearest for its size."""
+    """Whether self attention's output is kept: for its size, it takes longest to compute again."""
     matmuls: frozenset[str]
-    """Tags of the linears whose outputs are kept, and then cross attention's output too."""
+    """Tags of the linears whose outputs are kept. If there are any, cross attention's output is kept too."""
     help: str
 
 
 _NO_TAGS = frozenset[str]()
-
-
 _SELECTIVE = frozenset({"self_qkv", "self_out", "cross_q", "cross_kv", "cross_out"})
 
-
-# From leanest to fastest. ff_out is never computed again: nothing in backward needs it.
+# From leanest to fastest. ff_out is never computed again: nothing in the backward pass needs it.
 LEVELS: dict[LevelName, Level] = {
     "nothing": Level(False, _NO_TAGS, "recompute all of it"),
     "attention": Level(True, _NO_TAGS, "keep self attention, recompute every linear"),
@@ -43,14 +40,12 @@ LEVELS: dict[LevelName, Level] = {
     "all": Level(True, _SELECTIVE | {"ff_in"}, "recompute nothing"),
 }
 
-
 _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding leaves unused
-
-
-_MARGIN = 0.03  # of the budget, left free: predictions are that good at best
-
-
-_FEW = 0.1  # of the blocks: about 1 % of a step by its FLOPs, while each level is compiled for itself
+_MARGIN = 0.03  # share of the budget that is left free: predictions are at best this good
+_FEW = 0.1  # share of the blocks that is too small for a level of its own: 1 % of a step, and a compilation
+# Rows that a block keeps at "all" beyond its matmuls: elementwise results, as the compiler's partitioner and as eager
+# execution keep them.
+_EXTRA_ROWS = {"compiled": 5.5, "eager": 15.0}
 
 
 @dataclass(frozen=True)
@@ -78,70 +73,72 @@ class Architecture:
 
     @property
     def modulation_parameters(self) -> int:
-        """Of all blocks: held in 16 bits, computed in float32."""
+        """Weights of all modulations: stored in 16 bits, computed in float32."""
         per_row = self.time_dim + 1
         return (9 * self.num_visual_blocks + 6 * self.num_text_blocks) * self.model_dim * per_row
 
 
 @dataclass(frozen=True)
 class Work:
-    """One forward and backward pass: the largest that the run will see."""
+    """One forward and backward pass, the largest of a run."""
 
     batch_size: int
     num_tokens: int
-    """Of the picture: width / 16 * height / 16."""
+    """Tokens of the picture: width / 16 * height / 16."""
     num_text_tokens: int
     lora_parameters: int
     adapters_width: int
-    """Sum over a visual block's adapted linears of the rank: what their down-projections keep."""
+    """Sum of the ranks over a visual block's adapted linears: what their down-projections keep."""
     precision: Literal["int8-quanto", "int8-dynamic", "no_change"]
     bytes_per_element: int = 2
     """Of activations: 2 in bf16, 4 in fp32."""
     compiled: bool = True
     bytes_per_lora_parameter: int = 16
-    """In float32: the parameter, its gradient, and what the optimizer holds, 8 bytes in AdamW."""
-    walking: tuple[float, ...] = ()
-    """Share of the picture's tokens that goes through each visual block, where TREAD lets some skip it."""
+    """The parameter and its gradient in float32, and the optimizer's state, which is 8 bytes in AdamW."""
+    token_shares: tuple[float, ...] = ()
+    """Share of the picture's tokens that goes through each visual block. Empty without TREAD: all of them."""
 
     def in_block(self, i: int) -> Work:
-        """What visual block ``i`` sees of it."""
-        if not self.walking or self.walking[i] == 1:
+        """The part of the work that visual block ``i`` does."""
+        if not self.token_shares or self.token_shares[i] == 1:
             return self
-        return replace(self, num_tokens=math.ceil(self.walking[i] * self.num_tokens))
+        return replace(self, num_tokens=math.ceil(self.token_shares[i] * self.num_tokens))
 
 
 @dataclass(frozen=True)
 class Streaming:
-    """Which visual blocks' weights live in host memory, and how many have room on the GPU at a time."""
+    """How many visual blocks' weights live in host memory, and how they come to the GPU."""
 
     num_blocks: int
     slots: int = 2
+    """Blocks that have room on the GPU at a time."""
     prefetch: bool = True
-    """On a stream of its own, while the block before is computed."""
+    """Copy on a CUDA stream of its own, while the previous block is computed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each visual block keeps, what is streamed, and what that takes."""
+    """What each visual block keeps, what is streamed, and how much memory that takes."""
 
     levels: tuple[LevelName, ...]
     streaming: Streaming | None
     parts: Mapping[str, int]
-    """Bytes on the GPU at the peak, by what they are."""
+    """Bytes on the GPU at the peak, by their use."""
     budget: int | None
+    """Bytes of VRAM that it was planned for. None: no limit."""
     host_bytes: int
     """Page-locked host memory of the streamed weights."""
     sizes: tuple[int, int] | None = None
-    """The most tokens of a picture and of a caption that it is for."""
+    """The most tokens of a picture and of a caption that the plan is for."""
 
     @property
     def peak(self) -> int:
-        """Bytes of VRAM that torch reserves at the peak, predicted."""
+        """Predicted bytes of VRAM that torch reserves at the peak."""
         return sum(self.parts.values())
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """From a diffusers ``config.json``."""
+    """The numbers of a diffusers ``config.json``."""
     d, time, patch = config["model_dim"], config["time_dim"], config["patch_size"]
     patch_size = patch[0] * patch[1] * patch[2]
     channels = 2 * config["in_visual_dim"] + 1 if config.get("visual_cond") else config["in_visual_dim"]
@@ -154,7 +151,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def kept_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
-    """Activations that one visual block keeps from forward to backward, its input included."""
+    """Bytes that one visual block keeps from the forward to the backward pass, with its input."""
     size, tokens = work.bytes_per_element, work.batch_size * work.num_tokens
     row = tokens * arch.model_dim * size
     logsumexp = tokens * (arch.model_dim // arch.head_dim) * 4
@@ -175,14 +172,10 @@ def kept_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
     return kept
 
 
-# Without recompute, beyond the matmuls: what the compiler's partitioner keeps of elementwise work, and what eager does.
-_EXTRA_ROWS = {"compiled": 5.5, "eager": 15.0}
-
-
 def estimate(
     arch: Architecture, work: Work, levels: tuple[LevelName, ...], streaming: Streaming | None
 ) -> dict[str, int]:
-    """Bytes on the GPU at the peak of a step, by what they are."""
+    """Bytes on the GPU at the peak of a step, by their use."""
     weight_bytes = work.bytes_per_element if work.precision == "no_change" else 1
     small_bytes = work.bytes_per_element  # scales, biases, embeddings
     per_block = arch.block_parameters * weight_bytes + (17 * arch.model_dim + arch.ff_dim) * small_bytes
@@ -193,7 +186,7 @@ def estimate(
     return {
         "weights": weights,
         "streamed weights' room": per_block * slots,
-        # Each block keeps its adapters in the compute dtype too.
+        # Each block also keeps its adapters in the compute dtype.
         "LoRA, gradients, optimizer": (work.bytes_per_lora_parameter + small_bytes) * work.lora_parameters,
         "kept activations": sum(kept_bytes(level, arch, work.in_block(i)) for i, level in enumerate(levels)),
         "one block's work": max(_work_bytes(level, arch, work) for level in set(levels)),
@@ -202,15 +195,15 @@ def estimate(
 
 
 def _work_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
-    """What the backward pass of one block holds at its fullest beyond what was kept."""
+    """Bytes that the backward pass of one block needs at its peak, besides what was kept."""
     size, tokens = work.bytes_per_element, work.batch_size * work.num_tokens
     row, hidden = tokens * arch.model_dim * size, tokens * arch.ff_dim * size
     again = max(0, kept_bytes("matmuls", arch, work) - kept_bytes(level, arch, work))
-    # Feed-forward: the gradient of the hidden layer, the residuals, and the weight as it is multiplied.
+    # The peak is in the feed-forward: the hidden layer's gradient, the residuals, and the weight as it is multiplied.
     weight = arch.model_dim * arch.ff_dim * (1 if work.precision == "int8-dynamic" else size)
     weight = 0 if work.precision == "no_change" else weight
     quantized = hidden // size if work.precision == "int8-dynamic" else 0
-    unfused = 0 if work.compiled else 2 * hidden + 12 * row  # float32 copies that a compiled block never writes
+    unfused = 0 if work.compiled else 2 * hidden + 12 * row  # float32 copies, which a compiled block never writes
     return again + hidden + 5 * row + unfused + weight + quantized
 
 
@@ -225,74 +218,95 @@ def make_plan(
 ) -> Plan:
     """The fastest plan that fits ``budget`` bytes of VRAM.
 
-    Blocks climb the ladder of ``LEVELS`` together, so that a plan mixes two neighbouring levels at most: each step up
-    saves less time a byte than the one before. A level of its own for a few blocks is not worth its compilation.
-    Weights are streamed only when recomputing everything does not fit.
+    Blocks climb the ladder of ``LEVELS`` together, because each step up saves less time per byte than the previous
+    one. So a plan mixes at most two neighbouring levels. A level for only a few blocks is not worth its compilation.
+    Weights are streamed only if the run does not fit with everything recomputed.
 
     Args:
-        budget: None: no limit.
-        level: for every block, instead of the ladder.
-        streaming: asked for; None: only if needed.
+        budget: bytes of VRAM. None: no limit.
+        level: the level of every block, instead of the ladder.
+        streaming: what the user asks for. None: stream only what must be.
         fixed_by: the option of ``[train.memory]`` that asks for ``level``.
 
     Raises:
-        DoesNotFit: no plan fits, or not the one asked for; names the nearest that does.
+        DoesNotFit: no plan fits, or not the one asked for. The error names the nearest change that fits.
     """
-    count = arch.num_visual_blocks
-
-    def plan(levels: tuple[LevelName, ...], streaming: Streaming | None) -> Plan:
-        per_block = estimate(arch, work, levels, Streaming(1, 1))["streamed weights' room"]
-        host = per_block * streaming.num_blocks if streaming else 0
-        sizes = (work.num_tokens, work.num_text_tokens)
-        return Plan(levels, streaming, estimate(arch, work, levels, streaming), budget, host, sizes)
-
-    def fits(candidate: Plan) -> bool:
-        return budget is None or candidate.peak <= budget * (1 - _MARGIN)
-
+    planner = _Planner(arch, work, budget)
     if level is not None:
-        chosen = plan(_mixed(level, level, 0, count), streaming)
-        if not fits(chosen):
-            what = f'activations = "{level}"' if fixed_by == "activations" else "with everything recomputed, this run"
-            raise _too_small(chosen, arch, work, what, f"train.memory.{fixed_by}=auto")
-        return chosen
-    best: Plan | None = None
-    ladder: list[LevelName] = list(LEVELS)
-    for lower, upper in itertools.pairwise(ladder):
-        for raised in range(count + 1):
-            candidate = plan(_mixed(lower, upper, raised, count), streaming)
-            if not fits(candidate):
-                break
-            if best is None or raised == 0 or raised >= _FEW * count:
-                best = candidate
-    if best is not None:
-        return best
-    lean = _mixed("nothing", "nothing", 0, count)
+        plan = planner.plan((level,) * arch.num_visual_blocks, streaming)
+        if not planner.fits(plan):
+            asked = f'activations = "{level}"' if fixed_by == "activations" else "with everything recomputed, this run"
+            raise _too_small(plan, arch, work, asked, f"train.memory.{fixed_by}=auto")
+        return plan
+    if fastest := planner.fastest(streaming):
+        return fastest
     if work.precision == "no_change":
-        raise _too_small(plan(lean, None), arch, work, "with everything recomputed, this run")
+        raise _too_small(planner.leanest(None), arch, work, "with everything recomputed, this run")
+    if streaming is None and (least_streamed := planner.least_streamed()):
+        return least_streamed
     fixed = "train.memory.group_offload_blocks_per_group=1" if streaming and streaming.slots > 2 else ""
-    if streaming is None:
-        for num_blocks in range(3, count + 1):
-            candidate = plan(lean, Streaming(num_blocks))
-            if fits(candidate):
-                return candidate
-        streaming = Streaming(count)
-    raise _too_small(plan(lean, streaming), arch, work, "even with all weights streamed, this run", fixed)
+    leanest = planner.leanest(streaming or Streaming(arch.num_visual_blocks))
+    raise _too_small(leanest, arch, work, "even with all weights streamed, this run", fixed)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The plans that there are for some work, and which of them fit."""
+
+    arch: Architecture
+    work: Work
+    budget: int | None
+
+    def plan(self, levels: tuple[LevelName, ...], streaming: Streaming | None) -> Plan:
+        """A plan with its estimate."""
+        per_block = estimate(self.arch, self.work, levels, Streaming(1, 1))["streamed weights' room"]
+        host_bytes = per_block * streaming.num_blocks if streaming else 0
+        parts = estimate(self.arch, self.work, levels, streaming)
+        sizes = (self.work.num_tokens, self.work.num_text_tokens)
+        return Plan(levels, streaming, parts, self.budget, host_bytes, sizes)
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a plan stays within the budget, less the margin."""
+        return self.budget is None or plan.peak <= self.budget * (1 - _MARGIN)
+
+    def leanest(self, streaming: Streaming | None) -> Plan:
+        """The plan that recomputes everything."""
+        count = self.arch.num_visual_blocks
+        return self.plan(_mixed("nothing", "nothing", 0, count), streaming)
+
+    def fastest(self, streaming: Streaming | None) -> Plan | None:
+        """The plan that climbs the ladder as far as it fits. None: the lowest rung does not fit."""
+        best: Plan | None = None
+        count = self.arch.num_visual_blocks
+        for lower, upper in itertools.pairwise(LEVELS):
+            for raised in range(count + 1):
+                candidate = self.plan(_mixed(lower, upper, raised, count), streaming)
+                if not self.fits(candidate):
+                    break
+                if best is None or raised == 0 or raised >= _FEW * count:
+                    best = candidate
+        return best
+
+    def least_streamed(self) -> Plan | None:
+        """The plan that recomputes everything and streams as few blocks as it can. None: none fits."""
+        plans = (self.leanest(Streaming(n)) for n in range(3, self.arch.num_visual_blocks + 1))
+        return next((plan for plan in plans if self.fits(plan)), None)
 
 
 def _mixed(lower: LevelName, upper: LevelName, raised: int, count: int) -> tuple[LevelName, ...]:
-    """``raised`` of ``count`` blocks at ``upper``, spread evenly."""
+    """``raised`` of ``count`` blocks at ``upper``, evenly spread, the others at ``lower``."""
     return tuple(upper if (i + 1) * raised // count > i * raised // count else lower for i in range(count))
 
 
-def _too_small(plan: Plan, arch: Architecture, work: Work, what: str, fixed: str = "") -> DoesNotFit:
+def _too_small(plan: Plan, arch: Architecture, work: Work, subject: str, fixed: str = "") -> DoesNotFit:
     """The error for a plan over its budget, with the nearest change that fits.
 
     Args:
-        fixed: the option without which something leaner would be planned, as ``--set`` takes it.
+        fixed: the setting that would allow a leaner plan, as ``--set`` takes it. Empty: there is none.
     """
     assert plan.budget is not None
     room = plan.budget * (1 - _MARGIN)
-    problem = f"{what} needs {human_bytes(plan.peak)} of VRAM, there is {human_bytes(plan.budget)} for torch"
+    problem = f"{subject} needs {human_bytes(plan.peak)} of VRAM, there is {human_bytes(plan.budget)} for torch"
     lean = _mixed("nothing", "nothing", 0, arch.num_visual_blocks)
 
     def peak(changed: Work) -> int:
@@ -301,27 +315,28 @@ def _too_small(plan: Plan, arch: Architecture, work: Work, what: str, fixed: str
     if work.precision == "no_change" and peak(replace(work, precision="int8-quanto")) <= room:
         return DoesNotFit(problem, "Use --set train.base_model_precision=int8-quanto")
     if fixed and peak(work) <= room:
-        return DoesNotFit(problem, f"Use --set {fixed}, with which what fits is planned")
-    one = replace(work, batch_size=1)
+        return DoesNotFit(problem, f"Use --set {fixed}, which allows a plan that fits")
+    single = replace(work, batch_size=1)
     sides = [side for side in (768, 512, 256) if (side // 16) ** 2 < work.num_tokens]
-    smaller = [("", one)] + [
-        (f"a cache encoded with cache.resolution={side}", replace(one, num_tokens=(side // 16) ** 2)) for side in sides
-    ]
+    smaller = [("", single)]
+    for side in sides:
+        change = f"a cache encoded with cache.resolution={side}"
+        smaller.append((change, replace(single, num_tokens=(side // 16) ** 2)))
     shares = [1, 4] if work.lora_parameters else [1]
-    for share, (words, changed) in ((share, size) for share in shares for size in smaller):
+    for share, (change, changed) in ((share, size) for share in shares for size in smaller):
         less = replace(changed, lora_parameters=changed.lora_parameters // share,
                        adapters_width=changed.adapters_width // share)  # fmt: skip
         if peak(less) <= room:
             changes = ["--set train.batch_size=1"] if work.batch_size > 1 else []
             changes += ["a quarter of train.lora.rank"] if share > 1 else []
-            changes += [words] if words else []
+            changes += [change] if change else []
             return DoesNotFit(problem, f"Nearest that fits, with {human_bytes(peak(less))}: {', '.join(changes)}")
     needed = int(peak(work) / (1 - _MARGIN)) + vram.CONTEXT_BYTES
     return DoesNotFit(problem, f"Use a GPU with at least {human_bytes(needed)} of memory")
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
-    """A plan as rows of a table: what, and how much or how."""
+    """A plan as rows of a table: a use or a number of blocks, and its bytes or an explanation."""
     rows = [(name, human_bytes(size)) for name, size in plan.parts.items() if size]
     budget = f" of {human_bytes(plan.budget)}" if plan.budget is not None else ""
     rows.append(("predicted peak, torch reserved", human_bytes(plan.peak) + budget))

@@ -1,4 +1,4 @@
-"""From a run's recipe to its memory plan: sizes, budget, and how blocks are run."""
+"""Which memory plan does a run get? From its recipe, its sizes and the VRAM to the numbers of ``memory.make_plan``."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ from k5train.planning.vram import check_bfloat16
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
-    from k5train.planning.saved_plan import Kept
+    from k5train.planning.saved_plan import SavedPlan
 
 
-# What each optimizer holds for a parameter: AdamW two averages, Lion and Muon one, 8-bit AdamW two bytes, Adafactor
-# rows and columns, Prodigy two averages, its start and its sum, schedule-free AdamW an average and its fast iterate.
+# Bytes of optimizer state for each parameter: AdamW has two averages, Lion and Muon one, 8-bit AdamW two bytes,
+# Adafactor rows and columns, Prodigy two averages, its start and its sum, schedule-free AdamW an average and its fast
+# iterate.
 _STATE_BYTES = {
     "adamw": 8, "adamw8bit": 2, "lion": 4, "muon": 4, "adafactor": 1, "prodigy": 16, "schedulefree": 8,
 }  # fmt: skip
 
 
 def plan_training(
-    folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int], kept: Kept | None = None
+    folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int], saved_plan: SavedPlan | None = None
 ) -> Plan:
-    """What a run will keep, recompute and stream on ``device``. Reads the checkpoint's config.json, no weights.
+    """What a run will keep, recompute and stream on ``device``. Reads the checkpoint's config.json, but no weights.
 
     Args:
-        sizes: the most tokens of a picture and of a caption, as ``largest`` finds them.
-        kept: the plan that it has to be.
+        sizes: the most tokens of a picture and of a caption, from ``largest_sizes``.
+        saved_plan: the plan that the run must go on with.
 
     Raises:
-        DoesNotFit: no plan fits, or not the one that is kept or that the recipe asks for.
+        DoesNotFit: no plan fits, or not the saved one, or not the one that the recipe asks for.
         RecipeError: a LoRA target matches nothing.
         RunError: the GPU has no bfloat16.
     """
     check_bfloat16(device, config.mixed_precision)
     budget = vram.budget(device, config.memory.vram)
-    if kept:
-        return kept.within(budget)
+    if saved_plan:
+        return saved_plan.within(budget)
     return plan_for(read_config(folder, "transformer"), config, device, sizes, budget)
 
 
@@ -62,14 +63,14 @@ def plan_for(
     sizes: tuple[int, int],
     budget: int | None,
 ) -> Plan:
-    """The same for a transformer's config as values, within ``budget`` bytes."""
-    how = how_to_run(config, device)
+    """A new plan for a transformer's config.json, given as values, within ``budget`` bytes of VRAM."""
+    execution = how_to_run(config, device)
     arch = memory.architecture(transformer_config)
-    work = work_for(transformer_config, config, sizes, compiled=how == "compiled")
+    work = work_for(transformer_config, config, sizes, compiled=execution == "compiled")
     level: Any = None if config.memory.activations == "auto" else config.memory.activations
-    if level is None and (budget is None or how == "diffusers"):
-        level = "nothing"  # on a CPU, and where only all or nothing can be kept
-    fixed_by = "execution" if how == "diffusers" and config.memory.activations == "auto" else "activations"
+    if level is None and (budget is None or execution == "diffusers"):
+        level = "nothing"  # on a CPU, and for diffusers' modules, which keep all or nothing
+    fixed_by = "execution" if execution == "diffusers" and config.memory.activations == "auto" else "activations"
     streaming = streaming_of(config.memory, arch)
     return memory.make_plan(arch, work, budget, level=level, streaming=streaming, fixed_by=fixed_by)
 
@@ -79,7 +80,8 @@ def work_for(
 ) -> Work:
     """The largest forward and backward pass of a run."""
     parameters, width = adapter_size(transformer_config, config.lora)
-    always = config.tread.routes and not config.tread.ramp_down and not config.tread.keep_masked
+    # A ramp or masks let all tokens through at times: the largest pass is then one without a route.
+    is_routed = config.tread.routes and not config.tread.ramp_down and not config.tread.keep_masked
     return Work(
         batch_size=config.batch_size,
         num_tokens=sizes[0],
@@ -90,12 +92,12 @@ def work_for(
         bytes_per_element=DTYPES[config.mixed_precision].itemsize,
         compiled=compiled,
         bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
-        walking=walking(config.tread.routes, transformer_config["num_visual_blocks"]) if always else (),
+        token_shares=token_shares(config.tread.routes, transformer_config["num_visual_blocks"]) if is_routed else (),
     )
 
 
 def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> tuple[int, int]:
-    """Trained parameters, and the sum of ranks over one picture block: from shapes alone.
+    """The number of trained parameters, and the sum of ranks over one visual block. Needs shapes, no weights.
 
     Raises:
         RecipeError: a target matches nothing.
@@ -111,7 +113,7 @@ def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> t
 
 
 def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:
-    """The group-offload words as what they mean here. None: stream only what must be."""
+    """What the group-offload options mean here. None: stream only what must be."""
     if not config.enable_group_offload:
         return None
     groups = 2 if config.group_offload_use_stream else 1
@@ -120,36 +122,39 @@ def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:
 
 
 def how_to_run(config: TrainConfig, device: torch.device) -> str:
-    """``compiled``, ``eager`` or ``diffusers``."""
+    """How blocks run: ``compiled``, ``eager`` or as ``diffusers``' own modules."""
     if config.memory.execution != "auto":
         return config.memory.execution
     if device.type == "cuda":
-        # DoRA's and LoKr's blocks run as peft's modules, which the compiled block does not know: plan for that.
+        # The lean block does not know DoRA and LoKr: blocks with these run as modules.
         return "eager" if config.lora.algo in ("dora", "lokr") else "compiled"
     lean = config.base_model_precision == "int8-dynamic" or config.memory.enable_group_offload
     return "eager" if lean or config.memory.activations not in ("auto", "nothing", "all") else "diffusers"
 
 
-def largest(*caches: Cache) -> tuple[int, int]:
-    """The most tokens of a picture and of a caption in some caches: what the plan must hold."""
+def largest_sizes(*caches: Cache) -> tuple[int, int]:
+    """The most tokens of a picture and of a caption in some caches."""
     buckets = [shard.bucket for cache in caches for shard in cache.manifest.shards if shard.bucket]
     pictures = max(((w // 16) * (h // 16) for w, h in buckets), default=0)
     return pictures, max((n for cache in caches for n in cache.text_lengths().values()), default=1)
 
 
-def less(plan: Plan) -> int | None:
-    """The budget for the plan after one whose first step ran out of VRAM; None: there is none, weights would move."""
+def leaner_budget(plan: Plan) -> int | None:
+    """The budget for the plan after one whose first step ran out of VRAM.
+
+    None if no leaner plan can be applied without moving weights.
+    """
     return None if plan.budget is None or plan.streaming else min(plan.budget, plan.peak) * 11 // 12
 
 
 def announce(plan: Plan, print_line: Callable[[str], None] = console.note) -> None:
-    """The plan in a few lines, before anything is loaded."""
-    for what, how in memory.describe(plan):
-        print_line(f"  {what:<32} {how}")
+    """Print the plan in a few lines, before anything is loaded."""
+    for label, value in memory.describe(plan):
+        print_line(f"  {label:<32} {value}")
 
 
-def walking(routes: Sequence[RouteConfig], num_blocks: int) -> tuple[float, ...]:
-    """Share of the picture's tokens that goes through each visual block."""
+def token_shares(routes: Sequence[RouteConfig], num_blocks: int) -> tuple[float, ...]:
+    """The share of the picture's tokens that goes through each visual block."""
     shares = [1.0] * num_blocks
     for route in routes:
         first, last = route.start_layer_idx % num_blocks, route.end_layer_idx % num_blocks

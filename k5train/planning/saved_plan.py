@@ -1,7 +1,7 @@
 """Which memory plan does a deterministic run go on with, and is there still room for it?
 
-What blocks recompute is in their compiled graphs, and with it the order of their sums. The VRAM that happens to be free
-decides it once, at the start; a run that is to end with the same bits goes on as it began.
+The plan decides what blocks recompute, and so the compiled code, the order of additions and the last bits. It depends
+on the VRAM that is free at the start. A run that must end with the same bits therefore goes on with its first plan.
 """
 
 from __future__ import annotations
@@ -18,51 +18,52 @@ from k5train.runs.resume_state import Saved, broken
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The plan that a run saved, to go on with."""
+class SavedPlan:
+    """The plan that a run must go on with."""
 
     run: Path
-    """Its folder."""
+    """The run's folder."""
     plan: Plan
 
     @property
     def advice(self) -> str:
-        """What to do where there is no room for it."""
+        """What to do if there is no room for the plan."""
         inexactly = console.command("k5train", "resume", self.run, set="train.deterministic=false")
-        return f"Free VRAM, or go on with a new plan, not bit for bit: {inexactly}"
+        return f"Free VRAM, or resume with a new plan, which changes the last bits: {inexactly}"
 
     def within(self, budget: int | None) -> Plan:
-        """The plan for ``budget`` bytes of VRAM; None: no limit.
+        """The plan, with ``budget`` bytes of VRAM as its budget. None: no limit.
 
         Raises:
-            DoesNotFit: it takes more.
+            DoesNotFit: it needs more.
         """
-        # To the last byte: the margin of a new plan is for predictions, and this one has run.
+        # Without the margin of a new plan, which allows for wrong predictions: this one has run.
         if budget is not None and self.plan.peak > budget:
             raise DoesNotFit(
-                f"{self.run} is deterministic and goes on with the memory plan it has, which needs "
+                f"{self.run} is deterministic and must go on with its saved memory plan, which needs "
                 f"{console.human_bytes(self.plan.peak)} of VRAM, there is {console.human_bytes(budget)} for torch",
                 self.advice,
             )
         return replace(self.plan, budget=budget)
 
 
-def facts_of(plan: Plan, deterministic: bool) -> dict[str, Any]:
-    """What a state says of the plan, as JSON: all of it where the run is deterministic, else nothing."""
+def plan_facts(plan: Plan, deterministic: bool) -> dict[str, Any]:
+    """What a resume state says of the plan, as JSON: all of it if the run is deterministic, otherwise nothing."""
     return {"plan": asdict(plan)} if deterministic else {}
 
 
-def kept_plan(saved: Saved | None, deterministic: bool) -> Kept | None:
-    """The inverse: the plan that a run has to go on with.
+def read_saved_plan(saved: Saved | None, deterministic: bool) -> SavedPlan | None:
+    """The plan that a run must go on with.
 
     Args:
-        deterministic: as the recipe has it now.
+        deterministic: what the recipe says now.
 
     Returns:
-        None where a new one may be made: nothing is saved, or not to the bit, or by a version that kept no plans.
+        None if the run is free to plan again: nothing is saved, the run is not deterministic, or the version that
+        saved it did not save plans.
 
     Raises:
-        RunError: the state's plan is not one, or of another version.
+        RunError: the saved plan cannot be read, or another version wrote it.
     """
     if saved is None or not deterministic or "plan" not in saved.facts:
         return None
@@ -73,9 +74,9 @@ def kept_plan(saved: Saved | None, deterministic: bool) -> Kept | None:
             inexactly = console.command("k5train", "resume", run, set="train.deterministic=false")
             raise RunError(
                 f"{run} has a memory plan of another version: levels {', '.join(sorted(unknown))}",
-                f"Use that version, or go on with a new plan, not bit for bit: {inexactly}",
+                f"Use that version, or resume with a new plan, which changes the last bits: {inexactly}",
             )
-        return Kept(run, _read(saved.facts["plan"]))
+        return SavedPlan(run, _read(saved.facts["plan"]))
     except (KeyError, TypeError, ValueError) as error:
         raise broken(saved.folder / "state.json", error) from error
 

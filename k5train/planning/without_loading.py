@@ -1,4 +1,4 @@
-"""`k5train plan`: what would a run take on this card, or on one that is only pretended?"""
+"""``k5train plan``: what would a run need on this card, or on an imagined one?"""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from k5cache.store.reader import open_cache
 from k5train.base.architecture import FULL_SIZE
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
-from k5train.planning.plan import largest, plan_for
+from k5train.planning.plan import largest_sizes, plan_for
 
 
 @dataclass(frozen=True)
-class Shown:
+class PlanText:
     """A plan as it is printed."""
 
     title: str
@@ -28,25 +28,25 @@ class Shown:
 
 def plan_without_loading(
     cache: Path | None, config: TrainConfig, model: ModelConfig | None, num_tokens: int, num_text_tokens: int
-) -> Shown:
+) -> PlanText:
     """Plan a run from shapes alone.
 
     Args:
-        cache: whose largest picture and caption count, instead of the two numbers.
-        model: whose config.json counts; None: that of the cache's own model where it is a folder, else the published
-            one's.
+        cache: plan for its largest picture and caption. None: for ``num_tokens`` and ``num_text_tokens``.
+        model: plan for its config.json. None: for the model that the cache was encoded for if that is a folder, else
+            for the published one.
 
     Raises:
         DoesNotFit: no plan fits.
     """
     opened = open_cache(cache) if cache else None
-    sizes = largest(opened) if opened else (num_tokens, num_text_tokens)
+    sizes = largest_sizes(opened) if opened else (num_tokens, num_text_tokens)
     if opened and not model:
-        made_with = model_of(opened.manifest.recipe)
-        model = made_with if made_with.path and Path(made_with.path).is_dir() else None
+        encoded_for = model_of(opened.manifest.recipe)
+        model = encoded_for if encoded_for.path and Path(encoded_for.path).is_dir() else None
     transformer = read_config(model_folder(model, ("transformer",)), "transformer") if model else FULL_SIZE
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    # A pretended card runs as a real one would: compiled.
+    # An imagined card runs compiled, as a real one would.
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
     budget = vram.budget(torch.device("cuda" if on_gpu else "cpu"), config.memory.vram)
     plan = plan_for(transformer, config, device, sizes, budget)
@@ -57,4 +57,4 @@ def plan_without_loading(
         f"{card}; {sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
         f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
     )
-    return Shown(title, memory.describe(plan))
+    return PlanText(title, memory.describe(plan))

@@ -12,8 +12,8 @@ from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5train.forward.load import load
 from k5train.options.train import TrainConfig
-from k5train.planning.plan import announce, largest, plan_training
-from k5train.planning.saved_plan import Kept
+from k5train.planning.plan import announce, largest_sizes, plan_training
+from k5train.planning.saved_plan import SavedPlan
 
 if TYPE_CHECKING:
     from diffusers import Kandinsky5Transformer3DModel
@@ -35,7 +35,7 @@ class Base:
 
 def load_base(
     data: Mixture, folder: Path, config: TrainConfig, device: torch.device, any_rank: bool = False,
-    kept: Kept | None = None,
+    kept: SavedPlan | None = None,
 ) -> Base:  # fmt: skip
     """Plan, say so, and load the frozen transformer.
 
@@ -46,13 +46,13 @@ def load_base(
     Raises:
         DoesNotFit: no plan fits, or not the kept one; found before anything is loaded.
     """
-    plan = plan_training(folder, config, device, largest(*(source.cache for source in data.sources)), kept)
+    plan = plan_training(folder, config, device, largest_sizes(*(source.cache for source in data.sources)), kept)
     console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
     announce(plan)
     return Base(load(folder, config, device, plan), device, plan, any_rank)
 
 
-def follow(base: Base, kept: Kept | None) -> Base:
+def follow(base: Base, kept: SavedPlan | None) -> Base:
     """A shared base for a run that goes on with a plan of its own, if it does.
 
     Raises:

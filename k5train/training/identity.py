@@ -12,7 +12,7 @@ from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.recipe import to_dict
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
-from k5train.planning.saved_plan import kept_plan
+from k5train.planning.saved_plan import read_saved_plan
 from k5train.runs import resume_state
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def may_change(saved: resume_state.Saved, train: Mapping[str, Any]) -> set[str]:
     free = set(FREE)
     if depends_on_the_last_step(train):
         free -= {"steps", "epochs"}
-    if kept_plan(saved, train["deterministic"]):
+    if read_saved_plan(saved, train["deterministic"]):
         free = free - {"memory"} | {"memory.vram"}  # how much there is, and no longer what is made of it
     if not train["deterministic"]:
         free.add("deterministic")  # it goes on, and no longer to the bit

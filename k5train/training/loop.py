@@ -29,8 +29,8 @@ from k5train.objective.rollout import Cost
 from k5train.objective.tread import check_routes
 from k5train.options.train import TrainConfig
 from k5train.pictures.sample import inference_sigmas
-from k5train.planning.plan import largest
-from k5train.planning.saved_plan import Kept, facts_of, kept_plan
+from k5train.planning.plan import largest_sizes
+from k5train.planning.saved_plan import SavedPlan, plan_facts, read_saved_plan
 from k5train.runs.folder import Run, hold
 from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.resume_state import Progress, latest_state, save_state
@@ -98,12 +98,12 @@ def train(
         saved, this = latest_state(run.state), identity(data, folder, config)
         if saved:
             check_same(saved, this)
-        kept = kept_plan(saved, config.deterministic)
+        kept = read_saved_plan(saved, config.deterministic)
         if saved and config.deterministic and not kept:
             console.warn("The run was saved without its memory plan: exact only if the new one happens to be the same")
         base = base and follow(base, kept)
         decided = base.plan if base else kept.plan if kept else None
-        sizes = (decided and decided.sizes) or largest(*(source.cache for source in data.sources))
+        sizes = (decided and decided.sizes) or largest_sizes(*(source.cache for source in data.sources))
         settings.enter_context(determinism(config.deterministic, (sizes, config.lora)))
         validation = Validation(data, folder, config, run)
         loader, config = open_loader(data, folder, config)
@@ -300,12 +300,12 @@ class _Loop:
         self.progress.seconds = self.clock.seconds()
         metrics.sync()
         parts, plain = self.session.parts()
-        facts = {**plain, **facts_of(self.session.base.plan, self.config.deterministic), "identity": self.identity}
+        facts = {**plain, **plan_facts(self.session.base.plan, self.config.deterministic), "identity": self.identity}
         save_state(self.run.state, self.progress, parts, facts)
 
-    def kept(self) -> Kept | None:
+    def kept(self) -> SavedPlan | None:
         """The plan that the run can only go on with, by the state on disk."""
-        return kept_plan(latest_state(self.run.state), self.config.deterministic)
+        return read_saved_plan(latest_state(self.run.state), self.config.deterministic)
 
 
 def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:

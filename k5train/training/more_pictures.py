@@ -15,7 +15,7 @@ from k5train.adapter import files
 from k5train.forward.load import execute, load
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
-from k5train.planning.plan import largest, plan_training
+from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run
 from k5train.training.device import pick_device
 from k5train.training.out_of_memory import when_memory_ends
@@ -49,7 +49,7 @@ def resample(
     settings = sample.settings_for(opened, config.validation)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     device = pick_device(config.device, folder)
-    plan = plan_training(folder, config, device, largest(opened))
+    plan = plan_training(folder, config, device, largest_sizes(opened))
     again = partial(console.command, "k5train", "sample", run.root)
     with when_memory_ends(lambda: plan, lambda: None, again), console.progress() as bars:
         transformer = load(folder, config, device, plan)

@@ -14,14 +14,14 @@ from k5cache.shared.errors import DoesNotFit
 from k5train.planning.memory import Plan
 
 if TYPE_CHECKING:
-    from k5train.planning.saved_plan import Kept
+    from k5train.planning.saved_plan import SavedPlan
 
 
 def when_memory_ends(
     planned: Callable[[], Plan],
     save: Callable[[], Path | None],
     go_on: Callable[..., str],
-    must_keep: Callable[[], Kept | None] = lambda: None,
+    must_keep: Callable[[], SavedPlan | None] = lambda: None,
 ) -> AbstractContextManager[None]:
     """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
 

@@ -18,7 +18,7 @@ from k5train.adapter import targets
 from k5train.adapter.attach import add_lora
 from k5train.forward.load import execute
 from k5train.options.train import TrainConfig
-from k5train.planning.plan import announce, largest, less, plan_for
+from k5train.planning.plan import announce, largest_sizes, leaner_budget, plan_for
 from k5train.runs import resume_state
 from k5train.training import optimizer_state
 from k5train.training.average import Ema
@@ -132,10 +132,10 @@ def leaner(session: Session, config: TrainConfig, data: Mixture) -> Session | No
     Returns:
         None where the recipe fixes what is kept, or where weights would have to move.
     """
-    base, budget = session.base, less(session.base.plan)
+    base, budget = session.base, leaner_budget(session.base.plan)
     if budget is None or config.memory.activations != "auto":
         return None
-    sizes = largest(*(source.cache for source in data.sources))
+    sizes = largest_sizes(*(source.cache for source in data.sources))
     try:
         again = plan_for(base.transformer.config, config, base.device, sizes, budget)
     except DoesNotFit:

@@ -25,8 +25,8 @@ from k5cache.shared.recipe import parse, set_option, to_dict
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
-from k5train.planning.plan import largest, plan_for
-from k5train.planning.saved_plan import Kept, kept_plan
+from k5train.planning.plan import largest_sizes, plan_for
+from k5train.planning.saved_plan import SavedPlan, read_saved_plan
 from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.resume_state import differences, latest_state
@@ -144,7 +144,7 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
 
 def _largest(cache: Path | None, folder: Path, configs: Sequence[TrainConfig]) -> TrainConfig:
     """The run that takes most memory: one plan, by it, is for all."""
-    sizes = largest(*(source.cache for source in open_data(cache, configs[0]).sources))
+    sizes = largest_sizes(*(source.cache for source in open_data(cache, configs[0]).sources))
     device, transformer = pick_device(configs[0].device, folder), read_config(folder, "transformer")
 
     def demand(config: TrainConfig) -> tuple[bool, int]:
@@ -228,10 +228,10 @@ def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) ->
     return run
 
 
-def _kept(out: Path, runs: Sequence[Setting]) -> Kept | None:
+def _kept(out: Path, runs: Sequence[Setting]) -> SavedPlan | None:
     """The plan of a run that was stopped here and goes on only with it: then the others' too, on one base."""
     unfinished = [(run, s.config) for s in runs if not (run := Run(out / s.label)).is_finished]
-    found = (kept_plan(latest_state(run.state), config.deterministic) for run, config in unfinished)
+    found = (read_saved_plan(latest_state(run.state), config.deterministic) for run, config in unfinished)
     return next((kept for kept in found if kept), None)
 
 
