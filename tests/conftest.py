@@ -24,6 +24,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     spare_the_collector()
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # extension modules complain at exit about objects that were never freed
+
+
 @pytest.fixture(autouse=True)
 def _spare_the_collector():
     """An encode collects garbage after each encoder; the libraries' million objects would cost 0.3 s each time."""

@@ -93,9 +93,9 @@ def again(shop: Workshop, expected: dict[str, list[torch.Tensor]]) -> None:
     """Encode again, undisturbed: the cache is clean and has the rows of a run that nothing disturbed."""
     encode(shop)
     assert verify_cache(shop.root).problems == ()
-    found = rows_of(shop.cache)
-    assert found.keys() == expected.keys()
-    for path, tensors in found.items():
+    rows = rows_of(shop.cache)
+    assert rows.keys() == expected.keys()
+    for path, tensors in rows.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected[path], strict=True)), path
     assert not list(shop.root.rglob(".tmp-*"))
 

@@ -51,11 +51,11 @@ def go_on(root: Path, **changes: object) -> Result:
 def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """From now on, the plans that blocks are set up by."""
     seen: list[Plan] = []
-    made = Execution.__init__
+    original = Execution.__init__
 
     def noting(self, transformer, plan, *args, **kwargs):
         seen.append(plan)
-        made(self, transformer, plan, *args, **kwargs)
+        original(self, transformer, plan, *args, **kwargs)
 
     monkeypatch.setattr(Execution, "__init__", noting)
     return seen

@@ -36,14 +36,14 @@ class Toy(nn.Module):
 
 def outcome(*batches: list[slice], weights: Tensor | None = None) -> tuple[float, Tensor]:
     """Loss and gradient of one update of these micro-batches, each a list of groups."""
-    toy, made = Toy(), []
+    toy, losses = Toy(), []
     for groups in batches:
         parts = [a_group(rows) for rows in groups]
         if weights is not None:
             parts = [replace(part, weight=weights[rows]) for part, rows in zip(parts, groups, strict=True)]
         count = sum(len(part.sigma) for part in parts)
-        made.append(Batch(tuple(range(count)), tuple(parts)))
-    loss = accumulate(toy, made, None, torch.device("cpu"), loss_of=train_step)  # type: ignore[arg-type]
+        losses.append(Batch(tuple(range(count)), tuple(parts)))
+    loss = accumulate(toy, losses, None, torch.device("cpu"), loss_of=train_step)  # type: ignore[arg-type]
     assert toy.weight.grad is not None
     return loss, toy.weight.grad
 

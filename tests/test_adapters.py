@@ -109,7 +109,7 @@ def dequantized(transformer):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dora_on_the_int8_base_is_pefts_on_the_weights_that_are_multiplied_with(toy_model, dropout):
     config = LoraConfig(algo="dora", rank=4, targets=QKV, dropout=dropout)
-    found = []
+    velocities = []
     for transformer in (base(toy_model, "int8-quanto"), dequantized(base(toy_model, "int8-quanto"))):
         attach.add_lora(transformer, config, seed=1)
         start = transformer.get_submodule(NAME).lora_magnitude_vector["default"].weight.detach().clone()
@@ -121,8 +121,8 @@ def test_dora_on_the_int8_base_is_pefts_on_the_weights_that_are_multiplied_with(
         out = predict_velocity(transformer, *a_batch())
         out.square().mean().backward()
         grads = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
-        found.append({"start": start, "velocity": out.detach(), **grads})
-    ours, theirs = found
+        velocities.append({"start": start, "velocity": out.detach(), **grads})
+    ours, theirs = velocities
     assert ours.keys() == theirs.keys()
     assert any("lora_magnitude_vector" in name for name in ours)
     assert torch.equal(ours["start"], theirs["start"])
@@ -199,10 +199,10 @@ def test_each_target_can_have_a_rank_of_its_own_and_the_last_that_matches_counts
     ranks = (RankConfig("attention", 2), RankConfig("cross_attention.to_key", 3))
     ours = base(toy_model)
     stirred(ours, LoraConfig(rank=6, ranks=ranks))
-    found = {n: m.r["default"] for n, m in ours.named_modules() if isinstance(m, LoraLayer)}
-    assert found[NAME] == 3
-    assert found["visual_transformer_blocks.1.self_attention.to_key"] == 2
-    assert found["visual_transformer_blocks.1.feed_forward.in_layer"] == 6
+    rank_of = {n: m.r["default"] for n, m in ours.named_modules() if isinstance(m, LoraLayer)}
+    assert rank_of[NAME] == 3
+    assert rank_of["visual_transformer_blocks.1.self_attention.to_key"] == 2
+    assert rank_of["visual_transformer_blocks.1.feed_forward.in_layer"] == 6
     assert {m.scaling["default"] for m in ours.modules() if isinstance(m, LoraLayer)} == {1.0}
     files.save_lora(tmp_path / "a.safetensors", ours)
     _, after = through_diffusers(pipeline, tmp_path / "a.safetensors")
@@ -227,15 +227,15 @@ def test_a_rank_for_what_is_not_adapted_is_refused(toy_model):
 
 def kohya(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As kohya's scripts write it: flat names, alpha half the rank, and B not yet halved."""
-    made = {}
+    tensors = {}
     for key, tensor in state.items():
         name, _, part = key.removeprefix("transformer.").rpartition(".lora_")
         flat = "lora_unet_" + name.replace(".", "_")
-        made[f"{flat}.lora_down.weight" if part[0] == "A" else f"{flat}.lora_up.weight"] = (
+        tensors[f"{flat}.lora_down.weight" if part[0] == "A" else f"{flat}.lora_up.weight"] = (
             tensor if part[0] == "A" else tensor * 2
         )
-        made[f"{flat}.alpha"] = torch.tensor(2.0)
-    return made
+        tensors[f"{flat}.alpha"] = torch.tensor(2.0)
+    return tensors
 
 
 def renamed(prefix: str, ending: str = ".weight"):

@@ -68,16 +68,16 @@ def test_a_device_on_which_it_is_wrong_or_absent_is_found_out(monkeypatch):
 
 def random_ops(toy_model: Path, level: str, modes: Modes, monkeypatch) -> set[str]:
     """What draws random numbers in the graphs that blocks are compiled to, by torch's mark."""
-    found: set[str] = set()
-    seen = []
+    names: set[str] = set()
+    graphs = []
 
     def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        seen.append(graph)
+        graphs.append(graph)
         for node in graph.graph.nodes:
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                found.add(str(node.target))
+                names.add(str(node.target))
             elif isinstance(node.target, torch._ops.HigherOrderOperator):  # keeps a generator's state
-                found.add(node.target.name())
+                names.add(node.target.name())
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
@@ -86,10 +86,10 @@ def random_ops(toy_model: Path, level: str, modes: Modes, monkeypatch) -> set[st
         torch._dynamo.reset()
         transformer = model(toy_model)
         plan = Plan((level,) * len(transformer.visual_transformer_blocks), None, {}, None, 0)  # type: ignore[arg-type]
-        made = Execution(transformer, plan, modes, compiled=True, device=CPU)
-        outcome(transformer, made.policies, batch(transformer))
-    assert len(seen) == 2  # forward and backward of a picture block
-    return found
+        execution = Execution(transformer, plan, modes, compiled=True, device=CPU)
+        outcome(transformer, execution.policies, batch(transformer))
+    assert len(graphs) == 2  # forward and backward of a picture block
+    return names
 
 
 @pytest.mark.parametrize(

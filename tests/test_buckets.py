@@ -215,6 +215,6 @@ def test_no_bucket_is_larger_than_the_square_or_longer_than_the_model_has_positi
 )  # fmt: skip
 def test_images_that_are_too_small_are_refused_with_their_size(size, options, reason):
     framing = CacheConfig(**options).framing
-    found = framing.refusal(framing.frame(*size, "aaaa")[0])
-    assert found.startswith(reason)
-    assert bool(found) == bool(reason)
+    refusal = framing.refusal(framing.frame(*size, "aaaa")[0])
+    assert refusal.startswith(reason)
+    assert bool(refusal) == bool(reason)

@@ -37,22 +37,22 @@ from tests.cli import Cli
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, toy_model) -> Workshop:
     """Three images, one with two captions; read only."""
-    made = Workshop(tmp_path_factory.mktemp("commands"), toy_model)
+    workshop = Workshop(tmp_path_factory.mktemp("commands"), toy_model)
     for i, size in enumerate(((64, 64), (96, 64), (70, 100))):
-        made.put(f"{i}.png", f"number {i}", seed=i, size=size)
-    (made.source / "2.txt").write_text("number 2\nzwei", encoding="utf-8")
-    made.encode("a fox")
-    return made
+        workshop.put(f"{i}.png", f"number {i}", seed=i, size=size)
+    (workshop.source / "2.txt").write_text("number 2\nzwei", encoding="utf-8")
+    workshop.encode("a fox")
+    return workshop
 
 
 @pytest.fixture
 def own(shop, tmp_path) -> Workshop:
     """A copy of its cache to change."""
-    made = Workshop(tmp_path / "shop", shop.model)
-    shutil.rmtree(made.source)
-    made.source = shop.source
-    shutil.copytree(shop.root, made.root)
-    return made
+    workshop = Workshop(tmp_path / "shop", shop.model)
+    shutil.rmtree(workshop.source)
+    workshop.source = shop.source
+    shutil.copytree(shop.root, workshop.root)
+    return workshop
 
 
 def again(shop: Workshop, count: int, source: Path | None):
@@ -125,14 +125,14 @@ def test_show_decodes_what_diffusers_decodes_and_writes_a_sheet(shop, tmp_path):
     vae = load_vae(shop.model, "cpu", torch.float32)
     from diffusers.image_processor import VaeImageProcessor
 
-    for one, number in zip(shown, (0, 2), strict=True):
+    for path, number in zip(shown, (0, 2), strict=True):
         latents = shop.cache[number]["mean"].float() * vae.config.scaling_factor
         with torch.no_grad():  # as Kandinsky5T2IPipeline decodes
             pixels = vae.decode(latents.permute(2, 0, 1).unsqueeze(0) / vae.config.scaling_factor).sample
         (theirs,) = VaeImageProcessor().postprocess(pixels)
-        difference = np.abs(np.asarray(one.picture, int) - np.asarray(theirs, int))
+        difference = np.abs(np.asarray(path.picture, int) - np.asarray(theirs, int))
         assert difference.max() <= 1  # x * s / s rounds
-        assert one.picture.size == (one.row.bucket_width, one.row.bucket_height)
+        assert path.picture.size == (path.row.bucket_width, path.row.bucket_height)
     assert shown[1].captions == ("number 2", "zwei")
     with console.progress() as bars:
         model = ModelConfig(path=str(shop.model))
@@ -205,8 +205,8 @@ def test_every_command_speaks_json(own):
     info = json.loads(cli(app, "info", "cache", "--json").out)
     assert (info["items"], info["captions"], info["prompts"]) == (3, 6, ["", "a fox"])
     assert sum(info["buckets"].values()) == 3
-    found = json.loads(cli(app, "diff", str(own.source), "-o", "cache", *model, "--json").out)
-    assert (found["num_items"], found["num_latents"], found["differences"]) == (3, 0, [])
+    difference = json.loads(cli(app, "diff", str(own.source), "-o", "cache", *model, "--json").out)
+    assert (difference["num_items"], difference["num_latents"], difference["differences"]) == (3, 0, [])
     done = json.loads(cli(app, "encode", str(own.source), "-o", "cache", *model, "--json").out)
     assert (done["is_unchanged"], done["num_items"]) == (True, 3)
     assert json.loads(cli(app, "verify", "cache", "--json").out)["verified"]["problems"] == []
@@ -225,14 +225,14 @@ def test_diff_lists_recipe_differences_that_encode_would_refuse(own):
 
 
 def test_the_store_bench_measures_every_format_and_what_compression_would_save(tmp_path):
-    found = reading.bench_store(6, tmp_path)
+    report = reading.bench_store(6, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    names = [reading.name for reading in found.readings]
+    names = [reading.name for reading in report.readings]
     assert len(names) == 6
-    ours = found.readings[names.index(reading.OURS)]
+    ours = report.readings[names.index(reading.OURS)]
     assert 1 < ours.disk_over_raw < 1.02
-    assert all(reading.rows_a_second == pytest.approx(1000 / reading.ms_a_row) for reading in found.readings)
-    by_codec = {packing.codec: packing for packing in found.packings}
+    assert all(reading.rows_a_second == pytest.approx(1000 / reading.ms_a_row) for reading in report.readings)
+    by_codec = {packing.codec: packing for packing in report.packings}
     assert by_codec["none"].row == 1
     assert 0.7 < by_codec["zstd 3"].text < 0.9 < by_codec["lz4"].row
-    assert len(found.targets) == 3
+    assert len(report.targets) == 3

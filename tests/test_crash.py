@@ -198,8 +198,8 @@ def test_an_unfinished_cache_is_a_problem_and_what_a_crash_left_is_not(tmp_path)
     with ShardWriter(tmp_path, "latents", LATENTS, (64, 64)) as writer:
         writer.append(latents_row(9))
         left = writer.finish()
-    found = verify_cache(tmp_path)
-    assert (found.problems, found.unnamed) == ((), (left.file,))
+    report = verify_cache(tmp_path)
+    assert (report.problems, report.unnamed) == ((), (left.file,))
     assert collect(tmp_path).unnamed == (left.file,)
     assert not (tmp_path / left.file).exists()
     with lock(tmp_path / "new"):
@@ -254,9 +254,9 @@ def test_collecting_may_be_killed_between_any_two_steps(tmp_path, monkeypatch):
         assert verify_cache(trial).problems == ()
         collect(trial)
         assert (verify_cache(trial).problems, verify_cache(trial).unnamed) == ((), ())
-        found = {i["path"]: i["mean"] for i in open_cache(trial)}
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[k], expected[k]) for k in found)
+        means = {i["path"]: i["mean"] for i in open_cache(trial)}
+        assert means.keys() == expected.keys()
+        assert all(torch.equal(means[k], expected[k]) for k in means)
         assert sum(s.num_rows for s in read_manifest(trial).shards) == 3 + 2
         if len(calls) < stop_at:
             break
@@ -285,17 +285,17 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
 def test_a_second_encoder_is_told_who_writes_or_waits(tmp_path, toy_model):
     shop = Workshop(tmp_path, toy_model)
     shop.put("cat.png")
-    held, free = threading.Event(), threading.Event()
+    is_locked, free = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock(shop.root):
-            held.set()
+            is_locked.set()
             free.wait()
             time.sleep(0.3)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait()
+    is_locked.wait()
     try:
         with pytest.raises(CacheLocked, match=f"is being written by process {os.getpid()} on ") as caught:
             shop.encode()
@@ -317,8 +317,8 @@ def test_caches_of_parts_merge_into_the_cache_of_the_whole(tmp_path, toy_model):
             shop.put(f"{i}.png", f"number {i // 2}", seed=i)
     for shop in (whole, *parts):
         shop.encode("a fox" if shop is parts[0] else "a dog")
-    made = merge_caches([part.root for part in parts], tmp_path / "merged")
-    assert (made.num_items, made.is_linked, made.duplicates) == (4, True, ())
+    report = merge_caches([part.root for part in parts], tmp_path / "merged")
+    assert (report.num_items, report.is_linked, report.duplicates) == (4, True, ())
     merged = open_cache(tmp_path / "merged")
     assert verify_cache(merged.root).problems == ()
     assert set(merged.manifest.prompts) == {"", "a fox", "a dog"}

@@ -191,7 +191,8 @@ def test_another_seed_changes_every_draw(caches):
     assert first.sigma[0] != other.sigma[0]
     assert not torch.equal(first.noise[0], other.noise[0])
     tokens = [route.kept[0].tolist() for group in groups(mixture, TREAD, range(8)) for route in group.routes]
-    tokens += [route.kept[0].tolist() for group in groups(mixture, replace(TREAD, seed=1), [0]) for route in group.routes]
+    other_seed = groups(mixture, replace(TREAD, seed=1), [0])
+    tokens += [route.kept[0].tolist() for group in other_seed for route in group.routes]
     assert len({tuple(k) for k in tokens if len(k) == 8}) > 4  # TREAD's tokens are others for each row, step and seed
 
 

@@ -35,12 +35,12 @@ def empty(toy_model):
 def pairs(empty):
     """Two modules' matrices, ranks 2 and 3."""
     generator = torch.Generator().manual_seed(0)
-    made = {}
+    matrices = {}
     for name, rank in ((MODULE, 2), (OTHER, 3)):
         linear = empty.get_submodule(name)
-        made[name] = (torch.randn(rank, linear.in_features, generator=generator),
+        matrices[name] = (torch.randn(rank, linear.in_features, generator=generator),
                       torch.randn(linear.out_features, rank, generator=generator))  # fmt: skip
-    return made
+    return matrices
 
 
 def write(path, pairs, down="{}.lora_A.weight", up="{}.lora_B.weight", name="transformer.{}", flat=False, **more):
@@ -117,11 +117,11 @@ def test_a_file_of_diffusers_has_the_strength_that_its_metadata_says(tmp_path, t
             weight = getattr(layer, part)["default"].weight
             weight.data = torch.randn(weight.shape, generator=generator)
             state[f"transformer.{name}.{part}.weight"] = weight.data.clone()
-    kept = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    facts = {f"transformer.{key}": getattr(config, key) for key in kept}
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    facts = {f"transformer.{key}": getattr(config, key) for key in names}
     save_file(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(facts)})
     # peft's own: other keys, and the config in a file beside it
-    (tmp_path / "adapter_config.json").write_text(json.dumps({key: getattr(config, key) for key in kept}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({key: getattr(config, key) for key in names}))
     peft_state = {key.replace("transformer.", "base_model.model.", 1): tensor for key, tensor in state.items()}
     save_file(peft_state, tmp_path / "adapter_model.safetensors")
     ours = read_pairs(tmp_path / "a.safetensors", linear_sizes(empty))

@@ -77,14 +77,14 @@ def sigmas(n: int, **options) -> torch.Tensor:
 
 
 def test_sigmas_are_the_sigmoid_of_a_gaussian():
-    made = sigmas(10_001)
-    assert made.dtype == torch.float32
-    assert made[5000].item() == 0.5
-    logits = torch.logit(made.double())
+    values = sigmas(10_001)
+    assert values.dtype == torch.float32
+    assert values[5000].item() == 0.5
+    logits = torch.logit(values.double())
     assert abs(logits.mean().item()) < 1e-6
     assert abs(logits.std().item() - 1) < 2e-3  # the tails beyond 1 in 20,000 are missing
     assert sigmas(5, sigmoid_scale=2.0).tolist() == pytest.approx(torch.sigmoid(2 * torch.logit(sigmas(5))).tolist())
-    assert ((made > 0) & (made < 1)).all()
+    assert ((values > 0) & (values < 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_beta_sigmas_have_the_quantiles_of_the_closed_forms(a, b, quantile):
 
 @pytest.mark.parametrize("sampling", ["sigmoid", "uniform", "logit_normal", "mode", "beta"])
 def test_even_the_ends_of_the_unit_interval_give_sigmas_inside_it(sampling):
-    made = flow.sigma_quantile(torch.tensor([0.0, 1.0]), ObjectiveConfig(sigma_sampling=sampling))
-    assert 0 < made[0] < 0.01
-    assert 0.99 < made[1] <= 1
+    values = flow.sigma_quantile(torch.tensor([0.0, 1.0]), ObjectiveConfig(sigma_sampling=sampling))
+    assert 0 < values[0] < 0.01
+    assert 0.99 < values[1] <= 1
 
 
 def test_the_automatic_shift_is_flux_s_own():

@@ -92,9 +92,9 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 def test_it_reads_the_values_that_k5cache_reads(tmp_path):
     make_cache(tmp_path)
     cache = k5cache.open(tmp_path)
-    found = list(read(tmp_path))
-    assert len(found) == len(cache) == 4
-    for ours, (item, latents, captions) in zip(cache, found, strict=True):
+    items = list(read(tmp_path))
+    assert len(items) == len(cache) == 4
+    for ours, (item, latents, captions) in zip(cache, items, strict=True):
         assert item["path"] == ours["path"]
         assert all(np.array_equal(bits(ours[name]), latents[name]) for name in ("mean", "std"))
         for text, caption in zip(ours["captions"], captions, strict=True):
@@ -113,7 +113,7 @@ def test_what_the_page_says_to_check_finds_every_flipped_bit_but_those_of_rows_t
         for first, last in _groups(path, unread)
     ]
     for at in random.Random(0).sample(range(len(whole)), 150):
-        if any(at in one for one in skipped):
+        if any(at in span for span in skipped):
             continue
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         with pytest.raises((AssertionError, OSError, ValueError)):

@@ -61,12 +61,12 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, toy_model, monkeypatch) -> Hub:
-    made = Hub(tmp_path / "hub", toy_model)
+    hub_of_one_model = Hub(tmp_path / "hub", toy_model)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.model_info", made.model_info)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", made.snapshot_download)
-    return made
+    monkeypatch.setattr("huggingface_hub.model_info", hub_of_one_model.model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub_of_one_model.snapshot_download)
+    return hub_of_one_model
 
 
 def test_a_snapshot_that_is_whole_and_the_newest_costs_one_question_and_no_download(hub, capsys):

@@ -329,12 +329,12 @@ def test_an_image_that_was_replaced_since_it_was_measured_is_refused(tmp_path):
 
 
 def jobs_of(tmp_path: Path, count: int) -> list[tuple[Path, images.Geometry]]:
-    made = []
+    jobs = []
     for i in range(count):
         path = tmp_path / f"{i}.bmp"
         Image.new("RGB", (16, 16), (i, i, i)).save(path)
-        made.append((path, cover(16, 16, Bucket(16, 16))))
-    return made
+        jobs.append((path, cover(16, 16, Bucket(16, 16))))
+    return jobs
 
 
 def test_many_images_come_in_order_and_an_unreadable_one_keeps_its_place(tmp_path):

@@ -237,8 +237,8 @@ def test_every_option_but_the_size_of_a_shard_is_in_the_recipe_that_a_cache_is_c
     known = asking.build_recipe(ModelConfig(), plain, toy_model)
     for field in fields(CacheConfig):
         other = "another" if isinstance(field.default, str | None) else field.default + 1
-        found = asking.build_recipe(ModelConfig(), replace(plain, **{field.name: other}), toy_model)
-        assert (found == known) is (field.name == "shard_mb"), field.name
+        recipe = asking.build_recipe(ModelConfig(), replace(plain, **{field.name: other}), toy_model)
+        assert (recipe == known) is (field.name == "shard_mb"), field.name
 
 
 def test_another_vae_encodes_the_images_again_and_leaves_the_text_alone(three, other_vae, loaded):

@@ -70,7 +70,7 @@ def test_a_mask_is_cropped_and_flipped_as_its_image(tmp_path):
 )
 def test_the_average_is_over_the_exact_area_that_the_image_is_cut_from(tmp_path, geometry):
     rows = np.random.default_rng(1).integers(0, 256, (geometry.height, geometry.width))
-    found = load_mask(mask_file(tmp_path / "m.png", rows), geometry)
+    mask = load_mask(mask_file(tmp_path / "m.png", rows), geometry)
 
     # A grid so fine that every pixel and every latent is made of whole cells of it: no arithmetic to get wrong.
     down, across = geometry.resized_height, geometry.resized_width
@@ -81,7 +81,7 @@ def test_the_average_is_over_the_exact_area_that_the_image_is_cut_from(tmp_path,
     wide = np.repeat(means, across, axis=1)
     edges = (geometry.left + 8 * np.arange(width + 1)) * geometry.width
     expected = np.array([wide[:, low:high].mean(axis=1) for low, high in itertools.pairwise(edges)]).T
-    assert np.abs(found.numpy() - expected).max() < 0.501  # rounded to 8 bits, float32 sums
+    assert np.abs(mask.numpy() - expected).max() < 0.501  # rounded to 8 bits, float32 sums
 
 
 def test_turns_colours_transparency_and_16_bits_are_read_as_a_person_sees_them(tmp_path):
@@ -161,11 +161,11 @@ def encode(cli: Cli, model: Path, *options: str):
 
 def test_the_cache_gives_each_items_mask_and_its_mirror_image(place):
     cache = k5cache.open(place.folder / "cache" / "set")
-    found = [(item["path"], item["row"].flipped, item["mask"]) for item in cache]
-    assert [(path, flipped) for path, flipped, _ in found] == [
+    masks = [(item["path"], item["row"].flipped, item["mask"]) for item in cache]
+    assert [(path, flipped) for path, flipped, _ in masks] == [
         ("a.png", False), ("a.png", True), ("b.png", False), ("b.png", True)
     ]  # fmt: skip
-    mask, mirrored, *none = (mask for _, _, mask in found)
+    mask, mirrored, *none = (mask for _, _, mask in masks)
     # 128x64, the middle 64 columns are kept, 16 of them white
     assert (mask.dtype, mask.tolist()) == (torch.float32, [[1.0] * 2 + [0.0] * 6] * 8)
     assert mirrored.tolist() == [[0.0] * 6 + [1.0] * 2] * 8

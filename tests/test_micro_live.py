@@ -47,8 +47,8 @@ class Live:
             self.num_texts += 1
             with torch.no_grad():
                 embeds, pooled, _ = self.pipeline.encode_prompt(row.caption, device="cpu")
-            kept = row.prompt_embeds.dtype, row.pooled.dtype
-            return replace(row, prompt_embeds=embeds[0].to(kept[0]), pooled=pooled[0].to(kept[1]))
+            dtypes = row.prompt_embeds.dtype, row.pooled.dtype
+            return replace(row, prompt_embeds=embeds[0].to(dtypes[0]), pooled=pooled[0].to(dtypes[1]))
 
         return text
 

@@ -144,12 +144,12 @@ def test_after_warm_up_a_schedule_is_diffusers_own(ours, theirs, warmup):
     scheduler = get_scheduler(theirs, reference, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3)
     for step in range(30):
         expected = reference.param_groups[0]["lr"]
-        found = learning_rate(step, config, 30)
+        rate = learning_rate(step, config, 30)
         if step < warmup:  # diffusers' first step does not move at all
-            assert found == pytest.approx(2e-3 * (step + 1) / warmup)
+            assert rate == pytest.approx(2e-3 * (step + 1) / warmup)
         else:
             # its polynomial ends at 1e-7, not at 0
-            assert found == pytest.approx(expected, abs=1.01e-7 if theirs == "polynomial" else 1e-12), step
+            assert rate == pytest.approx(expected, abs=1.01e-7 if theirs == "polynomial" else 1e-12), step
         reference.step()
         scheduler.step()
 
@@ -197,7 +197,7 @@ def test_the_average_swaps_in_and_out_and_goes_on_from_its_state():
 
     again = Ema(weights, 0.9)
     again.load_state_dict(average.state_dict())
-    for one in (average, again):
-        one.update()
+    for ema in (average, again):
+        ema.update()
     assert all(torch.equal(a, b) for a, b in zip(average.average, again.average, strict=True))
     assert math.isclose(again.num_updates, 3)

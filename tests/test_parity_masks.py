@@ -122,7 +122,9 @@ def test_the_loader_splits_or_pads_the_same_rows_to_the_same_update(toy_model, t
     cache = open_cache(toy_cache("bf16"))
     scaling_factor = read_config(toy_model, "vae")["scaling_factor"]
     config = TrainConfig(batch_size=3, seed=4)
-    split, masked = (Loader(cache, replace(config, unequal_captions=how), scaling_factor) for how in ("split", "mask"))
+    split, masked = (
+        Loader(cache, replace(config, unequal_captions=choice), scaling_factor) for choice in ("split", "mask")
+    )
     micro = next(i for i in range(9) if len(split.batch(i).groups) > 1 and split.batch(i).num_rows == 3)
     assert split.batch(micro).rows == masked.batch(micro).rows
     assert masked.batch(micro).groups[0].text_lengths is not None

@@ -118,9 +118,9 @@ def test_truncation_cuts_where_the_pipeline_cuts(tokenizer, tokens_of, text_pipe
 def test_what_was_truncated_is_the_end_of_the_caption_that_no_token_stands_for(tokenizer, tokens_of):
     caption = clean(CAPTIONS["2,000 words"])
     tokens = tokens_of(caption)
-    kept = tokenizer.decode(tokens.ids[pipeline_template().encode_start_idx :])
+    remaining = tokenizer.decode(tokens.ids[pipeline_template().encode_start_idx :])
     assert tokens.truncated.endswith("and so it ends")
-    assert kept + tokens.truncated == caption
+    assert remaining + tokens.truncated == caption
 
 
 def test_a_caption_that_fits_is_not_reported_as_truncated(tokens_of):

@@ -59,15 +59,15 @@ def pipeline(folder):
         return {"pooler_output": torch.zeros(len(input_ids), 1)}
 
     seen: dict[str, torch.Tensor] = {}
-    made = Kandinsky5T2IPipeline(
+    loaded = Kandinsky5T2IPipeline(
         transformer=None, vae=None, text_encoder=None, text_encoder_2=None, scheduler=None,
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
     )  # fmt: skip
-    vars(made).update(text_encoder=qwen, text_encoder_2=clip)
+    vars(loaded).update(text_encoder=qwen, text_encoder_2=clip)
 
     def ids(prompt: str | list[str], limit: int = 512) -> dict[str, list[list[int]]]:
-        made.encode_prompt(prompt, max_sequence_length=limit, device=torch.device("cpu"), dtype=torch.float32)
+        loaded.encode_prompt(prompt, max_sequence_length=limit, device=torch.device("cpu"), dtype=torch.float32)
         return {name: rows.tolist() for name, rows in seen.items()}
 
     return ids

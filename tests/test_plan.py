@@ -59,12 +59,12 @@ class Folder:
         return make_plan(wanted, stored, Probes(probe, no_mask, self.clean), rehash)
 
     def encode(self, **options) -> Plan:
-        made = self.plan(**options)
-        self.known = {row.path: row for row in made.rows}
-        self.latents |= {job.key for job in made.latent_jobs}
-        self.texts |= {job.key for job in made.text_jobs}
-        self.prompts = made.prompts
-        return made
+        plan = self.plan(**options)
+        self.known = {row.path: row for row in plan.rows}
+        self.latents |= {job.key for job in plan.latent_jobs}
+        self.texts |= {job.key for job in plan.text_jobs}
+        self.prompts = plan.prompts
+        return plan
 
     def clean(self, caption: str) -> str:
         self.cleaned.append(caption)
@@ -97,29 +97,29 @@ def test_a_new_folder_is_encoded_whole_and_the_prompts_with_it():
     folder = Folder()
     folder.put("cat.jpg", "cat", "a cat")
     folder.put("sub/dog.jpg", "dog", " a dog ", "a hound", size=(4000, 3000))
-    made = folder.plan(prompts=("", "a fox "))
-    assert summary(made) == {
+    plan = folder.plan(prompts=("", "a fox "))
+    assert summary(plan) == {
         "latents": ["cat.jpg", "sub/dog.jpg"],
         "texts": ["", "a fox", "a cat", "a dog", "a hound"],
         "added": ["cat.jpg", "sub/dog.jpg"],
     }
-    assert (made.num_reused_latents, made.num_reused_texts) == (0, 0)
-    row = made.rows[1]
+    assert (plan.num_reused_latents, plan.num_reused_texts) == (0, 0)
+    row = plan.rows[1]
     geometry = cover(4000, 3000, Bucket(1152, 896))
     assert (row.path, row.content_hash, row.num_bytes, row.inode) == ("sub/dog.jpg", "hash of dog", 3, 7)
     assert (row.width, row.height, row.bucket_width, row.bucket_height) == (4000, 3000, 1152, 896)
     assert (row.resized_width, row.resized_height, row.left, row.top, row.flipped) == (1195, 896, 21, 0, False)
-    assert row.latent_key == made.latent_jobs[1].key == latent_key("hash of dog", geometry, VAE)
+    assert row.latent_key == plan.latent_jobs[1].key == latent_key("hash of dog", geometry, VAE)
     assert row.caption_keys == (text_key("a dog", TEXT), text_key("a hound", TEXT))
-    assert made.latent_jobs[1].geometry == geometry
+    assert plan.latent_jobs[1].geometry == geometry
 
 
 def test_an_unchanged_folder_leaves_nothing_to_do_and_no_image_is_read(three):
-    made = three.plan()
-    assert summary(made) == {}
+    plan = three.plan()
+    assert summary(plan) == {}
     assert three.probed == []
-    assert made.rows == tuple(three.known.values())
-    assert (made.num_reused_latents, made.num_reused_texts) == (3, 4)
+    assert plan.rows == tuple(three.known.values())
+    assert (plan.num_reused_latents, plan.num_reused_texts) == (3, 4)
 
 
 def test_one_image_more_is_one_more_to_encode(three):
@@ -141,10 +141,10 @@ def test_an_edited_image_is_encoded_alone(three):
 
 def test_an_image_that_was_only_touched_is_read_and_not_encoded(three):
     three.put("dog.jpg", "dog", "a dog")
-    made = three.plan()
-    assert summary(made) == {}
+    plan = three.plan()
+    assert summary(plan) == {}
     assert three.probed == ["dog.jpg"]
-    assert made.rows[1].mtime_ns == three.touched["dog.jpg"] != three.known["dog.jpg"].mtime_ns
+    assert plan.rows[1].mtime_ns == three.touched["dog.jpg"] != three.known["dog.jpg"].mtime_ns
 
 
 @pytest.mark.parametrize("field", ["num_bytes", "mtime_ns", "inode"])
@@ -166,10 +166,10 @@ def test_a_renamed_image_keeps_its_latents_and_is_read_only_when_its_stat_change
     if not is_copied:
         three.touched["new/hound.jpg"] = three.touched["dog.jpg"]
     del three.images["dog.jpg"]
-    made = three.plan()
-    assert summary(made) == {"renamed": [("dog.jpg", "new/hound.jpg")]}
+    plan = three.plan()
+    assert summary(plan) == {"renamed": [("dog.jpg", "new/hound.jpg")]}
     assert three.probed == (["new/hound.jpg"] if is_copied else [])
-    assert made.num_reused_latents == 3
+    assert plan.num_reused_latents == 3
 
 
 def test_of_two_copies_that_are_gone_one_is_renamed_and_one_removed(three):
@@ -193,10 +193,10 @@ def test_captions_that_did_not_change_are_not_cleaned_again(three):
 
 
 def test_a_deleted_image_leaves_the_rows_and_its_latents_are_found_when_it_comes_back(three):
-    kept = three.images.pop("dog.jpg")
+    dog = three.images.pop("dog.jpg")
     assert summary(three.encode()) == {"removed": ["dog.jpg"]}
     assert list(three.known) == ["cat.jpg", "owl.jpg"]
-    three.images["dog.jpg"] = kept
+    three.images["dog.jpg"] = dog
     assert summary(three.plan()) == {"added": ["dog.jpg"]}
 
 
@@ -204,42 +204,42 @@ def test_an_image_found_twice_is_encoded_once(three):
     three.put("a.jpg", "fox", "a fox")
     three.put("b.jpg", "fox", "a red fox")
     three.put("c.jpg", "cat", "a cat")
-    made = three.plan()
-    assert summary(made) == {
+    plan = three.plan()
+    assert summary(plan) == {
         "latents": ["a.jpg"],
         "texts": ["a fox", "a red fox"],
         "added": ["a.jpg", "b.jpg", "c.jpg"],
     }
-    keys = {row.path: row.latent_key for row in made.rows}
+    keys = {row.path: row.latent_key for row in plan.rows}
     assert keys["a.jpg"] == keys["b.jpg"]
     assert keys["c.jpg"] == keys["cat.jpg"]
-    assert made.num_reused_latents == 3
+    assert plan.num_reused_latents == 3
 
 
 def test_a_caption_that_several_images_and_a_prompt_share_is_encoded_once(three):
     for name in "ab":
         three.put(f"{name}.jpg", name, "a fox", " a fox", "a cat")
-    made = three.plan(prompts=("", "a fox"))
-    assert summary(made)["texts"] == ["a fox"]
-    assert made.rows[0].caption_keys == (text_key("a fox", TEXT), text_key("a fox", TEXT), text_key("a cat", TEXT))
-    assert made.num_reused_texts == 4  # the empty prompt, cat, dog, owl
+    plan = three.plan(prompts=("", "a fox"))
+    assert summary(plan)["texts"] == ["a fox"]
+    assert plan.rows[0].caption_keys == (text_key("a fox", TEXT), text_key("a fox", TEXT), text_key("a cat", TEXT))
+    assert plan.num_reused_texts == 4  # the empty prompt, cat, dog, owl
 
 
 def test_another_vae_recipe_leaves_the_texts_alone(three):
-    made = three.plan(vae={**VAE, "vae": "cccc"})
+    plan = three.plan(vae={**VAE, "vae": "cccc"})
     everything = ["cat.jpg", "dog.jpg", "owl.jpg"]
-    assert summary(made) == {"latents": everything, "changed": everything}
-    assert (made.num_reused_latents, made.num_reused_texts) == (0, 4)
+    assert summary(plan) == {"latents": everything, "changed": everything}
+    assert (plan.num_reused_latents, plan.num_reused_texts) == (0, 4)
     assert three.probed == []
 
 
 def test_another_text_recipe_leaves_the_latents_alone(three):
-    made = three.plan(text={**TEXT, "max_sequence_length": 256})
-    assert summary(made) == {
+    plan = three.plan(text={**TEXT, "max_sequence_length": 256})
+    assert summary(plan) == {
         "texts": ["", "a cat", "a dog", "a owl"],
         "changed": ["cat.jpg", "dog.jpg", "owl.jpg"],
     }
-    assert (made.num_reused_latents, made.num_reused_texts) == (3, 0)
+    assert (plan.num_reused_latents, plan.num_reused_texts) == (3, 0)
 
 
 def test_other_buckets_encode_only_the_images_that_fall_into_other_ones(three):
@@ -250,12 +250,12 @@ def test_other_buckets_encode_only_the_images_that_fall_into_other_ones(three):
 
 def test_an_unreadable_image_is_skipped_with_its_reason_and_leaves_the_rows(three):
     three.put("dog.jpg", "damaged", "a rare caption")
-    made = three.plan(skipped=[Skipped("fox.jpg", "missing caption")])
-    assert summary(made) == {
+    plan = three.plan(skipped=[Skipped("fox.jpg", "missing caption")])
+    assert summary(plan) == {
         "removed": ["dog.jpg"],
         "skipped": [Skipped("fox.jpg", "missing caption"), Skipped("dog.jpg", "is damaged")],
     }
-    assert [row.path for row in made.rows] == ["cat.jpg", "owl.jpg"]
+    assert [row.path for row in plan.rows] == ["cat.jpg", "owl.jpg"]
 
 
 def test_rows_lost_with_their_shard_are_encoded_again(three):
@@ -266,8 +266,8 @@ def test_rows_lost_with_their_shard_are_encoded_again(three):
 
 def test_images_smaller_than_their_bucket_are_counted(three):
     three.put("icon.png", "icon", size=(8, 8))
-    made = three.plan()
-    assert made.upscaled == ("icon.png",)
+    plan = three.plan()
+    assert plan.upscaled == ("icon.png",)
 
 
 def test_a_key_is_half_the_sha256_of_canonical_json():
@@ -339,53 +339,53 @@ CAT = SourceItem("cat.jpg", 1, 2, 3, ("a cat",), MaskFile("cat.mask.png", 4, 5, 
 
 
 def test_a_flip_is_a_second_row_of_the_same_path_and_another_key():
-    made = plan_of(CAT, flip=True)
-    first, second = made.rows
+    plan = plan_of(CAT, flip=True)
+    first, second = plan.rows
     assert (first.path, first.flipped, second.path, second.flipped) == ("cat.jpg", False, "cat.jpg", True)
     assert first.latent_key != second.latent_key
     assert first.caption_keys == second.caption_keys
-    assert [(job.key, job.geometry.flipped) for job in made.latent_jobs] == [
+    assert [(job.key, job.geometry.flipped) for job in plan.latent_jobs] == [
         (first.latent_key, False),
         (second.latent_key, True),
     ]
-    assert (made.added, made.changed, made.removed) == (("cat.jpg",), (), ())
-    again = plan_of(CAT, flip=True, known=made.rows)
-    assert (again.added, again.changed, again.removed, again.rows) == ((), (), (), made.rows)
-    without = plan_of(CAT, known=made.rows)
-    assert (without.added, without.changed, without.removed, without.rows) == ((), (), (), made.rows[:1])
+    assert (plan.added, plan.changed, plan.removed) == (("cat.jpg",), (), ())
+    again = plan_of(CAT, flip=True, known=plan.rows)
+    assert (again.added, again.changed, again.removed, again.rows) == ((), (), (), plan.rows)
+    without = plan_of(CAT, known=plan.rows)
+    assert (without.added, without.changed, without.removed, without.rows) == ((), (), (), plan.rows[:1])
 
 
 def test_images_of_one_size_have_random_crops_of_their_own():
     items = [replace(CAT, path=f"3000x1000.{name}.jpg", mask=None) for name in "abcdef"]
-    made = plan_of(*items, crop="random")
-    assert {(row.resized_width, row.top) for row in made.rows} == {(1920, 0)}
-    assert len({row.left for row in made.rows}) == 6
-    assert made.rows == plan_of(*reversed(items), crop="random").rows[::-1]
+    plan = plan_of(*items, crop="random")
+    assert {(row.resized_width, row.top) for row in plan.rows} == {(1920, 0)}
+    assert len({row.left for row in plan.rows}) == 6
+    assert plan.rows == plan_of(*reversed(items), crop="random").rows[::-1]
     assert {row.left for row in plan_of(*items).rows} == {(1920 - 1408) // 2}
 
 
 def test_images_below_a_guard_are_skipped_with_their_size():
     items = [replace(CAT, path=f"{size}x{size}.jpg", mask=None) for size in (100, 1024, 500)]
-    made = plan_of(*items, minimum_image_size=200)
-    assert [row.path for row in made.rows] == ["1024x1024.jpg", "500x500.jpg"]
-    assert made.skipped == (Skipped("100x100.jpg", "is 100x100 pixels, a side is below minimum_image_size = 200"),)
-    assert made.upscaled == ("500x500.jpg",)
-    made = plan_of(*items, no_upscale=True)
-    assert [row.path for row in made.rows] == ["1024x1024.jpg"]
-    assert [skip.path for skip in made.skipped] == ["100x100.jpg", "500x500.jpg"]
-    assert made.upscaled == ()
+    plan = plan_of(*items, minimum_image_size=200)
+    assert [row.path for row in plan.rows] == ["1024x1024.jpg", "500x500.jpg"]
+    assert plan.skipped == (Skipped("100x100.jpg", "is 100x100 pixels, a side is below minimum_image_size = 200"),)
+    assert plan.upscaled == ("500x500.jpg",)
+    plan = plan_of(*items, no_upscale=True)
+    assert [row.path for row in plan.rows] == ["1024x1024.jpg"]
+    assert [skip.path for skip in plan.skipped] == ["100x100.jpg", "500x500.jpg"]
+    assert plan.upscaled == ()
 
 
 def test_a_mask_is_a_job_of_its_own_with_its_images_crops():
-    made = plan_of(CAT, flip=True)
-    assert [(job.path, job.geometry) for job in made.mask_jobs] == [
-        ("cat.mask.png", job.geometry) for job in made.latent_jobs
+    plan = plan_of(CAT, flip=True)
+    assert [(job.path, job.geometry) for job in plan.mask_jobs] == [
+        ("cat.mask.png", job.geometry) for job in plan.latent_jobs
     ]
-    assert [job.key for job in made.mask_jobs] == [row.mask_key for row in made.rows]
+    assert [job.key for job in plan.mask_jobs] == [row.mask_key for row in plan.rows]
     crop = '{"bucket":[1024,1024],"flipped":false,"left_top":[0,0],"resized":[1024,1024]}'
     written = f'{{"crop":{crop},"mask":"hash of cat.mask.png"}}'
-    assert made.rows[0].mask_key == sha256(written.encode()).hexdigest()[:32]
-    row = made.rows[0]
+    assert plan.rows[0].mask_key == sha256(written.encode()).hexdigest()[:32]
+    row = plan.rows[0]
     assert (row.mask_hash, row.mask_num_bytes, row.mask_mtime_ns, row.mask_inode) == ("hash of cat.mask.png", 4, 5, 6)
 
 
@@ -398,9 +398,9 @@ def test_a_mask_is_read_only_when_its_stat_is_new(field):
     assert (probed, same.rows, same.mask_jobs) == ([], before.rows, ())
     assert CAT.mask is not None
     touched = replace(CAT, mask=replace(CAT.mask, **{field: 9}))
-    made = plan_of(touched, known=before.rows, probed=probed, masks=keys)
-    assert (probed, made.mask_jobs, made.changed) == (["cat.mask.png"], (), ())
-    assert getattr(made.rows[0], f"mask_{field}") == 9
+    plan = plan_of(touched, known=before.rows, probed=probed, masks=keys)
+    assert (probed, plan.mask_jobs, plan.changed) == (["cat.mask.png"], (), ())
+    assert getattr(plan.rows[0], f"mask_{field}") == 9
 
 
 def test_a_mask_that_comes_goes_or_is_broken_changes_its_image():

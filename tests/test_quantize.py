@@ -135,8 +135,8 @@ def test_without_quantisation_every_tensor_and_table_is_the_one_from_pretrained_
     state = ours.state_dict()
     assert set(state) == set(theirs.state_dict())
     for name, tensor in theirs.state_dict().items():
-        kept = any(part in theirs._keep_in_fp32_modules for part in name.split("."))
-        assert state[name].dtype == (dtype if kept else tensor.dtype), name  # the toy is bf16, as the hub is
+        is_float32 = any(part in theirs._keep_in_fp32_modules for part in name.split("."))
+        assert state[name].dtype == (dtype if is_float32 else tensor.dtype), name  # the toy is bf16, as the hub is
         assert torch.equal(state[name].to(tensor.dtype), tensor), name
     assert torch.equal(ours.time_embeddings.freqs, theirs.time_embeddings.freqs)
     tables = dict(ours.named_buffers())

@@ -33,13 +33,13 @@ def plans(monkeypatch):
 
 def run_out(monkeypatch, times: int) -> None:
     """The first ``times`` steps to warm up find no memory. A later one must not find what they held."""
-    left, held = iter(range(times)), []
+    left, allocations = iter(range(times)), []
 
     def warm_up(self, step):
-        assert all(reference() is None for reference in held)
+        assert all(reference() is None for reference in allocations)
         if next(left, None) is not None:
             activations = torch.zeros(8)
-            held.append(weakref.ref(activations))
+            allocations.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
         step()
 

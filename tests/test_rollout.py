@@ -88,13 +88,13 @@ def test_no_gradient_flows_through_the_steps():
 def paths(count: int, step: int = 10, sigma: float = 0.43, **options) -> list[list[float]]:
     config = RolloutConfig(**{"probability": 1.0, "max_steps": 2, **options})
     generator = torch.Generator().manual_seed(0)
-    made = [rollout.draw_path(sigma, GRID, config, step, generator) for _ in range(count)]
-    return [[round(x, 4) for x in path.tolist()] for path in made]
+    drawn = [rollout.draw_path(sigma, GRID, config, step, generator) for _ in range(count)]
+    return [[round(x, 4) for x in path.tolist()] for path in drawn]
 
 
 def test_a_path_ends_at_the_nearest_grid_point_after_1_to_k_steps():
-    found = paths(50)
-    assert {tuple(p) for p in found} == {(0.6, 0.6, 0.4), (0.8, 0.6, 0.4)}
+    drawn = paths(50)
+    assert {tuple(p) for p in drawn} == {(0.6, 0.6, 0.4), (0.8, 0.6, 0.4)}
     assert {tuple(p) for p in paths(20, sigma=0.97)} == {(1.0, 1.0, 0.8)}  # only one step leads to the second point
     assert all(p[-1] == 0.2 for p in paths(20, sigma=0.11))  # never at 0, where nothing is left to learn
 

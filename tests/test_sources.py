@@ -64,8 +64,8 @@ def rows(*images: tuple[bytes, str], **columns: list[object]):
     import datasets
 
     cells = [{"bytes": image, "path": f"{i}.png"} for i, (image, _) in enumerate(images)]
-    made = datasets.Dataset.from_dict({"image": cells, "text": [text for _, text in images], **columns})
-    return made.cast_column("image", datasets.Image())
+    dataset = datasets.Dataset.from_dict({"image": cells, "text": [text for _, text in images], **columns})
+    return dataset.cast_column("image", datasets.Image())
 
 
 def captions(source: Path, **options: object) -> dict[str, tuple[str, ...]]:
@@ -93,12 +93,12 @@ def test_a_file_name_is_a_caption_with_underscores_and_hyphens_as_spaces(tmp_pat
         put(tmp_path / Path(name).parent)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find(tmp_path, CacheConfig(caption_strategy="filename"))
-    assert {item.path: item.captions for item in found.items} == {
+    source = find(tmp_path, CacheConfig(caption_strategy="filename"))
+    assert {item.path: item.captions for item in source.items} == {
         "red_fox-at__dusk.jpg": ("red fox at dusk",),
         "sub_1/Ünïcode v1.5.png": ("Ünïcode v1.5",),
     }
-    assert found.skipped == [Skipped("-_.png", "empty caption")]
+    assert source.skipped == [Skipped("-_.png", "empty caption")]
 
 
 def test_an_instance_prompt_is_the_caption_of_every_image(tmp_path):
@@ -108,12 +108,12 @@ def test_an_instance_prompt_is_the_caption_of_every_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("trigger", "made"), [("sks", "sks, a cat"), ("sks ", "sks a cat"), ("sks, ", "sks, a cat"), ("", "a cat")]
+    ("trigger", "caption"), [("sks", "sks, a cat"), ("sks ", "sks a cat"), ("sks, ", "sks, a cat"), ("", "a cat")]
 )
-def test_a_trigger_is_put_before_every_caption(tmp_path, trigger, made):
+def test_a_trigger_is_put_before_every_caption(tmp_path, trigger, caption):
     put(tmp_path, cat_jpg="", cat_txt="a cat\na cat")
-    assert captions(tmp_path, trigger=trigger) == {"cat.jpg": (made, made)}
-    assert captions(tmp_path, trigger=trigger, caption_strategy="filename") == {"cat.jpg": (made.replace("a ", ""),)}
+    assert captions(tmp_path, trigger=trigger) == {"cat.jpg": (caption, caption)}
+    assert captions(tmp_path, trigger=trigger, caption_strategy="filename") == {"cat.jpg": (caption.replace("a ", ""),)}
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_trigger_is_put_before_every_caption(tmp_path, trigger, made):
     ],
 )
 def test_options_that_contradict_each_other_are_named(options, problem):
-    [found] = CacheConfig(**options).check()
-    assert found.startswith(problem)
+    [message] = CacheConfig(**options).check()
+    assert message.startswith(problem)
 
 
 def test_a_plain_folder_needs_neither_datasets_nor_arrow(tmp_path):
@@ -161,15 +161,15 @@ def test_metadata_gives_what_imagefolder_gives(pictures):
         sub__metadata_csv='file_name,text\nb.png,"two, too"\nc.png,3\n',
     )
     config = CacheConfig(caption_strategy="metadata")
-    found = find(pictures, config)
-    ours = [(str(pictures / item.path), *item.captions) for item in found.items]
+    source = find(pictures, config)
+    ours = [(str(pictures / item.path), *item.captions) for item in source.items]
     theirs = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train").cast_column(
         "image", datasets.Image(decode=False)
     )
     gc.collect()  # here, where the warning is expected, and not in a later test
     assert ours == sorted((row["image"]["path"], str(row["text"])) for row in theirs)
     assert [path for path, _ in ours] == [str(pictures / name) for name in ("a.png", "sub/b.png", "sub/c.png")]
-    assert found.skipped == []
+    assert source.skipped == []
 
 
 @pytest.mark.parametrize(
@@ -182,27 +182,27 @@ def test_metadata_gives_what_imagefolder_gives(pictures):
 )
 def test_metadata_may_be_json_lines_or_csv_and_images_without_a_row_are_reported(pictures, name, content):
     (pictures / name).write_text(content, encoding="utf-8", newline="")
-    found = find(pictures, CacheConfig(caption_strategy="metadata"))
-    assert [(item.path, item.captions) for item in found.items] == [("a.png", ("one",)), ("sub/b.png", ("two",))]
-    assert found.skipped == [Skipped("sub/c.png", f"has no row in {name}")]
+    source = find(pictures, CacheConfig(caption_strategy="metadata"))
+    assert [(item.path, item.captions) for item in source.items] == [("a.png", ("one",)), ("sub/b.png", ("two",))]
+    assert source.skipped == [Skipped("sub/c.png", f"has no row in {name}")]
 
 
 def test_an_item_of_metadata_is_the_file_with_its_stat(pictures):
     put(pictures, metadata_jsonl='{"file_name": "sub/b.png", "text": "two"}')
-    found = find(pictures, CacheConfig(caption_strategy="metadata"))
-    [item] = found.items
+    source = find(pictures, CacheConfig(caption_strategy="metadata"))
+    [item] = source.items
     stat = (pictures / "sub/b.png").stat()
     assert (item.num_bytes, item.mtime_ns, item.inode) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    assert found.read(item.path) == pictures / "sub/b.png"
+    assert source.read(item.path) == pictures / "sub/b.png"
 
 
 def test_rows_of_metadata_that_name_no_image_are_skipped_one_by_one(pictures):
     lines = ["a.png", "gone.png", "../outside.png", "/etc/passwd", "http://x.org/a.png", ""]
     (pictures.parent / "outside.png").write_bytes(png(9))
     put(pictures, metadata_jsonl="\n".join(json.dumps({"file_name": name, "text": "a cat"}) for name in lines))
-    found = find(pictures, CacheConfig(caption_strategy="metadata"))
-    assert [item.path for item in found.items] == ["a.png"]
-    reasons = [skip.reason for skip in found.skipped]
+    source = find(pictures, CacheConfig(caption_strategy="metadata"))
+    assert [item.path for item in source.items] == ["a.png"]
+    reasons = [skip.reason for skip in source.skipped]
     assert reasons == [
         "is named in metadata.jsonl, and is not there",
         "lies outside the folder of metadata.jsonl",
@@ -216,9 +216,9 @@ def test_rows_of_metadata_that_name_no_image_are_skipped_one_by_one(pictures):
 
 def test_a_file_named_in_several_rows_has_all_their_captions(pictures):
     put(pictures, metadata_csv="file_name,text\na.png,one\na.png,another\n./a.png,\n")
-    found = find(pictures, CacheConfig(caption_strategy="metadata"))
-    assert [(item.path, item.captions) for item in found.items] == [("a.png", ("one", "another"))]
-    assert Skipped("a.png", "empty caption") in found.skipped
+    source = find(pictures, CacheConfig(caption_strategy="metadata"))
+    assert [(item.path, item.captions) for item in source.items] == [("a.png", ("one", "another"))]
+    assert Skipped("a.png", "empty caption") in source.skipped
 
 
 @pytest.mark.parametrize("cells", [("007", "8", "9"), ("null", "NA", "nan"), ("1e5", "True", "2020-01-01")])
@@ -264,15 +264,15 @@ def test_columns_may_be_chosen_and_a_list_is_several_captions(pictures):
 def test_a_parquet_table_of_images_gives_their_very_bytes(tmp_path):
     images = [png(10), png(20, (8, 2))]
     rows((images[0], "one"), (images[1], "two")).to_parquet(tmp_path / "t.parquet")
-    found = find(tmp_path / "t.parquet", CacheConfig())
-    assert [(item.path, item.captions) for item in found.items] == [
+    source = find(tmp_path / "t.parquet", CacheConfig())
+    assert [(item.path, item.captions) for item in source.items] == [
         ("t.parquet#0", ("one",)),
         ("t.parquet#1", ("two",)),
     ]
-    assert [found.read(item.path) for item in found.items] == images
+    assert [source.read(item.path) for item in source.items] == images
     (tmp_path / "direct.png").write_bytes(images[1])
-    assert hash_content(found.read("t.parquet#1")) == hash_content(tmp_path / "direct.png")
-    assert image_size(found.read("t.parquet#1")) == (8, 2)
+    assert hash_content(source.read("t.parquet#1")) == hash_content(tmp_path / "direct.png")
+    assert image_size(source.read("t.parquet#1")) == (8, 2)
     assert captions(tmp_path / "t.parquet", caption_strategy="filename") == {
         "t.parquet#0": ("0",),
         "t.parquet#1": ("1",),
@@ -294,25 +294,25 @@ def test_a_rows_stat_is_its_tables_and_its_own_and_stays_until_the_table_changes
 
 
 def test_rows_without_an_image_or_a_caption_are_skipped(tmp_path):
-    made = rows((png(1), "one"), (png(2), " "), (b"", "three"), (png(4), "four"))
+    dataset = rows((png(1), "one"), (png(2), " "), (b"", "three"), (png(4), "four"))
     import datasets
 
     table = datasets.concatenate_datasets(
-        [made, datasets.Dataset.from_dict({"image": [None], "text": ["five"]}, features=made.features)]
+        [dataset, datasets.Dataset.from_dict({"image": [None], "text": ["five"]}, features=dataset.features)]
     )
     table.to_parquet(tmp_path / "t.parquet")
-    found = find(tmp_path / "t.parquet", CacheConfig())
-    assert [item.path for item in found.items] == ["t.parquet#0", "t.parquet#2", "t.parquet#3"]
-    assert found.skipped == [Skipped("t.parquet#1", "empty caption"), Skipped("t.parquet#4", "holds no image")]
+    source = find(tmp_path / "t.parquet", CacheConfig())
+    assert [item.path for item in source.items] == ["t.parquet#0", "t.parquet#2", "t.parquet#3"]
+    assert source.skipped == [Skipped("t.parquet#1", "empty caption"), Skipped("t.parquet#4", "holds no image")]
     with pytest.raises(UnreadableImage, match="is empty"):
-        image_size(found.read("t.parquet#2"))
+        image_size(source.read("t.parquet#2"))
 
 
 def test_a_split_may_be_a_slice(tmp_path):
     rows(*((png(i), f"number {i}") for i in range(4))).to_parquet(tmp_path / "t.parquet")
-    found = find(tmp_path / "t.parquet", CacheConfig(split="train[1:3]"))
-    assert [item.captions for item in found.items] == [("number 1",), ("number 2",)]
-    assert [found.read(item.path) for item in found.items] == [png(1), png(2)]
+    source = find(tmp_path / "t.parquet", CacheConfig(split="train[1:3]"))
+    assert [item.captions for item in source.items] == [("number 1",), ("number 2",)]
+    assert [source.read(item.path) for item in source.items] == [png(1), png(2)]
 
 
 def test_a_folder_of_parquet_files_is_a_dataset_with_splits(tmp_path):
@@ -333,8 +333,8 @@ def test_a_saved_dataset_is_read_from_its_folder(tmp_path):
     )
     assert list(captions(tmp_path / "one").values()) == [("one",)]
     assert list(captions(tmp_path / "one" / "data-00000-of-00001.arrow").values()) == [("one",)]
-    found = find(tmp_path / "many", CacheConfig(split="test"))
-    assert [(item.captions, found.read(item.path)) for item in found.items] == [(("three",), png(3))]
+    source = find(tmp_path / "many", CacheConfig(split="test"))
+    assert [(item.captions, source.read(item.path)) for item in source.items] == [(("three",), png(3))]
     assert "many has no split dev; it has train, test" in refusal(tmp_path / "many", split="dev")
 
 
@@ -343,12 +343,12 @@ def test_a_saved_dataset_is_read_from_its_folder(tmp_path):
 
 def test_a_tar_pairs_its_members_by_name(tmp_path):
     path = tar(tmp_path / "cats.tar", b_png=png(2), b_txt="two\ntoo\n", a_png=png(1), a_txt="one")
-    found = find(path, CacheConfig())
-    assert [(item.path, item.captions) for item in found.items] == [
+    source = find(path, CacheConfig())
+    assert [(item.path, item.captions) for item in source.items] == [
         ("cats.tar/a.png", ("one",)),
         ("cats.tar/b.png", ("two", "too")),
     ]
-    assert found.read("cats.tar/b.png") == png(2)
+    assert source.read("cats.tar/b.png") == png(2)
     assert captions(path, caption_strategy="filename") == {"cats.tar/a.png": ("a",), "cats.tar/b.png": ("b",)}
 
 
@@ -374,11 +374,11 @@ def test_a_changed_tar_leaves_the_stats_of_others_rows(tmp_path):
 
 def test_a_mask_in_a_tar_belongs_to_the_image_of_its_name(tmp_path):
     path = tar(tmp_path / "t.tar", **{"a_png": png(1), "a.mask_png": png(2), "a_txt": "one"})
-    found = find(path, CacheConfig())
-    [item] = found.items
+    source = find(path, CacheConfig())
+    [item] = source.items
     assert item.mask is not None
     assert item.mask.path == "t.tar/a.mask.png"
-    assert found.read(item.mask.path) == png(2)
+    assert source.read(item.mask.path) == png(2)
 
 
 def test_members_of_one_name_are_used_once(tmp_path):
@@ -388,9 +388,9 @@ def test_members_of_one_name_are_used_once(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    found = find(tmp_path / "t.tar", CacheConfig())
-    assert [(i.captions, found.read(i.path)) for i in found.items] == [(("one",), png(1)), (("two",), png(2))]
-    assert found.skipped == [Skipped("t.tar/a.png", "is there a second time")]
+    source = find(tmp_path / "t.tar", CacheConfig())
+    assert [(i.captions, source.read(i.path)) for i in source.items] == [(("one",), png(1)), (("two",), png(2))]
+    assert source.skipped == [Skipped("t.tar/a.png", "is there a second time")]
 
 
 # --- the hub ---
@@ -421,10 +421,11 @@ def test_a_dataset_of_the_hub_may_hold_files_in_the_place_of_bytes(pictures, mon
     import datasets
 
     cells = [{"bytes": None, "path": str(pictures / "a.png")}, {"bytes": png(9), "path": "x.png"}]
-    made = datasets.Dataset.from_dict({"image": cells, "text": ["one", "two"]}).cast_column("image", datasets.Image())
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
-    found = find(Path("me/cats"), CacheConfig())
-    assert [found.read(item.path) for item in found.items] == [pictures / "a.png", png(9)]
+    dataset = datasets.Dataset.from_dict({"image": cells, "text": ["one", "two"]})
+    dataset = dataset.cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
+    source = find(Path("me/cats"), CacheConfig())
+    assert [source.read(item.path) for item in source.items] == [pictures / "a.png", png(9)]
 
 
 # --- what cannot be used at all ---

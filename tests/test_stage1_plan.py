@@ -78,8 +78,8 @@ def test_flops_are_those_that_torch_counts(toy_model):
     ],
 )
 def test_the_text_encoder_is_resident_where_it_fits_and_streamed_where_it_does_not(vram, precision, mode, parking):
-    made = text_plan(vram, precision, num_tokens=110_000)
-    assert (made.mode, made.parking) == (mode, parking)
+    plan = text_plan(vram, precision, num_tokens=110_000)
+    assert (plan.mode, plan.parking) == (mode, parking)
 
 
 def test_a_cpu_without_the_memory_streams_too():
@@ -93,26 +93,26 @@ def test_no_plan_needs_more_than_the_card_has(precision, batching):
     refused = []
     for quarter in range(4, 160):
         try:
-            made = text_plan(quarter / 4, precision, batching, num_tokens=2_000_000)
+            plan = text_plan(quarter / 4, precision, batching, num_tokens=2_000_000)
         except DoesNotFit:
             refused.append(quarter)
             continue
-        assert made.vram <= quarter / 4 * GIB
-        assert made.chunk_tokens >= 576, "a chunk holds at least the longest caption"
+        assert plan.vram <= quarter / 4 * GIB
+        assert plan.chunk_tokens >= 576, "a chunk holds at least the longest caption"
     assert refused == list(range(4, 4 + len(refused))), "what fits a small card fits a larger one"
     assert 0 < len(refused) < 16
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_layers_that_are_cast_are_planned_with_those_that_are_still_as_the_file_has_them(precision):
-    held = ARCHITECTURE.layer_parameters * (4 if precision == "fp32" else 2)
-    assert text_plan(40, precision).vram > 28 * held + 2 * ARCHITECTURE.layer_parameters * 2
+    num_bytes = ARCHITECTURE.layer_parameters * (4 if precision == "fp32" else 2)
+    assert text_plan(40, precision).vram > 28 * num_bytes + 2 * ARCHITECTURE.layer_parameters * 2
 
 
 @pytest.mark.parametrize("ram_gib", [1, 5, 7, 64])
 def test_pinned_memory_is_planned_as_torch_takes_it(ram_gib):
-    made = text_plan(2, ram_gib=ram_gib, num_tokens=2_000_000)
-    parked = made.chunk_tokens * ARCHITECTURE.hidden_size * 2
+    plan = text_plan(2, ram_gib=ram_gib, num_tokens=2_000_000)
+    parked = plan.chunk_tokens * ARCHITECTURE.hidden_size * 2
     rounded = 1 << (parked - 1).bit_length()
     assert parked <= rounded <= min(2 * GIB, max(ram_gib * GIB // 4, GIB // 4))
 
@@ -133,18 +133,18 @@ def test_memory_does_not_grow_with_the_captions():
 
 
 def test_a_slow_device_commits_every_three_minutes():
-    made = text_plan(None, tokens_per_second=20.0)
-    assert made.chunk_tokens == 3600
+    plan = text_plan(None, tokens_per_second=20.0)
+    assert plan.chunk_tokens == 3600
     assert text_plan(None, tokens_per_second=0.5).chunk_tokens == 576, "but never less than a caption"
 
 
 def test_streaming_takes_the_longer_of_computing_and_reading():
-    made = text_plan(4, num_tokens=100_000)
+    plan = text_plan(4, num_tokens=100_000)
     speed = memory_plan.Speed(text_flops=1e14, vae_flops=1e13, read_bytes=3e9)
     compute = 100_000 * ARCHITECTURE.flops_per_token / 1e14
-    assert memory_plan.text_seconds(made, ARCHITECTURE, [200] * 500, speed) == pytest.approx(compute, rel=0.02)
+    assert memory_plan.text_seconds(plan, ARCHITECTURE, [200] * 500, speed) == pytest.approx(compute, rel=0.02)
     slow_disk = replace(speed, read_bytes=1e8)
-    assert memory_plan.text_seconds(made, ARCHITECTURE, [200] * 500, slow_disk) == pytest.approx(130, rel=0.05)
+    assert memory_plan.text_seconds(plan, ARCHITECTURE, [200] * 500, slow_disk) == pytest.approx(130, rel=0.05)
 
 
 def test_the_vae_is_whole_then_in_strips_then_refused():
@@ -156,9 +156,9 @@ def test_the_vae_is_whole_then_in_strips_then_refused():
 
 
 def test_on_a_cpu_memory_decides_the_same():
-    made = {gib: plan_vae(FLUX, "fp32", 2048 * 2048, vram=None, ram=gib * GIB) for gib in (32, 10)}
-    assert {gib: plan.mode for gib, plan in made.items()} == {32: "whole", 10: "strips"}
-    assert all(plan.ram <= gib * GIB and plan.vram == 0 for gib, plan in made.items())
+    plans = {gib: plan_vae(FLUX, "fp32", 2048 * 2048, vram=None, ram=gib * GIB) for gib in (32, 10)}
+    assert {gib: plan.mode for gib, plan in plans.items()} == {32: "whole", 10: "strips"}
+    assert all(plan.ram <= gib * GIB and plan.vram == 0 for gib, plan in plans.items())
     with pytest.raises(DoesNotFit, match=r"VAE needs .* of RAM .* 4\.0 GiB") as refused:
         plan_vae(FLUX, "fp32", 2048 * 2048, vram=None, ram=4 * GIB)
     assert "--device" not in refused.value.fix
@@ -210,9 +210,9 @@ def test_strips_leave_no_seam(loaded_vae, strip_pixels):
     pixels = torch.rand(1, 3, 208, 144, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         expected = loaded_vae._encode(pixels)
-        found = moments_in_strips(loaded_vae, pixels, strip_pixels)
+        moments = moments_in_strips(loaded_vae, pixels, strip_pixels)
     # float32, sums in another order; latents have a standard deviation of 0.3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)
 
 
 def test_tiles_do_leave_seams(toy_model):
@@ -250,9 +250,9 @@ def test_plan_prints_what_an_encode_would_take_and_loads_no_encoder(toy_model, s
     command = ("plan", "pictures", "--model", str(toy_model), "--set", "cache.resolution=64")
     here = Cli(tmp_path)(app, *command, "--json")
     assert here.code == 0, here.err
-    made = json.loads(here.out)
-    assert (made["num_captions"], made["num_images"], made["text"]["mode"]) == (4, 3, "resident")
-    assert made["text_seconds"] > 0 < made["vae_seconds"]
+    report = json.loads(here.out)
+    assert (report["num_captions"], report["num_images"], report["text"]["mode"]) == (4, 3, "resident")
+    assert report["text_seconds"] > 0 < report["vae_seconds"]
     card = Cli(tmp_path)(app, *command, "--vram", "1GB")
     assert "a card of 1.0 GiB" in card.out
     assert "there is no GPU here to measure" in card.out
@@ -339,10 +339,10 @@ def test_numbers_that_overflow_are_refused_and_not_stored(
     right = getattr(module, name)
 
     def overflows(*args, **options):
-        found = right(*args, **options)
+        result = right(*args, **options)
         if name == "iter_prompt_embeds":
-            return ((i, row * float("inf")) for i, row in found)
-        return found * float("inf") if name == "encode_pooled" else tuple(one * float("nan") for one in found)
+            return ((i, row * float("inf")) for i, row in result)
+        return result * float("inf") if name == "encode_pooled" else tuple(tensor * float("nan") for tensor in result)
 
     monkeypatch.setattr(module, name, overflows)
     done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model))

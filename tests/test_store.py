@@ -45,9 +45,9 @@ def assert_reads_well(cache: reader.Cache) -> None:
 def test_a_tensor_comes_back_from_its_bytes_bit_for_bit(dtype: str) -> None:
     bits = torch.randint(0, 256, (3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tensor = bits.view(getattr(torch, dtype))  # every bit pattern, NaN payloads too
-    made = from_bytes(to_bytes(tensor.transpose(0, 1)), TensorSpec(dtype, (None, 3, tensor.shape[2])))
-    assert made.dtype == tensor.dtype
-    assert torch.equal(made.contiguous().view(torch.uint8), tensor.transpose(0, 1).contiguous().view(torch.uint8))
+    restored = from_bytes(to_bytes(tensor.transpose(0, 1)), TensorSpec(dtype, (None, 3, tensor.shape[2])))
+    assert restored.dtype == tensor.dtype
+    assert torch.equal(restored.contiguous().view(torch.uint8), tensor.transpose(0, 1).contiguous().view(torch.uint8))
 
 
 def test_bytes_are_little_endian_in_c_order() -> None:
@@ -131,10 +131,10 @@ def test_a_second_index_reads_no_footer_that_the_first_has_read(tmp_path: Path) 
     manifest = make_cache(tmp_path)
     gone = manifest.shards[0].file
     (tmp_path / gone).unlink()
-    kept = replace(manifest, shards=manifest.shards[::-1][:2])  # text first, rows 3 and 1
+    smaller = replace(manifest, shards=manifest.shards[::-1][:2])  # text first, rows 3 and 1
     for path in tmp_path.glob("*/*.parquet"):
         path.rename(path.with_suffix(".away"))
-    again = with_index(tmp_path, kept, [index_row(3), index_row(1)])
+    again = with_index(tmp_path, smaller, [index_row(3), index_row(1)])
     for path in tmp_path.glob("*/*.away"):
         path.rename(path.with_suffix(".parquet"))
     write_manifest(tmp_path, again)

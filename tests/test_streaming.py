@@ -83,8 +83,8 @@ def streamed(folder, tokens, dtype=torch.bfloat16, int8=False, **options) -> lis
 def test_streaming_gives_the_bits_of_the_whole_model(deep_model, tokens, dtype, exact):
     options = {"exact": exact, "batch_tokens": 150}
     expected = resident(deep_model, tokens, dtype, **options)
-    found = streamed(deep_model, tokens, dtype, **options)
-    for caption, a, b in zip(CAPTIONS, expected, found, strict=True):
+    states = streamed(deep_model, tokens, dtype, **options)
+    for caption, a, b in zip(CAPTIONS, expected, states, strict=True):
         assert torch.equal(a, b), caption
     assert not torch.equal(expected[1][-4:], expected[5][-4:]), "a red fox and a blue fox are told apart"
 
@@ -166,9 +166,9 @@ def test_an_int8_text_encoder_is_quantos_own_streamed_or_not(deep_model, tokens)
 def test_the_error_of_int8_is_measured_without_either_model_in_memory(deep_model, tokens):
     plain, rounded = (torch.cat(resident(deep_model, tokens, int8=int8)).double() for int8 in (False, True))
     expected = ((rounded - plain).norm() / plain.norm()).item()
-    found = streaming.int8_error(qwen.load_qwen(deep_model, "cpu", torch.bfloat16, streamed=True, int8=True), tokens)
-    assert found == pytest.approx(expected, rel=1e-3)
-    assert 0.001 < found < 0.2
+    error = streaming.int8_error(qwen.load_qwen(deep_model, "cpu", torch.bfloat16, streamed=True, int8=True), tokens)
+    assert error == pytest.approx(expected, rel=1e-3)
+    assert 0.001 < error < 0.2
 
 
 def test_a_pack_parked_in_host_memory_is_put_away_before_it_is_brought_again(deep_model, tokens, monkeypatch):
@@ -200,9 +200,9 @@ def test_a_pack_parked_in_host_memory_is_put_away_before_it_is_brought_again(dee
             return number, states.clone(), event  # on a GPU it is a copy
 
     monkeypatch.setattr(streaming, "_OnDevice", Watched)
-    found = streamed(deep_model, tokens, exact=False, batch_tokens=150)
+    hidden = streamed(deep_model, tokens, exact=False, batch_tokens=150)
     monkeypatch.undo()
-    for a, b in zip(resident(deep_model, tokens, exact=False, batch_tokens=150), found, strict=True):
+    for a, b in zip(resident(deep_model, tokens, exact=False, batch_tokens=150), hidden, strict=True):
         assert torch.equal(a, b)
     first = order.index(("put", 0), 1)
     assert order[first - 1] == ("bring", 1), "the next pack is on its way before this one leaves"
@@ -214,8 +214,8 @@ def text_job(root: Path, folder: Path, **options) -> Job:
 
 
 def in_chunks_of(monkeypatch, num_tokens: int, mode: str = "streamed") -> None:
-    made = memory_plan.TextPlan(mode, "device", num_tokens, 8192, 0, 0, 0)
-    monkeypatch.setattr(estimate, "plan_text", lambda *_: made)
+    plan = memory_plan.TextPlan(mode, "device", num_tokens, 8192, 0, 0, 0)
+    monkeypatch.setattr(estimate, "plan_text", lambda *_: plan)
 
 
 def text_jobs() -> list[TextJob]:
@@ -284,10 +284,10 @@ def test_a_kill_in_mid_stream_costs_one_chunk(deep_model, tmp_path, monkeypatch)
     done = [key for shard in manifest.shards for key in read_keys(root, shard)]
     assert len(manifest.shards) == 2
     assert 0 < len(done) < len(jobs)
-    rest = [one for one in jobs if one.key not in done]
+    rest = [text for text in jobs if text.key not in done]
     commit = Committer(root, manifest, 2**20)
     text_pass.encode_texts(job, commit, rest)
-    assert commit.keys("text") == {one.key for one in jobs}
+    assert commit.keys("text") == {text.key for text in jobs}
 
 
 def test_a_row_that_cannot_be_written_ends_the_pass_with_its_own_error(deep_model, tmp_path, monkeypatch):

@@ -59,11 +59,11 @@ def test_tensorboard_has_every_number_and_the_pictures(tmp_path):
 
     run = Run(tmp_path / "run")
     write_two_steps(run, TrackersConfig(use=("tensorboard",)))
-    found = EventAccumulator(str(run.root / "tensorboard"))
-    found.Reload()
-    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(1, 0.5), (2, 0.25)]  # what a restart undid is gone
-    assert {"loss", "lr", "held_out_by_sigma/0", "held_out_by_sigma/1"} <= set(found.Tags()["scalars"])
-    assert found.Images("a red fox")[0].width == 16
+    events = EventAccumulator(str(run.root / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]  # what a restart undid is gone
+    assert {"loss", "lr", "held_out_by_sigma/0", "held_out_by_sigma/1"} <= set(events.Tags()["scalars"])
+    assert events.Images("a red fox")[0].width == 16
 
 
 def test_wandb_writes_offline_into_the_run_and_takes_the_same_run_up_again(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_run_tells_tensorboard_its_steps(tmp_path, toy_cache, toy_model):
 
     config = replace(CONFIG, steps=2, trackers=TrackersConfig(use=("tensorboard",)))
     start_run(tmp_path / "run", toy_cache("fp32"), toy_model, config)
-    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    found.Reload()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
     losses = [row["loss"] for row in metrics_of(tmp_path / "run")]
-    assert [e.value for e in found.Scalars("loss")] == pytest.approx(losses, rel=1e-6)  # it keeps float32
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)  # it keeps float32

@@ -32,11 +32,11 @@ def plain_blocks(toy_model):
 def test_dropped_tokens_return_as_they_left_and_the_others_have_walked():
     whole = torch.tensor([[[1.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [7.0], [8.0]]])
     rope = torch.arange(4.0).view(1, 4, 1, 1, 1, 1)
-    kept = torch.tensor([[1, 3], [0, 1]])
-    walking, turned = routing.leave(whole, rope, kept)
+    rows = torch.tensor([[1, 3], [0, 1]])
+    walking, turned = routing.leave(whole, rope, rows)
     assert walking.tolist() == [[[2.0], [4.0]], [[5.0], [6.0]]]
     assert turned.flatten(1).tolist() == [[1.0, 3.0], [0.0, 1.0]]  # each token keeps its own position
-    back = routing.come_back(whole, 10 * walking, kept)
+    back = routing.come_back(whole, 10 * walking, rows)
     assert back.flatten(1).tolist() == [[1.0, 20.0, 3.0, 40.0], [50.0, 60.0, 7.0, 8.0]]
 
 
@@ -63,9 +63,9 @@ def test_blocks_from_start_to_end_inclusive_see_only_the_kept_tokens(plain_block
         block.register_forward_hook(lambda _, args, out, i=i: seen.append((i, args[0], out, args[3])))
         for i, block in enumerate(plain_blocks.visual_transformer_blocks)
     ]
-    kept = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    rows = torch.tensor([[0, 2, 5], [1, 3, 4]])
     with torch.no_grad():
-        predict_velocity(plain_blocks, *a_batch(), routes=[routing.Route(start, end, kept)])
+        predict_velocity(plain_blocks, *a_batch(), routes=[routing.Route(start, end, rows)])
     for hook in hooks:
         hook.remove()
     assert [i for i, tokens, _, _ in seen if tokens.shape[1] == 3] == inside
@@ -73,20 +73,20 @@ def test_blocks_from_start_to_end_inclusive_see_only_the_kept_tokens(plain_block
     first, last = inside[0], inside[-1]
     before = seen[first - 1][2] if first else None
     for item in range(2):
-        assert torch.equal(seen[first][3][item], rope[0][kept[item]])
+        assert torch.equal(seen[first][3][item], rope[0][rows[item]])
         if before is not None:  # they leave before the first block, in their order
-            assert torch.equal(seen[first][1][item], before[item][kept[item]])
+            assert torch.equal(seen[first][1][item], before[item][rows[item]])
         if last + 1 < len(seen) and before is not None:  # and return behind the last
-            dropped = [i for i in range(NUM_TOKENS) if i not in kept[item].tolist()]
+            dropped = [i for i in range(NUM_TOKENS) if i not in rows[item].tolist()]
             assert torch.equal(seen[last + 1][1][item][dropped], before[item][dropped])
-            assert torch.equal(seen[last + 1][1][item][kept[item]], seen[last][2][item])
+            assert torch.equal(seen[last + 1][1][item][rows[item]], seen[last][2][item])
 
 
 def test_a_hand_computed_pass_through_a_route_is_what_the_blocks_give(plain_blocks):
     latents, sigma, embeds, pooled = a_batch()
-    kept = torch.tensor([[0, 3], [2, 5]])
+    rows = torch.tensor([[0, 3], [2, 5]])
     with torch.no_grad():
-        routed = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, routes=[routing.Route(1, 1, kept)])
+        routed = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, routes=[routing.Route(1, 1, rows)])
         t = plain_blocks
         text, time = t.text_embeddings(embeds), t.time_embeddings(1000 * sigma) + t.pooled_text_embeddings(pooled)
         rope = rotary(t, 9, (1, 3, 2), latents.device)
@@ -97,7 +97,7 @@ def test_a_hand_computed_pass_through_a_route_is_what_the_blocks_give(plain_bloc
         first, middle, last = t.visual_transformer_blocks
         tokens = first(tokens, text, time, visual_rope, None)
         for item in range(2):  # the middle block, one picture at a time, on two of its six tokens
-            picked = kept[item]
+            picked = rows[item]
             walked = middle(tokens[item : item + 1, picked], text[item : item + 1], time[item : item + 1],
                             visual_rope[:, picked], None)  # fmt: skip
             tokens[item, picked] = walked[0]
@@ -108,15 +108,15 @@ def test_a_hand_computed_pass_through_a_route_is_what_the_blocks_give(plain_bloc
 
 def test_a_route_through_padded_captions_is_each_picture_by_itself(plain_blocks):
     latents, sigma, embeds, pooled = a_batch()
-    kept = torch.tensor([[0, 3], [2, 5]])
+    rows = torch.tensor([[0, 3], [2, 5]])
     with torch.no_grad():
         both = predict_velocity(plain_blocks, latents, sigma, embeds, pooled, text_lengths=(9, 4),
-                                routes=[routing.Route(0, 1, kept)])  # fmt: skip
+                                routes=[routing.Route(0, 1, rows)])  # fmt: skip
         for i, length in enumerate((9, 4)):
-            one = slice(i, i + 1)
-            alone = predict_velocity(plain_blocks, latents[one], sigma[one], embeds[one, :length], pooled[one],
-                                     routes=[routing.Route(0, 1, kept[one])])  # fmt: skip
-            torch.testing.assert_close(both[one], alone, rtol=0, atol=5e-3)  # masked attention sums in another order
+            row = slice(i, i + 1)
+            alone = predict_velocity(plain_blocks, latents[row], sigma[row], embeds[row, :length], pooled[row],
+                                     routes=[routing.Route(0, 1, rows[row])])  # fmt: skip
+            torch.testing.assert_close(both[row], alone, rtol=0, atol=5e-3)  # masked attention sums in another order
 
 
 def test_the_lean_blocks_route_as_diffusers_own_do(plain_blocks):
@@ -132,9 +132,9 @@ def test_the_lean_blocks_route_as_diffusers_own_do(plain_blocks):
 
 def test_gradients_reach_through_both_the_walk_and_the_way_around():
     whole = torch.ones(1, 3, 2, requires_grad=True)
-    kept = torch.tensor([[1]])
-    walking, _ = routing.leave(whole, torch.zeros(1, 3, 1, 1, 2, 2), kept)
-    routing.come_back(whole, 5 * walking, kept).sum().backward()
+    rows = torch.tensor([[1]])
+    walking, _ = routing.leave(whole, torch.zeros(1, 3, 1, 1, 2, 2), rows)
+    routing.come_back(whole, 5 * walking, rows).sum().backward()
     assert whole.grad.tolist() == [[[1.0, 1.0], [5.0, 5.0], [1.0, 1.0]]]
 
 

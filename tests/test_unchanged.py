@@ -46,12 +46,12 @@ def put_mask(shop: Workshop, name: str, value: int) -> None:
 @pytest.fixture
 def shop(encoded, monkeypatch) -> Workshop:
     """The same images, and a copy of the cache, this test's own. Touch only images of the test's own."""
-    made = Workshop.__new__(Workshop)
-    made.source, made.root, made.model = encoded.source, encoded.root.with_name("own"), encoded.model
-    shutil.rmtree(made.root, ignore_errors=True)
-    shutil.copytree(encoded.root, made.root)
+    workshop = Workshop.__new__(Workshop)
+    workshop.source, workshop.root, workshop.model = encoded.source, encoded.root.with_name("own"), encoded.model
+    shutil.rmtree(workshop.root, ignore_errors=True)
+    shutil.copytree(encoded.root, workshop.root)
     monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
-    return made
+    return workshop
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, target: object, name: str) -> None:
@@ -258,8 +258,8 @@ def test_a_download_that_lacks_a_part_is_completed_by_the_hub(tmp_path, toy_mode
 def test_a_pinned_commit_is_found_under_its_own_name(hub, toy_model):
     from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
 
-    found = folder_on_disk(ModelConfig(path="someone/toy", revision="1111"), ENCODER_PARTS)
-    assert found == hub["folder"] / "snapshots" / "1111"
+    folder = folder_on_disk(ModelConfig(path="someone/toy", revision="1111"), ENCODER_PARTS)
+    assert folder == hub["folder"] / "snapshots" / "1111"
     assert folder_on_disk(ModelConfig(path="someone/toy", revision="3333"), ENCODER_PARTS) is None
     assert folder_on_disk(ModelConfig(path="someone/other"), ENCODER_PARTS) is None
     assert folder_on_disk(ModelConfig(path=str(toy_model)), ENCODER_PARTS) == Path(toy_model)

@@ -72,11 +72,11 @@ def test_the_first_row_is_the_base_model_even_where_the_adapter_starts_from_a_lo
 
 def test_held_out_rows_are_never_trained_on_and_whole_images(cache):
     data = hold_out(open_data(cache, CONFIG), 0.34)
-    held = data.sources[0].held_out
-    assert len(held) == 2
+    split = data.sources[0].held_out
+    assert len(split) == 2
     loader = Loader(data, CONFIG, 1.0)
     seen = {row for micro in range(loader.micro_batches(3)) for row in loader.rows_of(micro)}
-    assert seen == set(range(6)) - held
+    assert seen == set(range(6)) - split
     flipped = held_out_rows(["a", "b", "a", "c", "b"], 0.3)  # rows of one image stay together
     assert flipped in ({0, 2}, {1, 4}, {3})
 
@@ -131,11 +131,11 @@ def test_the_best_lora_is_that_of_its_step(tmp_path, cache, toy_model):
     validation = replace(HELD, held_out_every=1)
     config = replace(CONFIG, steps=4, checkpoint_every=1, optim=optim, validation=validation)
     start_run(tmp_path / "run", cache, toy_model, config)
-    found = Run(tmp_path / "run")
-    best = json.loads(found.result.read_text())["best_step"]
+    run = Run(tmp_path / "run")
+    best = json.loads(run.result.read_text())["best_step"]
     assert best > 0  # the toy learns
-    kept, step = load_file(found.best), load_file(found.checkpoint(best))
-    assert all(torch.equal(kept[name], step[name]) for name in kept)
+    best_lora, step = load_file(run.best), load_file(run.checkpoint(best))
+    assert all(torch.equal(best_lora[name], step[name]) for name in best_lora)
 
 
 def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls(tmp_path, cache, toy_model):
@@ -150,12 +150,12 @@ def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls(tmp_path, cache
 
 
 def test_a_lora_that_was_never_better_than_the_base_is_not_called_the_best(tmp_path, capsys):
-    made = loop.Result(tmp_path / "a.safetensors", "a call", None, 9, 0.5, 0.6, 1.0, "steps", 0, 0.4321, 1.0)
-    print_result(made)
+    result = loop.Result(tmp_path / "a.safetensors", "a call", None, 9, 0.5, 0.6, 1.0, "steps", 0, 0.4321, 1.0)
+    print_result(result)
     shown = capsys.readouterr()
     assert "never below the base's, 0.4321" in " ".join(shown.err.split())
     assert "a-best" not in shown.out
-    print_result(replace(made, best_step=3))
+    print_result(replace(result, best_step=3))
     assert "a-best.safetensors, step 3" in " ".join(capsys.readouterr().out.split())
 
 

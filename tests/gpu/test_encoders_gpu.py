@@ -37,11 +37,11 @@ def test_streaming_gives_the_bits_of_the_whole_model(toy_model, tokens, exact, p
     expected = qwen.encode_prompt_embeds(qwen.load_qwen(toy_model, "cuda", torch.bfloat16), tokens, **options)
     encoder = qwen.load_qwen(toy_model, "cuda", torch.bfloat16, streamed=True)
     for _ in range(5):  # a race would not show each time
-        found = {
+        streamed = {
             i: row.clone() for i, row in streaming.stream_prompt_embeds(encoder, tokens, parking=parking, **options)
         }
         for i, row in enumerate(expected):
-            assert torch.equal(found[i], row), CAPTIONS[i]
+            assert torch.equal(streamed[i], row), CAPTIONS[i]
 
 
 def test_layers_read_through_pinned_memory_are_the_file(toy_model):
@@ -52,8 +52,8 @@ def test_layers_read_through_pinned_memory_are_the_file(toy_model):
 
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_vram_is_free_after_each_encoder(toy_model, tmp_path, monkeypatch, mode, capfd):
-    made = memory_plan.TextPlan(mode, "device", 300, 8192, 0, 0, 0)
-    monkeypatch.setattr(estimate, "plan_text", lambda *_: made)
+    text_plan = memory_plan.TextPlan(mode, "device", 300, 8192, 0, 0, 0)
+    monkeypatch.setattr(estimate, "plan_text", lambda *_: text_plan)
     vram.release("cuda")
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     job = Job(Path, tmp_path, toy_model, CacheConfig(), "cuda", Progress(disable=True))
@@ -68,9 +68,9 @@ def test_strips_are_the_whole_image(toy_model):
     pixels = torch.rand(1, 3, 256, 192, generator=torch.Generator().manual_seed(0)).cuda() * 2 - 1
     with torch.no_grad():
         expected = loaded._encode(pixels)
-        found = moments_in_strips(loaded, pixels, 5000)
+        moments = moments_in_strips(loaded, pixels, 5000)
     # Convolutions are in TF32 where the library chooses so: 10 bits of mantissa
-    assert (found - expected).norm() / expected.norm() < 2e-3
+    assert (moments - expected).norm() / expected.norm() < 2e-3
 
 
 def test_latents_of_the_pass_are_those_of_one_image_alone(toy_model):

@@ -97,9 +97,9 @@ def test_compiled_blocks_give_the_plain_gradients(level):
     transformer = adapted("int8-quanto")
     run(transformer, "int8-quanto", execution="diffusers")
     plain = outcome(transformer)
-    made = run(transformer, "int8-quanto", level)
-    made.warm_up(lambda: outcome(transformer))
-    assert made.is_compiled
+    execution = run(transformer, "int8-quanto", level)
+    execution.warm_up(lambda: outcome(transformer))
+    assert execution.is_compiled
     assert_near(outcome(transformer), plain, 0.999)  # bfloat16 in other orders
 
 
@@ -107,14 +107,14 @@ def test_compiled_blocks_give_the_plain_gradients(level):
 def test_what_is_compiled_for_a_level_is_found_again(level, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     transformer = adapted("int8-quanto")
-    found = []
+    counts = []
     for _ in range(2):  # a new process knows as much
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
         counters.clear()
         run(transformer, "int8-quanto", level).warm_up(lambda: outcome(transformer))
-        found.append({**counters["aot_autograd"], **counters["inductor"]})
-    first, second = ({k: n for k, n in f.items() if "_cache_" in k and "async" not in k} for f in found)
+        counts.append({**counters["aot_autograd"], **counters["inductor"]})
+    first, second = ({k: n for k, n in f.items() if "_cache_" in k and "async" not in k} for f in counts)
     assert first == {"autograd_cache_miss": 1, "autograd_cache_saved": 1, "fxgraph_cache_miss": 2}
     assert second == {"autograd_cache_hit": 1, "fxgraph_cache_hit": 2}
 
@@ -153,8 +153,8 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured(level, precisi
     plan = steps.plan_for(WIDE, config, GPU, (4096, 77), None)
     transformer = random_weights.random_transformer(WIDE, precision, GPU)
     attach.add_lora(transformer, config.lora, seed=0)
-    made = make_execution(transformer, config, GPU, plan)
-    timing = time_steps(steps.make_step(transformer, inputs_for(case, WIDE, GPU)), made, GPU, 2, 2)
+    execution = make_execution(transformer, config, GPU, plan)
+    timing = time_steps(steps.make_step(transformer, inputs_for(case, WIDE, GPU)), execution, GPU, 2, 2)
     assert timing.reserved_gib is not None
     assert plan.peak / 2**30 == pytest.approx(timing.reserved_gib, rel=0.10)
 

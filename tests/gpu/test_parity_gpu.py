@@ -90,8 +90,8 @@ def test_a_masked_batch_is_its_rows_one_by_one(toy_model, precision, dtype):
             text_lengths=together.text_lengths,
         )  # fmt: skip
         for i, row in enumerate(alone):
-            one = predict_velocity(transformer, row.latents, row.sigma, row.prompt_embeds, row.pooled_projections)
-            torch.testing.assert_close(velocity[i : i + 1], one, rtol=0, atol=2 * VELOCITY[dtype])
+            by_itself = predict_velocity(transformer, row.latents, row.sigma, row.prompt_embeds, row.pooled_projections)
+            torch.testing.assert_close(velocity[i : i + 1], by_itself, rtol=0, atol=2 * VELOCITY[dtype])
     loss, gradients = loss_and_gradients(transformer.train(), [together], device="cuda")
     alone_loss, alone_gradients = loss_and_gradients(transformer, alone, device="cuda")
     assert loss == pytest.approx(alone_loss, rel=GRADIENTS[dtype])
@@ -108,14 +108,14 @@ def test_both_selftests_pass_on_the_gpu(toy_cache, command):
     app, options = (cache_app, ["--device", "cuda"]) if command == "k5cache" else (train_app, [])
     done = Cli(cache.parent.parent)(app, "selftest", "cache/pictures", *options, "--json")
     print(done.out, done.err)
-    found = json.loads(done.out)
-    assert [row["what"] for row in found if row["result"] == "DIFFERS"] == []
+    rows = json.loads(done.out)
+    assert [row["what"] for row in rows if row["result"] == "DIFFERS"] == []
     assert done.code == 0
 
 
 def test_a_transformer_that_does_not_fit_the_gpu_is_compared_module_by_module(toy_model, monkeypatch):
     monkeypatch.setattr(selftest, "fits", lambda num_bytes, device: False)
-    found = {row.what: row for row in selftest.selftest(None, toy_model, TrainConfig(), torch.device("cuda"))}
-    assert found["velocity, bfloat16"].result == "same bits"
-    assert not any(row.is_failed for row in found.values())
-    assert found["2 drawing steps, guided, int8"].result in ("same bits", "rounding")
+    rows = {row.what: row for row in selftest.selftest(None, toy_model, TrainConfig(), torch.device("cuda"))}
+    assert rows["velocity, bfloat16"].result == "same bits"
+    assert not any(row.is_failed for row in rows.values())
+    assert rows["2 drawing steps, guided, int8"].result in ("same bits", "rounding")

@@ -20,17 +20,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("store") / "cache"
-    make_cache(made)
-    return made
+    cache = tmp_path_factory.mktemp("store") / "cache"
+    make_cache(cache)
+    return cache
 
 
 def tensors(item: dict) -> dict[str, torch.Tensor]:
     texts: tuple[TextRow, ...] = item["captions"]
-    found = {name: item[name] for name in ("mean", "std", "mask") if item.get(name) is not None}
+    tensors_of_item = {name: item[name] for name in ("mean", "std", "mask") if item.get(name) is not None}
     for i, text in enumerate(texts):
-        found |= {f"prompt_embeds {i}": text.prompt_embeds, f"pooled {i}": text.pooled}
-    return found
+        tensors_of_item |= {f"prompt_embeds {i}": text.prompt_embeds, f"pooled {i}": text.pooled}
+    return tensors_of_item
 
 
 def test_rows_read_by_a_background_thread_into_pinned_memory_are_those_of_a_plain_read(root):
