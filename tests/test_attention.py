@@ -18,7 +18,7 @@ from k5train.forward.attention import attention, attention_works
 from k5train.forward.block import Modes
 from k5train.forward.execute import Execution
 from k5train.planning.memory import Plan
-from tests.test_lean import CPU, batch, model, outcome
+from tests.toy_blocks import CPU, batch, model, outcome
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,6 @@
 """The lean blocks: diffusers' two transformer blocks as pure functions of tensors: they compile once, and stream.
 
-``tests/test_lean.py`` holds them to diffusers' own modules, forward and backward.
+``tests/test_execute.py`` holds them to diffusers' own modules, forward and backward.
 """
 
 from __future__ import annotations
