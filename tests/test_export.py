@@ -69,7 +69,7 @@ FAMILIES = [
 @pytest.mark.parametrize(("keys", "expected"), FAMILIES, ids=lambda v: v.get("name", "") if isinstance(v, dict) else "")
 def test_what_diffusers_and_comfyui_load_of_each_family_of_keys(tmp_path, empty, pairs, keys, expected):
     report = check_lora(write(tmp_path / "lora.safetensors", pairs, **keys), empty)
-    diffusers, comfyui = report.loaders
+    diffusers, comfyui = report.programs
     assert ("error" if diffusers.error else len(diffusers.modules)) == expected[0]
     assert len(comfyui.modules) == expected[1]
     assert report.is_good == (expected == (2, 2))
@@ -81,8 +81,8 @@ def test_a_module_that_the_model_does_not_have_is_left_out_by_both(tmp_path, emp
     beyond = {**pairs, "visual_transformer_blocks.77.self_attention.to_query": pairs[MODULE]}
     report = check_lora(write(tmp_path / "lora.safetensors", beyond), empty)
     assert not report.is_good
-    assert [len(loader.modules) for loader in report.loaders] == [2, 2]
-    assert all("blocks.77" in loader.unused[0] for loader in report.loaders)
+    assert [len(program.modules) for program in report.programs] == [2, 2]
+    assert all("blocks.77" in program.unused[0] for program in report.programs)
 
 
 @pytest.mark.parametrize("keys", [family for family, _ in FAMILIES], ids=lambda v: v.get("name", ""))
@@ -141,7 +141,7 @@ def test_a_file_of_a_model_of_another_size_is_known_as_one(tmp_path, empty, pair
     state = {k: t for name, (down, up) in pairs.items() for k, t in wider(name, down, up).items()}
     save_file(state, tmp_path / "wide.safetensors")
     report = check_lora(tmp_path / "wide.safetensors", empty)
-    comfy = next(loader for loader in report.loaders if loader.name == "ComfyUI")
+    comfy = next(program for program in report.programs if program.name == "ComfyUI")
     assert comfy.error == OTHER_MODEL
     with pytest.raises(RunError, match="belongs to a model of another size: visual_transformer_blocks"):
         read_pairs(tmp_path / "wide.safetensors", linear_sizes(empty))
@@ -269,8 +269,8 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     assert result.loads_by == WAYS[algo]
     report = check_lora(result.lora, empty)
     assert report.kind == ("lora" if algo == "rslora" else algo)
-    assert [loader.name for loader in report.loaders if loader.loads_all] == WHOLE[algo]
-    assert {len(loader.modules) for loader in report.loaders if loader.loads_all} == {24}
+    assert [program.name for program in report.programs if program.loads_all] == WHOLE[algo]
+    assert {len(program.modules) for program in report.programs if program.loads_all} == {24}
 
     def changed(state, *args, **kwargs):
         last = sorted(state)[-1]

@@ -46,8 +46,8 @@ _COMFY_OTHERS = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "l
 
 
 @dataclass(frozen=True)
-class Loader:
-    """What one program loads of a file."""
+class Program:
+    """What one program would load of a file."""
 
     name: str
     modules: tuple[str, ...]
@@ -75,12 +75,12 @@ class Report:
     """Every rank that a module has."""
     dtypes: tuple[str, ...]
     metadata: Mapping[str, str]
-    loaders: tuple[Loader, ...]
+    programs: tuple[Program, ...]
 
     @property
     def is_good(self) -> bool:
         """Whether both programs load all of it."""
-        return all(loader.loads_all for loader in self.loaders)
+        return all(program.loads_all for program in self.programs)
 
 
 def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
@@ -104,7 +104,7 @@ def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
         ranks=tuple(sorted(ranks)),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
         metadata=metadata,
-        loaders=(by_diffusers(path, state, transformer), *others, by_comfyui(state, sizes)),
+        programs=(by_diffusers(path, state, transformer), *others, by_comfyui(state, sizes)),
     )
 
 
@@ -125,13 +125,13 @@ def call_for(algo: str) -> str:
 
 def by_diffusers(
     path: Path, state: Mapping[str, Tensor], transformer: Kandinsky5Transformer3DModel, call: str = BY_PIPELINE
-) -> Loader:
+) -> Program:
     """Let diffusers load the file into an empty transformer, and list what it loaded."""
     loaded, error = load_by_diffusers(path, transformer, call)
     modules = tuple(dict.fromkeys(re.split(r"\.(?:lora|lokr|hada)_", key)[0] for key in loaded))
     used = {f"{PREFIX}{key}" for key in loaded}
     name = "diffusers" if call == BY_PIPELINE else "diffusers' transformer"
-    return Loader(name, modules, tuple(key for key in state if key not in used), error)
+    return Program(name, modules, tuple(key for key in state if key not in used), error)
 
 
 def load_by_diffusers(
@@ -208,7 +208,7 @@ def _move_off_meta(transformer: torch.nn.Module) -> None:
             module.weight = torch.nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
 
 
-def by_comfyui(state: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]]) -> Loader:
+def by_comfyui(state: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]]) -> Program:
     """What ComfyUI would load, by ``comfy/lora.py``: ``model_lora_keys_unet`` for Kandinsky 5, then ``load_lora``.
 
     Its names for a module ``a.b`` are ``lora_unet_a_b``, ``diffusion_model.a.b``, ``a.b`` and ``transformer.a.b``.
@@ -222,16 +222,16 @@ def by_comfyui(state: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]]
             pair = next((pair for pair in pairs if pair[0] in state), None)
             others = [key for other in _COMFY_OTHERS if (key := f"{name}.{other}") in state]
             if pair and pair[1] not in state:
-                return Loader("ComfyUI", (), tuple(state), f"KeyError: {pair[1]}")
+                return Program("ComfyUI", (), tuple(state), f"KeyError: {pair[1]}")
             if pair and (state[pair[0]].shape[0], state[pair[1]].shape[-1]) != size:
-                return Loader("ComfyUI", (), tuple(state), OTHER_MODEL)
+                return Program("ComfyUI", (), tuple(state), OTHER_MODEL)
             if pair or others:
                 adapted.append(module)
                 used.update(pair or (), others)
                 used.update(
                     key for end in ("alpha", "dora_scale", "reshape_weight") if (key := f"{name}.{end}") in state
                 )
-    return Loader("ComfyUI", tuple(dict.fromkeys(adapted)), tuple(key for key in state if key not in used), None)
+    return Program("ComfyUI", tuple(dict.fromkeys(adapted)), tuple(key for key in state if key not in used), None)
 
 
 def compare_saved(

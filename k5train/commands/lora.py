@@ -89,20 +89,20 @@ def print_report(report: Report) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("program", "modules", "keys ignored", "verdict"):
         table.add_column(column)
-    for loader in report.loaders:
-        if loader.error:
-            verdict = f"refuses the file: {loader.error}"
-        elif not loader.modules:
+    for program in report.programs:
+        if program.error:
+            verdict = f"refuses the file: {program.error}"
+        elif not program.modules:
             verdict = "loads nothing, without an error"
-        elif loader.unused:
-            verdict = f"ignores {loader.unused[0]} and others like it"
+        elif program.unused:
+            verdict = f"ignores {program.unused[0]} and others like it"
         else:
             verdict = "loads all of it"
-        table.add_row(loader.name, str(len(loader.modules)), str(len(loader.unused)), Text(verdict))
+        table.add_row(program.name, str(len(program.modules)), str(len(program.unused)), Text(verdict))
     console.out.print(table)
-    if any(loader.error == OTHER_MODEL for loader in report.loaders):
+    if any(program.error == OTHER_MODEL for program in report.programs):
         console.next_step("Name the model that it was trained on", f"k5train check-lora {report.path} --model DIR")
     elif report.kind == "lora" and not report.is_good:
         console.next_step("To fix it", f"k5train export {report.path} --format diffusers")
-    elif any(loader.name == "diffusers' transformer" and loader.loads_all for loader in report.loaders):
+    elif any(program.name == "diffusers' transformer" and program.loads_all for program in report.programs):
         console.next_step("In diffusers, load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))
