@@ -228,7 +228,7 @@ def test_a_padded_caption_would_change_the_output(model):
         ({0: torch.zeros(1, 4, 4, 16)}, "expected latents"),
         ({0: torch.zeros(1, 1, 5, 4, 16)}, "do not divide"),
         ({0: torch.zeros(1, 1, 4, 300, 16)}, "within"),
-        ({1: torch.zeros(2)}, "one batch has one size, found 1 latents, 2 sigmas"),
+        ({1: torch.zeros(2)}, "a batch has one size, found 1 latents, 2 sigmas"),
         ({2: torch.zeros(1, 0, 64)}, "1 to 1024 tokens, found 0"),
         ({2: torch.zeros(1, 1025, 64)}, "found 1025"),
         ({2: torch.zeros(3, 11, 64)}, "3 captions"),

@@ -1,1 +1,1 @@
-"""One forward pass of the transformer: blocks, kernels, attention, compilation, streaming."""
+"""The forward pass of the transformer: blocks, kernels, attention, compilation, streaming, loading by a plan."""

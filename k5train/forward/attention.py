@@ -1,8 +1,8 @@
-"""Attention without dropout, as ops of our own: what draws no random numbers must not look as if it did.
+"""How is attention computed? As ops of our own, which draw no random numbers and so can be cached when compiled.
 
-torch marks its fused attentions as random, for the dropout that they could do. Where one is computed again in backward,
-the compiler saves and restores the generator's state around it, in every block of every step, and keeps nothing of what
-it made: each start compiled such blocks anew, 9 s a level on an H100.
+torch marks its fused attentions as random, because they can do dropout. If one is computed again in the backward pass,
+the compiler saves and restores the generator's state around it, in every block of every step, and does not cache the
+compiled code: every start compiled such blocks again, 9 s a level on an H100.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten: Any = torch.ops.aten
-
-
 _library: Any = torch.library.Library("k5", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-
 _library.define("attention(Tensor query, Tensor key, Tensor value, bool cudnn) -> (Tensor, Tensor)")
-
 
 _library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, bool cudnn)"
@@ -30,15 +26,15 @@ _library.define(
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> tuple[Tensor, Tensor]:
-    """Output ``[B, N, heads, head]`` and its log-sum-exp, by the kernel that torch has for the device."""
+    """Output ``[B, N, heads, head]`` and its log-sum-exp, from the kernel that torch has for the device."""
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     if not query.is_cuda:
-        found = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        results = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     elif cudnn:
-        found = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
+        results = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
     else:
-        found = _aten._scaled_dot_product_flash_attention(query, key, value)
-    return found[0].transpose(1, 2).contiguous(), found[1].contiguous()
+        results = _aten._scaled_dot_product_flash_attention(query, key, value)
+    return results[0].transpose(1, 2).contiguous(), results[1].contiguous()
 
 
 def _attention_backward(
@@ -49,7 +45,7 @@ def _attention_backward(
     if not on_gpu:
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, logsumexp, 0.0, False)
     else:
-        none = query.new_empty(2, dtype=torch.uint64)  # the generator's state, which is read for dropout only
+        none = query.new_empty(2, dtype=torch.uint64)  # the generator's state, read only for dropout
         if cudnn:
             grads = _aten._scaled_dot_product_cudnn_attention_backward(
                 *tensors, logsumexp, none, none, None, None, None, *sizes, 0.0, False
@@ -62,8 +58,6 @@ def _attention_backward(
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
-
-
 _library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 
 
@@ -93,12 +87,13 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> Tensor:
-    """Scaled dot product attention, no mask, no dropout.
+    """Scaled dot product attention without mask and dropout.
 
     Args:
         query: ``[B, N, heads, head]``.
-        key: ``[B, L, heads, head]``, as value.
-        cudnn: by cuDNN, else by flash attention; on the CPU there is one kernel.
+        key: ``[B, L, heads, head]``.
+        value: ``[B, L, heads, head]``.
+        cudnn: use cuDNN's kernel, not flash attention's. The CPU has only one.
 
     Returns:
         ``[B, N, heads, head]``, contiguous.
@@ -108,13 +103,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, cudnn: bool) -> Tensor:
 
 
 def fits(query: Tensor) -> bool:
-    """Whether ``attention`` takes such heads: on the GPU bfloat16, a multiple of 8 wide, which torch's would pad."""
+    """Whether ``attention`` takes these heads: on a GPU, bfloat16 with a width that is a multiple of 8."""
     return not query.is_cuda or (query.dtype == torch.bfloat16 and query.shape[-1] % 8 == 0)
 
 
 @functools.cache
 def attention_works(device: torch.device, cudnn: bool) -> bool:
-    """Whether it gives what plain attention gives, forward and backward, on a small case in bfloat16."""
+    """Whether ``attention`` agrees with plain attention, forward and backward, on a small case in bfloat16."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((1, 256, 2, 128), (1, 77, 2, 128), (1, 77, 2, 128))
     inputs = [torch.randn(s, device=device, dtype=torch.bfloat16, generator=generator) for s in shapes]
@@ -124,7 +119,7 @@ def attention_works(device: torch.device, cudnn: bool) -> bool:
         try:
             out = run(*leaves)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-        except torch.OutOfMemoryError:  # says nothing of the kernel
+        except torch.OutOfMemoryError:  # says nothing about the kernel
             raise
         except RuntimeError:  # no kernel for this GPU, shape or torch
             return False
@@ -141,6 +136,13 @@ def _is_close(ours: Tensor, plain: Tensor) -> bool:
 
 
 def any_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """``[B, N, heads, head]`` each, as ``dispatch_attention_fn``'s native backend takes them: masked, or any dtype."""
+    """Attention with a mask or in any dtype, as diffusers' native backend computes it.
+
+    Args:
+        query: ``[B, N, heads, head]``.
+        key: ``[B, L, heads, head]``.
+        value: ``[B, L, heads, head]``.
+        mask: ``[B, 1, 1, L]`` bool, True: attended to. None: everything is.
+    """
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)

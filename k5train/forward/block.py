@@ -1,6 +1,7 @@
-"""The lean blocks: diffusers' two transformer blocks as pure functions of tensors: they compile once, and stream.
+"""What does a lean block compute? diffusers' two transformer blocks as pure functions of tensors.
 
-``tests/test_execute.py`` holds them to diffusers' own modules, forward and backward.
+As functions they are compiled once for all blocks, and their weights can be streamed. ``tests/test_execute.py``
+compares them with diffusers' own modules, forward and backward.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from k5train.forward.ops import linear
 
 
 class Linears(NamedTuple):
-    """One frozen linear, or several that share an input, with their adapters."""
+    """One frozen linear, or several that share an input, with their LoRA."""
 
     weight: Tensor
     """``[N, K]``: int8, or the compute dtype."""
@@ -34,26 +35,27 @@ class Linears(NamedTuple):
     """``[N, 1]`` of an int8 weight."""
     bias: Tensor | None
     downs: tuple[Tensor, ...]
-    """``lora_A`` of each, ``[R, K]`` float32; empty: no adapter."""
+    """``lora_A`` of each, ``[R, K]`` float32. Empty without an adapter."""
     ups: tuple[Tensor, ...]
     """``lora_B`` of each, ``[N / len, R]`` float32."""
     scaling: float | Tensor
-    """alpha / rank; once gathered a tensor, so that no other value needs another compilation."""
+    """alpha / rank. ``gather`` makes it a tensor, so that another value needs no compilation."""
     dropout: float
+    """Of the adapters' input, 0 outside training."""
 
 
 class Attention(NamedTuple):
-    """Self attention has ``qkv``; cross attention has ``q``, and ``kv`` on the caption."""
+    """One attention's weights. Self attention projects q, k and v; cross attention q, and k and v of the caption."""
 
     projections: tuple[tuple[Linears, ...], ...]
-    """Of the queries' input and, in cross attention, of the caption. Linears that cannot be fused stand apart."""
+    """Projections of the picture, and in cross attention of the caption. Linears that cannot be fused are separate."""
     query_norm: Tensor
     key_norm: Tensor
     out: Linears
 
 
 class Block(NamedTuple):
-    """What a block multiplies with, apart from its modulation. ``cross_attention`` is None in a text block."""
+    """A block's weights, without its modulation. ``cross_attention`` is None in a text block."""
 
     self_attention: Attention
     cross_attention: Attention | None
@@ -62,13 +64,14 @@ class Block(NamedTuple):
 
 
 class Modes(NamedTuple):
-    """How a block computes. Constants to the compiler."""
+    """How a block computes. The compiler takes these as constants."""
 
     int8_dynamic: bool
+    """Multiply on int8 tensor cores."""
     cudnn: bool
-    """Attention over the picture by cuDNN: faster than flash attention on Hopper."""
+    """Use cuDNN for attention over the picture, which is faster than flash attention on Hopper."""
     flash: bool = True
-    """Attention without a mask by ``attention.attention``; else as torch chooses."""
+    """Use ``attention.attention`` where there is no mask, otherwise what torch chooses."""
 
 
 def run_block(
@@ -80,18 +83,18 @@ def run_block(
     block: Block,
     modes: Modes,
 ) -> Tensor:
-    """A visual block, or with ``text = None`` a text block.
+    """The output of a visual block, or with ``text = None`` of a text block.
 
     Args:
         x: ``[B, N, D]`` tokens.
-        text: ``[B, L, D]``, what the picture attends to.
-        mask: ``[B, 1, 1, L]`` bool, which of the captions' tokens are attended to. None: all.
-        modulation: ``[B, 9 * D]`` float32, ``[B, 6 * D]`` in a text block: shift, scale and gate of each part.
+        text: ``[B, L, D]`` tokens of the captions, which the picture attends to.
+        mask: ``[B, 1, 1, L]`` bool, True for tokens of the captions that are attended to. None: all are.
+        modulation: ``[B, 9 * D]`` float32, in a text block ``[B, 6 * D]``: shift, scale and gate of each part.
         rope: ``[1, N, 1, head / 2, 2, 2]`` float32.
     """
     parts = modulation.unsqueeze(1).chunk(2 if text is None else 3, dim=-1)
     shift, scale, gate = parts[0].chunk(3, dim=-1)
-    own_mask = mask if text is None else None  # pad tokens are the caption's: its keys in a text block
+    own_mask = mask if text is None else None  # only captions have pad tokens: they are keys of a text block itself
     out = attend(modulate(x, shift, scale), None, own_mask, rope, block.self_attention, modes, "self")
     x = (x.float() + gate * out.float()).type_as(x)
     if text is not None and block.cross_attention is not None:
@@ -105,7 +108,7 @@ def run_block(
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights, scaled and shifted in float32, back in x's dtype."""
+    """Layer norm without weights, then scale and shift, in float32; the result has x's dtype."""
     return (F.layer_norm(x.float(), x.shape[-1:]) * (scale + 1.0) + shift).type_as(x)
 
 
@@ -118,7 +121,7 @@ def attend(
     modes: Modes,
     tag: str,
 ) -> Tensor:
-    """One attention with its projections; keys and values from ``text`` where it is given."""
+    """One attention with its projections. Keys and values come from ``text``, or from ``x`` if it is None."""
     if text is None:
         query, key, value = projections(x, part.projections[0], modes, f"{tag}_qkv").chunk(3, dim=-1)
     else:
@@ -144,43 +147,43 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on ``[B, N, heads, head]``; diffusers rounds the result to bfloat16 whatever x is."""
+    """RoPE on ``[B, N, heads, head]``. diffusers rounds the result to bfloat16, whatever dtype x has."""
     pairs = torch.unflatten(x.float(), -1, (-1, 1, 2))
     return (rope * pairs).sum(dim=-1).flatten(-2, -1).to(torch.bfloat16).type_as(x)
 
 
 def projections(x: Tensor, parts: tuple[Linears, ...], modes: Modes, tag: str) -> Tensor:
-    """Several linears of one input, fused as far as they could be, side by side in the last dimension."""
+    """Several linears of one input, their outputs side by side in the last dimension."""
     outs = [project(x, part, modes, tag) for part in parts]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
 def project(x: Tensor, part: Linears, modes: Modes, tag: str) -> Tensor:
-    """One fused linear. With dropout its adapter sees another input than the weight, so it is added from outside."""
+    """One ``Linears``. Dropout gives the adapter an input of its own, so it is then added outside the matmul."""
     down = up = None
     if part.downs:
         down = torch.cat([(d * part.scaling).to(x.dtype) for d in part.downs])
         up = torch.cat([u.to(x.dtype) for u in part.ups])
     dropout = part.dropout if part.downs else 0.0
-    fused = dropout == 0.0
+    is_inside = dropout == 0.0
     out = linear(
-        x, part.weight, part.scale, part.bias, down if fused else None, up if fused else None,
+        x, part.weight, part.scale, part.bias, down if is_inside else None, up if is_inside else None,
         max(1, len(part.downs)), modes.int8_dynamic and part.weight.dtype == torch.int8, tag,
     )  # fmt: skip
-    if not fused and down is not None and up is not None:
+    if not is_inside and down is not None and up is not None:
         out = out + F.dropout(x, dropout) @ down.t() @ up.t()
     return out
 
 
 def gather(block: nn.Module, dropout: bool) -> Block | None:
-    """What ``run_block`` needs of one of diffusers' blocks, fusing the int8 weights that share an input in place.
+    """The weights of one of diffusers' blocks, for ``run_block``. Fuses int8 weights that share an input, in place.
 
     Args:
-        dropout: the adapters' dropout is on: a training step.
+        dropout: whether the adapters' dropout is on, as in a training step.
 
     Returns:
-        None for a block that holds something this file does not know: a changed processor, another kind of adapter,
-        several adapters at once. It then runs as the module it is.
+        None if the block has something that this file does not know: a changed processor, another kind of adapter,
+        several adapters at once. It must then run as the module it is.
     """
     if not isinstance(block, Kandinsky5TransformerEncoderBlock | Kandinsky5TransformerDecoderBlock):
         return None
@@ -196,7 +199,7 @@ def gather(block: nn.Module, dropout: bool) -> Block | None:
 
 
 def adapter_state(block: Any) -> tuple[Any, ...]:
-    """What ``gather`` found depends on: equal as long as the same adapters are there, on or off."""
+    """What the result of ``gather`` depends on: it is equal as long as the same adapters are on."""
     attentions = [block.self_attention] + ([block.cross_attention] if hasattr(block, "cross_attention") else [])
     linears = [m for a in attentions for m in (a.to_query, a.to_key, a.to_value, a.out_layer)]
     linears += [block.feed_forward.in_layer, block.feed_forward.out_layer]
@@ -221,36 +224,39 @@ def _attention(module: Kandinsky5Attention, dropout: bool, cross: bool) -> Atten
 
 
 def _linears(modules: Sequence[nn.Module], dropout: bool) -> tuple[Linears, ...] | None:
-    """The linears of one input: one fused if their adapters allow it, else each for itself, None if one is unknown."""
-    alone = [_one(m, dropout) for m in modules]
-    known = [a for a in alone if a is not None]
-    if len(known) < len(alone):
+    """The linears of one input: fused into one if they can be, otherwise each by itself. None if one is unknown."""
+    parts = [part for m in modules if (part := _linear(m, dropout)) is not None]
+    if len(parts) < len(modules):
         return None
-    if len(known) == 1 or not _can_fuse(known):
-        return tuple(_as_input(k) for k in known)
+    if len(parts) == 1 or not _can_fuse(parts):
+        return tuple(_with_tensor_scaling(part) for part in parts)
     bases = [_base(m) for m in modules]
     weight, scale, bias = (_fuse(bases, name) for name in ("weight", "scale", "bias"))
     assert weight is not None
-    first = known[0]
-    downs, ups = (tuple(t for k in known for t in getattr(k, name)) for name in ("downs", "ups"))
-    return (_as_input(Linears(weight, scale, bias, downs, ups, first.scaling, first.dropout)),)
+    first = parts[0]
+    downs, ups = (tuple(t for part in parts for t in getattr(part, name)) for name in ("downs", "ups"))
+    return (_with_tensor_scaling(Linears(weight, scale, bias, downs, ups, first.scaling, first.dropout)),)
 
 
-def _as_input(part: Linears) -> Linears:
+def _with_tensor_scaling(part: Linears) -> Linears:
     if not part.downs:
         return part
     return part._replace(scaling=torch.as_tensor(part.scaling, dtype=torch.float32, device=part.downs[0].device))
 
 
 def _can_fuse(parts: Sequence[Linears]) -> bool:
-    """All int8 of one shape with a bias alike; adapters on all or none, of one rank and scaling, without dropout."""
+    """Whether all are int8 and of one shape, have a bias or none, and adapters of one rank and scaling or none.
+
+    Dropout prevents it.
+    """
     alike = {
         (p.weight.dtype, p.weight.shape, p.bias is None, p.scaling, tuple(d.shape for d in p.downs)) for p in parts
     }
     return len(alike) == 1 and not any(p.dropout for p in parts) and parts[0].scale is not None
 
 
-def _one(module: nn.Module, dropout: bool) -> Linears | None:
+def _linear(module: nn.Module, dropout: bool) -> Linears | None:
+    """One linear with its adapter. None for a kind of adapter that this file does not know."""
     base = _base(module)
     if type(base) not in (nn.Linear, Int8Linear):
         return None
@@ -276,25 +282,25 @@ def _base(module: nn.Module) -> Any:
 
 
 def _fuse(modules: Sequence[Any], name: str) -> Tensor | None:
-    """The modules' tensors one under the other; from then on theirs are views of it, so nothing is held twice."""
-    tensors: list[Tensor | None] = [getattr(m, name) for m in modules]
-    if any(t is None for t in tensors):
+    """The modules' tensors one below the other. Theirs become views of the result, so that nothing is stored twice."""
+    tensors = [getattr(m, name).detach() for m in modules if getattr(m, name) is not None]
+    if len(tensors) < len(modules):
         return None
-    held = [t.detach() for t in tensors if t is not None]
-    size, first = held[0].shape[0], held[0]
+    first = tensors[0]
+    size = first.shape[0]
     bytes_each = first.numel() * first.element_size()
     if all(
         t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         and t.data_ptr() == first.data_ptr() + i * bytes_each
         and t.is_contiguous()
-        for i, t in enumerate(held)
-    ):  # fused before
-        return first.as_strided((size * len(held), *first.shape[1:]), first.stride(), first.storage_offset())
-    whole = torch.cat(held)
+        for i, t in enumerate(tensors)
+    ):  # already fused
+        return first.as_strided((size * len(tensors), *first.shape[1:]), first.stride(), first.storage_offset())
+    fused = torch.cat(tensors)
     for i, module in enumerate(modules):
-        part = whole[i * size : (i + 1) * size]
+        part = fused[i * size : (i + 1) * size]
         if isinstance(getattr(module, name), nn.Parameter):
             getattr(module, name).data = part
         else:
             setattr(module, name, part)
-    return whole
+    return fused

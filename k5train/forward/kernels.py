@@ -1,4 +1,4 @@
-"""The int8 tensor-core matmul in Triton: scales, bias and LoRA are added before the result is stored."""
+"""The int8 matmul in Triton, on tensor cores. Scales, bias and LoRA are applied before the result is stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _int8_matmul(  # type: ignore[no-untyped-def]
     HAS_COLUMN_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together share rows of `a` and columns of `b` in L2: walk GROUP_M tiles down, then one across.
+    # Tiles go GROUP_M down, then one across, so that programs that run together find rows of a and b in the L2 cache.
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP_M * tiles_n)
@@ -30,7 +30,7 @@ def _int8_matmul(  # type: ignore[no-untyped-def]
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    m_in, n_in = m % M, n % N  # tiles over the edge repeat valid rows; the store masks them
+    m_in, n_in = m % M, n % N  # tiles beyond the edge repeat valid rows, which the store masks
     a_at = a + m_in[:, None].to(tl.int64) * K + k[None, :]
     b_at = b + n_in[None, :].to(tl.int64) * K + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
@@ -73,7 +73,7 @@ def _transpose(source, target, rows, columns, BLOCK: tl.constexpr):  # type: ign
 
 
 def transpose(source: Tensor, target: Tensor) -> Tensor:
-    """``[R, C]`` int8 into ``[C, R]``, both contiguous. torch's copy takes 85 us for a 2560 x 10240 weight on an H200.
+    """Transpose a contiguous ``[R, C]`` int8 into ``[C, R]``. torch takes 85 us for 2560 x 10240 on an H200.
 
     Returns:
         ``target``.
@@ -86,11 +86,8 @@ def transpose(source: Tensor, target: Tensor) -> Tensor:
 
 
 is_direct = True
-
-
-"""Launch what was compiled before without Triton's own look-up: with it an int8 matmul took 93 us of the processor
-beside an H200, under the profiler. ``ops.kernel_works`` turns it off where this Triton has another way to call them."""
-
+"""Launch compiled kernels without Triton's own look-up, with which an int8 matmul took 93 us of the processor beside an
+H200, under the profiler. ``ops.kernel_works`` turns this off if this version of Triton launches them in another way."""
 
 _compiled: dict[Any, Any] = {}
 
@@ -99,25 +96,21 @@ def _launch(
     kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], warps: int,
     stages: int,
 ) -> None:  # fmt: skip
-    """``kernel[grid](*tensors, *numbers)``; what Triton compiles for is in the key: types, alignment, numbers."""
+    """``kernel[grid](*tensors, *numbers)``. The key is what Triton compiles for: types, alignment, numbers."""
     key = (kernel, tensors[0].device, numbers, warps, stages, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors))
-    known = _compiled.get(key) if is_direct else None
-    if known is None:
+    compiled = _compiled.get(key) if is_direct else None
+    if compiled is None:
         _compiled[key] = kernel[grid](*tensors, *numbers, num_warps=warps, num_stages=stages)  # None if interpreted
     else:
-        known[grid](*tensors, *numbers)
+        compiled[grid](*tensors, *numbers)
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), by compute capability: the largest that ptxas compiles without spilling
-# registers (250 of 255 on sm_90, 166 on sm_89). Timed on an H200 alone: 0.91 PFLOP/s over all int8 matmuls of a step at
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by compute capability: the largest that ptxas compiles without spilling
+# registers (250 of 255 on sm_90, 166 on sm_89). Timed only on an H200: 0.91 PFLOP/s over all int8 matmuls of a step at
 # 1024x1024, where a bf16 matmul reaches 0.81.
 LARGE = {9: (128, 256, 128, 8, 3), 8: (128, 128, 64, 8, 3)}
-
-
 OTHER_LARGE = (128, 128, 64, 8, 3)
-
-
-SMALL = (64, 64, 128, 4, 4)  # captions: a few hundred rows would leave most multiprocessors idle with large tiles
+SMALL = (64, 64, 128, 4, 4)  # for captions: with large tiles, their few hundred rows leave most multiprocessors idle
 
 
 @functools.cache
@@ -137,12 +130,12 @@ def int8_matmul(
     dtype: torch.dtype,
     tile: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:
-    """``(a @ b.T) * a_scale * b_scale + bias + z @ up.T``, see ``ops.int8_matmul``. On the GPU only.
+    """``(a @ b.T) * a_scale * b_scale + bias + z @ up.T``, see ``ops._int8_matmul``. Needs a GPU.
 
     Args:
         a: ``[M, K]`` int8, contiguous.
         b: ``[N, K]`` int8, contiguous: both operands run along K, as int8 tensor cores need them.
-        tile: another than the table's, to time it or to run it in Triton's interpreter.
+        tile: use this one and not the table's, to time it or to run it in Triton's interpreter.
     """
     a, b = a.contiguous(), b.contiguous()
     rows, inner = a.shape

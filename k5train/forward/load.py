@@ -1,4 +1,4 @@
-"""From a recipe to a transformer that fits: what will it take, and how is it loaded and run?"""
+"""How is the transformer loaded and run by a plan? Weights go to the GPU or to host memory, blocks get policies."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from k5train.planning.plan import how_to_run
 
 
 def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) -> Kandinsky5Transformer3DModel:
-    """The frozen transformer where the plan wants it: on the GPU, the streamed blocks' weights in host memory.
+    """Load the frozen transformer to the GPU, with the weights of streamed blocks in host memory.
 
-    On the GPU int8 weights come from the prepared file under ``K5_HOME``, which is made on first use.
+    On a GPU, int8 weights come from the prepared file under ``K5_HOME``, which is written on first use.
 
     Raises:
-        DoesNotFit: there is not enough host memory for what is streamed, found before anything is loaded.
+        DoesNotFit: there is not enough host memory for the streamed weights. Raised before anything is loaded.
     """
     if plan.streaming:
         check_host_memory(plan.host_bytes)
@@ -48,12 +48,12 @@ def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) ->
 
 
 def streamed_blocks(plan: Plan) -> list[int]:
-    """Which picture blocks' weights are streamed."""
+    """The visual blocks whose weights are streamed."""
     return spread(len(plan.levels), plan.streaming.num_blocks) if plan.streaming else []
 
 
 def stream_weights(transformer: Kandinsky5Transformer3DModel, plan: Plan, device: torch.device) -> None:
-    """Give the streamed blocks' weights their place, before an adapter is made: it goes where its weight is.
+    """Move the weights of streamed blocks to their slots. To be done before an adapter is attached beside them.
 
     Raises:
         DoesNotFit: there is not enough host memory.
@@ -71,13 +71,13 @@ def execute(
     plan: Plan,
     any_rank: bool = False,
 ) -> Execution | None:
-    """Have ``predict_velocity`` run a transformer, with its adapter if it is to have one, by the plan.
+    """Have ``predict_velocity`` run a transformer by the plan. Its adapter, if any, must be attached already.
 
     Args:
-        any_rank: adapters of other ranks will follow it.
+        any_rank: adapters of other ranks will follow this one.
 
     Returns:
-        None where blocks run as diffusers' own modules.
+        None if blocks run as diffusers' own modules.
     """
     how = how_to_run(config, device)
     if how == "diffusers":
@@ -87,11 +87,13 @@ def execute(
         return None
     modes = choose_modes(device, config.base_model_precision)
     if config.deterministic:
-        modes = modes._replace(cudnn=False)  # its backward adds up in any order; flash attention obeys torch's switch
+        modes = modes._replace(
+            cudnn=False
+        )  # its backward pass adds in no fixed order; flash attention obeys torch's switch
     streamer = _streamers.get(transformer)
     execution = Execution(
         transformer, plan, modes, compiled=how == "compiled", device=device, streamer=streamer,
-        any_rank=any_rank and not config.deterministic,  # the kernels of a run alone
+        any_rank=any_rank and not config.deterministic,  # the same kernels as in a run alone
     )  # fmt: skip
     use_policies(transformer, execution.policies)
     return execution

@@ -1,8 +1,8 @@
-"""Captions of different lengths in one forward pass: how are pad tokens kept out of every attention?
+"""How do captions of different lengths share a forward pass? A mask keeps pad tokens out of every attention.
 
-diffusers' ``Kandinsky5AttnProcessor`` takes no mask, so its two blocks are written out here with one: pad tokens are
-keys that no query of the caption (text blocks) and none of the picture (cross attention) attends to. Everything else
-in a block works on each token by itself. ``tests/test_parity_masks.py`` holds a masked batch to its rows one by one.
+diffusers' ``Kandinsky5AttnProcessor`` takes no mask, so its two blocks are written out here with one: no token attends
+to pad tokens, neither the caption's (text blocks) nor the picture's (cross attention). Everything else in a block works
+on each token by itself. ``tests/test_parity_masks.py`` compares a masked batch with its rows one by one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 
 def text_mask(lengths: Sequence[int], num_tokens: int, device: torch.device) -> Tensor:
-    """Which tokens of padded captions are theirs.
+    """Which tokens of padded captions are not padding.
 
     Args:
-        lengths: one a caption, each from 1 to ``num_tokens``.
-        num_tokens: L, of the padded captions.
+        lengths: tokens of each caption, from 1 to ``num_tokens``.
+        num_tokens: L, the length of the padded captions.
 
     Returns:
-        ``[B, 1, 1, L]`` bool, as attention over ``[B, heads, queries, keys]`` takes it; True: attended to.
+        ``[B, 1, 1, L]`` bool for attention over ``[B, heads, queries, keys]``; True: attended to.
 
     Raises:
-        ValueError: a length is out of range. A caption without tokens would attend to nothing, which is not a number.
+        ValueError: a length is out of range. A caption without tokens would attend to nothing, which gives NaN.
     """
     if not all(0 < length <= num_tokens for length in lengths):
         raise ValueError(f"text_lengths must each be 1 to {num_tokens}, found {list(lengths)}")
@@ -34,7 +34,7 @@ def text_mask(lengths: Sequence[int], num_tokens: int, device: torch.device) -> 
 
 
 class MaskedTextBlock:
-    """A ``Kandinsky5TransformerEncoderBlock`` called with its own arguments, attending under ``mask``."""
+    """A ``Kandinsky5TransformerEncoderBlock`` that is called with the same arguments and attends under ``mask``."""
 
     def __init__(self, block: nn.Module, mask: Tensor) -> None:
         self.block: Any = block
@@ -50,7 +50,7 @@ class MaskedTextBlock:
 
 
 class MaskedVisualBlock:
-    """A ``Kandinsky5TransformerDecoderBlock`` called with its own arguments, the caption under ``mask``."""
+    """A ``Kandinsky5TransformerDecoderBlock`` that is called with the same arguments and masks the caption."""
 
     def __init__(self, block: nn.Module, mask: Tensor) -> None:
         self.block: Any = block
@@ -68,7 +68,7 @@ class MaskedVisualBlock:
 
 
 def _modulate(norm: nn.Module, x: Tensor, parameters: Tensor) -> Tensor:
-    """Normed, scaled and shifted in float32, back in x's dtype. ``parameters``: shift, scale, gate side by side."""
+    """Norm, scale and shift in float32, back in x's dtype. ``parameters``: shift, scale and gate, side by side."""
     shift, scale, _ = parameters.chunk(3, dim=-1)
     return (norm(x.float()) * (scale.float() + 1.0) + shift.float()).type_as(x)
 
@@ -79,7 +79,7 @@ def _gate(x: Tensor, out: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _attend(attention: Any, x: Tensor, keys: Tensor, rope: Tensor | None, mask: Tensor) -> Tensor:
-    """``Kandinsky5AttnProcessor``: queries from ``x``, keys and values from ``keys``, and a mask over these."""
+    """``Kandinsky5AttnProcessor`` with a mask: queries from ``x``, keys and values from ``keys``, masked."""
     query, key, value = (
         projection(tokens).unflatten(-1, (attention.num_heads, -1))
         for projection, tokens in ((attention.to_query, x), (attention.to_key, keys), (attention.to_value, keys))
@@ -95,6 +95,6 @@ def _attend(attention: Any, x: Tensor, keys: Tensor, rope: Tensor | None, mask: 
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """diffusers rounds what it rotates to bfloat16, whatever x is."""
+    """RoPE. diffusers rounds the result to bfloat16, whatever dtype x has."""
     pairs = x.reshape(*x.shape[:-1], -1, 1, 2).to(torch.float32)
     return (rope * pairs).sum(dim=-1).reshape(*x.shape).to(torch.bfloat16)

@@ -1,7 +1,8 @@
-"""The lean linear: one matmul for all that share an input, LoRA inside it, nothing saved that backward can spare.
+"""How is a frozen linear with its LoRA multiplied? Linears that share an input take one matmul, with the LoRA inside.
 
-The matmuls are ops of their own (``torch.ops.k5``), so that a memory policy can name them (``memory.py``) and
-``torch.compile`` fuses what is around them: the quantisation of an input goes into the norm that makes it.
+It saves for the backward pass only what that needs. The matmuls are ops of our own (``torch.ops.k5``). So a level of
+``planning/memory.py`` can name them, and ``torch.compile`` fuses what is around them: the quantisation of an input
+becomes part of the norm before it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,12 @@ from torch import Tensor
 
 _library: Any = torch.library.Library("k5", "DEF")  # type: ignore[no-untyped-call]
 
-
 _library.define(
     "matmul(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? z, Tensor? up, int segments, str tag)"
     " -> Tensor"
 )
 
-
 _library.define("matmul_backward(Tensor g, Tensor weight, Tensor? scale, Tensor? dz, Tensor? down) -> Tensor")
-
 
 _library.define(
     "int8_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor? b_scale, Tensor? bias, Tensor? z, Tensor? up,"
@@ -45,9 +43,9 @@ def _matmul(
     Args:
         x: ``[M, K]``.
         weight: ``[N, K]``, in x's dtype, or int8 with ``scale [N, 1]``.
-        z: ``[M, segments * R]``: what the adapters' down-projections made of x.
-        up: ``[N, R]``: the up-projections, one under the other.
-        tag: names the matmul to a memory policy.
+        z: ``[M, segments * R]``: x after the adapters' down-projections.
+        up: ``[N, R]``: the up-projections, one below the other.
+        tag: the matmul's name in a level of ``planning/memory.py``.
     """
     weight = _scaled(weight, scale).t()
     out = x @ weight if bias is None else torch.addmm(bias, x, weight)
@@ -63,14 +61,14 @@ _workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def _workspace(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Room for a weight as one matmul needs it, the same memory every time: the stream runs one after the other.
+    """Room for a weight in the form that a matmul needs, always the same memory: matmuls of a stream run in sequence.
 
-    A new tensor each time is freed among activations that stay, and leaves holes: 0.9 of 16 GiB on an H200.
+    A new tensor each time would be freed between activations that stay, which left holes: 0.9 of 16 GiB on an H200.
     """
-    room = _workspaces.get((like.device, dtype))
-    if room is None or room.numel() < like.numel():
-        room = _workspaces[like.device, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-    return room[: like.numel()].view(shape)
+    workspace = _workspaces.get((like.device, dtype))
+    if workspace is None or workspace.numel() < like.numel():
+        workspace = _workspaces[like.device, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+    return workspace[: like.numel()].view(shape)
 
 
 def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -81,8 +79,8 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     return torch.mul(scale, weight, out=_workspace(weight, scale.dtype, *weight.shape))
 
 
-def _turned(weight: Tensor) -> Tensor:
-    """``[K, N]`` int8 to a contiguous ``[N, K]``."""
+def _transposed(weight: Tensor) -> Tensor:
+    """``[K, N]`` int8 as a contiguous ``[N, K]``."""
     if not (weight.is_cuda and kernel_works(weight.device)):
         return weight.t().contiguous()
     from k5train.forward.kernels import transpose
@@ -91,7 +89,10 @@ def _turned(weight: Tensor) -> Tensor:
 
 
 def _matmul_backward(g: Tensor, weight: Tensor, scale: Tensor | None, dz: Tensor | None, down: Tensor | None) -> Tensor:
-    """``g @ (scale * weight) + dz @ down``: the gradient of x. An op, lest the compiler keep ``scale * weight``."""
+    """``g @ (scale * weight) + dz @ down``: the gradient of x.
+
+    It is an op of its own so that the compiler does not keep ``scale * weight``.
+    """
     out = g @ _scaled(weight, scale)
     return out if dz is None or down is None else out.addmm_(dz, down)
 
@@ -117,10 +118,10 @@ def _int8_matmul(
         b: ``[N, K]`` int8.
         b_scale: ``[N, 1]``.
         dtype: of the result.
-        transpose_b: b is given as ``[K, N]``. int8 tensor cores want both operands along K, so it is turned here, for
-            the moment of the matmul: outside, the compiler would keep what it can make from a weight alone.
+        transpose_b: b is given as ``[K, N]``. int8 tensor cores need both operands along K, so b is transposed for
+            the moment of the matmul. It happens in here because the compiler would keep a transposed weight.
     """
-    b = _turned(b) if transpose_b else b
+    b = _transposed(b) if transpose_b else b
     if a.is_cuda and kernel_works(a.device):
         from k5train.forward.kernels import int8_matmul
 
@@ -138,7 +139,7 @@ def _exact(
     up: Tensor | None,
     segments: int,
 ) -> Tensor:
-    """The same with torch alone: integer tensor cores through cuBLAS where it takes the shape, else float64."""
+    """The same with torch alone: on integer tensor cores if cuBLAS takes the shapes, otherwise in float64."""
     if a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
         out = torch._int_mm(a, b.t()).float()
     else:
@@ -155,11 +156,7 @@ def _exact(
 
 
 _library.impl("matmul", _matmul, "CompositeExplicitAutograd")
-
-
 _library.impl("matmul_backward", _matmul_backward, "CompositeExplicitAutograd")
-
-
 _library.impl("int8_matmul", _int8_matmul, "CompositeExplicitAutograd")
 
 
@@ -181,7 +178,7 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, *rest: Any) -> Tensor:
 
 @functools.cache
 def kernel_works(device: torch.device) -> bool:
-    """Whether the Triton kernels give what exact arithmetic gives, in every form that is used, on small cases."""
+    """Whether the Triton kernels agree with exact arithmetic, in every form that is used, on small cases."""
     from torch.utils._triton import has_triton
 
     if not has_triton():
@@ -211,10 +208,10 @@ def _kernels_agree(device: torch.device) -> bool:
         full = (numbers(1536, 1).abs(), numbers(1536), numbers(rows, 48), numbers(1536, 16), 3)
         for b_scale, bias, z, up, segments in (full, (None, None, numbers(rows, 20), numbers(20, 1536).t(), 1)):
             plain = _exact(a, a_scale, b, b_scale, bias, z, up, segments)
-            for _ in range(2):  # compiled, and launched again
+            for _ in range(2):  # the first compiles, the second launches directly
                 try:
                     ours = int8_matmul(a, a_scale, b, b_scale, bias, z, up, segments, torch.bfloat16).double()
-                except Exception:  # Triton, ptxas, gcc and the driver fail in their own ways; the answer is the same
+                except Exception:  # Triton, ptxas, gcc and the driver each fail in their own way, with one answer
                     return False
                 if not ((ours - plain).norm() <= 5e-3 * plain.norm()).item():  # bfloat16 results: 2e-3
                     return False
@@ -223,14 +220,14 @@ def _kernels_agree(device: torch.device) -> bool:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``[M, K]`` to int8 and one float32 scale a row, ``[M, 1]``: symmetric, absolute maximum to 127."""
+    """``[M, K]`` as int8 and one float32 scale a row, ``[M, 1]``: symmetric, the absolute maximum becomes 127."""
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
     return (x * (127.0 / largest)).round().clamp(-127, 127).to(torch.int8), largest / 127.0
 
 
 class _Linear(torch.autograd.Function):
-    """See ``linear``. Backward needs the weight, and x only for the gradient of ``down``."""
+    """See ``linear``. The backward pass needs the weight, and x only for the gradient of ``down``."""
 
     @staticmethod
     def forward(
@@ -266,7 +263,7 @@ class _Linear(torch.autograd.Function):
             d_up = torch.cat([g[:, p].t() @ z[:, r] for p, r in zip(parts, ranks, strict=True)])
             d_down = dz.t() @ x
         if ctx.int8_dynamic:
-            # The scale of a row of the weight is one of the sum's terms here: it belongs to g before g is quantised.
+            # The sum runs over the weight's rows here, so their scales are multiplied into g before g is quantised.
             a, a_scale = quantize_rows(g.float() * scale.float().t())
             down_t = None if down is None else down.t()
             dx = torch.ops.k5.int8_matmul(a, a_scale, weight, None, None, dz, down_t, 1, g.dtype, True, "backward")
@@ -290,12 +287,12 @@ def linear(
 
     Args:
         x: ``[..., K]`` in the compute dtype.
-        weight: ``[N, K]``, the weights of ``segments`` linears one under the other; int8, or in x's dtype.
-        scale: ``[N, 1]`` of an int8 weight.
-        down: ``[segments * R, K]`` in x's dtype, alpha / rank folded in. None: no adapter.
+        weight: ``[N, K]``, the weights of ``segments`` linears one below the other; int8, or in x's dtype.
+        scale: ``[N, 1]``, of an int8 weight.
+        down: ``[segments * R, K]`` in x's dtype, already times alpha / rank. None: no adapter.
         up: ``[N, R]``.
-        int8_dynamic: quantise x a row at a time, and in backward its gradient, and multiply on int8 tensor cores.
-        tag: names the matmul to a memory policy.
+        int8_dynamic: multiply on int8 tensor cores. x is quantised row by row, and so is the gradient.
+        tag: the matmul's name in a level of ``planning/memory.py``.
 
     Returns:
         ``[..., N]``.

@@ -1,7 +1,7 @@
-"""The forward pass: diffusers' own blocks, walked by us, so that memory policies and routing are arguments.
+"""What velocity does the transformer predict? diffusers' own blocks, run one by one by policies that are arguments.
 
-``predict_velocity`` computes what ``Kandinsky5Transformer3DModel`` computes when ``Kandinsky5T2IPipeline`` calls it,
-bit for bit: ``tests/test_parity_step.py`` holds it to that.
+``predict_velocity`` computes bit for bit what ``Kandinsky5Transformer3DModel`` computes when ``Kandinsky5T2IPipeline``
+calls it; ``tests/test_parity_step.py`` compares them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,18 @@ from k5train.forward import routing
 from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock, text_mask
 
 ROPE_SCALE = (1.0, 1.0, 1.0)  # Kandinsky5T2IPipeline; the video models use (1, 2, 2)
-
-
 BlockPolicy = Callable[..., Tensor]
-
-
-"""How one block is run: called with the block and its arguments, returns the block's output."""
+"""How one block is run: a function of the block and its arguments that returns the block's output."""
 
 
 def keep(block: nn.Module, *args: Any) -> Tensor:
-    """Run a block and keep what its backward needs: fastest, largest."""
+    """Run a block and keep all that its backward pass needs: the fastest way, and the largest."""
     output: Tensor = block(*args)
     return output
 
 
 def recompute(block: nn.Module, *args: Any) -> Tensor:
-    """Run a block keeping only its inputs, and run it again in the backward pass."""
+    """Run a block, keep only its inputs, and run it again in the backward pass."""
     if not torch.is_grad_enabled():
         return keep(block, *args)
     output: Tensor = checkpoint(block, *args, use_reentrant=False)
@@ -58,24 +54,24 @@ def predict_velocity(
     """The velocity that the transformer predicts.
 
     Args:
-        transformer: from ``load_transformer``, or any of diffusers' own, with or without an adapter.
+        transformer: from ``load_transformer`` or from diffusers, with or without an adapter.
         latents: ``[B, 1, H, W, C]`` noisy latents, H and W even (pixels / 8); I2I appends its conditioning channels.
         sigma: ``[B]`` float32 in [0, 1].
-        prompt_embeds: ``[B, L, D]``. The transformer has no text mask, so all captions of a batch must have length L
-            by themselves, or say in ``text_lengths`` how long they are: padding would be attended to.
+        prompt_embeds: ``[B, L, D]``. The transformer has no text mask and would attend to padding. So either all
+            captions of the batch have L tokens, or ``text_lengths`` has the length of each.
         pooled_projections: ``[B, 768]``.
-        text_lengths: of each caption; what is behind it in ``prompt_embeds`` is padding and masked out of every
-            attention (``masked.py``). A policy is then given blocks that know their mask. None: every caption has L.
-        routes: TREAD's, for training only: which visual tokens walk through which blocks.
-        gradient_checkpointing: ``recompute`` every block; otherwise ``keep``.
-        block_policies: one for each block, text blocks first, instead of the one for all. Default: what
-            ``use_policies`` was told for this transformer.
+        text_lengths: tokens of each caption. The rest of ``prompt_embeds`` is padding and is masked out of every
+            attention (``masked.py``): policies then get blocks that have the mask. None: every caption has L tokens.
+        routes: TREAD's routes, in training only: which visual tokens go through which blocks.
+        gradient_checkpointing: ``recompute`` every block, otherwise ``keep``. Without effect if there are policies.
+        block_policies: one policy for each block, text blocks first. None: those of ``use_policies``, if it was called
+            for this transformer.
 
     Returns:
         velocity, ``[B, 1, H, W, 16]`` in the transformer's dtype.
 
     Raises:
-        ValueError: shapes that do not belong together, positions beyond the RoPE tables, or lengths of other captions.
+        ValueError: the shapes do not fit together, positions are beyond the RoPE tables, or lengths do not fit.
     """
     _check_shapes(transformer, latents, sigma, prompt_embeds, pooled_projections)
     text_blocks: Sequence[Any] = transformer.text_transformer_blocks
@@ -95,7 +91,7 @@ def predict_velocity(
 
     dtype = compute_dtype(transformer)
     text = transformer.text_embeddings(prompt_embeds.to(dtype))
-    time = transformer.time_embeddings((1000 * sigma).to(dtype))  # as the pipeline: scheduler timesteps, then the cast
+    time = transformer.time_embeddings((1000 * sigma).to(dtype))  # the pipeline too casts scheduler timesteps
     time = time + transformer.pooled_text_embeddings(pooled_projections.to(dtype))
     visual = transformer.visual_embeddings(latents.to(dtype))
 
@@ -108,18 +104,18 @@ def predict_velocity(
     starts, ends = ({getattr(r, side) % len(visual_blocks): r for r in routes} for side in ("start", "end"))
     for i, (block, run) in enumerate(zip(visual_blocks, policies[len(text_blocks) :], strict=True)):
         if i in starts:
-            whole, whole_rope = visual, visual_rope
-            visual, visual_rope = routing.leave(whole, whole_rope, starts[i].kept)
+            all_visual, all_rope = visual, visual_rope
+            visual, visual_rope = routing.leave(all_visual, all_rope, starts[i].kept)
         visual = run(block, visual, text, time, visual_rope, None)
         if i in ends:
-            visual, visual_rope = routing.come_back(whole, visual, ends[i].kept), whole_rope
+            visual, visual_rope = routing.come_back(all_visual, visual, ends[i].kept), all_rope
 
     velocity: Tensor = transformer.out_layer(fractal_unflatten(visual, grid), text, time)
     return velocity
 
 
 def use_policies(transformer: Kandinsky5Transformer3DModel, policies: Sequence[BlockPolicy]) -> None:
-    """From now on ``predict_velocity`` runs this transformer's blocks so, in training and in sampling."""
+    """Have ``predict_velocity`` run a transformer's blocks by ``policies`` from now on, in training and sampling."""
     _policies[transformer] = policies
 
 
@@ -127,22 +123,20 @@ _policies: WeakKeyDictionary[nn.Module, Sequence[BlockPolicy]] = WeakKeyDictiona
 
 
 def compute_dtype(transformer: Kandinsky5Transformer3DModel) -> torch.dtype:
-    """``transformer.dtype`` as the pipeline reads it, without its walk over 3,000 parameters on every call."""
+    """``transformer.dtype`` as the pipeline reads it, but without going through 3,000 parameters on every call."""
     dtype: torch.dtype = transformer.text_embeddings.in_layer.weight.dtype
     return dtype
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotations of one shape: ``text [1, L, 1, d/2, 2, 2]``, ``visual [1, T, H/2, W/2, 1, d/2, 2, 2]``, float32."""
+    """The float32 rotations of one shape: ``text [1, L, 1, d/2, 2, 2]``, ``visual [1, T, H/2, W/2, 1, d/2, 2, 2]``."""
 
     text: Tensor
     visual: Tensor
 
 
 _MOST_SHAPES = 32  # 4 MB each at 1024x1024; a run sees 7 buckets and a few hundred caption lengths
-
-
 _rotaries: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Rotary]] = WeakKeyDictionary()
 
 
@@ -152,12 +146,12 @@ def rotary(
     grid: tuple[int, ...],
     device: torch.device,
 ) -> Rotary:
-    """RoPE at the positions that the pipeline gives: ``arange`` along the text and along each axis of the picture.
+    """RoPE at the pipeline's positions: ``arange`` along the text and along each axis of the picture.
 
-    One row serves a whole batch by broadcasting, with the same bits. Computed once for each shape.
+    It has one row, which is broadcast over the batch with the same bits. Computed once for each shape.
 
     Args:
-        num_tokens: of the caption.
+        num_tokens: tokens of the caption.
         grid: visual tokens along time (1 for an image), height and width (pixels / 16).
     """
     known = _rotaries.setdefault(transformer, {})
@@ -165,7 +159,7 @@ def rotary(
     if shape not in known:
         if len(known) >= _MOST_SHAPES:
             del known[next(iter(known))]
-        # A table made while sampling under inference_mode could not be saved for a later training step's backward.
+        # Sampling may run in inference mode; a table from there cannot be saved for a training step's backward pass.
         with torch.inference_mode(False), torch.no_grad():
             positions = [torch.arange(n, device=device) for n in grid]
             visual = transformer.visual_rope_embeddings((1, *grid), positions, ROPE_SCALE)
@@ -185,7 +179,7 @@ def _check_shapes(
     batch = latents.shape[0]
     if {batch, sigma.shape[0], prompt_embeds.shape[0], pooled.shape[0]} != {batch}:
         raise ValueError(
-            f"one batch has one size, found {batch} latents, {sigma.shape[0]} sigmas, {prompt_embeds.shape[0]} captions"
+            f"a batch has one size, found {batch} latents, {sigma.shape[0]} sigmas, {prompt_embeds.shape[0]} captions"
             f" and {pooled.shape[0]} pooled projections"
         )
     grid = [side / patch for side, patch in zip(latents.shape[1:4], transformer.patch_size, strict=True)]

@@ -1,4 +1,4 @@
-"""Weights that live in page-locked host memory: copied to the GPU ahead of each block, forward and backward."""
+"""How are weights streamed? They live in page-locked host memory and are copied to the GPU ahead of each block."""
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ if TYPE_CHECKING:
 
 
 _ALIGNMENT = 256  # bytes: what cuBLAS and vectorised loads like
-
-
-_HOST_RESERVE = 2 * 2**30  # host memory left to everything else
+_HOST_RESERVE = 2 * 2**30  # host memory that is left for everything else
 
 
 def spread(count: int, chosen: int) -> list[int]:
-    """``chosen`` of ``range(count)``, evenly: a resident block between two streamed ones gives the copies time."""
+    """``chosen`` of ``range(count)``, evenly spread: resident blocks between streamed ones give the copies time."""
     return [i for i in range(count) if (i + 1) * chosen // count > i * chosen // count]
 
 
 class Streamer:
-    """Keeps the int8 weights of ``blocks`` in host memory and gives them room on the GPU, ``slots`` at a time.
+    """Keeps the int8 weights of ``blocks`` in host memory, with room on the GPU for a few blocks at a time.
 
-    Every block has one slot for good, so that its modules' tensors, and what autograd saved of them, are views whose
-    *contents* come and go; a wait before each use, forward and backward, makes them right.
+    A block always uses the same slot on the GPU. So its modules' tensors, and what autograd saved of them, stay views
+    of that slot, whose contents change. A wait before each use, forward and backward, makes sure they are right.
 
     Args:
-        blocks: in the order of the forward pass; their int8 weights move to the host.
+        blocks: in the order of the forward pass. Their int8 weights move to the host.
 
     Raises:
         DoesNotFit: there is not enough host memory.
@@ -53,7 +51,7 @@ class Streamer:
         if len(num_bytes) != 1 or 0 in num_bytes:
             raise RunError("Streaming needs blocks of one shape with int8 weights", "Use an int8 base_model_precision")
         (size,) = num_bytes
-        # What lies in host memory already is let go as it is locked, a block at a time.
+        # Weights that are in host memory already are freed block by block, as their locked copies are filled.
         on_host = sum(getattr(m, n).nbytes for layout, _ in layouts for m, n, _ in layout
                       if getattr(m, n).device.type == "cpu")  # fmt: skip
         check_host_memory(size + max(0, size * len(blocks) - on_host))
@@ -68,26 +66,26 @@ class Streamer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what the slots hold, for example after a pass that was broken off."""
-        self._holds: list[int | None] = [None] * self.num_slots
+        """Forget what is in the slots, for example after a pass that failed."""
+        self._place_in: list[int | None] = [None] * self.num_slots
         self._arrived: list[Any] = [None] * self.num_slots
         self._free: list[Any] = [None] * self.num_slots
         if self._on_gpu:
             torch.cuda.synchronize(self.device)
 
     def around(self, policy: BlockPolicy, place: int) -> BlockPolicy:
-        """``policy`` with the block's weights in place before it, forward and backward, and the next sent for after."""
+        """``policy``, which finds the block's weights in place, forward and backward, and then starts the next copy."""
 
         def streamed(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
             if not torch.is_grad_enabled():
                 self.arrive(place)
                 result = policy(block, x, *rest)
                 following = place + self.num_slots
-                if following >= len(self._hosts):  # the next step of a picture begins with the first blocks again
+                if following >= len(self._hosts):  # a picture's next step begins with the first blocks again
                     following = place % self.num_slots
                 self.leave(place, following)
                 return result
-            # Both need a gradient to pass through them, or their backward would never run.
+            # A gradient must pass through both, or their backward functions would not run.
             x = x if x.requires_grad else x.detach().requires_grad_()
             entered = _Enter.apply(x, self, place)  # type: ignore[no-untyped-call]
             left: Tensor = _Leave.apply(policy(block, entered, *rest), self, place)  # type: ignore[no-untyped-call]
@@ -98,10 +96,10 @@ class Streamer:
     def want(self, place: int) -> None:
         """Start copying a block's weights into its slot, unless they are there. Waits for the slot's last user."""
         slot = place % self.num_slots
-        if not 0 <= place < len(self._hosts) or self._holds[slot] == place:
+        if not 0 <= place < len(self._hosts) or self._place_in[slot] == place:
             return
-        self._holds[slot] = place
-        # `.data`: no edit of what autograd saved, since the same bytes are back before backward reads them.
+        self._place_in[slot] = place
+        # `.data` bypasses autograd's check for changes: the same bytes are back before the backward pass reads them.
         if not self._on_gpu:
             self._slots[slot].data.copy_(self._hosts[place])
             return
@@ -113,14 +111,14 @@ class Streamer:
             self._arrived[slot] = stream.record_event()
 
     def arrive(self, place: int) -> None:
-        """Have a block's weights in place before any later work on the current stream."""
+        """Make later work on the current stream wait until a block's weights are in place."""
         self.want(place)
         arrived = self._arrived[place % self.num_slots]
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
     def leave(self, place: int, following: int) -> None:
-        """A block's work is queued: its slot may be filled with ``following`` once that is done."""
+        """Let the slot of a block whose work is queued be filled with ``following`` once that work is done."""
         if self._on_gpu:
             self._free[place % self.num_slots] = torch.cuda.current_stream(self.device).record_event()
         self.want(following)
@@ -142,7 +140,7 @@ class Streamer:
 
 
 class _Enter(torch.autograd.Function):
-    """Before a block: its weights are in place. After its backward: its slot is free for an earlier block."""
+    """Before a block: wait for its weights. After its backward pass: free its slot for an earlier block."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, streamer: Streamer, place: int) -> Tensor:
@@ -157,7 +155,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """After a block: its slot is free for a later block. Before its backward: its weights are in place again."""
+    """After a block: free its slot for a later block. Before its backward pass: wait for its weights again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, streamer: Streamer, place: int) -> Tensor:
@@ -172,10 +170,10 @@ class _Leave(torch.autograd.Function):
 
 
 def check_host_memory(num_bytes: int) -> None:
-    """Refuse to page-lock more host memory than there is.
+    """Refuse to page-lock more host memory than is free.
 
     Raises:
-        DoesNotFit: less than ``num_bytes`` and a reserve is free.
+        DoesNotFit: less than ``num_bytes`` and a reserve are free.
     """
     free = free_ram()
     if num_bytes + _HOST_RESERVE > free:
@@ -188,8 +186,8 @@ def check_host_memory(num_bytes: int) -> None:
 def _layout(block: nn.Module) -> tuple[list[tuple[nn.Module, str, int]], int]:
     """Where each of a block's int8 tensors goes in its buffer, and the buffer's size in bytes.
 
-    Weights of linears that share an input lie one after the other, and so do their scales and biases: ``block.gather``
-    then finds them fused.
+    Weights of linears that share an input are adjacent, and so are their scales and biases, so that ``block.gather``
+    finds them already fused.
     """
     linears = {name: m for name, m in block.named_modules() if isinstance(m, Int8Linear)}
     layout: list[tuple[nn.Module, str, int]] = []
@@ -207,7 +205,7 @@ def _layout(block: nn.Module) -> tuple[list[tuple[nn.Module, str, int]], int]:
 
 
 def _page_lock(host: Tensor) -> None:
-    """Lock memory where it is: torch's pinned allocator rounds sizes up to a power of two, 105 MB to 134."""
+    """Lock memory in place, because torch's pinned allocator rounds sizes up to a power of two: 105 MB to 134."""
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
     if int(error) != 0:
