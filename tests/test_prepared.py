@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from k5cache.shared.errors import ModelError
 from k5train.base import prepared
-from k5train.base.prepared import listed, load_prepared, prepare, prepared_path, remove
+from k5train.base.prepared import list_bases, load_prepared, prepare, prepared_path, remove
 from k5train.base.quantize import finish, load_transformer
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_a_file_cut_short_is_made_again(toy_model):
     path = prepare(toy_model, torch.bfloat16, CPU)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    assert not listed()[0].is_whole
+    assert not list_bases()[0].is_whole
     assert_equal(
         load_prepared(toy_model, torch.bfloat16, CPU), load_transformer(toy_model, "int8-quanto", torch.bfloat16, CPU)
     )
@@ -126,19 +126,19 @@ def test_streamed_tensors_are_left_on_the_host(toy_model):
 
 def test_bases_are_listed_and_removed_by_the_start_of_their_names(toy_model):
     path = prepare(toy_model, torch.bfloat16, CPU)
-    (only,) = listed()
+    (only,) = list_bases()
     assert (only.path, only.source, only.is_whole) == (path, str(toy_model), True)
     with pytest.raises(ModelError, match="0 prepared bases"):
         remove("zz")
     remove(path.name[:6])
-    assert listed() == []
+    assert list_bases() == []
 
 
 def test_a_foreign_file_in_the_folder_is_listed_as_such(k5_home):
     (k5_home / "base").mkdir(parents=True)
     (k5_home / "base" / "x.safetensors").write_bytes(b"nonsense")
-    assert not listed()[0].is_whole
-    assert Path(listed()[0].path).name == "x.safetensors"
+    assert not list_bases()[0].is_whole
+    assert Path(list_bases()[0].path).name == "x.safetensors"
 
 
 def test_tables_go_to_the_device_and_weights_stay_where_they_were_placed(toy_model):

@@ -12,6 +12,8 @@ from k5cache.cli import app as cache_app
 from k5cache.shared.comparison import check, compare, not_run, print_comparisons
 from k5train.cli import app as train_app
 from k5train.exact import selftest
+from k5train.exact.case import GUIDANCE, STEPS, case_of
+from k5train.exact.reference import pipeline_latents, reference_transformer
 from k5train.forward import predict_velocity
 from k5train.options.train import TrainConfig
 from k5train.pictures.sample import load_scheduler
@@ -95,7 +97,7 @@ def test_a_text_encoder_that_does_not_fit_is_spread_over_memory_and_disk(toy_mod
 def test_the_reference_drawing_is_the_pipelines(toy_model):
     from tests.parity import pipeline_of
 
-    case = selftest.case_of(None, toy_model, TrainConfig(), torch.device("cpu"))
+    case = case_of(None, toy_model, TrainConfig(), torch.device("cpu"))
     width, height = case.settings.width, case.settings.height
     pipeline = pipeline_of(toy_model, torch.float32, (width, height))
     prompt, negative = (
@@ -106,11 +108,11 @@ def test_the_reference_drawing_is_the_pipelines(toy_model):
     theirs = pipeline(
         **dict(zip(names, prompt, strict=True)),
         **dict(zip((f"negative_{name}" for name in names), negative, strict=True)),
-        width=width, height=height, num_inference_steps=selftest.STEPS, guidance_scale=selftest.GUIDANCE,
+        width=width, height=height, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0), output_type="latent",
     ).image  # fmt: skip
-    model = selftest.reference_transformer(toy_model, torch.float32)
-    assert torch.equal(selftest.pipeline_latents(model, load_scheduler(toy_model), case), theirs)
+    model = reference_transformer(toy_model, torch.float32)
+    assert torch.equal(pipeline_latents(model, load_scheduler(toy_model), case), theirs)
 
 
 def test_where_the_images_are_not_at_hand_the_hub_is_not_asked_for_them(toy_model, toy_cache, tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""The frozen int8 transformer: how it is quantised, held, walked and fitted into memory."""
+"""The frozen int8 transformer: its linears, how it is quantised, and its file on disk."""

@@ -1,4 +1,4 @@
-"""Facts of the transformer that need no weights: its full size and its number formats."""
+"""What is known about the transformer without its weights? Its full size and its number formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# Kandinsky 5.0 Image Lite, transformer/config.json of the published T2I checkpoints (DESIGN section 2).
+# transformer/config.json of the published checkpoints of Kandinsky 5.0 Image Lite, T2I.
 FULL_SIZE: dict[str, Any] = {
     "_class_name": "Kandinsky5Transformer3DModel",
     "in_visual_dim": 16,
@@ -21,6 +21,5 @@ FULL_SIZE: dict[str, Any] = {
     "num_visual_blocks": 50,
     "axes_dims": [32, 48, 48],
 }
-
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -1,4 +1,4 @@
-"""Frozen linears: how a weight that is stored small is multiplied, and what backward needs of it."""
+"""How is a weight that is stored small multiplied? Frozen linears in int8, and in 16 bits computed in float32."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Int8Linear(nn.Linear):
-    """A frozen linear with int8 weights and one scale a row, numerically optimum-quanto's frozen ``QLinear``.
+    """A frozen linear with int8 weights and one scale a row. Its numbers are those of optimum-quanto's ``QLinear``.
 
-    ``weight`` is a plain int8 buffer, so that offload, safetensors, DDP and ``torch.compile`` treat it as any tensor;
-    being an ``nn.Linear``, it is wrapped by peft as one.
+    ``weight`` is a plain int8 buffer, so that offload, safetensors, DDP and ``torch.compile`` treat it as any tensor.
+    peft wraps it as it wraps any ``nn.Linear``.
 
     Args:
         weight: ``[out, in]`` int8.
@@ -38,16 +38,16 @@ class Int8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``, in the scale's dtype."""
         output: Tensor = _Int8Matmul.apply(input.to(self.scale.dtype), self.weight, self.scale)  # type: ignore[no-untyped-call]
-        # Apart from the matmul, as quanto adds it: a fused addmm would round once instead of twice.
+        # Added after the matmul, as quanto does: a fused addmm would round once and not twice.
         return output if self.bias is None else output + self.bias
 
     def dequantize(self) -> Tensor:
-        """``[out, in]`` in the scale's dtype: the weight that the matmul multiplies with."""
+        """The weight as the matmul sees it: ``[out, in]`` in the scale's dtype."""
         return self.scale * self.weight
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802 (peft's name)
-        """The weight as it is held. peft asks a linear that has this for ``dequantize()``, to take DoRA's norms of
+        """The stored weight. If a linear has this attribute, peft calls its ``dequantize()`` to compute DoRA's norms
         (``peft.utils.integrations.dequantize_module_weight``)."""
         return self.weight
 
@@ -55,9 +55,9 @@ class Int8Linear(nn.Linear):
 class _Int8Matmul(torch.autograd.Function):
     """``input @ (scale * weight).T`` with a gradient for the input only.
 
-    Backward needs the weight, never the input, so nothing that belongs to a step is kept: quanto's own function
-    saves its input too. The weight is scaled, not the product: inductor rewrites ``x @ w.to(bf16) * scale`` on CUDA
-    into ``_weight_int8pack_mm``, which refuses a ``[out, 1]`` scale.
+    The backward pass needs the weight but not the input, so no activation is kept; quanto's own function keeps its
+    input. The weight is scaled and not the product, because inductor on CUDA rewrites ``x @ w.to(bf16) * scale`` into
+    ``_weight_int8pack_mm``, which refuses a ``[out, 1]`` scale.
     """
 
     @staticmethod
@@ -73,10 +73,10 @@ class _Int8Matmul(torch.autograd.Function):
 
 
 class Float32Linear(nn.Linear):
-    """A frozen linear computed in float32, whatever its weights are stored in.
+    """A frozen linear computed in float32, whatever dtype its weights are stored in.
 
     diffusers keeps the modulations and the time embedding in float32 (``_keep_in_fp32_modules``). The hub's weights
-    are bf16: stored so, they take 1.2 GB instead of 2.4, and upcast they are the same numbers.
+    are bf16. Stored so, they take 1.2 GB and not 2.4, and as float32 they are the same numbers.
 
     Args:
         weight: ``[out, in]``, float32 or narrower.

@@ -1,4 +1,4 @@
-"""The int8 base on disk: quantised once, content-addressed under ``K5_HOME``, read in seconds from then on."""
+"""Where is the int8 base on disk? In a file under ``K5_HOME``, named by its content: quantised once, then only read."""
 
 from __future__ import annotations
 
@@ -29,55 +29,48 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
-
-
 _DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
-
-
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
-
-
-_HEADER_BYTES = 4 * 2**20  # 3,000 tensors take 0.5 MB; fixed, since tensors are written before their sums are known
-
-
+# Fixed, because checksums are known only after the tensors are written. 3,000 tensors take 0.5 MB.
+_HEADER_BYTES = 4 * 2**20
 _THREADS = 4
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One file: what it was made of."""
+    """One prepared base, and what it was made from."""
 
     path: Path
     source: str
     dtype: str
     num_bytes: int
     is_whole: bool
-    """Its header can be read and its length is the one the header tells."""
+    """Whether its header can be read and its length is what the header says."""
 
 
 def home() -> Path:
-    """Where prepared bases are kept: ``$K5_HOME/base``, by default ``~/.cache/k5/base``."""
+    """The folder of prepared bases: ``$K5_HOME/base``, by default ``~/.cache/k5/base``."""
     return k5_home() / "base"
 
 
 def prepared_path(folder: Path, dtype: torch.dtype) -> Path:
-    """Where the int8 base of a checkpoint is, or would be: named by everything that decides its numbers.
+    """Where the int8 base of a checkpoint is, or would be. Its name is a hash of everything that decides its numbers.
 
     Raises:
         ModelError: the checkpoint's weights are missing or damaged.
     """
-    made_of = [FORMAT, fingerprint(folder, "transformer"), _DTYPES[dtype], version("optimum-quanto")]
-    return home() / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]}.safetensors"
+    identity = [FORMAT, fingerprint(folder, "transformer"), _DTYPES[dtype], version("optimum-quanto")]
+    return home() / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
 
 
 def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Path:
-    """Quantise a checkpoint into its file, tensor by tensor, unless it is there already.
+    """Quantise a checkpoint into a safetensors file, tensor by tensor, unless the file exists.
 
-    The file is safetensors. It gets its name when it is whole and on disk: one half-written is never found.
+    The file gets its name when it is whole and on disk, so that nothing reads half a file.
 
     Args:
-        dtype: of scales and of what is not quantised.
-        device: where quantisation is computed.
+        dtype: dtype of the scales and of what is not quantised.
+        device: where to quantise.
 
     Raises:
         ModelError: tensors that are missing, unexpected, misshapen or unreadable.
@@ -86,7 +79,7 @@ def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Pat
     if path.is_file() and _describe(path).is_whole:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{path.stem}.*.tmp"):  # of a process that was killed
+    for old in path.parent.glob(f".{path.stem}.*.tmp"):  # left by a process that was killed
         if not _is_alive(int(old.name.split(".")[-2])):
             old.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
@@ -106,23 +99,23 @@ def load_prepared(
     device: torch.device,
     on_host: Callable[[str, bool], bool] = lambda name, is_int8: False,
 ) -> Kandinsky5Transformer3DModel:
-    """The frozen transformer of ``load_transformer(folder, "int8-quanto", dtype, device)``, from its prepared file.
+    """The same as ``load_transformer(folder, "int8-quanto", dtype, device)``, read from the prepared file.
 
     Args:
-        on_host: told a tensor's name and whether its linear is int8; True: it stays in host memory, to be streamed.
+        on_host: given a tensor's name and whether its linear is int8, whether it stays in host memory to be streamed.
 
     Raises:
-        ModelError: as ``prepare``.
+        ModelError: there is no prepared file, and the checkpoint is missing, incomplete or damaged.
     """
     path = prepared_path(folder, dtype)
     if not (path.is_file() and _describe(path).is_whole):
-        console.note(f"First use of this checkpoint: quantising it once, into {path}")
+        console.note(f"First use of this checkpoint: quantising it once into {path}")
         prepare(folder, dtype, device)
     transformer = empty_transformer(folder)
     try:
         _fill(transformer, path, device, on_host)
     except _Damaged as damage:
-        console.warn(f"{path} is damaged at {damage}: it is made again")
+        console.warn(f"{path} is damaged at {damage}: quantising the checkpoint again")
         path.unlink()
         prepare(folder, dtype, device)
         transformer = empty_transformer(folder)
@@ -130,27 +123,27 @@ def load_prepared(
     return finish(transformer, device)
 
 
-def listed() -> list[Prepared]:
+def list_bases() -> list[Prepared]:
     """Every prepared base."""
     return [_describe(path) for path in sorted(home().glob("*.safetensors"))]
 
 
 def remove(name: str) -> Prepared:
-    """Remove one prepared base; it can be made again.
+    """Remove one prepared base. The next run that needs it writes it again.
 
     Args:
-        name: its file name, or the start of it.
+        name: its file name, or the beginning of it.
 
     Raises:
-        ModelError: none or several begin so.
+        ModelError: no file name begins so, or several do.
     """
-    found = [item for item in listed() if name and item.path.name.startswith(name)]
-    if len(found) != 1:
+    bases = [base for base in list_bases() if name and base.path.name.startswith(name)]
+    if len(bases) != 1:
         raise ModelError(
-            f"{len(found)} prepared bases under {home()} begin with {name!r}", "See their names: k5train base list"
+            f"{len(bases)} prepared bases under {home()} begin with {name!r}", "See their names: k5train base list"
         )
-    found[0].path.unlink()
-    return found[0]
+    bases[0].path.unlink()
+    return bases[0]
 
 
 class _Damaged(Exception):
@@ -158,7 +151,7 @@ class _Damaged(Exception):
 
 
 def _write(file: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
-    """The tensors first, after room for the header; then the header, with their sums."""
+    """Leave room for the header, write the tensors, then the header with their checksums."""
     header: dict[str, Any] = {
         "__metadata__": {"k5": json.dumps({"format": FORMAT, "source": str(folder), "dtype": _DTYPES[dtype]})}
     }
@@ -211,21 +204,25 @@ def _fill(
     device: torch.device,
     on_host: Callable[[str, bool], bool],
 ) -> None:
+    """Place every tensor of a prepared file in an empty transformer."""
     header = _header(path)
     sums = json.loads(header.pop("__metadata__")["xxh3_64"])
     int8 = {name.rpartition(".")[0] for name, entry in header.items() if entry["dtype"] == "I8"}
 
-    def where(name: str) -> torch.device:
+    def device_of(name: str) -> torch.device:
         return torch.device("cpu") if on_host(name, name.rpartition(".")[0] in int8) else device
 
-    for name, tensor in _read(path, header, sums, where):
+    for name, tensor in _read(path, header, sums, device_of):
         place(transformer, name, tensor)
 
 
 def _read(
-    path: Path, header: dict[str, Any], sums: dict[str, str], where: Callable[[str], torch.device]
+    path: Path, header: dict[str, Any], sums: dict[str, str], device_of: Callable[[str], torch.device]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in file order, each checked. Read by threads into buffers: mapped pages would count as resident."""
+    """Every tensor in the order of the file, its checksum verified.
+
+    Threads read into buffers. A mapped file would be simpler, but its pages count as resident memory.
+    """
     descriptor = os.open(path, os.O_RDONLY)
 
     def read(name: str) -> Tensor:
@@ -240,7 +237,7 @@ def _read(
             done += count
         if xxhash.xxh3_64_hexdigest(view) != sums[name]:
             raise _Damaged(name)
-        return host.view(_TORCH[entry["dtype"]]).reshape(entry["shape"]).to(where(name))
+        return host.view(_TORCH[entry["dtype"]]).reshape(entry["shape"]).to(device_of(name))
 
     names = list(header)
     try:

@@ -1,4 +1,4 @@
-"""A transformer of random weights, for measurements that need no checkpoint."""
+"""A transformer with random weights, for measurements that need no checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from k5train.base.quantize import INT8_MODULES, Precision, empty_transformer, fi
 def random_transformer(
     config: dict[str, Any], precision: Precision, device: torch.device, streamed: frozenset[int] = frozenset()
 ) -> Any:
-    """A transformer as ``load_transformer`` makes it, of random weights, without a checkpoint.
+    """A transformer like that of ``load_transformer``, with random weights.
 
     Args:
-        streamed: picture blocks whose int8 weights are made in host memory.
+        config: the transformer's config.json.
+        streamed: visual blocks whose int8 weights go to host memory.
     """
     with TemporaryDirectory() as folder:
         (Path(folder) / "transformer").mkdir()
@@ -35,7 +36,7 @@ def random_transformer(
 
 
 def _random_tensors(transformer: nn.Module, precision: Precision, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Weights of a size that keeps activations near 1; modulations too, or blocks would be identities."""
+    """Weights of a size that keeps activations near 1. Modulations are random too, or blocks would be identities."""
     generator = torch.Generator(device).manual_seed(0)
     for name, meta in transformer.state_dict().items():
         parent, _, leaf = name.rpartition(".")

@@ -33,9 +33,9 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
 @base.command(name="list")
 def list_() -> None:
     """List the prepared bases: file, size, number format, and the checkpoint that each was made from."""
-    from k5train.base.prepared import home, listed
+    from k5train.base.prepared import home, list_bases
 
-    bases = listed()
+    bases = list_bases()
     if not bases:
         console.out.print(f"There is none under {home()}", markup=False)
         return

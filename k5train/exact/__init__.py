@@ -1,1 +1,1 @@
-"""Proof on the user's machine: our step beside diffusers', and what int8 costs."""
+"""Does this machine compute what diffusers computes? The selftest of stage 2."""
