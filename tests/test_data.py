@@ -122,7 +122,7 @@ def test_micro_batches_follow_each_other_over_epochs_of_different_length(caches)
 
 
 def test_held_out_rows_are_never_trained_on(caches):
-    mixture = Mixture([Source(open_cache(caches[0]), repeats=3, held_out=frozenset({1}))])
+    mixture = Mixture([Source(open_cache(caches[0]), repeats=3, split=frozenset({1}))])
     assert counts(mixture, 0)[0] == {0: 3, 2: 3}
 
 

@@ -13,9 +13,9 @@ from diffusers.training_utils import EMAModel
 
 from k5cache.shared.errors import RunError
 from k5train.options.optimizer import OptimConfig
-from k5train.training import optimizer_state
 from k5train.training.average import Ema
 from k5train.training.optimizer import EXTRAS, learning_rate, make_optimizer, settled
+from k5train.training.optimizer_state import optimizer_state, restore_optimizer
 
 EVERY = ["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "muon"]
 
@@ -55,11 +55,11 @@ def test_each_optimizer_goes_on_from_safetensors_and_json_bit_for_bit(name):
 
     first, optimizer = make(name)
     descend(first, optimizer, 0, 4)
-    tensors, plain = optimizer_state.optimizer_state(optimizer, ["a", "b"])
+    tensors, plain = optimizer_state(optimizer, ["a", "b"])
     again, optimizer = make(name)
     for weight, saved in zip(again, first, strict=True):
         weight.data = saved.detach().clone()
-    optimizer_state.restore_optimizer(optimizer, ["a", "b"], tensors, plain)
+    restore_optimizer(optimizer, ["a", "b"], tensors, plain)
     descend(again, optimizer, 4, 8)
     assert all(torch.equal(a, b) for a, b in zip(again, through, strict=True))
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import parse, read, to_dict
+from k5cache.store.reader import open_cache
 from k5train.data.mixture import open_mixture
 from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.data import DataConfig
@@ -21,10 +22,12 @@ from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfi
 from k5train.options.optimizer import OptimConfig
 from k5train.options.removed import LORA, MEMORY, OBJECTIVE, without_removed
 from k5train.options.train import TrainConfig
+from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run, create_run
 from k5train.runs.metrics import read_metrics
 from k5train.training.base import load_base
-from k5train.training.loop import hold_out, train
+from k5train.training.held_out_loss import split_off
+from k5train.training.train import train
 from tests.cli import Cli
 
 LR = OptimConfig(lr=1e-2, warmup_steps=0)
@@ -45,7 +48,9 @@ PLAIN = TrainConfig(
 def finish(toy_model, toy_cache, tmp_path_factory):
     """``finish(config)``: train on one base that all share; returns the run."""
     cache = toy_cache("fp32")
-    base = load_base(open_mixture([DataConfig(str(cache))]), toy_model, PLAIN, torch.device("cpu"))
+    device = torch.device("cpu")
+    plan = plan_training(toy_model, PLAIN, device, largest_sizes(open_cache(cache)))
+    base = load_base(toy_model, PLAIN, device, plan)
     root = tmp_path_factory.mktemp("runs")
 
     def run(config: TrainConfig) -> Run:
@@ -140,7 +145,7 @@ def test_epochs_take_the_place_of_steps_and_time_ends_a_run(finish):
 
 
 def test_held_out_rows_leave_the_mixture_but_not_the_cache(toy_cache):
-    data = hold_out(open_mixture([DataConfig(str(toy_cache("fp32")))]), 0.34)
+    data = split_off(open_mixture([DataConfig(str(toy_cache("fp32")))]), 0.34)
     assert sum(pool.count(0) for parts in data.pools.values() for pool in parts) == 4
     assert len(data) == 6
 

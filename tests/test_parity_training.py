@@ -49,7 +49,7 @@ QUANTO_INCLUDE = ["*_transformer_blocks.*attention.*", "*.feed_forward.*"]
 
 
 def our_steps(model, cache, precision, dtype, steps, config, device="cpu"):
-    """The pieces of ``k5train.training.loop.train``, without its files.
+    """The pieces of ``k5train.training.train.train``, without its files.
 
     Returns losses, norms, adapter, its start, batches."""
     transformer = load_transformer(model, precision, dtype, device)

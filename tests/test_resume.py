@@ -23,9 +23,10 @@ from k5train.options.optimizer import OptimConfig
 from k5train.options.train import ObjectiveConfig
 from k5train.runs import resume_state
 from k5train.runs.folder import Run, hold
-from k5train.training import identity, loop, optimizer_state, step
+from k5train.training import identity, loop, step
 from k5train.training.interrupt import Interruptions
 from k5train.training.optimizer import make_optimizer
+from k5train.training.optimizer_state import optimizer_state, restore_optimizer
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run, state_of
 
@@ -169,14 +170,14 @@ def test_every_optimizer_goes_on_with_the_same_bits_from_files(tmp_path, name):
     steps(whole, optimizer, 0, 6)
     broken, optimizer = make()
     steps(broken, optimizer, 0, 3)
-    tensors, plain = optimizer_state.optimizer_state(optimizer, names)
+    tensors, plain = optimizer_state(optimizer, names)
     parts = {"adapter": dict(zip(names, broken, strict=True)), "optimizer": tensors}
     resume_state.save_state(tmp_path, resume_state.Progress(3), parts, {"optimizer": plain})
     saved = resume_state.latest_state(tmp_path)
     resumed, optimizer = make()
     for parameter, tensor in zip(resumed, saved.tensors("adapter").values(), strict=True):
         parameter.data = tensor
-    optimizer_state.restore_optimizer(optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
+    restore_optimizer(optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
     steps(resumed, optimizer, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
 
@@ -240,7 +241,7 @@ def test_a_signal_during_an_update_waits_for_its_end():
 
     def work() -> None:
         with interruptions.installed():
-            with interruptions.held():
+            with interruptions.deferred():
                 os.kill(os.getpid(), signal.SIGTERM)
                 order.append("the update went on")
             order.append("not reached")

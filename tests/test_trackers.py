@@ -15,8 +15,8 @@ from k5train.options.validation import TrackersConfig
 from k5train.runs.folder import Run, create_run, undone_if_refused
 from k5train.runs.metrics import Metrics
 from k5train.runs.trackers import check_trackers, open_trackers
-from k5train.training.loop import train
 from k5train.training.start import open_data
+from k5train.training.train import train
 from tests.runs import CONFIG, metrics_of, start_run
 
 RECIPE = {"lora": {"rank": 2}}
@@ -122,7 +122,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra_before_anything
     with pytest.raises(RunError, match="names wandb, which is not installed") as caught:
         check_trackers(TrackersConfig(use=("tensorboard", "wandb")))
     assert 'pip install "kandinsky5-lora[wandb]"' in caught.value.fix
-    monkeypatch.setattr("k5train.training.loop.load_base", None)
+    monkeypatch.setattr("k5train.training.train.load_base", None)
     config = replace(CONFIG, trackers=TrackersConfig(use=("wandb",)))
     with pytest.raises(RunError, match="names wandb"):
         start_run(tmp_path / "run", toy_cache("fp32"), toy_model, config)

@@ -25,9 +25,10 @@ from k5train.options.train import TrainConfig
 from k5train.options.validation import ValidationConfig
 from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses, nice_axis, smooth
-from k5train.training import held_out_loss, loop
-from k5train.training.held_out_loss import HeldOut, held_out_rows, hold_out, sigmas_of
+from k5train.training import held_out_loss
+from k5train.training.held_out_loss import HeldOutLoss, sigmas_of, split_off, split_rows
 from k5train.training.start import open_data, with_library
+from k5train.training.train import Result
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, go_on, metrics_of, start_run
 
@@ -71,20 +72,20 @@ def test_the_first_row_is_the_base_model_even_where_the_adapter_starts_from_a_lo
 
 
 def test_held_out_rows_are_never_trained_on_and_whole_images(cache):
-    data = hold_out(open_data(cache, CONFIG), 0.34)
-    split = data.sources[0].held_out
+    data = split_off(open_data(cache, CONFIG), 0.34)
+    split = data.sources[0].split
     assert len(split) == 2
     loader = Loader(data, CONFIG, 1.0)
     seen = {row for micro in range(loader.micro_batches(3)) for row in loader.rows_of(micro)}
     assert seen == set(range(6)) - split
-    flipped = held_out_rows(["a", "b", "a", "c", "b"], 0.3)  # rows of one image stay together
+    flipped = split_rows(["a", "b", "a", "c", "b"], 0.3)  # rows of one image stay together
     assert flipped in ({0, 2}, {1, 4}, {3})
 
 
 def test_a_choice_of_rows_hardly_changes_when_images_are_added():
     few = [f"image {i}" for i in range(100)]
     more = [*few, *(f"new {i}" for i in range(10))]
-    before, after = held_out_rows(few, 0.1), held_out_rows(more, 0.1)
+    before, after = split_rows(few, 0.1), split_rows(more, 0.1)
     assert len(before) == 10
     assert len(after & before) >= 8
 
@@ -97,11 +98,11 @@ def test_sigmas_of_a_row_lie_one_in_each_equal_part_and_never_change():
 
 
 def test_the_held_out_loss_is_the_flow_matching_loss_written_out(cache, toy_model):
-    data = hold_out(open_data(cache, CONFIG), 0.2)
+    data = split_off(open_data(cache, CONFIG), 0.2)
     scaling_factor = read_config(toy_model, "vae")["scaling_factor"]
     transformer = load_transformer(toy_model, "no_change", torch.float32, "cpu").eval()
-    measured = HeldOut(data, 2, scaling_factor).measure(partial(predict_velocity, transformer), torch.device("cpu"))
-    (item,) = data.sources[0].held_out
+    measured = HeldOutLoss(data, 2, scaling_factor).measure(partial(predict_velocity, transformer), torch.device("cpu"))
+    (item,) = data.sources[0].split
     row = data.first.row(item)
     text, latents = data.first.text(row.caption_keys[0]), data.first.latents(row.latent_key)["mean"].float()
     expected = []
@@ -150,7 +151,7 @@ def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls(tmp_path, cache
 
 
 def test_a_lora_that_was_never_better_than_the_base_is_not_called_the_best(tmp_path, capsys):
-    result = loop.Result(tmp_path / "a.safetensors", "a call", None, 9, 0.5, 0.6, 1.0, "steps", 0, 0.4321, 1.0)
+    result = Result(tmp_path / "a.safetensors", "a call", None, 9, 0.5, 0.6, 1.0, "steps", 0, 0.4321, 1.0)
     print_result(result)
     shown = capsys.readouterr()
     assert "never below the base's, 0.4321" in " ".join(shown.err.split())
@@ -201,7 +202,7 @@ def test_a_prompt_library_that_is_none_is_refused(tmp_path, text, problem):
 def test_a_split_that_leaves_nothing_is_refused(cache):
     assert "patience needs rows to measure on" in ValidationConfig(patience=2).check()[0]
     with pytest.raises(RecipeError, match="holds out 1 of 1 rows"):
-        hold_out(_OneRow(open_data(cache, CONFIG)), 0.5)
+        split_off(_OneRow(open_data(cache, CONFIG)), 0.5)
 
 
 class _OneRow:

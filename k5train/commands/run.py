@@ -11,7 +11,7 @@ from k5cache.shared import console
 from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, model_of_cache, read_recipe
 
 if TYPE_CHECKING:
-    from k5train.training.loop import Result
+    from k5train.training.train import Result
 
 
 def run(

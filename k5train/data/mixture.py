@@ -33,8 +33,8 @@ class Source:
     weight: float | None = None
     """Share of the rows of an epoch, relative to the weights of the other sources. None: in proportion to its size."""
     is_regularisation_data: bool = False
-    held_out: frozenset[int] = frozenset()
-    """Items of the cache that are not trained on."""
+    split: frozenset[int] = frozenset()
+    """Items of the cache that are not trained on: the validation split."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Mixture:
         offset = self._ends[number] - len(source.cache)
         buckets: dict[Size, list[int]] = {}
         for item, size in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
-            if item not in source.held_out:
+            if item not in source.split:
                 buckets.setdefault(size, []).append(offset + item)
         return buckets
 

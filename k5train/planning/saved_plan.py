@@ -14,7 +14,7 @@ from typing import Any
 from k5cache.shared import console
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5train.planning.memory import LEVELS, Plan, Streaming
-from k5train.runs.resume_state import Saved, broken
+from k5train.runs.resume_state import SavedState, broken
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def plan_facts(plan: Plan, deterministic: bool) -> dict[str, Any]:
     return {"plan": asdict(plan)} if deterministic else {}
 
 
-def read_saved_plan(saved: Saved | None, deterministic: bool) -> SavedPlan | None:
+def read_saved_plan(saved: SavedState | None, deterministic: bool) -> SavedPlan | None:
     """The plan that a run must go on with.
 
     Args:

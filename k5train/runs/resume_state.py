@@ -75,7 +75,7 @@ def save_state(
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A state on disk."""
 
     folder: Path
@@ -97,7 +97,7 @@ class Saved:
             raise broken(path, error) from error
 
 
-def latest_state(folder: Path) -> Saved | None:
+def latest_state(folder: Path) -> SavedState | None:
     """The state to go on from; None: the run was stopped before its first.
 
     Raises:
@@ -109,7 +109,7 @@ def latest_state(folder: Path) -> Saved | None:
     path = states[-1] / "state.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        return Saved(states[-1], Progress(**facts.pop("progress")), facts)
+        return SavedState(states[-1], Progress(**facts.pop("progress")), facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error) from error
 

@@ -1,1 +1,1 @@
-"""One run: start, loop, step, validation, resume."""
+"""One run from its command to its LoRA, and many of them on one base."""

@@ -1,7 +1,8 @@
-"""The held-out loss: how well the adapter does on images it was not trained on, at fixed noise, the same for every run.
+"""How well does the adapter do on images that it was not trained on?
 
-A training loss jumps with the sigma that each step draws. This one has the same (row, sigma, noise) triples at every
-measurement and in every run on the cache: a curve that turns up tells overfitting, and two runs can be compared.
+The training loss jumps with the sigma that each step draws. The held-out loss has the same (row, sigma, noise) triples
+at every measurement and in every run on the cache. A curve that turns up shows overfitting, and two runs can be
+compared.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ if TYPE_CHECKING:
     from k5train.training.step import Predict
 
 
-def hold_out(data: Mixture, share: float) -> Mixture:
-    """The same mixture, some of its first cache's rows not trained on.
+def split_off(data: Mixture, share: float) -> Mixture:
+    """The same mixture with a validation split: rows of its first cache that are not trained on.
 
     Raises:
-        RecipeError: nothing would be left on one of the two sides.
+        RecipeError: the split would be empty, or would be the whole cache.
     """
     first, *others = data.sources
-    held = held_out_rows(first.cache.columns("content_hash").column(0).to_pylist(), share)
-    if share and not 0 < len(held) < len(first.cache):
+    split = split_rows(first.cache.columns("content_hash").column(0).to_pylist(), share)
+    if share and not 0 < len(split) < len(first.cache):
         raise RecipeError(
-            f"train.validation.split of {share} holds out {len(held)} of {len(first.cache)} rows",
-            "Leave it at 0, or encode more images",
+            f"train.validation.split of {share} holds out {len(split)} of {len(first.cache)} rows",
+            "Set train.validation.split=0, or encode more images",
         )
-    return Mixture([replace(first, held_out=held), *others]) if held else data
+    return Mixture([replace(first, split=split), *others]) if split else data
 
 
-def held_out_rows(content_hashes: Sequence[str], share: float) -> frozenset[int]:
-    """Which rows are held out: whole images (a flip is the same image), chosen by their bytes alone.
+def split_rows(content_hashes: Sequence[str], share: float) -> frozenset[int]:
+    """The rows of the validation split, chosen by the bytes of their images alone.
 
-    Adding images to the cache keeps most of the choice, and no seed changes it.
+    All rows of an image are on the same side, because a flip is the same image. Adding images to the cache changes
+    little of the choice, and the seed of a run changes nothing.
     """
     images = sorted(set(content_hashes), key=lambda h: hashlib.sha256(f"held out/{h}".encode()).digest())
     count = max(1, round(share * len(images))) if share else 0
@@ -51,35 +53,40 @@ def held_out_rows(content_hashes: Sequence[str], share: float) -> frozenset[int]
 
 
 def sigmas_of(key: str, count: int) -> list[float]:
-    """``count`` noise levels for a row, one in each equal part of (0, 1), fixed by the row's key."""
+    """``count`` sigmas for a row, one in each equal part of (0, 1). The row's key decides them."""
     u = torch.rand(count, generator=_generator(key, "sigma")).tolist()
     return [(i + x) / count for i, x in enumerate(u)]
 
 
-class HeldOut:
-    """Measures the loss on the rows of a mixture that are held out.
+class HeldOutLoss:
+    """Measures the loss on the validation split of a mixture.
 
     Args:
-        data: from ``hold_out``.
-        num_sigmas: noise levels a row.
+        data: from ``split_off``.
+        num_sigmas: sigmas for each row.
         scaling_factor: of the VAE.
     """
 
     def __init__(self, data: Mixture, num_sigmas: int, scaling_factor: float) -> None:
         self.cache: Cache = data.first
-        self.rows = sorted(data.sources[0].held_out)
+        self.items = sorted(data.sources[0].split)
         self.num_sigmas, self.scaling_factor = num_sigmas, scaling_factor
+
+    @property
+    def num_passes(self) -> int:
+        """Forward passes of one measurement."""
+        return len(self.items) * self.num_sigmas
 
     @torch.no_grad()
     def measure(
         self, predict: Predict, device: torch.device, on_step: Callable[[], object] = lambda: None
     ) -> list[float]:
-        """The plain flow-matching loss in each part of (0, 1), low noise first: means over the held-out rows.
+        """The plain flow-matching loss in each part of (0, 1), low noise first: means over the rows of the split.
 
-        Each row has its first caption and the middle of its posterior; weights, masks and routes play no part.
+        Each row has its first caption and the mean of its posterior. Weights, masks and routes are not used.
         """
         sums = [0.0] * self.num_sigmas
-        for item in self.rows:
+        for item in self.items:
             row = self.cache.row(item)
             text = self.cache.text(row.caption_keys[0])
             embeds, pooled = text.prompt_embeds[None].to(device), text.pooled[None].to(device)
@@ -88,16 +95,16 @@ class HeldOut:
                 noise = torch.randn(latents.shape, generator=_generator(row.latent_key, "noise", i))
                 sums[i] += _loss(predict, latents.to(device), noise.to(device), sigma, embeds, pooled)
                 on_step()
-        return [total / len(self.rows) for total in sums]
+        return [total / len(self.items) for total in sums]
 
 
 def _loss(predict: Predict, latents: Tensor, noise: Tensor, sigma: float, embeds: Tensor, pooled: Tensor) -> float:
-    level = torch.tensor([sigma], device=latents.device)
-    velocity = predict(flow.add_noise(latents, noise, level), level, embeds, pooled)
+    sigmas = torch.tensor([sigma], device=latents.device)
+    velocity = predict(flow.add_noise(latents, noise, sigmas), sigmas, embeds, pooled)
     error = velocity.float() - flow.velocity_target(latents, noise)
     return error.square().mean().item()
 
 
-def _generator(*what: str | int) -> torch.Generator:
-    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+def _generator(*parts: str | int) -> torch.Generator:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

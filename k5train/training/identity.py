@@ -13,7 +13,7 @@ from k5cache.shared.recipe import to_dict
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 from k5train.planning.saved_plan import read_saved_plan
-from k5train.runs import resume_state
+from k5train.runs.resume_state import SavedState, differences
 
 if TYPE_CHECKING:
     from k5train.data.mixture import Mixture
@@ -50,7 +50,7 @@ def identity(data: Mixture, folder: Path, config: TrainConfig) -> dict[str, Any]
     return {"train": to_dict(config), **caches, "transformer": fingerprint(folder, "transformer")}
 
 
-def check_same(saved: resume_state.Saved, now: Mapping[str, Any]) -> None:
+def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
     """Refuse to go on with anything that changes the numbers.
 
     Raises:
@@ -60,7 +60,7 @@ def check_same(saved: resume_state.Saved, now: Mapping[str, Any]) -> None:
     free = [f"train.{name}" for name in may_change(saved, now["train"])]
     # A name, which an encode may note later; the weights that it stands for are compared by their fingerprints.
     free += [f"{name}.recipe.model.revision" for name in now if name.startswith("cache")]
-    differing = resume_state.differences(before, dict(now), free)
+    differing = differences(before, dict(now), free)
     for i, (field, _, _) in enumerate(line.partition(": ") for line in differing):
         if field.endswith(".rows"):  # two hashes say nothing
             differing[i] = f"{field.removesuffix('.rows')}: its images or captions are others now"
@@ -78,7 +78,7 @@ def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "train": train}
 
 
-def may_change(saved: resume_state.Saved, train: Mapping[str, Any]) -> set[str]:
+def may_change(saved: SavedState, train: Mapping[str, Any]) -> set[str]:
     """Fields of ``[train]`` that may be others than they were, with all below them.
 
     Args:

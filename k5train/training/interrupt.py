@@ -1,4 +1,4 @@
-"""When may Ctrl-C stop a run? Anywhere but inside an update, so that what is then saved is a step, whole."""
+"""When may Ctrl-C stop a run? Anywhere except inside an update, so that what is saved is always a whole step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from types import FrameType
 
 
 class Interruptions:
-    """Ctrl-C, and SIGTERM as a cluster sends it, rise as ``KeyboardInterrupt``; inside ``held`` they wait for its end.
+    """Turns Ctrl-C, and the SIGTERM that a cluster sends, into ``KeyboardInterrupt``.
 
-    A second one does not wait.
+    A signal inside ``deferred`` waits for the end of that block. A second signal does not wait.
     """
 
     def __init__(self) -> None:
-        self._is_held = False
-        self._waits = False
+        self._is_deferring = False
+        self._is_pending = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_held or self._waits:
+        if not self._is_deferring or self._is_pending:
             raise KeyboardInterrupt
-        self._waits = True
+        self._is_pending = True
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Answer the signals here until the end of the block; other threads than the main one cannot, and do not."""
+        """Handle the signals until the end of the block. Only the main thread can; in others this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -38,13 +38,13 @@ class Interruptions:
                 signal.signal(number, handler)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Finish this block first."""
-        self._is_held = True
+    def deferred(self) -> Iterator[None]:
+        """Finish this block before a signal stops the run."""
+        self._is_deferring = True
         try:
             yield
         finally:
-            self._is_held = False
-        if self._waits:
-            self._waits = False
+            self._is_deferring = False
+        if self._is_pending:
+            self._is_pending = False
             raise KeyboardInterrupt

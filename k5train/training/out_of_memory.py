@@ -21,7 +21,7 @@ def when_memory_ends(
     planned: Callable[[], Plan],
     save: Callable[[], Path | None],
     go_on: Callable[..., str],
-    must_keep: Callable[[], SavedPlan | None] = lambda: None,
+    saved_plan: Callable[[], SavedPlan | None] = lambda: None,
 ) -> AbstractContextManager[None]:
     """Turn running out of VRAM into an error that names the setting to change, with what was trained on disk.
 
@@ -30,7 +30,7 @@ def when_memory_ends(
         save: writes the adapter as it is, with what is needed to go on from it, and says where; None: there is nothing
             to save yet.
         go_on: the command to do it again, given what ``--set`` is to change.
-        must_keep: the plan that the run can only go on with, where there is one: advice to plan for less is none.
+        saved_plan: the plan that the run must go on with, if there is one. The advice is then not to plan for less.
 
     Raises:
         DoesNotFit: VRAM ended inside.
@@ -38,7 +38,7 @@ def when_memory_ends(
 
     def refuse(words: str) -> DoesNotFit:
         torch.cuda.empty_cache()
-        plan, saved, fixed = planned(), save(), must_keep()
+        plan, saved, fixed = planned(), save(), saved_plan()
         kept = f"; the LoRA so far is in {saved}" if saved else ""
         return DoesNotFit(
             f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{kept}",

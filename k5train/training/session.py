@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +17,12 @@ from k5train.adapter import targets
 from k5train.adapter.attach import add_lora
 from k5train.forward.load import execute
 from k5train.options.train import TrainConfig
-from k5train.planning.plan import announce, largest_sizes, leaner_budget, plan_for
-from k5train.runs import resume_state
-from k5train.training import optimizer_state
+from k5train.planning.plan import announce, leaner_budget, plan_for
+from k5train.runs.resume_state import SavedState
 from k5train.training.average import Ema
 from k5train.training.base import Base
 from k5train.training.optimizer import make_optimizer, settled
+from k5train.training.optimizer_state import optimizer_state, restore_optimizer
 from k5train.training.step import exploded, update
 
 if TYPE_CHECKING:
@@ -69,11 +68,11 @@ class Session:
 
     def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """What ``state.save_state`` writes of it: tensors by part, and the optimizer's plain values."""
-        tensors, plain = optimizer_state.optimizer_state(self.optimizer, list(self.parameters))
+        tensors, plain = optimizer_state(self.optimizer, list(self.parameters))
         parts: dict[str, Mapping[str, Tensor]] = {"adapter": self.parameters, "optimizer": tensors}
         return parts | ({"ema": self.ema.state_dict()} if self.ema else {}), {"optimizer": plain}
 
-    def restore(self, saved: resume_state.Saved) -> None:
+    def restore(self, saved: SavedState) -> None:
         """Bring back what ``parts`` gave.
 
         Raises:
@@ -88,9 +87,8 @@ class Session:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapter[name])
-        optimizer_state.restore_optimizer(
-            self.optimizer, list(self.parameters), saved.tensors("optimizer"), saved.facts["optimizer"]
-        )
+        names = list(self.parameters)
+        restore_optimizer(self.optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
         if self.ema:
             self.ema.load_state_dict(saved.tensors("ema"))
 
@@ -99,7 +97,7 @@ class Session:
         self.base.transformer.unload_lora()
 
 
-def attach(base: Base, config: TrainConfig, saved: resume_state.Saved | None) -> Session:
+def attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
     """Put the recipe's adapter on the base, at its start or as it was saved.
 
     Raises:
@@ -114,7 +112,7 @@ def attach(base: Base, config: TrainConfig, saved: resume_state.Saved | None) ->
         raise
 
 
-def _attach(base: Base, config: TrainConfig, saved: resume_state.Saved | None) -> Session:
+def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
     console.note(targets.describe(add_lora(base.transformer, config.lora, config.seed)))
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)
@@ -126,34 +124,22 @@ def _attach(base: Base, config: TrainConfig, saved: resume_state.Saved | None) -
     return session
 
 
-def leaner(session: Session, config: TrainConfig, data: Mixture) -> Session | None:
-    """The session with a plan for a twelfth less VRAM: what the first step found missing.
+def plan_for_less(session: Session, config: TrainConfig) -> Session | None:
+    """The session with a plan for a twelfth less VRAM, after its first step ran out of it.
 
     Returns:
-        None where the recipe fixes what is kept, or where weights would have to move.
+        None if the recipe fixes what blocks keep, or if no leaner plan can be applied without moving weights.
     """
     base, budget = session.base, leaner_budget(session.base.plan)
-    if budget is None or config.memory.activations != "auto":
+    if budget is None or base.plan.sizes is None or config.memory.activations != "auto":
         return None
-    sizes = largest_sizes(*(source.cache for source in data.sources))
     try:
-        again = plan_for(base.transformer.config, config, base.device, sizes, budget)
+        plan = plan_for(base.transformer.config, config, base.device, base.plan.sizes, budget)
     except DoesNotFit:
         return None
-    if again.streaming:
+    if plan.streaming:
         return None
     console.warn("The first step needed more VRAM than planned: planning for less")
-    announce(again)
-    execution = execute(base.transformer, config, base.device, again, base.any_rank)
-    return replace(session, base=replace(base, plan=again), execution=execution)
-
-
-class Clock:
-    """Seconds that a run took, earlier attempts included."""
-
-    def __init__(self, spent: float) -> None:
-        self._start = time.monotonic() - spent
-
-    def seconds(self) -> float:
-        """Until now."""
-        return time.monotonic() - self._start
+    announce(plan)
+    execution = execute(base.transformer, config, base.device, plan, base.any_rank)
+    return replace(session, base=replace(base, plan=plan), execution=execution)

@@ -19,9 +19,9 @@ from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
 from k5train.runs.folder import Run, create_run, free_name, is_held, open_run, undone_if_refused, write_recipe
-from k5train.runs.resume_state import Saved, differences, latest_state
+from k5train.runs.resume_state import SavedState, differences, latest_state
 from k5train.training.identity import depends_on_the_last_step
-from k5train.training.loop import Result, train
+from k5train.training.train import Result, train
 
 PARTS = ("transformer", "vae", "scheduler")
 
@@ -112,7 +112,7 @@ def _as_moved(entries: Sequence[DataConfig], lost: Sequence[str]) -> str:
     return f"[{', '.join(tables)}]"
 
 
-def check_may_go_on(run: Run, config: TrainConfig, saved: Saved) -> None:
+def check_may_go_on(run: Run, config: TrainConfig, saved: SavedState) -> None:
     """Refuse a run that would end at once for the reason for which it ended.
 
     Raises:
@@ -131,7 +131,7 @@ def check_may_go_on(run: Run, config: TrainConfig, saved: Saved) -> None:
         )
 
 
-def further(run: Run, config: TrainConfig, data: Mixture, saved: Saved) -> str:
+def further(run: Run, config: TrainConfig, data: Mixture, saved: SavedState) -> str:
     """What to do with a finished run that is not enough."""
     if not depends_on_the_last_step(to_dict(config)):
         more = console.command("k5train", "resume", run.root, set=f"train.steps={2 * saved.progress.step}")

@@ -25,15 +25,15 @@ from k5cache.shared.recipe import parse, set_option, to_dict
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
-from k5train.planning.plan import largest_sizes, plan_for
+from k5train.planning.plan import largest_sizes, plan_for, plan_training
 from k5train.planning.saved_plan import SavedPlan, read_saved_plan
 from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.resume_state import differences, latest_state
 from k5train.training.base import load_base
 from k5train.training.device import pick_device
-from k5train.training.loop import train
 from k5train.training.start import PARTS, open_data, with_library
+from k5train.training.train import train
 
 # What the shared base and its caches are made by.
 FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
@@ -122,8 +122,9 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, runs: Sequence[Sett
         run = _open(out / setting.label, data, model, setting.config)
         if not run.is_finished:
             if base is None:
-                kept = _kept(out, runs)
-                base = load_base(data, folder, most, pick_device(most.device, folder), any_rank, kept)
+                device, sizes = pick_device(most.device, folder), largest_sizes(*(s.cache for s in data.sources))
+                plan = plan_training(folder, most, device, sizes, _saved_plan(out, runs))
+                base = load_base(folder, most, device, plan, any_rank)
             if before is not None and not run.samples(0).exists():
                 _bring(before.samples(0), run.samples(0))
             try:
@@ -228,11 +229,11 @@ def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) ->
     return run
 
 
-def _kept(out: Path, runs: Sequence[Setting]) -> SavedPlan | None:
+def _saved_plan(out: Path, runs: Sequence[Setting]) -> SavedPlan | None:
     """The plan of a run that was stopped here and goes on only with it: then the others' too, on one base."""
     unfinished = [(run, s.config) for s in runs if not (run := Run(out / s.label)).is_finished]
-    found = (read_saved_plan(latest_state(run.state), config.deterministic) for run, config in unfinished)
-    return next((kept for kept in found if kept), None)
+    plans = (read_saved_plan(latest_state(run.state), config.deterministic) for run, config in unfinished)
+    return next((plan for plan in plans if plan), None)
 
 
 def _bring(source: Path, target: Path) -> None:

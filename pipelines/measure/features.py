@@ -39,7 +39,7 @@ from k5train.planning.plan import largest_sizes, plan_for
 from k5train.runs.folder import create_run
 from k5train.runs.metrics import read_metrics
 from k5train.training.base import Base
-from k5train.training.loop import train
+from k5train.training.train import train
 from pipelines.measure import command_line
 from pipelines.measure.random_inputs import CAPTION_LENGTHS, model_folder, write_cache
 

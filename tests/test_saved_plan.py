@@ -20,9 +20,9 @@ from k5train.planning import memory, vram
 from k5train.planning.memory import Plan, Streaming
 from k5train.planning.saved_plan import SavedPlan
 from k5train.runs.resume_state import latest_state
-from k5train.training import loop, session
 from k5train.training import sweep as sweeping
-from k5train.training.base import Base, follow
+from k5train.training import train as train_file
+from k5train.training.which_plan import plan_on_shared_base
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
 
@@ -154,7 +154,7 @@ def test_the_vram_to_plan_for_may_change_and_the_plan_does_not(tmp_path, cache, 
         go_on(tmp_path / "run", steps=6, memory=MemoryConfig("800MB", execution="eager"))
 
 
-def test_a_state_of_before_plans_were_kept_goes_on_with_a_warning_and_keeps_the_new_one(
+def test_a_state_of_before_plans_were_saved_goes_on_with_a_warning_and_saves_the_new_one(
     tmp_path, cache, toy_model, free, plans, capsys
 ):
     free(SOME)
@@ -180,8 +180,13 @@ def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
     assert document["plan"]["sizes"] == [18, 14]
     document["plan"]["sizes"] = [20, 30]  # as of a larger picture, which no row names any more
     path.write_text(json.dumps(document))
-    kernels_for, determinism = [], loop.determinism
-    monkeypatch.setattr(loop, "determinism", lambda is_on, what: kernels_for.append(what) or determinism(is_on, what))
+    kernels_for, determinism = [], train_file.determinism
+
+    def noting(is_on, compiled_for):
+        kernels_for.append(compiled_for)
+        return determinism(is_on, compiled_for)
+
+    monkeypatch.setattr(train_file, "determinism", noting)
     go_on(tmp_path / "run", steps=4)
     assert plans[1].sizes == (20, 30)
     assert kernels_for == [((20, 30), EXACT.lora)]
@@ -222,7 +227,7 @@ def run_out_once(monkeypatch) -> None:
     monkeypatch.setattr(Execution, "warm_up", failing)
 
 
-def test_a_plan_that_the_first_step_made_leaner_is_the_one_that_is_kept(
+def test_a_plan_that_the_first_step_made_leaner_is_the_one_that_is_saved(
     tmp_path, cache, toy_model, free, plans, monkeypatch
 ):
     free(PLENTY)
@@ -257,7 +262,7 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_result", crash)  # after the last step: the state is there, the run is not finished
+        patched.setattr(train_file, "_result", crash)  # the last state is saved, the run is not finished
         free(SOME)
         with pytest.raises(Stop):
             sweeping.sweep(cache, out, model, runs)
@@ -270,13 +275,10 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
 
 
 def test_a_shared_base_takes_a_runs_own_levels_but_not_its_own_streaming(tmp_path):
-    def base(streaming: Streaming | None) -> Base:
-        plan = Plan(ALL, streaming, {"weights": 100}, 200, 0, (18, 14))
-        return Base(torch.nn.Module(), torch.device("cpu"), plan)
-
-    kept = SavedPlan(tmp_path / "run", Plan(IN_SOME, None, {"weights": 90}, 150, 0, (18, 14)))
-    assert follow(base(None), None).plan.levels == ALL
-    assert follow(base(None), kept).plan == replace(kept.plan, budget=200)
-    with pytest.raises(RunError, match="other weights streamed") as caught:
-        follow(base(Streaming(3)), kept)
+    shared = Plan(ALL, None, {"weights": 100}, 200, 0, (18, 14))
+    saved_plan = SavedPlan(tmp_path / "run", Plan(IN_SOME, None, {"weights": 90}, 150, 0, (18, 14)))
+    assert plan_on_shared_base(shared, None) == shared
+    assert plan_on_shared_base(shared, saved_plan) == replace(saved_plan.plan, budget=200)
+    with pytest.raises(RunError, match="streams other weights") as caught:
+        plan_on_shared_base(replace(shared, streaming=Streaming(3)), saved_plan)
     assert f"k5train resume {tmp_path / 'run'}" in caught.value.fix

@@ -1,0 +1,140 @@
+"""One run, from the checks before anything is loaded to the finished LoRA and its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from k5cache.shared import console
+from k5cache.shared.checkpoint import read_config
+from k5cache.shared.files import write_json
+from k5train.adapter.who_loads import call_for, compare_saved
+from k5train.base.quantize import empty_transformer
+from k5train.data.compatible import check_fit
+from k5train.data.loader import Loader
+from k5train.data.mixture import Mixture
+from k5train.objective.tread import check_routes
+from k5train.options.train import TrainConfig
+from k5train.pictures.sample import inference_sigmas
+from k5train.runs.folder import Run, hold
+from k5train.runs.metrics import read_metrics
+from k5train.runs.resume_state import Progress, latest_state
+from k5train.runs.trackers import check_trackers
+from k5train.training.base import Base, load_base
+from k5train.training.determinism import determinism
+from k5train.training.device import pick_device
+from k5train.training.held_out_loss import split_off
+from k5train.training.identity import check_same, identity
+from k5train.training.loop import Loop
+from k5train.training.session import attach
+from k5train.training.validation import Validation
+from k5train.training.which_plan import decide_plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves behind."""
+
+    lora: Path
+    loads_by: str
+    """How diffusers loads it. The saved file was loaded that way and compared."""
+    grid: Path | None
+    steps: int
+    first_loss: float
+    last_loss: float
+    """Mean over the first and over the last tenth of the steps, because the loss of one step jumps with its sigma."""
+    seconds: float
+    ended_by: str
+    """``steps``, ``max_hours`` or ``patience``."""
+    best_step: int | None
+    best_loss: float | None
+    """The lowest held-out loss and its step. The LoRA of that step is ``<name>-best.safetensors``."""
+    seconds_to_start: float
+    """From the call of ``train`` until everything was ready for the first step."""
+
+
+def train(
+    data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None,
+    accepted: Callable[[], object] | None = None,
+) -> Result:  # fmt: skip
+    """Train one LoRA. A run with a saved state goes on from there.
+
+    Args:
+        folder: the checkpoint. Only ``transformer`` is read, and ``scheduler`` and ``vae`` for pictures.
+        base: the loaded transformer that several runs share. It is returned to its state without an adapter.
+        accepted: called before the first step, when nothing more can be refused.
+
+    Raises:
+        CacheStale: the cache does not fit the transformer.
+        DoesNotFit: no plan fits, which is found before anything is loaded; or VRAM ran out all the same, and the LoRA
+            is saved.
+        RunError: there is no GPU for a full-size model, the loss is not finite, or the run was started differently.
+        KeyboardInterrupt: Ctrl-C. The state is saved.
+    """
+    called = time.monotonic()
+    device = base.device if base else pick_device(config.device, folder)
+    check_fit(data.first, folder)
+    check_trackers(config.trackers)
+    data = split_off(data, config.validation.split)
+    with hold(run):
+        saved = latest_state(run.state)
+        run_identity = identity(data, folder, config)
+        if saved:
+            check_same(saved, run_identity)
+        plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
+        with determinism(config.deterministic, (plan.sizes, config.lora)):
+            validation = Validation(data, folder, config, run)
+            loader, config = open_loader(data, folder, config)
+            base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
+            with closing(attach(base, config, saved)) as session:
+                # Whatever is refused before this line leaves a finished run as it is.
+                run.result.unlink(missing_ok=True)
+                if accepted:
+                    accepted()
+                progress = replace(saved.progress) if saved else Progress()
+                if saved:
+                    console.note(f"Going on from step {progress.step}")
+                loop = Loop(data, config, run, session, loader, validation, progress, run_identity)
+                ended_by = loop.run_to_end()
+                result = _result(run, progress, config, ended_by, loop.ready - called)
+                names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
+                write_json(run.result, {**asdict(result), **names})
+                with session.settled():
+                    compare_saved(run.lora, base.transformer, empty_transformer(folder), call_for(config.lora.algo))
+    return result
+
+
+def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:
+    """The batches of a run, and its recipe with ``epochs`` translated to ``steps``.
+
+    Raises:
+        RecipeError: a TREAD route does not fit the transformer, or the recipe uses masks and the cache has none.
+    """
+    check_routes(config.tread.routes, read_config(folder, "transformer")["num_visual_blocks"])
+    scaling_factor = read_config(folder, "vae")["scaling_factor"]
+    if config.epochs is not None:
+        micro_batches = Loader(data, config, scaling_factor).micro_batches(config.epochs)
+        config = replace(config, steps=-(-micro_batches // config.gradient_accumulation_steps))
+    grid = inference_sigmas(folder, config.rollout.num_inference_steps) if config.rollout.probability else None
+    return Loader(data, config, scaling_factor, grid), config
+
+
+def _result(run: Run, progress: Progress, config: TrainConfig, ended_by: str, seconds_to_start: float) -> Result:
+    losses = [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
+    tenth = max(1, len(losses) // 10)
+    return Result(
+        lora=run.lora,
+        loads_by=call_for(config.lora.algo),
+        grid=run.grid if config.validation.prompts else None,
+        steps=progress.step,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+        seconds=progress.seconds,
+        ended_by=ended_by,
+        best_step=progress.best_step,
+        best_loss=progress.best_loss,
+        seconds_to_start=seconds_to_start,
+    )
