@@ -133,6 +133,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     # The import takes 0.4 s, and only the first use of a checkpoint needs it.
     from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
 
+    scale = AbsmaxOptimizer()(weight, qtype=qint8, axis=0)
     quantized = quantize_weight(weight, qtype=qint8, axis=0, scale=scale, optimized=False)
     return quantized._data, quantized._scale.reshape(-1, 1)
 
