@@ -9,8 +9,8 @@ import pytest
 
 from k5cache.bench import encoding
 from k5cache.bench.encoding import Sizes, bench
-from k5cache.encoders import speed
 from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model
+from k5cache.shared import vram
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**FULL_TEXT, **TINY, "num_key_value_heads": 2,
@@ -23,7 +23,7 @@ SIZES = Sizes(
 
 
 def test_a_full_size_encoder_is_not_loaded_onto_a_card_that_is_too_small(monkeypatch):
-    monkeypatch.setattr(speed, "free_vram", lambda _: 12 * 2**30)
+    monkeypatch.setattr(vram, "free_card", lambda _: 12 * 2**30)
     found = encoding.Found()
     assert not encoding.has_room(found, "the whole text encoder", encoding.whole_text_bytes(Sizes()), "cuda")
     assert found.rows == [("the whole text encoder", "not measured", "it takes 16.2 GiB of VRAM, 12.0 GiB are free")]

@@ -25,6 +25,7 @@ from k5cache.encoders.random_model import as_pipeline, write_model, write_pictur
 from k5cache.shared import console
 from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import K5Error
+from k5cache.shared.vram import limit_to_card, release
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +85,9 @@ def whole_vae_bytes(sizes: Sizes) -> int:
 
 def has_room(found: Found, what: str, num_bytes: int, device: str) -> bool:
     """Whether the device holds so much; a line where it does not."""
-    from k5cache.encoders import speed
+    from k5cache.shared import vram
 
-    free = speed.free_vram(device)
+    free = vram.free_card(device)
     if free is None or num_bytes <= free:
         return True
     found.add(what, "not measured", f"it takes {human_bytes(num_bytes)} of VRAM, {human_bytes(free)} are free")
@@ -216,11 +217,11 @@ def compare_streamed(
     """Time, memory and bits of one way to batch."""
     import torch
 
-    from k5cache.encoders import qwen, speed, streaming
+    from k5cache.encoders import qwen, streaming
 
     made = plan_streamed(sizes, tokens, batching, device)
     options: dict[str, Any] = {"exact": batching == "exact", "batch_tokens": made.batch_tokens}
-    speed.limit_vram(device, sizes.vram)
+    limit_to_card(device, sizes.vram)
     encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
     read, _ = timed(device, lambda: [None for _ in qwen.read_layers(encoder, reuse=True)])
     held = encoder.embeddings.shape[1] * 2 * sum(t.n_tokens for t in tokens)  # the bench keeps what a shard would get
@@ -248,7 +249,7 @@ def compare_streamed(
                   f"besides results; {began[0] - start:.2f} s before the layers, {layers:.2f} s in them; planned on "
                   f"the {made.parking}, {human_bytes(made.vram)}",
                   **{f"streamed_{batching}_{name}": (seconds, peak, host)})  # fmt: skip
-    speed.limit_vram(device, None)
+    limit_to_card(device, None)
     if not is_whole:
         found.add(f"reading the layers, {batching}", f"{read:.2f} s", "", **{f"read_{batching}": read})
         return
@@ -291,7 +292,7 @@ def first_pass(root: Path, sizes: Sizes, mode: str, device: str) -> float:
     """Seconds of the exact pass over all captions: "streamed" within the cap, or "resident" once it is loaded."""
     import torch
 
-    from k5cache.encoders import qwen, speed, streaming
+    from k5cache.encoders import qwen, streaming
 
     with torch.no_grad():
         tokens = tokenized(None, root, make_captions(sizes.tokens, sizes.num_captions), device)
@@ -300,7 +301,7 @@ def first_pass(root: Path, sizes: Sizes, mode: str, device: str) -> float:
         if mode == "resident":
             whole = qwen.load_qwen(root, device, torch.bfloat16)
             return timed(device, lambda: collect(qwen.iter_prompt_embeds(whole, tokens, **options)))[0]
-        speed.limit_vram(device, sizes.vram)
+        limit_to_card(device, sizes.vram)
         encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
         parked = partial(streaming.stream_prompt_embeds, encoder, tokens, parking=made.parking, **options)
         return timed(device, lambda: collect(parked()))[0]
@@ -380,8 +381,6 @@ def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[st
 
 def freed(found: Found, what: str, device: str) -> None:
     """Whether VRAM is what it was before the first encoder."""
-    from k5cache.encode.one_encoder import release
-
     release(device)
     now, start = in_use(device), found.values["vram_at_start"]
     found.add(f"freed after {what}", f"{human_bytes(now)} allocated by torch, {human_bytes(start)} at the start",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.shared.vram import release
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,8 +46,6 @@ def in_use(device: str) -> int:
 def reset_peak(device: str) -> None:
     """Begin to watch VRAM."""
     import torch
-
-    from k5cache.encode.one_encoder import release
 
     release(device)
     if device != "cpu":
