@@ -7,11 +7,11 @@ import struct
 import numpy as np
 import pytest
 import torch
-from picture_files import BLACK, BLUE, GREEN, RED, WHITE, chunk, colour, png, tiff, whole
 from PIL import Image, ImageCms
 
 from k5cache.buckets import Bucket, cover
 from k5cache.sources.images import load_many
+from tests.picture_files import BLACK, BLUE, GREEN, RED, WHITE, chunk, colour, png, tiff, whole
 
 
 def test_transparent_pixels_lie_on_white(tmp_path):

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from store_samples import index_row
-from workshop import Workshop
 
 from k5cache.bench import reading
 from k5cache.buckets import Bucket, Geometry
@@ -32,6 +30,8 @@ from k5cache.store.tensors import TensorSpec
 from k5cache.upkeep import show
 from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
+from tests.store_samples import index_row
+from tests.workshop import Workshop
 
 
 @pytest.fixture(scope="module")

@@ -95,12 +95,12 @@ INT8 = PLAIN._replace(int8_dynamic=True)
 @pytest.mark.parametrize(
     "cases",
     [
-        [("nothing", PLAIN), ("selective", PLAIN), ("nothing", PLAIN)],
+        [("nothing", PLAIN), ("nothing", PLAIN)],
         pytest.param(
             [("nothing", PLAIN), ("selective", PLAIN), ("nothing", INT8), ("nothing", PLAIN)], marks=pytest.mark.slow
         ),
     ],
-    ids=["by level", "by level and arithmetic"],
+    ids=["one block", "three blocks"],
 )
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monkeypatch, cases):

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,8 +16,6 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
-from workshop import Workshop
 
 from k5cache.buckets import Bucket
 from k5cache.cli import app
@@ -34,15 +30,16 @@ from k5cache.upkeep.gc import collect
 from k5cache.upkeep.merge import merge_caches
 from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
+from tests.crash_trials import kill_encodes
+from tests.store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
+from tests.workshop import Workshop
 
 
 @pytest.mark.parametrize("num_kills", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_one(tmp_path, toy_model, num_kills):
-    command = [sys.executable, "-m", "tests.crash_trials", toy_model, tmp_path / "trials", str(num_kills)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["killed"] == num_kills
+def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_one(
+    tmp_path, toy_model, num_kills, monkeypatch
+):
+    assert kill_encodes(toy_model, tmp_path, num_kills, monkeypatch) == num_kills
 
 
 SMALL = {"mean": TensorSpec("float16", (2, 2, 16))}

@@ -254,8 +254,14 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("algo", WAYS)
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+@pytest.mark.parametrize(
+    ("precision", "algo"),
+    [
+        *(("no_change", algo) for algo in WAYS),
+        ("int8-quanto", "dora"),  # the only one that reads the base's weights
+        *(pytest.param("int8-quanto", algo, marks=pytest.mark.slow) for algo in WAYS if algo != "dora"),
+    ],
+)
 def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     tmp_path, toy_cache, toy_model, empty, monkeypatch, algo, precision
 ):

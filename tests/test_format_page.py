@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
-from store_samples import make_cache
 
 import k5cache
+from tests.store_samples import make_cache
 
 NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "uint8": "u1"}
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from workshop import Workshop
 
 from k5cache.cli import app as cache_app
 from k5cache.encode import differences
@@ -23,6 +22,7 @@ from k5cache.shared.model import FLAVOURS, ModelConfig, model_of
 from k5cache.store.manifest import read_manifest, write_manifest
 from k5train.cli import app
 from tests.cli import Cli
+from tests.workshop import Workshop
 
 PARTS = ("transformer", "vae", "scheduler")
 COMMIT, NEWER = "1111aaaa" * 5, "2222bbbb" * 5

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from picture_files import BLACK, BLUE, GREEN, RED, chunk, png, whole
 from PIL import Image
 
 from k5cache.buckets import Bucket, cover
@@ -23,6 +22,7 @@ from k5cache.sources import images
 from k5cache.sources.folder import find_items
 from k5cache.sources.images import hash_content, image_size, load_many, load_pixels
 from k5cache.sources.items import Skipped, UnreadableImage
+from tests.picture_files import BLACK, BLUE, GREEN, RED, chunk, png, whole
 
 CONFIG = CacheConfig()
 

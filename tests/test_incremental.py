@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from workshop import Workshop
 
 from k5cache.encode import image_pass, update
 from k5cache.encode import request as asking
@@ -29,6 +28,7 @@ from k5cache.sources import images
 from k5cache.store.manifest import read_manifest
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
+from tests.workshop import Workshop
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from k5train.planning import memory, vram
 from k5train.planning.memory import Plan, Streaming
 from k5train.planning.saved_plan import SavedPlan
 from k5train.runs.resume_state import latest_state
-from k5train.training import sweep as sweeping
 from k5train.training import train as train_file
+from k5train.training.sweep import sweep
+from k5train.training.sweep_runs import SweepRun
 from k5train.training.which_plan import plan_on_shared_base
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
@@ -253,7 +254,7 @@ class Stop(Exception):
 def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
     tmp_path, cache, toy_model, free, plans, monkeypatch
 ):
-    runs = [sweeping.Setting(f"rank={rank}", replace(EXACT, steps=4, lora=replace(EXACT.lora, rank=rank)))
+    runs = [SweepRun(f"rank={rank}", replace(EXACT, steps=4, lora=replace(EXACT.lora, rank=rank)))
             for rank in (2, 4)]  # fmt: skip
     model = ModelConfig(path=str(toy_model))
     out = tmp_path / "out"
@@ -265,10 +266,10 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
         patched.setattr(train_file, "_result", crash)  # the last state is saved, the run is not finished
         free(SOME)
         with pytest.raises(Stop):
-            sweeping.sweep(cache, out, model, runs)
+            sweep(cache, out, model, runs)
     assert document_of(out / "rank=2")["plan"]["levels"] == list(plans[0].levels)
     free(PLENTY)
-    rows, _ = sweeping.sweep(cache, out, model, runs)
+    rows, _ = sweep(cache, out, model, runs)
     assert [row.problem for row in rows] == [None, None]
     assert [plan.levels for plan in plans] == [plans[0].levels] * 3
     assert plans[0].levels != ALL

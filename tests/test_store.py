@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from store_samples import CAPTIONS, LATENTS, TEXT, index_row, latents_row, make_cache, text_row
 
 import k5cache
 from k5cache.shared.errors import CacheError
@@ -23,6 +22,7 @@ from k5cache.store.index import index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, read_manifest, write_manifest
 from k5cache.store.shards import ShardWriter, read_keys, verify_shard
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
+from tests.store_samples import CAPTIONS, LATENTS, TEXT, index_row, latents_row, make_cache, text_row
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
 
 from k5cache.shared.errors import CacheCorrupt, CacheError, CacheLocked
 from k5cache.store import tables
@@ -29,6 +28,7 @@ from k5cache.store.index import SCHEMA, with_index
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, encode_document, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.shards import Shard, ShardWriter, verify_shard
+from tests.store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
 
 
 def read_everything(root: Path) -> None:

@@ -17,7 +17,9 @@ from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
 from k5train.training import session
-from k5train.training import sweep as sweeping
+from k5train.training.start import open_data
+from k5train.training.sweep import most_demanding
+from k5train.training.sweep_runs import sweep_runs
 from tests.cli import Cli
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, lora_of, same, start_run
@@ -148,9 +150,10 @@ def test_the_plan_is_that_of_the_run_that_takes_most(toy_cache, toy_model):
     small = replace(CONFIG, base_model_precision="int8-quanto", lora=LoraConfig(rank=8, targets=("qkv",)))
     wide = replace(small, lora=LoraConfig(rank=8, targets=("official",)))
     averaged = replace(wide, optim=replace(CONFIG.optim, ema_decay=0.9))
+    data = open_data(toy_cache("fp32"), small)
     bad = replace(small, lora=LoraConfig(rank=64, targets=("nonesuch",)))
     plain = replace(wide, optim=replace(CONFIG.optim, ema_decay=0.0))
-    assert sweeping._largest(toy_cache("fp32"), toy_model, [small, plain, averaged, bad]) == averaged
+    assert most_demanding(data, toy_model, [small, plain, averaged, bad]) == averaged
 
 
 def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
@@ -170,14 +173,14 @@ def test_a_list_names_its_runs_and_lays_them_over_the_recipe(tmp_path):
         '[[run]]\nname = "small"\ntrain.lora.rank = 4\n[[run]]\nname = "long one"\ntrain.steps = 7\n'
     )
     document = {"train": {"lora": {"rank": 8, "alpha": 4}}}
-    _, runs = sweeping.settings(document, [], tmp_path / "runs.toml", None)
+    _, runs = sweep_runs(document, [], tmp_path / "runs.toml", None)
     assert [(r.label, r.config.lora.rank, r.config.lora.alpha, r.config.steps) for r in runs] == [
         ("small", 4, 4.0, 1000), ("long_one", 8, 4.0, 7)]  # fmt: skip
 
 
 def test_values_of_a_grid_may_be_lists():
     grid = ['train.lora.targets=["qkv"],["attention","qkv"]', "train.optim.betas=[0.9, 0.99]"]
-    _, runs = sweeping.settings({}, grid, None, None)
+    _, runs = sweep_runs({}, grid, None, None)
     assert [(r.config.lora.targets, r.config.optim.betas) for r in runs] == [
         (("qkv",), (0.9, 0.99)), (("attention", "qkv"), (0.9, 0.99))]  # fmt: skip
 
@@ -195,9 +198,9 @@ def test_values_of_a_grid_may_be_lists():
 )
 def test_a_grid_that_cannot_be_run_is_refused(grid, problem):
     with pytest.raises(RecipeError, match=problem):
-        sweeping.settings({}, grid, None, None)
+        sweep_runs({}, grid, None, None)
 
 
 def test_both_a_grid_and_a_list_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="not both"):
-        sweeping.settings({}, ["train.steps=1,2"], Path("runs.toml"), None)
+        sweep_runs({}, ["train.steps=1,2"], Path("runs.toml"), None)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.progress import Progress, TaskID
-from workshop import Workshop
 
 from k5cache.encode import update
 from k5cache.encode.encode import encode_source
@@ -24,6 +23,7 @@ from k5cache.shared.errors import CacheStale, ModelError
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, unchanged
 from k5cache.store.manifest import read_manifest
+from tests.workshop import Workshop
 
 
 @pytest.fixture(scope="module")
