@@ -15,7 +15,7 @@ from k5cache.shared import console
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -23,7 +23,7 @@ class Done:
 
 
 class Cli:
-    """Commands run in one folder."""
+    """Runs commands in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

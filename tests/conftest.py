@@ -38,7 +38,7 @@ def _spare_the_collector():
 
 
 def spare_the_collector() -> None:
-    """Collect garbage once more, then leave everything that is alive out of later collections."""
+    """Collect garbage once, then leave everything that is still alive out of later collections."""
     gc.collect()
     gc.freeze()
 

@@ -63,7 +63,7 @@ def kill_encodes(model: Path, folder: Path, num_kills: int, patch: pytest.Monkey
         child = in_child(lambda: encode(shop))
         time.sleep(random_delay.uniform(0, duration))
         is_killed = child.kill()
-        duration *= 1.05 if is_killed else 0.8  # the machine may be faster or slower by now: one in five comes too late
+        duration *= 1.05 if is_killed else 0.8  # follow the speed of the machine: about one kill in five comes too late
         num_killed += is_killed
         check_readable(shop)
         encode_again(shop, expected)
@@ -74,7 +74,7 @@ def kill_encodes(model: Path, folder: Path, num_kills: int, patch: pytest.Monkey
 
 
 def encode(shop: Workshop) -> None:
-    """With a shard a row: as many commits as there can be."""
+    """Encode with one row in each shard, so that there are as many commits as possible."""
     shop.encode("a fox", shard_mb=0)
 
 
@@ -89,7 +89,7 @@ def check_readable(shop: Workshop) -> None:
 
 
 def encode_again(shop: Workshop, expected: dict[str, list[torch.Tensor]]) -> None:
-    """Encode again, undisturbed: the cache is clean and has the rows of a run that nothing disturbed."""
+    """Encode again without a kill: the cache is clean and has the same rows as one whose encode was never killed."""
     encode(shop)
     assert verify_cache(shop.root).problems == ()
     rows = rows_of(shop.cache)
@@ -118,12 +118,12 @@ class Child:
         self.pid = pid
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for its end; returns the exit code."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def kill(self) -> bool:
         """Send SIGKILL; returns whether the process was still running."""
-        os.kill(self.pid, signal.SIGKILL)  # not waited for yet: the id is still its own
+        os.kill(self.pid, signal.SIGKILL)  # safe: nobody has waited for it, so the id is not reused
         return self.wait() == -signal.SIGKILL
 
 

@@ -1,4 +1,4 @@
-"""What do the tests of k5-micro share? Its caches, a short run by the demo's recipe, and losses at fixed noise."""
+"""What the tests of k5-micro share: its caches, short runs of the demo's recipe, and losses at fixed noise."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def encode(root: Path, name: str) -> Path:
 
 
 def config(*changes: str, steps: int) -> TrainConfig:
-    """The demo's, cut to so many steps, on one thread of a CPU, drawing nothing."""
+    """The demo's recipe with this many steps, on a CPU, without validation pictures."""
     settings = [f"train.steps={steps}", "train.device=cpu", "train.validation.prompts=[]", "train.checkpoint_every=0"]
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
     parsed = parse(read(DEMO / "demo.toml", [*settings, *changes]), schemas, DEMO / "demo.toml")
@@ -53,7 +53,7 @@ def config(*changes: str, steps: int) -> TrainConfig:
 
 
 def train_lora(root: Path, cache: Path, chosen: TrainConfig) -> Path:
-    """A run at ``root``; returns its LoRA."""
+    """Train in a new run at ``root``; returns its LoRA."""
     return Path(start_run(root, cache, MODEL, chosen).lora)
 
 
@@ -63,7 +63,7 @@ def base(precision: str = "int8-quanto", dtype: torch.dtype = torch.float32) -> 
 
 
 def loss(cache: Path, lora: Path | None = None, **of_the_base: object) -> float:
-    """The mean square error of the velocity over a cache's pictures, four levels of noise each, the same every time."""
+    """The mean squared error of the velocity over a cache's pictures at four noise levels each, with fixed noise."""
     transformer = base(**of_the_base)
     if lora:
         load_lora(transformer, lora)
@@ -72,7 +72,7 @@ def loss(cache: Path, lora: Path | None = None, **of_the_base: object) -> float:
 
 @torch.no_grad()
 def each_loss(transformer: Kandinsky5Transformer3DModel, cache: Path) -> list[float]:
-    """The same, picture by picture."""
+    """The same loss, one value for each picture."""
     sigma = torch.tensor([0.2, 0.4, 0.6, 0.8])
     losses = []
     for i, item in enumerate(k5cache.open(cache)):

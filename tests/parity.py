@@ -1,4 +1,4 @@
-"""What do the parity tests share? A small cache made by the command itself, and diffusers as its pipeline calls it."""
+"""What the parity tests share: a small cache made by the command itself, and diffusers as its pipeline calls it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_cache(root: Path, model: Path, precision: str, resolution: int = 64) ->
 
 
 def pipeline_of(model: Path, dtype: torch.dtype, size: tuple[int, int], device: str = "cpu") -> Kandinsky5T2IPipeline:
-    """diffusers' whole pipeline as a user loads it, made to draw at ``size`` (width, height): natives take minutes."""
+    """diffusers' pipeline as a user loads it, set to draw at ``size`` (width, height): native sizes take minutes."""
     pipeline = Kandinsky5T2IPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.resolutions = [size]
@@ -58,7 +58,7 @@ def reference_transformer(model: Path, dtype: torch.dtype, device: str = "cpu") 
 
 
 def as_the_pipeline_calls_it(transformer, latents, sigma, prompt_embeds, pooled_projections) -> torch.Tensor:
-    """``Kandinsky5T2IPipeline.__call__``, sections 6 to 9, for one step, the sigma given."""
+    """``Kandinsky5T2IPipeline.__call__``, sections 6 to 9, for one step at a given sigma."""
     dtype, device = transformer.dtype, latents.device
     height, width = latents.shape[2:4]
     return transformer(

@@ -1,4 +1,4 @@
-"""Which pictures do tests make by hand, and what pixels does an encode see in one?"""
+"""Picture files that tests write byte by byte, and the pixels that an encode sees in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0
 
 
 def whole(path: Path) -> torch.Tensor:
-    """All pixels of an image, as trained on when the bucket is just its size."""
+    """The pixels that are trained on if the bucket has exactly the size of the image."""
     width, height = image_size(path)
     return load_pixels(path, cover(width, height, Bucket(width, height)))
 

@@ -1,4 +1,4 @@
-"""What do the tests of runs share? Training the toy in this process, and what a run leaves behind as tensors."""
+"""What the tests of runs share: training the toy in this process, and reading what a run leaves as tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan
 from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.resume_state import latest_state
-from k5train.training.train import Result, train
 from k5train.training.start import open_data
+from k5train.training.train import Result, train
 
 # Three buckets, four lengths of caption (tests/parity.py); everything that could carry state from step to step is on.
 CONFIG = TrainConfig(
@@ -35,21 +35,21 @@ CONFIG = TrainConfig(
 
 
 def start_run(root: Path, cache: Path, model: Path, config: TrainConfig) -> Result:
-    """A new run at ``root``."""
+    """Train in a new run at ``root``."""
     config = replace(config, name=root.name)
     run = create_run(root, cache, ModelConfig(path=str(model)), config)
     return train(open_data(cache, config), model, config, run)
 
 
 def go_on(root: Path, **changes: object) -> Result:
-    """Go on with the run at ``root``."""
+    """Resume the run at ``root``."""
     run, model, config, cache = open_run(root)
     config = replace(config, **changes)
     return train(open_data(cache, config), Path(str(model.path)), config, run)
 
 
 def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """From now on, the plans that blocks are set up by."""
+    """A list to which every memory plan is added that a run sets its blocks up by from now on."""
     seen: list[Plan] = []
     original = Execution.__init__
 
@@ -62,7 +62,7 @@ def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 def state_of(root: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that a run saved last: adapter, optimizer, average."""
+    """Every tensor of the newest saved state: adapter, optimizer and average."""
     saved = latest_state(Run(root).state)
     assert saved is not None
     return {f"{part}/{name}": t for part in saved.facts["parts"] for name, t in saved.tensors(part).items()}
@@ -84,5 +84,5 @@ def metrics_of(root: Path) -> list[dict]:
 
 
 def numbers(rows: list[dict]) -> list[dict]:
-    """Lines without what depends on the clock."""
+    """Lines without the values that depend on the clock."""
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]

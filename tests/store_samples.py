@@ -78,7 +78,7 @@ def make_cache(root: Path) -> Manifest:
 
 
 def flip(path: Path, bit: int) -> None:
-    """Turn one bit of a file over."""
+    """Flip one bit of a file."""
     with path.open("r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0]

@@ -15,7 +15,7 @@ NUM_ROWS = 7
 
 
 def a_group(rows: slice) -> Group:
-    """Some of seven rows of noise, in float64: sums differ by rounding alone, and that is then below 1e-12."""
+    """Some of seven rows of noise in float64, in which sums differ by less than 1e-12 through rounding."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, NUM_ROWS, 1, 4, 4, 16, generator=generator, dtype=torch.float64)
     sigma = torch.rand(NUM_ROWS, generator=generator)
@@ -24,7 +24,7 @@ def a_group(rows: slice) -> Group:
 
 
 class Toy(nn.Module):
-    """Answers with its weight times the noisy latents, and something of the caption."""
+    """A model that returns its weight times the noisy latents, plus a share of the caption."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ def base(toy_model: Path, precision: str = "no_change"):
 
 
 def stirred(transformer, config: LoraConfig) -> targets.Matched:
-    """An adapter none of whose parts is at its start."""
+    """An adapter with every part moved away from its initial value."""
     matched = attach.add_lora(transformer, config, seed=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in attach.lora_parameters(transformer):
@@ -41,7 +41,7 @@ def stirred(transformer, config: LoraConfig) -> targets.Matched:
 
 @pytest.fixture(scope="module")
 def pipeline(toy_model):
-    """diffusers' own pipeline; a test leaves its transformer as it was."""
+    """diffusers' own pipeline. Tests must leave its transformer unchanged."""
     return Kandinsky5T2IPipeline.from_pretrained(toy_model, dtype=torch.float32)
 
 
@@ -54,7 +54,7 @@ def by_transformer(pipeline, path: Path) -> None:
 
 
 def through_diffusers(pipeline, path: Path, load=by_pipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    """What diffusers' own transformer says before and after ``load(pipeline, path)``."""
+    """The velocity of diffusers' own transformer before and after ``load(pipeline, path)``."""
     before = velocity(pipeline.transformer)
     load(pipeline, path)
     after = velocity(pipeline.transformer)
@@ -95,7 +95,7 @@ def test_dora_loads_into_the_pipeline_magnitudes_and_all(toy_model, pipeline, tm
 
 
 def dequantized(transformer):
-    """The same with plain linears, whose weights are those that the int8 linears multiply with."""
+    """The same model with plain linears that have the weights which the int8 linears multiply with."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, Int8Linear):
             plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
@@ -226,7 +226,7 @@ def test_a_rank_for_what_is_not_adapted_is_refused(toy_model):
 
 
 def kohya(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As kohya's scripts write it: flat names, alpha half the rank, and B not yet halved."""
+    """The LoRA as kohya's scripts write it: flat names, an alpha of half the rank that is not folded into B."""
     tensors = {}
     for key, tensor in state.items():
         name, _, part = key.removeprefix("transformer.").rpartition(".lora_")

@@ -67,7 +67,7 @@ def test_a_device_on_which_it_is_wrong_or_absent_is_found_out(monkeypatch):
 
 
 def random_ops(toy_model: Path, level: str, modes: Modes, monkeypatch) -> set[str]:
-    """What draws random numbers in the graphs that blocks are compiled to, by torch's mark."""
+    """The ops in the compiled blocks' graphs that torch marks as drawing random numbers."""
     names: set[str] = set()
     graphs = []
 

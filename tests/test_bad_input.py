@@ -1,4 +1,4 @@
-"""Bad input: one or two lines that say what, where and what to do; exit code 2; nothing half-written, the rest done."""
+"""Bad input ends in one or two lines of advice and exit code 2; good items are done, no file is half-written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 import k5cache
 from k5cache.cli import app as cache_app
-from k5cache.store import files
+from k5cache.shared import files
 from k5cache.store.manifest import encode_document, read_manifest, write_manifest
 from k5train.cli import app as train_app
 from tests.cli import Cli, Done
@@ -35,7 +35,7 @@ def picture(path: Path, width: int = 96, height: int = 80, caption: str | None =
 
 
 def refused(done: Done, *words: str) -> None:
-    """Exit code 2, at most two short lines, holding these words; a traceback is not a message."""
+    """Exit code 2 and at most two short lines that contain these words; no traceback."""
     assert done.code == 2, done.out + done.err
     lines = [line for line in done.err.splitlines() if line.strip()]
     assert [line.split(":")[0].strip() for line in lines[-2:]] == ["error", "fix"], done.err

@@ -1,4 +1,4 @@
-"""Do the commands that look after a cache say what is true, to a person and to a script?"""
+"""Do the commands about a cache report the truth, as text and as JSON?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.workshop import Workshop
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, toy_model) -> Workshop:
-    """Three images, one with two captions; read only."""
+    """Three images, one with two captions. Tests only read it."""
     workshop = Workshop(tmp_path_factory.mktemp("commands"), toy_model)
     for i, size in enumerate(((64, 64), (96, 64), (70, 100))):
         workshop.put(f"{i}.png", f"number {i}", seed=i, size=size)
@@ -47,7 +47,7 @@ def shop(tmp_path_factory, toy_model) -> Workshop:
 
 @pytest.fixture
 def own(shop, tmp_path) -> Workshop:
-    """A copy of its cache to change."""
+    """A copy of the shared cache, which the test may change."""
     workshop = Workshop(tmp_path / "shop", shop.model)
     shutil.rmtree(workshop.source)
     workshop.source = shop.source

@@ -15,7 +15,7 @@ from k5train.data.compatible import check_encoders
 
 
 class Recorded:
-    """A cache of which only the recipe is asked."""
+    """A stand-in for a cache: only its recipe is read."""
 
     def __init__(self, recipe: dict) -> None:
         self.root, self.manifest = Path("cache/mine"), type("Manifest", (), {"recipe": recipe})

@@ -29,7 +29,7 @@ def test_one_compilation_takes_any_caption_picture_and_rank(toy_model, monkeypat
         execution = Execution(transformer, plan, PLAIN, compiled=True, device=CPU, any_rank=True)
         inputs = batch(transformer, tokens, side)
         assert_same(outcome(transformer, execution.policies, inputs), outcome(transformer, None, inputs), WITHIN)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of a picture block
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # the one graph of a picture block
 
 
 def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_model, monkeypatch):
@@ -55,7 +55,7 @@ def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_mo
                     predict_velocity(transformer, *batch(transformer, tokens, side), block_policies=execution.policies)
                 states.append(torch.get_rng_state())
             assert torch.equal(*states)  # compiling draws no random numbers
-        # A caption of one token is a constant. A picture, a caption and a rank of one size would be taken for one.
+        # A caption of one token is a constant. Equal sizes of picture, caption and rank would become one symbol.
         picture, caption, ranks = (64, 20, {16}) if sizes == (64, 20) else (17, 18, {16})
         expected = [{picture}] * 2 + [{picture, caption}] * 2
         assert compiled_at == [sizes_of_graph | (ranks if any_rank else set()) for sizes_of_graph in expected]
@@ -105,7 +105,7 @@ INT8 = PLAIN._replace(int8_dynamic=True)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monkeypatch, cases):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(levels, "run_block", one_linear)  # of a whole block the code alone takes a minute
+    monkeypatch.setattr(levels, "run_block", one_linear)  # generating code for a whole block takes a minute
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (16, 8), dtype=torch.int8, generator=generator)
     scale, down, up, x = (torch.randn(shape, generator=generator) for shape in ((16, 1), (2, 8), (16, 2), (1, 4, 8)))

@@ -46,7 +46,7 @@ SMALL = {"mean": TensorSpec("float16", (2, 2, 16))}
 
 
 def read_everything(root: Path) -> None:
-    """As a run does: every item, and the prompts."""
+    """Read every item and every prompt, as a run does."""
     cache = open_cache(root)
     for _ in cache:
         pass
@@ -148,7 +148,7 @@ def test_a_shard_swapped_with_another_caches_is_named(tmp_path):
 
 
 def cache_of(root: Path, rows: list[dict], text: dict) -> None:
-    """One shard of latents with ``rows``, one of text."""
+    """Write a cache of two shards: latents with ``rows``, and one text row."""
     with lock(root):
         shards = []
         for kind, specs, bucket, values in (("latents", LATENTS, (64, 64), rows), ("text", TEXT, None, [text])):
@@ -261,7 +261,7 @@ def test_collecting_may_be_killed_between_any_two_steps(tmp_path, monkeypatch):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
-    """Let ``count - 1`` changes of the disk through and stop at the next, as Ctrl-C would."""
+    """Allow ``count - 1`` changes of the disk, then raise KeyboardInterrupt at the next."""
     calls: list[str] = []
     for where, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
         original = getattr(where, name)

@@ -1,4 +1,4 @@
-"""What does `k5train run` do with a cache that has a flipped bit? It names the row, exits with 2, trains without it."""
+"""What does `k5train run` do with a cache that has a flipped bit? It names the row and exits with 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to batches: is every draw a function of (seed, step, row), and does each cache give what it is asked for?"""
+"""Rows to batches: is every draw a function of (seed, step, row), and does each cache give its share of rows?"""
 
 from __future__ import annotations
 

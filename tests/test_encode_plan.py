@@ -26,7 +26,7 @@ def no_mask(item: SourceItem, width: int, height: int) -> str:
 
 
 class Folder:
-    """Images in memory: path -> (content, (width, height), captions), and the cache that encoding them would leave."""
+    """A folder in memory: path -> (content, (width, height), captions), and the cache that encoding it leaves."""
 
     def __init__(self) -> None:
         self.images: dict[str, tuple[str, tuple[int, int], tuple[str, ...]]] = {}
@@ -82,7 +82,7 @@ def three() -> Folder:
 
 
 def summary(plan: Plan) -> dict[str, object]:
-    """What a plan would do, what is nothing left out."""
+    """The counts and lists of a plan that are not empty."""
     said = {
         "latents": [job.path for job in plan.latent_jobs],
         "texts": [job.caption for job in plan.text_jobs],
@@ -317,7 +317,7 @@ def test_planning_needs_no_torch():
 
 
 def plan_of(*items: SourceItem, known=(), probed=None, masks=frozenset(), **options: object) -> Plan:
-    """A plan for images of 2000x2000 pixels, or of the size that an item's name begins with."""
+    """A plan for images of 2000x2000 pixels, or of the size that starts an item's name."""
 
     def probe(item: SourceItem) -> tuple[str, int, int]:
         size = re.match(r"(\d+)x(\d+)", item.path) or re.match(r"(\d+)x(\d+)", "2000x2000")

@@ -1,4 +1,4 @@
-"""Is an image encoded the same whatever it comes in, and only once? And is every caption of it trained on?"""
+"""Is an image encoded once and the same from any kind of source, and is each of its captions trained on?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cli import Cli, Done
 
 @pytest.fixture(autouse=True, scope="module")
 def own_dataset_cache(tmp_path_factory):
-    """`datasets` keeps what it loads: not in the home of whoever runs the tests."""
+    """Keep the cache of `datasets` out of the home of whoever runs the tests."""
     import datasets
 
     before = datasets.config.HF_DATASETS_CACHE

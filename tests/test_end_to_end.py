@@ -57,7 +57,7 @@ def workplace(tmp_path_factory, toy_model) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(workplace, toy_model) -> Path:
-    """The run that the two commands of the daily use leave behind."""
+    """The run that the two everyday commands leave."""
     cli = Cli(workplace)
     common = ["--recipe", "recipe.toml", "--model", str(toy_model)]
     encoded = cli(cache_app, "encode", "datasets/my_images", *common)
@@ -143,7 +143,7 @@ def test_sample_draws_more_from_a_finished_run(workplace, trained):
     assert "'not in the cache'" in unknown.err
 
 
-# The two commands of the trainer that a user runs, in one process: importing torch and diffusers takes seconds.
+# Two commands in one process, because importing torch and diffusers takes seconds.
 TRAINER = """
 import sys
 from k5train.cli import main

@@ -1,4 +1,4 @@
-"""Stage 1's plan: what fits which card, how long it takes, and that strips leave no seam."""
+"""The plan of an encode: what fits which card, how long it takes, and whether strips leave a seam."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is every way to run the blocks the plain one? Lean, each memory level, streamed, masked, int8 tensor cores."""
+"""Does every way to run the blocks give the numbers of the plain one? Each memory level, streamed, masked, int8."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_block_that_is_not_known_runs_as_the_module_it_is(toy_model):
 
 
 class Odd(execute.gather.__globals__["Kandinsky5AttnProcessor"]):  # type: ignore[misc]
-    """A processor of somebody else's."""
+    """A processor that we do not know."""
 
 
 def test_int8_tensor_core_arithmetic_stays_near_sixteen_bit_gradients(toy_model):

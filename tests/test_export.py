@@ -1,4 +1,4 @@
-"""Files that others load: what diffusers and ComfyUI make of each family of keys; exact exports and merges."""
+"""LoRA files for other programs: what diffusers and ComfyUI load of each family of keys; exact exports and merges."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write(path, pairs, down="{}.lora_A.weight", up="{}.lora_B.weight", name="tra
 
 
 KOHYA = {"down": "{}.lora_down.weight", "up": "{}.lora_up.weight", "name": "lora_unet_{}", "flat": True}
-# What each family of keys comes to: (modules by diffusers, by ComfyUI), or the error.
+# How many modules of each family of keys are loaded by (diffusers, ComfyUI), or "error".
 FAMILIES = [
     ({}, (2, 2)),
     ({"name": "diffusion_model.{}"}, (0, 2)),
@@ -245,7 +245,7 @@ WAYS = {
     "dora": "pipe.load_lora_weights(FILE)",
     "lokr": 'pipe.transformer.load_lora_adapter(FILE, prefix="transformer")',
 }
-# Programs that load every key of it; the others are told what they would leave out.
+# The programs that load every key of each kind. For the others the report lists what they leave out.
 WHOLE = {
     "lora": ["diffusers", "ComfyUI"],
     "rslora": ["diffusers", "ComfyUI"],

@@ -1,4 +1,4 @@
-"""Is the noise, the target and the loss what flow matching and the official trainer say?"""
+"""Are the noise, the target and the loss those of flow matching and of the official trainer?"""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_shift_is_the_schedulers_own():
 
 
 def sigmas(n: int, **options) -> torch.Tensor:
-    """Equally spaced quantiles: the distribution without chance."""
+    """Sigmas at equally spaced quantiles, which show the distribution without random draws."""
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     return flow.sigma_quantile(u, ObjectiveConfig(**options))
 

@@ -24,7 +24,7 @@ NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "uint8": "u1"}
 
 
 def read(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], list[dict[str, np.ndarray]]]]:
-    """Each item's row of the index, its latents and its captions. The footers say where, without ``locations``."""
+    """Yield each item's index row, latents and captions. Rows are found by the footers, without ``locations``."""
     manifest = read_manifest(root)
     shards, where = {}, {}
     for info in manifest["shards"]:

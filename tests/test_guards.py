@@ -51,7 +51,7 @@ TRAINER, CACHE = files("k5train/**/*.py"), files("k5cache/**/*.py")
 
 
 def fresh(code: str) -> str:
-    """Run ``code`` in a new interpreter; what it prints."""
+    """Run ``code`` in a new interpreter; returns what it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -88,7 +88,7 @@ def test_no_modules_import_each_other_in_a_circle():
     paths = {module_of(path): path for path in OURS}
 
     def imported(name: str) -> str | None:
-        """The module of a dotted name, which may be a function of it."""
+        """The module that a dotted name is, or is in."""
         return name if name in paths else next((m for m in (name.rpartition(".")[0],) if m in paths), None)
 
     below = {module: {imported(n) for n in imports_of(path)} - {module, None} for module, path in paths.items()}

@@ -34,7 +34,7 @@ NO_ROUTE = HfHubHTTPError.__mro__[1]("no route to host")  # what httpx's own err
 
 
 class Hub:
-    """A stand-in for the hub: which commit ``main`` is, and what was asked of it."""
+    """A stand-in for the hub: it knows which commit ``main`` is, and notes what it is asked."""
 
     def __init__(self, home: Path, model: Path) -> None:
         self.snapshots = home / "models--someone--toy" / "snapshots"

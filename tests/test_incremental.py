@@ -43,7 +43,7 @@ def encoded(tmp_path_factory, toy_model) -> Workshop:
 
 @pytest.fixture
 def three(encoded, tmp_path) -> Workshop:
-    """The same images and cache, this test's own; stats are kept, as by a move."""
+    """A copy of the same images and cache for one test. File times are kept, as when a folder moves."""
     shop = Workshop(tmp_path / "shop", encoded.model)
     shop.source.rmdir()
     subprocess.run(["cp", "-al", encoded.source, shop.source], check=True)  # hard links: the same inodes
@@ -67,7 +67,7 @@ def loaded(monkeypatch) -> Iterator[list[str]]:
 
 
 def changes(report: EncodeReport) -> dict[str, object]:
-    """What a report says, what is nothing left out."""
+    """The counts and lists of a report that are not empty."""
     names = ("num_latents", "num_texts", "added", "changed", "removed", "renamed", "skipped", "repaired")
     return {name: value for name in names if (value := getattr(report, name))}
 

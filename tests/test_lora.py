@@ -52,7 +52,7 @@ def velocity(transformer: Kandinsky5Transformer3DModel) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(toy_model):
-    """A transformer that is only looked at."""
+    """A transformer that tests do not change."""
     return base(toy_model)
 
 

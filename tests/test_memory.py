@@ -1,4 +1,4 @@
-"""Does a plan say what will really be kept, fit what it is given, and refuse the rest with advice?"""
+"""Does a plan predict what blocks really keep, fit the VRAM it is given, and refuse the rest with advice?"""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_weights_are_streamed_only_when_recomputing_everything_does_not_fit():
                                "cache.resolution=512"),
         (4, {}, "Nearest that fits, with 2.9 GiB: a quarter of train.lora.rank, a cache encoded with "
                 "cache.resolution=768"),
-        (3, {}, "Use a GPU with at least 5.8 GiB of memory"),  # for what was asked, not for a smaller one
+        (3, {}, "Use a GPU with at least 5.8 GiB of memory"),  # the size that was asked for, not a smaller one
         (8, {"memory": MemoryConfig(enable_group_offload=True, group_offload_blocks_per_group=25)},
          "Use --set train.memory.group_offload_blocks_per_group=1, which allows a plan that fits"),
         (8, {"memory": MemoryConfig(execution="diffusers")},

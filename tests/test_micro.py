@@ -1,4 +1,4 @@
-"""Does a LoRA learn a style? On k5-micro, a small Kandinsky 5 Image that was trained, not drawn at random.
+"""Does a LoRA learn a style? Tested on k5-micro, a small Kandinsky 5 Image with trained weights.
 
 The style of the demo's pictures is one that k5-micro never saw. Losses are of drawings that no LoRA here is trained on
 either, at fixed noise. Shares are of the base's loss.
@@ -13,7 +13,7 @@ import torch
 
 from tests import micro
 
-# Shares of the base's loss, each with what was measured; every LoRA here is one of seed 0.
+# Shares of the base's loss, each with the values measured. The tests train with seed 0.
 BRIEF, BRIEF_MARGIN = 15, 0.95  # seeds 0 to 3: 0.918, 0.897, 0.910, 0.925
 STEPS = 60  # the demo takes 160
 MARGIN = 0.87  # seeds 0 to 3: 0.838, 0.825, 0.823, 0.824
@@ -70,7 +70,7 @@ def test_the_bases_own_styles_do_not_collapse(once, lora, known_before):
 @pytest.mark.slow
 def test_a_base_in_bfloat16_and_the_int8_base_agree_about_the_lora(once, lora, held_out_after):
     bfloat16 = {"precision": "no_change", "dtype": torch.bfloat16}
-    # Apart by 0.01 to 0.06 % where it was measured, with LoRAs and without.
+    # Measured: 0.01 to 0.06 % apart, with LoRAs and without.
     loss = micro.loss(micro.cache(once, "held_out"), lora, **bfloat16)
     assert loss == pytest.approx(held_out_after, rel=0.003)
 
@@ -84,7 +84,7 @@ def test_a_run_with_rollout_learns_the_style_too(once, held_out_before, tmp_path
 
 @pytest.mark.slow
 def test_a_run_with_tread_learns_the_style_too(once, held_out_before, tmp_path):
-    # Drawn and measured, no token skips a block: what was learned on routed tokens has to serve the whole model.
+    # The loss is measured without routes: what was learned on routed tokens has to work in the whole model.
     route = "train.tread.routes=[{selection_ratio=0.25, start_layer_idx=2, end_layer_idx=3}]"
     chosen = micro.config(route, "train.tread.ramp_down=0.5", steps=40)
     lora = micro.train_lora(tmp_path / "lora", micro.cache(once, "images"), chosen)

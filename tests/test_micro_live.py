@@ -1,4 +1,4 @@
-"""Is a LoRA that was trained from the cache the one that live encoders would have given? On k5-micro."""
+"""Is a LoRA that was trained from the cache the same as one trained with live encoders? Tested on k5-micro."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_lora_from_the_cache_equals_one_trained_with_live_encoders(once, tmp_p
 
 
 class Live:
-    """diffusers' pipeline in the cache's place: every row is encoded when it is asked for, alone, by its own caption.
+    """diffusers' pipeline in place of the cache: each row is encoded alone when it is read.
 
     Numbers are rounded as the cache stores them; nothing else comes from the cache.
     """

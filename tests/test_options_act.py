@@ -1,4 +1,4 @@
-"""Does every option of a recipe reach the training loop? A run with it ends elsewhere than one without."""
+"""Does every option of a recipe reach the training loop? A run with it must end with another LoRA."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PLAIN = TrainConfig(
 
 @pytest.fixture(scope="module")
 def finish(toy_model, toy_cache, tmp_path_factory):
-    """``finish(config)``: train on one base that all share; returns the run."""
+    """``finish(config)`` trains on a base that all tests share, and returns the run."""
     cache = toy_cache("fp32")
     device = torch.device("cpu")
     plan = plan_training(toy_model, PLAIN, device, largest_sizes(open_cache(cache)))

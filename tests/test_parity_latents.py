@@ -41,7 +41,7 @@ def test_each_of_the_256_pixel_values_becomes_the_float_the_pipelines_image_proc
     assert ours.dtype == torch.float32
     assert torch.equal(ours.cpu(), theirs)
     assert (ours.min(), ours.max()) == (-1, 1)
-    # By strides a convolution chooses its kernel, and so its rounding: 7e-5 in a moment of a 512x512 picture on a CPU.
+    # Strides choose a convolution's kernel, and so its rounding: 7e-5 in a moment of a 512x512 picture on a CPU.
     assert ours.stride() == theirs.stride()
 
 

@@ -23,8 +23,8 @@ from tests.parity import as_the_pipeline_calls_it, reference_transformer, with_s
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = (3, 19, 11, 19)
-# Matrix products of another height add in another order. float32 is not closer than this, because diffusers rounds
-# rotated queries and keys to bfloat16 whatever the dtype: one that falls the other way moves by 2**-8 of itself.
+# Matrix products of another height add in another order. float32 is no closer than this, because diffusers rounds
+# rotated queries and keys to bfloat16 in any dtype: one that is rounded the other way moves by 2**-8 of itself.
 VELOCITY = {torch.float32: 5e-4, torch.bfloat16: 2**-5}  # velocities up to 2; 8e-5 and 2**-7 seen
 GRADIENTS = {torch.float32: 5e-4, torch.bfloat16: 2e-2}  # all as one vector, relative; 5e-5 and 6e-3 seen
 
@@ -43,7 +43,7 @@ def transformer(request, toy_model, precision):
 
 
 def rows(lengths=LENGTHS) -> list[Group]:
-    """Rows of 64x32 pixels as the Loader draws them; widths are the toy's."""
+    """Rows of 64x32 pixels as the loader draws them, with the toy's widths."""
     generator = torch.Generator().manual_seed(2)
     draw = partial(torch.randn, generator=generator)
     return [

@@ -54,7 +54,7 @@ def test_latents_drawn_from_cached_prompts_are_the_pipelines_bit_for_bit(
 
 
 def test_guidance_prompt_and_seed_all_matter(toy_model, toy_cache):
-    """Were they ignored, the test above would hold for the wrong reason."""
+    """If they were ignored, the test above would pass for the wrong reason."""
     transformer = load_transformer(toy_model, "no_change", torch.float32, "cpu")
     cache = open_cache(toy_cache("fp32"))
     base = drawn_by_us(transformer, toy_model, cache, PROMPTS[0], 3.5, 11)

@@ -1,4 +1,4 @@
-"""Do the commands about memory and speed say what they should, and does a lean run train from end to end?"""
+"""Do `k5train plan`, `bench` and `base` print what they should, and does a streamed int8 run leave a LoRA?"""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_plan_reads_the_sizes_of_a_cache(cli, toy_model):
     done = cli(train_app, "plan", "cache", "--model", str(toy_model), "--vram", "12GB")
     assert done.code == 0, done.err
     assert "16 picture tokens" in done.out
-    # Of the model too, where it is still there: a run takes the cache's own.
+    # Without --model it plans for the model of the cache, as a run does.
     assert cli(train_app, "plan", "cache", "--vram", "12GB").out == done.out
 
 
@@ -72,7 +72,7 @@ def test_plan_refuses_a_card_that_is_too_small_with_advice(cli):
     done = cli(train_app, "plan", "--vram", "3GB")
     assert done.code == 2
     assert "fix:" in done.err
-    assert "there is 0 B for torch" in cli(train_app, "plan", "--vram", "300MB").err  # all of it is CUDA's own
+    assert "there is 0 B for torch" in cli(train_app, "plan", "--vram", "300MB").err  # CUDA itself takes all of it
 
 
 def test_bench_without_a_gpu_says_so(cli, monkeypatch):

@@ -1,4 +1,4 @@
-"""Is the int8 base on disk the one that would be made now, and never a broken or foreign one?"""
+"""Is the int8 base on disk always the one that would be quantised now, and never broken or another model's?"""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def test_an_interrupted_quantisation_leaves_no_file(toy_model, monkeypatch, k5_h
 def test_what_a_killed_process_left_is_cleared(toy_model, k5_home):
     path = prepared_path(toy_model, torch.bfloat16)
     path.parent.mkdir(parents=True)
-    dead = path.with_name(f".{path.stem}.{2**22 + 1}.tmp")  # above the largest process id
-    living = path.with_name(f".{path.stem}.{os.getppid()}.tmp")
+    dead = path.with_name(f".{2**22 + 1}-{path.name}")  # above the largest process id
+    living = path.with_name(f".{os.getppid()}-{path.name}")
     dead.touch()
     living.touch()
     prepare(toy_model, torch.bfloat16, CPU)

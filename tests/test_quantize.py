@@ -91,7 +91,7 @@ def test_the_int8_linear_keeps_nothing_of_the_step_for_backward():
         return sum(sizes)
 
     assert kept(ours) == 0
-    assert kept(theirs) > 0  # the measure works: quanto keeps its input
+    assert kept(theirs) > 0  # a check of the check itself: quanto keeps its input
 
 
 def test_the_int8_linear_is_a_linear_whose_state_is_plain_buffers():

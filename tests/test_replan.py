@@ -25,14 +25,14 @@ SHORT = replace(
 
 @pytest.fixture
 def plans(monkeypatch):
-    """Plans that blocks were set up by; the toy's megabytes alone decide them."""
+    """The plans that blocks were set up by. Only the toy's few megabytes decide them."""
     monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
     monkeypatch.setattr("k5cache.shared.vram.CONTEXT_BYTES", int(0.76 * 2**30) - 6 * 2**20)
     return note_plans(monkeypatch)
 
 
 def run_out(monkeypatch, times: int) -> None:
-    """The first ``times`` steps to warm up find no memory. A later one must not find what they held."""
+    """The first ``times`` warm-up steps run out of memory. Later ones must not find their tensors still allocated."""
     left, allocations = iter(range(times)), []
 
     def warm_up(self, step):
@@ -96,7 +96,7 @@ def test_memory_that_ends_in_mid_run_leaves_a_state_to_go_on_from(
     assert f"k5train resume {tmp_path / 'cut'} --set train.memory.vram=" in ended.value.fix
     saved = latest_state(Run(tmp_path / "cut").state)
     assert saved is not None
-    # An update that broke off may have changed some weights and not others: the state before it is the last.
+    # An interrupted update may have changed only some weights, so the state before it is the last good one.
     assert saved.progress.step == (3 if in_update else 5)
     go_on(tmp_path / "cut")
     assert same(lora_of(tmp_path / "cut"), lora_of(tmp_path / "whole"))

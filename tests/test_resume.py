@@ -1,4 +1,4 @@
-"""Exact resume: a run that was killed, stopped or crashed ends as if nothing had happened, or it says why not."""
+"""Exact resume: a run that was killed, stopped or crashed ends with the bits of an undisturbed one, or says why not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def crash_at(monkeypatch):
     return arrange
 
 
-# Many processes forked from one that has imported everything: each is a whole training process, started in no time.
+# Each training process is forked from one that has already imported everything, so it starts at once.
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -229,7 +229,8 @@ def test_a_run_that_ended_by_its_time_or_patience_says_so_and_goes_on_with_more(
     start_run(tmp_path / "patient", cache, toy_model, replace(CONFIG, steps=6, validation=validation))
     path = resume_state.latest_state(tmp_path / "patient" / "state").folder / "state.json"
     document = json.loads(path.read_text())
-    document["progress"] |= {"step": 4, "not_better": 1}  # as one that ended so: whether it does is up to the toy
+    # Written by hand, because whether patience ends this run depends on the toy.
+    document["progress"] |= {"step": 4, "not_better": 1}
     path.write_text(json.dumps(document))
     ended = cli(app, "resume", "patient")
     assert "stopped early at step 4: the held-out loss did not improve in the last measurement" in ended.err
@@ -298,7 +299,7 @@ def test_another_last_step_is_refused_under_a_schedule_that_falls_towards_it(tmp
     assert "was started differently: train.steps: 1, now 3" in refused.err
     finished = cli(app, "resume", "run")
     assert finished.code == 2
-    command = finished.err.split("To start another from its LoRA: k5train ")[1]  # what is told to do works
+    command = finished.err.split("To start another from its LoRA: k5train ")[1]  # the advice works
     assert cli(app, *command.split()).code == 0
     assert (tmp_path / "run-2" / "run-2.safetensors").is_file()
     refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.epochs=3")

@@ -45,14 +45,14 @@ def cache(toy_cache) -> Path:
 
 @pytest.fixture
 def free(monkeypatch):
-    """``free(n)``: from now on there are so many bytes of VRAM."""
+    """``free(n)``: from now on ``n`` bytes of VRAM are free."""
     monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
     return lambda num_bytes: monkeypatch.setattr(vram, "budget", lambda *_: num_bytes)
 
 
 @pytest.fixture
 def plans(monkeypatch) -> list[Plan]:
-    """Plans that blocks were set up by."""
+    """The plans that blocks were set up by."""
     return note_plans(monkeypatch)
 
 
@@ -117,7 +117,7 @@ def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_ine
     assert "there is 4.0 MiB for torch" in refused.err
     assert "Free VRAM, or resume with a new plan" in refused.err
     assert (tmp_path / "run" / "result.json").read_bytes() == result  # it is still finished
-    command = refused.err.split(": k5train ")[1].split()  # what is told to do works
+    command = refused.err.split(": k5train ")[1].split()  # the advice works
     assert command == ["resume", "run", "--set", "train.deterministic=false"]
     done = Cli(tmp_path)(app, *command, "--set", "train.steps=4")
     assert done.code == 0, done.err
@@ -217,7 +217,7 @@ def test_a_plan_that_is_none_is_named(tmp_path, cache, toy_model, free, damage):
 
 
 def run_out_once(monkeypatch) -> None:
-    """The next step to warm up finds no memory."""
+    """The next warm-up step runs out of memory."""
     left, warm_up = iter([1]), Execution.warm_up
 
     def failing(self, step):

@@ -1,4 +1,4 @@
-"""The selftests pass on what is right, name first what is wrong, and work on models that do not fit."""
+"""The selftests pass if all is right, name the first thing that is wrong, and work on models that do not fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.cli import Cli
 
 
 def run(cache, app, *arguments):
-    """A selftest of a toy cache from the folder that it was made in, as (exit code, {what: comparison}, stdout)."""
+    """Run a selftest in the folder of a toy cache; returns (exit code, {line: comparison}, stderr)."""
     command = ["selftest", f"cache/{cache.name}", *arguments]
     done = Cli(cache.parent.parent)(app, *command, "--json")
     rows = {row["what"]: row for row in json.loads(done.out)} if done.code in (0, 1) else {}

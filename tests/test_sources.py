@@ -1,4 +1,4 @@
-"""Which items do a folder, its metadata, a table, tars and a dataset give, and what is said where they give none?"""
+"""Which items do a folder, its metadata, a table, tars and a dataset give, and which message if they give none?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.picture_files import colour
 
 @pytest.fixture(autouse=True, scope="module")
 def own_dataset_cache(tmp_path_factory):
-    """`datasets` keeps what it loads: not in the home of whoever runs the tests."""
+    """Keep the cache of `datasets` out of the home of whoever runs the tests."""
     import datasets
 
     before = datasets.config.HF_DATASETS_CACHE
@@ -40,7 +40,7 @@ def png(shade: int, size: tuple[int, int] = (6, 4)) -> bytes:
 
 
 def put(root: Path, **files: str | bytes) -> Path:
-    """Files by name; ``__`` in a keyword is a slash, ``_`` before the suffix a dot."""
+    """Write files. In a keyword ``__`` stands for a slash and the last ``_`` for a dot."""
     for name, content in files.items():
         path = root / ".".join(name.replace("__", "/").rsplit("_", 1))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def test_every_bit_around_the_pages_of_a_row_is_detected_by_reading_that_row(tmp
     begin = group.column(0).data_page_offset
     last = group.column(group.num_columns - 1)
     end = last.data_page_offset + last.total_compressed_size
-    for bit in range(begin * 8, end * 8):  # headers, keys, tensors, the lot: page checksums leave out the headers
+    for bit in range(begin * 8, end * 8):  # all of the file: page checksums leave out the headers
         flip(path, bit)
         with pytest.raises(CacheCorrupt, match=r"row 1 \(key t-dog\): its bytes are not those"):
             shard.read(1, "t-dog")
@@ -172,7 +172,7 @@ def test_what_is_not_a_cache_is_told_so_with_the_command_that_makes_one(tmp_path
 
 @contextmanager
 def room_for(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this: the kernel's own refusal in the midst of a write, as on a full disk."""
+    """Let no file grow beyond this size: the kernel then refuses in the middle of a write, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -182,7 +182,7 @@ def room_for(num_bytes: int) -> Iterator[None]:
 
 
 def extend(root: Path) -> None:
-    """What an encode does: shard, manifest, index, manifest."""
+    """Write as an encode does: shard, manifest, index, manifest."""
     manifest = read_manifest(root)
     with ShardWriter(root, "text", TEXT) as writer:
         for i in range(2):
@@ -418,7 +418,7 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(tmp_path: Path) -> None:
 
 
 def forge(root: Path, described: dict[str, Any], rows: dict[str, Any], value: bytes, **options: Any) -> ShardInfo:
-    """A shard with one row and any claims, its checksums right."""
+    """A shard with one row and arbitrary claims about it, with correct checksums."""
     (root / "latents").mkdir()
     path = root / "latents/64x64-0000000000000000.parquet"
     schema = pa.schema([pa.field("key", pa.string(), False), pa.field("mean", pa.binary(), False)])

@@ -1,4 +1,4 @@
-"""Streaming: Qwen a layer at a time gives the bits of Qwen whole, reads each weight once, and survives a kill."""
+"""Qwen streamed layer by layer gives the bits of the whole model, reads each weight once, and survives a kill."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_the_error_of_int8_is_measured_without_either_model_in_memory(deep_model
 
 
 def test_a_pack_parked_in_host_memory_is_put_away_before_it_is_brought_again(deep_model, tokens, monkeypatch):
-    """The stream that copies works in the order it is given: on the CPU that order is carried out as it is given."""
+    """A stand-in for the copying stream: on the CPU copies are made in the order in which they are queued."""
 
     class Stream:
         def wait_stream(self, _): ...

@@ -1,4 +1,4 @@
-"""Many LoRAs, one base: each run of a sweep is the run alone, the base is loaded once, and what differs is compared."""
+"""Sweeps: each run equals the same run alone, the base is loaded once, and the report compares what differs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ every = 0
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, toy_cache, toy_model):
-    """A grid of two ranks and two rates, by the command; how often the transformer was loaded; what was printed."""
+    """A sweep over two ranks and two rates: its folder, how often the transformer was loaded, and the output."""
     root = tmp_path_factory.mktemp("sweep")
     (root / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
     loads, any_rank = [], set()

@@ -1,4 +1,4 @@
-"""Trackers: what metrics.jsonl says, TensorBoard, wandb and trackio are told too, pictures included, all offline."""
+"""TensorBoard, wandb and trackio get the numbers of metrics.jsonl and the pictures, all offline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PICTURE = Image.new("RGB", (16, 16), "red")
 
 
 def write_two_steps(run: Run, config: TrackersConfig) -> None:
-    """Three lines and a picture, with a restart between."""
+    """Write three lines and a picture, with a restart in between."""
     run.root.mkdir(parents=True, exist_ok=True)
     with Metrics(run.metrics, 0, open_trackers(config, run, RECIPE, 0)) as metrics:
         metrics.write(step=1, loss=0.5, lr=1e-4)
@@ -61,7 +61,7 @@ def test_tensorboard_has_every_number_and_the_pictures(tmp_path):
     write_two_steps(run, TrackersConfig(use=("tensorboard",)))
     events = EventAccumulator(str(run.root / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]  # what a restart undid is gone
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]  # repeated steps are gone
     assert {"loss", "lr", "held_out_by_sigma/0", "held_out_by_sigma/1"} <= set(events.Tags()["scalars"])
     assert events.Images("a red fox")[0].width == 16
 
@@ -100,7 +100,7 @@ def test_wandb_that_does_not_start_is_two_lines_and_leaves_no_run(tmp_path, toy_
 
 
 def test_trackio_keeps_numbers_and_pictures_locally_and_prints_no_token(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported: nothing else does
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads this only when it is imported
     pytest.importorskip("trackio")
     run = Run(tmp_path / "run")
     write_two_steps(run, TrackersConfig(use=("trackio",), project="test-project"))

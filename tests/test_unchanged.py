@@ -1,4 +1,4 @@
-"""Does an encode with nothing to do open no file, ask no hub, and yet miss no change?"""
+"""Does an encode with nothing to do open no file and ask no hub, but still notice every change?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def put_mask(shop: Workshop, name: str, value: int) -> None:
 
 @pytest.fixture
 def shop(encoded, monkeypatch) -> Workshop:
-    """The same images, and a copy of the cache, this test's own. Touch only images of the test's own."""
+    """The same images and a copy of the cache for one test. Change only images that the test adds itself."""
     workshop = Workshop.__new__(Workshop)
     workshop.source, workshop.root, workshop.model = encoded.source, encoded.root.with_name("own"), encoded.model
     shutil.rmtree(workshop.root, ignore_errors=True)
@@ -277,7 +277,7 @@ def test_a_model_that_is_nowhere_is_said_so_though_a_cache_is_there(tmp_path, to
 
 
 class Seen(Progress):
-    """Every task that was shown, with how many there were to do."""
+    """Notes every task that is shown, with its total."""
 
     def __init__(self) -> None:
         super().__init__(disable=True)

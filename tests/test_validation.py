@@ -1,4 +1,4 @@
-"""Validation: the same pictures and the same held-out triples at every step and in every run, and what they decide."""
+"""Validation: the same pictures and held-out triples at every step and in every run; the best LoRA and patience."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cache(toy_cache) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache, toy_model) -> Path:
-    """Six steps that draw and measure every second one, with an average."""
+    """A run of six steps with an average, which draws and measures at every second step."""
     root = tmp_path_factory.mktemp("validated") / "run"
     validation = replace(HELD, **{k: v for k, v in vars(DRAWN).items() if v != getattr(ValidationConfig(), k)})
     start_run(root, cache, toy_model, replace(CONFIG, steps=6, checkpoint_every=0, validation=validation))

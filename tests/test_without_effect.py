@@ -1,4 +1,4 @@
-"""Is somebody told whose option counts for nothing, and only then?"""
+"""Is a user warned about an option without effect, and only then?"""
 
 from __future__ import annotations
 

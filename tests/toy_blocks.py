@@ -19,17 +19,17 @@ from k5train.planning.memory import Plan, Streaming
 
 CPU = torch.device("cpu")
 PLAIN = Modes(int8_dynamic=False, cudnn=False)
-# diffusers rounds rotated queries and keys to bfloat16: float32 noise before it may turn a bit of 2^-8 after it.
+# diffusers rounds rotated queries and keys to bfloat16, so float32 noise before that may flip a bit worth 2^-8.
 WITHIN = 2e-3
 
 
 def model(folder: Path, precision: Any = "int8-quanto", **adapter: Any) -> Any:
-    """The toy transformer in float32 with an adapter whose every matrix has a gradient."""
+    """The toy transformer in float32 with an adapter in which every matrix has a gradient."""
     return adapt(load_transformer(folder, precision, torch.float32, CPU), **adapter)
 
 
 def adapt(transformer: Any, targets: tuple[str, ...] = ("official",), dropout: float = 0.0, rank: int = 4) -> Any:
-    """An adapter whose every matrix has a gradient, always the same."""
+    """Add an adapter in which every matrix has a gradient, always the same."""
     attach.add_lora(transformer, LoraConfig(rank=rank, alpha=8, targets=targets, dropout=dropout), seed=0)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in transformer.named_parameters():

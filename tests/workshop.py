@@ -1,4 +1,4 @@
-"""A folder of images with captions and the cache that encodes of it leave, on the toy model."""
+"""A folder of images with captions and its cache, encoded with the toy model."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Workshop:
 
     @property
     def cache(self) -> Cache:
-        """As a trainer opens it."""
+        """The cache as a trainer opens it."""
         return open_cache(self.root)
 
     def files(self) -> dict[str, tuple[bytes, int, int]]:
-        """Bytes, mtime and inode of every file of the cache."""
+        """The bytes, mtime and inode of every file in the cache."""
         return {
             str(p.relative_to(self.root)): (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino)
             for p in sorted(self.root.rglob("*"))

@@ -1,4 +1,4 @@
-"""On a GPU: streaming and residing give the same bits, the cap holds, and VRAM is free again afterwards."""
+"""On a GPU: streamed and resident encoders give the same bits, keep to the VRAM limit, and free it afterwards."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ CASE = Case("int8-quanto", None, side=512, num_text_tokens=77)
 @pytest.fixture(autouse=True)
 def _empty_gpu():
     yield
-    gc.collect()  # a model's modules refer to one another: what is left of one would count in the next test's peak
+    gc.collect()  # a model's modules refer to one another: uncollected, they would count in the next test's peak
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -108,7 +108,7 @@ def test_what_is_compiled_for_a_level_is_found_again(level, tmp_path, monkeypatc
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     transformer = adapted("int8-quanto")
     counts = []
-    for _ in range(2):  # a new process knows as much
+    for _ in range(2):  # as in a new process
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
         counters.clear()

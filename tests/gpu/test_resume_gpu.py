@@ -60,7 +60,7 @@ CONFIGS = {
 ATTEMPT = "import sys; from pathlib import Path; from tests.runs import go_on; go_on(Path(sys.argv[1]))"
 
 
-# The toy takes megabytes: with as many free, and none for libraries, its plans differ as those of a full size do.
+# The toy takes megabytes: if that is all the VRAM, and libraries take none, its plans differ as full-size ones do.
 PRETEND = """
 import sys
 from k5train.planning import memory, vram
@@ -69,7 +69,7 @@ memory._ALLOCATOR_BYTES, vram.budget = 0, lambda *_: int(sys.argv[2])
 
 
 def attempt(root: Path, free_bytes: int | None = None) -> subprocess.Popen[bytes]:
-    """Train what is left of a run, in a process of its own, as if so much VRAM were free."""
+    """Train what is left of a run in a process of its own, as if only this much VRAM were free."""
     repository = Path(__file__).parent.parent.parent
     code = ATTEMPT if free_bytes is None else PRETEND + ATTEMPT
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(root), str(free_bytes)], cwd=repository)
@@ -90,7 +90,7 @@ def steps_done(run: Run) -> int:
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path_factory, monkeypatch):
-    """What is quantised and compiled is kept for the next attempt, as it is at home."""
+    """One K5_HOME for all attempts, so that the next one finds what was quantised and compiled."""
     monkeypatch.setenv("K5_HOME", str(tmp_path_factory.getbasetemp() / "k5"))
 
 
