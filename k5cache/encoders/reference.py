@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from k5cache.encoders.pipeline import clean, silent
 from k5cache.encoders.qwen import load_tokenizer
 from k5cache.shared.checkpoint import weight_files
+from k5cache.shared.host_memory import free_ram
 
 if TYPE_CHECKING:
     import torch
@@ -142,18 +143,8 @@ def _free_bytes(device: str) -> dict[str, int]:
     """Free memory of the device, and of the host."""
     import torch
 
-    free = {"cpu": _free_host_bytes()}
+    free = {"cpu": free_ram()}
     return free if device == "cpu" else {device: torch.cuda.mem_get_info(device)[0], **free}
-
-
-def _free_host_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 2**40  # not Linux: let the system say no
 
 
 @contextmanager

@@ -1,35 +1,152 @@
-"""How a file appears whole or not at all."""
+"""How a file appears whole or not at all: a temporary name, fsync, a rename, and an fsync of the folder."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".tmp-"
+
+
+class NewFile:
+    """A file being written under a temporary name; ``commit`` gives it its own. Hashes what passes through.
+
+    It has the methods that ``pyarrow.PythonFile`` asks for. Bytes go straight to the descriptor, so a full disk
+    raises in ``write`` or ``commit``, never later.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+        self.parts: list[Any] = []  # more hashes to feed, swapped by the owner as it goes
+        self.closed = False  # for Arrow, which writes a footer even into a file that is let go
+        self._is_pending = True
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, data: bytes) -> int:
+        """Append. What arrives after ``discard`` is dropped."""
+        if self._fd < 0:
+            return len(data)
+        rest = memoryview(data)
+        with self._named_in_errors():
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        self.sha256.update(data)
+        for part in self.parts:
+            part.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.num_bytes
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Arrow closes its sinks; ours stays open until ``commit`` or ``discard``."""
+
+    def commit(self, path: Path) -> None:
+        """Make the bytes durable, then visible as ``path``."""
+        with self._named_in_errors():
+            os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self.path.replace(path)
+        self._is_pending = False
+        sync_folder(path.parent)
+
+    def discard(self) -> None:
+        """Leave nothing behind. Does nothing after ``commit``."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._is_pending:
+            self._is_pending = False
+            self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)  # the console says where the disk is full
+            raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[NewFile]:
+    """``with new_file(path) as file: file.write(...)``: ``path`` is there, whole, after the block, or untouched."""
+    file = NewFile(path.parent)
+    try:
+        yield file
+        file.commit(path)
+    finally:
+        file.discard()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file that something else wrote durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place at once."""
+    """Let ``write`` fill a temporary file beside ``path``, for libraries that want a path; then put it in place.
+
+    The temporary files of processes that were killed are removed. Of several processes that write the same file at
+    once, the last to end wins.
+    """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    for old in path.parent.iterdir():  # of a process that was killed: a run has one writer at a time
-        if re.fullmatch(rf"\.\d+-{re.escape(path.name)}", old.name):
-            old.unlink(missing_ok=True)
+    for leftover in path.parent.iterdir():
+        match = re.fullmatch(rf"\.(\d+)-{re.escape(path.name)}", leftover.name)
+        if match and not _is_alive(int(match[1])):
+            leftover.unlink(missing_ok=True)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors makes files that nobody else may read: ComfyUI runs as another user
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
     """``value`` as an indented JSON file, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process of this number is running."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it belongs to another user
+        pass
+    return True

@@ -186,48 +186,68 @@ _BAD: Any = object()
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     """``value`` as type ``hint``, or _BAD with a problem noted."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        inner = [a for a in args if a is not type(None)]
-        for option in inner:
-            attempt: list[str] = []
-            converted = _convert(option, value, where, attempt)
-            if not attempt:
-                return converted
-        if len(inner) == 1:
-            problems.extend(attempt)
-            return _BAD
-    elif origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.5)
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        problems.append(f"{where} must be one of {', '.join(map(repr, args))}, found {_shown(value)}{hint_text}")
-        return _BAD
-    elif origin is tuple:
-        if isinstance(value, list):
-            if args[-1] is Ellipsis:
-                made = [_convert(args[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value)]
-            elif len(args) == len(value):
-                made = [
-                    _convert(a, v, f"{where}[{i}]", problems) for i, (a, v) in enumerate(zip(args, value, strict=True))
-                ]
-            else:
-                problems.append(f"{where} must have {len(args)} values, found {len(value)}")
-                return _BAD
-            return _BAD if any(m is _BAD for m in made) else tuple(made)
-    elif origin is dict:
-        if isinstance(value, dict):
-            made_values = {k: _convert(args[1], v, f"{where}.{k}", problems) for k, v in value.items()}
-            return _BAD if any(v is _BAD for v in made_values.values()) else made_values
-    elif dataclasses.is_dataclass(hint):
+        return _convert_to_either(hint, value, where, problems)
+    if origin is Literal:
+        return _convert_to_choice(hint, value, where, problems)
+    if origin is tuple and isinstance(value, list):
+        return _convert_to_tuple(hint, value, where, problems)
+    if origin is dict and isinstance(value, dict):
+        _, value_hint = typing.get_args(hint)
+        entries = {key: _convert(value_hint, entry, f"{where}.{key}", problems) for key, entry in value.items()}
+        return _BAD if any(entry is _BAD for entry in entries.values()) else entries
+    if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type[Any], hint), value, where, problems)
-    elif hint is Path and isinstance(value, str):
+    if hint is Path and isinstance(value, str):
         return Path(value)
-    elif hint is float and type(value) in (int, float):
+    if hint is float and type(value) in (int, float):
         return float(value)
-    elif type(value) is hint:
+    if type(value) is hint:
         return value
+    return _wrong_type(hint, value, where, problems)
+
+
+def _convert_to_either(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """The first type of a union that takes the value; ``X | None`` reports what is wrong with it as an X."""
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    for option in options:
+        attempt: list[str] = []
+        converted = _convert(option, value, where, attempt)
+        if not attempt:
+            return converted
+    if len(options) == 1:
+        problems.extend(attempt)
+        return _BAD
+    return _wrong_type(hint, value, where, problems)
+
+
+def _convert_to_choice(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    choices = typing.get_args(hint)
+    if value in choices and type(value) in {type(choice) for choice in choices}:
+        return value
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    suggestion = f"; did you mean {near[0]!r}?" if near else ""
+    problems.append(f"{where} must be one of {', '.join(map(repr, choices))}, found {_shown(value)}{suggestion}")
+    return _BAD
+
+
+def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[str]) -> Any:
+    """A list of any length as ``tuple[X, ...]``, or of a given one as ``tuple[X, Y]``."""
+    hints = typing.get_args(hint)
+    if hints[-1] is Ellipsis:
+        hints = (hints[0],) * len(values)
+    if len(hints) != len(values):
+        problems.append(f"{where} must have {len(hints)} values, found {len(values)}")
+        return _BAD
+    entries = [
+        _convert(entry_hint, value, f"{where}[{i}]", problems)
+        for i, (entry_hint, value) in enumerate(zip(hints, values, strict=True))
+    ]
+    return _BAD if any(entry is _BAD for entry in entries) else tuple(entries)
+
+
+def _wrong_type(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     problems.append(f"{where} must be {_type_name(hint)}, found {_shown(value)}")
     return _BAD
 

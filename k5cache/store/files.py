@@ -1,108 +1,17 @@
-"""Files of a cache: they appear whole or not at all, and only those inside its folder are opened."""
+"""Files of a cache: only those inside its folder are opened, and what a killed writer left is removed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from k5cache.shared.errors import CacheCorrupt, CacheError
+from k5cache.shared.files import TEMPORARY
 
 FOLDERS = ("latents", "masks", "text")
-TEMPORARY = ".tmp-"
-
-
-class NewFile:
-    """A file being written under a temporary name; ``commit`` gives it its own. Hashes what passes through.
-
-    It has the methods that ``pyarrow.PythonFile`` asks for. Bytes go straight to the descriptor, so a full disk
-    raises in ``write`` or ``commit``, never later.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
-        self.num_bytes = 0
-        self.sha256 = hashlib.sha256()
-        self.parts: list[Any] = []  # more hashes to feed, swapped by the owner as it goes
-        self.closed = False  # for Arrow, which writes a footer even into a file that is let go
-        self._is_pending = True
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-
-    def write(self, data: bytes) -> int:
-        """Append. What arrives after ``discard`` is dropped."""
-        if self._fd < 0:
-            return len(data)
-        rest = memoryview(data)
-        with self._named_in_errors():
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        self.sha256.update(data)
-        for part in self.parts:
-            part.update(data)
-        self.num_bytes += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.num_bytes
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Arrow closes its sinks; ours stays open until ``commit`` or ``discard``."""
-
-    def commit(self, path: Path) -> None:
-        """Make the bytes durable, then visible as ``path``."""
-        with self._named_in_errors():
-            os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        self.path.replace(path)
-        self._is_pending = False
-        sync_folder(path.parent)
-
-    def discard(self) -> None:
-        """Leave nothing behind. Does nothing after ``commit``."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._is_pending:
-            self._is_pending = False
-            self.path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _named_in_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename = str(self.path)  # the console says where the disk is full
-            raise
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[NewFile]:
-    """``with new_file(path) as file: file.write(...)``: ``path`` is there, whole, after the block, or untouched."""
-    made = NewFile(path.parent)
-    try:
-        yield made
-        made.commit(path)
-    finally:
-        made.discard()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove_leftovers(root: Path) -> list[str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from k5cache.shared.errors import CacheError, CacheLocked
+from k5cache.shared.files import new_file
+from k5cache.shared.lock import Locked, lock_file
 from k5cache.store import files
 
 FORMAT = 1
@@ -128,7 +127,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     """
     raw = encode_document(asdict(manifest) | {"source": str(manifest.source)})
     _parse(root, raw)  # what we write is what a reader accepts
-    with files.new_file(root / FILE) as file:
+    with new_file(root / FILE) as file:
         file.write(raw)
     named = {info.file for info in (manifest.index, manifest.locations) if info}
     for path in root.iterdir():
@@ -157,49 +156,24 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
         CacheLocked: another process held it for all of ``wait_seconds``; says which.
         CacheError: the folder cannot be written.
     """
-    path = root / ".lock"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CacheError(
-            f"{root} cannot be written: {error.strerror}", "Choose another folder with -o, or change its permissions"
-        ) from None
-    try:
-        deadline = time.monotonic() + wait_seconds
-        while not _try_lock(fd):
-            if time.monotonic() >= deadline:
-                raise CacheLocked(
-                    f"{root} is being written by {_holder(fd)}",
-                    "Wait for it to end, or wait for it here with --wait SECONDS",
-                )
-            time.sleep(0.05)
-        os.ftruncate(fd, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(root / ".lock", wait_seconds))
+        except Locked as error:
+            raise CacheLocked(
+                f"{root} is being written by {error.owner}",
+                "Wait for it to end, or wait for it here with --wait SECONDS",
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CacheError(
+                f"{root} cannot be written: {error.strerror}",
+                "Choose another folder with -o, or change its permissions",
+            ) from None
         files.remove_leftovers(root)
         yield
-        os.ftruncate(fd, 0)
-    finally:
-        os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(fd: int) -> str:
-    try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not said yet who it is
-        return "another process"
 
 
 def encode_document(document: dict[str, Any]) -> bytes:

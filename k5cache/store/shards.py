@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from k5cache.shared.errors import CacheCorrupt, CacheError
+from k5cache.shared.files import NewFile
 from k5cache.store import files
 from k5cache.store.manifest import ShardInfo, ShardKind
 from k5cache.store.tensors import TensorSpec, to_bytes, torch_dtype
@@ -59,7 +60,7 @@ class ShardWriter:
             fields += [pa.field("n_tokens", pa.int32(), nullable=False), pa.field("caption", pa.string(), False)]
         self._schema = pa.schema(fields)
         self._rows: dict[str, list[Any]] = {"key": [], "xxh3_64": [], "n_tokens": [], "caption_bytes": []}
-        self._file = files.NewFile(root / kind)
+        self._file = NewFile(root / kind)
         try:
             self._writer = pq.ParquetWriter(
                 pa.PythonFile(self._file, mode="w"),

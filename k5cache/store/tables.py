@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from k5cache.shared.errors import CacheError
+from k5cache.shared.files import new_file
 from k5cache.store import files
 from k5cache.store.manifest import IndexInfo
 
@@ -20,7 +21,7 @@ ROW_GROUP = 1 << 17
 
 def write_table(root: Path, table: pa.Table, name: str) -> IndexInfo:
     """Write a table file: plain and uncompressed, so that a small file cannot claim to be a large table."""
-    with files.new_file(root / name) as file:
+    with new_file(root / name) as file:
         with pq.ParquetWriter(
             pa.PythonFile(file, mode="w"),
             table.schema,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from k5cache.shared.files import sync_folder
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
@@ -55,7 +56,7 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
             (root / name).unlink(missing_ok=True)
         for folder in files.FOLDERS:
             if (root / folder).is_dir():
-                files.sync_folder(root / folder)
+                sync_folder(root / folder)
     return collected
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from k5cache.encode.differences import differences
 from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.files import new_file, sync_folder
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
@@ -121,8 +122,8 @@ def _bring(root: Path, out: Path, shard: ShardInfo) -> bool:
     try:
         os.link((root / shard.file).resolve(), target)
     except OSError:  # another disk, or one without hard links
-        with files.new_file(target) as new, (root / shard.file).open("rb") as old:
+        with new_file(target) as new, (root / shard.file).open("rb") as old:
             shutil.copyfileobj(old, new, 1 << 20)
         return False
-    files.sync_folder(target.parent)
+    sync_folder(target.parent)
     return True

@@ -15,9 +15,9 @@ from rich.progress import Progress
 from k5cache.encode.differences import Difference, refuse_model, table_of
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.device import pick_device
+from k5cache.shared.files import new_file
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.model import ModelConfig
-from k5cache.store.files import new_file
 from k5cache.store.index import IndexRow
 from k5cache.store.reader import Cache
 

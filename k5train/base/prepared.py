@@ -8,7 +8,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.errors import ModelError
+from k5cache.shared.files import write_whole
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.home import k5_home
 from k5train.base.quantize import converted, empty_transformer, finish, place
@@ -79,17 +79,12 @@ def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Pat
     if path.is_file() and _describe(path).is_whole:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{path.stem}.*.tmp"):  # left by a process that was killed
-        if not _is_alive(int(old.name.split(".")[-2])):
-            old.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    try:
+
+    def quantise(temporary: Path) -> None:
         with temporary.open("wb") as file:
             _write(file, folder, dtype, device)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    write_whole(path, quantise)
     return path
 
 
@@ -125,7 +120,7 @@ def load_prepared(
 
 def list_bases() -> list[Prepared]:
     """Every prepared base."""
-    return [_describe(path) for path in sorted(home().glob("*.safetensors"))]
+    return [_describe(path) for path in sorted(home().glob("[!.]*.safetensors"))]
 
 
 def remove(name: str) -> Prepared:
@@ -173,8 +168,6 @@ def _write(file: Any, folder: Path, dtype: torch.dtype, device: torch.device | s
     assert len(text) <= _HEADER_BYTES
     file.seek(0)
     file.write(struct.pack("<Q", _HEADER_BYTES) + text.ljust(_HEADER_BYTES))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -250,10 +243,3 @@ def _read(
                 yield name, tensor
     finally:
         os.close(descriptor)
-
-
-def _is_alive(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
