@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from k5cache.cli import app as cache_app
+from k5cache.encoders import reference
 from k5cache.shared.comparison import check, compare, not_run, print_comparisons
 from k5train.cli import app as train_app
 from k5train.exact import selftest
@@ -160,3 +161,11 @@ def test_the_table_ends_in_the_first_failure_or_in_a_count(capsys):
     passed, failed = check("facts", "them", ""), check("facts", "them", "crop is 41 instead of 40")
     assert print_comparisons("t", [passed, not_run("big", "them", "no room")])
     assert not print_comparisons("t", [passed, failed])
+
+
+def test_both_selftests_count_the_memory_that_a_container_leaves_them(monkeypatch):
+    monkeypatch.setattr(reference, "free_ram", lambda: 2**20)
+    monkeypatch.setattr(selftest, "free_ram", lambda: 2**20)
+    assert reference._free_bytes("cpu") == {"cpu": 2**20}
+    assert "1.0 MiB are free" in selftest.short_of_memory(2**21)
+    assert selftest.short_of_memory(2**19) == ""
