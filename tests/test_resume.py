@@ -22,7 +22,7 @@ from k5train.options.objective import RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.train import ObjectiveConfig
 from k5train.runs import resume_state
-from k5train.runs.folder import Run, hold
+from k5train.runs.folder import Run, lock_run
 from k5train.training import identity, loop, step
 from k5train.training.interrupt import Interruptions
 from k5train.training.optimizer import make_optimizer
@@ -299,7 +299,7 @@ def test_another_last_step_is_refused_under_a_schedule_that_falls_towards_it(tmp
     assert "was started differently: train.steps: 1, now 3" in refused.err
     finished = cli(app, "resume", "run")
     assert finished.code == 2
-    command = finished.err.split("To start another from its LoRA: k5train ")[1]  # the advice works
+    command = finished.err.split("To start another run from its LoRA: k5train ")[1]  # the advice works
     assert cli(app, *command.split()).code == 0
     assert (tmp_path / "run-2" / "run-2.safetensors").is_file()
     refused = Cli(tmp_path)(app, "resume", "run", "--set", "train.epochs=3")
@@ -380,8 +380,17 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, cache, toy_model):
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(whole):
-    with hold(Run(whole)), pytest.raises(RunError, match=f"being trained by process {os.getpid()}"):
+    with lock_run(Run(whole)), pytest.raises(RunError, match=f"being trained by process {os.getpid()}"):
         go_on(whole, steps=30)
+
+
+def test_a_kill_while_the_folder_was_being_made_leaves_it_to_the_same_command(tmp_path, cache, toy_model):
+    root = tmp_path / "run"
+    (root / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.toml", ".99999999-recipe.toml", ".99999999-run.json"):  # no process has that number
+        (root / name).write_text("[mo")
+    start_run(root, cache, toy_model, replace(CONFIG, steps=1))
+    assert not list(root.glob(".9*"))
 
 
 def test_checkpoints_are_limited_to_the_newest(tmp_path, cache, toy_model):

@@ -14,7 +14,7 @@ from k5cache.shared.errors import RunError
 from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
 
 if TYPE_CHECKING:
-    from k5train.training.sweep import Row
+    from k5train.training.sweep import Outcome
 
 
 def sweep(
@@ -36,20 +36,21 @@ def sweep(
     The same command again skips the finished runs and continues one that was stopped.
     """
     from k5train.training import sweep as sweeping
+    from k5train.training.sweep_runs import sweep_runs
 
     document = read_document(recipe, model, options)
-    model_config, runs = sweeping.settings(document, grid or [], listed, recipe)
+    model_config, runs = sweep_runs(document, grid or [], listed, recipe)
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
     if not document.get("model"):
         model_config = model_of_cache(cache or Path(runs[0].config.data[0].cache))
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
-    rows, pictures = sweeping.sweep(cache, target, model_config, runs)
-    print_sweep(rows)
+    outcomes, pictures = sweeping.sweep(cache, target, model_config, runs)
+    print_sweep(outcomes)
     if pictures:
         console.out.print(f"pictures {pictures}", markup=False)
-    finished = [row for row in rows if not row.problem]
+    finished = [outcome for outcome in outcomes if not outcome.problem]
     if not finished:
         raise RunError("No run was finished", "Their problems are above; often a lower train.optim.lr helps")
     best = min(finished, key=lambda r: r.best_loss or r.last_loss or float("inf"))
@@ -57,14 +58,15 @@ def sweep(
         console.next_step("Next, draw more with the best", console.command("k5train", "sample", target / best.label))
 
 
-def print_sweep(rows: list[Row]) -> None:
+def print_sweep(outcomes: list[Outcome]) -> None:
     """One line for each run."""
     table = Table(box=None, pad_edge=False)
     for column in ("run", "steps", "loss", "held out", "time", "started in", "problem"):
         table.add_column(column, overflow="fold")
-    for row in rows:
-        losses = [f"{loss:.4f}" if loss is not None else "" for loss in (row.last_loss, row.best_loss)]
-        times = [console.human_seconds(s) if s is not None else "" for s in (row.seconds, row.seconds_to_start)]
-        cells = [row.label, str(row.steps), *losses, *times, row.problem or ""]
+    for outcome in outcomes:
+        losses = [f"{loss:.4f}" if loss is not None else "" for loss in (outcome.last_loss, outcome.best_loss)]
+        seconds = (outcome.seconds, outcome.seconds_to_start)
+        times = [console.human_seconds(s) if s is not None else "" for s in seconds]
+        cells = [outcome.label, str(outcome.steps), *losses, *times, outcome.problem or ""]
         table.add_row(*(Text(cell) for cell in cells))
     console.out.print(table)

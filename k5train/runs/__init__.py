@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its resume state, its metrics and trackers."""
+"""What a run has on disk: its folder, its resume state, its metrics and trackers."""

@@ -1,32 +1,35 @@
-"""The folder of a run: what is in it, who may write it, and how each file gets there whole or not at all."""
+"""What is in the folder of a run, and which process may write it?"""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import parse, read, to_dict, to_toml
 from k5train.options.train import TrainConfig
 
+# A folder is a run once it has run.json. If it has only these, a kill came before that, and the folder is free.
+_BEFORE_RUN_JSON = re.compile(r"recipe\.toml|checkpoints|samples|\.\d+-(recipe\.toml|run\.json)")
+
 
 @dataclass(frozen=True)
 class Run:
-    """``runs/<name>``: recipe.toml, run.json, metrics.jsonl, checkpoints/, state/, samples/, pictures, the LoRA."""
+    """The paths in ``runs/<name>``."""
 
     root: Path
 
     @property
     def name(self) -> str:
-        """The run's own name, also its LoRA's."""
+        """The run's name, which is also its LoRA's."""
         return self.root.name
 
     @property
@@ -36,22 +39,22 @@ class Run:
 
     @property
     def grid(self) -> Path:
-        """Every sampled checkpoint under the next, one column a prompt."""
+        """The picture grid: a row for each step at which pictures were drawn, a column for each prompt."""
         return self.root / "samples.png"
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a step."""
+        """One JSON line for each step."""
         return self.root / "metrics.jsonl"
 
     @property
     def state(self) -> Path:
-        """What `k5train resume` goes on from."""
+        """The state that `k5train resume` starts from."""
         return self.root / "state"
 
     @property
     def result(self) -> Path:
-        """Written last: how the run ended. Without it the run is not finished."""
+        """How the run ended. It is written last: without it the run is not finished."""
         return self.root / "result.json"
 
     @property
@@ -61,41 +64,41 @@ class Run:
 
     @property
     def ema(self) -> Path:
-        """The averaged LoRA, where the recipe keeps one."""
+        """The averaged LoRA, if the recipe has ``ema_decay``."""
         return self.root / f"{self.name}-ema.safetensors"
 
     @property
     def curve(self) -> Path:
-        """The losses as a picture."""
+        """The picture of the losses."""
         return self.root / "loss.png"
 
     @property
     def is_finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run has ended."""
         return self.result.is_file()
 
     def checkpoints(self) -> dict[int, Path]:
-        """The saved LoRAs by step, in order."""
-        found = {int(p.stem.removeprefix("step-")): p for p in (self.root / "checkpoints").glob("step-*.safetensors")
-                 if p.stem.removeprefix("step-").isdigit()}  # fmt: skip
-        return dict(sorted(found.items()))
+        """Step -> the LoRA saved then, in order."""
+        paths = (self.root / "checkpoints").glob("step-*.safetensors")
+        by_name = {path.stem.removeprefix("step-"): path for path in paths}
+        return dict(sorted((int(step), path) for step, path in by_name.items() if step.isdigit()))
 
     def checkpoint(self, step: int) -> Path:
         """The LoRA after ``step`` updates."""
         return self.root / "checkpoints" / f"step-{step:06d}.safetensors"
 
     def samples(self, step: int) -> Path:
-        """Folder of the pictures drawn after ``step`` updates."""
+        """The folder of the pictures drawn after ``step`` updates."""
         return self.root / "samples" / f"step-{step:06d}"
 
 
 def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Run:
-    """Make a new run's folder, with its recipe as resolved.
+    """Make the folder of a new run and write its recipe with every option in it.
 
     Raises:
-        RunError: there is already something at ``root``.
+        RunError: there is already a run at ``root``.
     """
-    if root.exists() and any(p.name not in _EMPTY for p in root.iterdir()):
+    if root.exists() and not all(_BEFORE_RUN_JSON.fullmatch(p.name) for p in root.iterdir()):
         raise RunError(f"{root} already holds a run", "Give another folder with -o, or another --set train.name=NAME")
     for folder in (root, root / "checkpoints", root / "samples"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +111,9 @@ def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig)
 
 @contextmanager
 def undone_if_refused(run: Run) -> Iterator[Run]:
-    """``with undone_if_refused(create_run(...)) as run: train(...)``: what is refused at its start leaves nothing.
+    """Remove the folder of a run that is refused at its start: ``with undone_if_refused(create_run(...)) as run:``.
 
-    The command that was mended then has the folder's name to itself. Only what ``create_run`` and ``hold`` wrote goes.
+    The corrected command can then use the same name. Only what ``create_run`` and ``lock_run`` wrote is removed.
     """
     try:
         yield run
@@ -118,57 +121,47 @@ def undone_if_refused(run: Run) -> Iterator[Run]:
         folders = [run.root / name for name in ("checkpoints", "samples")]
         ours = {*folders, *(run.root / name for name in ("recipe.toml", "run.json", ".lock"))}
         is_bare = set(run.root.iterdir()) <= ours and not any(any(folder.iterdir()) for folder in folders)
-        if is_bare and not is_held(run):  # by another process, which was faster
+        if is_bare and not is_locked(run):  # by another process, which was faster
             for path in ours:
                 path.rmdir() if path in folders else path.unlink(missing_ok=True)
             run.root.rmdir()
         raise
 
 
-# What is there before run.json, which makes a folder a run: a kill in between leaves nothing to keep.
-_EMPTY = ("recipe.toml", "checkpoints", "samples")
-
-
 def write_recipe(root: Path, model: ModelConfig, config: TrainConfig) -> None:
-    """Put a run's recipe, with every option, in place."""
+    """Write a run's recipe with every option in it."""
     text = to_toml({"model": to_dict(model), "train": to_dict(config)})
     write_whole(root / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
-def hold(run: Run) -> Iterator[None]:
-    """Be the only process that trains this run. The kernel lets go when the process ends, however it ends.
+def lock_run(run: Run) -> Iterator[None]:
+    """Let no other process train this run until the end of the block.
 
     Raises:
         RunError: another process trains it.
     """
-    fd = os.open(run.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            stack.enter_context(lock_file(run.root / ".lock"))
+        except Locked as error:
             raise RunError(
-                f"{run.root} is being trained by process {pid}", "Wait for it, or start another with -o"
+                f"{run.root} is being trained by {error.owner}", "Wait for it, or start another run with -o"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
-    finally:
-        os.close(fd)
 
 
-def is_held(run: Run) -> bool:
+def is_locked(run: Run) -> bool:
     """Whether a process trains this run right now."""
     try:
-        with hold(run):
+        with lock_file(run.root / ".lock"):
             return False
-    except RunError:
+    except Locked:
         return True
 
 
 def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
-    """An existing run, its configs and its cache's path.
+    """An existing run, its configs and the path of its cache.
 
     Raises:
         RunError: ``root`` is not a run.
@@ -182,12 +175,12 @@ def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
     try:
         cache = Path(json.loads(facts.read_text(encoding="utf-8"))["cache"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{facts} cannot be read", "Train again, or mend the file: it names the cache") from error
+        raise RunError(f"{facts} cannot be read", "Train again, or repair the file: it names the cache") from error
     return Run(root), model, config, cache
 
 
 def free_name(runs: Path, name: str) -> Path:
-    """``runs/name``, or ``runs/name-2``, ``-3`` ... where that is taken: no run is ever written over."""
+    """``runs/name``, or ``runs/name-2``, ``-3`` ... if that exists. No run is ever overwritten."""
     candidate, number = runs / name, 2
     while candidate.exists():
         candidate, number = runs / f"{name}-{number}", number + 1

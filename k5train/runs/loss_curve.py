@@ -1,4 +1,4 @@
-"""The losses of a run as a picture: training, smoothed, and held out, over the steps. Pillow draws it."""
+"""The picture of a run's losses over its steps: training, smoothed, and held out. Pillow draws it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT, MARGIN = 960, 540, 60
-
+TRAINING, SMOOTH, HELD_OUT = "#c8d6ea", "#2b5fa8", "#d1495b"
 
 Point = tuple[float, float]
 
 
-TRAINING, SMOOTH, HELD_OUT = "#c8d6ea", "#2b5fa8", "#d1495b"
-
-
 def draw_losses(rows: Sequence[dict[str, Any]], title: str) -> Image.Image:
-    """``metrics.jsonl`` as a chart: every step's loss pale, its running mean blue, the held-out loss red."""
+    """A chart of ``metrics.jsonl``: the loss of every step pale, its running mean blue, the held-out loss red."""
     training = _points(rows, "loss")
     held_out = _points(rows, "held_out_loss")
     lines = [(TRAINING, training, 1), (SMOOTH, smooth(training), 3), (HELD_OUT, held_out, 3)]
@@ -51,7 +48,7 @@ def draw_losses(rows: Sequence[dict[str, Any]], title: str) -> Image.Image:
 
 
 def smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
-    """The running mean over the last ``share`` of all points, at least 10 of them where there are so many."""
+    """The running mean over a number of points: ``share`` of all of them, but at least 10."""
     count = max(10, math.ceil(len(points) * share))
     total, result = 0.0, []
     for i, (x, y) in enumerate(points):
@@ -65,16 +62,17 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
 
 
 def _place(point: Point, last: float, axis: Sequence[float]) -> Point:
-    """Where a point lies on the sheet; what is beyond the axis, at its edge."""
+    """Where a point lies on the sheet. A value beyond the axis lies at its edge."""
     share = (point[1] - axis[0]) / (axis[-1] - axis[0])
     x = MARGIN + (WIDTH - 20 - MARGIN) * point[0] / last
     return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * min(max(share, 0.0), 1.0)
 
 
 def nice_axis(values: Sequence[float], room: float = 0.25) -> list[float]:
-    """Even numbers, 1, 2 or 5 times a power of ten apart, around ``values`` and a quarter of their span on each side.
+    """Ticks that are 1, 2 or 5 times a power of ten apart, around ``values`` with a quarter of their span on each side.
 
-    Not from 0: a held-out loss that rises from 0.412 to 0.420 is the sign of overfitting that the curve is for.
+    The axis does not start at 0, because the curve must show a held-out loss that rises from 0.412 to 0.420: a sign of
+    overfitting.
     """
     low, high = min(values), max(values)
     span = max(high - low, 0.05 * abs(high), 1e-6)
@@ -85,6 +83,6 @@ def nice_axis(values: Sequence[float], room: float = 0.25) -> list[float]:
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2 or 5 times a power of ten."""
+    """Up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(max(value, 1e-9)))
     return power * min(n for n in (1, 2, 5, 10) if n * power >= value * (1 - 1e-9))

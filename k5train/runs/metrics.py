@@ -1,4 +1,4 @@
-"""What a run measures: one JSON line a step in ``metrics.jsonl``, the same to every tracker, and a picture of it."""
+"""Where do a run's measurements go? To ``metrics.jsonl``, one JSON line at a time, and to every tracker."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Appends one JSON object a line; every line is whole on disk before the next step.
+    """Appends JSON lines. Each line is passed to the operating system before the next step.
 
     Args:
         path: ``metrics.jsonl``.
-        step: updates that the run goes on from; lines beyond it, of work that a crash undid, are dropped.
-        trackers: told the same.
+        step: updates done before this start. Lines beyond it, which a crash undid, are removed.
+        trackers: get the same numbers.
     """
 
     def __init__(self, path: Path, step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
@@ -34,7 +34,7 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, *, step: int, **values: Any) -> None:
-        """Append one line. Floats are kept in full; NaN and infinity become null, which JSON can hold."""
+        """Append one line. Floats keep all their digits; NaN and infinity, which JSON does not have, become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
@@ -42,12 +42,12 @@ class Metrics:
             tracker.log(step, _numbers(clean))
 
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
-        """Show pictures by caption to the trackers; on disk they have files of their own."""
+        """Give pictures to the trackers, by caption. On disk they have files of their own."""
         for tracker in self.trackers:
             tracker.pictures(step, pictures)
 
     def sync(self) -> None:
-        """Wait until every line is on disk: before a state that counts on them."""
+        """Wait until every line is on disk. Call it before saving a state, which relies on them."""
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> Metrics:
@@ -60,7 +60,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a ``metrics.jsonl``; a last line cut by a crash is left out."""
+    """The lines of a ``metrics.jsonl``, without a last one that a crash cut off."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -71,15 +71,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop what lies beyond ``step``. A held-out loss of that very step stays: it belongs to the adapter there."""
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
+    """Remove the lines beyond ``step``. A held-out loss of that step itself stays: it belongs to the saved adapter."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     if text != path.read_text(encoding="utf-8"):
         write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """What a tracker can draw: numbers, and each of a list by its place."""
+    """What a tracker can draw: numbers, and the numbers of a list, each under its own name."""
     flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, int | float):

@@ -1,13 +1,13 @@
-"""What a run needs to go on exactly where it was: the adapter, the optimizer and how far it came, on disk.
+"""What does a run need on disk to continue exactly where it was? The adapter, the optimizer and its progress.
 
-No random state: every draw is a function of (seed, step, row). One folder ``state/step-000250`` appears by a rename,
-after which the one before it goes: a kill at any instant leaves one whole state. Safetensors and JSON only.
+There is no random state, because every draw is a function of (seed, step, row). A folder such as ``state/step-000250``
+appears by a rename, and then the one before it is removed, so that a kill at any instant leaves a whole state. The
+files are safetensors and JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,58 +19,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from k5cache.shared.errors import RunError
-
-PARTS = ("adapter", "optimizer", "ema")
+from k5cache.shared.files import sync_file, sync_folder
 
 
 @dataclass
 class Progress:
-    """How far a run came. The loop keeps it up to date; it is saved with the tensors."""
+    """How far a run is. The loop updates it, and it is saved with the tensors."""
 
     step: int = 0
     """Updates done."""
     seconds: float = 0.0
-    """Time spent, earlier attempts included."""
+    """Time spent, including before earlier stops."""
     validated: dict[str, int] = field(default_factory=dict)
-    """The last step at which each kind of validation was finished."""
+    """The last step at which each kind of validation was done."""
     best_loss: float | None = None
-    """The lowest held-out loss, and when: what early stopping and ``best.safetensors`` go by."""
+    """The lowest held-out loss. It decides about early stopping and ``<name>-best.safetensors``."""
     best_step: int | None = None
+    """The step of the lowest held-out loss."""
     not_better: int = 0
-    """Measurements of the held-out loss since then."""
+    """Measurements of the held-out loss after ``best_step``."""
 
 
 def save_state(
     folder: Path, progress: Progress, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
 ) -> Path:
-    """Write the state after ``progress.step`` updates beside the last one, then remove that.
+    """Write the state after ``progress.step`` updates, then remove the one before it.
 
     Args:
         folder: ``runs/<name>/state``.
-        parts: ``adapter``, ``optimizer`` and, where there is one, ``ema``: tensors by name.
-        facts: what else must come back, as JSON: the recipe, the cache's identity, the optimizer's groups,
-            and the plan of a deterministic run.
+        parts: tensors by name for ``adapter``, ``optimizer`` and, if the run has an average, ``ema``.
+        facts: what else is saved, as JSON: the run's identity, the optimizer's groups and the plan of a deterministic
+            run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{progress.step:06d}"
     remove_leftovers(folder)
-    if not target.exists():  # Ctrl-C just after a save comes here again
+    if not target.exists():  # Ctrl-C right after a save saves the same step again
         temporary = folder / f".tmp-{target.name}"
         temporary.mkdir()
         for name, tensors in parts.items():
-            whole = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
-            save_file(whole, temporary / f"{name}.safetensors")
-            _fsync(temporary / f"{name}.safetensors")
+            on_cpu = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
+            save_file(on_cpu, temporary / f"{name}.safetensors")
+            sync_file(temporary / f"{name}.safetensors")
         document = {"progress": asdict(progress), "parts": sorted(parts), **facts}
         (temporary / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        _fsync(temporary / "state.json")
-        _fsync(temporary)
+        sync_file(temporary / "state.json")
+        sync_folder(temporary)
         temporary.rename(target)
-        _fsync(folder)
+        sync_folder(folder)
     for old in _states(folder):
         if old != target:
-            gone = old.rename(folder / f".tmp-old-{old.name}")
-            shutil.rmtree(gone)
+            shutil.rmtree(old.rename(folder / f".tmp-old-{old.name}"))
     return target
 
 
@@ -83,10 +82,10 @@ class SavedState:
     facts: Mapping[str, Any]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part; none where the run has no such part.
+        """The tensors of one part; empty if the run has no such part.
 
         Raises:
-            RunError: the file is not as it was written.
+            RunError: the file cannot be read.
         """
         path = self.folder / f"{part}.safetensors"
         if part not in self.facts["parts"]:
@@ -98,10 +97,10 @@ class SavedState:
 
 
 def latest_state(folder: Path) -> SavedState | None:
-    """The state to go on from; None: the run was stopped before its first.
+    """The state to resume from. None if the run was stopped before it saved one.
 
     Raises:
-        RunError: the newest is there and cannot be read.
+        RunError: the newest state cannot be read.
     """
     states = _states(folder)
     if not states:
@@ -115,16 +114,17 @@ def latest_state(folder: Path) -> SavedState | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left half written or half removed; nothing reads it."""
+    """Remove folders that a kill left half written or half removed. Nothing reads them."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)
 
 
 def differences(before: Any, now: Any, free: Iterable[str] = (), where: str = "") -> list[str]:
-    """What is not the same in two plain documents: ``train.lora.rank: 8, now 16``, one line a field.
+    """The fields that differ between two JSON documents, a line for each: ``train.lora.rank: 8, now 16``.
 
     Args:
-        free: dotted fields that may differ, with all that is below them.
+        free: dotted fields that may differ, with everything below them.
+        where: the dotted field at which the documents are.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
@@ -151,16 +151,8 @@ def _shown(value: Any) -> str:
 
 
 def broken(path: Path, error: Exception) -> RunError:
-    """The error for a file of a state that is not as it was written."""
+    """The error for a file of a state that cannot be read."""
     return RunError(
         f"{path} cannot be read: {error}",
-        f"Remove {path.parent} to train again from the start; saved LoRAs are not touched",
+        f"Remove {path.parent} to train again from the start; saved LoRAs stay",
     )
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,4 +1,11 @@
-"""TensorBoard, wandb and trackio: where a run is also shown. None is imported before a recipe names it."""
+"""Where is a run shown besides its files? TensorBoard, wandb and trackio, each imported only if the recipe names it.
+
+We do not use ``accelerate.tracking`` (read in 1.15): its classes would save the calls in ``log`` and ``close``. What is
+left is ours in any case: purging the TensorBoard steps that a crash undid, the id by which a resumed run finds its
+wandb run, a step axis that takes repeated steps, an error that says what to do about a missing key, and keeping
+trackio's token out of logs. Its TensorBoard tracker also flushes after every step, and its trackio tracker takes no
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +13,8 @@ import importlib.util
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from k5cache.shared.errors import RunError
@@ -17,23 +26,23 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """What the loop tells each of them."""
+    """What ``Metrics`` calls."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of one step by name."""
+        """Show the numbers of one step, by name."""
 
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
-        """Pictures of one step by caption."""
+        """Show the pictures of one step, by caption."""
 
     def close(self) -> None:
-        """The run ends, or stops for now."""
+        """The run has ended or stopped."""
 
 
 def check_trackers(config: TrackersConfig) -> None:
     """Refuse a tracker that is not installed, before anything is loaded.
 
     Raises:
-        RunError: one is missing; says what to install.
+        RunError: a tracker is missing; says what to install.
     """
     for name in config.use:
         if importlib.util.find_spec(name) is None:
@@ -43,24 +52,28 @@ def check_trackers(config: TrackersConfig) -> None:
 
 
 def open_trackers(config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> list[Tracker]:
-    """Start, or take up again, every tracker that the recipe names.
+    """Start every tracker that the recipe names, or continue where it was.
 
     Args:
         recipe: what they show as the run's settings.
-        step: updates that the run goes on from.
+        step: updates done before this start. What a tracker shows beyond it was undone by a crash.
     """
-    make: dict[str, Callable[[TrackersConfig, Run, dict[str, Any], int], Tracker]] = {
-        "tensorboard": _TensorBoard,
-        "wandb": _Wandb,
-        "trackio": _Trackio,
-    }
-    return [make[name](config, run, recipe, step) for name in config.use]
+    trackers: list[Tracker] = []
+    for name in config.use:
+        match name:
+            case "tensorboard":
+                trackers.append(_TensorBoard(run, step))
+            case "wandb":
+                trackers.append(_Wandb(config, run, recipe))
+            case "trackio":
+                trackers.append(_Trackio(config, run, recipe))
+    return trackers
 
 
 class _TensorBoard:
-    """Event files in ``runs/<name>/tensorboard``: `tensorboard --logdir runs`."""
+    """Event files in ``runs/<name>/tensorboard``. To see them: `tensorboard --logdir runs`."""
 
-    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> None:
+    def __init__(self, run: Run, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
@@ -81,28 +94,29 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One wandb run under the run's own name; taken up again when the run is."""
+    """One wandb run with the run's name. A resumed run continues it, found by the id in ``wandb/id``."""
 
-    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> None:
+    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any]) -> None:
         import wandb
 
         self._wandb = wandb
-        path = run.root / "wandb" / "id"
-        identity = path.read_text(encoding="utf-8") if path.exists() else uuid.uuid4().hex[:12]
+        id_file = run.root / "wandb" / "id"
+        run_id = id_file.read_text(encoding="utf-8") if id_file.exists() else uuid.uuid4().hex[:12]
         try:
             self._run = wandb.init(
-                project=config.project, name=run.name, id=identity, resume="allow",
+                project=config.project, name=run.name, id=run_id, resume="allow",
                 dir=str(run.root), config=recipe, mode="offline" if config.offline else None,
                 settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
-        except wandb.Error as error:  # no key, a wrong one, or no network
+        except wandb.Error as error:  # no key, a wrong key, or no network
             raise RunError(
                 f"wandb does not start: {str(error).splitlines()[0]}",
                 "Run: wandb login, or keep it on this machine: --set train.trackers.offline=true",
             ) from error
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(identity, encoding="utf-8")
-        # After a crash steps come again that wandb has seen: an axis of our own takes them, wandb's would drop them.
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(run_id, encoding="utf-8")
+        # After a crash the run repeats steps that wandb has already seen. wandb's own step would drop them, so the
+        # curves have a step of ours.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -116,9 +130,9 @@ class _Wandb:
 
 
 class _Trackio:
-    """A local trackio project: `trackio show --project kandinsky5-lora`."""
+    """A local trackio project. To see it: `trackio show --project kandinsky5-lora`."""
 
-    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any], step: int) -> None:
+    def __init__(self, config: TrackersConfig, run: Run, recipe: dict[str, Any]) -> None:
         import trackio
 
         self._trackio = trackio
@@ -145,8 +159,6 @@ class _Trackio:
 
 
 def _silently(call: Callable[[], Any]) -> Any:
-    """trackio prints what it does, sometimes with a token that allows writing: keep that out of logs."""
-    from contextlib import redirect_stdout
-
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123
+    """Call without output: trackio prints, among other things, a token that allows writing."""
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
         return call()

@@ -1,4 +1,4 @@
-"""The exponential moving average of the adapter."""
+"""The exponential moving average of the adapter, which a run can save beside it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Ema:
-    """An exponential moving average of the adapter, float32, beside it.
+    """An exponential moving average of the adapter, in float32.
 
-    The decay rises to its final value as ``(1 + n) / (10 + n)``, as in diffusers' ``EMAModel``: early averages forget
-    the start.
+    The decay rises to its final value as ``(1 + n) / (10 + n)``, as in diffusers' ``EMAModel``, so that early averages
+    forget the start.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float) -> None:
@@ -22,14 +22,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters after an update."""
+        """Add the parameters after an update to the average."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.num_updates else 0.0
         self.num_updates += 1
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The average in the parameters' place, and the parameters back afterwards."""
+        """Put the average in the place of the parameters, and the parameters back afterwards."""
         trained = [p.data for p in self.parameters]
         for parameter, average in zip(self.parameters, self.average, strict=True):
             parameter.data = average

@@ -1,4 +1,4 @@
-"""Is a resumed run still the same run? What may change between a run and its resumption."""
+"""What may change between a run and its resumption, and is a resumed run still the same run?"""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from k5train.runs.resume_state import SavedState, differences
 if TYPE_CHECKING:
     from k5train.data.mixture import Mixture
 
-
-# What may change between a run and its resumption: none of it changes the numbers of a step, but for the rounding of
-# another memory plan. ``may_change`` makes exceptions for what the run is.
+# The options of [train] that may change when a run is resumed. None of them changes the numbers of a step, except that
+# another memory plan rounds differently. ``may_change`` has the exceptions.
 FREE = (
     "name",
     "steps",
@@ -38,7 +37,7 @@ FREE = (
 
 
 def identity(data: Mixture, folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """What must be the same for a run to go on: the recipe, the caches' rows, and the base model's weights."""
+    """What must stay the same for a run to go on: its recipe, the rows of its caches, and the weights of the base."""
     caches = {}
     for number, source in enumerate(data.sources):
         manifest = source.cache.manifest
@@ -51,58 +50,61 @@ def identity(data: Mixture, folder: Path, config: TrainConfig) -> dict[str, Any]
 
 
 def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with anything that changes the numbers.
+    """Refuse to resume if anything has changed that changes the numbers.
 
     Raises:
-        RunError: names every field that differs.
+        RunError: something has changed; names every field that differs.
     """
     before, now = _without_paths(saved.facts["identity"]), _without_paths(now)
     free = [f"train.{name}" for name in may_change(saved, now["train"])]
-    # A name, which an encode may note later; the weights that it stands for are compared by their fingerprints.
+    # A later encode may fill the revision in. The weights that it names are compared by their fingerprints.
     free += [f"{name}.recipe.model.revision" for name in now if name.startswith("cache")]
-    differing = differences(before, dict(now), free)
-    for i, (field, _, _) in enumerate(line.partition(": ") for line in differing):
-        if field.endswith(".rows"):  # two hashes say nothing
-            differing[i] = f"{field.removesuffix('.rows')}: its images or captions are others now"
-    if differing:
+    different = differences(before, dict(now), free)
+    for i, (field, _, _) in enumerate(line.partition(": ") for line in different):
+        if field.endswith(".rows"):  # to a reader the two hashes say nothing
+            different[i] = f"{field.removesuffix('.rows')}: its images or captions have changed since the run started"
+    if different:
         raise RunError(
-            f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(differing)}",
-            "Put that back to go on with it, or train another: k5train run --new, or -o OTHER",
+            f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(different)}",
+            "Change that back to resume the run, or start another one: k5train run --new, or -o OTHER",
         )
 
 
 def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is, wherever its caches lie: their rows are compared."""
+    """An identity without the paths of the caches, which may move. Their rows are compared."""
     train = without_removed(identity["train"])
     train["data"] = [{k: v for k, v in entry.items() if k != "cache"} for entry in train.get("data", ())]
     return {**identity, "train": train}
 
 
 def may_change(saved: SavedState, train: Mapping[str, Any]) -> set[str]:
-    """Fields of ``[train]`` that may be others than they were, with all below them.
+    """Fields of ``[train]`` that may differ from what they were, with everything below them.
 
     Args:
-        train: the recipe as it is now.
+        train: the recipe now.
     """
     free = set(FREE)
     if depends_on_the_last_step(train):
         free -= {"steps", "epochs"}
     if read_saved_plan(saved, train["deterministic"]):
-        free = free - {"memory"} | {"memory.vram"}  # how much there is, and no longer what is made of it
+        free = free - {"memory"} | {"memory.vram"}  # the budget may change, the plan may not
     if not train["deterministic"]:
-        free.add("deterministic")  # it goes on, and no longer to the bit
+        free.add("deterministic")  # a deterministic run may go on without being exact
     return free
 
 
 def depends_on_the_last_step(train: Mapping[str, Any]) -> bool:
-    """A schedule or a ramp that ends with the last step was another one all along if that step moves."""
+    """Whether the number of steps shapes the whole run.
+
+    A decaying schedule or a ramp is scaled to it, so that another number would change the steps already done.
+    """
     return bool(
         train["optim"]["lr_scheduler"] != "constant" or (train["tread"]["routes"] and train["tread"]["ramp_down"])
     )
 
 
 def _rows(cache: Any) -> str:
-    """One hash of which latents and captions the rows have, in their order."""
+    """A hash of the latents, captions and masks that the rows have, in their order."""
     columns = cache.columns("latent_key", "caption_keys", "mask_key")
     digest = hashlib.sha256()
     for column in columns.columns:

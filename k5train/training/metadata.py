@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself: how it was made, and the modelspec keys that other tools show."""
+"""What does a LoRA file say about itself? How it was trained, and the modelspec keys that other tools show."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ARCHITECTURE = "kandinsky-5-image-lite/lora"
 
 
 def metadata(data: Mixture, config: TrainConfig, identity: dict[str, Any], run: Run, step: int) -> dict[str, str]:
-    """Strings for the header of the file: ``k5.*`` for us, ``modelspec.*`` as github.com/Stability-AI/ModelSpec has it.
+    """The strings in the header of the file: ``k5.*`` for us, ``modelspec.*`` by github.com/Stability-AI/ModelSpec.
 
     Args:
-        identity: from ``session.identity``: the recipe, the caches' rows, the base's fingerprint.
+        identity: from ``identity.identity``: the recipe, the rows of the caches, the fingerprint of the base.
         step: updates done.
     """
     caches = [{"images": c["images"], "rows": c["rows"]} for name, c in identity.items() if name.startswith("cache")]

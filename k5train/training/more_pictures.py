@@ -1,4 +1,4 @@
-"""More pictures from a finished run: the base model's above the LoRA's, on the same noise."""
+"""More pictures from a run: the base model's above the LoRA's, on the same noise."""
 
 from __future__ import annotations
 
@@ -27,46 +27,44 @@ def resample(
     """Draw the validation prompts with the base model and with a LoRA of ``run``.
 
     Args:
-        config: the run's; ``config.validation`` says what to draw and how.
-        step: which checkpoint; None: the finished LoRA.
-        out: where the grid goes; None: ``samples/sample-NNN.png`` in the run, never written over.
+        config: the run's. ``config.validation`` says what to draw and how.
+        step: the checkpoint to draw with. None: the finished LoRA.
+        out: where to write the grid. None: a new ``samples/sample-NNN.png`` in the run.
 
     Raises:
-        DoesNotFit: VRAM ended.
-        RunError: that checkpoint does not exist.
+        DoesNotFit: VRAM ran out.
+        RunError: there is no such checkpoint.
         CacheError: a prompt is not in the cache.
     """
     weights = run.lora if step is None else run.checkpoint(step)
     if not weights.is_file():
-        have = ", ".join(
-            str(int(p.stem.removeprefix("step-"))) for p in sorted((run.root / "checkpoints").glob("*.safetensors"))
-        )
+        steps = ", ".join(map(str, run.checkpoints()))
         raise RunError(
-            f"There is no {weights}", f"Use --step with one of: {have}" if have else "Train first: k5train run"
+            f"There is no {weights}", f"Use --step with one of: {steps}" if steps else "Train first: k5train run"
         )
-    opened = open_cache(cache)
-    rows, negative = sample.prompt_rows(opened, config.validation.prompts, config.validation.negative_prompt)
-    settings = sample.settings_for(opened, config.validation)
+    reader = open_cache(cache)
+    rows, negative = sample.prompt_rows(reader, config.validation.prompts, config.validation.negative_prompt)
+    settings = sample.settings_for(reader, config.validation)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     device = pick_device(config.device, folder)
-    plan = plan_training(folder, config, device, largest_sizes(opened))
-    again = partial(console.command, "k5train", "sample", run.root)
-    with when_memory_ends(lambda: plan, lambda: None, again), console.progress() as bars:
+    plan = plan_training(folder, config, device, largest_sizes(reader))
+    retry = partial(console.command, "k5train", "sample", run.root)
+    with when_memory_ends(lambda: plan, lambda: None, retry), console.progress() as bars:
         transformer = load(folder, config, device, plan)
         execute(transformer, config, device, plan)
         transformer.eval()
-        before = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, "base model")
+        base_pictures = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, "base model")
         files.load_lora(transformer, weights)
-        after = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, run.name)
+        lora_pictures = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, run.name)
     label = run.name if step is None else f"step {step}"
-    grid = sheet.grid([("base", before), (label, after)], config.validation.prompts)
-    target = out or _free(run.root / "samples")
+    grid = sheet.grid([("base", base_pictures), (label, lora_pictures)], config.validation.prompts)
+    target = out or _unused(run.root / "samples")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, partial(grid.save, format="PNG"))
     return target
 
 
-def _free(folder: Path) -> Path:
+def _unused(folder: Path) -> Path:
     number = 1
     while (path := folder / f"sample-{number:03d}.png").exists():
         number += 1

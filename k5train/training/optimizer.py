@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and the average of what it made."""
+"""The optimizer and its learning rate."""
 
 from __future__ import annotations
 
@@ -15,57 +15,57 @@ from k5cache.shared.errors import RunError
 from k5train.options.optimizer import OptimConfig
 
 EXTRAS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "lion": "lion_pytorch", "schedulefree": "schedulefree"}
-
-
-"""Optimizers that are extras of the package of their own name, and the module each needs."""
+"""The optimizers that are an extra of our package, under their own name, and the module that each one needs."""
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the adapter; its learning rate is set a step at a time by ``learning_rate``.
+    """The optimizer of an adapter. The loop sets its learning rate at every step, from ``learning_rate``.
 
     Raises:
-        RunError: it needs an extra that is not installed, or weights of two dimensions where the adapter has others.
+        RunError: it needs an extra that is not installed, or only matrices and the adapter has vectors.
     """
-    chosen, name = list(parameters), config.optimizer
+    weights, name = list(parameters), config.optimizer
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     adam: dict[str, Any] = {**common, "betas": config.betas, "eps": config.eps}
     library = _extra(name) if name in EXTRAS else torch.optim
+    optimizer: torch.optim.Optimizer
     match name:
         case "adamw":
-            on_gpu = bool(chosen) and all(p.is_cuda for p in chosen)
-            return torch.optim.AdamW(chosen, **adam, fused=on_gpu or None)  # one launch, not ten, for 64 tensors
+            on_gpu = bool(weights) and all(p.is_cuda for p in weights)
+            return torch.optim.AdamW(weights, **adam, fused=on_gpu or None)  # one launch, not ten, for 64 tensors
         case "adafactor":
-            # An update of size lr, as AdamW's. Scaled by the weights' own size, Adafactor's default, it would be
-            # lr * 1e-3 for matrices that start at 0, which LoRA's B does: 16 steps of k5-micro moved nothing.
-            return torch.optim.Adafactor(chosen, **common, eps=(None, 1.0))
+            # An update has size lr, as AdamW's has. Adafactor's default scales it by the size of the weights: for
+            # matrices that start at 0, as LoRA's B does, it would be lr * 1e-3. 16 steps of k5-micro changed nothing.
+            return torch.optim.Adafactor(weights, **common, eps=(None, 1.0))
         case "muon":
-            if any(p.ndim != 2 for p in chosen):
+            if any(p.ndim != 2 for p in weights):
                 raise RunError(
-                    "train.optim.optimizer is muon, which turns matrices only; this adapter has vectors",
+                    "train.optim.optimizer is muon, which trains matrices only; this adapter has vectors",
                     "Use --set train.optim.optimizer=adamw, or train.lora.algo=lora",
                 )
-            # Updates of the size of AdamW's, so that a learning rate means the same.
-            return torch.optim.Muon(chosen, **common, momentum=config.betas[0], adjust_lr_fn="match_rms_adamw")
+            # Updates have the size of AdamW's, so that a learning rate means the same.
+            return torch.optim.Muon(weights, **common, momentum=config.betas[0], adjust_lr_fn="match_rms_adamw")
         case "lion":
-            made = library.Lion(chosen, **common, betas=config.betas)
+            optimizer = library.Lion(weights, **common, betas=config.betas)
         case "prodigy":
             if config.lr < 0.1:
-                console.warn(f"prodigy finds its own rate and multiplies it by lr: 1.0 is usual, found {config.lr:g}")
-            made = library.Prodigy(chosen, **adam, safeguard_warmup=config.warmup_steps > 0)
+                console.warn(
+                    f"prodigy finds its own learning rate and multiplies it by lr: 1.0 is usual, found {config.lr:g}"
+                )
+            optimizer = library.Prodigy(weights, **adam, safeguard_warmup=config.warmup_steps > 0)
         case "schedulefree":
-            made = library.AdamWScheduleFree(chosen, **adam)
-            made.train()
+            optimizer = library.AdamWScheduleFree(weights, **adam)
+            optimizer.train()  # type: ignore[attr-defined]
         case "adamw8bit":
-            made = library.optim.AdamW8bit(chosen, **adam)
-    optimizer: torch.optim.Optimizer = made
+            optimizer = library.optim.AdamW8bit(weights, **adam)
     return optimizer
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     """The learning rate of update ``step`` (0 is the first) of ``num_steps``: linear warm-up, then the schedule.
 
-    The first update already moves: with ``warmup_steps = 100`` it has ``lr / 100``. After warm-up the schedules are
-    diffusers' own (``diffusers.optimization``); ``rex`` is Chen et al.'s (2022), ``(1 - p) / (1 - p / 2)``.
+    The first update is not 0: with ``warmup_steps = 100`` it has ``lr / 100``. After warm-up the schedules are those of
+    ``diffusers.optimization``; ``rex`` is Chen et al.'s (2022), ``(1 - p) / (1 - p / 2)``.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -75,7 +75,7 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
 
 
 def _falling(progress: float, config: OptimConfig) -> float:
-    """1 to 0 while progress goes from 0 to 1."""
+    """Falls from 1 to 0 while progress goes from 0 to 1."""
     match config.lr_scheduler:
         case "linear":
             return 1 - progress
@@ -93,14 +93,14 @@ def _falling(progress: float, config: OptimConfig) -> float:
 
 @contextmanager
 def settled(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While sampling and saving: a schedule-free optimizer puts its average in the parameters' place."""
-    switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
-    if switches:
+    """For drawing and saving: a schedule-free optimizer puts its average in the place of the parameters."""
+    is_schedule_free = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+    if is_schedule_free:
         optimizer.eval()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        if switches:
+        if is_schedule_free:
             optimizer.train()  # type: ignore[attr-defined]
 
 

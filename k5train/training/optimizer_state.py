@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and JSON, and back, bit for bit."""
+"""How is an optimizer's state saved and restored, bit for bit? As named tensors and JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name, and the rest as JSON: any torch optimizer's, bit for bit.
+    """The state of any torch optimizer: tensors by name, and the rest as JSON.
 
     Args:
-        names: of the parameters, in the optimizer's order.
+        names: names of the parameters, in the optimizer's order.
     """
     document = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -25,7 +25,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> t
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
 ) -> None:
-    """The inverse of ``optimizer_state``, into an optimizer made by the same recipe."""
+    """The inverse of ``optimizer_state``. Restores into an optimizer made by the same recipe."""
     document = optimizer.state_dict()
     state = {names.index(name): _put_tensors(values, name, tensors) for name, values in plain["state"].items()}
     saved = [_put_tensors(group, f"group/{i}", tensors) for i, group in enumerate(plain["groups"])]
@@ -34,7 +34,7 @@ def restore_optimizer(
 
 
 def _take_tensors(values: Mapping[str, Any], where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """``values`` with null in place of tensors, which move to ``tensors``; bitsandbytes nests dicts in its state."""
+    """``values`` with None in place of tensors, which go into ``tensors``. bitsandbytes nests dicts in its state."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -57,5 +57,5 @@ def _put_tensors(plain: Mapping[str, Any], where: str, tensors: Mapping[str, Ten
 
 
 def _like(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples: give each value the type that a fresh optimizer has."""
+    """Turn lists back into tuples where a new optimizer has tuples, which JSON does not have."""
     return {k: tuple(v) if isinstance(new.get(k), tuple) and isinstance(v, list) else v for k, v in old.items()}

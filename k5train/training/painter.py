@@ -1,4 +1,4 @@
-"""Pictures of the validation prompts at a step, and the run's grid."""
+"""How are the validation prompts drawn at a step, and put into the run's grid?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from rich.progress import Progress
+from rich.progress import Progress as Bars
 
 from k5cache.shared.files import write_json, write_whole
 from k5train.data.mixture import Mixture
@@ -27,32 +27,34 @@ class Painter:
     """Draws the validation prompts at a step and keeps the run's grid up to date.
 
     Raises:
-        CacheError: a prompt is not in the cache: found before anything is loaded.
+        CacheError: a prompt is not in the cache. Found before anything is loaded.
     """
 
     def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run) -> None:
-        chosen, cache = config.validation, data.first
-        self.folder, self.run, self.prompts = folder, run, chosen.prompts
-        self.rows, self.negative = sample.prompt_rows(cache, chosen.prompts, chosen.negative_prompt)
-        self.settings = sample.settings_for(cache, chosen)
-        self.drawn = {"prompts": list(self.prompts), "negative_prompt": chosen.negative_prompt, **asdict(self.settings)}
+        validation, cache = config.validation, data.first
+        self.folder, self.run, self.prompts = folder, run, validation.prompts
+        self.rows, self.negative = sample.prompt_rows(cache, validation.prompts, validation.negative_prompt)
+        self.settings = sample.settings_for(cache, validation)
+        negative_prompt = validation.negative_prompt
+        self.drawn = {"prompts": list(self.prompts), "negative_prompt": negative_prompt, **asdict(self.settings)}
+        """What is drawn, and how. Saved beside the pictures, so that later rows of the grid are comparable."""
 
     def draw(
-        self, transformer: Kandinsky5Transformer3DModel, step: int, bars: Progress, kind: str = ""
+        self, transformer: Kandinsky5Transformer3DModel, step: int, bars: Bars, kind: str = ""
     ) -> dict[str, Image.Image]:
-        """Sample every prompt with the transformer as it is now, decode, and write pictures and grid.
+        """Draw every prompt with the transformer as it is now, and write the pictures and the grid.
 
-        Before the first step that is the base model, without its adapter: the row that all others stand beside.
+        At step 0 the base model draws without its adapter: the row to compare the others with.
 
         Args:
-            kind: a further row of the same step, such as ``EMA``.
+            kind: the label of a second row at the same step, such as ``EMA``.
 
         Returns:
-            the pictures by what they show.
+            the pictures by caption.
         """
         transformer.eval()
         folder = self.run.samples(step) / kind.lower()
-        if step == 0 and self._is_drawn(folder):  # a sweep brings the base model's pictures along
+        if step == 0 and self._is_drawn(folder):  # a sweep copies the base model's pictures here
             pictures = self._read(folder)
         else:
             with _without_adapter(transformer) if step == 0 else nullcontext():
@@ -68,7 +70,7 @@ class Painter:
         return {f"{prompt}{ending}": picture for prompt, picture in zip(self.prompts, pictures, strict=True)}
 
     def write_grid(self, step: int) -> None:
-        """Every row drawn so until ``step``, from the files: also those of before a restart."""
+        """Write the grid of all rows up to ``step`` that were drawn in this way, read from disk."""
         rows = []
         for number in sorted(int(p.name.removeprefix("step-")) for p in self.run.root.glob("samples/step-*")):
             for kind in ("", "EMA"):
@@ -79,7 +81,7 @@ class Painter:
         write_whole(self.run.grid, partial(sheet.grid(rows, self.prompts).save, format="PNG"))
 
     def _is_drawn(self, folder: Path) -> bool:
-        """Whether these prompts were drawn there, in this way."""
+        """Whether these prompts were drawn in ``folder`` in this way."""
         try:
             return bool(json.loads((folder / "drawn.json").read_text(encoding="utf-8")) == self.drawn)
         except FileNotFoundError:

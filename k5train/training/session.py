@@ -1,4 +1,4 @@
-"""What one run trains on a base: its adapter and optimizer, put on, saved, brought back, and taken off again."""
+"""What does a run train on its base? An adapter, its optimizer and its average: attached, saved, restored, removed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """An adapter on its base, and what updates it."""
+    """An adapter on its base, with its optimizer."""
 
     base: Base
     parameters: dict[str, torch.nn.Parameter]
@@ -42,10 +42,10 @@ class Session:
     execution: Execution | None
 
     def update(self, batches: Sequence[Batch], cache: Mixture, max_grad_norm: float) -> float:
-        """One step of the optimizer, and of the average. Returns the gradients' norm.
+        """Take one step of the optimizer and of the average; return the norm of the gradients.
 
         Raises:
-            RunError: it is not finite; the rows are named and nothing was updated.
+            RunError: the norm is not finite. The error names the rows, and nothing was updated.
         """
         explain = partial(exploded, batches=batches, cache=cache)
         norm = update(self.optimizer, list(self.parameters.values()), max_grad_norm, explain)
@@ -55,7 +55,7 @@ class Session:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """The adapter as it is to be used: a schedule-free optimizer's average; afterwards every bit as before."""
+        """The adapter as it will be used: a schedule-free optimizer's average. Afterwards every bit is as before."""
         if not hasattr(self.optimizer, "eval"):
             yield
             return
@@ -67,21 +67,21 @@ class Session:
                 parameter.copy_(tensor)
 
     def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        """What ``state.save_state`` writes of it: tensors by part, and the optimizer's plain values."""
+        """What ``save_state`` writes: the tensors of each part, and the optimizer's values that are not tensors."""
         tensors, plain = optimizer_state(self.optimizer, list(self.parameters))
         parts: dict[str, Mapping[str, Tensor]] = {"adapter": self.parameters, "optimizer": tensors}
         return parts | ({"ema": self.ema.state_dict()} if self.ema else {}), {"optimizer": plain}
 
     def restore(self, saved: SavedState) -> None:
-        """Bring back what ``parts`` gave.
+        """Restore what ``parts`` returned.
 
         Raises:
-            RunError: the files do not fit this adapter.
+            RunError: the files cannot be read, or do not fit this adapter.
         """
         adapter = saved.tensors("adapter")
         if {n: t.shape for n, t in adapter.items()} != {n: p.shape for n, p in self.parameters.items()}:
             raise RunError(
-                f"{saved.folder} holds another adapter than the recipe makes",
+                f"{saved.folder} has the state of another adapter than the recipe's",
                 "Resume with the recipe that the run started with",
             )
         with torch.no_grad():
@@ -93,16 +93,16 @@ class Session:
             self.ema.load_state_dict(saved.tensors("ema"))
 
     def close(self) -> None:
-        """Take the adapter off: the base is as it was."""
+        """Remove the adapter: the base is as it was."""
         self.base.transformer.unload_lora()
 
 
 def attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
-    """Put the recipe's adapter on the base, at its start or as it was saved.
+    """Attach the recipe's adapter to the base, new or as it was saved.
 
     Raises:
         RecipeError: a target matches nothing.
-        RunError: the saved state cannot be read or does not fit.
+        RunError: the saved state cannot be read or does not fit. The base is left without an adapter.
     """
     try:
         return _attach(base, config, saved)
@@ -117,8 +117,8 @@ def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Sessio
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)
     ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
-    made = execute(base.transformer, config, base.device, base.plan, base.any_rank)
-    session = Session(base, parameters, optimizer, ema, made)
+    execution = execute(base.transformer, config, base.device, base.plan, base.any_rank)
+    session = Session(base, parameters, optimizer, ema, execution)
     if saved:
         session.restore(saved)
     return session

@@ -1,4 +1,4 @@
-"""One update of the adapter: forward passes, their losses, gradients summed, clipped, stepped."""
+"""What happens in one update of the adapter? Forward passes, their loss, summed and clipped gradients, a step."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ if TYPE_CHECKING:
 
 
 Predict = Callable[..., Tensor]
-
-
 """Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``, and TREAD
 ``routes=``."""
+ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
 
 
 def train_step(
     predict: Predict, group: Group, huber_c: float | None = None, cost: rollout.Cost | None = None
 ) -> Tensor:
-    """The flow-matching loss of one forward pass, a mean over its rows and elements, in float32.
+    """The flow-matching loss of one forward pass: a mean over its rows and elements, in float32.
 
     Args:
         huber_c: as in ``flow_loss``.
-        cost: adds up what rollouts take.
+        cost: counts what rollouts cost.
     """
     if group.path is not None:
         noisy, target = _own_input(predict, group, cost or rollout.Cost())
@@ -47,7 +46,7 @@ def train_step(
 
 
 def _own_input(predict: Predict, group: Group, cost: rollout.Cost) -> tuple[Tensor, Tensor]:
-    """Noisy latents that the model has made, and the velocity that leads from there to the data."""
+    """Noisy latents that the model itself has reached, and the velocity that leads from there to the data."""
     assert group.path is not None
 
     def predict_rows(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
@@ -66,17 +65,17 @@ def accumulate(
     loss_limit: float = 0.0,
     loss_of: Callable[[Predict, Group], Tensor] = train_step,
 ) -> float:
-    """Gradients of one update: every row weighs the same, however rows fall into batches and groups.
+    """Compute the gradients of one update. Every row has the same weight, however rows fall into batches and groups.
 
     Args:
-        loss_limit: the largest loss that may lead to an update; 0: any finite one.
+        loss_limit: a larger loss is an error. 0: any finite loss is allowed.
         loss_of: ``train_step``, with the recipe's objective.
 
     Returns:
         The mean loss over the rows.
 
     Raises:
-        RunError: the loss is not finite, or beyond the limit; the rows are named and nothing was updated.
+        RunError: the loss is not finite, or beyond the limit. The error names the rows, and nothing was updated.
     """
     num_rows = sum(batch.num_rows for batch in batches)
     losses: list[Tensor] = []
@@ -85,14 +84,15 @@ def accumulate(
             loss = loss_of(predict, group.to(device))
             torch.autograd.backward(loss * (group.latents.shape[0] / num_rows))
             losses.append(loss.detach())
-    found = torch.stack(losses).tolist()  # the only wait for the GPU: it has the whole update's work by now
-    total, each = 0.0, iter(found)
+    # The only wait for the GPU, which has the work of the whole update by now.
+    values = iter(torch.stack(losses).tolist())
+    total = 0.0
     for batch in batches:
         for group in batch.groups:
-            loss_of_group = next(each)
-            if not math.isfinite(loss_of_group) or 0 < loss_limit < loss_of_group:
-                raise exploded(f"The loss is {loss_of_group:.4g}", [batch], cache)
-            total += loss_of_group * (group.latents.shape[0] / num_rows)
+            value = next(values)
+            if not math.isfinite(value) or 0 < loss_limit < value:
+                raise exploded(f"The loss is {value:.4g}", [batch], cache)
+            total += value * (group.latents.shape[0] / num_rows)
     return total
 
 
@@ -102,13 +102,13 @@ def update(
     max_grad_norm: float,
     explain: Callable[[str], RunError] | None = None,
 ) -> float:
-    """Clip, step, clear. Returns the gradients' norm before clipping.
+    """Clip the gradients, take a step and clear them; return their norm before clipping.
 
     Args:
-        explain: makes the error that names the rows.
+        explain: returns the error that names the rows.
 
     Raises:
-        RunError: a gradient is not finite; nothing was updated.
+        RunError: a gradient is not finite. Nothing was updated.
     """
     limit = max_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
@@ -120,11 +120,8 @@ def update(
     return norm
 
 
-ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
-
-
 def exploded(problem: str, batches: Sequence[Batch], cache: Cache | Mixture) -> RunError:
-    """The error that ends a run before an update: what was found, and on which rows."""
+    """The error that ends a run before an update: the problem and the rows it occurs on."""
     name = cache.name if isinstance(cache, Mixture) else lambda i: cache.row(i).path
     names = ", ".join(dict.fromkeys(name(i) for batch in batches for i in batch.rows))
     return RunError(f"{problem} at {names}; nothing was updated", ADVICE)

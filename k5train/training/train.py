@@ -19,7 +19,7 @@ from k5train.data.mixture import Mixture
 from k5train.objective.tread import check_routes
 from k5train.options.train import TrainConfig
 from k5train.pictures.sample import inference_sigmas
-from k5train.runs.folder import Run, hold
+from k5train.runs.folder import Run, lock_run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.resume_state import Progress, latest_state
 from k5train.runs.trackers import check_trackers
@@ -79,7 +79,7 @@ def train(
     check_fit(data.first, folder)
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
-    with hold(run):
+    with lock_run(run):
         saved = latest_state(run.state)
         run_identity = identity(data, folder, config)
         if saved:

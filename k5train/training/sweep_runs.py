@@ -1,0 +1,130 @@
+"""Which runs does a sweep have? All combinations of a grid, or the tables of a list."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import ModelConfig
+from k5cache.shared.recipe import parse, set_option, to_dict
+from k5train.options.train import TrainConfig
+from k5train.runs.resume_state import differences
+from k5train.training.start import with_library
+
+# The options that decide the shared base and the caches.
+FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    label: str
+    """Also the name of its folder."""
+    config: TrainConfig
+
+
+def sweep_runs(
+    document: dict[str, Any], grid: Sequence[str], listed: Path | None, recipe: Path | None
+) -> tuple[ModelConfig, list[SweepRun]]:
+    """Every run of a sweep, each a recipe with other options.
+
+    Args:
+        document: the recipe that all runs start from.
+        grid: lines such as ``train.lora.rank=8,16``, one for each option.
+        listed: a TOML file of ``[[run]]`` tables, each written like a recipe.
+
+    Raises:
+        RecipeError: there is neither a grid nor a list or there are both, an option is misspelt, two runs are the
+            same, or the runs cannot share a base.
+    """
+    if bool(grid) == bool(listed):
+        raise RecipeError(
+            "A sweep needs a grid or a list" if not grid else "A sweep has a grid or a list, not both",
+            "Give --grid train.lora.rank=8,16 (and more --grid), or --list FILE with [[run]] tables",
+        )
+    variants = _from_grid(document, grid) if grid else _from_list(document, listed)
+    runs: list[SweepRun] = []
+    for label, variant in variants:
+        model, config = parse(variant, {"model": ModelConfig, "train": TrainConfig}, recipe)
+        runs.append(SweepRun(label, with_library(config)))
+    first = runs[0]
+    for run in runs[1:]:
+        different = differences(to_dict(first.config), to_dict(run.config))
+        fixed = [line for line in different if line.split(":")[0].split(".")[0] in FIXED]
+        if fixed:
+            raise RecipeError(
+                f"{run.label} would need another base than {first.label}: {'; '.join(fixed)}",
+                f"Sweep over other options; {', '.join(FIXED)} must be the same for all runs",
+            )
+    for a, b in itertools.combinations(runs, 2):
+        if a.label == b.label or a.config == b.config:
+            raise RecipeError(f"{a.label} and {b.label} are the same run", "Leave one of them out")
+    return model, runs
+
+
+def _from_grid(document: dict[str, Any], grid: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    axes = []
+    for line in grid:
+        name, equals, values = line.partition("=")
+        if not equals or not values:
+            raise RecipeError(f"--grid {line} is not option=value,value", "Write it like --grid train.lora.rank=8,16")
+        axes.append([f"{name.strip()}={value.strip()}" for value in _split(values)])
+    variants = []
+    for combination in itertools.product(*axes):
+        variant = deepcopy(document)
+        for option in combination:
+            set_option(variant, option)
+        variants.append((_folder_name(",".join(_short(option) for option in combination)), variant))
+    return variants
+
+
+def _from_list(document: dict[str, Any], listed: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    assert listed is not None
+    fix = 'Write [[run]] tables, each with name = "..." and options as in a recipe: train.lora.rank = 8'
+    try:
+        contents = tomllib.loads(listed.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{listed} cannot be read: {error.strerror}", fix) from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{listed} is not valid TOML: {error}", fix) from error
+    tables = contents.get("run")
+    if set(contents) != {"run"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise RecipeError(f"{listed} has something other than [[run]] tables", fix)
+    variants = []
+    for number, table in enumerate(tables, 1):
+        variant = deepcopy(document)
+        label = str(table.pop("name", f"run-{number}"))
+        _merge(variant, table)
+        variants.append((_folder_name(label), variant))
+    return variants
+
+
+def _merge(document: dict[str, Any], table: dict[str, Any]) -> None:
+    for key, value in table.items():
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            _merge(document[key], value)
+        else:
+            document[key] = value
+
+
+def _split(values: str) -> list[str]:
+    """Split at commas outside brackets and quotes: ``[0.9,0.99],[0.9,0.95]`` are two values."""
+    return [match.group() for match in re.finditer(r"""(?:\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])+""", values)]
+
+
+def _short(option: str) -> str:
+    """``train.lora.rank=8`` -> ``rank=8``."""
+    name, _, value = option.partition("=")
+    return f"{name.rpartition('.')[2]}={value}"
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r"[^\w=,.+-]+", "_", label).strip("._") or "run"
