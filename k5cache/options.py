@@ -8,11 +8,7 @@ from typing import Any, Literal
 from k5cache.buckets import MAX_SIDE, Framing, bucket_table, fine_table
 
 Precision = Literal["bf16", "fp16", "fp32"]
-
-
 TextPrecision = Literal["bf16", "fp16", "fp32", "int8"]
-
-
 _SELECTION = (
     *("resolution", "buckets", "crop", "flip", "minimum_image_size", "no_upscale"),
     *("caption_strategy", "instance_prompt", "trigger", "caption_column", "image_column", "split", "dataset_config"),

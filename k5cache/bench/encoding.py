@@ -6,7 +6,6 @@ everything on the GPU. Nothing is downloaded: 14 GB of random text encoder are w
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from k5cache.bench.found import Found, Sizes
+from k5cache.bench.measurements import Measurements, Sizes
 from k5cache.bench.tools import collect, in_use, peak_vram, reset_peak, rss, timed, watched
 from k5cache.encoders import memory_plan
 from k5cache.encoders.random_model import as_pipeline, write_model, write_pictures
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def bench(device: str, vram: int | None = None, folder: Path | None = None, sizes: Sizes | None = None) -> Found:
+def bench(device: str, vram: int | None = None, folder: Path | None = None, sizes: Sizes | None = None) -> Measurements:
     """Measure all of it.
 
     Args:
@@ -49,26 +48,25 @@ def bench(device: str, vram: int | None = None, folder: Path | None = None, size
     sizes = sizes or Sizes()
     sizes = replace(sizes, vram=vram or sizes.vram)
 
-    found = Found()
+    measured = Measurements()
     with TemporaryDirectory(prefix="k5-bench-", dir=folder) as name, torch.no_grad():
         root = Path(name)
         torch.manual_seed(0)
-        ceiling(found, device)
+        ceiling(measured, device)
         seconds, _ = timed(device, lambda: write_model(root, sizes, device))
-        found.add("writing a random model", f"{seconds:.1f} s")
+        measured.add("writing a random model", f"{seconds:.1f} s")
         captions = make_captions(sizes.tokens, sizes.num_captions)
-        found.values["vram_at_start"] = in_use(device)
-        is_whole = has_room(found, "the whole text encoder", whole_text_bytes(sizes), device)
+        measured.values["vram_at_start"] = in_use(device)
+        is_whole = has_room(measured, "the whole text encoder", whole_text_bytes(sizes), device)
         if is_whole:
-            resident(found, root, sizes, captions, device)
-            freed(found, "resident text", device)
-        streamed(found, root, sizes, captions, device, is_whole)
-        freed(found, "streamed text", device)
-        if has_room(found, "the VAE, whole images in float32", whole_vae_bytes(sizes), device):
-            pictures(found, root, sizes, device)
-            freed(found, "VAE", device)
-        growth(found, root, sizes, device)
-    return found
+            resident(measured, root, sizes, captions, device)
+            freed(measured, "resident text", device)
+        streamed(measured, root, sizes, captions, device, is_whole)
+        freed(measured, "streamed text", device)
+        if has_room(measured, "the VAE, whole images in float32", whole_vae_bytes(sizes), device):
+            pictures(measured, root, sizes, device)
+            freed(measured, "VAE", device)
+    return measured
 
 
 def whole_text_bytes(sizes: Sizes) -> int:
@@ -83,18 +81,18 @@ def whole_vae_bytes(sizes: Sizes) -> int:
     return memory_plan.plan_vae(sizes.vae, "fp32", sizes.side**2, vram=2**62, ram=0).vram
 
 
-def has_room(found: Found, what: str, num_bytes: int, device: str) -> bool:
+def has_room(measured: Measurements, what: str, num_bytes: int, device: str) -> bool:
     """Whether the device holds so much; a line where it does not."""
     from k5cache.shared import vram
 
     free = vram.free_card(device)
     if free is None or num_bytes <= free:
         return True
-    found.add(what, "not measured", f"it takes {human_bytes(num_bytes)} of VRAM, {human_bytes(free)} are free")
+    measured.add(what, "not measured", f"it takes {human_bytes(num_bytes)} of VRAM, {human_bytes(free)} are free")
     return False
 
 
-def ceiling(found: Found, device: str) -> None:
+def ceiling(measured: Measurements, device: str) -> None:
     """The ceiling that the encoders are held against."""
     import torch
 
@@ -104,34 +102,34 @@ def ceiling(found: Found, device: str) -> None:
     seconds = sorted(timed(device, lambda: a @ b)[0] for _ in range(9))[4]
     name = torch.cuda.get_device_name(device) if device != "cpu" else "CPU"
     rate = 2 * n**3 / seconds
-    found.add("bf16 matmul ceiling", f"{rate / 1e12:.0f} TFLOP/s", f"{name}, torch {torch.__version__}",
+    measured.add("bf16 matmul ceiling", f"{rate / 1e12:.0f} TFLOP/s", f"{name}, torch {torch.__version__}",
               device=name, ceiling=rate)  # fmt: skip
 
 
-def resident(found: Found, root: Path, sizes: Sizes, captions: Sequence[str], device: str) -> None:
+def resident(measured: Measurements, root: Path, sizes: Sizes, captions: Sequence[str], device: str) -> None:
     """Text with all layers on the device, exact and fast, beside the pipeline a caption at a time."""
     import torch
 
     from k5cache.encoders import clip, qwen
 
     architecture = memory_plan.TextArchitecture.of(sizes.text)
-    tokens = tokenized(found, root, captions, device)
+    tokens = tokenized(measured, root, captions, device)
     tower = clip.load_clip(root, device, torch.bfloat16)
     seconds, encoder = timed(device, lambda: qwen.load_qwen(root, device, torch.bfloat16))
     num_bytes = architecture.num_layers * architecture.layer_parameters * 2
-    found.add("loading the text layers", f"{seconds:.1f} s",
+    measured.add("loading the text layers", f"{seconds:.1f} s",
               f"{num_bytes / seconds / 1e9:.1f} GB/s, {human_bytes(rss())} of host memory in use",
               load_seconds=seconds)  # fmt: skip
     some = captions[: sizes.num_baseline]
-    theirs = one_at_a_time(found, as_pipeline(root, encoder, tower, device), some, device)
+    theirs = one_at_a_time(measured, as_pipeline(root, encoder, tower, device), some, device)
     for name, is_exact in (("exact", True), ("fast", False)):
         count = len(some) if is_exact else len(captions)
-        compare_resident(found, encoder, tower, tokens[:count], captions[:count], theirs, is_exact, device)
+        compare_resident(measured, encoder, tower, tokens[:count], captions[:count], theirs, is_exact, device)
         if device != "cpu":
-            found.values[f"peak_{name}"] = torch.cuda.max_memory_reserved(device)
+            measured.values[f"peak_{name}"] = torch.cuda.max_memory_reserved(device)
 
 
-def one_at_a_time(found: Found, pipeline: Any, captions: Sequence[str], device: str) -> list[tuple[Any, Any]]:
+def one_at_a_time(measured: Measurements, pipeline: Any, captions: Sequence[str], device: str) -> list[tuple[Any, Any]]:
     """``encode_prompt`` of each caption; results on the CPU."""
     import torch
 
@@ -145,13 +143,13 @@ def one_at_a_time(found: Found, pipeline: Any, captions: Sequence[str], device: 
     pipeline.encode_prompt(captions[0], device=torch.device(device))
     seconds, theirs = timed(device, alone)
     rate = len(captions) / seconds
-    found.add("baseline: encode_prompt, one at a time", f"{rate:.1f} captions/s", f"{len(captions)} captions",
+    measured.add("baseline: encode_prompt, one at a time", f"{rate:.1f} captions/s", f"{len(captions)} captions",
               baseline_captions=rate)  # fmt: skip
     return list(theirs)
 
 
 def compare_resident(
-    found: Found,
+    measured: Measurements,
     encoder: Any,
     tower: Any,
     tokens: Sequence[Any],
@@ -173,28 +171,28 @@ def compare_resident(
     pooling, pooled = timed(device, lambda: clip.encode_pooled(tower, captions, exact=is_exact))
     config = encoder.model.config
     flops = 2 * sum(p.numel() for p in encoder.model.layers.parameters()) * sum(len(t.ids) for t in tokens)
-    share = flops / min(text, again) / found.values["ceiling"]
-    rate, baseline = len(tokens) / (min(text, again) + pooling), found.values["baseline_captions"]
-    found.add(f"resident, {name}: Qwen and CLIP", f"{rate:.1f} captions/s",
+    share = flops / min(text, again) / measured.values["ceiling"]
+    rate, baseline = len(tokens) / (min(text, again) + pooling), measured.values["baseline_captions"]
+    measured.add(f"resident, {name}: Qwen and CLIP", f"{rate:.1f} captions/s",
               f"{rate / baseline:.1f}x the baseline, {len(tokens)} captions; Qwen {text:.2f} and {again:.2f} s, "
               f"CLIP {pooling:.2f} s", **{f"resident_{name}": rate})  # fmt: skip
-    found.add(f"resident, {name}: Qwen alone", f"{flops / min(text, again) / 1e12:.0f} TFLOP/s",
+    measured.add(f"resident, {name}: Qwen alone", f"{flops / min(text, again) / 1e12:.0f} TFLOP/s",
               f"{share:.0%} of the ceiling, {config.num_hidden_layers} layers", **{f"share_{name}": share})  # fmt: skip
     pairs = list(zip(embeds, pooled, theirs, strict=False))
     same = [sum(torch.equal(ours[k], expected[k]) for *ours, expected in pairs) for k in (0, 1)]
     error = max(relative(embeds, expected[0]) for embeds, _, expected in pairs)
-    found.add(f"resident, {name}: bits", f"{same[0]} of {len(pairs)} captions as encode_prompt",
+    measured.add(f"resident, {name}: bits", f"{same[0]} of {len(pairs)} captions as encode_prompt",
               f"pooled {same[1]}; largest error {error:.1e} of the norm",
               **{f"same_{name}": same, f"error_{name}": error})  # fmt: skip
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((ours.double() - expected.double()).norm() / expected.double().norm())
 
 
 def streamed(
-    found: Found, root: Path, sizes: Sizes, captions: Sequence[str], device: str, is_whole: bool = True
+    measured: Measurements, root: Path, sizes: Sizes, captions: Sequence[str], device: str, is_whole: bool = True
 ) -> None:
     """Text a layer at a time under the cap, beside reading the file and, where it fits, computing, each alone."""
     import torch
@@ -203,24 +201,24 @@ def streamed(
 
     tokens = tokenized(None, root, captions, device)
     for batching in ("exact", "fast"):
-        compare_streamed(found, root, sizes, tokens, batching, device, is_whole)
+        compare_streamed(measured, root, sizes, tokens, batching, device, is_whole)
     if is_whole and device != "cpu":
-        first_passes(found, root, sizes, device)
+        first_passes(measured, root, sizes, device)
     encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True, int8=True)
     error = streaming.int8_error(encoder, tokens[:4])
-    found.add("int8 text encoder", f"{error:.2%} off bf16", "random weights, 4 captions", int8_error=error)
+    measured.add("int8 text encoder", f"{error:.2%} off bf16", "random weights, 4 captions", int8_error=error)
 
 
 def compare_streamed(
-    found: Found, root: Path, sizes: Sizes, tokens: Sequence[Any], batching: str, device: str, is_whole: bool
+    measured: Measurements, root: Path, sizes: Sizes, tokens: Sequence[Any], batching: str, device: str, is_whole: bool
 ) -> None:
     """Time, memory and bits of one way to batch."""
     import torch
 
     from k5cache.encoders import qwen, streaming
 
-    made = plan_streamed(sizes, tokens, batching, device)
-    options: dict[str, Any] = {"exact": batching == "exact", "batch_tokens": made.batch_tokens}
+    plan = plan_streamed(sizes, tokens, batching, device)
+    options: dict[str, Any] = {"exact": batching == "exact", "batch_tokens": plan.batch_tokens}
     limit_to_card(device, sizes.vram)
     encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
     read, _ = timed(device, lambda: [None for _ in qwen.read_layers(encoder, reuse=True)])
@@ -234,8 +232,8 @@ def compare_streamed(
         on_layer = partial(_note_time, began)
         return collect(streaming.stream_prompt_embeds(encoder, tokens, parking=parking, on_layer=on_layer, **options))
 
-    parkings: tuple[memory_plan.Parking, ...] = ("device", "host") if made.parking == "device" else ("host",)
-    for parking in (made.parking, *parkings):  # the first meets every length for the first time, as a user's run does
+    parkings: tuple[memory_plan.Parking, ...] = ("device", "host") if plan.parking == "device" else ("host",)
+    for parking in (plan.parking, *parkings):  # the first meets every length for the first time, as a user's run does
         reset_peak(device)
         with watched() as memory:
             start = time.monotonic()
@@ -244,21 +242,21 @@ def compare_streamed(
         name = f"{parking}, first time" if is_first else str(parking)
         peak, host, ours[name] = peak_vram(device), memory.peak - held, seconds
         layers = (began[-1] - began[0]) * len(began) / max(1, len(began) - 1)
-        found.add(f"streamed, {batching}, parked on the {name}", f"{seconds:.2f} s",
+        measured.add(f"streamed, {batching}, parked on the {name}", f"{seconds:.2f} s",
                   f"{len(tokens)} captions, VRAM {human_bytes(peak)} with the context, host {human_bytes(host)} "
                   f"besides results; {began[0] - start:.2f} s before the layers, {layers:.2f} s in them; planned on "
-                  f"the {made.parking}, {human_bytes(made.vram)}",
+                  f"the {plan.parking}, {human_bytes(plan.vram)}",
                   **{f"streamed_{batching}_{name}": (seconds, peak, host)})  # fmt: skip
     limit_to_card(device, None)
     if not is_whole:
-        found.add(f"reading the layers, {batching}", f"{read:.2f} s", "", **{f"read_{batching}": read})
+        measured.add(f"reading the layers, {batching}", f"{read:.2f} s", "", **{f"read_{batching}": read})
         return
     whole = qwen.load_qwen(root, device, torch.bfloat16)
     collect(qwen.iter_prompt_embeds(whole, tokens[:8], **options))
     compute, expected = timed(device, lambda: collect(qwen.iter_prompt_embeds(whole, tokens, **options)))
     same = sum(map(torch.equal, embeds, expected))
-    over = ours[made.parking] / max(read, compute)
-    found.add(f"streamed, {batching}: over the larger of reading and computing", f"{over:.2f}x",
+    over = ours[plan.parking] / max(read, compute)
+    measured.add(f"streamed, {batching}: over the larger of reading and computing", f"{over:.2f}x",
               f"reading {read:.2f} s, computing {compute:.2f} s; {same} of {len(tokens)} as resident, bit for bit",
               **{f"streamed_over_{batching}": over, f"read_{batching}": read, f"compute_{batching}": compute,
                  f"streamed_same_{batching}": same})  # fmt: skip
@@ -272,7 +270,7 @@ def plan_streamed(sizes: Sizes, tokens: Sequence[Any], batching: str, device: st
     )  # fmt: skip
 
 
-def first_passes(found: Found, root: Path, sizes: Sizes, device: str) -> None:
+def first_passes(measured: Measurements, root: Path, sizes: Sizes, device: str) -> None:
     """The exact pass as a user's first one, streamed and resident, each in a process of its own.
 
     What one pass found out, a second would know: 512 captions took 28.9 s the first time on an H100, and 15.5 then,
@@ -283,7 +281,7 @@ def first_passes(found: Found, root: Path, sizes: Sizes, device: str) -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
             seconds[mode] = alone.submit(first_pass, root, sizes, mode, device).result()
     over = seconds["streamed"] / seconds["resident"]
-    found.add("first exact pass of a process", f"{seconds['streamed']:.2f} s streamed",
+    measured.add("first exact pass of a process", f"{seconds['streamed']:.2f} s streamed",
               f"{seconds['resident']:.2f} s resident, its weights loaded before: {over:.2f}x; {sizes.num_captions} "
               "captions", first_over=over, **{f"first_{m}": s for m, s in seconds.items()})  # fmt: skip
 
@@ -296,14 +294,14 @@ def first_pass(root: Path, sizes: Sizes, mode: str, device: str) -> float:
 
     with torch.no_grad():
         tokens = tokenized(None, root, make_captions(sizes.tokens, sizes.num_captions), device)
-        made = plan_streamed(sizes, tokens, "exact", device)
-        options: dict[str, Any] = {"exact": True, "batch_tokens": made.batch_tokens}
+        plan = plan_streamed(sizes, tokens, "exact", device)
+        options: dict[str, Any] = {"exact": True, "batch_tokens": plan.batch_tokens}
         if mode == "resident":
             whole = qwen.load_qwen(root, device, torch.bfloat16)
             return timed(device, lambda: collect(qwen.iter_prompt_embeds(whole, tokens, **options)))[0]
         limit_to_card(device, sizes.vram)
         encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
-        parked = partial(streaming.stream_prompt_embeds, encoder, tokens, parking=made.parking, **options)
+        parked = partial(streaming.stream_prompt_embeds, encoder, tokens, parking=plan.parking, **options)
         return timed(device, lambda: collect(parked()))[0]
 
 
@@ -311,58 +309,24 @@ def _note_time(times: list[float], layer: int) -> None:
     times.append(time.monotonic())
 
 
-def pictures(found: Found, root: Path, sizes: Sizes, device: str) -> None:
+def pictures(measured: Measurements, root: Path, sizes: Sizes, device: str) -> None:
     """The VAE fed by the worker pool, beside one image at a time, loaded by the same thread."""
     from k5cache.bench.pictures import compare_precisions, compare_speed
 
     source = root / "pictures"
     write_pictures(source, sizes)
-    compare_speed(found, root, source, sizes, device)
-    compare_precisions(found, root, source, sizes, device)
+    compare_speed(measured, root, source, sizes, device)
+    compare_precisions(measured, root, source, sizes, device)
 
 
-def growth(found: Found, root: Path, sizes: Sizes, device: str) -> None:
-    """The whole text pass, rows written, for more and more captions; fewer layers, so that it takes seconds."""
-    import shutil
-
-    from k5cache.bench.pictures import job_for
-    from k5cache.encode.commit import Committer
-    from k5cache.encode.plan import TextJob
-    from k5cache.encode.text_pass import encode_texts
-    from k5cache.store.manifest import Manifest
-
-    config = root / "text_encoder" / "config.json"
-    few = json.loads(config.read_text()) | {"num_hidden_layers": sizes.growth_layers}
-    few["text_config"] = few["text_config"] | {"num_hidden_layers": sizes.growth_layers}
-    config.write_text(json.dumps(few))
-    vram = sizes.growth_vram if device != "cpu" else None
-
-    def encode(count: int, cache: Path) -> None:
-        jobs = [TextJob(f"{i:032x}", c) for i, c in enumerate(make_captions(sizes.growth_tokens, count, seed=1))]
-        job = job_for(root, cache, device, {"text_batching": "fast"}, vram)
-        encode_texts(job, Committer(cache, Manifest(recipe={}), 2**28), jobs)
-
-    for count in sizes.growth:
-        cache = root / "cache"
-        cache.mkdir()
-        reset_peak(device)
-        with watched() as memory:
-            seconds, _ = timed(device, partial(encode, count, cache))
-        found.add(f"growth: {count} captions", f"{seconds:.1f} s",
-                  f"VRAM {human_bytes(peak_vram(device))}, host memory {human_bytes(memory.peak)}; streamed, "
-                  f"{sizes.growth_layers} layers, rows written",
-                  **{f"growth_{count}": (seconds, peak_vram(device), memory.peak)})  # fmt: skip
-        shutil.rmtree(cache)
-
-
-def tokenized(found: Found | None, root: Path, captions: Sequence[str], device: str) -> list[Any]:
+def tokenized(measured: Measurements | None, root: Path, captions: Sequence[str], device: str) -> list[Any]:
     """Token ids of every caption."""
     from k5cache.encoders import qwen
 
     tokenizer = qwen.load_tokenizer(root)
     seconds, tokens = timed(device, lambda: [qwen.tokenize(tokenizer, c, 512) for c in captions])
-    if found:
-        found.add("tokenising", f"{1e3 * seconds / len(tokens):.2f} ms a caption", "on a thread, ahead of the GPU",
+    if measured:
+        measured.add("tokenising", f"{1e3 * seconds / len(tokens):.2f} ms a caption", "on a thread, ahead of the GPU",
                   tokenise_seconds=seconds)  # fmt: skip
     return tokens
 
@@ -379,22 +343,22 @@ def make_captions(tokens: tuple[int, int], count: int, seed: int = 0) -> list[st
     return [" ".join(f"w{chance.randrange(200)}" for _ in range(n)) for n in lengths]
 
 
-def freed(found: Found, what: str, device: str) -> None:
+def freed(measured: Measurements, what: str, device: str) -> None:
     """Whether VRAM is what it was before the first encoder."""
     release(device)
-    now, start = in_use(device), found.values["vram_at_start"]
-    found.add(f"freed after {what}", f"{human_bytes(now)} allocated by torch, {human_bytes(start)} at the start",
+    now, start = in_use(device), measured.values["vram_at_start"]
+    measured.add(f"freed after {what}", f"{human_bytes(now)} allocated by torch, {human_bytes(start)} at the start",
               **{f"freed_{what}": now - start})  # fmt: skip
 
 
-def print_bench(found: Found) -> None:
+def print_bench(measured: Measurements) -> None:
     """The table."""
     table = console.table("Encoders, random weights of full size", "what", "value", "remark")
-    for row in found.rows:
+    for row in measured.rows:
         table.add_row(*row)
     console.out.print(table)
 
 
-def as_json(found: Found) -> dict[str, Any]:
+def as_json(measured: Measurements) -> dict[str, Any]:
     """For scripts."""
-    return asdict(found)
+    return asdict(measured)

@@ -21,7 +21,7 @@ from k5cache.store.manifest import Manifest
 if TYPE_CHECKING:
     import torch
 
-    from k5cache.bench.found import Found, Sizes
+    from k5cache.bench.measurements import Measurements, Sizes
 
 
 def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram: int | None = None) -> Job:
@@ -29,21 +29,21 @@ def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram:
     return Job(Path, cache, root, CacheConfig(**options), device, Progress(disable=True), vram)
 
 
-def compare_speed(found: Found, root: Path, source: Path, sizes: Sizes, device: str) -> None:
+def compare_speed(measured: Measurements, root: Path, source: Path, sizes: Sizes, device: str) -> None:
     """The VAE's pass as ``encode`` runs it, beside load, resize, ``vae.encode`` one image after another."""
     files = sorted(source.iterdir())
     geometry = cover(*sizes.source, Bucket(sizes.side, sizes.side))
     baseline, busy = one_at_a_time(root, files, geometry, device)
-    found.add("baseline: load and vae.encode, one at a time", f"{baseline:.2f} images/s",
+    measured.add("baseline: load and vae.encode, one at a time", f"{baseline:.2f} images/s",
               f"{sizes.side}x{sizes.side}, float32, from JPEG of {sizes.source[0]}x{sizes.source[1]}",
               baseline_images=baseline)  # fmt: skip
     seconds, vram = through_the_pass(root, files, geometry, device)
     rate = len(files) / seconds
-    found.add("VAE pass: load, encode, write", f"{rate:.2f} images/s",
+    measured.add("VAE pass: load, encode, write", f"{rate:.2f} images/s",
               f"{rate / baseline:.1f}x the baseline; VRAM {human_bytes(vram)} with the context",
               images=rate, vae_vram=vram)  # fmt: skip
     waiting = 1 - busy * len(files) / seconds
-    found.add("GPU waiting in the VAE pass", f"{waiting:.1%}",
+    measured.add("GPU waiting in the VAE pass", f"{waiting:.1%}",
               f"{1e3 * busy:.1f} ms an image on the GPU alone, {1e3 * seconds / len(files):.1f} ms in the pass",
               waiting=waiting)  # fmt: skip
 
@@ -100,7 +100,7 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     return seconds, peak_vram(device)
 
 
-def compare_precisions(found: Found, root: Path, source: Path, sizes: Sizes, device: str) -> None:
+def compare_precisions(measured: Measurements, root: Path, source: Path, sizes: Sizes, device: str) -> None:
     """Error, time and memory of bfloat16, of strips and of diffusers' tiling, against float32 of the whole image."""
     import torch
 
@@ -130,7 +130,7 @@ def compare_precisions(found: Found, root: Path, source: Path, sizes: Sizes, dev
         error = float((mean - expected).norm() / expected.norm())
         worst = float((mean - expected).abs().max() / expected.std())
         peak = peak_vram(device)
-        found.add(f"VAE, {name}", f"{1e3 * seconds:.1f} ms",
+        measured.add(f"VAE, {name}", f"{1e3 * seconds:.1f} ms",
                   f"{human_bytes(peak)} of VRAM with the context; error {error:.1e} of the norm, at most {worst:.1e} "
                   "of the latents' std", **{f"vae {name}": (seconds, peak, error, worst)})  # fmt: skip
         del loaded

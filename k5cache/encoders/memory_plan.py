@@ -11,35 +11,15 @@ from k5cache.shared.errors import DoesNotFit
 from k5cache.shared.vram import CONTEXT_BYTES
 
 TextMode = Literal["resident", "streamed"]
-
-
 VaeMode = Literal["whole", "strips"]
-
-
 Parking = Literal["device", "host"]
-
-
 PROCESS_BYTES = {"cuda": 3 * 2**30, "cpu": 2**30}
-
-
 """Host memory of Python, torch and its libraries."""
-
-
 FAST_TOKENS = 8192  # in one forward: matrix products are at full speed from about 4,000
-
-
 SECONDS_AT_RISK = 180.0  # what a kill may cost: a chunk and a shard are committed at least this often
-
-
 _SLACK_BYTES = 192 * 2**20  # cuBLAS and cuDNN workspaces, what rounding leaves unused
-
-
 _HOST_PARKING = 2 * 2**30
-
-
 _WORTH_READING = 65_536  # tokens that take longer to compute than 13 GB take to read, on any card
-
-
 _IN_FLIGHT = 512 * 2**20  # rows on their way to a shard, staging, token ids
 
 
@@ -137,7 +117,7 @@ def plan_text(
     num_tokens: int | None = None,
     tokens_per_second: float | None = None,
 ) -> TextPlan:
-    """Resident where it fits, else streamed.
+    """Resident if all layers fit, else streamed.
 
     Args:
         precision: ``text_encoder_1_precision``.
@@ -146,70 +126,146 @@ def plan_text(
         vram: bytes of the card; None on a CPU.
         ram: bytes of host memory that are free.
         num_tokens: of all captions, templates included.
-        tokens_per_second: what the device does; it bounds a chunk's time.
+        tokens_per_second: what the device does; it bounds the time that a chunk takes.
 
     Raises:
         DoesNotFit: not even one caption and two layers fit.
     """
-    itemsize = 4 if precision == "fp32" else 2
-    layer = architecture.layer_parameters * itemsize
-    held = layer // 2 if precision == "int8" else layer  # scales and norms are 0.1 % of it
-    token_bytes = architecture.hidden_size * itemsize
-    longest = max_sequence_length + 64  # the template has 40
-    at_risk = int(tokens_per_second * SECONDS_AT_RISK) if tokens_per_second else 2**31
-    # Two buffers as the file has them, one more layer where it is cast or rounded.
-    as_stored = 2 * architecture.layer_parameters * 2
-    two_layers = as_stored + (0 if precision == "bf16" else held + layer)
-    loading = {"bf16": 0, "int8": two_layers}.get(precision, as_stored)
-    all_layers = architecture.num_layers * held + loading
-    room = ram - PROCESS_BYTES["cpu" if vram is None else "cuda"] - _IN_FLIGHT if vram is None else vram - CONTEXT_BYTES
-    room -= _SLACK_BYTES
+    return _TextPlanner(
+        architecture, precision, batching, max_sequence_length + 64, vram, ram, num_tokens,
+        int(tokens_per_second * SECONDS_AT_RISK) if tokens_per_second else 2**31,
+    ).plan()  # fmt: skip
 
-    def batch(left: int) -> int:
-        sizes = [FAST_TOKENS >> k for k in range(4)] if batching == "fast" else []
-        return next((n for n in sizes if n > longest and architecture.working_bytes(n, itemsize) <= left), longest)
 
-    def peak(weights: int, size: int, parked: int) -> int:
-        return weights + architecture.working_bytes(size, itemsize) + parked + _SLACK_BYTES
+@dataclass(frozen=True)
+class _TextPlanner:
+    """What ``plan_text`` is asked, and what follows from it. All sizes are bytes."""
 
-    def made(mode: TextMode, parking: Parking, chunk: int, size: int, weights: int) -> TextPlan:
-        parked = 0 if mode == "resident" else token_bytes * min(chunk, num_tokens or chunk)
-        on_device = peak(weights, size, parked if parking == "device" else 0)
-        host = PROCESS_BYTES["cpu"] + on_device if vram is None else PROCESS_BYTES["cuda"]
-        host += _IN_FLIGHT + (parked if parking == "host" else 0)
+    architecture: TextArchitecture
+    precision: str
+    batching: str
+    longest: int
+    """Tokens of the longest caption, with more than the template's 40."""
+    vram: int | None
+    ram: int
+    num_tokens: int | None
+    tokens_at_risk: int
+    """Tokens that are encoded in the time a crash may cost."""
+
+    def plan(self) -> TextPlan:
+        """The fastest way that fits."""
+        room = self.room - self.all_layers
+        if room >= self.working(self.longest):
+            return self.plan_of("resident", "device", 2**18, self.batch_within(room), self.all_layers)
+        room = self.room - self.two_layers
+        self.require(room)
+        batch = self.batch_within(room // 2)
+        fits = (room - self.working(batch)) // self.token_bytes
+        wanted = min(self.num_tokens or _WORTH_READING, _WORTH_READING)
+        if fits >= wanted or self.vram is None:
+            return self.plan_of("streamed", "device", max(min(fits, 2**19), self.longest), batch, self.two_layers)
+        return self.parked_on_host(room, batch)
+
+    def parked_on_host(self, room: int, batch: int) -> TextPlan:
+        """Streamed, with hidden states that wait in host memory and pass by in packs of ``batch`` tokens."""
+
+        def packs(num_tokens: int) -> int:
+            """Between device and host: the pack that arrives, the one that is computed, three that leave."""
+            return 5 * num_tokens * self.token_bytes
+
+        while batch > self.longest and room < self.working(batch) + packs(batch) + _SLACK_BYTES:
+            batch = max(self.longest, batch // 2)
+        parking = min(_HOST_PARKING, max(self.ram // 4, 2**28))
+        parking = 1 << (parking.bit_length() - 1)  # torch takes pinned memory in powers of two
+        return self.plan_of("streamed", "host", parking // self.token_bytes, batch, self.two_layers + packs(batch))
+
+    def plan_of(self, mode: TextMode, parking: Parking, chunk_tokens: int, batch_tokens: int, weights: int) -> TextPlan:
+        """A plan, with the memory that it takes."""
+        parked = 0 if mode == "resident" else self.token_bytes * min(chunk_tokens, self.num_tokens or chunk_tokens)
+        on_device = weights + self.working(batch_tokens) + _SLACK_BYTES + (parked if parking == "device" else 0)
+        on_host = PROCESS_BYTES["cuda"] if self.vram is not None else PROCESS_BYTES["cpu"] + on_device
         return TextPlan(
-            mode, parking, max(longest, min(chunk, at_risk)), size, 0 if vram is None else on_device + CONTEXT_BYTES,
-            host, architecture.num_layers * architecture.layer_parameters * 2,
-        )  # fmt: skip
-
-    left = room - all_layers
-    if left >= architecture.working_bytes(longest, itemsize):
-        return made("resident", "device", 2**18, batch(left), all_layers)
-    left = room - two_layers
-    least = architecture.working_bytes(longest, itemsize) + token_bytes * longest
-    if left < least:
-        have, what = (ram, "RAM") if vram is None else (vram, "VRAM")
-        raise DoesNotFit(
-            f"The text encoder needs {human_bytes(have - left + least)} of {what} with one layer at a time, there are "
-            f"{human_bytes(have)}",
-            "Lower cache.max_sequence_length, or use --device cpu" if vram is not None else "Free some memory",
+            mode=mode,
+            parking=parking,
+            chunk_tokens=max(self.longest, min(chunk_tokens, self.tokens_at_risk)),
+            batch_tokens=batch_tokens,
+            vram=0 if self.vram is None else on_device + CONTEXT_BYTES,
+            ram=on_host + _IN_FLIGHT + (parked if parking == "host" else 0),
+            weight_bytes=self.architecture.num_layers * self.architecture.layer_parameters * 2,
         )
-    size = batch(left // 2)
-    fits = (left - architecture.working_bytes(size, itemsize)) // token_bytes
-    wanted = min(num_tokens or _WORTH_READING, _WORTH_READING)
-    if fits >= wanted or vram is None:
-        return made("streamed", "device", max(min(fits, 2**19), longest), size, two_layers)
-    # In flight between device and host: the pack that comes, the one that is computed, three that leave.
-    while size > longest and left < peak(0, size, 5 * size * token_bytes):
-        size = max(longest, size // 2)
-    host = min(_HOST_PARKING, max(ram // 4, 2**28))
-    host = 1 << (host.bit_length() - 1)  # torch takes pinned memory in powers of two
-    return made("streamed", "host", host // token_bytes, size, two_layers + 5 * size * token_bytes)
+
+    def batch_within(self, room: int) -> int:
+        """Tokens of one forward pass: one caption, or for ``fast`` as many as are worth it and fit."""
+        sizes = [FAST_TOKENS >> k for k in range(4)] if self.batching == "fast" else []
+        return next((n for n in sizes if n > self.longest and self.working(n) <= room), self.longest)
+
+    def require(self, room: int) -> None:
+        """Refuse a device without room for the longest caption.
+
+        Args:
+            room: what two layers leave.
+
+        Raises:
+            DoesNotFit: it says how much the device must have.
+        """
+        least = self.working(self.longest) + self.token_bytes * self.longest
+        if room >= least:
+            return
+        have, what = (self.ram, "RAM") if self.vram is None else (self.vram, "VRAM")
+        raise DoesNotFit(
+            f"The text encoder needs {human_bytes(have - room + least)} of {what} with one layer at a time, there are "
+            f"{human_bytes(have)}",
+            "Lower cache.max_sequence_length, or use --device cpu" if self.vram is not None else "Free some memory",
+        )
+
+    @property
+    def room(self) -> int:
+        """What weights and activations may take on the device."""
+        if self.vram is not None:
+            return self.vram - CONTEXT_BYTES - _SLACK_BYTES
+        return self.ram - PROCESS_BYTES["cpu"] - _IN_FLIGHT - _SLACK_BYTES
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def token_bytes(self) -> int:
+        """The hidden state of one token."""
+        return self.architecture.hidden_size * self.itemsize
+
+    def working(self, num_tokens: int) -> int:
+        """Activations of a forward pass."""
+        return self.architecture.working_bytes(num_tokens, self.itemsize)
+
+    @property
+    def layer(self) -> int:
+        """One layer as it is computed."""
+        return self.architecture.layer_parameters * self.itemsize
+
+    @property
+    def resident_layer(self) -> int:
+        """One layer as it stays on the device; the scales and norms of int8 add 0.1 %."""
+        return self.layer // 2 if self.precision == "int8" else self.layer
+
+    @property
+    def file_buffers(self) -> int:
+        """Two layers as the file has them."""
+        return 2 * self.architecture.layer_parameters * 2
+
+    @property
+    def two_layers(self) -> int:
+        """What streaming takes: the buffers, and one more layer if it is cast or rounded."""
+        return self.file_buffers + (0 if self.precision == "bf16" else self.resident_layer + self.layer)
+
+    @property
+    def all_layers(self) -> int:
+        """All layers resident, and what loading them takes in addition."""
+        loading = {"bf16": 0, "int8": self.two_layers}.get(self.precision, self.file_buffers)
+        return self.architecture.num_layers * self.resident_layer + loading
 
 
 VAE_BYTES = {"whole": 25, "strips": 11}
-
-
 """Peak of one image's activations, in values a pixel times a quarter of the first width (32 of 128 channels). Measured
 on an H200 at 1024x1024: 22.9 and 9.5 in bf16, 23.3 and 10.1 in float32, 24.2 in the pass with the next image there."""
 

@@ -15,8 +15,6 @@ from k5cache.shared.errors import ModelError
 from k5cache.shared.model import ModelConfig
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
-
-
 _CONFIG_OF = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",

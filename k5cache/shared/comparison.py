@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 
 Result = Literal["same bits", "rounding", "DIFFERS", "not run"]
-
-
 _STYLES = {"same bits": "green", "rounding": "green", "DIFFERS": "bold red", "not run": "dim"}
 
 

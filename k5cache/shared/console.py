@@ -30,8 +30,6 @@ from rich.text import Text
 from k5cache.shared.errors import K5Error
 
 out = Console(highlight=False, soft_wrap=True)
-
-
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -67,8 +65,6 @@ def quiet_libraries() -> None:
 
 
 _KEPT = "and run the same command again: what was finished is kept"
-
-
 _OF_THE_DISK: dict[int | None, tuple[str, str]] = {
     errno.ENOSPC: ("The disk is full while writing", f"Free some space {_KEPT}"),
     errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space {_KEPT}"),

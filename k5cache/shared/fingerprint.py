@@ -13,30 +13,14 @@ from k5cache.shared.checkpoint import read_config, weight_files
 from k5cache.shared.errors import ModelError
 
 WHOLE_BELOW = 64 * 2**20
-
-
 """Bytes of tensors in a part under which every byte is hashed."""
-
-
 PROBE_BYTES = 4096
-
-
 """One page: a disk reads no less."""
-
-
 NUM_PROBES = 8
-
-
 """Probes a tensor, evenly spaced, the first and the last byte among them."""
-
-
 # Of a tokenizer, the files that decide ids. tokenizer.json, where there is one, holds the vocabulary and the merges.
 _TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json")
-
-
 _SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
-
-
 _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_class", "chat_template", "architectures"})
 
 

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from k5cache.shared.errors import RecipeError
 
 Flavour = Literal["t2i-lite-sft", "t2i-lite-pretrain", "i2i-lite-sft", "i2i-lite-pretrain"]
-
-
 FLAVOURS: dict[str, str] = {
     "t2i-lite-sft": "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
     "t2i-lite-pretrain": "kandinskylab/Kandinsky-5.0-T2I-Lite-pretrain-Diffusers",

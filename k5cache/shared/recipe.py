@@ -21,8 +21,6 @@ from typing import Any, Literal, TypeVar
 from k5cache.shared.errors import RecipeError
 
 T = TypeVar("T")
-
-
 Document = dict[str, Any]
 
 

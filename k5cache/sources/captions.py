@@ -9,8 +9,6 @@ from k5cache.options import CacheConfig
 
 Captions = tuple[str, ...] | str
 """One or more captions; or, as a string, the reason why there is none."""
-
-
 _NEWLINES = re.compile(r"[\r\n]+")
 
 

@@ -14,14 +14,8 @@ from k5cache.sources import folder
 from k5cache.sources.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
-
-
 _DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
-
-
 _SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|tar)$", re.IGNORECASE)
-
-
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 

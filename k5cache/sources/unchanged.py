@@ -12,11 +12,7 @@ from k5cache.sources.folder import MASK_SUFFIXES, walk
 from k5cache.sources.items import IMAGE_SUFFIXES, Skipped
 
 _COUNTS = IMAGE_SUFFIXES | MASK_SUFFIXES | {".txt"}
-
-
 SETTLED_NS = 2_000_000_000
-
-
 """A file that was written less than this before it was read may be written again in the same tick of its clock, and no
 stat would tell: FAT ticks every 2 s, ext4 every 4 ms."""
 

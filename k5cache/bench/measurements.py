@@ -26,15 +26,10 @@ class Sizes:
     side: int = 1024
     source: tuple[int, int] = (1536, 1152)
     """(width, height) of the JPEG files that images are loaded from."""
-    growth: tuple[int, ...] = (100, 1000, 10000)
-    """Captions of the growth table."""
-    growth_layers: int = 2
-    growth_tokens: tuple[int, int] = (20, 100)
-    growth_vram: int = 5 * 2**29
 
 
 @dataclass
-class Found:
+class Measurements:
     """Lines of the tables, as they are measured."""
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
