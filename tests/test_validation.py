@@ -231,6 +231,19 @@ def test_the_curve_shows_training_and_held_out_losses(run):
     assert draw_losses([], "nothing yet").size == (960, 540)
 
 
+def test_the_curve_is_drawn_after_the_first_step_and_at_the_end_but_not_after_each(
+    tmp_path, cache, toy_model, monkeypatch
+):
+    nums_rows = []
+    monkeypatch.setattr(
+        "k5train.training.validation.draw_losses",
+        lambda rows, title: nums_rows.append(len(rows)) or draw_losses(rows, title),
+    )
+    monkeypatch.setattr("k5train.training.validation.CURVE_SECONDS", 600.0)
+    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=4))
+    assert nums_rows == [1, 4]
+
+
 def test_the_smoothed_curve_is_the_mean_of_the_last_points():
     assert smooth([(i, float(i)) for i in range(12)])[-1] == (11, 6.5)  # of 2 to 11
 
