@@ -53,7 +53,7 @@ def test_a_source_that_is_not_there(cli, toy_model):
 
 def test_a_folder_without_images_leaves_no_cache(cli, toy_model):
     (cli.folder / "empty").mkdir()
-    refused(cli(cache_app, "encode", "empty", *small(toy_model)), "empty holds no image", ".avif")
+    refused(cli(cache_app, "encode", "empty", *small(toy_model)), "empty has no image", ".avif")
     assert not (cli.folder / "cache").exists()
 
 

@@ -125,7 +125,7 @@ def test_a_mask_belongs_to_the_image_of_its_name_and_is_no_item_itself(tmp_path)
         ("owl.jpg", None),
         ("sub/dog.png", "sub/dog.mask.WEBP"),
     ]
-    assert skipped == [Skipped("lone.mask.png", "is a mask, and there is no image beside it")]
+    assert skipped == [Skipped("lone.mask.png", "is a mask without an image beside it")]
     stat = (tmp_path / "cat.mask.png").stat()
     mask = items[0].mask
     assert mask is not None

@@ -230,7 +230,7 @@ def test_cells_of_csv_are_the_text_that_they_are(pictures, cells):
 
 
 def test_metadata_that_is_not_there_or_of_two_kinds_is_named(pictures):
-    assert "set holds none of metadata.jsonl, metadata.csv" in refusal(pictures, caption_strategy="metadata")
+    assert "set has none of metadata.jsonl, metadata.csv" in refusal(pictures, caption_strategy="metadata")
     assert "cache.caption_strategy=metadata to use sub/metadata.csv" in refusal(put(pictures, sub__metadata_csv="x"))
     put(pictures, metadata_jsonl="{}")
     assert "metadata of several kinds: metadata.jsonl, sub/metadata.csv" in refusal(
@@ -433,7 +433,7 @@ def test_a_dataset_of_the_hub_may_hold_files_in_the_place_of_bytes(pictures, mon
 
 def test_a_folder_with_other_files_and_hidden_tables_holds_no_image(tmp_path):
     put(tmp_path, config_json="{}", notes_csv="a,b", **{".hidden__t_parquet": "x"})
-    assert refusal(tmp_path).startswith(f"{tmp_path} holds no image; Put images (.avif .bmp")
+    assert refusal(tmp_path).startswith(f"{tmp_path} has no image; Put images (.avif .bmp")
 
 
 def test_what_is_nowhere_is_said_without_asking_the_hub_unless_it_may_be_a_name(tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_caption_edited_within_its_size_and_time_is_seen(shop):
 )
 def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, name, content):
     def digest() -> str:
-        seen = unchanged.glance(encoded.source)
+        seen = unchanged.read_stats(encoded.source)
         assert seen
         return seen.digest
 
@@ -103,10 +103,10 @@ def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, n
 
 
 def test_another_kind_of_file_does_not_count(encoded):
-    before = unchanged.glance(encoded.source)
+    before = unchanged.read_stats(encoded.source)
     (encoded.source / "notes.md").write_text("x", encoding="utf-8")
     (encoded.source / ".hidden.png").write_text("x", encoding="utf-8")
-    after = unchanged.glance(encoded.source)
+    after = unchanged.read_stats(encoded.source)
     for name in ("notes.md", ".hidden.png"):
         (encoded.source / name).unlink()
     assert before == after
@@ -119,7 +119,7 @@ def test_what_a_stat_does_not_settle_is_left_to_who_reads(tmp_path, kind):
         source.mkdir()
         path = source / "a.png"
         os.mkfifo(path) if kind == "pipe" else path.symlink_to(tmp_path / "nowhere")
-    assert unchanged.glance(source) is None
+    assert unchanged.read_stats(source) is None
 
 
 def test_other_permissions_open_the_captions_and_change_nothing(shop):
@@ -135,7 +135,7 @@ def test_a_file_written_as_it_was_read_is_read_again_next_time(tmp_path, toy_mod
     shop = Workshop(tmp_path, toy_model)
     shop.put("cat.png")
     shop.encode()
-    assert len(str(read_manifest(shop.root).source)) == 32  # the captions' and the files' digest, and no glance
+    assert len(str(read_manifest(shop.root).source)) == 32  # the captions' and the files' digest, and no stats
     assert shop.encode().is_unchanged
 
 

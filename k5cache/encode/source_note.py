@@ -12,7 +12,7 @@ from pathlib import Path
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources import find
-from k5cache.sources.unchanged import glance, is_settled
+from k5cache.sources.unchanged import is_settled, read_stats
 from k5cache.store.manifest import SourceNote
 
 
@@ -25,20 +25,20 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
     note = SourceNote(listing_digest(listing))
     if not listing.is_plain or listing.skipped:
         return note
-    seen, read_ns = glance(source), time.time_ns()
-    if seen is None or not is_settled(seen, read_ns):
+    stats, read_ns = read_stats(source), time.time_ns()
+    if stats is None or not is_settled(stats, read_ns):
         return note
     try:
         is_same = listing_digest(find.find(source, config)) == note.listing
     except DatasetError:  # it was emptied in the meantime
         return note
-    return SourceNote(note.listing, seen.digest) if is_same else note
+    return SourceNote(note.listing, stats.digest) if is_same else note
 
 
 def is_untouched(source: Path, note: SourceNote) -> bool:
     """Whether no file of ``source`` was touched since the note was taken. Opens no file; False if stats cannot tell."""
-    seen = glance(source) if note.stats else None
-    return seen is not None and seen.digest == note.stats
+    stats = read_stats(source) if note.stats else None
+    return stats is not None and stats.digest == note.stats
 
 
 def listing_digest(listing: find.Source) -> str:

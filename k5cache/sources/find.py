@@ -41,11 +41,11 @@ def find(source: Path, config: CacheConfig) -> Source:
     Raises:
         DatasetError: nothing is there, or nothing that can be used.
     """
-    found = _plain_folder(source, config) if source.is_dir() else None
-    found = found or _through_datasets(source, config)
-    if not found.items:
-        raise _nothing(source, found.skipped, config)
-    return found
+    images = _plain_folder(source, config) if source.is_dir() else None
+    images = images or _through_datasets(source, config)
+    if not images.items:
+        raise _nothing(source, images.skipped, config)
+    return images
 
 
 def default_name(source: Path) -> str:
@@ -56,7 +56,7 @@ def default_name(source: Path) -> str:
 
 
 def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
-    """A folder of image files; None where it holds tables or tars and no image."""
+    """A folder of image files; None if it has tables or tars and no image."""
     from_metadata = config.caption_strategy == "metadata"
     if from_metadata and _metadata_files(source):
         items, skipped = _from_metadata(source, config)
@@ -66,19 +66,19 @@ def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
         return None
     if from_metadata and not _metadata_files(source):
         raise DatasetError(
-            f"{source} holds none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
+            f"{source} has none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
         )
     return Source(items, skipped, lambda path: source / path, is_plain=not from_metadata)
 
 
 def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
-    """`datasets`' imagefolder: each metadata file names images relative to its own folder."""
-    from k5cache.sources import tables
+    """As imagefolder of `datasets` has it: each metadata file names images relative to its own folder."""
+    from k5cache.sources import table_items, tables
 
     files = _metadata_files(source)
     if len({file.name for file in files}) > 1:
         names = ", ".join(file.relative_to(source).as_posix() for file in files[:4])
-        raise DatasetError(f"{source} has metadata of several kinds: {names}", "Keep the files of one kind")
+        raise DatasetError(f"{source} has metadata files of several kinds: {names}", "Keep the files of one kind")
     items: dict[str, SourceItem] = {}
     skipped: list[Skipped] = []
     for file in files:
@@ -86,12 +86,12 @@ def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem],
         column = config.image_column or "file_name"
         if column not in table.schema.names:
             raise table.refuse(f"has no column {column}", "cache.image_column to the one with file names")
-        made, refused = tables.files_named(table, column, config, source, is_strict=True)
-        items |= {item.path: item for item in made}
+        named, refused = table_items.files_named(table, column, config, source, is_strict=True)
+        items |= {item.path: item for item in named}
         skipped += refused
     images, unusable = folder.scan(source)
     known = items.keys() | {skip.path for skip in skipped}
-    skipped += [Skipped(found.path, f"has no row in {files[0].name}") for found in images if found.path not in known]
+    skipped += [Skipped(image.path, f"has no row in {files[0].name}") for image in images if image.path not in known]
     return sorted(items.values(), key=lambda item: item.path), skipped + unusable
 
 
@@ -108,7 +108,7 @@ def _has_tables(source: Path) -> bool:
 
 
 def _visible(source: Path) -> Iterator[Path]:
-    """Every entry below ``source``, hidden ones and those in hidden folders left out."""
+    """Every entry below ``source`` that is neither hidden nor in a hidden folder."""
     return (
         path for path in source.rglob("*") if not any(part.startswith(".") for part in path.relative_to(source).parts)
     )
@@ -123,7 +123,7 @@ def _through_datasets(source: Path, config: CacheConfig) -> Source:
             f"There is no folder {source}",
             "Give a folder of images with .txt captions beside them, a table, a tar, or a dataset's name",
         )
-    from k5cache.sources import tables
+    from k5cache.sources import table_items, tables
 
     if source.is_dir():
         table = tables.load_folder(source, config)
@@ -131,20 +131,20 @@ def _through_datasets(source: Path, config: CacheConfig) -> Source:
         table = tables.load_files(source.name, files, config)
     else:
         table = tables.load_hub(name, config)
-    return Source(*tables.find_items(table, config))
+    return Source(*table_items.find_items(table, config))
 
 
 def _nothing(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:
     seen = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
-    found = f"no image with a caption ({len(skipped)} skipped: {seen})" if skipped else "no image"
+    problem = f"no image with a caption ({len(skipped)} skipped: {seen})" if skipped else "no image"
     suffixes = " ".join(sorted(IMAGE_SUFFIXES))
     fix = f"Put images ({suffixes}) there, each with a .txt caption beside it"
     if not source.is_dir():
-        fix = "Mend these rows, or use another source"
+        fix = "Correct these rows, or use another source"
     elif config.caption_strategy == "textfile" and (files := _metadata_files(source)):
         fix = (
             f"Set cache.caption_strategy=metadata to use {files[0].relative_to(source).as_posix()}, or write .txt files"
         )
     elif config.caption_strategy != "textfile":
         fix = f"Put images ({suffixes}) there"
-    return DatasetError(f"{source} holds {found}", fix)
+    return DatasetError(f"{source} has {problem}", fix)

@@ -17,7 +17,7 @@ MASK_SUFFIXES = frozenset({".png", ".webp"})
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageEntry:
     """An image as a scan of its folder sees it."""
 
     path: str
@@ -32,9 +32,9 @@ class Found:
 def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
     """List the images under ``source`` that have a caption, and those that cannot be used. No image is opened.
 
-    The captions of ``cat.jpg`` are in ``cat.txt`` beside it, one a line; ``cat.png`` would share them; other strategies
-    need no file. Its mask is ``cat.mask.png`` or ``cat.mask.webp``. Hidden files and folders are passed over. Links are
-    followed, each folder is entered once.
+    The captions of ``cat.jpg`` are in ``cat.txt`` beside it, one a line, and ``cat.png`` shares them; other strategies
+    need no file. Its mask is ``cat.mask.png`` or ``cat.mask.webp``. Hidden files and folders are skipped. Links are
+    followed, but each folder is entered only once.
 
     Returns:
         both sorted by path.
@@ -42,24 +42,24 @@ def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], lis
     items: list[SourceItem] = []
     images, skipped = scan(source)
     texts: dict[str, Captions] = {}
-    for found in images:
-        captions = without_source(_printable(found.path), config)
+    for image in images:
+        captions = without_source(_printable(image.path), config)
         if captions is None:
-            stem = found.path.rpartition(".")[0]
+            stem = image.path.rpartition(".")[0]
             if stem not in texts:
-                texts[stem] = _read_captions(found.text, stem.rpartition("/")[2])
+                texts[stem] = _read_captions(image.text, stem.rpartition("/")[2])
             captions = texts[stem]
-        made = item(found, finish(captions, config))
-        if isinstance(made, Skipped):
-            skipped.append(made)
+        item = item_of(image, finish(captions, config))
+        if isinstance(item, Skipped):
+            skipped.append(item)
         else:
-            items.append(made)
+            items.append(item)
     return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
 
 
-def scan(source: Path) -> tuple[list[Found], list[Skipped]]:
-    """Every image under ``source``, and folders that cannot be read and masks of no image. Only names are read."""
-    found: list[Found] = []
+def scan(source: Path) -> tuple[list[ImageEntry], list[Skipped]]:
+    """Every image under ``source``, and what is skipped: unreadable folders, masks without an image. Opens nothing."""
+    entries: list[ImageEntry] = []
     skipped: list[Skipped] = []
     for folder, prefix in walk(source, skipped):
         images: list[tuple[str, os.DirEntry[str]]] = []
@@ -76,30 +76,30 @@ def scan(source: Path) -> tuple[list[Found], list[Skipped]]:
                 texts[stem] = entry.path
         for stem, entry in images:
             mask = (prefix + masks[stem].name, masks[stem]) if stem in masks else None
-            found.append(Found(prefix + entry.name, entry, texts.get(stem), mask))
+            entries.append(ImageEntry(prefix + entry.name, entry, texts.get(stem), mask))
         stems = {stem for stem, _ in images}
         for stem, entry in masks.items():
             if stem not in stems:
-                skipped.append(Skipped(_printable(prefix + entry.name), "is a mask, and there is no image beside it"))
-    return found, skipped
+                skipped.append(Skipped(_printable(prefix + entry.name), "is a mask without an image beside it"))
+    return entries, skipped
 
 
-def item(found: Found, captions: Captions) -> SourceItem | Skipped:
+def item_of(image: ImageEntry, captions: Captions) -> SourceItem | Skipped:
     """An image with its captions and the stats of its files, or why it cannot be used."""
-    made = _item(found.entry, found.path, captions)
-    if isinstance(made, Skipped) or found.mask is None:
-        return made
-    path, entry = found.mask
+    item = _item(image.entry, image.path, captions)
+    if isinstance(item, Skipped) or image.mask is None:
+        return item
+    path, entry = image.mask
     mask = _item(entry, path, ("a mask",))
     if isinstance(mask, Skipped):
-        return Skipped(made.path, f"its mask {mask.path} {mask.reason}")
-    return replace(made, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
+        return Skipped(item.path, f"its mask {mask.path} {mask.reason}")
+    return replace(item, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
 
 
 def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
     """Every folder's visible entries, with its path relative to ``source`` ("" or "sub/").
 
-    Real folders come before linked ones, so that an image is found under its own path where it has one.
+    Real folders come before linked ones, so that an image is found under its own path if it has one.
     """
     entered = {_file_id(parent.stat()) for parent in source.resolve().parents}  # a link there would lead back here
     real, linked = deque([(os.fspath(source), "")]), deque[tuple[str, str]]()
@@ -110,8 +110,8 @@ def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntr
             if identity in entered:
                 continue
             entered.add(identity)
-            with os.scandir(folder) as found:
-                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+            with os.scandir(folder) as listing:
+                entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
             skipped.append(Skipped(_printable(prefix) or ".", f"this folder cannot be read ({error.strerror})"))
             continue
@@ -127,7 +127,7 @@ def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntr
 
 
 def _item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem | Skipped:
-    """``captions`` is a reason where there are none."""
+    """One file as an item. ``captions`` is a reason if there are none."""
     if _printable(path) != path:
         return Skipped(_printable(path), "its name is not valid UTF-8")
     try:
@@ -142,19 +142,19 @@ def _item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem 
 
 
 def _read_captions(path: str | None, stem: str) -> Captions:
-    """A caption file's lines that are not blank, stripped; or, as a string, why there is no caption."""
+    """The lines of a caption file, stripped, without blank ones; or, as a string, why there is no caption."""
     name = _printable(stem) + ".txt"
     if path is None:
         return f"missing caption {name}"
     try:
-        # 10,000 of them in an encode that has nothing to do: pathlib, a buffer or the codec with BOM double its time.
+        # An encode with nothing to do reads 10,000 of them: pathlib, a buffer or a BOM codec would double its time.
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             text = file.readall().removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         return f"caption {name} cannot be read ({error.strerror})"
     except UnicodeDecodeError:
         return f"caption {name} is not UTF-8"
-    if "\0" in text:  # UTF-16 without a mark decodes so
+    if "\0" in text:  # UTF-16 without a byte order mark decodes like this
         return f"caption {name} is not UTF-8"
     return from_lines(text)
 
@@ -164,5 +164,5 @@ def _file_id(stat: os.stat_result) -> tuple[int, int]:
 
 
 def _printable(path: str) -> str:
-    """File names that are not UTF-8 reach us with lone surrogates, which can be neither printed nor stored."""
+    """A file name that is not UTF-8 has lone surrogates, which can be neither printed nor stored: replace them."""
     return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

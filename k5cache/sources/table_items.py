@@ -1,0 +1,278 @@
+"""Images in a table, in tars or in a dataset: which rows can be trained on, and how is each read?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from k5cache.options import CacheConfig
+from k5cache.sources.captions import Captions, finish, from_cell, from_lines, without_source
+from k5cache.sources.items import IMAGE_SUFFIXES, Content, MaskFile, Skipped, SourceItem, UnreadableImage
+from k5cache.sources.tables import Table
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
+PATH_COLUMNS = ("image", "file_name", "image_path", "path", "filename")
+MASK_COLUMNS = ("mask", "mask.png", "mask.webp")
+
+Items = tuple[list[SourceItem], list[Skipped], Callable[[str], Content]]
+"""Items, what was skipped, and what reads an image or mask by its path."""
+
+
+def find_items(table: Table, config: CacheConfig) -> Items:
+    """The rows that have an image and a caption, those that cannot be used, and how to read an image.
+
+    Raises:
+        DatasetError: no column holds images, or captions.
+    """
+    column = _image_column(table, config.image_column)
+    if not _is_embedded(table.schema.field(column).type):
+        if table.base is None:
+            raise table.refuse(f"holds names of images in {column}, not images", "cache.image_column")
+        items, skipped = files_named(table, column, config, table.base)
+        base = table.base
+        return items, skipped, lambda path: base / path
+    return _embedded(table, column, config)
+
+
+def files_named(
+    table: Table, column: str, config: CacheConfig, root: Path, is_strict: bool = False
+) -> tuple[list[SourceItem], list[Skipped]]:
+    """Items for a table that names image files. A file that several rows name has the captions of all of them.
+
+    Args:
+        root: item paths are relative to it.
+        is_strict: refuse files outside the table's folder, as `datasets`' imagefolder does.
+    """
+    assert table.base is not None
+    names = [str(value).replace("\\", "/") if value is not None else "" for value in table.column(column).to_pylist()]
+    items: dict[str, SourceItem] = {}
+    skipped: list[Skipped] = []
+    for i, (name, captions) in enumerate(zip(names, _captions(table, config, names), strict=True)):
+        file = table.base / os.path.normpath(name)
+        path = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
+        reason = _why_not(name, file, table, is_strict)
+        if reason or isinstance(captions, str):
+            skipped.append(Skipped(path if name else f"{table.name}#{i}", reason or str(captions)))
+        elif path in items:
+            items[path] = replace(items[path], captions=items[path].captions + tuple(captions))
+        else:
+            items[path] = SourceItem(path, *_stat(file), captions=captions, mask=_mask_beside(file, path))
+    return sorted(items.values(), key=lambda item: item.path), skipped
+
+
+def _why_not(name: str, file: Path, table: Table, is_strict: bool) -> str:
+    if not name:
+        return "names no file"
+    if "://" in name:
+        return "is an address: download the images first"
+    if is_strict and (Path(name).is_absolute() or ".." in Path(os.path.normpath(name)).parts):
+        return f"lies outside the folder of {table.name}"
+    return "" if file.is_file() else f"is named in {table.name}, and is not there"
+
+
+def _mask_beside(file: Path, path: str) -> MaskFile | None:
+    for suffix in (".mask.png", ".mask.webp"):
+        mask = file.with_name(file.stem + suffix)
+        if mask.is_file():
+            return MaskFile(path[: -len(file.name)] + mask.name, *_stat(mask))
+    return None
+
+
+def _stat(file: Path) -> tuple[int, int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)
+
+
+def _embedded(table: Table, column: str, config: CacheConfig) -> Items:
+    """Items for a table that holds the images themselves.
+
+    An image is found again by its path in the source, which names its row: ``cats.parquet#12`` of a table,
+    ``cats-000.tar/0012.jpg`` of a tar.
+    """
+    rows = _rows_of_tar(table, column) if _is_tar(table) else _rows_of_table(table, column)
+    mask_column = next((name for name in MASK_COLUMNS if _has_images(table, name)), "")
+    has_image = _is_filled(table, column)
+    has_mask = _is_filled(table, mask_column) if mask_column else [False] * len(rows)
+    captions = _captions(table, config, [row.name for row in rows])
+    cells: dict[str, tuple[int, str]] = {}
+    items: list[SourceItem] = []
+    skipped: list[Skipped] = []
+    for i, row in enumerate(rows):
+        reason = _why_not_row(row, captions[i], has_image[i], row.path in cells)
+        if reason:
+            skipped.append(Skipped(row.path, reason))
+            continue
+        cells[row.path] = (i, column)
+        mask = None
+        if has_mask[i]:
+            mask_path = f"{row.path.removesuffix('.' + column)}.{mask_column}"
+            cells[mask_path] = (i, mask_column)
+            mask = MaskFile(mask_path, *_at(row.stamp, mask_path))
+        items.append(SourceItem(row.path, *_at(row.stamp, row.path), captions=tuple(captions[i]), mask=mask))
+    return sorted(items, key=lambda item: item.path), skipped, _cell_reader(table, cells)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a table that holds images."""
+
+    path: str
+    """Its name in the cache and in messages."""
+    name: str
+    """The image's file name if the table has one, for strategies that make captions of it."""
+    stamp: tuple[int, int, str]
+    """Of the file that it lies in, as ``_stamp`` gives it."""
+
+
+def _is_tar(table: Table) -> bool:
+    return "__url__" in table.schema.names and "__key__" in table.schema.names
+
+
+def _rows_of_tar(table: Table, column: str) -> list[_Row]:
+    urls, keys = (table.column(name).to_pylist() for name in ("__url__", "__key__"))
+    tars = {url: Path(url).name for url in urls}
+    if len(set(tars.values())) < len(tars):  # tars of one name in several folders
+        tars = {url: url for url in tars}
+    stamps = {url: _stamp(table, Path(url)) for url in tars}
+    return [_Row(f"{tars[url]}/{key}.{column}", key, stamps[url]) for url, key in zip(urls, keys, strict=True)]
+
+
+def _rows_of_table(table: Table, column: str) -> list[_Row]:
+    stamp = _stamp(table)
+    return [_Row(f"{table.name}#{i}", name, stamp) for i, name in enumerate(_inner_names(table, column))]
+
+
+def _why_not_row(row: _Row, captions: Captions, has_image: bool, is_known: bool) -> str:
+    """Why a row cannot be used; "" if it can."""
+    if not has_image:
+        return "holds no image"
+    if isinstance(captions, str):
+        return captions
+    return "is there a second time" if is_known else ""
+
+
+def _cell_reader(table: Table, cells: Mapping[str, tuple[int, str]]) -> Callable[[str], Content]:
+    """What reads an image or mask by its path.
+
+    Args:
+        cells: path -> row and column.
+    """
+    names = {name for _, name in cells.values()}
+    columns = {name: table.rows.select_columns([name]).with_format("arrow") for name in names}
+
+    def read(path: str) -> Content:
+        row, name = cells[path]
+        cell = columns[name][row].column(0)[0].as_py()
+        content = cell["bytes"] if isinstance(cell, dict) else cell
+        if content is None:
+            return Path(cell["path"])
+        if not content:
+            raise UnreadableImage("is empty (0 bytes)")
+        return content
+
+    return read
+
+
+def _stamp(table: Table, file: Path | None = None) -> tuple[int, int, str]:
+    """(bytes, mtime, the rest) of the file that rows lie in, of all files, or of a dataset that is no file here."""
+    files = [file] if file and file.is_file() else table.files
+    if not files:
+        return 0, 0, str(table.rows._fingerprint)
+    stats = [_stat(f) for f in files]
+    return sum(s[0] for s in stats), max(s[1] for s in stats), str(stats)
+
+
+def _at(stamp: tuple[int, int, str], path: str) -> tuple[int, int, int]:
+    """A stat for one row: as the file's, and in the place of an inode a number that no other row of it has."""
+    digest = hashlib.sha256(f"{stamp[2]} {path}".encode()).digest()
+    return stamp[0], stamp[1], int.from_bytes(digest[:8]) >> 1
+
+
+def _inner_names(table: Table, column: str) -> list[str]:
+    """The file names that images in a table came from, where it says."""
+    cells = table.column(column)
+    if not pa.types.is_struct(cells.type) or "path" not in cells.type.names:
+        return [""] * len(cells)
+    return [name or "" for name in pc.struct_field(cells, "path").to_pylist()]
+
+
+def _is_filled(table: Table, column: str) -> list[bool]:
+    """Which rows have an image; reads no image."""
+    cells = table.column(column)
+    if not pa.types.is_struct(cells.type):
+        return cells.is_valid().to_pylist()
+    fields = [name for name in ("bytes", "path") if name in cells.type.names]
+    parts = [pc.struct_field(cells, name).is_valid().to_pylist() for name in fields]
+    in_tar = "__url__" in table.schema.names  # there `path` is a name inside the tar, and always there
+    return parts[0] if in_tar else [any(found) for found in zip(*parts, strict=True)]
+
+
+def _has_images(table: Table, name: str) -> bool:
+    return name in table.schema.names and _is_embedded(table.schema.field(name).type)
+
+
+def _is_embedded(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return "bytes" in kind.names
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _image_column(table: Table, wanted: str | None) -> str:
+    schema = table.schema
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise table.refuse(f"has no column {wanted}", "cache.image_column")
+        kind = schema.field(wanted).type
+        if not _is_embedded(kind) and not _is_text(kind):
+            raise table.refuse(f"has no images in {wanted} but {kind}", "cache.image_column")
+        return wanted
+    suffixes = {suffix[1:] for suffix in IMAGE_SUFFIXES}
+    embedded = [
+        name for name in schema.names
+        if _is_embedded(schema.field(name).type) and name not in MASK_COLUMNS
+        and (pa.types.is_struct(schema.field(name).type) or name.lower() in suffixes | set(PATH_COLUMNS))
+    ]  # fmt: skip
+    if len(embedded) > 1 and "image" not in embedded:
+        raise table.refuse(f"has images in {' and '.join(embedded)}", "cache.image_column to one of them")
+    paths = [name for name in PATH_COLUMNS if name in schema.names and _is_text(schema.field(name).type)]
+    found = (["image"] if "image" in embedded else embedded) or paths
+    if not found:
+        raise table.refuse("has no column of images", "cache.image_column to the one with images or their paths")
+    return found[0]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _captions(table: Table, config: CacheConfig, names: Sequence[str]) -> list[Captions]:
+    """One entry a row. ``names`` are of the images, for the strategies that read them."""
+    if config.caption_strategy in ("filename", "instanceprompt"):
+        known = [without_source(name, config) for name in names]
+        return [finish(captions or "empty caption", config) for captions in known]
+    wanted = config.caption_column
+    if wanted is None:
+        found = [name for name in CAPTION_COLUMNS if name in table.schema.names]
+        if len(found) != 1:
+            problem = f"has captions in {' and '.join(found)}" if found else "has no column of captions"
+            raise table.refuse(problem, "cache.caption_column to the one with captions")
+        wanted = found[0]
+    name, *fields = [wanted] if wanted in table.schema.names else wanted.split(".")
+    if name not in table.schema.names:
+        raise table.refuse(f"has no column {wanted}", "cache.caption_column to the one with captions")
+    cells = table.column(name).to_pylist()
+    for field in fields:
+        inside = {key for cell in cells if isinstance(cell, dict) for key in cell}
+        if field not in inside:
+            held = f"fields {', '.join(sorted(inside))}" if inside else "no fields"
+            raise table.refuse(f"has no {wanted}: {name} has {held}", "cache.caption_column")
+        cells = [cell.get(field) if isinstance(cell, dict) else None for cell in cells]
+    if name == "txt":  # of a tar: a caption file as beside an image in a folder
+        return [finish(from_lines(cell) if isinstance(cell, str) else from_cell(cell), config) for cell in cells]
+    return [finish(from_cell(cell), config) for cell in cells]
