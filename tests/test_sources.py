@@ -233,7 +233,7 @@ def test_metadata_that_is_not_there_or_of_two_kinds_is_named(pictures):
     assert "set has none of metadata.jsonl, metadata.csv" in refusal(pictures, caption_strategy="metadata")
     assert "cache.caption_strategy=metadata to use sub/metadata.csv" in refusal(put(pictures, sub__metadata_csv="x"))
     put(pictures, metadata_jsonl="{}")
-    assert "metadata of several kinds: metadata.jsonl, sub/metadata.csv" in refusal(
+    assert "metadata files of several kinds: metadata.jsonl, sub/metadata.csv" in refusal(
         pictures, caption_strategy="metadata"
     )
 
