@@ -99,7 +99,7 @@ def test_a_new_row_of_a_table_is_encoded_alone_and_a_broken_one_is_skipped(place
     Image.new("RGB", (64, 64), (1, 2, 3)).save(fourth, "PNG")
     write_parquet(place, [*contents(place), fourth.getvalue(), b"not an image"])
     out = encode(place, toy_model, "t.parquet").out
-    assert "t.parquet#4: is not an image, or of a kind that is not read" in out
+    assert "t.parquet#4: is not an image, or is of a kind that is not supported" in out
     [new] = {path.name for path in (place.folder / "cache/all/latents").iterdir()} - latents
     cache = k5cache.open(place.folder / "cache" / "all")
     assert {shard.num_rows for shard in cache.manifest.shards if new in shard.file} == {1}

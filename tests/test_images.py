@@ -260,8 +260,8 @@ def test_an_empty_file_and_something_else_and_a_missing_file_are_named_as_such(t
     (tmp_path / "text.jpg").write_text("once upon a time")
     (tmp_path / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow knows it: not us
     assert reason(tmp_path / "empty.jpg") == "is empty (0 bytes)"
-    assert reason(tmp_path / "text.jpg") == "is not an image, or of a kind that is not read"
-    assert reason(tmp_path / "page.jpg") == "is not an image, or of a kind that is not read"
+    assert reason(tmp_path / "text.jpg") == "is not an image, or is of a kind that is not supported"
+    assert reason(tmp_path / "page.jpg") == "is not an image, or is of a kind that is not supported"
     assert reason(tmp_path / "gone.jpg") == "is no longer there"
 
 

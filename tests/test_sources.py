@@ -204,10 +204,10 @@ def test_rows_of_metadata_that_name_no_image_are_skipped_one_by_one(pictures):
     assert [item.path for item in source.items] == ["a.png"]
     reasons = [skip.reason for skip in source.skipped]
     assert reasons == [
-        "is named in metadata.jsonl, and is not there",
+        "is named in metadata.jsonl but does not exist",
         "lies outside the folder of metadata.jsonl",
         "lies outside the folder of metadata.jsonl",
-        "is an address: download the images first",
+        "is a URL: download the images first",
         "names no file",
         "has no row in metadata.jsonl",
         "has no row in metadata.jsonl",
@@ -390,7 +390,7 @@ def test_members_of_one_name_are_used_once(tmp_path):
             archive.addfile(info, io.BytesIO(data))
     source = find(tmp_path / "t.tar", CacheConfig())
     assert [(i.captions, source.read(i.path)) for i in source.items] == [(("one",), png(1)), (("two",), png(2))]
-    assert source.skipped == [Skipped("t.tar/a.png", "is there a second time")]
+    assert source.skipped == [Skipped("t.tar/a.png", "has the path of an earlier image")]
 
 
 # --- the hub ---
@@ -451,12 +451,12 @@ def test_what_is_nowhere_is_said_without_asking_the_hub_unless_it_may_be_a_name(
         ("t.csv", "image,text\na.png,a cat, a dog\n", "t.csv: its first row has 3 cells, the header 2; Put"),
         ("t.csv", "image,text\na,b\na,b,c\n", "t.csv cannot be loaded: Error tokenizing data. C error: Expected 2"),
         ("t.csv", "", "t.csv has no header line"),
-        ("t.csv", "text,text\na,b\n", "t.csv has two columns of one name"),
+        ("t.csv", "text,text\na,b\n", "t.csv has two columns with the same name"),
         ("t.csv", b"image,text\n\xff\xfe", "t.csv cannot be "),
         ("t.jsonl", '{"image": "a.png"}\n{"im', "t.jsonl cannot be loaded: JSON parse error"),
         ("t.parquet", "not parquet at all", "t.parquet cannot be loaded: Parquet magic bytes not found"),
         ("t.tar", "not a tar" * 300, "t.tar cannot be loaded: "),
-        ("t.xls", "x", "t.xls is no table: .xls; Give files of one kind: .csv"),
+        ("t.xls", "x", "t.xls is not a table: .xls; Give files of one kind: .csv"),
         ("t.csv", "name,words\na.png,b\n", "t.csv has no column of images; its columns are name, words; Set"),
         ("t.csv", "image,words\na.png,b\n", "t.csv has no column of captions; its columns are image, words; Set"),
         ("t.csv", "image,text,prompt\na.png,b,c\n", "t.csv has captions in text and prompt; its columns are"),

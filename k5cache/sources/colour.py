@@ -1,4 +1,4 @@
-"""Colour: any picture that Pillow opens as 8-bit sRGB without transparency. What is on disk, as a viewer shows it."""
+"""How does any picture that Pillow opens become 8-bit sRGB without transparency? It ends as a viewer would show it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ WHITE = (255, 255, 255, 255)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _SRGB = ImageCms.createProfile("sRGB")
 _NEVER_VISIBLE = 2
-"""Of 255. A profile that moves no colour by more is sRGB under another name, and the pixels stay as they are."""
+"""Levels of 255. A profile that moves no colour by more is sRGB under another name, so the pixels stay unchanged."""
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Mode ``RGB``: deep greys scaled to 8 bits, palettes looked up, the embedded profile applied, alpha over white.
+    """Convert to mode ``RGB``: 8-bit greys, palettes looked up, embedded profile applied, alpha on white.
 
     Args:
-        image: loaded; any mode. A profile that is broken or of another colour space is ignored, as viewers do.
+        image: loaded, of any mode. As in viewers, a profile that is broken or of another colour space is ignored.
     """
     profile = image.info.get("icc_profile")
     colour, alpha = _split_alpha(_eight_bit(image))
@@ -35,8 +35,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colour (``RGB``, ``L``, ``CMYK`` or another opaque mode) and alpha (``L``), or None where all is opaque."""
-    if image.mode in ("LA", "La"):  # kept grey: its profile may be a grey one
+    """Colour (``RGB``, ``L``, ``CMYK`` or another opaque mode) and alpha (``L``), or None if it is opaque."""
+    if image.mode in ("LA", "La"):  # stays grey, because its profile may be for grey
         grey, alpha = image.convert("LA").split()
         return grey, alpha
     if image.has_transparency_data:
@@ -46,11 +46,11 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Greys of more than 8 bits as ``L`` or ``LA``; anything else as it is.
+    """Greys of more than 8 bits as ``L`` or ``LA``; anything else unchanged.
 
-    16-bit RGB needs nothing: Pillow reads its high bytes. White is 2^bits - 1 where the file says how many bits there
-    are. 32-bit integers and floats do not say: white is the least of 255, 65535, 2^32 - 1 (floats: 1.0, 255, 65535)
-    that the values stay within. Floats may pass 1.0 up to 16 and are still on that scale, as HDR highlights are.
+    16-bit RGB needs nothing, because Pillow reads its high bytes. White is 2^bits - 1 if the file says how many bits it
+    has. 32-bit integers and floats do not say: there, white is the smallest of 255, 65535 and 2^32 - 1 (floats: 1.0,
+    255 and 65535) that no value exceeds. Floats up to 16 still have white at 1.0, because HDR highlights exceed it.
     """
     if image.mode == "RGB" and isinstance(image.info.get("transparency"), tuple):
         _narrow_transparency(image)
@@ -59,9 +59,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
-        white = _first_holding(values, (1.0, 16.0), (255.0, 255.0), (65535.0, np.inf))
+        white = _white_of(values, (1.0, 16.0), (255.0, 255.0), (65535.0, np.inf))
     elif image.mode == "I":
-        white = _first_holding(values, (255.0, 255.0), (65535.0, 65535.0), (2.0**32 - 1, np.inf))
+        white = _white_of(values, (255.0, 255.0), (65535.0, 65535.0), (2.0**32 - 1, np.inf))
     else:
         white = 2.0 ** _bits(image) - 1
     grey = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
@@ -75,14 +75,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _narrow_transparency(image: Image.Image) -> None:
-    """The transparent colour of a 16-bit RGB PNG, as the high bytes that its pixels were read as."""
+    """Reduce the transparent colour of a 16-bit RGB PNG to its high bytes, as Pillow does with the pixels."""
     colour = image.info["transparency"]
     if max(colour) > 255:
         image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
-def _first_holding(values: np.ndarray[Any, Any], *scales: tuple[float, float]) -> float:
-    """The first (white, limit) whose limit the values do not pass."""
+def _white_of(values: np.ndarray[Any, Any], *scales: tuple[float, float]) -> float:
+    """The white of the first scale, a pair (white, limit), whose limit no value exceeds."""
     largest = float(values.max(initial=0))
     return next(white for white, limit in scales if largest <= limit)
 
@@ -105,7 +105,7 @@ def _apply_profile(colour: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _space(profile: bytes) -> str | None:
-    """``RGB``, ``GRAY``, ``CMYK``, ...; None for bytes that are no profile."""
+    """``RGB``, ``GRAY``, ``CMYK``, ...; None if the bytes are not a profile."""
     try:
         return ImageCms.ImageCmsProfile(BytesIO(profile)).profile.xcolor_space.strip()
     except (ImageCms.PyCMSError, OSError, TypeError):
@@ -114,11 +114,9 @@ def _space(profile: bytes) -> str | None:
 
 @lru_cache(maxsize=32)
 def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from a profile to sRGB; None where it is sRGB itself, or where lcms refuses it.
+    """The transform from a profile to sRGB; None if the profile is sRGB, or if lcms refuses it.
 
-    It does so for an invalid profile and for one of another space than ``mode``.
-
-    lcms transforms may be shared by threads.
+    lcms refuses an invalid profile and one of another colour space than ``mode``. Threads may share its transforms.
     """
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))

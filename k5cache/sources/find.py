@@ -28,23 +28,23 @@ class Source:
     read: Callable[[str], Content]
     """An image or mask by its ``path``: a file to open, or its bytes. Raises ``UnreadableImage``."""
     is_plain: bool = False
-    """A folder of images whose captions are their names, files beside them or an option: nothing else is read."""
+    """Whether it is a folder of images whose captions come from their names, text files beside them or an option."""
 
 
 def find(source: Path, config: CacheConfig) -> Source:
-    """The images at ``source`` with their captions; none is opened.
+    """Find the images at ``source`` and their captions. No image is opened.
 
     Args:
         source: a folder of images, or of tars or Parquet files; a table, a tar, or a pattern of them (``cats-*.tar``);
             a folder of ``Dataset.save_to_disk``; or the name of a dataset on the hub.
 
     Raises:
-        DatasetError: nothing is there, or nothing that can be used.
+        DatasetError: nothing is there, or no image can be used.
     """
     images = _plain_folder(source, config) if source.is_dir() else None
-    images = images or _through_datasets(source, config)
+    images = images or _from_tables(source, config)
     if not images.items:
-        raise _nothing(source, images.skipped, config)
+        raise _no_image(source, images.skipped, config)
     return images
 
 
@@ -72,7 +72,7 @@ def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
 
 
 def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
-    """As imagefolder of `datasets` has it: each metadata file names images relative to its own folder."""
+    """Read metadata files as imagefolder of `datasets` does: each names images relative to its own folder."""
     from k5cache.sources import table_items, tables
 
     files = _metadata_files(source)
@@ -114,8 +114,8 @@ def _visible(source: Path) -> Iterator[Path]:
     )
 
 
-def _through_datasets(source: Path, config: CacheConfig) -> Source:
-    """Tables, tars and datasets."""
+def _from_tables(source: Path, config: CacheConfig) -> Source:
+    """Images and captions from a table, tars or a dataset, all of which `datasets` reads."""
     name = str(source)
     files = [source] if source.is_file() else [Path(file) for file in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 (an absolute pattern too)
     if not files and not _HUB_NAME.fullmatch(name):
@@ -134,9 +134,9 @@ def _through_datasets(source: Path, config: CacheConfig) -> Source:
     return Source(*table_items.find_items(table, config))
 
 
-def _nothing(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:
-    seen = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
-    problem = f"no image with a caption ({len(skipped)} skipped: {seen})" if skipped else "no image"
+def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:
+    examples = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
+    problem = f"no image with a caption ({len(skipped)} skipped: {examples})" if skipped else "no image"
     suffixes = " ".join(sorted(IMAGE_SUFFIXES))
     fix = f"Put images ({suffixes}) there, each with a .txt caption beside it"
     if not source.is_dir():

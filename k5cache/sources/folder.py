@@ -86,11 +86,11 @@ def scan(source: Path) -> tuple[list[ImageEntry], list[Skipped]]:
 
 def item_of(image: ImageEntry, captions: Captions) -> SourceItem | Skipped:
     """An image with its captions and the stats of its files, or why it cannot be used."""
-    item = _item(image.entry, image.path, captions)
+    item = _file_item(image.entry, image.path, captions)
     if isinstance(item, Skipped) or image.mask is None:
         return item
     path, entry = image.mask
-    mask = _item(entry, path, ("a mask",))
+    mask = _file_item(entry, path, ("a mask",))
     if isinstance(mask, Skipped):
         return Skipped(item.path, f"its mask {mask.path} {mask.reason}")
     return replace(item, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
@@ -126,8 +126,8 @@ def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntr
         yield files, prefix
 
 
-def _item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem | Skipped:
-    """One file as an item. ``captions`` is a reason if there are none."""
+def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem | Skipped:
+    """One file as an item, or why it cannot be used; if ``captions`` is a string, that is why."""
     if _printable(path) != path:
         return Skipped(_printable(path), "its name is not valid UTF-8")
     try:
@@ -142,7 +142,7 @@ def _item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem 
 
 
 def _read_captions(path: str | None, stem: str) -> Captions:
-    """The lines of a caption file, stripped, without blank ones; or, as a string, why there is no caption."""
+    """The lines of a caption file, stripped and without blank ones; or, as a string, why there is no caption."""
     name = _printable(stem) + ".txt"
     if path is None:
         return f"missing caption {name}"
@@ -164,5 +164,5 @@ def _file_id(stat: os.stat_result) -> tuple[int, int]:
 
 
 def _printable(path: str) -> str:
-    """A file name that is not UTF-8 has lone surrogates, which can be neither printed nor stored: replace them."""
+    """Replace the lone surrogates of a file name that is not UTF-8: they can be neither printed nor stored."""
     return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

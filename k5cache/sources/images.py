@@ -1,6 +1,6 @@
-"""Images: what is known of each one, and the exact pixels that it is trained on.
+"""What is an image's size and content hash, and which exact pixels is it trained on?
 
-Pillow reads, torch resizes. torch is imported where pixels are loaded, so that planning does without it.
+Pillow decodes and torch resizes. torch is imported where pixels are loaded, so that planning works without it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 500_000_000  # 1.5 GB as RGB; the largest photographs have about 250 million
-_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF")  # by content, whatever the suffix says
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "GIF",
+)  # recognised by content; the suffix does not matter
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,8 +51,8 @@ _TURNS_SIDES = frozenset({5, 6, 7, 8})
 _LATE_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TAIL_BYTES = 1 << 20
 
-# Pillow's remarks on metadata (a damaged EXIF tag, a tag with too many values) say nothing of the pixels. Its own limit
-# of 89 million pixels is below what cameras make; MAX_PIXELS is checked in its place, on every image opened here.
+# Pillow's warnings about metadata (a damaged EXIF tag, a tag with too many values) do not concern the pixels. Its own
+# limit of 89 million pixels is below what cameras produce; MAX_PIXELS is checked instead, on every image opened here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -55,7 +64,7 @@ def hash_content(content: Content) -> str:
     Raises:
         UnreadableImage: it cannot be opened or read.
     """
-    with _reasons(), _stream(content) as file:
+    with _errors_as_reasons(), _stream(content) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
@@ -63,10 +72,10 @@ def image_size(content: Content) -> tuple[int, int]:
     """(width, height) after EXIF rotation, from the header alone.
 
     Raises:
-        UnreadableImage: it is no image, or too large.
+        UnreadableImage: it is not an image, or is too large.
     """
     with open_image(content) as image:
-        if image.format == "TIFF":  # Pillow itself turns TIFF, and says so in its size
+        if image.format == "TIFF":  # Pillow applies the orientation of TIFF itself, to the size too
             return image.size
         if image.format == "PNG" and _has_late_metadata(content):
             image.load()
@@ -74,10 +83,11 @@ def image_size(content: Content) -> tuple[int, int]:
 
 
 def load_pixels(content: Content, geometry: Geometry) -> Tensor:
-    """The crop that is trained on.
+    """Load the crop that is trained on.
 
-    EXIF rotation applied, colours as ``colour.to_srgb`` says, the first frame of an animation. The resize is torch's
-    bicubic with antialias on uint8: rows, then columns, 8 bits between, each pass within 1/255 of Pillow's.
+    EXIF rotation is applied, ``colour.to_srgb`` converts the colours, and of an animation the first frame is taken.
+    torch resizes (bicubic, antialias, uint8): rows, then columns, with 8 bits in between. Each pass is within 1/255 of
+    Pillow's.
 
     Returns:
         uint8 ``[3, H, W]``, contiguous; H and W are the bucket's.
@@ -96,12 +106,12 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
         raise UnreadableImage(f"{geometry.width}x{geometry.height} is too long and thin to fill {bucket.name}")
     with open_image(content) as image:
         image.load()
-        turned = orientation(image)
-        rgb = turn(to_srgb(image), turned)
+        exif = orientation(image)
+        rgb = turn(to_srgb(image), exif)
         rows = np.array(rgb)
     if rgb.size != (geometry.width, geometry.height):
-        found, expected = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
-        raise UnreadableImage(f"is {found} now and was {expected}: the file changed meanwhile")
+        now, before = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
+        raise UnreadableImage(f"is {now} now and was {before}: the file changed during the encode")
     # Rows of RGB as Pillow has them: torch's uint8 kernel is fastest on this layout.
     pixels = torch.from_numpy(rows).permute(2, 0, 1)
     if resized != rows.shape[:2]:
@@ -115,19 +125,19 @@ def load_many(
     read: Callable[[str], Content],
     workers: int | None = None,
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
-    """``load_pixels`` of every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
+    """Run ``load_pixels`` for every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
 
-    At most ``2 * workers`` images are in work or waiting, and ``jobs`` is drawn from no faster. Closing the iterator
+    At most ``2 * workers`` images are being loaded or waiting, and no more of ``jobs`` is taken. Closing the iterator
     ends the threads.
 
     Args:
-        jobs: an image's path in its source, its geometry and, where the bytes must still be those that were planned
-            for, their ``hash_content``.
-        read: the image at a path; may raise ``UnreadableImage``. Called on the threads.
-        workers: threads; by default one a core, at most 8.
+        jobs: an image's path in its source, its geometry and, if the bytes must be the same as when the encode was
+            planned, their ``hash_content``.
+        read: gives the image at a path; may raise ``UnreadableImage``. Called on the threads.
+        workers: the number of threads; by default one per core, at most 8.
 
     Yields:
-        (position in ``jobs``, uint8 ``[3, H, W]`` or why there is none).
+        (position in ``jobs``, uint8 ``[3, H, W]`` or the reason why there are no pixels).
     """
     workers = workers or num_workers()
     remaining = iter(jobs)
@@ -146,7 +156,7 @@ def load_many(
 
 
 def num_workers() -> int:
-    """Threads that decode ahead of the VAE, by default: Pillow and torch release the GIL."""
+    """The default number of threads that decode ahead of the VAE. Threads help: Pillow and torch release the GIL."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -156,8 +166,8 @@ def _load(
     try:
         content = read(path)
         if content_hash:
-            with _reasons(), _stream(content) as file:
-                content = file.read()  # once: what is hashed is what is decoded
+            with _errors_as_reasons(), _stream(content) as file:
+                content = file.read()  # read only once, so that the bytes hashed are the bytes decoded
             if hash_content(content) != content_hash:
                 return UnreadableImage("has changed since the encode began; encode again")
         return load_pixels(content, geometry)
@@ -167,8 +177,8 @@ def _load(
 
 @contextmanager
 def open_image(content: Content) -> Iterator[Image.Image]:
-    """An image, not yet decoded. Whatever goes wrong while it is open is an ``UnreadableImage``."""
-    with _reasons(), _stream(content) as file:
+    """Open an image without decoding it. Any error while it is open becomes an ``UnreadableImage``."""
+    with _errors_as_reasons(), _stream(content) as file:
         if not file.read(1):
             raise UnreadableImage("is empty (0 bytes)")
         file.seek(0)
@@ -179,8 +189,8 @@ def open_image(content: Content) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
-    """Turn what Pillow and the file system raise into an ``UnreadableImage`` that a person understands."""
+def _errors_as_reasons() -> Iterator[None]:
+    """Turn the errors of Pillow and the file system into an ``UnreadableImage`` that a person understands."""
     try:
         yield
     except UnreadableImage:
@@ -188,14 +198,14 @@ def _reasons() -> Iterator[None]:
     except FileNotFoundError as error:
         raise UnreadableImage("is no longer there") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("is not an image, or of a kind that is not read") from error
+        raise UnreadableImage("is not an image, or is of a kind that is not supported") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(_too_large("it")) from error
     except MemoryError as error:
-        raise UnreadableImage("needs more memory than there is") from error
+        raise UnreadableImage("needs more memory than is free") from error
     except Exception as error:
-        # Damaged bytes make Pillow's decoders raise nearly anything (OSError, SyntaxError, struct.error, ...), and one
-        # bad file must not end an encode of thousands.
+        # Pillow's decoders raise nearly any exception on damaged bytes (OSError, SyntaxError, struct.error, ...),
+        # and one bad file must not end an encode of thousands.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImage(f"cannot be read ({reason or type(error).__name__})") from error
 
@@ -204,27 +214,27 @@ def _stream(content: Content) -> BufferedReader | io.BytesIO:
     return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
 
 
-def _too_large(what: str) -> str:
-    return f"{what} has more than {MAX_PIXELS // 1_000_000} million pixels"
+def _too_large(subject: str) -> str:
+    return f"{subject} has more than {MAX_PIXELS // 1_000_000} million pixels"
 
 
-def turn(image: Image.Image, turned: int) -> Image.Image:
-    """``image`` upright, given its ``orientation``."""
-    method = _TRANSPOSE.get(turned)
+def turn(image: Image.Image, exif: int) -> Image.Image:
+    """``image`` upright, given its EXIF ``orientation``."""
+    method = _TRANSPOSE.get(exif)
     return image if method is None else image.transpose(method)
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF (or XMP) orientation, 1 to 8; 1 where there is none or it is damaged."""
+    """The EXIF (or XMP) orientation, 1 to 8; 1 if there is none or it is damaged."""
     try:
-        # The base class's: PNG's own getexif decodes the whole image to look behind the pixels.
+        # The base class's getexif: PNG's own decodes the whole image to look behind the pixels.
         return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
-    except Exception:  # the EXIF block is a format of its own and can be damaged in as many ways as an image
+    except Exception:  # EXIF is a format of its own and can be damaged in as many ways as an image
         return 1
 
 
 def _has_late_metadata(content: Content) -> bool:
-    """Whether a PNG may say behind its pixels how it is turned, as exiftool writes it."""
+    """Whether a PNG may have its orientation behind its pixels, where exiftool writes it."""
     with _stream(content) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         behind = file.read().rpartition(b"IDAT")[2]

@@ -1,4 +1,4 @@
-"""Items: what a source gives, an image on disk or in a table with its captions. Values only; nothing is opened."""
+"""What does a source give? Items: images on disk or in a table, with their captions. Values only; nothing is opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
 
 Content = Path | bytes
-"""An image as a file, or as the bytes of one that lies in a table."""
+"""An image as a file, or as its bytes if it is in a table."""
 
 
 class UnreadableImage(Exception):
@@ -21,7 +21,7 @@ class UnreadableImage(Exception):
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask as found: which part of an image counts."""
+    """A mask that a source has: which part of an image counts."""
 
     path: str
     num_bytes: int
@@ -31,15 +31,15 @@ class MaskFile:
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One image with its captions, as found."""
+    """One image that a source has, with its captions."""
 
     path: str
     """Its name in the source, unique: relative to a folder with forward slashes, or table and row."""
     num_bytes: int
-    """With time and inode: other values mean that the image may have changed. Of a table's row they are the table's."""
+    """If size, time or inode differ, the image may have changed. A table's row has the size and time of its file."""
     mtime_ns: int
     inode: int
-    """Its lower 63 bits, so that it fits a signed column."""
+    """The lower 63 bits, so that it fits a signed column."""
     captions: tuple[str, ...]
     """As written, at least one."""
     mask: MaskFile | None = None

@@ -1,4 +1,4 @@
-"""Masks: which part of an image counts, at the size of its latents. A greyscale file beside the image."""
+"""Which part of an image counts? Its mask says, a greyscale file beside it, read at the size of the latents."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 
 def check(read: Callable[[str], Content], item: SourceItem, width: int, height: int) -> str:
-    """The content hash of an item's mask.
+    """Check an item's mask and return its content hash.
 
     Raises:
-        UnreadableImage: it cannot be read, or is not of the image's size.
+        UnreadableImage: it cannot be read, or has another size than the image.
     """
     assert item.mask is not None
     try:
         content = read(item.mask.path)
-        found = image_size(content)
-        if found != (width, height):
-            raise UnreadableImage(f"is {found[0]}x{found[1]}, the image {width}x{height}")
+        size = image_size(content)
+        if size != (width, height):
+            raise UnreadableImage(f"is {size[0]}x{size[1]}, the image {width}x{height}")
         return hash_content(content)
     except UnreadableImage as error:
         raise UnreadableImage(f"its mask {item.mask.path} {error.reason}") from None
 
 
 def load_mask(content: Content, geometry: Geometry) -> Tensor:
-    """The mask under the crop of its image, averaged over the area of each latent.
+    """Load the mask under the crop of its image, averaged over the area of each latent.
 
-    White counts, black does not. Colours count by their luminance, transparent parts not at all; EXIF rotation as for
-    images. The average is exact: over the mask's own pixels, those that a latent's border cuts in proportion. (Pillow's
-    box filter takes whole pixels.)
+    White counts and black does not. Colours count by their luminance, transparent parts count as black, and EXIF
+    rotation is applied as for images. The average is exact: a pixel that the border of a latent cuts counts in
+    proportion. (Pillow's box filter takes whole pixels.)
 
     Returns:
-        uint8 ``[H/8, W/8]``, 255 where all of it counts.
+        uint8 ``[H/8, W/8]``; 255 means that the whole area counts.
 
     Raises:
-        UnreadableImage: it cannot be decoded, or is not of the image's size.
+        UnreadableImage: it cannot be decoded, or has another size than the image.
     """
     import torch
 
@@ -62,7 +62,10 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
 
 
 def _shares(size: int, resized: int, start: int, cells: int) -> NDArray[np.float32]:
-    """``[cells, size]``: how much of each latent's side, 8 resized pixels from ``start`` on, each pixel makes up."""
+    """``[cells, size]``: the share of each pixel in each latent, along one side.
+
+    A latent covers 8 pixels of the resized image; the first one begins at ``start``.
+    """
     edges = (start + VAE_SCALE * np.arange(cells + 1)) * (size / resized)
     pixels = np.arange(size)
     covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -70,7 +73,7 @@ def _shares(size: int, resized: int, start: int, cells: int) -> NDArray[np.float
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """8 bits a pixel, transparency as black."""
+    """The mask as 8 bits a pixel, with transparent parts black."""
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip them
         return Image.fromarray((np.array(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,15 +21,15 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 PATH_COLUMNS = ("image", "file_name", "image_path", "path", "filename")
 MASK_COLUMNS = ("mask", "mask.png", "mask.webp")
 
-Items = tuple[list[SourceItem], list[Skipped], Callable[[str], Content]]
-"""Items, what was skipped, and what reads an image or mask by its path."""
+Listing = tuple[list[SourceItem], list[Skipped], Callable[[str], Content]]
+"""The items, what was skipped, and a function that reads an image or mask by its path."""
 
 
-def find_items(table: Table, config: CacheConfig) -> Items:
-    """The rows that have an image and a caption, those that cannot be used, and how to read an image.
+def find_items(table: Table, config: CacheConfig) -> Listing:
+    """Find the rows that have an image and a caption, those that cannot be used, and how to read an image.
 
     Raises:
-        DatasetError: no column holds images, or captions.
+        DatasetError: no column has images, or none has captions.
     """
     column = _image_column(table, config.image_column)
     if not _is_embedded(table.schema.field(column).type):
@@ -37,13 +38,13 @@ def find_items(table: Table, config: CacheConfig) -> Items:
         items, skipped = files_named(table, column, config, table.base)
         base = table.base
         return items, skipped, lambda path: base / path
-    return _embedded(table, column, config)
+    return _embedded_images(table, column, config)
 
 
 def files_named(
     table: Table, column: str, config: CacheConfig, root: Path, is_strict: bool = False
 ) -> tuple[list[SourceItem], list[Skipped]]:
-    """Items for a table that names image files. A file that several rows name has the captions of all of them.
+    """List the image files that a table names. A file that several rows name gets the captions of all of them.
 
     Args:
         root: item paths are relative to it.
@@ -56,7 +57,7 @@ def files_named(
     for i, (name, captions) in enumerate(zip(names, _captions(table, config, names), strict=True)):
         file = table.base / os.path.normpath(name)
         path = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
-        reason = _why_not(name, file, table, is_strict)
+        reason = _file_problem(name, file, table, is_strict)
         if reason or isinstance(captions, str):
             skipped.append(Skipped(path if name else f"{table.name}#{i}", reason or str(captions)))
         elif path in items:
@@ -66,14 +67,15 @@ def files_named(
     return sorted(items.values(), key=lambda item: item.path), skipped
 
 
-def _why_not(name: str, file: Path, table: Table, is_strict: bool) -> str:
+def _file_problem(name: str, file: Path, table: Table, is_strict: bool) -> str:
+    """Why a file that a table names cannot be used; "" if it can."""
     if not name:
         return "names no file"
     if "://" in name:
-        return "is an address: download the images first"
+        return "is a URL: download the images first"
     if is_strict and (Path(name).is_absolute() or ".." in Path(os.path.normpath(name)).parts):
         return f"lies outside the folder of {table.name}"
-    return "" if file.is_file() else f"is named in {table.name}, and is not there"
+    return "" if file.is_file() else f"is named in {table.name} but does not exist"
 
 
 def _mask_beside(file: Path, path: str) -> MaskFile | None:
@@ -89,11 +91,11 @@ def _stat(file: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)
 
 
-def _embedded(table: Table, column: str, config: CacheConfig) -> Items:
-    """Items for a table that holds the images themselves.
+def _embedded_images(table: Table, column: str, config: CacheConfig) -> Listing:
+    """List the images that a table contains.
 
-    An image is found again by its path in the source, which names its row: ``cats.parquet#12`` of a table,
-    ``cats-000.tar/0012.jpg`` of a tar.
+    The path of an image names its row, so that it can be read again: ``cats.parquet#12`` in a table,
+    ``cats-000.tar/0012.jpg`` in a tar.
     """
     rows = _rows_of_tar(table, column) if _is_tar(table) else _rows_of_table(table, column)
     mask_column = next((name for name in MASK_COLUMNS if _has_images(table, name)), "")
@@ -104,7 +106,7 @@ def _embedded(table: Table, column: str, config: CacheConfig) -> Items:
     items: list[SourceItem] = []
     skipped: list[Skipped] = []
     for i, row in enumerate(rows):
-        reason = _why_not_row(row, captions[i], has_image[i], row.path in cells)
+        reason = _row_problem(row, captions[i], has_image[i], row.path in cells)
         if reason:
             skipped.append(Skipped(row.path, reason))
             continue
@@ -113,8 +115,8 @@ def _embedded(table: Table, column: str, config: CacheConfig) -> Items:
         if has_mask[i]:
             mask_path = f"{row.path.removesuffix('.' + column)}.{mask_column}"
             cells[mask_path] = (i, mask_column)
-            mask = MaskFile(mask_path, *_at(row.stamp, mask_path))
-        items.append(SourceItem(row.path, *_at(row.stamp, row.path), captions=tuple(captions[i]), mask=mask))
+            mask = MaskFile(mask_path, *_row_stat(row.stamp, mask_path))
+        items.append(SourceItem(row.path, *_row_stat(row.stamp, row.path), captions=tuple(captions[i]), mask=mask))
     return sorted(items, key=lambda item: item.path), skipped, _cell_reader(table, cells)
 
 
@@ -125,9 +127,9 @@ class _Row:
     path: str
     """Its name in the cache and in messages."""
     name: str
-    """The image's file name if the table has one, for strategies that make captions of it."""
+    """The image's file name, if the table has one. Some strategies make it the caption."""
     stamp: tuple[int, int, str]
-    """Of the file that it lies in, as ``_stamp`` gives it."""
+    """What ``_stamp`` says of the file that contains it."""
 
 
 def _is_tar(table: Table) -> bool:
@@ -148,20 +150,20 @@ def _rows_of_table(table: Table, column: str) -> list[_Row]:
     return [_Row(f"{table.name}#{i}", name, stamp) for i, name in enumerate(_inner_names(table, column))]
 
 
-def _why_not_row(row: _Row, captions: Captions, has_image: bool, is_known: bool) -> str:
+def _row_problem(row: _Row, captions: Captions, has_image: bool, is_known: bool) -> str:
     """Why a row cannot be used; "" if it can."""
     if not has_image:
         return "holds no image"
     if isinstance(captions, str):
         return captions
-    return "is there a second time" if is_known else ""
+    return "has the path of an earlier image" if is_known else ""
 
 
 def _cell_reader(table: Table, cells: Mapping[str, tuple[int, str]]) -> Callable[[str], Content]:
-    """What reads an image or mask by its path.
+    """A function that reads an image or mask by its path.
 
     Args:
-        cells: path -> row and column.
+        cells: the row and column of each path.
     """
     names = {name for _, name in cells.values()}
     columns = {name: table.rows.select_columns([name]).with_format("arrow") for name in names}
@@ -180,7 +182,10 @@ def _cell_reader(table: Table, cells: Mapping[str, tuple[int, str]]) -> Callable
 
 
 def _stamp(table: Table, file: Path | None = None) -> tuple[int, int, str]:
-    """(bytes, mtime, the rest) of the file that rows lie in, of all files, or of a dataset that is no file here."""
+    """(size, mtime, everything else) of one file of the table, of all its files, or of a dataset without files.
+
+    All three are the same as long as no file changes.
+    """
     files = [file] if file and file.is_file() else table.files
     if not files:
         return 0, 0, str(table.rows._fingerprint)
@@ -188,14 +193,14 @@ def _stamp(table: Table, file: Path | None = None) -> tuple[int, int, str]:
     return sum(s[0] for s in stats), max(s[1] for s in stats), str(stats)
 
 
-def _at(stamp: tuple[int, int, str], path: str) -> tuple[int, int, int]:
-    """A stat for one row: as the file's, and in the place of an inode a number that no other row of it has."""
+def _row_stat(stamp: tuple[int, int, str], path: str) -> tuple[int, int, int]:
+    """(size, mtime, inode) for one row: those of its file, but with a number of its own in place of the inode."""
     digest = hashlib.sha256(f"{stamp[2]} {path}".encode()).digest()
     return stamp[0], stamp[1], int.from_bytes(digest[:8]) >> 1
 
 
 def _inner_names(table: Table, column: str) -> list[str]:
-    """The file names that images in a table came from, where it says."""
+    """The file name that each image of a table came from; "" if the table does not say."""
     cells = table.column(column)
     if not pa.types.is_struct(cells.type) or "path" not in cells.type.names:
         return [""] * len(cells)
@@ -203,14 +208,14 @@ def _inner_names(table: Table, column: str) -> list[str]:
 
 
 def _is_filled(table: Table, column: str) -> list[bool]:
-    """Which rows have an image; reads no image."""
+    """Which rows have an image. No image is read."""
     cells = table.column(column)
     if not pa.types.is_struct(cells.type):
         return cells.is_valid().to_pylist()
     fields = [name for name in ("bytes", "path") if name in cells.type.names]
     parts = [pc.struct_field(cells, name).is_valid().to_pylist() for name in fields]
-    in_tar = "__url__" in table.schema.names  # there `path` is a name inside the tar, and always there
-    return parts[0] if in_tar else [any(found) for found in zip(*parts, strict=True)]
+    in_tar = "__url__" in table.schema.names  # where `path` is the name inside the tar and is always filled
+    return parts[0] if in_tar else [any(filled) for filled in zip(*parts, strict=True)]
 
 
 def _has_images(table: Table, name: str) -> bool:
@@ -223,15 +228,16 @@ def _is_embedded(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _image_column(table: Table, wanted: str | None) -> str:
+def _image_column(table: Table, option: str | None) -> str:
+    """The column with images or their paths: ``cache.image_column`` if it is set, else the one that looks like it."""
     schema = table.schema
-    if wanted is not None:
-        if wanted not in schema.names:
-            raise table.refuse(f"has no column {wanted}", "cache.image_column")
-        kind = schema.field(wanted).type
+    if option is not None:
+        if option not in schema.names:
+            raise table.refuse(f"has no column {option}", "cache.image_column")
+        kind = schema.field(option).type
         if not _is_embedded(kind) and not _is_text(kind):
-            raise table.refuse(f"has no images in {wanted} but {kind}", "cache.image_column")
-        return wanted
+            raise table.refuse(f"has no images in {option} but {kind}", "cache.image_column")
+        return option
     suffixes = {suffix[1:] for suffix in IMAGE_SUFFIXES}
     embedded = [
         name for name in schema.names
@@ -241,10 +247,10 @@ def _image_column(table: Table, wanted: str | None) -> str:
     if len(embedded) > 1 and "image" not in embedded:
         raise table.refuse(f"has images in {' and '.join(embedded)}", "cache.image_column to one of them")
     paths = [name for name in PATH_COLUMNS if name in schema.names and _is_text(schema.field(name).type)]
-    found = (["image"] if "image" in embedded else embedded) or paths
-    if not found:
+    candidates = (["image"] if "image" in embedded else embedded) or paths
+    if not candidates:
         raise table.refuse("has no column of images", "cache.image_column to the one with images or their paths")
-    return found[0]
+    return candidates[0]
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -252,27 +258,39 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _captions(table: Table, config: CacheConfig, names: Sequence[str]) -> list[Captions]:
-    """One entry a row. ``names`` are of the images, for the strategies that read them."""
+    """The captions of every row. ``names`` are the images' file names, for the strategies that read them."""
     if config.caption_strategy in ("filename", "instanceprompt"):
-        known = [without_source(name, config) for name in names]
-        return [finish(captions or "empty caption", config) for captions in known]
-    wanted = config.caption_column
-    if wanted is None:
-        found = [name for name in CAPTION_COLUMNS if name in table.schema.names]
-        if len(found) != 1:
-            problem = f"has captions in {' and '.join(found)}" if found else "has no column of captions"
-            raise table.refuse(problem, "cache.caption_column to the one with captions")
-        wanted = found[0]
-    name, *fields = [wanted] if wanted in table.schema.names else wanted.split(".")
-    if name not in table.schema.names:
-        raise table.refuse(f"has no column {wanted}", "cache.caption_column to the one with captions")
-    cells = table.column(name).to_pylist()
-    for field in fields:
-        inside = {key for cell in cells if isinstance(cell, dict) for key in cell}
-        if field not in inside:
-            held = f"fields {', '.join(sorted(inside))}" if inside else "no fields"
-            raise table.refuse(f"has no {wanted}: {name} has {held}", "cache.caption_column")
-        cells = [cell.get(field) if isinstance(cell, dict) else None for cell in cells]
-    if name == "txt":  # of a tar: a caption file as beside an image in a folder
+        from_names = [without_source(name, config) for name in names]
+        return [finish(captions or "empty caption", config) for captions in from_names]
+    column = _caption_column(table, config.caption_column)
+    name, *fields = [column] if column in table.schema.names else column.split(".")
+    cells = _caption_cells(table, name, fields)
+    if name == "txt":  # of a tar: the text of a caption file, as beside an image in a folder
         return [finish(from_lines(cell) if isinstance(cell, str) else from_cell(cell), config) for cell in cells]
     return [finish(from_cell(cell), config) for cell in cells]
+
+
+def _caption_column(table: Table, option: str | None) -> str:
+    """``cache.caption_column`` if it is set, else the one column that is named like captions."""
+    if option is not None:
+        return option
+    names = [name for name in CAPTION_COLUMNS if name in table.schema.names]
+    if len(names) != 1:
+        problem = f"has captions in {' and '.join(names)}" if names else "has no column of captions"
+        raise table.refuse(problem, "cache.caption_column to the one with captions")
+    return names[0]
+
+
+def _caption_cells(table: Table, name: str, fields: Sequence[str]) -> list[Any]:
+    """The cells of column ``name``, or of a field inside it: ``["prompt"]`` in the column ``json``."""
+    column = ".".join([name, *fields])
+    if name not in table.schema.names:
+        raise table.refuse(f"has no column {column}", "cache.caption_column to the one with captions")
+    cells = table.column(name).to_pylist()
+    for field in fields:
+        keys = {key for cell in cells if isinstance(cell, dict) for key in cell}
+        if field not in keys:
+            content = f"fields {', '.join(sorted(keys))}" if keys else "no fields"
+            raise table.refuse(f"has no {column}: {name} has {content}", "cache.caption_column")
+        cells = [cell.get(field) if isinstance(cell, dict) else None for cell in cells]
+    return cells
