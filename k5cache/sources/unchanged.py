@@ -11,10 +11,10 @@ from pathlib import Path
 from k5cache.sources.folder import MASK_SUFFIXES, walk
 from k5cache.sources.items import IMAGE_SUFFIXES, Skipped
 
-_COUNTS = IMAGE_SUFFIXES | MASK_SUFFIXES | {".txt"}
+_SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | {".txt"}
 SETTLED_NS = 2_000_000_000
-"""Nanoseconds. A file that was read sooner than this after it was written may be written again in the same tick of the
-file system's clock, and no stat would show it: FAT ticks every 2 s, ext4 every 4 ms."""
+"""Nanoseconds. A file that is read sooner than this after a write may be written again within the same tick of the file
+system's clock, which no stat shows: FAT ticks every 2 s, ext4 every 4 ms."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_stats(source: Path) -> FolderStats | None:
         names, numbers, kinds = [prefix], array("q"), set()
         for entry in files:
             name = entry.name
-            if name[name.rfind(".") :].lower() in _COUNTS:
+            if name[name.rfind(".") :].lower() in _SUFFIXES:
                 try:
                     status = entry.stat()
                 except OSError:

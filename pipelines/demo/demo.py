@@ -1,4 +1,4 @@
-"""What does `make demo` run? The commands a user would run, to teach a small trained model a style it never saw."""
+"""What does `make demo` run? The commands of a user who teaches a small model a style that it has never seen."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ RECIPE = DEMO / "demo.toml"
 
 
 def main() -> int:
-    """Encode, look, train, compare. Returns the exit code of the first command that fails, else 0."""
+    """Encode, inspect, train, compare. Returns the exit code of the first command that fails, or 0."""
     os.chdir(ROOT)
-    # Small tensors: on a busy machine threads wait for each other, and on a quiet one two threads were no faster.
+    # The tensors are small: on a busy machine threads wait for each other, and on a quiet one two were no faster.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, cache = time.monotonic(), BUILD / "cache"
-    before = [
+    commands = [
         ["k5cache", "encode", f"{DEMO}/images", "--recipe", f"{RECIPE}", "-o", f"{cache}"],
         ["k5cache", "info", f"{cache}"],
     ]
-    for command in before:
+    for command in commands:
         if code := show_and_run(command):
             return code
-    run = free(BUILD / "runs" / "demo")
+    run = unused_folder(BUILD / "runs" / "demo")
     if code := show_and_run(["k5train", "run", f"{cache}", "--recipe", f"{RECIPE}", "-o", f"{run}"]):
         return code
     picture = compare(run)
@@ -46,8 +46,8 @@ def show_and_run(command: list[str]) -> int:
     return code
 
 
-def free(run: Path) -> Path:
-    """``run``, or ``run-2``, ``run-3`` ... where the demo has run before: a run is never written over."""
+def unused_folder(run: Path) -> Path:
+    """``run``; or ``run-2``, ``run-3`` ... if the demo has run before, because no run is overwritten."""
     candidate, number = run, 2
     while candidate.exists():
         candidate, number = run.with_name(f"{run.name}-{number}"), number + 1
@@ -55,7 +55,7 @@ def free(run: Path) -> Path:
 
 
 def compare(run: Path) -> Path:
-    """One column a prompt: the base's picture, the LoRA's, and the drawing of the set, which neither has seen."""
+    """Write a sheet, one column per prompt: the base's picture, the LoRA's and the artist's, which neither has seen."""
     from PIL import Image
 
     from k5cache.shared.console import quiet_libraries
@@ -65,10 +65,10 @@ def compare(run: Path) -> Path:
 
     prompts = tomllib.loads(RECIPE.read_text(encoding="utf8"))["train"]["validation"]["prompts"]
     concepts = [prompt.split(",")[0] for prompt in prompts]
-    drawn = sorted((run / "samples").glob("step-*"))
+    steps = sorted((run / "samples").glob("step-*"))
     files = [
-        ("before", [drawn[0] / f"{i:02}.png" for i in range(len(concepts))]),
-        ("with the LoRA", [drawn[-1] / f"{i:02}.png" for i in range(len(concepts))]),
+        ("before", [steps[0] / f"{i:02}.png" for i in range(len(concepts))]),
+        ("with the LoRA", [steps[-1] / f"{i:02}.png" for i in range(len(concepts))]),
         ("the set's own", [DEMO / "held_out" / f"{concept.replace(' ', '_')}.png" for concept in concepts]),
     ]
     rows = [(label, [Image.open(path).convert("RGB") for path in paths]) for label, paths in files]
@@ -78,20 +78,20 @@ def compare(run: Path) -> Path:
 
 
 def ending(run: Path, picture: Path, seconds: float) -> str:
-    """What was made, where it lies and what to run next on one's own images."""
-    bin_ = Path(sys.executable).parent
-    shown = bin_.relative_to(ROOT) if bin_.is_relative_to(ROOT) else bin_
+    """The demo's last words: its files, and what to run next on one's own images."""
+    programs = Path(sys.executable).parent
+    programs = programs.relative_to(ROOT) if programs.is_relative_to(ROOT) else programs
     return f"""
 The demo took {seconds:.0f} s.
 
   LoRA      {run / f"{run.name}.safetensors"}
   pictures  {picture}   before, with the LoRA, and as the style's own artist drew it
 
-The prompts are of things that are not among the 40 pictures. With your own images (a folder of them, each with a .txt
+The prompts name things that are not among the 40 pictures. With your own images (a folder of them, each with a .txt
 caption beside it) and the published model, from the hub or a folder given with --model:
 
-  {shown}/k5cache encode datasets/my_images
-  {shown}/k5train run cache/my_images"""
+  {programs}/k5cache encode datasets/my_images
+  {programs}/k5train run cache/my_images"""
 
 
 if __name__ == "__main__":

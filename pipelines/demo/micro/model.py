@@ -1,7 +1,7 @@
-"""What is k5-micro made of? A whole Kandinsky 5 Image in the classes and layout of the published one, 23 MB in all.
+"""What does k5-micro consist of? A complete Kandinsky 5 Image with the published classes and layout, 23 MB in all.
 
-The transformer takes two thirds of the bytes: 6 visual blocks of width 256, 8 heads. Flux's factors hold where they
-matter to a trainer: the VAE is 8 times smaller on each side with 16 channels, so a picture of 128 pixels is 64 tokens.
+The transformer takes two thirds of the bytes: 6 visual blocks of width 256, 8 heads. The VAE has Flux's factors, which
+matter to a trainer: 8 times smaller on each side and 16 channels, so a picture of 128 pixels is 64 tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipelines.demo.make_checkpoint import (
 SIZE = 128  # pixels on a side
 QWEN_HIDDEN = 128
 CLIP_HIDDEN = 64
-SHIFT = 1.0  # of the scheduler and of training: the published 3.0 is for 64 times as many pixels
+SHIFT = 1.0  # of the scheduler and of training; the published 3.0 is for 64 times as many pixels
 
 
 def make(vocabularies: Path, seed: int) -> Kandinsky5T2IPipeline:
@@ -54,7 +54,7 @@ def make(vocabularies: Path, seed: int) -> Kandinsky5T2IPipeline:
 
 
 def save(pipeline: Kandinsky5T2IPipeline, folder: Path) -> int:
-    """Write it with bfloat16 weights, and return how many bytes the folder holds. The pipeline is then bfloat16."""
+    """Convert the pipeline to bfloat16, write it to ``folder`` and return the number of bytes there."""
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         to_bfloat16(part.to("cpu"))
     pipeline.save_pretrained(folder)
@@ -64,7 +64,7 @@ def save(pipeline: Kandinsky5T2IPipeline, folder: Path) -> int:
 
 
 def forget_origin(file: Path) -> None:
-    """Take the folder that a part was loaded from out of its config: a path of the machine that trained it."""
+    """Remove from a config the folder that its model was loaded from, a path on the machine that trained it."""
     lines = [line for line in file.read_text(encoding="utf8").splitlines() if "_name_or_path" not in line]
     file.write_text("\n".join([*lines, ""]), encoding="utf8")
 
@@ -75,12 +75,12 @@ def load(folder: Path) -> Kandinsky5T2IPipeline:
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         torch.nn.Module.to(part, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.resolutions = [(SIZE, SIZE)]  # it rounds every size to its list
+    pipeline.resolutions = [(SIZE, SIZE)]  # the pipeline rounds every size to one of its list
     return pipeline
 
 
 def transformer() -> Kandinsky5Transformer3DModel:
-    """Untrained as the official trainer starts: modulations zero, so every block begins as the identity."""
+    """The start of the official trainer: modulations are zero, so every block begins as the identity."""
     return Kandinsky5Transformer3DModel(
         in_visual_dim=16,
         out_visual_dim=16,
@@ -108,7 +108,7 @@ def vae() -> AutoencoderKL:
         norm_num_groups=8,
         latent_channels=16,
         sample_size=SIZE,
-        scaling_factor=1.0,  # set once it is trained
+        scaling_factor=1.0,  # set after training
         shift_factor=0.0,  # Kandinsky does not use it
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -116,7 +116,7 @@ def vae() -> AutoencoderKL:
 
 
 def text_encoder(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """Two text layers; the vision tower is there for the layout only. Embeddings are tied: nothing reads the head."""
+    """Two text layers, and a vision tower for the layout only. Embeddings are tied, because nothing reads the head."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),

@@ -1,7 +1,7 @@
-"""What does k5-micro see? Drawings rendered once with transparency, then laid on plain backgrounds, with captions.
+"""What does k5-micro learn from? Drawings, rendered once with transparency and laid on plain backgrounds; captions.
 
 Rendering needs ``resvg-py`` (0.5.0); 8,000 drawings take about a minute on one core. They stay in memory as bytes:
-128 x 128 x 4 a drawing, half a gigabyte in all, on the GPU too.
+128 x 128 x 4 per drawing, half a gigabyte in all, also on the GPU.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pipelines.demo.micro.data import BACKGROUNDS, EMOJI, Drawing
 from pipelines.demo.micro.model import SIZE
 
 MARGIN = 6  # pixels on each side
-VARIANTS = {True: 8, False: 3}  # rows a drawing: emoji styles are what the demo draws in
-P_STYLE, P_BACKGROUND = 0.85, 0.8  # how often a caption names them: what is not named is left to the model
+VARIANTS = {True: 8, False: 3}  # rows per drawing: more for emoji styles, in which the demo draws
+P_STYLE, P_BACKGROUND = 0.85, 0.8  # how often a caption names them; otherwise the model chooses
 
 
 @dataclass(frozen=True)
 class Row:
-    """A drawing on a background, and what is said about it."""
+    """A drawing on a background, with a caption."""
 
     drawing: int
     background: int
@@ -38,23 +38,23 @@ class Row:
 
 
 def read_drawings(file: Path, limit: int | None = None) -> list[Drawing]:
-    """What ``data.py`` wrote; with a limit, drawings from all over the file."""
+    """The drawings that ``data.py`` wrote; with a limit, so many from all over the file."""
     drawings = [Drawing(**fields) for fields in json.loads(lzma.decompress(file.read_bytes()))]
     return drawings if limit is None else drawings[:: max(1, len(drawings) // limit)][:limit]
 
 
-def render(drawings: list[Drawing], processes: int, kept: Path | None = None) -> Tensor:
-    """All drawings as ``[N, 4, 128, 128]`` uint8, red green blue alpha.
+def render(drawings: list[Drawing], processes: int, saved: Path | None = None) -> Tensor:
+    """Render all drawings as ``[N, 4, 128, 128]`` uint8: red, green, blue, alpha.
 
     Args:
-        kept: a file to read them from, or to write them to for the next stage.
+        saved: a file to read them from if it exists, else to write them to for the next stage.
     """
-    if kept is not None and kept.exists():
-        return torch.from_numpy(np.load(kept))
+    if saved is not None and saved.exists():
+        return torch.from_numpy(np.load(saved))
     with ProcessPoolExecutor(processes) as pool:
         pictures = np.stack(list(pool.map(render_one, [drawing.svg for drawing in drawings], chunksize=64)))
-    if kept is not None:
-        np.save(kept, pictures)
+    if saved is not None:
+        np.save(saved, pictures)
     return torch.from_numpy(pictures)
 
 
@@ -72,7 +72,7 @@ def render_one(svg: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def lay_on(pictures: Tensor, colours: Tensor) -> Tensor:
-    """Pictures on plain backgrounds, as the VAE wants them.
+    """Pictures on plain backgrounds, as the VAE takes them.
 
     Args:
         pictures: ``[B, 4, H, W]`` uint8.
@@ -92,7 +92,7 @@ def colours(device: torch.device) -> Tensor:
 
 
 def make_rows(drawings: list[Drawing], seed: int) -> list[Row]:
-    """Every drawing on several backgrounds; the same seed gives the same rows."""
+    """Put every drawing on several backgrounds. The same seed gives the same rows."""
     rng, names = random.Random(seed), list(BACKGROUNDS)
     rows = []
     for i, drawing in enumerate(drawings):
@@ -109,13 +109,13 @@ def make_rows(drawings: list[Drawing], seed: int) -> list[Row]:
 
 
 def caption(concept: str, style: str = "", background: str = "") -> str:
-    """``red apple, flat emoji style, mint background``; what is empty is not named."""
+    """``red apple, flat emoji style, mint background``; an empty part is left out."""
     parts = [concept, f"{style} style" if style else "", f"{background} background" if background else ""]
     return ", ".join(part for part in parts if part)
 
 
 def grid(pixels: Tensor, columns: int) -> Image.Image:
-    """``[N, 3, H, W]`` in [-1, 1], N a multiple of ``columns``, as one picture, row by row."""
+    """Join ``[N, 3, H, W]`` in [-1, 1] into one picture, row by row; N is a multiple of ``columns``."""
     n, _, height, width = pixels.shape
     bytes_ = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     tiles = bytes_.view(n // columns, columns, 3, height, width).permute(0, 3, 1, 4, 2)

@@ -1,4 +1,4 @@
-"""How long does a stage train, and how fast does it learn? By steps, or by seconds where a GPU's time is paid."""
+"""How long does a stage train, and at which learning rate? Steps set its length, or seconds if a GPU's time costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 
 class Clock:
-    """How much of a stage is done, 0 to 1: of its steps where they are given, else of its seconds."""
+    """How much of a stage is done, 0 to 1, counted in steps, in seconds or in both."""
 
     def __init__(self, seconds: float | None, steps: int | None) -> None:
         assert seconds or steps, "say --seconds, --steps or --total"
@@ -23,14 +23,14 @@ class Clock:
         return time.monotonic() - self.started
 
     def done(self, step: int) -> float:
-        """Seconds end a stage early even where steps are given."""
+        """The share done after ``step`` steps. If steps and seconds are given, the larger share counts."""
         by_steps = step / self.steps if self.steps else 0.0
         by_seconds = self.elapsed() / self.seconds if self.seconds else 0.0
         return min(1.0, max(by_steps, by_seconds))
 
 
 class Watch:
-    """Says what is done, and when. It starts with the stage, so that a stage ends in time however long it warms up."""
+    """Prints progress with the time since the stage started, warming up included, and keeps ``--total``."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -38,11 +38,11 @@ class Watch:
     def elapsed(self) -> float:
         return time.monotonic() - self.started
 
-    def say(self, what: str) -> None:
-        print(f"{self.elapsed():6.1f} s  {what}", flush=True)
+    def say(self, message: str) -> None:
+        print(f"{self.elapsed():6.1f} s  {message}", flush=True)
 
     def training_seconds(self, arguments: argparse.Namespace, reserve: float) -> float | None:
-        """How long training may take: what was asked for, or what ``--total`` leaves, ``reserve`` kept back."""
+        """How long training may take: ``--seconds``, but no longer than ``--total`` leaves, minus ``reserve``."""
         if not arguments.total:
             seconds: float | None = arguments.seconds
             return seconds
@@ -51,13 +51,13 @@ class Watch:
 
 
 def learning_rate(peak: float, done: float) -> float:
-    """Up over the first 4 % of the stage, then down along a cosine to a hundredth."""
+    """The rate rises over the first 4 % of the stage, then falls along a cosine to a hundredth of ``peak``."""
     fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
     return peak * min(1.0, (done + 1e-4) / 0.04) * fall
 
 
 class Average:
-    """An exponential moving average of parameters, in float32; young averages forget faster."""
+    """An exponential moving average of parameters, in float32. A young average forgets faster."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float) -> None:
         self.parameters, self.decay, self.updates = parameters, decay, 0
@@ -71,26 +71,26 @@ class Average:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the parameters with their averages; again to go back."""
+        """Exchange the parameters with their averages; a second call exchanges them back."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
-            held = parameter.detach().clone()
+            before = parameter.detach().clone()
             parameter.copy_(value)
-            value.copy_(held)
+            value.copy_(before)
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options both stages share, parsed."""
+    """Add the options that both stages share, and parse."""
     parser.add_argument("data", type=Path, help="the folder that micro.data wrote")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, help="of training, without starting up")
-    parser.add_argument("--total", type=float, help="seconds for everything: training gives way")
+    parser.add_argument("--seconds", type=float, help="seconds of training, not counting the start")
+    parser.add_argument("--total", type=float, help="seconds for everything; training gets what is left")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="train on so many drawings only")
-    parser.add_argument("--processes", type=int, default=2, help="that render")
-    parser.add_argument("--pictures", type=Path, help="a .npy file to keep rendered drawings in")
-    parser.add_argument("--compile", action="store_true", help="where that turns out faster")
+    parser.add_argument("--limit", type=int, help="train only on so many drawings")
+    parser.add_argument("--processes", type=int, default=2, help="how many processes render")
+    parser.add_argument("--pictures", type=Path, help="a .npy file for the rendered drawings")
+    parser.add_argument("--compile", action="store_true", help="compile if that is faster")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.device == "cuda":
@@ -99,7 +99,7 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def write_curve(file: Path, rows: list[dict[str, float]], name: str) -> None:
-    """The rows as JSON, and ``name`` over the steps as a picture, both axes labelled by their ends."""
+    """Write the rows as JSON, and a picture of ``name`` over the steps with the ends of both axes."""
     file.with_suffix(".json").write_text(json.dumps(rows), encoding="utf8")
     values = [(row["step"], row[name]) for row in rows if name in row]
     if len(values) < 2:

@@ -1,7 +1,7 @@
-"""What do captions become in training? The very tensors ``Kandinsky5T2IPipeline.encode_prompt`` gives, with gradients.
+"""What do captions become in training? The tensors of ``Kandinsky5T2IPipeline.encode_prompt``, with gradients.
 
-Nothing is padded: the transformer has no text mask, so captions are kept in groups of one length and a batch comes out
-of one group.
+Nothing is padded, because the transformer has no text mask. Captions are grouped by length, and a batch comes from one
+group.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions of one length, tokenised twice."""
+    """Captions of one length, as tokens for Qwen and for CLIP."""
 
     rows: Tensor
     """``[N]`` int64: which rows they belong to."""
     ids: Tensor
     """``[N, 40 + L]``: Qwen's, in the pipeline's template."""
     ids_2: Tensor
-    """``[N, T]``: CLIP's, cut behind the longest caption: what comes after a caption's end does not reach its pooled
-    state, because attention looks back only."""
+    """``[N, T]``: CLIP's, cut after the longest caption. Tokens after a caption's end do not change its pooled state,
+    because attention looks only back."""
 
     def pick(self, at: Tensor) -> Captions:
         return Captions(self.rows[at], self.ids[at], self.ids_2[at])
 
 
 def tokenize(pipeline: Any, captions: list[str], device: torch.device, at_least: int = 1) -> list[Captions]:
-    """Captions by their number of tokens, shortest first.
+    """Group captions by their number of tokens, shortest first.
 
     Args:
-        at_least: lengths that fewer captions have are left out.
+        at_least: a length with fewer captions is left out.
     """
     texts = list(dict.fromkeys(captions))
     templated = [pipeline.prompt_template.format(text) for text in texts]
@@ -62,7 +62,7 @@ def embed(pipeline: Any, captions: Captions) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def largest_difference(pipeline: Any, captions: list[str], device: torch.device) -> float:
-    """Between ``embed`` and ``encode_prompt`` of each caption alone."""
+    """The largest difference between ``embed`` and ``encode_prompt`` of each caption alone."""
     largest = 0.0
     for group in tokenize(pipeline, captions, device):
         ours, ours_2 = embed(pipeline, group)

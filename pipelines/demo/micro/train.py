@@ -2,12 +2,12 @@
 
     python -m pipelines.demo.micro.train .micro build/micro --total 400 --compile
 
-reads ``build/micro/vae`` and writes ``build/micro/model``, the whole checkpoint in bfloat16, and beside it the curve
-(``train.json``, ``train.png``) and pictures drawn by ``Kandinsky5T2IPipeline`` half way (``drawn-50.png``) and
-from the saved files at the end (``drawn.png``). ``--start MODEL`` goes on from a checkpoint, with a new optimizer.
+It reads ``build/micro/vae`` and writes ``build/micro/model``, the whole checkpoint in bfloat16, and beside it
+the curve (``train.json``, ``train.png``) and pictures that ``Kandinsky5T2IPipeline`` draws: half way (``drawn-50.png``)
+and from the saved files at the end (``drawn.png``). ``--start MODEL`` continues from a checkpoint with a new optimizer.
 
-The rule is k5train's: ``x = (1 - sigma) * latents + sigma * noise``, the answer ``noise - latents``, sigma a sigmoid of
-N(0, 1). One batch in nine has the empty caption, for guidance. What is saved is the weights' moving average.
+The rule is k5train's: ``x = (1 - sigma) * latents + sigma * noise``, the velocity ``noise - latents``, sigma a sigmoid
+of N(0, 1). One batch in nine has the empty caption, for guidance. The moving average of the weights is saved.
 """
 
 from __future__ import annotations
@@ -28,13 +28,24 @@ from pipelines.demo.micro.compiling import compile_if_faster, eager
 from pipelines.demo.micro.data import EMOJI, ICONS
 from pipelines.demo.micro.schedule import Average, Clock, Watch, arguments_of, learning_rate, write_curve
 
-LOOK_AT = ("fox", "red apple", "rocket", "owl", "mushroom", "house", "grinning face", "sun", "octopus", "birthday cake")
-P_EMPTY = 1 / 9  # of the batches: a batch holds captions of one length, and the empty one is a length of its own
+CONCEPTS = (
+    "fox",
+    "red apple",
+    "rocket",
+    "owl",
+    "mushroom",
+    "house",
+    "grinning face",
+    "sun",
+    "octopus",
+    "birthday cake",
+)
+P_EMPTY = 1 / 9  # of the batches: captions of a batch have one length, and the empty one has its own
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The posterior of every row, scaled: ``[N, 16, 16, 16]`` bfloat16, channels last as the transformer wants them."""
+    """The posterior of every row, scaled: ``[N, 16, 16, 16]`` bfloat16, channels last as the transformer takes them."""
 
     mean: Tensor
     std: Tensor
@@ -46,13 +57,13 @@ class Latents:
 
 
 def main() -> int:
-    """Encode all rows once, train, write, and draw from what was written."""
+    """Encode all rows once, train, save, and draw with the saved model."""
     parser = argparse.ArgumentParser(description="Train k5-micro's transformer and text encoders.")
     parser.add_argument("--vae", type=Path, help="default: OUT/vae")
-    parser.add_argument("--start", type=Path, help="a checkpoint to go on from, its VAE included")
+    parser.add_argument("--start", type=Path, help="a checkpoint to continue from, with its VAE")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--quick", action="store_true", help="draw four small pictures only: for a try on a CPU")
+    parser.add_argument("--quick", action="store_true", help="draw only four small pictures, to try it on a CPU")
     watch = Watch()
     arguments = arguments_of(parser)
     device = torch.device(arguments.device)
@@ -84,7 +95,7 @@ def main() -> int:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, rows: list[pictures.Row], batch: int = 256) -> Latents:
-    """Every row through the VAE."""
+    """Encode every row with the VAE."""
     means: list[Tensor] = []
     stds: list[Tensor] = []
     named = pictures.colours(images.device)
@@ -96,15 +107,19 @@ def encode(vae: AutoencoderKL, images: Tensor, rows: list[pictures.Row], batch: 
         pixels = pictures.lay_on(images[drawing[at]], named[background[at]])
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             posterior = vae.encode(pixels).latent_dist
-        for values, kept in ((posterior.mean, means), (posterior.std, stds)):
-            kept.append((values.float() * vae.config.scaling_factor).permute(0, 2, 3, 1).to(torch.bfloat16))
+        for values, batches in ((posterior.mean, means), (posterior.std, stds)):
+            batches.append((values.float() * vae.config.scaling_factor).permute(0, 2, 3, 1).to(torch.bfloat16))
     return Latents(torch.cat(means), torch.cat(stds))
 
 
 def train(
     pipeline: Any, latents: Latents, captions: list[str], arguments: argparse.Namespace, watch: Watch
 ) -> list[dict[str, float]]:
-    """AdamW until the clock ends; the parameters end as their moving average. Returns the curve, a row a hundredth."""
+    """Train with AdamW until the clock ends; the parameters end as their moving average.
+
+    Returns:
+        the curve: one row per hundredth of the training.
+    """
     device = latents.mean.device
     groups = [
         *text.tokenize(pipeline, [""] * len(captions), device),
@@ -125,7 +140,7 @@ def train(
         torch.autograd.backward(loss)
         return loss.detach()
 
-    def every_length() -> None:  # no length is met for the first time while the clock runs
+    def every_length() -> None:  # so that no length occurs for the first time during training
         for group in groups:
             backward(group)
 
@@ -191,9 +206,9 @@ def flow_loss(pipeline: Any, latents: Tensor, captions: text.Captions) -> Tensor
 
 @torch.no_grad()
 def draw(pipeline: Any, quick: bool, guidance: float = 3.5) -> Image.Image:
-    """One row a style, the last unnamed, one column a concept, all of one column from the same noise."""
+    """Draw one row per style, the last without one, and one column per concept; a column starts from the same noise."""
     styles = [*EMOJI.values(), *list(ICONS.values())[:2], ""][-2 if quick else 0 :]
-    concepts = LOOK_AT[: 2 if quick else None]
+    concepts = CONCEPTS[: 2 if quick else None]
     prompts = [
         (row, column, pictures.caption(concept, style, "white"))
         for row, style in enumerate(styles)
@@ -204,7 +219,7 @@ def draw(pipeline: Any, quick: bool, guidance: float = 3.5) -> Image.Image:
         groups.setdefault(len(pipeline.tokenizer(prompt[2])["input_ids"]), []).append(prompt)
     tiles = torch.zeros(len(prompts), 3, model.SIZE, model.SIZE)
     with eager():
-        for group in groups.values():  # one length at a time: the pipeline would pad, and the padding be attended to
+        for group in groups.values():  # of one length: the pipeline would pad, and the padding would be attended to
             noise = [torch.Generator().manual_seed(column) for _, column, _ in group]
             pixels = pipeline(
                 [prompt for _, _, prompt in group],

@@ -1,9 +1,9 @@
-"""How does k5-micro's VAE learn? To draw back every icon on any background, from 16 x 16 x 16 numbers near N(0, 1).
+"""How does k5-micro's VAE learn? It restores icons on any background from 16 x 16 x 16 numbers near N(0, 1).
 
     python -m pipelines.demo.micro.train_vae .micro build/micro --total 180 --compile
 
-writes ``vae/`` (bfloat16, its ``scaling_factor`` measured), ``vae.json`` and ``vae.png`` (the curve) and
-``vae_pictures.png``: originals above, what comes back below. ``--start VAE`` goes on from one, with a new optimizer.
+It writes ``vae/`` (bfloat16, its ``scaling_factor`` measured), ``vae.json`` and ``vae.png`` (the curve) and
+``vae_pictures.png`` (originals above, reconstructions below). ``--start VAE`` continues from one, with a new optimizer.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from pipelines.demo.micro.model import vae as new_vae
 from pipelines.demo.micro.schedule import Average, Clock, Watch, arguments_of, learning_rate, write_curve
 
 KL_WEIGHT = 3e-3
-"""A nat a latent number costs as much as 0.003 of mean error. It keeps the means near 0, which matters here: Kandinsky
-scales latents but does not shift them; and what is drawn is not quite what was encoded, so the decoder forgives."""
+"""One nat per latent number costs as much as a mean error of 0.003. This keeps the means near 0, which matters because
+Kandinsky scales latents but does not shift them. It also makes the decoder tolerant: drawn latents are never exactly
+like encoded ones."""
 
 
 def main() -> int:
-    """Train, measure the scale, write; then look."""
+    """Train, measure the scale, compare with the originals and save."""
     parser = argparse.ArgumentParser(description="Train k5-micro's VAE.")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--start", type=Path, help="a VAE to go on from")
+    parser.add_argument("--start", type=Path, help="a VAE to continue from")
     watch = Watch()
     arguments = arguments_of(parser)
     device = torch.device(arguments.device)
@@ -49,17 +50,21 @@ def main() -> int:
         scale = latent_scale(vae, images)
         watch.say(f"latents {scale}")
         vae.register_to_config(scaling_factor=round(1 / scale["std"], 4))
-        looked = compare(vae, images)
+        comparison = compare(vae, images)
     to_bfloat16(vae.to("cpu", memory_format=torch.contiguous_format))
     vae.save_pretrained(arguments.out / "vae")
     watch.say("saved")
-    looked.save(arguments.out / "vae_pictures.png")
+    comparison.save(arguments.out / "vae_pictures.png")
     write_curve(arguments.out / "vae", [*rows, {"step": rows[-1]["step"], **scale}], "l1")
     return 0
 
 
 def train(vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace, watch: Watch) -> list[dict[str, float]]:
-    """AdamW on random drawings; the parameters end as their moving average. Returns a row a hundredth."""
+    """Train with AdamW on random drawings; the parameters end as their moving average.
+
+    Returns:
+        the curve: one row per hundredth of the training.
+    """
     parameters = list(vae.parameters())
     is_cuda = images.is_cuda
 
@@ -76,7 +81,7 @@ def train(vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace, wat
     torch.manual_seed(arguments.seed)
     optimizer = torch.optim.AdamW(
         parameters, lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=is_cuda
-    )  # decay would only shrink what norms undo
+    )  # no decay: norms would undo the shrinking
     average = Average(parameters, 0.998)
     clock = Clock(watch.training_seconds(arguments, reserve=15), arguments.steps)
     rows: list[dict[str, float]] = []
@@ -103,22 +108,22 @@ def train(vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace, wat
 
 
 def draw_batch(images: Tensor, size: int) -> Tensor:
-    """Random drawings on plain colours, of the captions' list or any; half of them mirrored."""
+    """Random drawings, half of them mirrored, on plain colours: three quarters named in captions, the others any."""
     device = images.device
     chosen = images[torch.randint(len(images), (size,), device=device)]
     mirrored = torch.rand(size, 1, 1, 1, device=device) < 0.5
     chosen = torch.where(mirrored, chosen.flip(-1), chosen)
     named = pictures.colours(device)
     colours = named[torch.randint(len(named), (size,), device=device)]
-    any_ = torch.rand(size, 3, device=device) * 255
-    colours = torch.where(torch.rand(size, 1, device=device) < 0.25, any_, colours)
+    unnamed = torch.rand(size, 3, device=device) * 255
+    colours = torch.where(torch.rand(size, 1, device=device) < 0.25, unnamed, colours)
     return pictures.lay_on(chosen, colours).contiguous(memory_format=torch.channels_last)
 
 
 def vary(pixels: Tensor) -> Tensor:
-    """Half of the pictures as enlarged parts, their colours swapped, some as negatives.
+    """Turn half of the pictures into enlarged parts with swapped colours, some of them negatives.
 
-    The demo's style is one that the VAE has never seen: this teaches it lines and colours that no drawing here has.
+    The VAE never sees the demo's style. This teaches it lines and colours that no drawing here has.
     """
     size, device = len(pixels), pixels.device
     scale = 0.5 + 0.5 * torch.rand(size, 1, device=device)
@@ -135,7 +140,7 @@ def vary(pixels: Tensor) -> Tensor:
 
 
 def losses(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean errors of one draw: pixels, their differences to neighbours (edges), coarse pixels; and the KL, in nats."""
+    """Mean errors of one draw: of pixels, of neighbours' differences (edges), of coarse pixels; and the KL in nats."""
     mean, logvar = vae.encoder(pixels).float().chunk(2, dim=1)
     logvar = logvar.clamp(-20, 10)
     latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
@@ -148,7 +153,7 @@ def losses(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 @torch.no_grad()
 def latent_scale(vae: AutoencoderKL, images: Tensor, count: int = 2048) -> dict[str, float]:
-    """What the posterior's draws look like over many pictures, in numbers."""
+    """Mean and standard deviation of the posterior's draws over many pictures."""
     torch.manual_seed(1)
     means, stds = [], []
     for _ in range(0, min(count, 4 * len(images)), 128):
@@ -170,7 +175,7 @@ def latent_scale(vae: AutoencoderKL, images: Tensor, count: int = 2048) -> dict[
 
 @torch.no_grad()
 def compare(vae: AutoencoderKL, images: Tensor) -> Image.Image:
-    """Sixteen drawings a row, each row of originals above the row of what comes back from the posterior's mean."""
+    """Draw rows of 16 originals, each above the row of their reconstructions from the posterior's mean."""
     chosen = images[:: max(1, len(images) // 64)][:64]
     assert len(chosen) % 16 == 0
     named = pictures.colours(images.device)
