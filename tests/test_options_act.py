@@ -23,7 +23,7 @@ from k5train.options.optimizer import OptimConfig
 from k5train.options.removed import LORA, MEMORY, OBJECTIVE, without_removed
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import largest_sizes, plan_training
-from k5train.runs.folder import Run, create_run
+from k5train.runs.folder import Run, create_run, open_run, read_saved_recipe
 from k5train.runs.metrics import read_metrics
 from k5train.training.base import load_base
 from k5train.training.held_out_loss import split_off
@@ -205,6 +205,18 @@ def test_recipes_of_older_runs_may_hold_the_value_that_such_an_option_always_had
     assert config == TrainConfig()
     saved = to_dict(TrainConfig())
     assert without_removed({**saved, **{table: {**saved[table], **old[table]} for table in tables}}) == saved
+
+
+def test_a_run_of_before_they_went_opens_and_still_refuses_them_as_overrides(tmp_path):
+    run = create_run(tmp_path / "run", Path("cache"), ModelConfig(), PLAIN)
+    recipe = run.root / "recipe.toml"
+    with_both_values = '[train.memory]\ngroup_offload_type = "leaf_level"\n'
+    recipe.write_text(recipe.read_text().replace("[train.memory]\n", with_both_values))
+    assert "leaf_level" in recipe.read_text()
+    assert open_run(run.root)[2] == PLAIN
+    document = read_saved_recipe(run.root, ["train.memory.group_offload_type=leaf_level"])
+    with pytest.raises(RecipeError, match="group_offload_type does not exist"):
+        parse({"train": document["train"]}, {"train": TrainConfig})
 
 
 def test_a_route_beyond_the_transformer_is_refused_before_anything_is_loaded(toy_model, toy_cache, tmp_path):

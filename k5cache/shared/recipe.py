@@ -159,7 +159,7 @@ def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
     for key, value in table.items():
         if key in removed:
             value_of_old_recipes, reason = removed[key]
-            if value != value_of_old_recipes:
+            if isinstance(value, bool) != isinstance(value_of_old_recipes, bool) or value != value_of_old_recipes:
                 problems.append(f"{where}.{key} {reason}")
         elif key not in names:
             problems.append(f"[{where}] {_unknown('key', key, tuple(names))}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console
-from k5train.commands.arguments import RunPath, Set, read_document
+from k5train.commands.arguments import RunPath, Set
 
 
 def sample(
@@ -28,11 +28,11 @@ def sample(
     from k5cache.shared.recipe import parse
     from k5train.options.memory import MemoryConfig
     from k5train.options.validation import ValidationConfig
-    from k5train.runs.folder import open_run
+    from k5train.runs.folder import open_run, read_saved_recipe
     from k5train.training.more_pictures import resample
 
     opened, model_config, config, cache = open_run(run)
-    document = read_document(opened.root / "recipe.toml", None, options)
+    document = read_saved_recipe(opened.root, options or [])
     overridden = document.setdefault("train", {}).setdefault("validation", {})
     overridden |= {"prompts": prompts} if prompts else {}
     overridden |= {"seed": seed} if seed is not None else {}

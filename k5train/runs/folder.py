@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +14,8 @@ from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.files import write_json, write_whole
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.recipe import parse, read, to_dict, to_toml
+from k5cache.shared.recipe import Document, parse, read, set_option, to_dict, to_toml
+from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 
 # A folder is a run once it has run.json. If it has only these, a kill came before that, and the folder is free.
@@ -171,12 +172,26 @@ def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
         raise RunError(
             f"{root} is not a run: it has no recipe.toml and run.json", "Give a folder made by `k5train run`"
         )
-    model, config = parse(read(recipe, []), {"model": ModelConfig, "train": TrainConfig}, recipe)
+    model, config = parse(read_saved_recipe(root), {"model": ModelConfig, "train": TrainConfig}, recipe)
     try:
         cache = Path(json.loads(facts.read_text(encoding="utf-8"))["cache"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{facts} cannot be read", "Train again, or repair the file: it names the cache") from error
     return Run(root), model, config, cache
+
+
+def read_saved_recipe(root: Path, options: Sequence[str] = ()) -> Document:
+    """The recipe in a run's folder. Options that no longer exist are left out of it: none of them ever did anything.
+
+    Args:
+        options: ``table.key=value``, which override it; here an option that does not exist is refused as ever.
+    """
+    document = read(root / "recipe.toml", [])
+    if isinstance(document.get("train"), dict):
+        document["train"] = without_removed(document["train"])
+    for option in options:
+        set_option(document, option)
+    return document
 
 
 def free_name(runs: Path, name: str) -> Path:

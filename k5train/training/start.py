@@ -13,12 +13,21 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.model import ModelConfig, prompt_library
-from k5cache.shared.recipe import parse, read, to_dict
+from k5cache.shared.recipe import parse, to_dict
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
-from k5train.runs.folder import Run, create_run, free_name, is_locked, open_run, undone_if_refused, write_recipe
+from k5train.runs.folder import (
+    Run,
+    create_run,
+    free_name,
+    is_locked,
+    open_run,
+    read_saved_recipe,
+    undone_if_refused,
+    write_recipe,
+)
 from k5train.runs.resume_state import SavedState, differences, latest_state
 from k5train.training.identity import depends_on_the_last_step
 from k5train.training.train import Result, train
@@ -79,9 +88,8 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
         RunError: the run is finished, was started differently, or its cache is not there.
     """
     run, _, _, recorded_cache = open_run(root)
-    model, config = parse(
-        read(root / "recipe.toml", options), {"model": ModelConfig, "train": TrainConfig}, root / "recipe.toml"
-    )
+    document = read_saved_recipe(root, options)
+    model, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, root / "recipe.toml")
     config = with_library(config)
     _check_caches_exist(root, config, cache, recorded_cache)
     data = open_data(cache or (None if config.data else recorded_cache), config)

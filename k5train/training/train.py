@@ -84,10 +84,10 @@ def train(
         run_identity = identity(data, folder, config)
         if saved:
             check_same(saved, run_identity)
+        validation = Validation(data, folder, config, run)
+        loader, config = open_loader(data, folder, config)
         plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
         with determinism(config.deterministic, (plan.sizes, config.lora)):
-            validation = Validation(data, folder, config, run)
-            loader, config = open_loader(data, folder, config)
             base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
             with closing(attach(base, config, saved)) as session:
                 # Whatever is refused before this line leaves a finished run as it is.
