@@ -351,7 +351,7 @@ def test_a_newer_format_asks_for_an_upgrade_and_an_unknown_key_does_not(tmp_path
     sign(tmp_path, lambda document: document.update(remark="from a later version", format=1))
     read_everything(tmp_path)
     sign(tmp_path, lambda document: document.update(format=2))
-    with pytest.raises(CacheError, match="has cache format 2, this k5cache reads up to 1") as caught:
+    with pytest.raises(CacheError, match="has cache format 2; this k5cache reads up to 1") as caught:
         open_cache(tmp_path)
     assert "pip install -U" in caught.value.fix
 
@@ -375,7 +375,7 @@ def test_a_manifest_that_unfolds_to_no_json_is_refused(tmp_path: Path, value: by
 def test_more_rows_than_there_are_bytes_are_refused_before_a_table_is_decoded(tmp_path: Path) -> None:
     make_cache(tmp_path)
     sign(tmp_path, lambda document: document["index"].update(num_rows=2**31 - 1))
-    with pytest.raises(CacheError, match="2147483647 rows are promised"):
+    with pytest.raises(CacheError, match="the manifest says 2147483647 rows"):
         open_cache(tmp_path)
 
 

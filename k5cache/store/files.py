@@ -1,4 +1,4 @@
-"""Files of a cache: only those inside its folder are opened, and what a killed writer left is removed."""
+"""Which files of a cache may be opened, and which did a killed writer leave behind?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDERS = ("latents", "masks", "text")
 
 
 def remove_leftovers(root: Path) -> list[str]:
-    """Delete temporary files that a killed writer left; call it with the lock held. Returns their names."""
+    """Delete the temporary files of killed writers. The caller has the cache's lock. Returns the names deleted."""
     removed = []
     for folder in (root, *(root / name for name in FOLDERS)):
         if folder.is_dir() and not folder.is_symlink():
@@ -30,15 +30,15 @@ def open_inside(root: Path, file: str, num_bytes: int | None = None) -> int:
     """Open a file of the cache for reading.
 
     Args:
-        file: a path relative to ``root``, already checked to be one of the format's names.
-        num_bytes: the size the manifest promises.
+        file: a path relative to ``root``. The caller has checked that it is a name of the format.
+        num_bytes: the size in the manifest.
 
     Returns:
-        A descriptor, the caller's to close.
+        A file descriptor, which the caller closes.
 
     Raises:
-        CacheCorrupt: it is missing or of another size.
-        CacheError: it is not a plain file, or a link leads out of the cache.
+        CacheCorrupt: the file is missing or has another size.
+        CacheError: it is not a plain file, or it is a link that leads out of the cache.
     """
     path = root / file
     try:
@@ -61,16 +61,16 @@ def open_inside(root: Path, file: str, num_bytes: int | None = None) -> int:
 
 
 def sha256_of(fd: int) -> str:
-    """sha256 of a whole open file, in hexadecimal; memory stays small."""
+    """The sha256 of an open file in hexadecimal, read in small pieces."""
     with open(os.dup(fd), "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def corrupt(root: Path, problem: str) -> CacheCorrupt:
-    """The error for bytes that are not those written."""
+    """The error for bytes that are not the bytes that were written."""
     return CacheCorrupt(
         problem,
-        f"k5cache verify {root} lists all damage; k5cache encode SOURCE -o {root} --repair encodes only that again "
-        "(a damaged manifest: restore it from a copy, or encode into a new cache)",
+        f"k5cache verify {root} lists all damage; k5cache encode SOURCE -o {root} --repair encodes only what is "
+        "damaged (if the manifest is damaged, restore it from a copy or encode into a new cache)",
     )

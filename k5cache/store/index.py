@@ -1,4 +1,4 @@
-"""The index: which image has which latents and captions. One row an item, in the order of training."""
+"""The index: which image has which latents and captions? It has one row per item; its place is the item's number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class IndexRow:
     """One item: an image on disk and what the cache holds for it."""
 
     path: str
-    """Of the image, relative to the source folder, with ``/``."""
+    """Of the image, relative to the source folder, with ``/`` on every system."""
     content_hash: str
     num_bytes: int
     mtime_ns: int
@@ -29,24 +29,24 @@ class IndexRow:
     bucket_width: int
     bucket_height: int
     resized_width: int
-    """Of the image in pixels before the crop."""
+    """Of the image in pixels, resized but not yet cropped."""
     resized_height: int
     left: int
-    """Of the crop in the resized image, in pixels."""
+    """Where the crop begins in the resized image, in pixels."""
     top: int
     flipped: bool
     latent_key: str
     caption_keys: tuple[str, ...]
     mask_key: str | None = None
     mask_hash: str | None = None
-    """Content hash of the mask file; the key also says how it is cropped."""
+    """Content hash of the mask file. ``mask_key`` depends on this and on the crop."""
     mask_num_bytes: int = 0
     mask_mtime_ns: int = 0
     mask_inode: int = 0
     caption_lengths: tuple[int, ...] = ()
-    """``n_tokens`` of each caption; filled in by ``with_index``."""
+    """``n_tokens`` of each caption. ``with_index`` fills it in."""
     captions_hash: str = ""
-    """Of the raw captions; the encoder's business: it tells whether ``caption_keys`` still hold."""
+    """Of the raw captions. The encoder compares it to see whether ``caption_keys`` are still right."""
 
 
 _TYPES: dict[str, tuple[pa.DataType, bool]] = {
@@ -66,48 +66,48 @@ _LISTS = ("caption_keys", "caption_lengths")
 
 
 def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Manifest:
-    """Write the next index and locations files for ``rows``; returns the manifest that names them.
+    """Write the next index and locations files for ``rows``. Returns the manifest that names them.
 
-    The manifest is not written: ``write_manifest(root, with_index(root, manifest, rows))`` is the commit. Only the
-    footers of shards that the last locations file does not know are read.
+    The manifest is not written: ``write_manifest(root, with_index(root, manifest, rows))`` is the commit. Footers are
+    read only of shards that the previous locations file does not cover.
 
     Raises:
-        KeyError: a row names a latent or text key that no shard of ``manifest`` holds.
+        KeyError: a row names a latent or text key that no shard of ``manifest`` has.
     """
     generation = 1 + max((_generation(info) for info in (manifest.index, manifest.locations) if info), default=-1)
-    where = locations.write_locations(root, manifest.shards, generation, manifest.locations)
-    table = locations.Locations(root, where, manifest.shards)
+    info = locations.write_locations(root, manifest.shards, generation, manifest.locations)
+    table = locations.Locations(root, info, manifest.shards)
     lengths = table.text_lengths()
     table.check_latents(key for row in rows for key in (row.latent_key, row.mask_key) if key)
-    filled = [replace(row, caption_lengths=tuple(lengths[key] for key in row.caption_keys)) for row in rows]
-    return replace(manifest, index=write_index(root, filled, generation), locations=where)
+    with_lengths = [replace(row, caption_lengths=tuple(lengths[key] for key in row.caption_keys)) for row in rows]
+    return replace(manifest, index=write_index(root, with_lengths, generation), locations=info)
 
 
 def write_index(root: Path, rows: Sequence[IndexRow], generation: int) -> IndexInfo:
-    """Write ``index-<generation>.parquet``; ``with_index`` is what an encode calls."""
+    """Write ``index-<generation>.parquet``. An encode calls ``with_index``, which also writes the locations."""
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(IndexRow)}
     return tables.write_table(root, pa.Table.from_pydict(columns, schema=SCHEMA), f"index-{generation:06d}.parquet")
 
 
 def read_index(root: Path, info: IndexInfo) -> pa.Table:
-    """The whole index, checked against its sha256; columns as in ``IndexRow``.
+    """The whole index, checked against its sha256. Its columns are the fields of ``IndexRow``.
 
     Raises:
-        CacheCorrupt: the file is missing or its bytes are not those written.
-        CacheError: it holds something else than an index.
+        CacheCorrupt: the file is missing or its bytes are not the bytes that were written.
+        CacheError: it is not an index.
     """
     return tables.read_table(tables.open_table(root, info, SCHEMA))
 
 
 def index_rows(table: pa.Table) -> list[IndexRow]:
-    """Every row of an index as a value."""
+    """Every row of an index."""
     return [row_of(values) for values in table.to_pylist()]
 
 
 def row_of(values: Mapping[str, Any]) -> IndexRow:
-    """One row of an index, from ``to_pylist``."""
-    made: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in values.items()}
-    return IndexRow(**made)
+    """One row of an index, from the dictionary that Arrow's ``to_pylist`` gives."""
+    arguments: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in values.items()}
+    return IndexRow(**arguments)
 
 
 def _generation(info: IndexInfo) -> int:

@@ -1,7 +1,7 @@
-"""Locations: in which shard and row each key lies, and how many tokens a text has. One table, sorted for bisection.
+"""Locations: in which shard and row is each key, and how many tokens has each text? One table, sorted for bisection.
 
-It is derived from the shards' footers, so that opening a cache of thousands of shards reads none of them. A location
-is a hint: the row's own key is compared with the key asked for.
+It repeats what the shards' footers say, so that opening a cache of thousands of shards reads none of them. It is not
+trusted: a reader compares the key stored in the row with the key it wants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from k5cache.store.manifest import IndexInfo, ShardInfo, ShardKind
 from k5cache.store.shards import Shard
 
 FILES_KEY = b"k5cache.files"
-REMEMBERED = 200_000  # look-ups, about 50 MB; larger caches go on bisecting
+REMEMBERED = 200_000  # look-ups, about 50 MB; in larger caches the rest are bisected each time
 SCHEMA = pa.schema(
     [
         pa.field("is_text", pa.bool_(), nullable=False),
@@ -39,14 +39,14 @@ def write_locations(
     """Write ``locations-<generation>.parquet`` for all rows of ``shards``.
 
     Args:
-        previous: the last locations file; only footers of shards that it lacks are read.
+        previous: the last locations file. Footers are read only of shards that it does not cover.
     """
     table = locate(root, shards, previous)
     return tables.write_table(root, table, f"locations-{generation:06d}.parquet")
 
 
 def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None = None) -> pa.Table:
-    """The table of ``write_locations``, not written; a key that two shards hold is located in the earlier one."""
+    """The table that ``write_locations`` writes. A key that two shards have is found in the first of them."""
     numbers = {shard.file: i for i, shard in enumerate(shards)}
     parts = []
     known: set[str] = set()
@@ -66,7 +66,10 @@ def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None =
 
 @dataclass(frozen=True)
 class _Columns:
+    """The decoded table. Rows of latents and masks come first, then those of texts, each sorted by key."""
+
     shards: list[ShardInfo | None]
+    """By the numbers in ``shard``; None for a shard that the manifest no longer names."""
     num_latents: int
     key: pa.StringArray
     shard: pa.Int32Array
@@ -75,24 +78,24 @@ class _Columns:
 
 
 class Locations:
-    """The locations of one manifest, open for look-ups. Thread-safe: what it says never changes.
+    """The locations of one manifest, open for look-ups. Thread-safe, because the answers never change.
 
     Args:
-        info: its file, or None: then the footers of all shards are read.
+        info: the locations file. If None, the footers of all shards are read instead.
 
     Raises:
-        CacheCorrupt: the file is missing or its bytes are not those written.
-        CacheError: it names shards or rows that the manifest has not.
+        CacheCorrupt: the file is missing or its bytes are not the bytes that were written.
+        CacheError: it is not a table of locations.
     """
 
     def __init__(self, root: Path, info: IndexInfo | None, shards: Sequence[ShardInfo]) -> None:
         self._root, self._info, self._infos = root, info, shards
-        self._found: dict[tuple[ShardKind, str], tuple[ShardInfo, int]] = {}
+        self._remembered: dict[tuple[ShardKind, str], tuple[ShardInfo, int]] = {}
         self._file = tables.open_table(root, info, SCHEMA) if info else None
 
     @cached_property
     def _table(self) -> _Columns:
-        """Decoded on the first look-up: 0.4 s for 2 million rows."""
+        """The table, decoded on the first look-up: 0.4 s for 2 million rows."""
         if self._info and self._file:
             table, names = tables.read_table(self._file), file_names(self._root, self._info, self._file.schema_arrow)
         else:
@@ -103,13 +106,13 @@ class Locations:
         return _Columns([by_name.get(name) for name in names], len(is_text) - num_texts, *columns)
 
     def find(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
-        """The shard and row of ``key``, or None when the cache has no such row. 10 us, the first time."""
-        found = self._found.get((kind, key))
-        if found is None:
-            found = self._bisect(kind, key)
-            if found and len(self._found) < REMEMBERED:
-                self._found[kind, key] = found
-        return found
+        """The shard and row of ``key``, or None if the cache has no such row. A key's first look-up takes 10 us."""
+        location = self._remembered.get((kind, key))
+        if location is None:
+            location = self._bisect(kind, key)
+            if location and len(self._remembered) < REMEMBERED:
+                self._remembered[kind, key] = location
+        return location
 
     def _bisect(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
         table = self._table
@@ -131,7 +134,7 @@ class Locations:
         return dict(zip(table.key[texts].to_pylist(), table.n_tokens[texts].to_pylist(), strict=True))
 
     def check_latents(self, keys: Iterable[str]) -> None:
-        """KeyError for the first of ``keys`` that no latents or masks row has."""
+        """Raise KeyError for the first of ``keys`` that no row of latents or masks has."""
         known = set(self._table.key[: self._table.num_latents].to_pylist())
         for key in keys:
             if key not in known:
@@ -151,11 +154,11 @@ def _rows_of(shard: Shard, number: int) -> pa.Table:
 
 
 def file_names(root: Path, info: IndexInfo, schema: pa.Schema) -> list[str]:
-    """The shard names that the numbers in the ``shard`` column stand for."""
+    """The names of the shards, by the numbers in the ``shard`` column."""
     try:
         names = json.loads((schema.metadata or {})[FILES_KEY])
     except (KeyError, ValueError, RecursionError) as error:
-        raise tables.refused(root / info.file, f"no list of shards: {error!r}") from None
+        raise tables.refused(root / info.file, f"it has no list of shards: {error!r}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise tables.refused(root / info.file, "its list of shards is not one")
+        raise tables.refused(root / info.file, "its list of shards is not a list of names")
     return names

@@ -1,4 +1,7 @@
-"""The manifest: which files make up a cache, what made them, and who may write. The only file that changes."""
+"""The manifest: which files make up a cache, and what made them? It is the only file that changes.
+
+The lock of a cache is here too, because whoever writes the manifest must have it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: rows that never change."""
+    """One shard: a file of rows that never changes."""
 
     file: str
     """``latents/1024x1024-<id>.parquet``, ``masks/...`` or ``text/<id>.parquet``; the id begins its sha256."""
@@ -47,9 +50,9 @@ class ShardInfo:
     sha256: str
     """Of the whole file."""
     footer_sha256: str
-    """From the first byte of the Parquet metadata to the end of the file: readers check it without reading the rest."""
+    """Of the bytes from the start of the Parquet metadata to the end. Readers check it without reading the rest."""
     bucket: tuple[int, int] | None = None
-    """(width, height) in pixels for latents and masks, None for text."""
+    """(width, height) in pixels for latents and masks; None for text."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class IndexInfo:
 
 @dataclass(frozen=True)
 class SourceNote:
-    """What the encoder saw of the source; in the JSON one string, the one hash after the other."""
+    """Two hashes of the source that was encoded. In the JSON they are one string, one after the other."""
 
     listing: str = ""
     """Hash of paths, sizes, times, captions and masks: 32 hex digits, or empty if nothing is noted."""
     stats: str = ""
-    """Hash of the files' stats: 32 hex digits, or empty if stats alone cannot tell that the source is the same."""
+    """Hash of the files' stats: 32 hex digits, or empty if stats alone cannot show that the source is the same."""
 
     @classmethod
     def parse(cls, text: str) -> SourceNote:
@@ -88,15 +91,15 @@ class Manifest:
     """Everything that changes the numbers: plain JSON values."""
     shards: tuple[ShardInfo, ...] = ()
     index: IndexInfo | None = None
-    """None until the first encode has ended."""
+    """None until the first encode has finished."""
     locations: IndexInfo | None = None
-    """Where each row lies; a reader can do without it by reading every shard's footer."""
+    """Which shard has each row. Without it a reader reads the footer of every shard."""
     prompts: dict[str, str] = field(default_factory=dict)
-    """Raw prompt -> text key; the empty prompt is always there once encoded."""
+    """Raw prompt -> text key. A finished encode always has the empty prompt."""
     created_by: dict[str, str] = field(default_factory=dict)
     """Package -> version."""
     source: SourceNote = SourceNote()
-    """The encoder's note of the source it saw. Readers have no use for it."""
+    """What the encoder compares to see whether the source has changed. Readers do not use it."""
     format: int = FORMAT
 
 
@@ -104,13 +107,13 @@ def read_manifest(root: Path) -> Manifest:
     """Read and check ``root/manifest.json``.
 
     Raises:
-        CacheError: no cache is there, or it has a newer format, or names files outside the cache.
+        CacheError: there is no cache, it has a newer format, or it names files outside the cache.
         CacheCorrupt: a byte of the file is not the byte that was written.
     """
     path = root / FILE
     if not path.is_file():
-        found = "has no manifest.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
-        raise CacheError(f"{root} is not a cache: it {found}", f"Make one: k5cache encode SOURCE -o {root}")
+        reason = "has no manifest.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
+        raise CacheError(f"{root} is not a cache: it {reason}", f"Make one: k5cache encode SOURCE -o {root}")
     fd = files.open_inside(root, FILE)
     with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
         size = os.fstat(fd).st_size
@@ -121,12 +124,12 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Replace ``root/manifest.json`` atomically, then remove index files that it no longer names.
+    """Replace ``root/manifest.json`` atomically, then delete index and locations files that it no longer names.
 
-    Call it with the lock held, after every file it names is durable.
+    The caller has the lock, and every file that the manifest names is on disk.
     """
     raw = encode_document(asdict(manifest) | {"source": str(manifest.source)})
-    _parse(root, raw)  # what we write is what a reader accepts
+    _parse(root, raw)  # never write what a reader would refuse
     with new_file(root / FILE) as file:
         file.write(raw)
     named = {info.file for info in (manifest.index, manifest.locations) if info}
@@ -136,10 +139,10 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def require_files(root: Path, manifest: Manifest) -> None:
-    """Whether every file the manifest names is there and has its size: 20 us a file, no byte is read.
+    """Check that every file the manifest names exists and has its size. This takes 20 us per file and reads no byte.
 
     Raises:
-        CacheCorrupt: names the first that is not.
+        CacheCorrupt: a file is missing or has another size; names the first.
     """
     for info in (*manifest.shards, manifest.index, manifest.locations):
         if info:
@@ -148,12 +151,12 @@ def require_files(root: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
-    """Be the only writer of the cache at ``root``; readers need no lock. Removes what a killed writer left.
+    """Let no other process write the cache at ``root`` until the end of the block. Readers need no lock.
 
-    The kernel frees the lock when its process ends, however it ends.
+    Deletes temporary files that a killed writer left.
 
     Raises:
-        CacheLocked: another process held it for all of ``wait_seconds``; says which.
+        CacheLocked: another process had the lock for all of ``wait_seconds``; says which.
         CacheError: the folder cannot be written.
     """
     with ExitStack() as stack:
@@ -163,7 +166,7 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
         except Locked as error:
             raise CacheLocked(
                 f"{root} is being written by {error.owner}",
-                "Wait for it to end, or wait for it here with --wait SECONDS",
+                "Wait until it ends, or let this command wait with --wait SECONDS",
             ) from None
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -177,7 +180,7 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
 
 
 def encode_document(document: dict[str, Any]) -> bytes:
-    """JSON for people and machines whose first value is the sha256 of its bytes, those 64 digits taken as zeros."""
+    """A document as JSON that begins with its own sha256, computed with those 64 digits as zeros."""
     document = {"sha256": "0" * 64, **{key: document[key] for key in sorted(document)}}
     raw = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
     return raw[: _DIGITS.start] + hashlib.sha256(raw).hexdigest().encode() + raw[_DIGITS.stop :]
@@ -195,7 +198,7 @@ def _parse(root: Path, raw: bytes) -> Manifest:
     version = document.get("format")
     if type(version) is int and version > FORMAT:
         raise CacheError(
-            f"{root} has cache format {version}, this k5cache reads up to {FORMAT}",
+            f"{root} has cache format {version}; this k5cache reads up to {FORMAT}",
             "Upgrade: pip install -U kandinsky5-lora",
         )
     try:
@@ -207,7 +210,11 @@ def _parse(root: Path, raw: bytes) -> Manifest:
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
-    """Check every value; unknown keys are ignored (FORMAT.md, versions). ValueError says what is wrong."""
+    """The manifest in a JSON document, every value checked. Unknown keys are ignored (FORMAT.md, Versions).
+
+    Raises:
+        ValueError: a value is not what the format allows.
+    """
     if type(document.get("format")) is not int or document["format"] != FORMAT:
         _wrong("format", document.get("format"))
     recipe = document.get("recipe")
@@ -220,7 +227,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         _wrong("shards", document.get("shards"))
     shards = tuple(_shard(value) for value in document["shards"])
     if len({shard.file for shard in shards}) != len(shards):
-        raise ValueError("a shard is named twice")
+        raise ValueError("it names a shard twice")
     return Manifest(
         recipe=document["recipe"],
         shards=shards,
@@ -281,18 +288,18 @@ def _strings(document: dict[str, Any], key: str) -> dict[str, str]:
 
 
 def _match(value: dict[str, Any], key: str, pattern: re.Pattern[str]) -> str:
-    found = value.get(key)
-    if not isinstance(found, str) or not pattern.fullmatch(found):
-        _wrong(key, found)
-    return found
+    text = value.get(key)
+    if not isinstance(text, str) or not pattern.fullmatch(text):
+        _wrong(key, text)
+    return text
 
 
 def _count(value: dict[str, Any], key: str, limit: int) -> int:
-    found = value.get(key)
-    if type(found) is not int or not 0 <= found < limit:
-        _wrong(key, found)
-    return found
+    count = value.get(key)
+    if type(count) is not int or not 0 <= count < limit:
+        _wrong(key, count)
+    return count
 
 
-def _wrong(key: str, found: object) -> NoReturn:
-    raise ValueError(f"{key} is {repr(found)[:80]}")
+def _wrong(key: str, value: object) -> NoReturn:
+    raise ValueError(f"{key} is {repr(value)[:80]}")

@@ -1,6 +1,6 @@
-"""The reader: a cache opened for training, by any number of processes and threads, also while it is being extended.
+"""The reader: how does a trainer read a cache? Any number of processes and threads can, even while it is extended.
 
-A trainer of another make needs no more than this::
+Another trainer needs no more than this::
 
     import k5cache
 
@@ -36,28 +36,28 @@ from k5cache.store.shards import Shard, StoredRow
 if TYPE_CHECKING:
     import torch
 
-OPEN_SHARDS = 128  # descriptors and parsed footers (about 0.3 MB each) that are kept; opening one takes 1 ms
+OPEN_SHARDS = 128  # how many shards stay open. Each takes a descriptor and about 0.3 MB; opening one takes 1 ms
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """What one caption or prompt became."""
+    """The embeddings of one caption or prompt."""
 
     key: str
     prompt_embeds: torch.Tensor
-    """``[L, D]``: exact length, no padding; D is 3584."""
+    """``[L, D]`` without padding; D is 3584."""
     pooled: torch.Tensor
     """``[768]``."""
     n_tokens: int
     """L."""
     caption: str
-    """As it was encoded, after the pipeline's cleaning."""
+    """The text that was encoded, after the pipeline's cleaning."""
 
 
 class Cache:
-    """An open cache: ``len(cache)`` items, ``cache[i]`` as tensors. Thread-safe. Made by ``open_cache``.
+    """An open cache, from ``open_cache``: ``cache[i]`` is one of its ``len(cache)`` items, as tensors. Thread-safe.
 
-    Every read checks the bytes it returns against the checksums that were written; ``CacheCorrupt`` names the row.
+    Every read checks its bytes against the stored checksums and raises ``CacheCorrupt`` with the row if they differ.
     """
 
     root: Path
@@ -66,8 +66,8 @@ class Cache:
     def __init__(self, root: Path, manifest: Manifest, pin_memory: bool = False) -> None:
         if manifest.index is None:
             raise CacheError(
-                f"{root} holds no finished index: its encode was interrupted",
-                f"Run the same command again, it goes on from there: k5cache encode SOURCE -o {root}",
+                f"{root} is not finished: its encode was interrupted",
+                f"Run the same command again, and it continues: k5cache encode SOURCE -o {root}",
             )
         self.root, self.manifest, self._pin_memory = root, manifest, pin_memory
         self._index_file = tables.open_table(root, manifest.index, SCHEMA)
@@ -80,12 +80,13 @@ class Cache:
         return self._num_items
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Item ``i`` (negative counts from the end).
+        """Item ``i``; a negative ``i`` counts from the end.
 
         Returns:
-            ``mean`` and, unless the posterior is "mean", ``std``: ``[H/8, W/8, 16]`` float16, not yet times the VAE's
-            ``scaling_factor``; ``captions``: a tuple of ``TextRow``, one or more; ``mask``: ``[H/8, W/8]`` float32 from
-            0 to 1, or None; ``path`` of the image; ``bucket``, (width, height) in pixels; ``row``: the ``IndexRow``.
+            ``mean`` and, unless the posterior is "mean", ``std``: ``[H/8, W/8, 16]`` float16, not multiplied by the
+            VAE's ``scaling_factor``; ``captions``: a tuple of one or more ``TextRow``; ``mask``: ``[H/8, W/8]`` float32
+            from 0 to 1, or None; ``path`` of the image; ``bucket``: (width, height) in pixels; ``row``: the
+            ``IndexRow``.
 
         Raises:
             IndexError: there is no such item.
@@ -105,22 +106,22 @@ class Cache:
         return (self[i] for i in range(len(self)))
 
     def row(self, i: int) -> IndexRow:
-        """What the index says of item ``i``: no tensor is read."""
+        """The index's row of item ``i``. No tensor is read."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
         return row_of({name: value(i % len(self)) for name, value in self._columns.items()})
 
     @cached_property
     def index(self) -> pa.Table:
-        """The whole index as an Arrow table, one row an item, columns as in ``IndexRow``; read on first use."""
+        """The whole index as an Arrow table with the fields of ``IndexRow`` as columns. It is read on first use."""
         return tables.read_table(self._index_file)
 
     def columns(self, *names: str) -> pa.Table:
-        """Some columns of the index, read afresh: what a planner of a million items needs, and no more."""
+        """Some columns of the index, read each time, so that a plan over a million items needs little memory."""
         return tables.read_table(self._index_file, names)
 
     def latents(self, key: str) -> dict[str, torch.Tensor]:
-        """``mean`` and ``std``, ``[H/8, W/8, 16]`` float16, unscaled; no ``std`` where the posterior is "mean".
+        """``mean`` and ``std``, ``[H/8, W/8, 16]`` float16, unscaled. There is no ``std`` if the posterior is "mean".
 
         Raises:
             CacheError: the cache has no such row.
@@ -131,7 +132,7 @@ class Cache:
     def mask(self, key: str) -> torch.Tensor:
         """``[H/8, W/8]`` float32 from 0 to 1: how much of each latent's 8x8 pixels the mask covers.
 
-        Raises as ``latents``.
+        Raises the same errors as ``latents``.
         """
         row = self._read("masks", key)
         if "mask" not in row.tensors:
@@ -139,7 +140,7 @@ class Cache:
         return row.tensors["mask"].float() / 255
 
     def text(self, key: str) -> TextRow:
-        """The embeddings of one caption. Raises as ``latents``."""
+        """The embeddings of one caption. Raises the same errors as ``latents``."""
         row = self._read("text", key)
         try:
             prompt_embeds, pooled = row.tensors["prompt_embeds"], row.tensors["pooled"]
@@ -148,10 +149,10 @@ class Cache:
         return TextRow(key, prompt_embeds, pooled, row.n_tokens or 0, row.caption or "")
 
     def prompt(self, raw: str) -> TextRow:
-        """The embeddings of a prompt that was named at encode, as its user wrote it.
+        """The embeddings of a prompt, given as the user wrote it.
 
         Raises:
-            CacheError: it was not; says how to add it.
+            CacheError: the prompt was not encoded; says how to add it.
         """
         if raw not in self.manifest.prompts:
             shown = raw if len(raw) <= 80 else raw[:77] + "..."
@@ -162,26 +163,26 @@ class Cache:
         return self.text(self.manifest.prompts[raw])
 
     def text_lengths(self) -> dict[str, int]:
-        """Text key -> ``n_tokens``, for all captions and prompts; no tensor is read."""
+        """Text key -> ``n_tokens`` for all captions and prompts. No tensor is read."""
         return self._locations.text_lengths()
 
     @cached_property
     def _columns(self) -> dict[str, Callable[[int], Any]]:
-        """Each column as a function from a row's number to its value; numbers without a copy of the column."""
+        """Each column as a function from a row's number to its value. Columns of numbers are not copied."""
         return {name: _getter(self.index.column(name).chunk(0)) for name in SCHEMA.names}
 
     def _read(self, kind: ShardKind, key: str) -> StoredRow:
-        found = self._locations.find(kind, key)
-        if found is None:
+        location = self._locations.find(kind, key)
+        if location is None:
             raise CacheError(
                 f"{self.root} has no {kind} row with key {key[:80]!r}",
                 f"Encode again: k5cache encode SOURCE -o {self.root}",
             )
-        shard, row = found
-        return self._shard(shard).read(row, key, self._pin_memory)
+        info, row = location
+        return self._shard(info).read(row, key, self._pin_memory)
 
     def _shard(self, info: ShardInfo) -> Shard:
-        """The open shard, least recently used out first; one that a thread still reads closes after that read."""
+        """An open shard. The least recently used makes room; if a thread is reading it, it closes after that read."""
         with self._lock:
             shard = self._open.pop(info.file, None) or Shard(self.root, info)
             self._open[info.file] = shard
@@ -191,7 +192,7 @@ class Cache:
 
 
 def _getter(array: pa.Array) -> Callable[[int], Any]:
-    """``array[i].as_py()``, three to ten times as fast: an item has 25 columns, and is read in half a millisecond."""
+    """``array[i].as_py()``, three to ten times as fast. It matters: an item has 25 columns and is read in 0.5 ms."""
     if array.null_count == len(array):
         return lambda i: None
     if array.null_count:
@@ -206,14 +207,14 @@ def _getter(array: pa.Array) -> Callable[[int], Any]:
         bounds, element = _numbers(array.offsets, "int32"), _getter(array.values)
         return lambda i: [element(j) for j in range(bounds(i), bounds(i + 1))]
     if pa.types.is_string(array.type) and array.offset == 0:
-        _, ends, text = array.buffers()  # text is None where every string is empty
+        _, ends, text = array.buffers()  # text is None if every string is empty
         end, characters = memoryview(ends).cast("i"), memoryview(text or b"")
         return lambda i: str(characters[end[i] : end[i + 1]], "utf-8")
     return lambda i: array[i].as_py()
 
 
 def _numbers(array: pa.Array, dtype: str) -> Callable[[int], int]:
-    """Its values by ``buffers``: ``to_numpy`` would import pandas where that is installed, half a second of a start."""
+    """The array's values from its buffers. ``to_numpy`` would import pandas if it is installed, which takes 0.5 s."""
     values = np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * np.dtype(dtype).itemsize)
     value: Callable[[int], int] = values.item
     return value
@@ -223,10 +224,10 @@ def open_cache(path: str | Path, pin_memory: bool = False) -> Cache:
     """Open the cache at ``path`` for reading. No lock is taken and nothing is written.
 
     Args:
-        pin_memory: read tensors into page-locked memory, for copies to a GPU that do not wait.
+        pin_memory: read tensors into page-locked memory, so that copies to a GPU are asynchronous.
 
     Raises:
-        CacheError: no cache is there, it is unfinished, or of a newer format.
+        CacheError: there is no cache, it is not finished, or it has a newer format.
         CacheCorrupt: its manifest, index or locations are not the bytes that were written.
     """
     root = Path(path)
@@ -234,7 +235,7 @@ def open_cache(path: str | Path, pin_memory: bool = False) -> Cache:
     while True:
         try:
             return Cache(root, manifest, pin_memory)
-        except CacheCorrupt:  # or a writer put a new index in the place of ours, between our two reads
+        except CacheCorrupt:  # perhaps a writer replaced the index after we read the manifest
             newer = read_manifest(root)
             if newer == manifest:
                 raise

@@ -1,8 +1,8 @@
-"""Shards: Parquet files of rows that never change. How rows are written, and how one is read and checked.
+"""Shards: how are rows written to Parquet files that never change, and how is one row read and checked?
 
-The reader takes a row's bytes straight from the file into tensors and checks one xxh3 over all of them (page headers
-too, which Parquet's own page checksums leave out). One core of an AMD EPYC, 2.8 MB rows, warm: 0.65 ms a row, against
-1.8 ms for pyarrow with page checksums. FORMAT.md has the layout.
+The reader copies a row's bytes from the file straight into tensors and checks one xxh3 over all of them, page headers
+included, which Parquet's own page checksums leave out. On one core of an AMD EPYC, with rows of 2.8 MB in the page
+cache, this takes 0.65 ms per row; pyarrow with page checksums takes 1.8 ms. FORMAT.md describes the layout.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from k5cache.store.tensors import TensorSpec, to_bytes, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-MAX_FOOTER_BYTES = 1 << 26  # 64 MiB; a row takes about 600 bytes of it
+MAX_FOOTER_BYTES = 1 << 26  # 64 MiB; each row adds about 600 bytes to a footer
 MAX_HEADER_BYTES = 1 << 10  # of a page; Arrow writes about 30
 MAX_TOKENS = 1 << 16
 SCHEMA_KEY, ROWS_KEY = b"k5cache", b"k5cache.rows"
 
 
 class ShardWriter:
-    """Writes one shard, a row group a row, holding no more than a row in memory.
+    """Writes one shard. Each row is a row group, and only one row is in memory at a time.
+
+    As a context manager it deletes the temporary file unless ``finish`` was called. If the disk is full, it deletes the
+    temporary file and raises ``OSError``.
 
     Args:
-        root: the cache; its lock is held by the caller.
+        root: the cache. The caller has its lock.
         specs: the tensor columns, in order.
         bucket: (width, height) in pixels, for latents and masks.
-
-    As a context manager it leaves nothing behind unless ``finish`` was called. A full disk raises ``OSError``, after
-    the temporary file is gone.
     """
 
     def __init__(
@@ -78,20 +78,20 @@ class ShardWriter:
 
     @property
     def num_rows(self) -> int:
-        """Rows appended."""
+        """Rows appended so far."""
         return len(self._rows["key"])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes written, footer not included."""
+        """Bytes written so far, without the footer."""
         return self._file.num_bytes
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row: ``key`` and the tensors; for text also ``n_tokens`` and ``caption``.
+        """Write one row: ``key``, the tensors, and for text ``n_tokens`` and ``caption``.
 
         Raises:
-            ValueError: a tensor is not what its ``TensorSpec`` says.
-            OSError: the disk is full; the shard is gone.
+            ValueError: a tensor does not have the dtype or shape of its ``TensorSpec``.
+            OSError: the disk is full; the shard is deleted.
         """
         n_tokens = int(row["n_tokens"]) if self.kind == "text" else 1
         values: dict[str, Any] = {"key": row["key"], **{k: row.get(k) for k in ("n_tokens", "caption")}}
@@ -117,25 +117,25 @@ class ShardWriter:
             self._rows["caption_bytes"].append(len(row["caption"].encode()))
 
     def finish(self) -> ShardInfo:
-        """Make the shard durable under its own name. The manifest does not name it yet.
+        """Make the shard durable and give it its name. The manifest does not name it yet.
 
         Raises:
             ValueError: no row was appended.
-            OSError: the disk is full; the shard is gone.
+            OSError: the disk is full; the shard is deleted.
         """
         if not self.num_rows:
             self.abort()
-            raise ValueError("a shard holds at least one row")
+            raise ValueError("a shard must have at least one row")
         footer = hashlib.sha256()
         self._file.parts = [footer]
-        described = {
+        description = {
             "format": 1,
             "kind": self.kind,
             "bucket": list(self.bucket) if self.bucket else None,
             "tensors": [{"name": name, **spec.to_json()} for name, spec in self.specs.items()],
         }
         rows = {name: values for name, values in self._rows.items() if values}
-        metadata = {SCHEMA_KEY: json.dumps(described), ROWS_KEY: json.dumps(rows, separators=(",", ":"))}
+        metadata = {SCHEMA_KEY: json.dumps(description), ROWS_KEY: json.dumps(rows, separators=(",", ":"))}
         try:
             self._writer.add_key_value_metadata(metadata)
             self._writer.close()
@@ -149,7 +149,7 @@ class ShardWriter:
         return ShardInfo(name, self.kind, self.num_rows, self._file.num_bytes, sha256, footer.hexdigest(), self.bucket)
 
     def abort(self) -> None:
-        """Leave nothing behind. Does nothing after ``finish``."""
+        """Delete the temporary file. Does nothing after ``finish``."""
         self._file.discard()
         self._writer.close()
 
@@ -164,7 +164,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class StoredRow:
-    """One row of a shard as it was written."""
+    """One row of a shard."""
 
     key: str
     tensors: dict[str, torch.Tensor]
@@ -173,35 +173,48 @@ class StoredRow:
 
 
 @dataclass(frozen=True)
+class _Column:
+    """Where one value is in its row."""
+
+    name: str
+    header_bytes: int
+    """Bytes of the page before the value."""
+    value_bytes: int
+    dtype: str
+    """Empty if the value is not a tensor."""
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class _Layout:
-    """Where one row lies in its file."""
+    """Where one row is in its file."""
 
     begin: int
     num_bytes: int
-    columns: tuple[tuple[str, int, int, str, tuple[int, ...]], ...]
-    """(name, bytes before its value, bytes of its value, dtype or "" where it is no tensor, sizes)."""
+    columns: tuple[_Column, ...]
 
 
 class Shard:
-    """An open shard. Reading is thread-safe: positioned reads, no state.
+    """An open shard. Reading is thread-safe, because reads are positioned and share no state.
 
     Args:
         root: the cache.
-        info: what the manifest says of the shard.
+        info: the shard's entry in the manifest.
 
     Raises:
-        CacheCorrupt: the file is missing, of another size, or its footer is not the one that was written.
-        CacheError: the footer describes what no shard holds.
+        CacheCorrupt: the file is missing, has another size, or its footer is not the one that was written.
+        CacheError: the footer is not that of a shard.
     """
 
     def __init__(self, root: Path, info: ShardInfo) -> None:
         self.root, self.info, self.path = root, info, root / info.file
-        self._layouts: dict[int, _Layout] = {}  # of rows that were read: 40 us each to work out, about 1 kB
+        self._layouts: dict[int, _Layout] = {}  # of rows already read; each takes 40 us to work out and about 1 kB
         self._fd = files.open_inside(root, info.file, info.num_bytes)
-        weakref.finalize(self, os.close, self._fd)  # not `with`: the reader drops shards that other threads still read
+        # Not `with`: the reader lets go of shards that other threads are still reading.
+        weakref.finalize(self, os.close, self._fd)
         footer = self._read_footer()
         try:
-            # The footer alone, behind the leading magic: what is parsed is exactly what was checked.
+            # Parse the magic number and the footer alone, so that only checked bytes are parsed.
             self._meta = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
             self.specs = self._read_specs(json.loads(self._meta.metadata[SCHEMA_KEY]))
             self._read_rows(json.loads(self._meta.metadata[ROWS_KEY]))
@@ -213,10 +226,10 @@ class Shard:
 
         Args:
             key: the key that the row must have.
-            pin_memory: put the tensors in page-locked memory (needs a GPU).
+            pin_memory: allocate the tensors in page-locked memory, which needs a GPU.
 
         Raises:
-            CacheCorrupt: a byte differs from what was written, or the row has another key.
+            CacheCorrupt: a byte is not the byte that was written, or the row has another key.
         """
         import torch
 
@@ -225,51 +238,51 @@ class Shard:
         if layout is None:
             layout = self._layouts[row] = self._layout(row)
         tensors: dict[str, torch.Tensor] = {}
-        pieces: list[Any] = []  # before each value its page header, then the value itself
-        for name, header_bytes, value_bytes, dtype, sizes in layout.columns:
-            pieces.append(bytearray(header_bytes))
-            if dtype:
-                tensor = torch.empty(sizes, dtype=torch_dtype(dtype), pin_memory=pin_memory)
-                tensors[name] = tensor
-                pieces.append((tensor if tensor.dim() else tensor.view(1)).view(torch.uint8).numpy().data)
+        buffers: list[Any] = []  # for each column its page header, then its value
+        for column in layout.columns:
+            buffers.append(bytearray(column.header_bytes))
+            if column.dtype:
+                tensor = torch.empty(column.sizes, dtype=torch_dtype(column.dtype), pin_memory=pin_memory)
+                tensors[column.name] = tensor
+                buffers.append((tensor if tensor.dim() else tensor.view(1)).view(torch.uint8).numpy().data)
             else:
-                pieces.append(bytearray(value_bytes))
-        num_read = os.preadv(self._fd, pieces, layout.begin)
+                buffers.append(bytearray(column.value_bytes))
+        num_read = os.preadv(self._fd, buffers, layout.begin)
         digest = xxhash.xxh3_64()
-        for piece in pieces:
-            digest.update(piece)
+        for buffer in buffers:
+            digest.update(buffer)
         if num_read != layout.num_bytes or digest.intdigest() != self._hashes[row]:
             raise files.corrupt(
                 self.root, f"{self.path}, row {row} (key {key}): its bytes are not those that were written"
             )
-        if bytes(pieces[1]) != key.encode():
+        if bytes(buffers[1]) != key.encode():
             raise files.corrupt(
-                self.root, f"{self.path}, row {row} has key {bytes(pieces[1])[:80]!r}, the cache says {key!r}"
+                self.root, f"{self.path}, row {row} has key {bytes(buffers[1])[:80]!r}, the cache says {key!r}"
             )
-        return StoredRow(key, tensors, n_tokens, pieces[-1].decode(errors="replace") if self.n_tokens else None)
+        return StoredRow(key, tensors, n_tokens, buffers[-1].decode(errors="replace") if self.n_tokens else None)
 
     def _layout(self, row: int) -> _Layout:
-        """Where one row lies, checked before anything is allocated."""
+        """Where one row is. Its sizes are checked here, before memory is allocated for it."""
         group = self._meta.row_group(row)
         caption_bytes = self._caption_bytes[row] if self._caption_bytes else 0
-        known = {"key": len(self.keys[row].encode()), "n_tokens": 4, "caption": caption_bytes}
+        num_bytes = {"key": len(self.keys[row].encode()), "n_tokens": 4, "caption": caption_bytes}
         length = self.n_tokens[row] if self.n_tokens else 1
-        columns: list[tuple[str, int, int, str, tuple[int, ...]]] = []
+        columns: list[_Column] = []
         end = None
         for i, name in enumerate(self._names):
             chunk = group.column(i)
             spec = self.specs.get(name)
-            value_bytes = spec.num_bytes(length) if spec else known[name]
+            value_bytes = spec.num_bytes(length) if spec else num_bytes[name]
             header_bytes = chunk.total_compressed_size - value_bytes
-            plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page and chunk.num_values == 1
-            if not plain or not 4 < header_bytes <= MAX_HEADER_BYTES or end not in (None, chunk.data_page_offset):
+            is_plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page and chunk.num_values == 1
+            if not is_plain or not 4 < header_bytes <= MAX_HEADER_BYTES or end not in (None, chunk.data_page_offset):
                 raise self._refused(f"row {row}: column {name} is not one plain value of {value_bytes} bytes")
             end = chunk.data_page_offset + chunk.total_compressed_size
             dtype, sizes = (spec.dtype, spec.sizes(length)) if spec else ("", ())
-            columns.append((name, header_bytes, value_bytes, dtype, sizes))
+            columns.append(_Column(name, header_bytes, value_bytes, dtype, sizes))
         begin = group.column(0).data_page_offset
         if begin < 4 or end is None or end > self._footer_start:
-            raise self._refused(f"row {row} lies outside the file")
+            raise self._refused(f"row {row} is outside the file")
         return _Layout(begin, end - begin, tuple(columns))
 
     def _read_footer(self) -> bytes:
@@ -280,35 +293,37 @@ class Shard:
             raise files.corrupt(self.root, f"{self.path} is not a Parquet file")
         self._footer_start = size - length
         if length > MAX_FOOTER_BYTES:
-            raise self._refused(f"a footer of {length} bytes")
+            raise self._refused(f"its footer has {length} bytes")
         footer = os.pread(self._fd, length, self._footer_start)
         if hashlib.sha256(footer).hexdigest() != self.info.footer_sha256:
             raise files.corrupt(self.root, f"{self.path}: its footer is not the one that was written")
         return footer
 
-    def _read_specs(self, described: dict[str, Any]) -> dict[str, TensorSpec]:
-        found = (described["format"], described["kind"], described["bucket"])
-        bucket = list(self.info.bucket) if self.info.bucket else None
-        if found != (1, self.info.kind, bucket):
-            raise ValueError(f"it says {found}, the manifest says {(1, self.info.kind, bucket)}")
-        specs = {tensor["name"]: TensorSpec.from_json(tensor) for tensor in described["tensors"]}
+    def _read_specs(self, description: dict[str, Any]) -> dict[str, TensorSpec]:
+        in_shard = (description["format"], description["kind"], description["bucket"])
+        in_manifest = (1, self.info.kind, list(self.info.bucket) if self.info.bucket else None)
+        if in_shard != in_manifest:
+            raise ValueError(f"it says {in_shard}, the manifest says {in_manifest}")
+        specs = {tensor["name"]: TensorSpec.from_json(tensor) for tensor in description["tensors"]}
         self._names = ["key", *specs, *(["n_tokens", "caption"] if self.info.kind == "text" else [])]
         if len(self._names) > 64 or self._meta.schema.names != self._names:
-            raise ValueError(f"columns {self._meta.schema.names[:64]}, {self._names[:64]} are described")
+            raise ValueError(
+                f"it has the columns {self._meta.schema.names[:64]}, but describes the columns {self._names[:64]}"
+            )
         return specs
 
     def _read_rows(self, rows: dict[str, Any]) -> None:
         count = self.info.num_rows
         if self._meta.num_row_groups != count:
-            raise ValueError(f"{self._meta.num_row_groups} row groups, {count} rows are promised")
+            raise ValueError(f"it has {self._meta.num_row_groups} row groups, the manifest says {count} rows")
         self.keys: list[str] = rows["key"]
         if (
             type(self.keys) is not list
             or len(self.keys) != count
             or any(type(key) is not str or not 0 < len(key) <= 256 for key in self.keys)
         ):
-            raise ValueError(f"not {count} keys of at most 256 characters")
-        "".join(self.keys).encode()
+            raise ValueError(f"it does not have {count} keys of at most 256 characters")
+        "".join(self.keys).encode()  # ValueError for a lone surrogate
         self._hashes = [int(digest, 16) for digest in rows["xxh3_64"]]
         is_text = self.info.kind == "text"
         self.n_tokens = _counts(rows["n_tokens"], count, MAX_TOKENS) if is_text else None
@@ -316,7 +331,7 @@ class Shard:
         for spec in self.specs.values():
             spec.num_bytes(max(self.n_tokens or [1]))
         if len(self._hashes) != count:
-            raise ValueError(f"{len(self._hashes)} checksums for {count} rows")
+            raise ValueError(f"it has {len(self._hashes)} checksums for {count} rows")
 
     def _refused(self, reason: str) -> CacheError:
         return CacheError(f"{self.path} is not a shard: {reason}", "Use a cache made by: k5cache encode")
@@ -328,22 +343,22 @@ def _counts(values: list[Any], count: int, limit: int) -> list[int]:
         or len(values) != count
         or any(type(v) is not int or not 0 <= v <= limit for v in values)
     ):
-        raise ValueError(f"not {count} numbers from 0 to {limit}")
+        raise ValueError(f"it does not have {count} numbers from 0 to {limit}")
     return values
 
 
 def read_keys(root: Path, shard: ShardInfo) -> list[str]:
-    """The key of every row, in order, from the checked footer."""
+    """The key of every row, in order, from the footer, which is checked."""
     return Shard(root, shard).keys
 
 
 def verify_shard(
     root: Path, info: ShardInfo, visit: Callable[[int, StoredRow], Iterable[str]] | None = None
 ) -> list[str]:
-    """Read the whole shard; what is wrong with it, one sentence each, none when it is as written.
+    """Read the whole shard. Returns what is wrong with it, one sentence per problem.
 
     Args:
-        visit: called with each row that is as written; what it says is added to the problems.
+        visit: called with each row that is as it was written. The problems it returns are added.
     """
     problems = []
     try:
@@ -354,7 +369,7 @@ def verify_shard(
             except CacheCorrupt as error:
                 problems.append(error.problem)
             else:
-                problems.extend(f"{shard.path}, row {row}: {said}" for said in (visit(row, stored) if visit else ()))
+                problems.extend(f"{shard.path}, row {row}: {text}" for text in (visit(row, stored) if visit else ()))
         fd = files.open_inside(root, info.file, info.num_bytes)
         try:
             if files.sha256_of(fd) != info.sha256:

@@ -1,4 +1,4 @@
-"""Tensors as bytes: how a shard describes and stores them. Arrow has no bfloat16, so they travel as bytes."""
+"""How does a shard describe and store tensors? As bytes, because Arrow has no bfloat16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
 MAX_TENSOR_BYTES = 1 << 28
-"""256 MiB. The largest real tensor, 1,024 tokens x 3584 in float32, is 14 MiB: more than this is not ours."""
+"""256 MiB. A file that claims more is not ours: the largest real tensor, 1,024 tokens x 3584 float32, has 14 MiB."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class TensorSpec:
 
     Args:
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``uint8``; little-endian, C order.
-        shape: sizes; at most one is ``None``: the row's ``n_tokens``.
+        shape: sizes. At most one is ``None``, which stands for the row's ``n_tokens``.
 
     Raises:
-        ValueError: an unknown dtype, a size below 1, two open sizes, or more than ``MAX_TENSOR_BYTES``.
+        ValueError: the dtype is unknown, a size is below 1, two sizes are None, or ``MAX_TENSOR_BYTES`` is exceeded.
     """
 
     dtype: str
@@ -41,11 +41,11 @@ class TensorSpec:
         self.num_bytes(1)
 
     def sizes(self, length: int) -> tuple[int, ...]:
-        """The shape with ``length`` in the place of ``None``."""
+        """The shape with ``length`` in place of ``None``."""
         return tuple(length if size is None else size for size in self.shape)
 
     def num_bytes(self, length: int) -> int:
-        """Bytes of a row's tensor with ``length`` tokens."""
+        """The bytes of a row's tensor that has ``length`` tokens."""
         total = math.prod(self.sizes(length)) * ITEM_BYTES[self.dtype]
         if total > MAX_TENSOR_BYTES:
             raise ValueError(f"{self.dtype} {list(self.sizes(length))} is more than {MAX_TENSOR_BYTES >> 20} MiB")
@@ -57,24 +57,24 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, value: object) -> TensorSpec:
-        """The inverse of ``to_json``; ValueError when it is not one."""
+        """The inverse of ``to_json``. Raises ValueError if ``value`` describes no tensor."""
         if not isinstance(value, Mapping) or not isinstance(value.get("shape"), list):
-            raise ValueError("a tensor is described by a dtype and a shape")
+            raise ValueError("a tensor needs a dtype and a shape")
         return cls(str(value.get("dtype")), tuple(value["shape"]))
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:
-    """The tensor's values, C order, as they lie in memory on a little-endian machine."""
+    """The tensor's values in C order, little-endian."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(buffer: bytes | bytearray | memoryview, spec: TensorSpec) -> torch.Tensor:
-    """A tensor over ``buffer``: no copy when it is writable (a ``bytearray``), else one.
+    """A tensor over ``buffer``, which is copied only if it is read-only.
 
     Raises:
-        ValueError: the byte count is not one that ``spec`` allows.
+        ValueError: ``spec`` does not allow this number of bytes.
     """
     import torch
 
