@@ -1,7 +1,8 @@
-"""How fast is stage 1 on this card? Encoders of full size with random weights, beside what trainers do today.
+"""How fast is stage 1 on this card? Encoders of full size with random weights, compared with what trainers do today.
 
-Baseline, in the same run: diffusers' own ``encode_prompt`` a caption at a time and ``vae.encode`` an image at a time,
-everything on the GPU. Nothing is downloaded: 14 GB of random text encoder are written to a temporary folder.
+The baseline in the same run is diffusers' own ``encode_prompt``, one caption at a time, and ``vae.encode``, one image
+at a time, with everything on the GPU. Nothing is downloaded: 14 GB of random text encoder are written to a temporary
+folder.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def whole_vae_bytes(sizes: Sizes) -> int:
 
 
 def has_room(measured: Measurements, what: str, num_bytes: int, device: str) -> bool:
-    """Whether the device holds so much; a line where it does not."""
+    """Whether the device has so much room. If it has not, a line says so."""
     from k5cache.shared import vram
 
     free = vram.free_card(device)
@@ -222,7 +223,9 @@ def compare_streamed(
     limit_to_card(device, sizes.vram)
     encoder = qwen.load_qwen(root, device, torch.bfloat16, streamed=True)
     read, _ = timed(device, lambda: [None for _ in qwen.read_layers(encoder, reuse=True)])
-    held = encoder.embeddings.shape[1] * 2 * sum(t.n_tokens for t in tokens)  # the bench keeps what a shard would get
+    results = (
+        encoder.embeddings.shape[1] * 2 * sum(t.n_tokens for t in tokens)
+    )  # the bench keeps what a shard would get
     ours: dict[str, float] = {}
 
     began: list[float] = []  # when each layer began
@@ -240,7 +243,7 @@ def compare_streamed(
             seconds, embeds = timed(device, partial(run, parking))
         is_first = not ours
         name = f"{parking}, first time" if is_first else str(parking)
-        peak, host, ours[name] = peak_vram(device), memory.peak - held, seconds
+        peak, host, ours[name] = peak_vram(device), memory.peak - results, seconds
         layers = (began[-1] - began[0]) * len(began) / max(1, len(began) - 1)
         measured.add(f"streamed, {batching}, parked on the {name}", f"{seconds:.2f} s",
                   f"{len(tokens)} captions, VRAM {human_bytes(peak)} with the context, host {human_bytes(host)} "
@@ -273,8 +276,8 @@ def plan_streamed(sizes: Sizes, tokens: Sequence[Any], batching: str, device: st
 def first_passes(measured: Measurements, root: Path, sizes: Sizes, device: str) -> None:
     """The exact pass as a user's first one, streamed and resident, each in a process of its own.
 
-    What one pass found out, a second would know: 512 captions took 28.9 s the first time on an H100, and 15.5 then,
-    most likely since cuDNN plans its attention for every new length.
+    A second pass in the same process is faster: 512 captions took 28.9 s the first time on an H100 and 15.5 s the
+    second, most likely because cuDNN plans its attention for every new length.
     """
     seconds: dict[str, float] = {}
     for mode in ("resident", "streamed"):

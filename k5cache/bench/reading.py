@@ -151,22 +151,22 @@ def targets(readings: Sequence[Reading]) -> dict[str, bool]:
     }
 
 
-def print_bench(found: StoreBench) -> None:
+def print_bench(bench: StoreBench) -> None:
     """The tables."""
     columns = ("ms/row", "rows/s", "time over ours", "disk over raw")
-    title = f"Random reads, {found.num_rows} rows of {console.human_bytes(found.raw_bytes / found.num_rows)}"
-    table = console.table(f"{title}, {found.machine}", "format", *columns, "", numbers=columns)
-    for one in found.readings:
+    title = f"Random reads, {bench.num_rows} rows of {console.human_bytes(bench.raw_bytes / bench.num_rows)}"
+    table = console.table(f"{title}, {bench.machine}", "format", *columns, "", numbers=columns)
+    for one in bench.readings:
         numbers = (f"{one.ms_a_row:.2f}", f"{one.rows_a_second:.0f}", f"{one.over_ours:.2f}")
         table.add_row(one.name, *numbers, f"{one.disk_over_raw:.4f}", one.note)
     console.out.print(table)
     names = ("latents", "text", "row", "unpack ms/row")
     table = console.table("Compression, packed over raw (the default is none)", "codec", *names, numbers=names)
-    for packing in found.packings:
+    for packing in bench.packings:
         sizes = (f"{packing.latents:.3f}", f"{packing.text:.3f}", f"{packing.row:.3f}")
         table.add_row(packing.codec, *sizes, f"{packing.unpack_ms:.2f}")
     console.out.print(table)
-    for what, is_met in found.targets.items():
+    for what, is_met in bench.targets.items():
         console.out.print(f"{'yes' if is_met else 'NO '}  {what}", markup=False, style="green" if is_met else "red")
 
 
@@ -267,9 +267,9 @@ def _datasets(root: Path, rows: Sequence[Row]) -> Callable[[int], Row]:
         for row in rows:
             yield {k: (v if v.dtype == torch.float16 else v.view(torch.int16)).numpy() for k, v in row.items()}
 
-    made = Dataset.from_generator(plain, features=features, cache_dir=str(root / "made"))
-    made.save_to_disk(root / "saved")
-    del made
+    dataset = Dataset.from_generator(plain, features=features, cache_dir=str(root / "made"))
+    dataset.save_to_disk(root / "saved")
+    del dataset
     shutil.rmtree(root / "made")
     opened = load_from_disk(str(root / "saved")).with_format("torch")
 
@@ -293,12 +293,12 @@ def _pack(codec: str, level: int | None, rows: Sequence[Row]) -> Packing:
     raw = [sum(len(b) for is_latents, b in tensors if is_latents is kind) for kind in (True, False)]
     if codec == "none":
         return Packing(name, 1.0, 1.0, 1.0, 0.0)
-    made = pa.Codec(codec, compression_level=level) if level is not None else pa.Codec(codec)
-    packed = [(is_latents, made.compress(data, asbytes=True), len(data)) for is_latents, data in tensors]
+    compressor = pa.Codec(codec, compression_level=level) if level is not None else pa.Codec(codec)
+    packed = [(is_latents, compressor.compress(data, asbytes=True), len(data)) for is_latents, data in tensors]
     sizes = [sum(len(p) for is_latents, p, _ in packed if is_latents is kind) for kind in (True, False)]
     started = time.process_time()
     for _, data, length in packed:
-        made.decompress(data, length)
+        compressor.decompress(data, length)
     unpack = (time.process_time() - started) / len(rows)
     return Packing(name, sizes[0] / raw[0], sizes[1] / raw[1], sum(sizes) / sum(raw), 1e3 * unpack)
 
@@ -330,8 +330,8 @@ def _machine() -> str:
         return "one core"
 
 
-def as_json(found: StoreBench) -> dict[str, Any]:
+def as_json(bench: StoreBench) -> dict[str, Any]:
     """For scripts."""
     from dataclasses import asdict
 
-    return dict(json.loads(json.dumps(asdict(found))))
+    return dict(json.loads(json.dumps(asdict(bench))))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def collect(rows: Iterator[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
     """Rows in the order of their captions, each with its own memory, as a shard would take them."""
-    held = {i: row.clone() for i, row in rows}
-    return [held[i] for i in range(len(held))]
+    copies = {i: row.clone() for i, row in rows}
+    return [copies[i] for i in range(len(copies))]
 
 
 def timed(device: str, run: Callable[[], Any]) -> tuple[float, Any]:

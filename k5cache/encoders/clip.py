@@ -1,4 +1,4 @@
-"""CLIP: one pooled vector a caption, as the pipeline computes it."""
+"""CLIP: one pooled vector for each caption, as the pipeline computes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clip:
-    """``CLIPTextModel`` and its tokenizer, evaluation mode, gradients off."""
+    """``CLIPTextModel`` and its tokenizer, in evaluation mode, without gradients."""
 
     model: Any
     tokenizer: Any
@@ -36,7 +36,7 @@ def load_clip(folder: Path, device: str | torch.device, dtype: torch.dtype) -> C
         raise ModelError(f"{where} is not a CLIP text encoder", "Download the model again")
     weight_files(folder, where.name)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = CLIPTextModel.from_pretrained(
                 where, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -54,8 +54,9 @@ def encode_pooled(clip: Clip, captions: Sequence[str], *, exact: bool = True, ba
     """The pooler output of each cleaned caption: 77 tokens, longer captions cut as the pipeline cuts them.
 
     Args:
-        exact: one caption a forward, the bits that ``Kandinsky5T2IPipeline.encode_prompt`` gives for it alone. False
-            batches: then a mask is built that a full caption alone would not have, and matrix products differ in size.
+        exact: encode each caption alone, with the bits of ``Kandinsky5T2IPipeline.encode_prompt``. False encodes
+            batches: the library then builds a mask that a full caption alone would not have, and matrix products of
+            another size round differently.
 
     Returns:
         ``[B, 768]`` on the CPU, in the model's dtype.
@@ -80,8 +81,8 @@ def encode_pooled(clip: Clip, captions: Sequence[str], *, exact: bool = True, ba
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Hold back the library's own bar: the command has one."""
+def no_progress_bar() -> Iterator[None]:
+    """Hide the library's own progress bar: the command has one."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""How do tensors come to the device and leave it without making it wait?
+"""How do tensors get to the device and back without making it wait?
 
-Layers are read from their files by a few threads, straight into pinned memory and on to the device while it computes:
-nothing is mapped, so host memory holds 64 MiB of a model at a time. Results are copied to pinned memory while the next
+A few threads read layers from their files into pinned memory, and from there to the device while it computes. Nothing
+is mapped, so only 64 MiB of a model are in host memory at a time. Results are copied to pinned memory while the next
 ones are computed.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 16 * 2**20
 NUM_THREADS = 4  # one core copies 4 to 6 GB/s out of the page cache; a fast disk gives 7
-_ALIGN = 256  # bytes, for tensors within a buffer: what cuBLAS takes as aligned, and more
+_ALIGN = 256  # bytes, for tensors within a buffer: at least what cuBLAS needs
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _Tag = TypeVar("_Tag")
 
@@ -33,12 +33,12 @@ _Tag = TypeVar("_Tag")
 def read_ahead(
     groups: Sequence[Sequence[StoredTensor]], device: torch.device, *, reuse: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each group (a layer) on ``device``, in the file's dtype; the next group is read meanwhile.
+    """The tensors of each group (a layer) on ``device``, in the file's dtype. The next group is read in the meantime.
 
     Args:
-        groups: where the tensors are, in one of ``DTYPES``, a group after another; every byte is read once.
-        reuse: two buffers for all groups: what was yielded is valid until the next one is asked for, and the device
-            may still be at work on it then. False gives each group memory of its own.
+        groups: where the tensors are in the files, group by group; each is of one of ``DTYPES`` and is read once.
+        reuse: use two buffers for all groups. A group is then valid until the next one is asked for; the device may
+            still be computing with it at that time. False gives each group its own memory.
 
     Raises:
         ModelError: a file is shorter than it was.
@@ -110,10 +110,9 @@ def new_stream(device: torch.device) -> Any:
 
 
 class _Reader:
-    """Threads that read pieces of files into one buffer on the device, first asked first."""
+    """Threads that read pieces of files into one buffer on the device, in the order of the requests."""
 
     def __init__(self, device: torch.device) -> None:
-
         self._device = device
         self._files: dict[Path, int] = {}
         self._local = threading.local()
@@ -129,7 +128,7 @@ class _Reader:
             os.close(descriptor)
 
     def read(self, group: Sequence[StoredTensor], starts: Sequence[int], buffer: torch.Tensor) -> list[Future[None]]:
-        """Begin to read; the buffer is written once the device is done with what was queued on it before."""
+        """Start to read. The buffer is written when the device has finished what was queued before."""
         import torch
 
         if self._stream is not None:

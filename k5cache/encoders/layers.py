@@ -1,8 +1,8 @@
-"""How does one decoder layer take captions of any lengths at once? Side by side, never padded.
+"""How does one decoder layer take captions of different lengths at once? Side by side, never padded.
 
 A pack is a row of captions. Every linear and norm runs once over all its tokens; attention runs once for each length
-in it, through the library's own SDPA function, so no caption sees another and no token is wasted. A pack of one caption
-is the forward that the pipeline does.
+in it, through the library's own SDPA function, so no caption sees another and no token is wasted. For a pack of one
+caption this is the pipeline's own forward pass.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ATTENTION = "k5_side_by_side"
 
 @dataclass(frozen=True)
 class Pack:
-    """Captions that share a forward."""
+    """Captions that share a forward pass."""
 
     members: tuple[int, ...]
-    """Positions of the captions in what was asked for, in the order of their rows."""
+    """Positions of the captions in the request, in the order of their rows."""
     lengths: tuple[int, ...]
     """Tokens of each; equal ones side by side."""
 
@@ -40,9 +40,10 @@ class Pack:
 
 
 def make_packs(lengths: Sequence[int], batch_tokens: int) -> list[Pack]:
-    """Captions of these lengths in packs of at most ``batch_tokens`` tokens; a caption longer than that has its own.
+    """Captions of these lengths in packs of at most ``batch_tokens`` tokens; a longer caption gets its own pack.
 
-    Longest first, so that a card too small says so at once. ``batch_tokens = 1`` gives each caption its own.
+    The longest come first, so that a card that is too small fails at once. ``batch_tokens = 1`` gives each caption its
+    own pack.
     """
     packs: list[list[int]] = []
     left = 0
@@ -71,7 +72,7 @@ def attention_kernels(exact: bool) -> AbstractContextManager[Any]:
 
 
 def attend_side_by_side(config: Any) -> None:
-    """Have the layers of this config run attention by the ``runs`` they are called with."""
+    """Make the layers of this config compute attention by the ``runs`` that they are called with."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, _attention)
@@ -93,9 +94,9 @@ def run_layer(layer: Any, states: torch.Tensor, positions: Any, runs: tuple[tupl
 
 
 class Positions:
-    """Rotary cosines and sines of a pack, made by the model's own module once a length and then kept.
+    """Rotary cosines and sines of a pack, computed by the model's own module once for each length.
 
-    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them when it is given no positions.
+    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them if it is given no positions.
     """
 
     def __init__(self, rotary: Any, states: torch.Tensor) -> None:

@@ -194,8 +194,8 @@ def encode_prompt_embeds(
     Returns:
         ``[n_tokens, 3584]`` a caption, in the order given, on the CPU, in the model's dtype.
     """
-    found = dict(iter_prompt_embeds(qwen, tokens, exact=exact, batch_tokens=batch_tokens))
-    return [found[i].clone() for i in range(len(tokens))]
+    by_position = dict(iter_prompt_embeds(qwen, tokens, exact=exact, batch_tokens=batch_tokens))
+    return [by_position[i].clone() for i in range(len(tokens))]
 
 
 def iter_prompt_embeds(
@@ -279,8 +279,8 @@ class TextWeights:
         absent = [self._prefix + name for name in shapes if self._prefix + name not in self._files]
         if absent:
             raise ModelError(f"{self._where} lacks {_listed(absent)}", "Download the model again")
-        found = {name: tuple(self._slice(name).get_shape()) for name in shapes}
-        wrong = [f"{self._prefix + n} {found[n]} instead of {shapes[n]}" for n in shapes if found[n] != shapes[n]]
+        stored = {name: tuple(self._slice(name).get_shape()) for name in shapes}
+        wrong = [f"{self._prefix + n} {stored[n]} instead of {shapes[n]}" for n in shapes if stored[n] != shapes[n]]
         if wrong:
             raise ModelError(
                 f"{self._where} does not match its config.json: {_listed(wrong)}", "Download the model again"

@@ -100,10 +100,10 @@ def write_tokenizer(folder: Path, max_length: int, name: str) -> None:
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
     words = {f"w{i}": 10 + i for i in range(200)} | {"<unk>": 0, "<pad>": 1, "<end>": 2}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if name == "tokenizer_2":
-        made.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
         vocabulary = {c: i for i, c in enumerate(["<unk>", "<pad>", "<end>", *map(chr, range(33, 127))])}
         vocabulary |= {f"{c}</w>": len(vocabulary) + i for i, c in enumerate(map(chr, range(33, 127)))}
         CLIPTokenizer(
@@ -112,7 +112,7 @@ def write_tokenizer(folder: Path, max_length: int, name: str) -> None:
         ).save_pretrained(folder)  # fmt: skip
         return
     PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", model_max_length=max_length
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", model_max_length=max_length
     ).save_pretrained(folder)
 
 

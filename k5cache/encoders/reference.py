@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.encoders.clip import no_progress_bar
 from k5cache.encoders.pipeline import clean, silent
 from k5cache.encoders.qwen import load_tokenizer
 from k5cache.shared.checkpoint import weight_files
@@ -59,8 +60,8 @@ def encode_as_the_pipeline(
         )
         vars(pipeline)["text_encoder"] = qwen
         for caption in captions:
-            found, _ = pipeline._encode_prompt_qwen([clean(caption)], at, max_sequence_length, dtypes[0])
-            embeds.append(found[0].cpu())
+            states, _ = pipeline._encode_prompt_qwen([clean(caption)], at, max_sequence_length, dtypes[0])
+            embeds.append(states[0].cpu())
         hook.remove()
         vars(pipeline)["text_encoder"] = None
     del qwen
@@ -120,7 +121,7 @@ def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]
     where, free = folder / "text_encoder", _free_bytes(device)
     num_bytes = sum(file.stat().st_size for file in weight_files(folder, where.name))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    with tempfile.TemporaryDirectory() as spill, _no_progress_bar():
+    with tempfile.TemporaryDirectory() as spill, no_progress_bar():
         if num_bytes <= ROOM * free[device]:
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(where, **options).to(device)
         else:
@@ -135,7 +136,7 @@ def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]
 def _clip(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import CLIPTextModel
 
-    with _no_progress_bar():
+    with no_progress_bar():
         return CLIPTextModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, local_files_only=True).eval()
 
 
@@ -145,19 +146,6 @@ def _free_bytes(device: str) -> dict[str, int]:
 
     free = {"cpu": free_ram()}
     return free if device == "cpu" else {device: torch.cuda.mem_get_info(device)[0], **free}
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()
 
 
 def _free() -> None:

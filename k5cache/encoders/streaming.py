@@ -66,9 +66,9 @@ def stream_prompt_embeds(
 
 
 def int8_error(qwen: Qwen, tokens: Sequence[Tokens]) -> float:
-    """What holding the matrices in 8 bits costs: norm of the difference over the norm, of all embeddings together.
+    """The error of int8 weights: norm of the difference over the norm, of all embeddings together.
 
-    Each layer runs twice, as the file has it and in 8 bits, so that neither model is ever whole in memory.
+    Each layer runs twice, with the weights of the file and with int8, so neither model is ever whole in memory.
 
     Args:
         qwen: loaded with ``streamed=True``.
@@ -86,15 +86,15 @@ def int8_error(qwen: Qwen, tokens: Sequence[Tokens]) -> float:
                 layer = finish_layer(qwen, skeleton, tensors, int8=int8)
                 for k, pack in enumerate(packs):
                     states[k] = run_layer(layer, states[k], positions.of(pack), pack.runs)
-        expected, found = (
+        expected, in_int8 = (
             torch.cat([qwen.model.norm(s)[0, qwen.encode_start_idx :].double() for s in states])
             for states in (plain, rounded)
         )
-        return float((found - expected).norm() / expected.norm())
+        return float((in_int8 - expected).norm() / expected.norm())
 
 
 class _OnDevice:
-    """Hidden states of every pack, kept where they are computed."""
+    """Hidden states of every pack in the memory of the device."""
 
     def __init__(self, qwen: Qwen, packs: Sequence[Pack]) -> None:
         import torch
@@ -111,10 +111,10 @@ class _OnDevice:
 
 
 class _OnHost:
-    """Hidden states of every pack in pinned memory. A pack is brought in while the one before is computed.
+    """Hidden states of every pack in pinned memory. A pack is copied in while the one before it is computed.
 
-    One stream does all copies in this order: bring k+1, put k away. So a pack that is brought again was put away
-    before, if there are at least two.
+    One stream does all copies in this order: copy k+1 in, copy k out. So a pack was copied out before it is copied in
+    again, if there are at least two packs.
     """
 
     def __init__(self, qwen: Qwen, packs: Sequence[Pack]) -> None:
@@ -136,7 +136,7 @@ class _OnHost:
             self._parts[k].copy_(states, non_blocking=True)
             self._leaving.append(record_event())
         states.record_stream(self._copies)
-        # Memory on its way out is not free for others: let no more than three packs be queued.
+        # A pack that is being copied out still takes memory: at most three are queued.
         if len(self._leaving) > 3:
             self._leaving.popleft().synchronize()
 

@@ -1,9 +1,9 @@
 """How is a large image encoded on a small card? Layer by layer, each layer's work in strips of rows.
 
-Tiles that are encoded apart and blended leave seams: group norms and attention see a tile instead of the image. Here
-every layer sees all of it. Convolutions are computed in strips, each with the rows around it that its kernel needs;
-norms take their statistics over the whole image first. Nothing differs from the plain encoder but the order in which
-numbers are added. Two activations are held instead of four and more.
+Tiles that are encoded separately and blended leave seams, because group norms and attention see a tile instead of the
+image. Here every layer sees the whole image. Convolutions are computed in strips, each with the rows around it that its
+kernel needs; norms first take their statistics over the whole image. Only the order of additions differs from the plain
+encoder. Two activations are in memory, not four or more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STRIP_PIXELS = 2**17
 
 
 def moments_in_strips(vae: Any, pixels: torch.Tensor, strip_pixels: int = STRIP_PIXELS) -> torch.Tensor:
-    """What ``AutoencoderKL`` makes its posterior of: mean and log-variance, ``[1, 32, H/8, W/8]``.
+    """The mean and log-variance of ``AutoencoderKL``'s posterior, ``[1, 32, H/8, W/8]``.
 
     Args:
         pixels: ``[1, 3, H, W]`` on the VAE's device, in its dtype.
@@ -50,7 +50,7 @@ def _resnet(resnet: Any, x: torch.Tensor, strip_pixels: int) -> torch.Tensor:
 
 
 def _downsample(downsampler: Any, x: torch.Tensor, strip_pixels: int) -> torch.Tensor:
-    """``Downsample2D`` as the VAE uses it: stride 2, one row and column of zeros below and right."""
+    """``Downsample2D`` as the VAE uses it: stride 2, with a row of zeros below and a column on the right."""
     import torch
     from torch.nn import functional as F
 
@@ -67,7 +67,7 @@ def _downsample(downsampler: Any, x: torch.Tensor, strip_pixels: int) -> torch.T
 def _convolve(
     conv: Any, x: torch.Tensor, strip_pixels: int, before: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """A convolution of stride 1 that keeps the size, over ``before(x)``."""
+    """A convolution of stride 1 over ``before(x)``; the size stays the same."""
     import torch
 
     out = torch.empty(1, conv.out_channels, *x.shape[2:], dtype=x.dtype, device=x.device)
@@ -94,7 +94,7 @@ def _rows(
 def _normed(
     norm: Any, activation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, strip_pixels: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A group norm by the statistics of all of ``x``, then the activation, for any rows of it."""
+    """A function for any rows of ``x``: group norm with the statistics of all of ``x``, then the activation."""
     import torch
 
     groups = norm.num_groups

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the VAE says of a batch of images: ``latents = (mean + std * noise) * scaling_factor``."""
+    """The VAE's result for a batch of images: ``latents = (mean + std * noise) * scaling_factor``."""
 
     mean: torch.Tensor
     """``[B, H/8, W/8, 16]`` float32, on the CPU."""
@@ -26,7 +26,7 @@ class Posterior:
 
 
 def load_vae(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """``diffusers.AutoencoderKL`` from ``folder/vae``, evaluation mode, gradients off.
+    """``diffusers.AutoencoderKL`` from ``folder/vae``, in evaluation mode, without gradients.
 
     Raises:
         ModelError: the folder holds another model or lacks a tensor.
@@ -47,7 +47,7 @@ def load_vae(folder: Path, device: str | torch.device, dtype: torch.dtype) -> An
         ) from error
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "Download the model again")
-    with silent("diffusers.models.modeling_utils"):  # it warns of every cast, of no module at all
+    with silent("diffusers.models.modeling_utils"):  # it warns at every cast that no module stays in float32
         vae = vae.to(device=device, dtype=dtype)
     return vae.eval().requires_grad_(False)
 
@@ -59,10 +59,10 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    table = _range_table().to(pixels.device, non_blocking=True)  # to wait here would leave the GPU idle
+    table = _range_table().to(pixels.device, non_blocking=True)  # waiting here would leave the GPU idle
     values = table[pixels.int()]
-    # The strides that image_processor gives: with others convolutions round differently (1 ulp of float16 at 512x512
-    # on a CPU), and take half as long again.
+    # The strides that image_processor gives: with others, convolutions round differently (1 ulp of float16 at 512x512
+    # on a CPU) and take 1.5 times as long.
     return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
 
 
@@ -80,8 +80,8 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, *, exact: bool = True) -> Post
 
     Args:
         pixels: ``[B, 3, H, W]`` in [-1, 1], any float dtype and device; H and W are multiples of 16 (VAE 8 x patch 2).
-        exact: one image a forward, the bits of that image alone. False encodes the batch at once; a convolution over
-            a batch rounds differently (measured on a CPU: 2e-6 in float32, 4e-3 in bfloat16, std of latents 0.2).
+        exact: encode each image alone. False encodes the batch at once; a convolution over a batch rounds differently
+            (measured on a CPU: 2e-6 in float32, 4e-3 in bfloat16, std of latents 0.2).
 
     Returns:
         mean and std, not yet times ``scaling_factor``. Kandinsky 5 ignores ``shift_factor``:
@@ -97,10 +97,10 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, *, exact: bool = True) -> Post
 
 
 def encode_on_device(vae: Any, pixels: torch.Tensor, *, in_strips: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """``encode_pixels`` of one forward; the result stays on the VAE's device, in its dtype.
+    """One forward pass of ``encode_pixels``. The result stays on the VAE's device, in its dtype.
 
     Args:
-        in_strips: less memory, other rounding (``strips.py``); one image at a time.
+        in_strips: take less memory and round differently (``strips.py``); one image at a time.
 
     Returns:
         mean and std, each ``[B, H/8, W/8, 16]``, contiguous.
@@ -122,6 +122,6 @@ def encode_on_device(vae: Any, pixels: torch.Tensor, *, in_strips: bool = False)
 
 
 def keep_encoder_only(vae: Any) -> Any:
-    """``vae`` without the half that stage 1 has no use for: 200 of 335 MB."""
+    """``vae`` without its decoder, which stage 1 does not need: 200 of 335 MB."""
     vae.decoder = vae.post_quant_conv = None
     return vae

@@ -1,7 +1,7 @@
 """Find a checkpoint: a diffusers-layout folder, or a hub repository of which only the needed parts are fetched.
 
-The hub is asked which commit a revision is, one short request. What is whole on this machine is not downloaded again;
-where the hub cannot be reached it serves as it is, and that is said.
+One short request asks the hub which commit a revision is. What is complete on this machine is not downloaded again. If
+the hub cannot be reached, the download of before is used, and a note says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
 
 
 def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
-    """``model_folder`` without asking the hub: what was last downloaded of it; None where a part is missing.
+    """``model_folder`` without asking the hub: what was last downloaded; None if a part is missing.
 
     The hub may have a newer revision by now.
     """
@@ -73,8 +73,8 @@ def _downloaded(repo: str, revision: str | None) -> Path | None:
         commit = (home / "refs" / revision).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         commit = revision
-    found = home / "snapshots" / commit
-    return found if commit and found.is_dir() else None
+    snapshot = home / "snapshots" / commit
+    return snapshot if commit and snapshot.is_dir() else None
 
 
 def read_config(folder: Path, part: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files of one part, in name order, all of them present and whole by their index.
+    """The safetensors files of one part, by name. All files that its index names are there.
 
     Raises:
         ModelError: there is none, or one named in the index is missing.

@@ -59,8 +59,8 @@ def compare(
     for name, ours, theirs in pairs:
         a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
         if a.shape != b.shape:
-            found = f"{name} is {list(a.shape)} instead of {list(b.shape)}"
-            return Comparison(what, against, "DIFFERS", allowed=allowed, note=found)
+            note = f"{name} is {list(a.shape)} instead of {list(b.shape)}"
+            return Comparison(what, against, "DIFFERS", allowed=allowed, note=note)
         off = (a - b).abs()
         off = off.where(off == off, float("inf"))  # a NaN on one side or both is no agreement
         norm = float(off.norm() / b.norm()) if b.any() else float(off.norm())

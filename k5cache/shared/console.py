@@ -34,7 +34,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def run(app: Callable[[], object]) -> NoReturn:
-    """Run a command line to its end: exit 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    """Run a command line to its end: exit 0, 2 for an error that the user can correct, 130 for Ctrl-C."""
     quiet_libraries()
     try:
         app()
@@ -57,10 +57,10 @@ def run(app: Callable[[], object]) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Leave out two remarks of libraries that say nothing about what is done here."""
-    # torch says so once on CPUs in bf16; the pipeline computes the very same norm.
+    """Hide two remarks of libraries that do not concern the user."""
+    # torch says this once on CPUs in bf16; the pipeline computes the same norm.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    # peft imports bitsandbytes where it is installed, which then misses a kernel of its own for 4 bits on a CPU.
+    # peft imports bitsandbytes if it is installed, which then misses its own 4-bit kernel on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -92,16 +92,16 @@ def warn(message: str) -> None:
 
 
 def next_step(message: str, command: str) -> None:
-    """The line that ends a success: what to run next, the user's own paths filled in."""
+    """The line that ends a success: what to run next, with the user's own paths."""
     out.print(Text.assemble((f"{message}: ", "bold"), (command, "cyan")))
 
 
 def command(*words: object, **options: object) -> str:
-    """A command line to copy: quoted for a shell; options that are None left out, lists repeated."""
+    """A command line to copy, quoted for a shell. Options that are None are left out; a list repeats its option."""
     line = [str(word) for word in words]
     for name, value in options.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            line += [] if one is None else [f"--{name}", str(one)]
+        for item in value if isinstance(value, list | tuple) else [value]:
+            line += [] if item is None else [f"--{name}", str(item)]
     return shlex.join(line)
 
 
@@ -118,10 +118,12 @@ def print_json(value: object) -> None:
 
 def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
     """The one table style. ``numbers`` names the columns that are right-aligned."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    rich_table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return made
+        rich_table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return rich_table
 
 
 class _Rate(TextColumn):
@@ -137,7 +139,7 @@ class _Rate(TextColumn):
 
 
 class _Count(MofNCompleteColumn):
-    """Nothing for a task that counts nothing."""
+    """Empty for a task that counts nothing."""
 
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None and not task.completed else super().render(task)
@@ -183,7 +185,7 @@ def parse_bytes(text: str) -> int:
     """``"4GB"``, ``"4 GiB"``, ``"4"`` or ``"3500MB"`` to bytes. A card of "4 GB" has 4 GiB: both mean 2**30 here.
 
     Raises:
-        ValueError: it is no amount of memory.
+        ValueError: it is not an amount of memory.
     """
     words = text.strip().lower().removesuffix("b").removesuffix("i").strip()
     unit = {"g": 2**30, "m": 2**20}.get(words[-1:])

@@ -1,17 +1,18 @@
 """Errors a user can cause: what was found, where, and what to do about it.
 
-Every one ends a command with exit code 2 and one or two lines on stderr (``console.run``). Anything else rises.
+Each of them ends a command with exit code 2 and two lines on stderr (``console.run``). Any other exception is a
+bug, and its traceback is shown.
 """
 
 from __future__ import annotations
 
 
 class K5Error(Exception):
-    """An error that the user can mend.
+    """An error that the user can correct.
 
     Args:
         problem: what was found and where, one sentence without a full stop.
-        fix: what to do, an imperative; a command to run where there is one.
+        fix: what to do, as an imperative; the command to run if there is one.
     """
 
     def __init__(self, problem: str, fix: str) -> None:

@@ -1,4 +1,4 @@
-"""Where is what can be made again: ``K5_HOME``, by default ``~/.cache/k5``."""
+"""Where are files that can always be made again? Under ``K5_HOME``, by default ``~/.cache/k5``."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def k5_home() -> Path:
-    """Where what can be made again is kept: ``$K5_HOME``, by default ``~/.cache/k5``."""
+    """The folder of int8 bases and compiled code: ``$K5_HOME``, by default ``~/.cache/k5``."""
     return Path(os.environ.get("K5_HOME") or Path("~/.cache/k5").expanduser())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def free_ram(root: Path = Path("/")) -> int:
-    """Bytes of host memory that can be had without swapping, in a container within its limit.
+    """Bytes of host memory that are free without swapping; in a container, within its limit.
 
     Args:
         root: where ``proc`` and ``sys`` are.
@@ -40,7 +40,7 @@ def _container_room(root: Path) -> Iterator[int]:
 
 
 def _room_of(folder: Path, limit: str, used: str) -> Iterator[int]:
-    """What one cgroup has left; files that are only cached are given back when memory is asked for."""
+    """What one cgroup has left. Cached files count as free: the system gives their memory back on demand."""
     try:
         most, now = (int((folder / name).read_text()) for name in (limit, used))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -86,12 +86,12 @@ def prompt_library(path: Path) -> tuple[str, ...]:
     """
     fix = 'Write it like ["a red bicycle"] or {"bicycle": "a red bicycle"}'
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} cannot be read: {error.strerror}", fix) from error
     except ValueError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} is not JSON: {error}", fix) from error
-    prompts = list(found.values()) if isinstance(found, dict) else found
+    prompts = list(document.values()) if isinstance(document, dict) else document
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
         raise RecipeError(f"train.validation.prompt_library: {path} holds something other than prompts", fix)
     return tuple(prompts)

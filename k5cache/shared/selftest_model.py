@@ -1,4 +1,4 @@
-"""What does a selftest test when it is told nothing? The only cache there is, or the demo's toy model."""
+"""What does a selftest use if it is given neither cache nor model? The only cache, or the demo's toy model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MAKER = Path(__file__).parents[2] / "pipelines" / "demo" / "make_checkpoint.py"
 
 
 def only_cache(command: str) -> Path | None:
-    """The only cache under ``cache/``; None where there is none.
+    """The only cache under ``cache/``; None if there is none.
 
     Raises:
         CacheError: there are several.
     """
-    found = sorted(path.parent for path in Path("cache").glob("*/manifest.json"))
-    if len(found) > 1:
-        names = ", ".join(map(str, found[:4])) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-        raise CacheError(f"There are {len(found)} caches: {names}", f"Say which one: {command} {found[0]}")
-    return found[0] if found else None
+    caches = sorted(path.parent for path in Path("cache").glob("*/manifest.json"))
+    if len(caches) > 1:
+        names = ", ".join(map(str, caches[:4])) + (f" and {len(caches) - 4} more" if len(caches) > 4 else "")
+        raise CacheError(f"There are {len(caches)} caches: {names}", f"Say which one: {command} {caches[0]}")
+    return caches[0] if caches else None
 
 
 @contextmanager
