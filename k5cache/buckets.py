@@ -1,4 +1,4 @@
-"""Buckets: which size an image is trained at, and which part of it. Pure arithmetic, no I/O."""
+"""Buckets: at which size is an image trained, and which part of it? Pure arithmetic, no I/O."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NATIVE_RESOLUTIONS: tuple[tuple[int, int], ...] = (  # (width, height); Kandinsk
     (1152, 896),
 )
 SIDE_MULTIPLE = 16  # VAE 8 x patch 2
-MAX_SIDE = 2048  # Kandinsky5RoPE3D has 128 positions a side, SIDE_MULTIPLE pixels apart
+MAX_SIDE = 2048  # Kandinsky5RoPE3D has 128 positions per side, each SIDE_MULTIPLE pixels
 VAE_SCALE = 8  # Kandinsky5T2IPipeline.vae_scale_factor_spatial
 
 
@@ -42,7 +42,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Geometry:
-    """From an image to its bucket: resize all of it, cut out the bucket, flip. All in pixels."""
+    """How an image becomes its bucket: resize the whole image, cut out the bucket, flip. All sizes are in pixels."""
 
     width: int
     """Of the image on disk, after EXIF rotation."""
@@ -51,19 +51,19 @@ class Geometry:
     resized_width: int
     resized_height: int
     left: int
-    """Of the bucket, in the resized image."""
+    """Where the bucket begins in the resized image."""
     top: int
     flipped: bool = False
 
     @property
     def upscaled(self) -> bool:
-        """Whether the resize enlarges: the image has fewer pixels than the bucket asks for."""
+        """Whether the resize enlarges the image."""
         return self.resized_width > self.width or self.resized_height > self.height
 
 
 @dataclass(frozen=True)
 class Framing:
-    """Which images are trained on, and which part of each, at which size."""
+    """Which images are trained on, which part of each, and at which size."""
 
     table: tuple[Bucket, ...]
     """The square bucket first."""
@@ -73,24 +73,24 @@ class Framing:
     no_upscale: bool = False
 
     def frame(self, width: int, height: int, content_hash: str) -> tuple[Geometry, ...]:
-        """The crops of an image of ``width`` x ``height`` pixels: one, and with ``flip`` its mirror image.
+        """The crop of an image of ``width`` x ``height`` pixels, and with ``flip`` also its mirror image.
 
         Args:
-            content_hash: of the image; a random crop is a function of it, the same on every machine.
+            content_hash: of the image. A random crop depends on it alone, so it is the same on every machine.
         """
         if self.crop == "none":
             geometry = squash(width, height, choose_bucket(width, height, self.table))
         else:
             geometry = cover(width, height, choose_bucket(width, height, self.table))
         if self.crop == "random":
-            drawn = hashlib.sha256(f"crop {content_hash}".encode()).digest()
-            free = geometry.resized_width - geometry.bucket.width, geometry.resized_height - geometry.bucket.height
-            left, top = (int.from_bytes(d) % (f + 1) for d, f in zip((drawn[:8], drawn[8:16]), free, strict=True))
+            digest = hashlib.sha256(f"crop {content_hash}".encode()).digest()
+            left = int.from_bytes(digest[:8]) % (geometry.resized_width - geometry.bucket.width + 1)
+            top = int.from_bytes(digest[8:16]) % (geometry.resized_height - geometry.bucket.height + 1)
             geometry = replace(geometry, left=left, top=top)
         return (geometry, replace(geometry, flipped=True)) if self.flip else (geometry,)
 
     def refusal(self, geometry: Geometry) -> str:
-        """Why an image is not trained on; empty where it is."""
+        """Why an image is not trained on; empty if it is."""
         size = f"is {geometry.width}x{geometry.height} pixels"
         if min(geometry.width, geometry.height) < self.minimum_image_size:
             return f"{size}, a side is below minimum_image_size = {self.minimum_image_size}"
@@ -115,9 +115,9 @@ def bucket_table(resolution: int, mode: Literal["native", "square"]) -> tuple[Bu
 def fine_table(resolution: int) -> tuple[Bucket, ...]:
     """Buckets so close to each other that images can be squashed into them instead of cropped, the square one first.
 
-    One for every longer side, in steps of 16 up to ``MAX_SIDE``: the other side is the largest multiple of 16 that
-    keeps the area within ``resolution`` squared. At 1024 these are 191, and up to 3.8:1 one of them has the
-    aspect of an image to 2 %.
+    There is one for every length of the longer side, in steps of 16 up to ``MAX_SIDE``. The other side is the largest
+    multiple of 16 that keeps the area within ``resolution`` squared. At 1024 there are 191 buckets, and an image of up
+    to 3.8:1 has a bucket whose aspect ratio differs by at most 2 %.
     """
     pixels = resolution**2
     longest = min(MAX_SIDE, pixels // SIDE_MULTIPLE)
@@ -129,22 +129,22 @@ def fine_table(resolution: int) -> tuple[Bucket, ...]:
 
 
 def choose_bucket(width: int, height: int, table: Sequence[Bucket]) -> Bucket:
-    """The bucket of nearest aspect ratio; between two equally near, the earlier in ``table``.
+    """The bucket with the nearest aspect ratio; of two that are equally near, the first in ``table``.
 
-    Near is a matter of ratios, so of logarithms: 2:1 and 1:2 are equally far from the square.
+    Distance is measured in logarithms of ratios, so 2:1 and 1:2 are equally far from the square.
     """
-    # A difference of logarithms, not the logarithm of a quotient: exactly mirrored for mirrored images.
+    # A difference of logarithms, not the logarithm of a quotient: it only changes its sign if the sides are swapped.
     ratio = math.log(width) - math.log(height)
     return min(table, key=lambda bucket: abs(math.log(bucket.width) - math.log(bucket.height) - ratio))
 
 
 def cover(width: int, height: int, bucket: Bucket) -> Geometry:
-    """Resize to the smallest size of the same aspect that covers ``bucket``, and crop the centre.
+    """Resize to the smallest size of the same aspect ratio that covers ``bucket``, and crop the centre.
 
-    The side that fits exactly is the bucket's own; the other is rounded to the nearest pixel (half up), never below
-    the bucket's.
+    One side gets the bucket's length. The other is rounded to the nearest pixel (half up) and is never shorter than the
+    bucket's.
     """
-    if width * bucket.height >= height * bucket.width:  # wider than the bucket: heights meet, the sides are cut
+    if width * bucket.height >= height * bucket.width:  # wider than the bucket: cut left and right
         resized_width, resized_height = _rounded(width * bucket.height, height), bucket.height
     else:
         resized_width, resized_height = bucket.width, _rounded(height * bucket.width, width)
@@ -160,7 +160,7 @@ def cover(width: int, height: int, bucket: Bucket) -> Geometry:
 
 
 def squash(width: int, height: int, bucket: Bucket) -> Geometry:
-    """Resize all of the image to ``bucket``, cutting nothing."""
+    """Resize the whole image to ``bucket`` and cut nothing."""
     return Geometry(width, height, bucket, bucket.width, bucket.height, left=0, top=0)
 
 
@@ -170,5 +170,5 @@ def _scaled(side: int, resolution: int) -> int:
 
 
 def _rounded(numerator: int, denominator: int) -> int:
-    """numerator / denominator to the nearest integer, half up, without floats."""
+    """numerator / denominator, rounded to the nearest integer, half up, without floats."""
     return (2 * numerator + denominator) // (2 * denominator)

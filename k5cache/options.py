@@ -1,4 +1,4 @@
-"""The options both stages share and those of stage 1, each written once. The docstring under an option is its help."""
+"""Which options has ``[cache]``? Each is written once, and the docstring under it is its help."""
 
 from __future__ import annotations
 
@@ -17,71 +17,72 @@ _SELECTION = (
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """``[cache]``: stage 1, images and captions to shards."""
+    """``[cache]``: how stage 1 encodes images and captions."""
 
     resolution: int = 1024
     """Pixels on the side of the square bucket; the other native buckets are scaled with it. A multiple of 16."""
     buckets: Literal["native", "square"] = "native"
     """``native``: the seven sizes the model was trained at, scaled to ``resolution``. ``square``: one size only."""
     crop: Literal["center", "random", "none"] = "center"
-    """Which part of an image is kept when it has covered its bucket. ``random``: drawn from the image's own bytes, so
-    the same at every encode. ``none``: nothing is cut; the image is resized to the nearest of about 200 buckets of its
-    own aspect (at 1024 to within 2 %) instead of the seven native ones."""
+    """Which part of an image is trained on, after it is resized to cover its bucket. ``random`` depends on the image's
+    bytes, so every encode crops the same part. ``none`` cuts nothing: the image is resized to the nearest of about 200
+    buckets, which at 1024 have its aspect ratio to within 2 %, instead of the seven native ones."""
     flip: bool = False
-    """Each image a second time, mirrored left to right, as an item of its own. Not for faces, hands or writing."""
+    """Add a copy of each image, mirrored left to right, as an item of its own. Not for faces, hands or writing."""
     minimum_image_size: int = 0
-    """Images with a side of fewer pixels are skipped and reported."""
+    """Skip images with a side of fewer pixels, and report them."""
     no_upscale: bool = False
-    """Images smaller than their bucket are skipped and reported; otherwise they are enlarged and reported."""
+    """Skip images smaller than their bucket, and report them. Otherwise they are enlarged, and reported."""
     caption_strategy: Literal["textfile", "filename", "instanceprompt", "metadata"] = "textfile"
-    """Where captions come from. ``textfile``: ``name.txt`` beside ``name.jpg``, one caption a line, a step draws one.
-    ``filename``: the image's name, ``_`` and ``-`` as spaces. ``instanceprompt``: ``instance_prompt`` for every image.
-    ``metadata``: ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name``, as `datasets` defines it.
-    Tables, tars and datasets have captions in a column: ``textfile`` and ``metadata`` both mean ``caption_column``."""
+    """Where captions come from. ``textfile``: ``name.txt`` beside ``name.jpg``, with one caption per line; each step
+    draws one. ``filename``: the image's name, with ``_`` and ``-`` as spaces. ``instanceprompt``: ``instance_prompt``
+    for every image. ``metadata``: ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name``, as
+    `datasets` defines it. In tables, tars and datasets, ``textfile`` and ``metadata`` both mean ``caption_column``."""
     instance_prompt: str | None = None
     """The caption of every image, for ``caption_strategy = "instanceprompt"``."""
     trigger: str | None = None
-    """Put before every caption, with ``, `` between unless it ends in a space: ``sks`` makes ``sks, a cat``."""
+    """Text before every caption, followed by ``, `` unless it ends in a space: ``sks`` gives ``sks, a cat``."""
     caption_column: str | None = None
-    """Of a table, tar or dataset: the column with captions, a string or a list of them; ``json.caption`` for a field of
-    a column. By default ``text``, ``caption``, ``captions``, ``prompt`` or ``txt``, whichever there is."""
+    """For a table, tar or dataset: the column with the caption or a list of captions; ``json.caption`` means a field of
+    a column. The default is ``text``, ``caption``, ``captions``, ``prompt`` or ``txt``, whichever exists."""
     image_column: str | None = None
-    """Of a table, tar or dataset: the column with images, or with their paths relative to the table. By default the one
-    that holds images, or ``image``, ``file_name``, ``image_path``, ``path`` or ``filename``."""
+    """For a table, tar or dataset: the column with images, or with their paths relative to the table. The default is
+    the column that contains images, or ``image``, ``file_name``, ``image_path``, ``path`` or ``filename``."""
     split: str = "train"
-    """Of a dataset; slices as `datasets` writes them: ``train[:1000]``."""
+    """The split of a dataset, or a slice in the notation of `datasets`: ``train[:1000]``."""
     dataset_config: str | None = None
-    """Of a hub dataset that has several."""
+    """The configuration of a hub dataset that has several."""
     max_sequence_length: int = 512
-    """Tokens of a caption that are kept, after the template. The pipeline's own default is 512; at most 1024."""
+    """The maximum number of a caption's tokens, without the template. The rest is cut off. At most 1024; the pipeline's
+    default is 512."""
     posterior: Literal["sample", "mean"] = "sample"
-    """``sample``: store mean and std, each step draws a fresh sample. ``mean``: half the bytes, no sampling."""
+    """``sample`` stores mean and std, and each step draws a fresh sample. ``mean`` takes half the bytes and has no draw."""
     text_encoder_1_precision: TextPrecision = "bf16"
-    """Qwen2.5-VL. Inference runs it in bf16. ``int8`` holds its matrices in 8 bits (7 GB instead of 13): embeddings are
-    then no longer the pipeline's, and by how much is printed."""
+    """Of Qwen2.5-VL, which inference runs in bf16. ``int8`` stores its matrices in 8 bits (7 GB instead of 13). The
+    embeddings then differ from the pipeline's, and the encode prints by how much."""
     text_encoder_2_precision: Precision = "bf16"
-    """CLIP. Inference runs it in bf16."""
+    """Of CLIP, which inference runs in bf16."""
     text_batching: Literal["exact", "fast"] = "exact"
-    """``exact``: a caption a forward, the bits that inference computes for it. ``fast``: captions side by side, never
-    padded; matrix products of another size round differently in the last bits."""
+    """``exact`` encodes captions one by one and gives the same bits as inference. ``fast`` encodes many captions side
+    by side, without padding; the larger matrix products round differently in the last bits."""
     vae_precision: Precision = "fp32"
-    """The VAE. float32 costs little here and is nearest to the true latents."""
+    """Of the VAE. float32 costs little here and is closest to the true latents."""
     shard_mb: int = 256
-    """Megabytes after which a shard is committed, or three minutes: what a crash can lose."""
+    """A shard is committed after this many megabytes or after three minutes. A crash loses only what came after."""
 
     @property
     def framing(self) -> Framing:
-        """Which images are used and which part of each."""
+        """Which images are used, and which part of each."""
         table = fine_table(self.resolution) if self.crop == "none" else bucket_table(self.resolution, self.buckets)
         return Framing(table, self.crop, self.flip, self.minimum_image_size, self.no_upscale)
 
     @property
     def selection(self) -> dict[str, Any]:
-        """For the manifest's recipe: what decides which rows there are, with which crops and captions."""
+        """The options that decide which rows a cache has, with which crops and captions, for the manifest's recipe."""
         return {name: getattr(self, name) for name in _SELECTION}
 
     def check(self) -> list[str]:
-        """What is out of range, one phrase an option."""
+        """What is out of range, one phrase per option."""
         problems = []
         if self.resolution < 64 or self.resolution > 2048 or self.resolution % 16:
             problems.append(f"resolution must be a multiple of 16 from 64 to 2048, found {self.resolution}")
