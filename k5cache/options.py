@@ -56,7 +56,8 @@ class CacheConfig:
     """The maximum number of a caption's tokens, without the template. The rest is cut off. At most 1024; the pipeline's
     default is 512."""
     posterior: Literal["sample", "mean"] = "sample"
-    """``sample`` stores mean and std, and each step draws a fresh sample. ``mean`` takes half the bytes and has no draw."""
+    """``sample`` stores mean and std, and each step draws a fresh sample. ``mean`` stores the mean only: half the
+    bytes, no sampling."""
     text_encoder_1_precision: TextPrecision = "bf16"
     """Of Qwen2.5-VL, which inference runs in bf16. ``int8`` stores its matrices in 8 bits (7 GB instead of 13). The
     embeddings then differ from the pipeline's, and the encode prints by how much."""

@@ -1,7 +1,7 @@
-"""Find a checkpoint: a diffusers-layout folder, or a hub repository of which only the needed parts are fetched.
+"""Where is a checkpoint? In a folder in the diffusers layout, or in a hub repository, of which only parts are fetched.
 
 One short request asks the hub which commit a revision is. What is complete on this machine is not downloaded again. If
-the hub cannot be reached, the download of before is used, and a note says so.
+the hub cannot be reached, the downloaded copy is used, and a note says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     """The local folder of a checkpoint, with ``parts`` (``transformer``, ``vae``, ...) in it.
 
     Raises:
-        ModelError: there is no such folder or repository, it cannot be reached, or it lacks a part.
+        ModelError: there is no such folder or repository, the hub cannot be reached, or a part is missing.
     """
     source = model.source
     folder = Path(source).expanduser()
@@ -41,16 +41,13 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
         if not config.is_file():
             raise ModelError(
                 f"The model folder {folder} lacks {part}/{config.name}",
-                "Give a whole Kandinsky 5 Image repository in the diffusers layout with --model DIR",
+                "Give a complete Kandinsky 5 Image repository in the diffusers layout with --model DIR",
             )
     return folder
 
 
 def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
-    """``model_folder`` without asking the hub: what was last downloaded; None if a part is missing.
-
-    The hub may have a newer revision by now.
-    """
+    """The folder as it is on this machine, without asking the hub for a newer one. None if a part is missing."""
     folder: Path | None = Path(model.source).expanduser()
     if folder and not folder.is_dir():
         folder = _downloaded(model.source, model.revision)
@@ -60,10 +57,10 @@ def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
 
 
 def _downloaded(repo: str, revision: str | None) -> Path | None:
-    """The snapshot of a repository in the hub's own cache on this machine.
+    """The snapshot of a repository in the hub's cache on this machine.
 
-    Its layout is documented (huggingface_hub, "Understand caching"): ``models--owner--name/refs/<branch>`` holds the
-    commit, ``snapshots/<commit>`` the files. ``snapshot_download`` gives the same folder, but asks the hub first.
+    The layout is documented (huggingface_hub, "Understand caching"): ``models--owner--name/refs/<branch>`` contains the
+    commit, and ``snapshots/<commit>`` the files. ``snapshot_download`` returns the same folder but asks the hub first.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -78,10 +75,10 @@ def _downloaded(repo: str, revision: str | None) -> Path | None:
 
 
 def read_config(folder: Path, part: str) -> dict[str, Any]:
-    """``part``'s config as plain values.
+    """The config of ``part``.
 
     Raises:
-        ModelError: it is not JSON.
+        ModelError: it cannot be read or is not JSON.
     """
     path = folder / part / _CONFIG_OF.get(part, "config.json")
     try:
@@ -92,10 +89,10 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files of one part, by name. All files that its index names are there.
+    """The safetensors files of one part, in the order of their names.
 
     Raises:
-        ModelError: there is none, or one named in the index is missing.
+        ModelError: there is none, or a file that the index names is missing.
     """
     files = sorted((folder / part).glob("*.safetensors"))
     if not files:
@@ -112,41 +109,44 @@ def weight_files(folder: Path, part: str) -> list[Path]:
 
 
 def _from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
-    """The snapshot of the revision that the hub has now, or of the one that was last downloaded."""
+    """The snapshot of the revision that the hub has now. If the hub cannot be reached, the one on this machine."""
     from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    here = _downloaded(repo, revision)
-    lacking = _lacking(here, parts) if here else ""
-    # The parent of all that httpx raises, whichever httpx the hub's client has: no route, no name, a timeout, a proxy.
+    snapshot = _downloaded(repo, revision)
+    missing = _missing_file(snapshot, parts) if snapshot else ""
+    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
     http_error: Any = HfHubHTTPError.__mro__[1]
     unreachable = (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
     try:
-        if here and not lacking:
-            commit = revision if revision == here.name else model_info(repo, revision=revision, timeout=10).sha
-            if commit == here.name:
-                return here
+        if snapshot and not missing:
+            commit = revision if revision == snapshot.name else model_info(repo, revision=revision, timeout=10).sha
+            if commit == snapshot.name:
+                return snapshot
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)])
         )
     except unreachable as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        if here and not lacking:
+        if snapshot and not missing:
             if not HF_HUB_OFFLINE:
-                note(f"{repo} as last downloaded, commit {here.name[:8]}: the hub cannot be asked ({reason})")
-            return here
+                note(
+                    f"Using the downloaded copy of {repo} (commit {snapshot.name[:8]}): cannot reach the hub to check "
+                    f"for a newer one ({reason})"
+                )
+            return snapshot
+        state = f"is incomplete on this machine ({missing} is missing)" if snapshot else "is not on this machine"
         raise ModelError(
-            f"The model {repo} is not on this machine{f' as a whole: {lacking} is missing' if here else ''}, "
-            f"and cannot be downloaded ({reason})",
+            f"The model {repo} {state} and cannot be downloaded ({reason})",
             "Connect to the hub once, or give a local folder with --model DIR",
         ) from error
 
 
-def _lacking(folder: Path, parts: tuple[str, ...]) -> str:
-    """What a download that was interrupted, or that was of other parts, has not brought; "" where it is whole.
+def _missing_file(folder: Path, parts: tuple[str, ...]) -> str:
+    """The first file that is missing, because a download was interrupted or was of other parts; "" if none is.
 
-    The hub's client puts a file into a snapshot when all of it is there.
+    A file that is in a snapshot is complete: the hub's client puts it there last.
     """
     for part in parts:
         config = folder / part / _CONFIG_OF.get(part, "config.json")

@@ -1,4 +1,4 @@
-"""Two computations of one thing: how far apart are they, and where do they first differ? Shared by both selftests."""
+"""How far apart are two computations of the same thing, and where do they first differ? Both selftests use this."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Comparison:
     """One line of a selftest."""
 
     what: str
-    """Ours."""
+    """What we compute."""
     against: str
     """The reference."""
     result: Result
     difference: float | None = None
     """Largest absolute difference of two elements."""
     relative: float | None = None
-    """Norm of the difference over the norm of the reference, the largest of all tensors compared."""
+    """Norm of the difference divided by the norm of the reference; the largest of all tensors compared."""
     allowed: float = 0.0
-    """What ``relative`` may be at most; 0: bit for bit."""
+    """The largest ``relative`` that passes; 0 allows only the same bits."""
     note: str = ""
-    """The first thing that differs, or why nothing was run."""
+    """The first thing that differs, or why the comparison was not run."""
 
     @property
     def is_failed(self) -> bool:
@@ -51,8 +51,8 @@ def compare(
     """Compare tensors pairwise.
 
     Args:
-        pairs: name, ours, the reference; on any devices. Values are compared, not dtypes.
-        allowed: the largest relative norm of a difference that is rounding. 0: bit for bit.
+        pairs: name, our tensor and the reference, on any devices. Values are compared, not dtypes.
+        allowed: the largest relative norm of a difference that counts as rounding. 0 allows only the same bits.
     """
     difference = relative = 0.0
     first, first_wrong = "", ""
@@ -62,64 +62,66 @@ def compare(
             note = f"{name} is {list(a.shape)} instead of {list(b.shape)}"
             return Comparison(what, against, "DIFFERS", allowed=allowed, note=note)
         off = (a - b).abs()
-        off = off.where(off == off, float("inf"))  # a NaN on one side or both is no agreement
+        off = off.where(off == off, float("inf"))  # a NaN on either side is a difference, also if both have it
         norm = float(off.norm() / b.norm()) if b.any() else float(off.norm())
         difference, relative = max(difference, float(off.max())), max(relative, norm)
         if norm != 0:
             first = first or _where(name, a, b, off)
-        if not norm <= allowed:  # NaN is not
+        if not norm <= allowed:  # also if the norm is NaN
             first_wrong = first_wrong or _where(name, a, b, off)
     result: Result = "DIFFERS" if first_wrong else "rounding" if first else "same bits"
     return Comparison(what, against, result, difference, relative, allowed, first_wrong or first)
 
 
 def check(what: str, against: str, problem: str) -> Comparison:
-    """A comparison of facts: ``problem`` says what differs, or is empty."""
+    """A comparison of facts instead of tensors. ``problem`` says what differs, or is empty."""
     return Comparison(what, against, "DIFFERS" if problem else "same bits", note=problem)
 
 
-def not_run(what: str, against: str, why: str) -> Comparison:
-    """A comparison that could not be made here."""
-    return Comparison(what, against, "not run", note=why)
+def not_run(what: str, against: str, reason: str) -> Comparison:
+    """A comparison that cannot be run here."""
+    return Comparison(what, against, "not run", note=reason)
 
 
 def print_comparisons(title: str, comparisons: Sequence[Comparison]) -> bool:
-    """The table, then what differs first. Returns whether everything passes."""
+    """Print the table, then the first difference. Returns whether everything passes."""
     table = console.table(title, "what", "compared with", "max diff", "relative", "result",
                           numbers=("max diff", "relative"))  # fmt: skip
-    for one in comparisons:
+    for row in comparisons:
         table.add_row(
-            Text(one.what),
-            Text(one.against),
-            "" if one.difference is None else f"{one.difference:.2g}",
-            "" if one.relative is None else f"{one.relative:.2g}",
-            Text(one.result, style=_STYLES[one.result]),
+            Text(row.what),
+            Text(row.against),
+            "" if row.difference is None else f"{row.difference:.2g}",
+            "" if row.relative is None else f"{row.relative:.2g}",
+            Text(row.result, style=_STYLES[row.result]),
         )
     console.out.print(table)
-    for one in comparisons:
-        if one.result == "not run":
-            console.out.print(Text(f"not run: {one.what}: {one.note}", style="dim"))
-    failed = [one for one in comparisons if one.is_failed]
-    if failed:
-        allowed = (
-            f" ({failed[0].relative:.2g} of the norm, {failed[0].allowed:.2g} allowed)" if failed[0].relative else ""
+    for row in comparisons:
+        if row.result == "not run":
+            console.out.print(Text(f"not run: {row.what}: {row.note}", style="dim"))
+    first_failed = next((row for row in comparisons if row.is_failed), None)
+    if first_failed:
+        norms = (
+            f" ({first_failed.relative:.2g} of the norm, {first_failed.allowed:.2g} allowed)"
+            if first_failed.relative
+            else ""
         )
         console.out.print(
-            Text(f"The first that differs: {failed[0].what}: {failed[0].note}{allowed}", style="bold red")
+            Text(f"The first difference: {first_failed.what}: {first_failed.note}{norms}", style="bold red")
         )
         return False
-    run = [one for one in comparisons if one.result != "not run"]
-    exact = sum(one.result == "same bits" for one in run)
-    console.out.print(Text(f"All {len(run)} comparisons pass, {exact} of them bit for bit", style="green"))
+    results = [row.result for row in comparisons if row.result != "not run"]
+    num_exact = results.count("same bits")
+    console.out.print(Text(f"All {len(results)} comparisons pass, {num_exact} of them bit for bit", style="green"))
     return True
 
 
 def _where(name: str, ours: torch.Tensor, theirs: torch.Tensor, off: torch.Tensor) -> str:
-    """The first element that differs, by name and place."""
+    """The first element that differs: its tensor, its indices and both values."""
     flat = int((off.flatten() != 0).nonzero()[0])
-    place, rest = [], flat
+    indices, rest = [], flat
     for side in reversed(off.shape):
-        place.append(rest % side)
+        indices.append(rest % side)
         rest //= side
-    at = f" at {list(reversed(place))}" if place else ""
+    at = f" at {list(reversed(indices))}" if indices else ""
     return f"{name}{at} is {float(ours.flatten()[flat]):.6g} instead of {float(theirs.flatten()[flat]):.6g}"

@@ -1,4 +1,4 @@
-"""What a person sees: stdout is the result, stderr is progress and errors. Shared by both command lines."""
+"""What does the user see? The result on stdout, progress and errors on stderr. Both command lines use this."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def run(app: Callable[[], object]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
-        problem, fix = _OF_THE_DISK[error.errno]
+        problem, fix = _DISK_ERRORS[error.errno]
         print_error(f"{problem}: {error.filename}" if error.filename else problem, fix)
         sys.exit(2)
     sys.exit(0)
@@ -64,11 +64,11 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-_KEPT = "and run the same command again: what was finished is kept"
-_OF_THE_DISK: dict[int | None, tuple[str, str]] = {
-    errno.ENOSPC: ("The disk is full while writing", f"Free some space {_KEPT}"),
-    errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space {_KEPT}"),
-    errno.EFBIG: ("A file is larger than this system allows", f"Raise `ulimit -f` or use another disk, {_KEPT}"),
+_RETRY = "and run the same command again: what was finished is kept"
+_DISK_ERRORS: dict[int | None, tuple[str, str]] = {
+    errno.ENOSPC: ("The disk is full while writing", f"Free some space {_RETRY}"),
+    errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space {_RETRY}"),
+    errno.EFBIG: ("A file is larger than this system allows", f"Raise `ulimit -f` or use another disk, {_RETRY}"),
     errno.EACCES: ("There is no permission for", "Use another folder, or change its permissions"),
     errno.EPERM: ("There is no permission for", "Use another folder, or change its permissions"),
     errno.EROFS: ("The disk is read-only", "Write to another folder"),
@@ -162,9 +162,9 @@ def progress() -> Progress:
 
 
 @contextmanager
-def doing(bars: Progress | None, what: str) -> Iterator[None]:
-    """Show ``what`` beside a spinner while the block runs."""
-    task = bars.add_task(what, total=None, unit="", note="") if bars else None
+def doing(bars: Progress | None, activity: str) -> Iterator[None]:
+    """Show ``activity`` beside a spinner while the block runs."""
+    task = bars.add_task(activity, total=None, unit="", note="") if bars else None
     try:
         yield
     finally:

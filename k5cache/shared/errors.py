@@ -25,11 +25,11 @@ class K5Error(Exception):
 
 
 class RecipeError(K5Error):
-    """A recipe or an option is misspelt, of the wrong type or out of range."""
+    """A recipe or an option is misspelt, has the wrong type or is out of range."""
 
 
 class DatasetError(K5Error):
-    """The source of images cannot be used at all (a single bad item is skipped and reported instead)."""
+    """The source of images cannot be used at all. (A single bad image is skipped and reported instead.)"""
 
 
 class ModelError(K5Error):
@@ -37,7 +37,7 @@ class ModelError(K5Error):
 
 
 class CacheError(K5Error):
-    """A folder is not a cache, or not one that can be used here."""
+    """A folder is not a cache, or the cache cannot be used here."""
 
 
 class CacheCorrupt(CacheError):
@@ -53,7 +53,7 @@ class CacheLocked(CacheError):
 
 
 class RunError(K5Error):
-    """A training run cannot start, go on or be read."""
+    """A training run cannot start, continue or be read."""
 
 
 class DoesNotFit(K5Error):

@@ -1,4 +1,4 @@
-"""How a file appears whole or not at all: a temporary name, fsync, a rename, and an fsync of the folder."""
+"""How does a file appear either whole or not at all? Write under a temporary name, fsync, rename, fsync the folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TEMPORARY = ".tmp-"
 
 
 class NewFile:
-    """A file being written under a temporary name; ``commit`` gives it its own. Hashes what passes through.
+    """A file that is written under a temporary name until ``commit`` gives it its real name. Hashes what is written.
 
-    It has the methods that ``pyarrow.PythonFile`` asks for. Bytes go straight to the descriptor, so a full disk
-    raises in ``write`` or ``commit``, never later.
+    It has the methods that ``pyarrow.PythonFile`` needs. It does not buffer, so a full disk raises an error in
+    ``write`` or ``commit``, never later.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,13 +27,13 @@ class NewFile:
         self.path = folder / f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
-        self.parts: list[Any] = []  # more hashes to feed, swapped by the owner as it goes
-        self.closed = False  # for Arrow, which writes a footer even into a file that is let go
+        self.parts: list[Any] = []  # more hashes to update; the owner replaces them for each part of the file
+        self.closed = False  # Arrow asks for it, and writes a footer even into a file that is discarded
         self._is_pending = True
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def write(self, data: bytes) -> int:
-        """Append. What arrives after ``discard`` is dropped."""
+        """Append ``data``. Does nothing after ``discard``."""
         if self._fd < 0:
             return len(data)
         rest = memoryview(data)
@@ -51,13 +51,13 @@ class NewFile:
         return self.num_bytes
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: there is no buffer."""
 
     def close(self) -> None:
-        """Arrow closes its sinks; ours stays open until ``commit`` or ``discard``."""
+        """Do nothing: Arrow closes its sinks, but this one stays open until ``commit`` or ``discard``."""
 
     def commit(self, path: Path) -> None:
-        """Make the bytes durable, then visible as ``path``."""
+        """Make the bytes durable, then give the file the name ``path``."""
         with self._named_in_errors():
             os.fsync(self._fd)
         os.close(self._fd)
@@ -67,7 +67,7 @@ class NewFile:
         sync_folder(path.parent)
 
     def discard(self) -> None:
-        """Leave nothing behind. Does nothing after ``commit``."""
+        """Delete the temporary file. Does nothing after ``commit``."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -80,13 +80,13 @@ class NewFile:
         try:
             yield
         except OSError as error:
-            error.filename = str(self.path)  # the console says where the disk is full
+            error.filename = str(self.path)  # so that the error says which disk is full
             raise
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[NewFile]:
-    """``with new_file(path) as file: file.write(...)``: ``path`` is there, whole, after the block, or untouched."""
+    """``with new_file(path) as file: file.write(...)`` writes all of ``path``; after an error ``path`` is unchanged."""
     file = NewFile(path.parent)
     try:
         yield file
@@ -96,7 +96,7 @@ def new_file(path: Path) -> Iterator[NewFile]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, as far as its file system can: some network and FUSE mounts refuse."""
+    """Make a rename in ``folder`` durable, if its file system can: some network and FUSE mounts refuse."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -108,16 +108,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the bytes of a file that something else wrote durable."""
+    """Make a file durable that a library has written."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, for libraries that want a path; then put it in place.
+    """Let ``write`` fill a temporary file beside ``path``, then rename it. For libraries that need a path to write to.
 
-    The temporary files of processes that were killed are removed. Of several processes that write the same file at
-    once, the last to end wins.
+    Temporary files of processes that were killed are deleted. If several processes write the same file at once, the
+    last to finish wins.
     """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     for leftover in path.parent.iterdir():
@@ -128,7 +128,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read: ComfyUI runs as another user
+        temporary.chmod(mode)  # safetensors makes files that other users cannot read, for example a ComfyUI server
         sync_file(temporary)
         temporary.replace(path)
     except BaseException:
@@ -138,13 +138,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """``value`` as an indented JSON file, whole or not at all."""
+    """Write ``value`` as an indented JSON file, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether another process of this number is running."""
+    """Whether another process with this number is running."""
     if pid == os.getpid():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Fingerprints: which weights, config or vocabulary are these? By content, never by name, in well under a second."""
+"""Fingerprints: which weights, config or vocabulary are these? The content says it, in well under a second."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from k5cache.shared.checkpoint import read_config, weight_files
 from k5cache.shared.errors import ModelError
 
 WHOLE_BELOW = 64 * 2**20
-"""Bytes of tensors in a part under which every byte is hashed."""
+"""Every byte is hashed if the tensors of a part have fewer bytes than this."""
 PROBE_BYTES = 4096
-"""One page: a disk reads no less."""
+"""One page, the least that a disk reads."""
 NUM_PROBES = 8
-"""Probes a tensor, evenly spaced, the first and the last byte among them."""
-# Of a tokenizer, the files that decide ids. tokenizer.json, where there is one, holds the vocabulary and the merges.
+"""Probes per tensor, evenly spaced, from its first byte to its last."""
+
+# The files of a tokenizer that decide ids. If there is a tokenizer.json, it has the vocabulary and the merges.
 _TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json")
 _SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_class", "chat_template", "architectures"})
@@ -26,7 +27,7 @@ _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_clas
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a safetensors file has one tensor: its bytes are ``[start, start + num_bytes)`` of ``path``."""
+    """Where one tensor is in a safetensors file: in the bytes ``[start, start + num_bytes)`` of ``path``."""
 
     name: str
     dtype: str
@@ -37,18 +38,18 @@ class StoredTensor:
 
 
 def fingerprint(folder: Path, part: str) -> str:
-    """What identifies one part of a checkpoint (``text_encoder``, ``vae``, ``tokenizer``, ...), 32 hex digits.
+    """A hash that identifies one part of a checkpoint (``text_encoder``, ``vae``, ``tokenizer``, ...): 32 hex digits.
 
-    Weights: the config without names and versions, and for each tensor its name, dtype, shape and bytes. All bytes
-    where the part is under 64 MiB; above that, eight pages of 4 KiB evenly spaced through each tensor (all of a tensor
-    under 32 KiB). How the tensors are spread over files does not matter.
+    For weights it covers the config without names and versions, and the name, dtype, shape and bytes of each tensor. A
+    part under 64 MiB is read completely. In a larger part, eight pages of 4 KiB are sampled evenly from each tensor,
+    and a tensor under 32 KiB is read completely. It does not matter how the tensors are spread over files.
 
-    What sampling cannot see: a change that leaves every sampled page as it was, such as a few elements edited by hand
-    in a large matrix, or a flipped bit. Training, merging, casting and quantising change nearly every element and are
-    seen. Of Qwen2.5-VL-7B 13 of 16,492 MB are looked at, at least 0.003 % of every tensor, in 0.13 s
-    with the pages in memory.
+    Sampling does not see a change that leaves every sampled page as it was, such as a few elements edited by hand in a
+    large matrix, or a flipped bit. It does see training, merging, casting and quantising, which change nearly every
+    element. Of Qwen2.5-VL-7B, 13 of 16,492 MB are sampled, at least 0.003 % of every tensor. This takes 0.13 s with the
+    pages in memory.
 
-    Tokenizers: the bytes of the files that decide ids. Anything else (``scheduler``): the config.
+    For a tokenizer it covers the files that decide ids, and for anything else (``scheduler``) the config.
 
     Raises:
         ModelError: a file is missing, damaged or cut short.
@@ -66,22 +67,22 @@ def fingerprint(folder: Path, part: str) -> str:
 
 
 def _feed(digest: Any, *fields: bytes) -> None:
-    """Length before content, so that no two lists of fields read the same."""
+    """Hash each field with its length before it, so that no two lists of fields give the same bytes."""
     for field in fields:
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)
 
 
 def _canonical(config: dict[str, Any]) -> bytes:
-    """A config as bytes without what a re-save changes: names, versions, the dtype it was loaded in."""
+    """A config as bytes, without what changes if it is saved again: names, versions, the dtype it was loaded in."""
 
-    def keep(key: str) -> bool:
-        private = key.startswith("_") and key != "_class_name"
-        return not (private or key.endswith("_version") or key in _IRRELEVANT)
+    def is_relevant(key: str) -> bool:
+        is_private = key.startswith("_") and key != "_class_name"
+        return not (is_private or key.endswith("_version") or key in _IRRELEVANT)
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if keep(k)}
+            return {k: strip(v) for k, v in value.items() if is_relevant(k)}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     return json.dumps(strip(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -93,10 +94,10 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """Every tensor of a safetensors file: 8 bytes of length, that much JSON, then the data.
+    """Where every tensor of a safetensors file is. Such a file has 8 bytes of length, that much JSON, then the data.
 
     Raises:
-        ModelError: it is not one, or it ends before its last tensor does.
+        ModelError: it is not a safetensors file, or it ends before its last tensor.
     """
     try:
         with path.open("rb") as file:
@@ -118,13 +119,13 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 def _sample(tensors: list[StoredTensor]) -> list[bytes]:
-    """The sampled bytes of each tensor, or for a small part the sha256 of all of them."""
-    whole = sum(t.num_bytes for t in tensors) < WHOLE_BELOW
+    """The sampled bytes of each tensor, or in a small part the sha256 of all of its bytes."""
+    is_small = sum(t.num_bytes for t in tensors) < WHOLE_BELOW
     files = {path: os.open(path, os.O_RDONLY) for path in {t.path for t in tensors}}
 
     def read(tensor: StoredTensor) -> bytes:
         descriptor, size = files[tensor.path], tensor.num_bytes
-        if whole:
+        if is_small:
             return hashlib.sha256(os.pread(descriptor, size, tensor.start)).digest()
         if size <= NUM_PROBES * PROBE_BYTES:
             return os.pread(descriptor, size, tensor.start)
@@ -133,11 +134,11 @@ def _sample(tensors: list[StoredTensor]) -> list[bytes]:
 
     try:
         for descriptor in files.values():
-            if hasattr(os, "posix_fadvise") and not whole:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: 128 KiB a probe
-        if whole:
+            if hasattr(os, "posix_fadvise") and not is_small:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # read-ahead would read 128 KiB per probe
+        if is_small:
             return [read(tensor) for tensor in tensors]
-        from concurrent.futures import ThreadPoolExecutor  # 10 ms that a small part can do without
+        from concurrent.futures import ThreadPoolExecutor  # imported here because it takes 10 ms
 
         with ThreadPoolExecutor(8) as pool:  # a cold disk answers eight reads in the time of one
             return list(pool.map(read, tensors))

@@ -1,4 +1,4 @@
-"""How much host memory is there? One stage parks hidden states in it, the other streams weights from it."""
+"""How much host memory is free? One stage keeps hidden states in it, the other streams weights from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def free_ram(root: Path = Path("/")) -> int:
 
 
 def _container_room(root: Path) -> Iterator[int]:
-    """Bytes that each memory limit leaves, this process's cgroup first, then those around it; infinity at the end."""
+    """Bytes that each memory limit leaves: of this process's cgroup and of those around it. 2**62 at the end."""
     names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
     try:
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]

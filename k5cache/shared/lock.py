@@ -1,4 +1,4 @@
-"""How one process at a time writes a folder: a lock that the kernel frees when its process ends, however it ends."""
+"""How does only one process at a time write a folder? With a lock that the kernel frees when its process ends."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Locked(Exception):
 
 @contextmanager
 def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``, which is made if it is not there and never removed.
+    """Have an exclusive lock on the file ``path`` until the end of the block. The file is created if it does not exist.
 
-    The file says who has the lock, as JSON: pid, host and since.
+    It says who has the lock, as JSON: pid, host and since. It stays when the lock is released.
 
     Raises:
         Locked: another process had the lock for all of ``wait_seconds``.
@@ -59,5 +59,5 @@ def _owner(fd: int) -> str:
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not said yet who it is
+    except (ValueError, KeyError, TypeError):  # it has the lock but has not written yet who it is
         return "another process"

@@ -1,4 +1,4 @@
-"""Which Kandinsky 5 Image: the options of ``[model]``, its published names, and the prompts both stages need."""
+"""Which Kandinsky 5 Image is used, and which prompts do both stages need? The options of ``[model]`` are here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class ModelConfig:
     """``[model]``: which Kandinsky 5 Image, for both stages."""
 
     flavour: Flavour = "t2i-lite-sft"
-    """Which published checkpoint. T2I and its pretrain share their encoders, so one cache serves both."""
+    """The published checkpoint. ``t2i-lite-sft`` and ``t2i-lite-pretrain`` have the same encoders, so one cache serves
+    both."""
     path: str | None = None
-    """A folder in the diffusers layout, or another hub repository, instead of the flavour's own."""
+    """A folder in the diffusers layout, or another hub repository, instead of the flavour's."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository. A cache notes it, for runs that name no model."""
+    """Branch, tag or commit of the hub repository. A cache stores it for runs that name no model."""
 
     @property
     def source(self) -> str:
@@ -38,8 +39,8 @@ class ModelConfig:
 
 def model_of(recipe: Mapping[str, Any]) -> ModelConfig:
     """The model that a cache was made with, from the recipe in its manifest."""
-    made_by = recipe.get("model", {})
-    path, flavour, revision = str(made_by.get("source", "")), made_by.get("flavour"), made_by.get("revision")
+    model = recipe.get("model", {})
+    path, flavour, revision = str(model.get("source", "")), model.get("flavour"), model.get("revision")
     return ModelConfig(
         flavour if flavour in FLAVOURS else "t2i-lite-sft",
         path if path not in FLAVOURS.values() else None,
@@ -48,20 +49,19 @@ def model_of(recipe: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_name(recipe: Mapping[str, Any]) -> str:
-    """The same in words: where it came from, and at which revision if that was pinned."""
+    """The model that a cache was made with, for a message: its source, and its revision if that was pinned."""
     source, revision = str(recipe.get("model", {}).get("source", "unknown")), model_of(recipe).revision
     return f"{source} at {revision}" if revision else source
 
 
 def validation_prompts(document: dict[str, Any]) -> tuple[str, ...]:
-    """Prompts that stage 2 will sample, read off ``[train.validation]`` so that stage 1 encodes them.
+    """The prompts that stage 2 draws, read from ``[train.validation]`` so that stage 1 encodes them.
 
     Returns:
-        ``prompts``, ``negative_prompt`` and the ``prompt_library``'s in order, without repeats; the empty prompt always
-        among them.
+        The empty prompt, ``negative_prompt``, ``prompts`` and those of ``prompt_library``, without repeats.
 
     Raises:
-        RecipeError: they are not strings. The other keys of ``[train]`` are stage 2's to check.
+        RecipeError: they are not strings. Stage 2 checks the other keys of ``[train]``.
     """
     train = document.get("train", {})
     validation = train.get("validation", {}) if isinstance(train, dict) else {}
@@ -82,7 +82,7 @@ def prompt_library(path: Path) -> tuple[str, ...]:
     """The prompts of a JSON file: a list of strings, or an object of names to prompts.
 
     Raises:
-        RecipeError: there is no such file, or it holds something else.
+        RecipeError: there is no such file, or it contains something else.
     """
     fix = 'Write it like ["a red bicycle"] or {"bicycle": "a red bicycle"}'
     try:
@@ -93,5 +93,5 @@ def prompt_library(path: Path) -> tuple[str, ...]:
         raise RecipeError(f"train.validation.prompt_library: {path} is not JSON: {error}", fix) from error
     prompts = list(document.values()) if isinstance(document, dict) else document
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise RecipeError(f"train.validation.prompt_library: {path} holds something other than prompts", fix)
+        raise RecipeError(f"train.validation.prompt_library: {path} is not a list of prompts", fix)
     return tuple(prompts)

@@ -1,6 +1,6 @@
-"""A recipe: one TOML file is a whole run. Strict: every problem is named, all at once, with the nearest name.
+"""How does a recipe, a TOML file, become options? All problems are named at once, with the nearest name for a typo.
 
-A schema is a frozen dataclass; this file turns TOML tables into it and back. It knows no option by name.
+A schema is a frozen dataclass. This file turns TOML tables into schemas and back, and knows no option by name.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from k5cache.shared.errors import RecipeError
 
 T = TypeVar("T")
 Document = dict[str, Any]
+_BAD: Any = object()
+"""What a conversion returns when it has noted a problem."""
 
 
 def read(path: Path | None, overrides: list[str], tables: tuple[str, ...] = ("model", "cache", "train")) -> Document:
-    """Read a recipe and lay ``--set table.key=value`` over it.
+    """Read a recipe and apply ``--set table.key=value`` to it.
 
     Args:
-        path: a TOML file; None means all defaults.
-        overrides: ``table.key=value``; the value is read as TOML, and as a plain string where it is not TOML.
+        path: a TOML file. None means all defaults.
+        overrides: ``table.key=value``. The value is read as TOML, or as a plain string if it is not TOML.
         tables: the top-level tables that exist.
 
     Raises:
@@ -44,7 +46,7 @@ def read(path: Path | None, overrides: list[str], tables: tuple[str, ...] = ("mo
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not valid TOML: {error}", "Mend that line; see https://toml.io") from error
+            raise RecipeError(f"{path} is not valid TOML: {error}", "Correct that line; see https://toml.io") from error
     for override in overrides:
         set_option(document, override)
     problems = [_unknown("table", name, tables) for name in document if name not in tables]
@@ -57,19 +59,19 @@ def parse(document: Document, schemas: dict[str, type[Any]], path: Path | None =
     """Turn the tables of a document into their dataclasses, in the order of ``schemas``.
 
     Raises:
-        RecipeError: unknown keys (with the nearest name), wrong types, values refused by a schema's ``check`` method.
+        RecipeError: unknown keys (with the nearest name), wrong types, values that a schema's ``check`` refuses.
     """
     problems: list[str] = []
     parsed = [_build(schema, document.get(name, {}), name, problems) for name, schema in schemas.items()]
     if problems:
         raise RecipeError(
-            _join(problems, path), "Mend the recipe or the --set option; every option is listed by `k5train options`"
+            _join(problems, path), "Correct the recipe or the --set option; `k5train options` lists every option"
         )
     return parsed
 
 
 def to_dict(config: Any) -> Document:
-    """The inverse of ``parse`` for one table: plain TOML values, unset (None) keys left out."""
+    """The inverse of ``parse`` for one table: plain TOML values, without keys that are unset (None)."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -82,7 +84,7 @@ def to_dict(config: Any) -> Document:
 
 
 def to_toml(document: Document) -> str:
-    """A document as TOML text that ``read`` reads back to the same values."""
+    """A document as TOML text, from which ``read`` gives the same values."""
     lines: list[str] = []
 
     def emit(table: Document, name: str) -> None:
@@ -124,7 +126,7 @@ def _toml_value(value: Any) -> str:
 
 
 def set_option(document: Document, override: str) -> None:
-    """Lay one ``table.key=value`` over a document, in place.
+    """Apply one ``table.key=value`` to a document, in place.
 
     Raises:
         RecipeError: it is not ``table.key=value``.
@@ -149,11 +151,13 @@ def set_option(document: Document, override: str) -> None:
 
 
 def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
+    """A table as its dataclass, with problems added to ``problems``; then the result must not be used."""
     if not isinstance(table, dict):
         problems.append(f"[{where}] must be a table, found {_shown(table)}")
         return schema()
     hints = typing.get_type_hints(schema)
-    names = [f.name for f in dataclasses.fields(typing.cast(Any, schema))]
+    options = dataclasses.fields(typing.cast(Any, schema))
+    names = tuple(option.name for option in options)
     values: dict[str, Any] = {}
     removed = getattr(schema, "removed", {})
     for key, value in table.items():
@@ -162,13 +166,13 @@ def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
             if isinstance(value, bool) != isinstance(value_of_old_recipes, bool) or value != value_of_old_recipes:
                 problems.append(f"{where}.{key} {reason}")
         elif key not in names:
-            problems.append(f"[{where}] {_unknown('key', key, tuple(names))}")
+            problems.append(f"[{where}] {_unknown('key', key, names)}")
         else:
             converted = _convert(hints[key], value, f"{where}.{key}", problems)
             if converted is not _BAD:
                 values[key] = converted
-    missing = [f.name for f in dataclasses.fields(typing.cast(Any, schema)) if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]  # fmt: skip
+    required = [o.name for o in options if o.default is o.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
     if missing:
         problems += [f"{where}.{name} is required" for name in missing if name not in table]
         return typing.cast(T, None)
@@ -179,11 +183,8 @@ def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
     return config
 
 
-_BAD: Any = object()
-
-
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """``value`` as type ``hint``, or _BAD with a problem noted."""
+    """``value`` as type ``hint``; or _BAD, with a problem added to ``problems``."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_to_either(hint, value, where, problems)
@@ -207,7 +208,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 
 def _convert_to_either(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """The first type of a union that takes the value; ``X | None`` reports what is wrong with it as an X."""
+    """The value as the first type of a union that accepts it. For ``X | None`` the problems are those with X."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     for option in options:
         attempt: list[str] = []
@@ -231,7 +232,7 @@ def _convert_to_choice(hint: Any, value: Any, where: str, problems: list[str]) -
 
 
 def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[str]) -> Any:
-    """A list of any length as ``tuple[X, ...]``, or of a given one as ``tuple[X, Y]``."""
+    """A list as ``tuple[X, ...]``, or a list of a given length as ``tuple[X, Y]``."""
     hints = typing.get_args(hint)
     if hints[-1] is Ellipsis:
         hints = (hints[0],) * len(values)
@@ -276,7 +277,7 @@ def _join(problems: list[str], path: Path | None) -> str:
 
 
 def document_options(schemas: dict[str, type[Any]]) -> str:
-    """Every option with its default and its help, as TOML text to copy from; options unset by default are comments."""
+    """Every option with its default and its help, as TOML text to copy from. Options without a default are comments."""
     lines: list[str] = []
     for name, schema in schemas.items():
         _document(schema, name, lines)
