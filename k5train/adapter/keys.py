@@ -121,4 +121,4 @@ def _peft_config(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     try:
         return dict(json.loads(beside.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise RunError(f"{beside} cannot be read: {error}", "Mend it, or move the LoRA to another folder") from error
+        raise RunError(f"{beside} cannot be read: {error}", "Correct it, or move the LoRA to another folder") from error
