@@ -74,7 +74,7 @@ def test_a_run_ends_at_the_row_with_a_flipped_bit_and_after_a_repair_goes_on_as_
     done = run(cli, toy_model, "runs/set")
     assert done.code == 2, done.out + done.err
     assert f"cache/set/{name}: its bytes are not those that were written" in done.err
-    assert "--repair encodes only that again" in done.err
+    assert "--repair encodes only what is damaged" in done.err
     assert not (tmp_path / "runs/set/set.safetensors").exists()
     metrics = tmp_path / "runs/set/metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
