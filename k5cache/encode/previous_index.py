@@ -81,7 +81,7 @@ class PreviousIndex:
 
 
 def captions_hash(item: SourceItem) -> str:
-    """What an index row keeps of the raw captions: while it is the same, the row's ``caption_keys`` hold."""
+    """A hash of the raw captions, kept in the index. If it is unchanged, the row's ``caption_keys`` are still valid."""
     return hashlib.sha256("\0".join(item.captions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -1,7 +1,7 @@
 """The text encoders over every new caption: CLIP first, then Qwen, which writes each row.
 
-One encoder is loaded at a time and freed before the next. Captions go in chunks, each committed when it is done, so
-that neither memory nor what a crash costs grows with their number.
+One encoder is loaded at a time and freed before the next. Captions are encoded in chunks, and each is committed
+when it is done: more captions need no more memory, and a crash loses no more work.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _encode_prompts(
     from k5cache.encoders import qwen
     from k5cache.encoders.pipeline import pipeline_template
 
-    pipeline_template()  # imports diffusers, whose lazy modules break when two threads are the first to ask
+    pipeline_template()  # imports diffusers: its lazy imports fail if two threads trigger them at once
     tokenizer = qwen.load_tokenizer(job.folder)
     truncated: list[tuple[str, int]] = []
     progress_bar = job.progress_bar("loading Qwen2.5-VL", len(text_jobs), "caption")
@@ -141,7 +141,7 @@ def _load_qwen(job: Job, plan: memory_plan.TextPlan, first_chunk: Callable[[], A
         tokens = first_chunk()[1][:_INT8_ERROR_CAPTIONS]
         error = streaming.int8_error(encoder, tokens)
         console.note(
-            f"The text encoder in int8 gives embeddings {error:.2%} off those in bf16 (of {len(tokens)} captions)"
+            f"The text encoder in int8 gives embeddings that differ from bf16 by {error:.2%} ({len(tokens)} captions)"
         )
         if is_streamed:
             return encoder

@@ -92,7 +92,7 @@ def _arrived(tag: _Tag, host: torch.Tensor, copied: Any) -> tuple[_Tag, torch.Te
 
 
 def record_event() -> Any:
-    """A ``torch.cuda.Event`` of now on the current stream; waiting for it sleeps instead of spinning."""
+    """Record a ``torch.cuda.Event`` on the current stream. Waiting for it sleeps instead of spinning."""
     import torch
 
     cuda: Any = torch.cuda

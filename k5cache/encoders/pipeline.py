@@ -64,7 +64,7 @@ def pipeline_token_ids(tokenizer: Any, caption: str, max_sequence_length: int) -
 
 @contextmanager
 def silent(name: str) -> Iterator[None]:
-    """Hold back one logger: where what it says is said once, in our words, or is no one's concern."""
+    """Silence one logger whose messages we print ourselves or that do not concern the user."""
     logger = logging.getLogger(name)
     was_disabled, logger.disabled = logger.disabled, True
     try:

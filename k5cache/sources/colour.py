@@ -1,4 +1,4 @@
-"""How does any picture that Pillow opens become 8-bit sRGB without transparency? It ends as a viewer would show it."""
+"""How does any picture that Pillow opens become 8-bit sRGB without transparency? As viewers show it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHITE = (255, 255, 255, 255)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _SRGB = ImageCms.createProfile("sRGB")
 _NEVER_VISIBLE = 2
-"""Levels of 255. A profile that moves no colour by more is sRGB under another name, so the pixels stay unchanged."""
+"""Of 255 levels. A profile that changes no colour by more than this counts as sRGB, so the pixels stay unchanged."""
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

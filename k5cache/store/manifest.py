@@ -43,7 +43,7 @@ class ShardInfo:
     """One shard: a file of rows that never changes."""
 
     file: str
-    """``latents/1024x1024-<id>.parquet``, ``masks/...`` or ``text/<id>.parquet``; the id begins its sha256."""
+    """``latents/1024x1024-<id>.parquet``, ``masks/...`` or ``text/<id>.parquet``; the id is how its sha256 begins."""
     kind: ShardKind
     num_rows: int
     num_bytes: int

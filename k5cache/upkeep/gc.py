@@ -81,7 +81,7 @@ def _look(root: Path, manifest: Manifest, needed: Mapping[str, Set[str]]) -> Col
     if manifest.index is None:  # an interrupted encode goes on from here: all its rows are needed
         return Collected((), (), unnamed, num_rows, num_bytes)
     dropped, rewritten = list[str](), list[str]()
-    missing = {kind: set(keys) for kind, keys in needed.items()}  # needed keys that no shard so far has
+    missing = {kind: set(keys) for kind, keys in needed.items()}  # needed keys that were not found in a shard yet
     for shard in manifest.shards:
         keys = Shard(root, shard).keys
         needed_here = missing[shard.kind] & set(keys)

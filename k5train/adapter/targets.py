@@ -64,7 +64,7 @@ def match_targets(transformer: nn.Module, targets: Iterable[str], option: str = 
     (``visual_modulation.out_layer``): a bare ``out_layer`` would hit all of them.
 
     Raises:
-        RecipeError: a target matches nothing, or more than it names.
+        RecipeError: a target matches nothing, or also modules outside attention and feed-forward.
     """
     linears = list(linear_sizes(transformer))
     return Matched({target: _match(target, linears, option) for target in targets})

@@ -1,4 +1,4 @@
-"""Where is the int8 base on disk? In a file under ``K5_HOME``, named by its content: quantised once, then only read."""
+"""Where is the int8 base on disk? In a file under ``K5_HOME``, named by what it was made of. It is quantised once."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def load_prepared(
     """The same as ``load_transformer(folder, "int8-quanto", dtype, device)``, read from the prepared file.
 
     Args:
-        on_host: given a tensor's name and whether its linear is int8, whether it stays in host memory to be streamed.
+        on_host: called with a tensor's name and whether its linear is int8. True if the tensor stays in host memory,
+            to be streamed.
 
     Raises:
         ModelError: there is no prepared file, and the checkpoint is missing, incomplete or damaged.
@@ -130,7 +131,7 @@ def remove(name: str) -> Prepared:
         name: its file name, or the beginning of it.
 
     Raises:
-        ModelError: no file name begins so, or several do.
+        ModelError: no file name starts with ``name``, or several do.
     """
     bases = [base for base in list_bases() if name and base.path.name.startswith(name)]
     if len(bases) != 1:

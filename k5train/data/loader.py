@@ -1,4 +1,4 @@
-"""Which rows does a batch have, and which noise, sigma and caption? All of it is a function of (seed, step, row).
+"""Which rows does a batch have, and which noise, sigma and caption? All of it is a function of the seed and the step.
 
 No number of workers, restart or machine changes a batch: each draw has its own generator, seeded by its purpose.
 """

@@ -73,7 +73,7 @@ class Mixture:
         return self.sources[number], row - (self._ends[number - 1] if number else 0)
 
     def row(self, row: int) -> IndexRow:
-        """The index row of a row."""
+        """The index entry of a row."""
         source, item = self.locate(row)
         return source.cache.row(item)
 

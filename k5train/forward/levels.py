@@ -16,7 +16,7 @@ from k5train.planning.memory import LEVELS, Level, LevelName
 
 _ATTENTIONS = (
     torch.ops.k5.attention.default,
-    *(  # with a mask, and where ours does not work
+    *(  # torch's own: with a mask, and if our kernel is not available
         getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
         for name in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
     ),
@@ -35,14 +35,14 @@ def run_at_level(
     modes: Modes,
     level: LevelName,
 ) -> Tensor:
-    """``run_block``, which keeps for the backward pass what ``level`` says. Runs eagerly or is compiled as it is."""
+    """``run_block``, which keeps for the backward pass what ``level`` says. Works both eagerly and compiled."""
     args = (x, text, mask, modulation, rope, block, modes)
     output: Tensor
     if level == "all" or not torch.is_grad_enabled():
         output = opaque_block(*args)
     elif level == "nothing" and not torch.compiler.is_compiling():
         output = checkpoint(run_block, *args, use_reentrant=False)
-    else:  # "nothing" too: without a context the compiler would recompute only what it finds worth it
+    else:  # "nothing" too: without a context the compiler would choose itself what to recompute
         output = checkpoint(opaque_block, *args, use_reentrant=False, context_fn=_CONTEXTS[level])
     return output
 

@@ -20,7 +20,7 @@ class Route:
 
 
 def leave(visual: Tensor, rope: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that go through the stretch, ``[B, K, D]``, and their rotations, ``[B, K, 1, d/2, 2, 2]``.
+    """Part from the dropped tokens: those that go on, ``[B, K, D]``, and their rotations, ``[B, K, 1, d/2, 2, 2]``.
 
     Args:
         visual: ``[B, N, D]``.

@@ -18,7 +18,7 @@ that is off by a constant c ends at ``x - (s_0 - sigma) * c``, and its target is
 ``noise - latents - c * (s_0 - sigma) / sigma``. The target corrects the error, amplified by 1 / sigma, which is why low
 sigmas are left out (``min_sigma``).
 
-A path is ``[B, k + 1]`` sigmas from the start down to sigma. Two equal neighbours are no step, so the rows of a batch
+A path is ``[B, k + 1]`` sigmas from the start down to sigma. Two equal neighbours mean no step, so the rows of a batch
 may take different numbers of steps, and a row whose sigmas are all equal is trained as usual.
 """
 

@@ -122,7 +122,7 @@ def undone_if_refused(run: Run) -> Iterator[Run]:
         folders = [run.root / name for name in ("checkpoints", "samples")]
         ours = {*folders, *(run.root / name for name in ("recipe.toml", "run.json", ".lock"))}
         is_bare = set(run.root.iterdir()) <= ours and not any(any(folder.iterdir()) for folder in folders)
-        if is_bare and not is_locked(run):  # by another process, which was faster
+        if is_bare and not is_locked(run):  # another process may train it by now
             for path in ours:
                 path.rmdir() if path in folders else path.unlink(missing_ok=True)
             run.root.rmdir()
@@ -184,7 +184,7 @@ def read_saved_recipe(root: Path, options: Sequence[str] = ()) -> Document:
     """The recipe in a run's folder. Options that no longer exist are left out of it: none of them ever did anything.
 
     Args:
-        options: ``table.key=value``, which override it; here an option that does not exist is refused as ever.
+        options: ``table.key=value``, which override it; an unknown option in these is still refused.
     """
     document = read(root / "recipe.toml", [])
     if isinstance(document.get("train"), dict):

@@ -60,7 +60,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, without a last one that a crash cut off."""
+    """The lines of a ``metrics.jsonl``. A last line that a crash cut off is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,8 +1,8 @@
 """What does a run need on disk to continue exactly where it was? The adapter, the optimizer and its progress.
 
-There is no random state, because every draw is a function of (seed, step, row). A folder such as ``state/step-000250``
-appears by a rename, and then the one before it is removed, so that a kill at any instant leaves a whole state. The
-files are safetensors and JSON.
+There is no random state, because every draw is a function of the seed and the step. A folder such as
+``state/step-000250`` appears by a rename, and then the one before it is removed, so that a kill at any instant leaves a
+whole state. The files are safetensors and JSON.
 """
 
 from __future__ import annotations

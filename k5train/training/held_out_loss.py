@@ -43,8 +43,8 @@ def split_off(data: Mixture, share: float) -> Mixture:
 def split_rows(content_hashes: Sequence[str], share: float) -> frozenset[int]:
     """The rows of the validation split, chosen by the bytes of their images alone.
 
-    All rows of an image are on the same side, because a flip is the same image. Adding images to the cache changes
-    little of the choice, and the seed of a run changes nothing.
+    All rows of an image are on the same side, because a flip is the same image. If images are added to the
+    cache, few rows change sides; the seed of a run has no influence.
     """
     images = sorted(set(content_hashes), key=lambda h: hashlib.sha256(f"held out/{h}".encode()).digest())
     count = max(1, round(share * len(images))) if share else 0

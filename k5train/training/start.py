@@ -1,4 +1,4 @@
-"""Which run does a command mean? A new one, one that was stopped and goes on, or none, with the reason."""
+"""Does a command start a new run, continue a stopped one, or is it refused?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many LoRAs over one base: each run gives what it gives alone, and all are compared at the end."""
+"""Many LoRAs over one base: each run has the result it has alone, and all are compared at the end."""
 
 from __future__ import annotations
 
