@@ -104,7 +104,8 @@ def test_what_a_killed_process_left_is_cleared(toy_model, k5_home):
     path.parent.mkdir(parents=True)
     dead = path.with_name(f".{2**22 + 1}-{path.name}")  # above the largest process id
     living = path.with_name(f".{os.getppid()}-{path.name}")
-    dead.touch()
+    dead.mkdir()
+    (dead / ".tmpAbCdEf").touch()  # what safetensors itself leaves
     living.touch()
     prepare(toy_model, torch.bfloat16, CPU)
     assert not dead.exists()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,27 +115,37 @@ def sync_file(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it. For libraries that need a path to write to.
+    """Let ``write`` fill a temporary file, then rename it. For libraries that need a path to write to.
 
-    Temporary files of processes that were killed are deleted. If several processes write the same file at once, the
-    last to finish wins.
+    The file lies in a temporary folder beside ``path``, so that temporary files that the library itself makes are in it
+    too (safetensors' ``.tmpXXXXXX``). Such folders of processes that were killed are deleted. If several processes
+    write the same file at once, the last to finish wins.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    folder = path.with_name(f".{os.getpid()}-{path.name}")
     for leftover in path.parent.iterdir():
         match = re.fullmatch(rf"\.(\d+)-{re.escape(path.name)}", leftover.name)
         if match and not _is_alive(int(match[1])):
-            leftover.unlink(missing_ok=True)
+            _remove(leftover)
+    folder.mkdir()
     try:
+        temporary = folder / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors makes files that other users cannot read, for example a ComfyUI server
         sync_file(temporary)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        _remove(folder)
     sync_folder(path.parent)
+
+
+def _remove(leftover: Path) -> None:
+    """Delete a temporary folder with all that is in it, or a temporary file of an earlier version."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
