@@ -121,7 +121,7 @@ def test_what_cannot_fit_is_refused_with_what_it_needs():
     with pytest.raises(DoesNotFit) as refused:
         text_plan(1)
     assert refused.value.problem == (
-        "The text encoder needs 1.9 GiB of VRAM with one layer at a time, there are 1.0 GiB"
+        "The text encoder needs 1.9 GiB of VRAM with one layer at a time, 1.0 GiB are available"
     )
     assert "--device cpu" in refused.value.fix
 
@@ -287,7 +287,7 @@ def test_an_encode_says_its_modes_and_refuses_what_does_not_fit_before_it_loads_
     toy_model, source, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(text_pass, "encode_texts", None)
-    monkeypatch.setattr(memory_plan, "VAE_BYTES", {"whole": 2**20, "strips": 2**20})
+    monkeypatch.setattr(memory_plan, "VAE_VALUES", {"whole": 2**20, "strips": 2**20})
     done = Cli(tmp_path)(app, *COMMAND, "--model", str(toy_model), "--vram", "2GB")
     assert done.code == 2
     assert "The VAE needs" in done.err

@@ -51,12 +51,12 @@ def load_clip(folder: Path, device: str | torch.device, dtype: torch.dtype) -> C
 
 
 def encode_pooled(clip: Clip, captions: Sequence[str], *, exact: bool = True, batch_size: int = 64) -> torch.Tensor:
-    """The pooler output of each cleaned caption: 77 tokens, longer captions cut as the pipeline cuts them.
+    """Compute the pooler output of each cleaned caption. Captions are cut at 77 tokens, as the pipeline cuts them.
 
     Args:
-        exact: encode each caption alone, with the bits of ``Kandinsky5T2IPipeline.encode_prompt``. False encodes
-            batches: the library then builds a mask that a full caption alone would not have, and matrix products of
-            another size round differently.
+        exact: encode each caption alone, which gives the bits of ``Kandinsky5T2IPipeline.encode_prompt``. False
+            encodes in batches and rounds differently: the matrix products have another size, and the library builds
+            a mask that it does not build for one full caption.
 
     Returns:
         ``[B, 768]`` on the CPU, in the model's dtype.

@@ -33,15 +33,15 @@ _Tag = TypeVar("_Tag")
 def read_ahead(
     groups: Sequence[Sequence[StoredTensor]], device: torch.device, *, reuse: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each group (a layer) on ``device``, in the file's dtype. The next group is read in the meantime.
+    """Yield the tensors of each group (a layer) on ``device``, in the file's dtype, while the next group is read.
 
     Args:
-        groups: where the tensors are in the files, group by group; each is of one of ``DTYPES`` and is read once.
+        groups: where the tensors are in the files. Each has a dtype of ``DTYPES`` and is read once.
         reuse: use two buffers for all groups. A group is then valid until the next one is asked for; the device may
             still be computing with it at that time. False gives each group its own memory.
 
     Raises:
-        ModelError: a file is shorter than it was.
+        ModelError: a file became shorter while it was read.
     """
     import torch
 
@@ -68,7 +68,7 @@ def read_ahead(
 
 
 def fetched(results: Iterable[tuple[_Tag, torch.Tensor]]) -> Iterator[tuple[_Tag, torch.Tensor]]:
-    """Each result with its tensor on the CPU; the copy of one runs while the next is computed."""
+    """Yield each result with its tensor on the CPU. One is copied while the next is computed."""
     import torch
 
     waiting: deque[tuple[_Tag, torch.Tensor, Any]] = deque()
@@ -128,7 +128,7 @@ class _Reader:
             os.close(descriptor)
 
     def read(self, group: Sequence[StoredTensor], starts: Sequence[int], buffer: torch.Tensor) -> list[Future[None]]:
-        """Start to read. The buffer is written when the device has finished what was queued before."""
+        """Start to read a group. The buffer is written once the device has finished what was queued before."""
         import torch
 
         if self._stream is not None:

@@ -57,10 +57,11 @@ def make_packs(lengths: Sequence[int], batch_tokens: int) -> list[Pack]:
 
 
 def attention_kernels(exact: bool) -> AbstractContextManager[Any]:
-    """Which attention kernels may run: as the pipeline runs them, or only those that take any length at once.
+    """A context that limits which attention kernels torch may choose.
 
-    On Hopper and Blackwell torch may choose cuDNN's attention, which plans anew for every length. That is the likely
-    reason why 512 captions of 250 lengths took 9.8 s on an H200 the first time and 2.8 s the second.
+    ``exact`` allows all of them, as the pipeline does. Otherwise cuDNN's attention, which torch may choose on Hopper
+    and Blackwell, is left out: it makes a new plan for every length. That is the likely reason why 512 captions of
+    250 lengths took 9.8 s on an H200 the first time and 2.8 s the second.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -80,12 +81,12 @@ def attend_side_by_side(config: Any) -> None:
 
 
 def run_layer(layer: Any, states: torch.Tensor, positions: Any, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """One ``Qwen2_5_VLDecoderLayer`` over a pack.
+    """Run one ``Qwen2_5_VLDecoderLayer`` over a pack.
 
     Args:
         states: ``[1, tokens, hidden]``.
         positions: cosines and sines of the pack's rows, from ``Positions``.
-        runs: the pack's.
+        runs: ``Pack.runs``.
     """
     out = layer(
         states, attention_mask=None, position_ids=None, position_embeddings=positions, use_cache=False, k5_runs=runs
@@ -96,7 +97,7 @@ def run_layer(layer: Any, states: torch.Tensor, positions: Any, runs: tuple[tupl
 class Positions:
     """Rotary cosines and sines of a pack, computed by the model's own module once for each length.
 
-    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them if it is given no positions.
+    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them when it is given no positions.
     """
 
     def __init__(self, rotary: Any, states: torch.Tensor) -> None:
@@ -104,13 +105,13 @@ class Positions:
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) of every token; their batch dimension is 1, the rest as the library shapes them."""
+        """(cos, sin) of every token. The batch dimension is 1; the others have the library's shape."""
         import torch
 
-        each = [self._of_length(length) for length in pack.lengths]
-        if len(each) == 1:
-            return each[0]
-        return torch.cat([cos for cos, _ in each], dim=-2), torch.cat([sin for _, sin in each], dim=-2)
+        tables = [self._of_length(length) for length in pack.lengths]
+        if len(tables) == 1:
+            return tables[0]
+        return torch.cat([cos for cos, _ in tables], dim=-2), torch.cat([sin for _, sin in tables], dim=-2)
 
     def _of_length(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch

@@ -15,9 +15,9 @@ VaeMode = Literal["whole", "strips"]
 Parking = Literal["device", "host"]
 PROCESS_BYTES = {"cuda": 3 * 2**30, "cpu": 2**30}
 """Host memory of Python, torch and its libraries."""
-FAST_TOKENS = 8192  # in one forward: matrix products are at full speed from about 4,000
-SECONDS_AT_RISK = 180.0  # what a kill may cost: a chunk and a shard are committed at least this often
-_SLACK_BYTES = 192 * 2**20  # cuBLAS and cuDNN workspaces, what rounding leaves unused
+FAST_TOKENS = 8192  # in one forward pass; matrix products reach full speed at about 4,000
+SECONDS_AT_RISK = 180.0  # the work a crash may lose: a chunk and a shard are committed at least this often
+_SLACK_BYTES = 192 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding leaves unused
 _HOST_PARKING = 2 * 2**30
 _WORTH_READING = 65_536  # tokens that take longer to compute than 13 GB take to read, on any card
 _IN_FLIGHT = 512 * 2**20  # rows on their way to a shard, staging, token ids
@@ -50,7 +50,7 @@ class TextArchitecture:
 
     @property
     def flops_per_token(self) -> int:
-        """Of all layers, attention scores left out: under 1 % at 300 tokens."""
+        """Operations of all layers, without the attention scores, which are under 1 % at 300 tokens."""
         return 2 * self.num_layers * self.layer_parameters
 
     def working_bytes(self, num_tokens: int, itemsize: int) -> int:
@@ -64,20 +64,20 @@ class TextPlan:
 
     mode: TextMode
     parking: Parking
-    """Where hidden states wait between layers; of ``streamed`` only."""
+    """Where hidden states wait between layers when they are streamed."""
     chunk_tokens: int
-    """Tokens, template included, after which rows are committed; streamed, the weights are read once for these."""
+    """Rows are committed after so many tokens, template included. Streaming reads the weights once a chunk."""
     batch_tokens: int
-    """Most tokens in one forward of ``text_batching = "fast"``."""
+    """Most tokens in one forward pass of ``text_batching = "fast"``."""
     vram: int
     """Bytes, predicted peak, the CUDA context included; 0 on a CPU."""
     ram: int
     """Bytes of host memory, predicted."""
     weight_bytes: int
-    """That the layers take in their file."""
+    """Size of the layers in their file."""
 
     def num_chunks(self, num_tokens: int) -> int:
-        """How often the weights are read, where they are streamed."""
+        """How often streaming reads the weights."""
         return max(1, -(-num_tokens // self.chunk_tokens))
 
 
@@ -97,13 +97,13 @@ class Speed:
     """What a device does, measured for a moment before it is asked for hours."""
 
     text_flops: float
-    """A second, in the feed-forward's shape at 200 tokens (exact) or 2,048 (fast)."""
+    """Per second, in the feed-forward's shape at 200 tokens (exact) or 2,048 (fast)."""
     vae_flops: float
-    """A second, of a 3x3 convolution of 128 channels."""
+    """Per second, in a 3x3 convolution of 128 channels."""
     read_bytes: float
-    """A second, from the text encoder's file."""
+    """Per second, from the text encoder's file."""
     caption_seconds: float = 0.0
-    """Least for one caption: launching 28 layers from Python, on a GPU that is faster than that."""
+    """The least time for one caption: a fast GPU waits until Python has launched 28 layers."""
 
 
 def plan_text(
@@ -125,8 +125,8 @@ def plan_text(
         max_sequence_length: tokens of the longest caption, without the template.
         vram: bytes of the card; None on a CPU.
         ram: bytes of host memory that are free.
-        num_tokens: of all captions, templates included.
-        tokens_per_second: what the device does; it bounds the time that a chunk takes.
+        num_tokens: tokens of all captions, templates included.
+        tokens_per_second: the device's speed, which limits a chunk to ``SECONDS_AT_RISK``.
 
     Raises:
         DoesNotFit: not even one caption and two layers fit.
@@ -139,18 +139,18 @@ def plan_text(
 
 @dataclass(frozen=True)
 class _TextPlanner:
-    """What ``plan_text`` is asked, and what follows from it. All sizes are bytes."""
+    """The arguments of ``plan_text`` and the sizes that follow from them, in bytes."""
 
     architecture: TextArchitecture
     precision: str
     batching: str
     longest: int
-    """Tokens of the longest caption, with more than the template's 40."""
+    """Tokens of the longest caption, and 64 for the template, which has 40."""
     vram: int | None
     ram: int
     num_tokens: int | None
     tokens_at_risk: int
-    """Tokens that are encoded in the time a crash may cost."""
+    """Tokens that are encoded in ``SECONDS_AT_RISK``."""
 
     def plan(self) -> TextPlan:
         """The fastest way that fits."""
@@ -167,10 +167,10 @@ class _TextPlanner:
         return self.parked_on_host(room, batch)
 
     def parked_on_host(self, room: int, batch: int) -> TextPlan:
-        """Streamed, with hidden states that wait in host memory and pass by in packs of ``batch`` tokens."""
+        """Streamed, with hidden states that wait in host memory and are computed in packs of ``batch`` tokens."""
 
         def packs(num_tokens: int) -> int:
-            """Between device and host: the pack that arrives, the one that is computed, three that leave."""
+            """The packs on the device: one that arrives, one that is computed, three that leave."""
             return 5 * num_tokens * self.token_bytes
 
         while batch > self.longest and room < self.working(batch) + packs(batch) + _SLACK_BYTES:
@@ -195,7 +195,7 @@ class _TextPlanner:
         )
 
     def batch_within(self, room: int) -> int:
-        """Tokens of one forward pass: one caption, or for ``fast`` as many as are worth it and fit."""
+        """Tokens of one forward pass: one caption, or for ``fast`` as many as fit, up to ``FAST_TOKENS``."""
         sizes = [FAST_TOKENS >> k for k in range(4)] if self.batching == "fast" else []
         return next((n for n in sizes if n > self.longest and self.working(n) <= room), self.longest)
 
@@ -206,21 +206,21 @@ class _TextPlanner:
             room: what two layers leave.
 
         Raises:
-            DoesNotFit: it says how much the device must have.
+            DoesNotFit: the message says how much the device must have.
         """
         least = self.working(self.longest) + self.token_bytes * self.longest
         if room >= least:
             return
-        have, what = (self.ram, "RAM") if self.vram is None else (self.vram, "VRAM")
+        available, kind = (self.ram, "RAM") if self.vram is None else (self.vram, "VRAM")
         raise DoesNotFit(
-            f"The text encoder needs {human_bytes(have - room + least)} of {what} with one layer at a time, there are "
-            f"{human_bytes(have)}",
+            f"The text encoder needs {human_bytes(available - room + least)} of {kind} with one layer at a time, "
+            f"{human_bytes(available)} are available",
             "Lower cache.max_sequence_length, or use --device cpu" if self.vram is not None else "Free some memory",
         )
 
     @property
     def room(self) -> int:
-        """What weights and activations may take on the device."""
+        """What weights and activations may take where they are computed."""
         if self.vram is not None:
             return self.vram - CONTEXT_BYTES - _SLACK_BYTES
         return self.ram - PROCESS_BYTES["cpu"] - _IN_FLIGHT - _SLACK_BYTES
@@ -245,12 +245,12 @@ class _TextPlanner:
 
     @property
     def resident_layer(self) -> int:
-        """One layer as it stays on the device; the scales and norms of int8 add 0.1 %."""
+        """One layer as it stays on the device. The scales and norms of int8 add 0.1 %, which is left out."""
         return self.layer // 2 if self.precision == "int8" else self.layer
 
     @property
     def file_buffers(self) -> int:
-        """Two layers as the file has them."""
+        """Two layers in the file's 16 bits."""
         return 2 * self.architecture.layer_parameters * 2
 
     @property
@@ -260,14 +260,15 @@ class _TextPlanner:
 
     @property
     def all_layers(self) -> int:
-        """All layers resident, and what loading them takes in addition."""
+        """All layers resident, and what loading takes besides."""
         loading = {"bf16": 0, "int8": self.two_layers}.get(self.precision, self.file_buffers)
         return self.architecture.num_layers * self.resident_layer + loading
 
 
-VAE_BYTES = {"whole": 25, "strips": 11}
-"""Peak of one image's activations, in values a pixel times a quarter of the first width (32 of 128 channels). Measured
-on an H200 at 1024x1024: 22.9 and 9.5 in bf16, 23.3 and 10.1 in float32, 24.2 in the pass with the next image there."""
+VAE_VALUES = {"whole": 25, "strips": 11}
+"""Peak of one image's activations: values a pixel, for every 4 channels of the first layer (the VAE has 128). Measured
+on an H200 at 1024x1024: 22.9 and 9.5 in bf16, 23.3 and 10.1 in float32, and 24.2 in the image pass, where the next
+image is on the device too."""
 
 
 def plan_vae(
@@ -280,7 +281,7 @@ def plan_vae(
         num_pixels: of the largest bucket.
         vram: bytes of the card; None on a CPU.
         ram: bytes of host memory that are free.
-        decoded_bytes: of the images that are decoded ahead.
+        decoded_bytes: size of the images that are decoded ahead.
 
     Raises:
         DoesNotFit: strips do not fit either.
@@ -288,21 +289,22 @@ def plan_vae(
     itemsize = 4 if precision == "fp32" else 2
     widths = config["block_out_channels"]
     weights = itemsize * sum(2 * 9 * w * w * (config.get("layers_per_block", 2) + 1) for w in widths)
-    need: dict[VaeMode, int] = {
-        "whole": weights + num_pixels * widths[0] // 4 * itemsize * VAE_BYTES["whole"] + CONTEXT_BYTES + _SLACK_BYTES,
-        "strips": weights + num_pixels * widths[0] // 4 * itemsize * VAE_BYTES["strips"] + CONTEXT_BYTES + _SLACK_BYTES,
+    fixed = weights + CONTEXT_BYTES + _SLACK_BYTES
+    vram_of: dict[VaeMode, int] = {
+        "whole": fixed + num_pixels * widths[0] // 4 * itemsize * VAE_VALUES["whole"],
+        "strips": fixed + num_pixels * widths[0] // 4 * itemsize * VAE_VALUES["strips"],
     }
     beside = PROCESS_BYTES["cpu" if vram is None else "cuda"] + _IN_FLIGHT + decoded_bytes
-    for mode, size in need.items():
+    for mode, size in vram_of.items():
         if vram is None and (on_host := beside + size - CONTEXT_BYTES) <= ram:
             return VaePlan(mode, 0, on_host)
         if vram is not None and size <= vram:
             return VaePlan(mode, size, beside)
-    least, have, what = need["strips"], vram, "VRAM"
-    if have is None:
-        least, have, what = beside + least - CONTEXT_BYTES, ram, "RAM"
+    least, available, kind = vram_of["strips"], vram, "VRAM"
+    if available is None:
+        least, available, kind = beside + least - CONTEXT_BYTES, ram, "RAM"
     raise DoesNotFit(
-        f"The VAE needs {human_bytes(least)} of {what} for its largest bucket, there are {human_bytes(have)}",
+        f"The VAE needs {human_bytes(least)} of {kind} for the largest bucket, {human_bytes(available)} are available",
         'Lower cache.resolution, or set cache.vae_precision = "bf16"' + (", or use --device cpu" if vram else ""),
     )
 
@@ -318,7 +320,7 @@ def text_seconds(plan: TextPlan, architecture: TextArchitecture, lengths: Sequen
 
 
 def vae_flops(config: Mapping[str, Any], num_pixels: int) -> float:
-    """Of encoding one image: the 3x3 convolutions of its residual blocks, and attention in the middle."""
+    """Operations that encode one image: the 3x3 convolutions of the residual blocks, and attention in the middle."""
     widths: Sequence[int] = config["block_out_channels"]
     layers = int(config.get("layers_per_block", 2))
     total, before = 2.0 * 9 * 3 * widths[0] * num_pixels, widths[0]

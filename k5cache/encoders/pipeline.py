@@ -1,4 +1,4 @@
-"""What does the installed diffusers pipeline do to text? It is asked of the pipeline, and never copied.
+"""What does the installed diffusers pipeline do to text? The pipeline itself is asked; nothing of it is copied.
 
 diffusers changed the template and its crop between releases, so both are read from the installed one. Token ids come
 from the pipeline's own ``_encode_prompt_qwen``, run with a text encoder that only records its input.
@@ -41,8 +41,8 @@ def clean(caption: str) -> str:
 def pipeline_token_ids(tokenizer: Any, caption: str, max_sequence_length: int) -> list[int]:
     """The ids that the pipeline would give its text encoder for one cleaned caption alone: template, no padding.
 
-    Its truncation is odd and so is not written out again here: it cuts *characters* off the end of the templated
-    text, as many as the removed tokens decode to, closing tag included, and tokenises what is left.
+    The pipeline's truncation is odd, so it is not written a second time here: it cuts *characters* off the end of
+    the templated text, as many as the removed tokens decode to, closing tag included, and tokenises the rest.
     """
     import torch
 

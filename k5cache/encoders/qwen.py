@@ -1,7 +1,7 @@
 """Qwen2.5-VL as a text encoder: only the layers a caption passes through, and the hidden states the pipeline keeps.
 
-The lm_head and the vision tower (2.5 of 16.6 GB) are never read. Weights come tensor by tensor out of mapped
-safetensors files, so a host copy of the model never exists.
+The lm_head and the vision tower (2.5 of 16.6 GB) are never read. Weights are read tensor by tensor from mapped
+safetensors files, so host memory never holds a copy of the model.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class Tokens:
     n_tokens: int
     """Rows of ``prompt_embeds``: ids after the pipeline's crop."""
     truncated: str
-    """The end of the caption that no id stands for; "" when all of it is encoded."""
+    """The end of the caption that was cut off; "" if all of it is encoded."""
 
 
 @dataclass(frozen=True)
 class Qwen:
-    """The text layers, ready for ``encode_prompt_embeds``, or for ``streaming`` where they are still in their files."""
+    """The text layers, loaded for ``encode_prompt_embeds`` or left in their files for ``streaming``."""
 
     model: Any
-    """``Qwen2_5_VLTextModel`` in evaluation mode, gradients off: norm and rotary table on the device, its layers too
-    unless they are streamed, embeddings on no device."""
+    """``Qwen2_5_VLTextModel`` in evaluation mode, without gradients. Its norm and rotary table are on the device, and
+    its layers too unless they are streamed. Its embeddings are on the meta device."""
     encode_start_idx: int
-    """Hidden states cropped off the front: the template's."""
+    """How many hidden states are cropped off the front: those of the template."""
     weights: TextWeights
     embeddings: torch.Tensor
     """``[vocabulary, 3584]`` in the file's dtype, mapped: a caption's rows are read when it is encoded."""
     dtype: torch.dtype
     """Of the arithmetic."""
     is_int8: bool = False
-    """Whether the layers' matrices are held in 8 bits (quanto's ``qint8``)."""
+    """Whether the layers' matrices are in 8 bits (quanto's ``qint8``)."""
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +62,7 @@ class Qwen:
         return cast("torch.device", self.model.norm.weight.device)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """``[1, tokens, 3584]`` on the device; the copy is queued, not waited for."""
+        """Embeddings ``[1, tokens, 3584]`` on the device. The copy is queued and not waited for."""
         import torch
 
         is_cuda = self.device.type == "cuda"
@@ -100,13 +100,13 @@ def tokenize(tokenizer: Any, caption: str, max_sequence_length: int) -> Tokens:
     """
     template = pipeline_template()
     ids = pipeline_token_ids(tokenizer, caption, max_sequence_length)
-    whole = tokenizer(text=template.text.format(caption))["input_ids"]
+    uncut_ids = tokenizer(text=template.text.format(caption))["input_ids"]
     truncated = ""
-    if ids != whole:
+    if ids != uncut_ids:
         # The tokenizer composes characters (NFC); a character cut in half decodes to another, so it counts as lost.
         caption = unicodedata.normalize("NFC", caption)
-        kept = tokenizer.decode(ids).removeprefix(template.text.partition("{}")[0])
-        truncated = caption[_agreement(kept, caption) :]
+        encoded = tokenizer.decode(ids).removeprefix(template.text.partition("{}")[0])
+        truncated = caption[_num_equal(encoded, caption) :]
     return Tokens(ids=ids, n_tokens=len(ids) - template.encode_start_idx, truncated=truncated)
 
 
@@ -115,12 +115,13 @@ def load_qwen(
 ) -> Qwen:
     """Load the text layers of ``folder/text_encoder``.
 
-    On the CPU in the file's own dtype the weights stay mapped; on a GPU a layer is read while the one before moves.
+    On the CPU in the file's own dtype the weights stay mapped. For a GPU, a layer is read while the one before it is
+    copied.
 
     Args:
         dtype: of weights and arithmetic. Rotary frequencies stay float32, as ``from_pretrained`` keeps them.
         streamed: leave the layers in their files, for ``streaming.stream_prompt_embeds``.
-        int8: hold the layers' matrices in 8 bits, each as soon as it is read.
+        int8: round each layer's matrices to 8 bits as soon as it is read.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or the folder holds another model.
@@ -146,30 +147,30 @@ def load_qwen(
 
 
 def read_layers(qwen: Qwen, *, reuse: bool) -> Iterator[Any]:
-    """The decoder layers in turn, on the device, read from the files; the next one is read meanwhile.
+    """Yield the decoder layers in turn on the device, while the next one is read from its file.
 
     Args:
-        reuse: two layers' memory serves all: a layer is valid until the next one is asked for.
+        reuse: use the memory of two layers for all. A layer is then valid until the next one is asked for.
     """
     for layer, tensors in raw_layers(qwen, reuse=reuse):
         yield finish_layer(qwen, layer, tensors)
 
 
 def raw_layers(qwen: Qwen, *, reuse: bool) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
-    """Each layer as a module without memory, and its tensors on the device as the file has them."""
+    """Yield each layer as a module without memory, and its tensors on the device in the file's dtype."""
     names = [[f"layers.{i}.{name}" for name in layer.state_dict()] for i, layer in enumerate(qwen.model.layers)]
     weights, skeleton = qwen.weights, copy.deepcopy(qwen.model.layers)
     if qwen.device.type == "cpu" and not reuse:
-        for layer, mine in zip(skeleton, names, strict=True):
-            yield layer, {name.split(".", 2)[2]: weights.tensor(name) for name in mine}
+        for layer, layer_names in zip(skeleton, names, strict=True):
+            yield layer, {name.split(".", 2)[2]: weights.tensor(name) for name in layer_names}
         return
-    groups = [[weights.stored(name) for name in mine] for mine in names]
+    groups = [[weights.stored(name) for name in layer_names] for layer_names in names]
     for layer, tensors in zip(skeleton, read_ahead(groups, qwen.device, reuse=reuse), strict=True):
         yield layer, {weights.own_name(name).split(".", 2)[2]: tensor for name, tensor in tensors.items()}
 
 
 def finish_layer(qwen: Qwen, layer: Any, tensors: dict[str, torch.Tensor], *, int8: bool | None = None) -> Any:
-    """``layer`` with ``tensors`` for its weights, in the dtype and precision asked for."""
+    """Give ``layer`` its weights, in the dtype and precision of ``qwen``, or of ``int8`` if that is given."""
     layer.load_state_dict({name: t.to(qwen.dtype) for name, t in tensors.items()}, strict=True, assign=True)
     layer.eval().requires_grad_(False)
     if qwen.is_int8 if int8 is None else int8:
@@ -186,13 +187,13 @@ def encode_prompt_embeds(
     """Last hidden states after the final norm, the template cropped off: what the transformer is conditioned on.
 
     Args:
-        exact: one caption a forward, so that every bit is what ``Kandinsky5T2IPipeline.encode_prompt`` gives for that
-            caption alone. False puts captions side by side in one forward (never padded); a matrix product of another
-            size may round differently.
-        batch_tokens: most tokens, template included, in one forward of ``exact=False``.
+        exact: one caption in a forward pass, so that every bit is what ``Kandinsky5T2IPipeline.encode_prompt`` gives
+            for that caption alone. False puts captions side by side in one pass (never padded); matrix products of
+            another size may round differently.
+        batch_tokens: most tokens, template included, in one forward pass of ``exact=False``.
 
     Returns:
-        ``[n_tokens, 3584]`` a caption, in the order given, on the CPU, in the model's dtype.
+        ``[n_tokens, 3584]`` for each caption, in the order given, on the CPU, in the model's dtype.
     """
     by_position = dict(iter_prompt_embeds(qwen, tokens, exact=exact, batch_tokens=batch_tokens))
     return [by_position[i].clone() for i in range(len(tokens))]
@@ -201,7 +202,7 @@ def encode_prompt_embeds(
 def iter_prompt_embeds(
     qwen: Qwen, tokens: Sequence[Tokens], *, exact: bool = True, batch_tokens: int = 8192
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """``encode_prompt_embeds`` as (position, rows), as they come, longest captions first; the rows may share memory."""
+    """Yield ``encode_prompt_embeds``'s results as (position, rows), longest first. The rows may share memory."""
     import torch
 
     def results() -> Iterator[tuple[Pack, torch.Tensor]]:
@@ -271,10 +272,10 @@ class TextWeights:
         self._stored: dict[str, StoredTensor] = {}
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Every name is there in that shape and unquantised, before anything is read.
+        """Check before anything is read that every tensor is there, has its shape and is not quantised.
 
         Raises:
-            ModelError: names the first tensors that are missing, have another shape or are not floating point.
+            ModelError: a tensor is missing, has another shape or is not floating point; the first three are named.
         """
         absent = [self._prefix + name for name in shapes if self._prefix + name not in self._files]
         if absent:
@@ -287,35 +288,35 @@ class TextWeights:
             )
 
         dtypes = {name: str(self._slice(name).get_dtype()) for name in shapes}
-        # Eight bits mean nothing without the scales that another library keeps beside them.
+        # 8-bit values mean nothing without the scales that another library stores beside them.
         odd = [f"{self._prefix + name} as {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
         if odd:
             raise ModelError(
                 f"{self._where} holds {_listed(odd)}",
-                'Use a checkpoint in bfloat16; cache.text_encoder_1_precision = "int8" makes 8 bits of it',
+                'Use a checkpoint in bfloat16; cache.text_encoder_1_precision = "int8" quantises it',
             )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, mapped: bytes are read when they are used."""
+        """One mapped tensor: its bytes are read when they are used."""
         return cast("torch.Tensor", self._files[self._prefix + name].get_tensor(self._prefix + name))
 
     def stored(self, name: str) -> StoredTensor:
-        """Where one tensor's bytes are, its name as in the file."""
+        """Where one tensor's bytes are. It carries the name that it has in the file."""
         if not self._stored:
             for path in self._paths:
                 self._stored.update({tensor.name: tensor for tensor in read_header(path)})
         return self._stored[self._prefix + name]
 
     def own_name(self, stored_name: str) -> str:
-        """The model's name of a tensor, from the file's."""
+        """The model's name for a tensor of the file."""
         return stored_name.removeprefix(self._prefix)
 
     def _slice(self, name: str) -> Any:
         return self._files[self._prefix + name].get_slice(self._prefix + name)
 
 
-def _agreement(a: str, b: str) -> int:
-    """Characters from the start on which two texts agree."""
+def _num_equal(a: str, b: str) -> int:
+    """How many characters at the start of two texts are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

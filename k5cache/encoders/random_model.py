@@ -24,7 +24,7 @@ FULL_VAE = {  # FLUX.1's autoencoder, config.json
 
 
 def write_model(root: Path, sizes: Any, device: str) -> None:
-    """The encoders in the diffusers layout, random. The text encoder's file is written a tensor at a time."""
+    """Write random encoders in the diffusers layout, the text encoder a tensor at a time."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -43,8 +43,8 @@ def write_model(root: Path, sizes: Any, device: str) -> None:
     AutoencoderKL(**sizes.vae).save_pretrained(root / "vae")
 
 
-def as_pipeline(root: Path, encoder: Any, tower: Any, device: str) -> Any:
-    """``Kandinsky5T2IPipeline`` over the same weights, its whole text encoder on the device."""
+def as_pipeline(root: Path, encoder: Any, clip: Any, device: str) -> Any:
+    """``Kandinsky5T2IPipeline`` with the same weights, its whole text encoder on the device."""
     import torch
     from diffusers import Kandinsky5T2IPipeline
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -53,22 +53,22 @@ def as_pipeline(root: Path, encoder: Any, tower: Any, device: str) -> Any:
 
     config = Qwen2_5_VLConfig.from_dict(json.loads((root / "text_encoder" / "config.json").read_text()))
     with torch.device("meta"):
-        whole = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
-    whole = whole.to_empty(device=device).eval()
-    text = whole.model.language_model
-    for mine, theirs in zip(encoder.model.layers, text.layers, strict=True):
-        theirs.load_state_dict(mine.state_dict(), assign=True)
+        text_encoder = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    text_encoder = text_encoder.to_empty(device=device).eval()
+    text = text_encoder.model.language_model
+    for ours, theirs in zip(encoder.model.layers, text.layers, strict=True):
+        theirs.load_state_dict(ours.state_dict(), assign=True)
     text.norm.load_state_dict(encoder.model.norm.state_dict(), assign=True)
     text.embed_tokens.weight.copy_(encoder.embeddings)
     text.rotary_emb = encoder.model.rotary_emb
     return Kandinsky5T2IPipeline(
-        transformer=None, vae=None, scheduler=None, text_encoder=whole, tokenizer=qwen.load_tokenizer(root),
-        text_encoder_2=tower.model, tokenizer_2=tower.tokenizer,
+        transformer=None, vae=None, scheduler=None, text_encoder=text_encoder, tokenizer=qwen.load_tokenizer(root),
+        text_encoder_2=clip.model, tokenizer_2=clip.tokenizer,
     )  # fmt: skip
 
 
 def write_text_layers(root: Path, device: str) -> None:
-    """Random weights at unit gain, straight from the device into one safetensors file."""
+    """Write random weights of unit gain from the device into one safetensors file."""
     import torch
 
     from k5cache.encoders.qwen import empty_text_model
@@ -95,7 +95,7 @@ def write_text_layers(root: Path, device: str) -> None:
 
 
 def write_tokenizer(folder: Path, max_length: int, name: str) -> None:
-    """A word a token, so that a caption's length is known."""
+    """Write a tokenizer with one token per word, so that a caption's length is known."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
@@ -117,18 +117,18 @@ def write_tokenizer(folder: Path, max_length: int, name: str) -> None:
 
 
 def write_pictures(folder: Path, sizes: Any) -> None:
-    """JPEG files of smooth noise at every scale, as large as ``sizes.source``."""
+    """Write JPEG files of smooth noise at every scale, as large as ``sizes.source``."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir()
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     width, height = sizes.source
 
     def draw() -> Any:
         layers = []
         for k in range(1, 8):
-            small = chance.normal(size=(max(1, height >> k), max(1, width >> k), 3)).astype(np.float32) * 2**k
+            small = rng.normal(size=(max(1, height >> k), max(1, width >> k), 3)).astype(np.float32) * 2**k
             small = np.clip(small * 2 + 128, 0, 255).astype(np.uint8)
             layers.append(
                 np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32)

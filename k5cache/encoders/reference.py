@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 LOGGER = "diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i"
-ROOM = 0.8  # of free memory: what weights may take, so that activations have the rest
+ROOM = 0.8  # of free memory may be taken by weights; activations have the rest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Encoded:
     """What ``Kandinsky5T2IPipeline.encode_prompt`` makes of one caption alone."""
 
     ids: list[int]
-    """Given to Qwen, template included."""
+    """What Qwen is given, template included."""
     prompt_embeds: torch.Tensor
     pooled: torch.Tensor
 
@@ -43,7 +43,7 @@ def encode_as_the_pipeline(
     device: str,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Encoded]:
-    """``encode_prompt`` on each caption alone, Qwen first, then CLIP, each freed before the next.
+    """Run ``encode_prompt`` on each caption alone: first Qwen, then CLIP, each freed before the next.
 
     Args:
         captions: raw or cleaned; the pipeline cleans them.
@@ -91,7 +91,10 @@ def moments_of_the_vae(
 
     processor = _pipeline(folder).image_processor
     moments = []
-    with torch.no_grad(), silent("diffusers.models.modeling_utils"):  # it warns of every cast, of no module at all
+    with (
+        torch.no_grad(),
+        silent("diffusers.models.modeling_utils"),
+    ):  # it warns at every cast that no module stays in float32
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True).to(device)
         for crop in crops:
             pixels = processor.preprocess(Image.fromarray(crop.permute(1, 2, 0).numpy()))
@@ -104,7 +107,7 @@ def moments_of_the_vae(
 
 
 def _pipeline(folder: Path) -> Any:
-    """The pipeline with its tokenizers and nothing else yet."""
+    """The pipeline with its tokenizers and no models."""
     from diffusers import Kandinsky5T2IPipeline
     from transformers import CLIPTokenizer
 
@@ -115,7 +118,7 @@ def _pipeline(folder: Path) -> Any:
 
 @contextmanager
 def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]:
-    """``Qwen2_5_VLForConditionalGeneration``, whole, as diffusers loads it; spread by accelerate if it does not fit."""
+    """The whole ``Qwen2_5_VLForConditionalGeneration``, loaded as diffusers does; spread if it does not fit."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     where, free = folder / "text_encoder", _free_bytes(device)

@@ -1,4 +1,4 @@
-"""How fast is this machine? Measured for a moment, before a model is loaded."""
+"""How fast is this machine? A short measurement, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.memory_plan import Speed, TextArchitecture
-from k5cache.shared.checkpoint import weight_files
+from k5cache.shared.checkpoint import read_config, weight_files
 
 if TYPE_CHECKING:
     import torch
-
 
 _READ_BYTES = 2**28
 
 
 def measure_speed(folder: Path, device: str, text_dtype: torch.dtype, vae_dtype: torch.dtype, batching: str) -> Speed:
-    """A matrix product, a convolution and a read, each of the encoders' own shapes and for a moment."""
+    """Time a matrix product, a convolution and a read, in the shapes of the encoders."""
     import torch
-
-    from k5cache.shared.checkpoint import read_config
 
     text = TextArchitecture.of(read_config(folder, "text_encoder"))
     width = read_config(folder, "vae")["block_out_channels"][0]
@@ -37,15 +34,15 @@ def measure_speed(folder: Path, device: str, text_dtype: torch.dtype, vae_dtype:
     return Speed(
         # The rest of a layer (norms, activations, attention) takes a fifth of its time on a GPU, less on a CPU.
         text_flops=0.8 * 2 * x.numel() * text.intermediate_size / product,
-        vae_flops=0.5 * 2 * 9 * width * width * side**2 / convolution,  # norms and activations: as long again
+        vae_flops=0.5 * 2 * 9 * width * width * side**2 / convolution,  # norms and activations take as long again
         read_bytes=_read_speed(weight_files(folder, "text_encoder")[0]),
-        # Launching a layer took 0.7 ms of the processor beside an H200.
+        # Beside an H200, the processor took 0.7 ms to launch a layer.
         caption_seconds=0.0 if batching == "fast" or device == "cpu" else 7e-4 * text.num_layers,
     )
 
 
 def text_lengths(captions: Iterable[str], max_sequence_length: int) -> list[int]:
-    """Tokens of captions, about: four bytes of UTF-8 a token, as many as are kept, and 45 of template and tags.
+    """Estimate tokens: one for four bytes of UTF-8, as many as are kept, and 45 of template and tags.
 
     Bytes, because a token holds four letters of English, two of Russian and one Chinese character.
     """
@@ -53,7 +50,7 @@ def text_lengths(captions: Iterable[str], max_sequence_length: int) -> list[int]
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:
-    """Of one run, the best of three after a first."""
+    """Seconds of one run: the best of three after a warm-up."""
     import torch
 
     def timed() -> float:

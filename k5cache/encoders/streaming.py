@@ -1,12 +1,12 @@
 """How do 7 billion parameters encode captions in 4 GB? Layer by layer over many captions: each weight is read once.
 
-All captions of a chunk pass layer i, then layer i+1, which was read meanwhile, takes its place. Between layers hidden
-states are parked on the device where they fit, else in pinned host memory.
+All captions of a chunk pass layer i while layer i+1 is read. Between layers, hidden states are parked on the device if
+they fit, else in pinned host memory.
 
-A chunk is as many captions as may be parked (``memory_plan``). Spilling more to disk instead would be slower at any
-size: parked states are read and written once a layer, 56 times their size in all, while another chunk reads 13 GB of
-weights once more, which 0.25 GB of states (160 captions) already outweigh. And a chunk's rows are committed when it is
-done, so a kill costs a chunk.
+A chunk is as many captions as may be parked (``memory_plan``). Parking more of them on disk would be slower: each layer
+reads and writes the parked states, 56 times their size in all, while one more chunk costs one more read of 13 GB of
+weights. From 0.25 GB of states (160 captions) on, the disk would do more work. A chunk's rows are committed when it is
+done, so a crash loses at most a chunk.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def stream_prompt_embeds(
     parking: Parking = "device",
     on_layer: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """``qwen.iter_prompt_embeds`` with the layers read from their files: the same forwards, so the same bits.
+    """``qwen.iter_prompt_embeds`` with layers read from their files: the same forward passes, so the same bits.
 
     Args:
         qwen: loaded with ``streamed=True``.
-        tokens: one chunk; 7 KB a token are parked.
+        tokens: one chunk. Each token parks 7 KB.
         parking: where hidden states wait for their next layer.
         on_layer: called with the number of each layer as it begins.
 
     Yields:
-        (position, ``[n_tokens, 3584]`` on the CPU), once every layer is through.
+        (position, ``[n_tokens, 3584]`` on the CPU), after the last layer.
     """
     import torch
 
