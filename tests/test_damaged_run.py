@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import k5cache
 from k5cache.cli import app as cache_app
 from k5cache.store.manifest import read_manifest
-from k5cache.store.shards import read_keys
+from k5cache.store.shards import Shard
 from k5train.cli import app as train_app
 from tests.cli import Cli, Done
 from tests.runs import same
@@ -54,8 +54,8 @@ def damage(root: Path, kind: str) -> str:
     """Flip one bit in the largest value of the second image's row; returns what an error must call it."""
     row = k5cache.open(root).row(1)
     key = row.latent_key if kind == "latents" else row.caption_keys[0]
-    (shard,) = (shard for shard in read_manifest(root).shards if shard.kind == kind and key in read_keys(root, shard))
-    number = read_keys(root, shard).index(key)
+    (shard,) = (shard for shard in read_manifest(root).shards if shard.kind == kind and key in Shard(root, shard).keys)
+    number = Shard(root, shard).keys.index(key)
     chunk = pq.read_metadata(root / shard.file).row_group(number).column(1)
     raw = bytearray((root / shard.file).read_bytes())
     raw[chunk.data_page_offset + chunk.total_compressed_size - 9] ^= 1

@@ -20,7 +20,7 @@ from k5cache.shared.errors import CacheError
 from k5cache.store import locations, reader
 from k5cache.store.index import index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, read_manifest, write_manifest
-from k5cache.store.shards import ShardWriter, read_keys, verify_shard
+from k5cache.store.shards import Shard, ShardWriter, verify_shard
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
 from tests.store_samples import CAPTIONS, LATENTS, TEXT, index_row, latents_row, make_cache, text_row
 
@@ -236,7 +236,7 @@ def test_a_shard_is_named_by_its_content_and_what_the_manifest_says_of_it_is_tru
     assert shard.file == f"latents/64x64-{digest[:16]}.parquet"
     assert (shard.sha256, shard.num_bytes, shard.num_rows) == (digest, len(raw), 2)
     assert shard.footer_sha256 == hashlib.sha256(footer).hexdigest()
-    assert read_keys(tmp_path, shard) == ["l-2", "l-0"]
+    assert Shard(tmp_path, shard).keys == ["l-2", "l-0"]
     assert verify_shard(tmp_path, shard) == []
 
 

@@ -26,7 +26,7 @@ from k5cache.encoders.pipeline import clean
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import ModelError
 from k5cache.store.manifest import Manifest, read_manifest
-from k5cache.store.shards import read_keys
+from k5cache.store.shards import Shard
 
 CAPTIONS = [
     *("fox", "a red fox", "box", "", "a fox asleep in the deep snow of a very long winter", "a blue fox", "cat"),
@@ -281,7 +281,7 @@ def test_a_kill_in_mid_stream_costs_one_chunk(deep_model, tmp_path, monkeypatch)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     manifest = read_manifest(root)
-    done = [key for shard in manifest.shards for key in read_keys(root, shard)]
+    done = [key for shard in manifest.shards for key in Shard(root, shard).keys]
     assert len(manifest.shards) == 2
     assert 0 < len(done) < len(jobs)
     rest = [text for text in jobs if text.key not in done]

@@ -347,11 +347,6 @@ def _counts(values: list[Any], count: int, limit: int) -> list[int]:
     return values
 
 
-def read_keys(root: Path, shard: ShardInfo) -> list[str]:
-    """The key of every row, in order, from the footer, which is checked."""
-    return Shard(root, shard).keys
-
-
 def verify_shard(
     root: Path, info: ShardInfo, visit: Callable[[int, StoredRow], Iterable[str]] | None = None
 ) -> list[str]:

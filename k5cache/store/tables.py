@@ -68,9 +68,8 @@ def open_table(root: Path, info: IndexInfo, schema: pa.Schema) -> pq.ParquetFile
 
 def read_table(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
     """Decode an open table file, or some of its columns. Each column of the result is one chunk."""
-    use_threads = (
-        file.metadata.num_row_groups > 1
-    )  # for one group they cost more than they save: 5 ms on a busy machine
+    # For one row group, threads cost more than they save: 5 ms on a busy machine.
+    use_threads = file.metadata.num_row_groups > 1
     return file.read(columns=list(columns) if columns is not None else None, use_threads=use_threads).combine_chunks()
 
 
