@@ -6,11 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from k5cache.bench import encoding
+from k5cache.bench import encoding, text
 from k5cache.bench.encoding import bench
 from k5cache.bench.measurements import Measurements, Sizes
 from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model
-from k5cache.shared import vram
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**FULL_TEXT, **TINY, "num_key_value_heads": 2,
@@ -23,17 +22,19 @@ SIZES = Sizes(
 
 
 def test_a_full_size_encoder_is_not_loaded_onto_a_card_that_is_too_small(monkeypatch):
-    monkeypatch.setattr(vram, "free_card", lambda _: 12 * 2**30)
-    measured = Measurements()
-    assert not encoding.has_room(measured, "the whole text encoder", encoding.whole_text_bytes(Sizes()), "cuda")
-    assert measured.rows == [("the whole text encoder", "not measured", "it takes 16.2 GiB of VRAM, 12.0 GiB are free")]
-    assert encoding.has_room(measured, "the VAE", encoding.whole_vae_bytes(Sizes()), "cuda")
+    monkeypatch.setattr(encoding, "free_card", lambda _: 12 * 2**30)
+    measurements = Measurements()
+    assert not encoding.has_room(measurements, "the whole text encoder", encoding.whole_text_bytes(Sizes()), "cuda")
+    assert measurements.rows == [
+        ("the whole text encoder", "not measured", "it takes 16.2 GiB of VRAM, 12.0 GiB are free")
+    ]
+    assert encoding.has_room(measurements, "the VAE", encoding.whole_vae_bytes(Sizes()), "cuda")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_does_not_fit_is_left_out_and_the_rest_is_measured(monkeypatch):
     monkeypatch.setattr(encoding, "has_room", lambda *_: False)
-    monkeypatch.setattr(encoding, "ceiling", lambda *_: None)
+    monkeypatch.setattr(encoding, "measure_ceiling", lambda *_: None)
     values = bench("cpu", vram=2**29, sizes=SIZES).values
     assert {"read_exact", "read_fast", "int8_error"} <= values.keys()
     assert not {"same_exact", "streamed_same_exact", "vae float32"} & values.keys()
@@ -48,17 +49,17 @@ def test_every_line_is_measured_and_what_must_be_the_same_is():
         assert values[f"streamed_same_{batching}"] == 8
     assert values["vae float32"][2] == 0.0
     assert values["vae float32, strips"][2] < 1e-3  # group norms summed in another order
-    assert [values[f"freed_{what}"] for what in ("resident text", "streamed text", "VAE")] == [0, 0, 0]
+    assert [values[f"freed_{name}"] for name in ("resident text", "streamed text", "VAE")] == [0, 0, 0]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_first_passes_are_compared_streamed_and_resident(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))  # spares imports
+    monkeypatch.setattr(text, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))  # spares imports
     write_model(tmp_path, SIZES, "cpu")
-    measured = Measurements()
-    encoding.first_passes(measured, tmp_path, SIZES, "cpu")
-    values = measured.values
+    measurements = Measurements()
+    text.first_passes(measurements, tmp_path, SIZES, "cpu")
+    values = measurements.values
     assert 0 < values["first_streamed"] < 60
     assert 0 < values["first_resident"] < 60
     assert values["first_over"] == values["first_streamed"] / values["first_resident"]
-    assert measured.rows[0][2].startswith(f"{values['first_resident']:.2f} s resident")
+    assert measurements.rows[0][2].startswith(f"{values['first_resident']:.2f} s resident")

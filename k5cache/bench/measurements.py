@@ -1,4 +1,4 @@
-"""What is measured by `k5cache bench --encoders`, on how much, and the lines that come of it."""
+"""What does `k5cache bench --encoders` measure, and with which results? Sizes, and the lines of its table."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from k5cache.shared import console
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and on how much."""
+    """The models that are measured, and the number of captions and images."""
 
     text: dict[str, Any] = field(default_factory=lambda: FULL_TEXT)
     clip: dict[str, Any] = field(default_factory=lambda: FULL_CLIP)
     vae: dict[str, Any] = field(default_factory=lambda: FULL_VAE)
     num_captions: int = 512
     num_baseline: int = 128
-    """Captions of the baseline, and of what is compared with it bit for bit."""
+    """Captions of the baseline, and of the exact pass that is compared with it bit for bit."""
     tokens: tuple[int, int] = (50, 300)
     vram: int = 4 * 2**30
-    """The cap of the streamed run."""
+    """Bytes that the streamed run may take."""
     num_images: int = 48
     side: int = 1024
     source: tuple[int, int] = (1536, 1152)
@@ -30,13 +30,13 @@ class Sizes:
 
 @dataclass
 class Measurements:
-    """Lines of the tables, as they are measured."""
+    """The lines of the table, and the numbers in them for scripts."""
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, what: str, value: str, remark: str = "", **values: Any) -> None:
-        """One line, shown at once; ``values`` for scripts."""
-        self.rows.append((what, value, remark))
+    def add(self, name: str, value: str, remark: str = "", **values: Any) -> None:
+        """Add a line and show it at once. ``values`` are its numbers for scripts."""
+        self.rows.append((name, value, remark))
         self.values.update(values)
-        console.note(f"{what}: {value}" + (f" ({remark})" if remark else ""))
+        console.note(f"{name}: {value}" + (f" ({remark})" if remark else ""))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import Progress
 
+from k5cache.bench.measurements import Measurements, Sizes
+from k5cache.bench.tools import peak_vram, reset_peak, timed
 from k5cache.buckets import Bucket, Geometry, cover
 from k5cache.encode import image_pass, plan
 from k5cache.encode.commit import Committer
@@ -18,54 +20,59 @@ from k5cache.shared.console import human_bytes
 from k5cache.sources import images
 from k5cache.store.manifest import Manifest
 
-if TYPE_CHECKING:
-    import torch
-
-    from k5cache.bench.measurements import Measurements, Sizes
-
 
 def job_for(root: Path, cache: Path, device: str, options: dict[str, Any], vram: int | None = None) -> Job:
-    """A job as ``k5cache encode`` makes it, without a recipe; images are at their paths."""
+    """A job as ``k5cache encode`` makes it, without a recipe. An image is found by its path."""
     return Job(Path, cache, root, CacheConfig(**options), device, Progress(disable=True), vram)
 
 
-def compare_speed(measured: Measurements, root: Path, source: Path, sizes: Sizes, device: str) -> None:
-    """The VAE's pass as ``encode`` runs it, beside load, resize, ``vae.encode`` one image after another."""
+def compare_speed(measurements: Measurements, root: Path, source: Path, sizes: Sizes, device: str) -> None:
+    """Measure the VAE's pass as ``encode`` runs it, beside loading, resizing and encoding one image after another."""
     files = sorted(source.iterdir())
     geometry = cover(*sizes.source, Bucket(sizes.side, sizes.side))
     baseline, busy = one_at_a_time(root, files, geometry, device)
-    measured.add("baseline: load and vae.encode, one at a time", f"{baseline:.2f} images/s",
-              f"{sizes.side}x{sizes.side}, float32, from JPEG of {sizes.source[0]}x{sizes.source[1]}",
-              baseline_images=baseline)  # fmt: skip
+    measurements.add(
+        "baseline: load and vae.encode, one at a time",
+        f"{baseline:.2f} images/s",
+        f"{sizes.side}x{sizes.side}, float32, from JPEG of {sizes.source[0]}x{sizes.source[1]}",
+        baseline_images=baseline,
+    )
     seconds, vram = through_the_pass(root, files, geometry, device)
     rate = len(files) / seconds
-    measured.add("VAE pass: load, encode, write", f"{rate:.2f} images/s",
-              f"{rate / baseline:.1f}x the baseline; VRAM {human_bytes(vram)} with the context",
-              images=rate, vae_vram=vram)  # fmt: skip
+    measurements.add(
+        "VAE pass: load, encode, write",
+        f"{rate:.2f} images/s",
+        f"{rate / baseline:.1f}x the baseline; VRAM {human_bytes(vram)} with the context",
+        images=rate,
+        vae_vram=vram,
+    )
     waiting = 1 - busy * len(files) / seconds
-    measured.add("GPU waiting in the VAE pass", f"{waiting:.1%}",
-              f"{1e3 * busy:.1f} ms an image on the GPU alone, {1e3 * seconds / len(files):.1f} ms in the pass",
-              waiting=waiting)  # fmt: skip
+    measurements.add(
+        "GPU waiting in the VAE pass",
+        f"{waiting:.1%}",
+        f"{1e3 * busy:.1f} ms an image on the GPU alone, {1e3 * seconds / len(files):.1f} ms in the pass",
+        waiting=waiting,
+    )
 
 
 def one_at_a_time(root: Path, files: Sequence[Path], geometry: Geometry, device: str) -> tuple[float, float]:
-    """(images a second as trainers encode them, seconds an image when its pixels are on the device already)."""
+    """(images a second as trainers encode them, seconds an image whose pixels are already on the device)."""
+    import torch
     from diffusers.image_processor import VaeImageProcessor
     from PIL import Image
 
-    from k5cache.bench.tools import timed
     from k5cache.encoders import vae
 
-    loaded = vae.load_vae(root, device, _float32())
+    autoencoder = vae.load_vae(root, device, torch.float32)
     processor = VaeImageProcessor(vae_scale_factor=8)
     bucket, resized = geometry.bucket, (geometry.resized_width, geometry.resized_height)
     box = (geometry.left, geometry.top, geometry.left + bucket.width, geometry.top + bucket.height)
 
-    def alone(some: Sequence[Path]) -> None:
-        for path in some:
+    def alone(paths: Sequence[Path]) -> None:
+        for path in paths:
             with Image.open(path) as image:
                 cropped = image.convert("RGB").resize(resized, Image.Resampling.BICUBIC).crop(box)
-            posterior = loaded.encode(processor.preprocess(cropped).to(device)).latent_dist
+            posterior = autoencoder.encode(processor.preprocess(cropped).to(device)).latent_dist
             posterior.mean.cpu(), posterior.std.cpu()
 
     alone(files[:2])
@@ -74,17 +81,15 @@ def one_at_a_time(root: Path, files: Sequence[Path], geometry: Geometry, device:
 
     def encode(count: int) -> None:
         for _ in range(count):
-            vae.encode_on_device(loaded, vae.to_model_range(pixels))
+            vae.encode_on_device(autoencoder, vae.to_model_range(pixels))
 
     encode(2)
     return len(files) / seconds, min(timed(device, lambda: encode(8))[0] / 8 for _ in range(2))
 
 
 def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, device: str) -> tuple[float, int]:
-    """(seconds of the pass over all files, the VAE loaded and warm; VRAM)."""
+    """(seconds of the pass over all files, with a loaded and warm VAE, VRAM)."""
     import torch
-
-    from k5cache.bench.tools import peak_vram, reset_peak, timed
 
     cache, bucket = root / "pictures_cache", geometry.bucket
     cache.mkdir()
@@ -100,11 +105,10 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     return seconds, peak_vram(device)
 
 
-def compare_precisions(measured: Measurements, root: Path, source: Path, sizes: Sizes, device: str) -> None:
-    """Error, time and memory of bfloat16, of strips and of diffusers' tiling, against float32 of the whole image."""
+def compare_precisions(measurements: Measurements, root: Path, source: Path, sizes: Sizes, device: str) -> None:
+    """Measure bfloat16, strips and diffusers' tiling: error against float32 of the whole image, time and memory."""
     import torch
 
-    from k5cache.bench.tools import peak_vram, reset_peak, timed
     from k5cache.encoders import vae
 
     geometry = cover(*sizes.source, Bucket(sizes.side, sizes.side))
@@ -117,26 +121,24 @@ def compare_precisions(measured: Measurements, root: Path, source: Path, sizes: 
         ("bfloat16", torch.bfloat16, False),
         ("bfloat16, strips", torch.bfloat16, True),
     ):
-        loaded = vae.keep_encoder_only(vae.load_vae(root, device, torch.float32))
-        loaded.encoder.to(dtype)
+        autoencoder = vae.keep_encoder_only(vae.load_vae(root, device, torch.float32))
+        autoencoder.encoder.to(dtype)
         if "tiling" in name:
-            loaded.enable_tiling()
-            loaded.tile_sample_min_size, loaded.tile_latent_min_size = sizes.side // 2, sizes.side // 16
-        vae.encode_on_device(loaded, pixels, in_strips=in_strips)
+            autoencoder.enable_tiling()
+            autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = sizes.side // 2, sizes.side // 16
+        vae.encode_on_device(autoencoder, pixels, in_strips=in_strips)
         reset_peak(device)
-        seconds, (mean, _) = timed(device, partial(vae.encode_on_device, loaded, pixels, in_strips=in_strips))
+        seconds, (mean, _) = timed(device, partial(vae.encode_on_device, autoencoder, pixels, in_strips=in_strips))
         mean = mean.double()
         expected = mean if expected is None else expected
         error = float((mean - expected).norm() / expected.norm())
         worst = float((mean - expected).abs().max() / expected.std())
         peak = peak_vram(device)
-        measured.add(f"VAE, {name}", f"{1e3 * seconds:.1f} ms",
-                  f"{human_bytes(peak)} of VRAM with the context; error {error:.1e} of the norm, at most {worst:.1e} "
-                  "of the latents' std", **{f"vae {name}": (seconds, peak, error, worst)})  # fmt: skip
-        del loaded
-
-
-def _float32() -> torch.dtype:
-    import torch
-
-    return torch.float32
+        measurements.add(
+            f"VAE, {name}",
+            f"{1e3 * seconds:.1f} ms",
+            f"{human_bytes(peak)} of VRAM with the context; error {error:.1e} of the norm, at most {worst:.1e} "
+            "of the latents' std",
+            **{f"vae {name}": (seconds, peak, error, worst)},
+        )
+        del autoencoder

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ SLOW = "datasets, torch format"
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to keep rows, and how fast it gives them back at random."""
+    """A file format, and how fast random rows are read from it."""
 
     name: str
     ms_a_row: float
@@ -53,21 +53,21 @@ class Reading:
     rows_a_second: float
     disk_over_raw: float
     over_ours: float
-    """Its time over ours in the same round, the median of the rounds: a machine that slows down slows both."""
+    """Its time over ours in the same round, the median of the rounds. A machine that slows down slows both."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What a codec makes of the bytes of a row."""
+    """A codec's compression and speed on the bytes of a row."""
 
     codec: str
     latents: float
-    """Packed over raw size."""
+    """Packed size over raw size."""
     text: float
     row: float
     unpack_ms: float
-    """For a whole row, on top of reading it."""
+    """Milliseconds for a whole row, in addition to reading it."""
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,19 @@ def bench_store(num_rows: int = 200, folder: Path | None = None) -> StoreBench:
                 assert all(torch.equal(row[k], v) for k, v in read(i).items()), format_name
         packings = tuple(_pack(codec, level, rows[:8]) for codec, level in CODECS)
         del rows
-        spent: dict[str, list[float]] = {name: [] for name in readers}
+        seconds: dict[str, list[float]] = {name: [] for name in readers}
         for round_number in range(ROUNDS):
             order = random.Random(round_number).sample(range(num_rows), max(1, num_rows // 5))
-            # In another order each round: what one leaves in the caches is not always met by the same other one.
+            # A new order each round, so that a format does not always follow the same other one in the caches.
             for format_name in random.Random(round_number).sample(list(readers), len(readers)):
-                few = order if format_name != SLOW else order[: max(1, len(order) // 10)]
-                spent[format_name].append(_seconds_a_row(readers[format_name], few))
-        readings = tuple(_reading(name, times, spent[OURS], sizes[name] / raw) for name, times in spent.items())
+                positions = order if format_name != SLOW else order[: max(1, len(order) // 10)]
+                seconds[format_name].append(_seconds_a_row(readers[format_name], positions))
+        readings = tuple(_reading(name, times, seconds[OURS], sizes[name] / raw) for name, times in seconds.items())
     return StoreBench(num_rows, raw, readings, packings, _machine(), targets(readings))
 
 
 def _seconds_a_row(read: Callable[[int], Row], order: Sequence[int]) -> float:
-    """CPU time, of the one core: whatever else runs on the machine does not count."""
+    """CPU time of this process, so that other processes do not count."""
     started = time.process_time()
     for i in order:
         read(i)
@@ -131,9 +131,9 @@ def _seconds_a_row(read: Callable[[int], Row], order: Sequence[int]) -> float:
 
 
 def _reading(name: str, seconds: Sequence[float], ours: Sequence[float], disk_over_raw: float) -> Reading:
-    """``seconds`` a row of every round, and what ours took in the same rounds."""
+    """Sum up the ``seconds`` a row of every round; ``ours`` are those of our store in the same rounds."""
     a_row = statistics.median(seconds)
-    over_ours = statistics.median(its / own for its, own in zip(seconds, ours, strict=True))
+    over_ours = statistics.median(theirs / own for theirs, own in zip(seconds, ours, strict=True))
     return Reading(
         name, 1e3 * a_row, 1 / a_row, disk_over_raw, over_ours, "maps, reads nothing" if name == MAPPED else ""
     )
@@ -143,22 +143,24 @@ def targets(readings: Sequence[Reading]) -> dict[str, bool]:
     """What the store must reach, and whether it did."""
     by_name = {reading.name: reading for reading in readings}
     ours = by_name[OURS]
-    honest = min(reading.over_ours for name, reading in by_name.items() if "safetensors" in name and name != MAPPED)
+    safetensors_over_ours = min(
+        reading.over_ours for name, reading in by_name.items() if "safetensors" in name and name != MAPPED
+    )
     return {
         "at least 400 rows/s on one core": ours.rows_a_second >= 400,
-        "at most 1.3 times a safetensors file that is really read": 1 / honest <= 1.3,
+        "at most 1.3 times a safetensors file that is really read": 1 / safetensors_over_ours <= 1.3,
         "at most 1.02 of the raw bytes on disk": ours.disk_over_raw <= 1.02,
     }
 
 
 def print_bench(bench: StoreBench) -> None:
-    """The tables."""
+    """Print the tables."""
     columns = ("ms/row", "rows/s", "time over ours", "disk over raw")
     title = f"Random reads, {bench.num_rows} rows of {console.human_bytes(bench.raw_bytes / bench.num_rows)}"
     table = console.table(f"{title}, {bench.machine}", "format", *columns, "", numbers=columns)
-    for one in bench.readings:
-        numbers = (f"{one.ms_a_row:.2f}", f"{one.rows_a_second:.0f}", f"{one.over_ours:.2f}")
-        table.add_row(one.name, *numbers, f"{one.disk_over_raw:.4f}", one.note)
+    for reading in bench.readings:
+        numbers = (f"{reading.ms_a_row:.2f}", f"{reading.rows_a_second:.0f}", f"{reading.over_ours:.2f}")
+        table.add_row(reading.name, *numbers, f"{reading.disk_over_raw:.4f}", reading.note)
     console.out.print(table)
     names = ("latents", "text", "row", "unpack ms/row")
     table = console.table("Compression, packed over raw (the default is none)", "codec", *names, numbers=names)
@@ -166,12 +168,12 @@ def print_bench(bench: StoreBench) -> None:
         sizes = (f"{packing.latents:.3f}", f"{packing.text:.3f}", f"{packing.row:.3f}")
         table.add_row(packing.codec, *sizes, f"{packing.unpack_ms:.2f}")
     console.out.print(table)
-    for what, is_met in bench.targets.items():
-        console.out.print(f"{'yes' if is_met else 'NO '}  {what}", markup=False, style="green" if is_met else "red")
+    for target, is_met in bench.targets.items():
+        console.out.print(f"{'yes' if is_met else 'NO '}  {target}", markup=False, style="green" if is_met else "red")
 
 
 def make_row(seed: int) -> Row:
-    """Random values with the spread of real ones: mean N(0, 1), std small and positive, embeddings N(0, 1)."""
+    """A row of random values that spread as real ones: mean N(0, 1), std small and positive, embeddings N(0, 1)."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +187,7 @@ def make_row(seed: int) -> Row:
 
 
 def _ours(root: Path, rows: Sequence[Row]) -> Callable[[int], Row]:
-    """A cache: an item is a row of latents and one of text."""
+    """A cache, in which an item is a row of latents and a row of text."""
     with lock(root):
         shards = []
         for first in range(0, len(rows), 64):
@@ -251,7 +253,7 @@ def _cloned(root: Path, rows: Sequence[Row]) -> Callable[[int], Row]:
 
 
 def _datasets(root: Path, rows: Sequence[Row]) -> Callable[[int], Row]:
-    """Arrow files with typed arrays; it has no bfloat16, so text is kept as its bits."""
+    """Arrow files with typed arrays. They have no bfloat16, so text is stored as its bits."""
     import torch
     from datasets import Array2D, Array3D, Dataset, Features, Sequence, Value, disable_progress_bars, load_from_disk
 
@@ -267,10 +269,10 @@ def _datasets(root: Path, rows: Sequence[Row]) -> Callable[[int], Row]:
         for row in rows:
             yield {k: (v if v.dtype == torch.float16 else v.view(torch.int16)).numpy() for k, v in row.items()}
 
-    dataset = Dataset.from_generator(plain, features=features, cache_dir=str(root / "made"))
+    dataset = Dataset.from_generator(plain, features=features, cache_dir=str(root / "generated"))
     dataset.save_to_disk(root / "saved")
     del dataset
-    shutil.rmtree(root / "made")
+    shutil.rmtree(root / "generated")
     opened = load_from_disk(str(root / "saved")).with_format("torch")
 
     def read(i: int) -> Row:
@@ -285,7 +287,7 @@ CODECS = (("none", None), ("lz4", None), ("zstd", 1), ("zstd", 3), ("zstd", 9))
 
 
 def _pack(codec: str, level: int | None, rows: Sequence[Row]) -> Packing:
-    """Sizes and speed of one codec on these rows, a tensor at a time as Parquet would."""
+    """Compress these rows with one codec, a tensor at a time as Parquet does."""
     import pyarrow as pa
 
     name = codec if level is None else f"{codec} {level}"
@@ -305,7 +307,7 @@ def _pack(codec: str, level: int | None, rows: Sequence[Row]) -> Packing:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Run on one core with one thread, and put both back."""
+    """Run on one core with one thread, and restore both afterwards."""
     import torch
 
     threads = torch.get_num_threads()
@@ -322,7 +324,7 @@ def _one_core() -> Iterator[None]:
 
 
 def _machine() -> str:
-    """The processor, as the system names it."""
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -331,7 +333,5 @@ def _machine() -> str:
 
 
 def as_json(bench: StoreBench) -> dict[str, Any]:
-    """For scripts."""
-    from dataclasses import asdict
-
+    """The measurements as JSON takes them."""
     return dict(json.loads(json.dumps(asdict(bench))))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def collect(rows: Iterator[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
-    """Rows in the order of their captions, each with its own memory, as a shard would take them."""
+    """Copies of the rows in the order of their captions, as a shard would take them."""
     copies = {i: row.clone() for i, row in rows}
     return [copies[i] for i in range(len(copies))]
 
@@ -44,7 +44,7 @@ def in_use(device: str) -> int:
 
 
 def reset_peak(device: str) -> None:
-    """Begin to watch VRAM."""
+    """Start a new measurement of peak VRAM."""
     import torch
 
     release(device)
@@ -53,7 +53,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_vram(device: str) -> int:
-    """Most VRAM that torch reserved since ``reset_peak``, with what the process holds outside its allocator."""
+    """The most VRAM that torch reserved since ``reset_peak``, and what the process takes outside its allocator."""
     import torch
 
     if device == "cpu":
@@ -65,14 +65,14 @@ def peak_vram(device: str) -> int:
 
 @dataclass
 class Memory:
-    """Host memory while a block runs."""
+    """Host memory of the process while a block runs, in bytes."""
 
     peak: int = 0
 
 
 @contextmanager
 def watched() -> Iterator[Memory]:
-    """The largest resident set seen, looked at 50 times a second."""
+    """Measure the process's largest resident set, 50 times a second."""
     memory, is_over = Memory(rss()), threading.Event()
 
     def look() -> None:
@@ -90,6 +90,6 @@ def watched() -> Iterator[Memory]:
 
 
 def rss() -> int:
-    """Bytes of this process that are in RAM, mapped files and all."""
+    """Bytes of this process that are in RAM, mapped files included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

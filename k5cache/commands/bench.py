@@ -33,17 +33,17 @@ def bench(
     if store:
         from k5cache.bench import reading
 
-        rows = reading.bench_store(folder=folder)
-        results["store"] = reading.as_json(rows)
+        store_bench = reading.bench_store(folder=folder)
+        results["store"] = reading.as_json(store_bench)
         if not as_json:
-            reading.print_bench(rows)
+            reading.print_bench(store_bench)
     if encoders:
         from k5cache.bench import encoding
         from k5cache.shared.device import pick_device
 
-        measured = encoding.bench(pick_device(device), vram_bytes(vram), folder)
-        results["encoders"] = encoding.as_json(measured)
+        measurements = encoding.bench(pick_device(device), vram_bytes(vram), folder)
+        results["encoders"] = encoding.as_json(measurements)
         if not as_json:
-            encoding.print_bench(measured)
+            encoding.print_bench(measurements)
     if as_json:
         console.print_json(results)

@@ -1,4 +1,4 @@
-"""Does the memory of the text pass grow with the number of captions? The whole pass, rows written, over more and more.
+"""Does the memory of the text pass grow with the number of captions? The whole pass, which writes the rows too.
 
 The text encoder has the full width but few layers, so that 10,000 captions take seconds, and is streamed.
 """
@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from k5cache.bench.encoding import make_captions
 from k5cache.bench.measurements import Sizes
 from k5cache.bench.pictures import job_for
+from k5cache.bench.text import make_captions
 from k5cache.bench.tools import peak_vram, reset_peak, timed, watched
 from k5cache.encode.commit import Committer
 from k5cache.encode.plan import TextJob
@@ -35,7 +35,7 @@ TOKENS = (20, 100)  # of a caption, from and to
 
 @dataclass(frozen=True)
 class Growth:
-    """What one number of captions took."""
+    """The time and memory for one number of captions."""
 
     num_captions: int
     seconds: float
@@ -63,7 +63,7 @@ def measure_growth(
     vram: int | None,
     report: Callable[[str], None] = console.note,
 ) -> list[Growth]:
-    """The text pass over each number of captions, into an empty cache. Reports each as soon as it is known.
+    """Run the text pass over each number of captions, into an empty cache, and report each result at once.
 
     Args:
         vram: bytes that the pass may use; None on a CPU.
