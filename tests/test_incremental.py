@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from k5cache.encode import image_pass, update
@@ -43,11 +45,11 @@ def encoded(tmp_path_factory, toy_model) -> Workshop:
 
 @pytest.fixture
 def three(encoded, tmp_path) -> Workshop:
-    """A copy of the same images and cache for one test. File times are kept, as when a folder moves."""
+    """A copy of the same images and cache for one test, which knows these files."""
     shop = Workshop(tmp_path / "shop", encoded.model)
-    shop.source.rmdir()
-    subprocess.run(["cp", "-al", encoded.source, shop.source], check=True)  # hard links: the same inodes
+    shutil.copytree(encoded.source, shop.source, dirs_exist_ok=True)
     shutil.copytree(encoded.root, shop.root)
+    shop.encode("a fox")
     return shop
 
 
@@ -70,11 +72,6 @@ def changes(report: EncodeReport) -> dict[str, object]:
     """The counts and lists of a report that are not empty."""
     names = ("num_latents", "num_texts", "added", "changed", "removed", "renamed", "skipped", "repaired")
     return {name: value for name in names if (value := getattr(report, name))}
-
-
-def replace_text(path: Path, text: str) -> None:
-    path.unlink()  # it is a hard link
-    path.write_text(text, encoding="utf-8")
 
 
 def test_an_unchanged_folder_writes_nothing_and_loads_nothing(three, loaded):
@@ -115,19 +112,25 @@ def test_one_image_more_is_encoded_alone(three, loaded):
 
 
 def test_an_edited_caption_is_encoded_alone(three, loaded):
-    replace_text(three.source / "dog.txt", "a spaniel")
+    (three.source / "dog.txt").write_text("a spaniel", encoding="utf-8")
     assert changes(three.encode("a fox")) == {"num_texts": 1, "changed": ("dog.png",)}
     assert sorted(loaded) == ["clip", "qwen"]
     assert [text.caption for text in three.cache[1]["captions"]] == ["a spaniel"]
 
 
-def test_a_renamed_image_is_neither_read_nor_encoded(three, loaded, monkeypatch):
-    monkeypatch.setattr(images, "hash_content", lambda _: pytest.fail("it was read"))
+def test_a_renamed_image_is_read_and_not_encoded(three, loaded):
     for suffix in (".png", ".txt"):
         (three.source / f"dog{suffix}").rename(three.source / f"hound{suffix}")
     report = three.encode("a fox")
     assert (changes(report), loaded) == ({"renamed": (("dog.png", "hound.png"),)}, [])
     assert [item["path"] for item in three.cache] == ["cat.png", "hound.png", "sub/owl.png"]
+
+
+def test_the_images_of_a_renamed_folder_are_neither_read_nor_encoded(three, loaded, monkeypatch):
+    monkeypatch.setattr(images, "hash_content", lambda _: pytest.fail("it was read"))
+    (three.source / "sub").rename(three.source / "birds")
+    assert changes(three.encode("a fox")) == {"renamed": (("sub/owl.png", "birds/owl.png"),)}
+    assert loaded == []
 
 
 def test_a_copied_folder_is_read_and_not_encoded_and_then_known(three, loaded):
@@ -152,22 +155,41 @@ def test_a_deleted_image_leaves_the_index_at_once_and_the_shards_at_gc(three):
     assert three.encode("a fox").is_unchanged
 
 
-def test_an_edit_that_keeps_size_time_and_inode_is_seen_by_rehash(three):
-    path = three.source / "dog.png"
-    stat, data = path.stat(), bytearray((three.source / "cat.png").read_bytes())
-    three.put("cat2.png", seed=5)
-    three.encode("a fox")
-    path = three.source / "cat2.png"
+def edit_in_place(path: Path, before: bytes, after: bytes) -> None:
+    """Write over some bytes of a file and set its mtime back: size, mtime and inode stay."""
     stat, data = path.stat(), path.read_bytes()
-    other = three.put("other.png", seed=6).read_bytes()
-    (three.source / "other.png").unlink()
-    (three.source / "other.txt").unlink()
-    path.write_bytes(other.ljust(len(data), b"\0")[: max(len(data), len(other))])
-    if path.stat().st_size != stat.st_size:
-        pytest.skip("PNG of noise came out longer")
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    now = path.stat()
+    assert (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def test_an_edit_that_keeps_size_time_and_inode_is_seen(three, loaded):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    upright = struct.pack("<HHII", 0x0112, 3, 1, 1) if exif.endian == "<" else struct.pack(">HHIHH", 0x0112, 3, 1, 1, 0)
+    turned = upright.replace(b"\1\0", b"\6\0") if exif.endian == "<" else upright[:8] + b"\0\6\0\0"
+    three.put("fox.jpg", "a cat", seed=5, size=(96, 64))
+    Image.open(three.source / "fox.jpg").save(three.source / "fox.jpg", exif=exif)
+    Image.new("L", (96, 64), 9).save(three.source / "cat.mask.bmp")
+    (three.source / "cat.mask.bmp").rename(three.source / "cat.mask.png")  # what it is decides, not its suffix
+    three.encode("a fox")
+    assert three.cache.row(2).width == 96
+    loaded.clear()
+    edit_in_place(three.source / "fox.jpg", upright, turned)
+    assert changes(three.encode("a fox")) == {"num_latents": 1, "changed": ("fox.jpg",)}
+    assert (three.cache.row(2).width, three.cache.row(2).height, loaded) == (64, 96, ["vae"])
+    edit_in_place(three.source / "cat.mask.png", bytes([9]) * (96 * 64), bytes([77]) * (96 * 64))
+    assert changes(three.encode("a fox")) == {"changed": ("cat.png",)}
     assert three.encode("a fox").is_unchanged
-    assert changes(three.encode("a fox", rehash=True)) == {"num_latents": 1, "changed": ("cat2.png",)}
+
+
+def test_other_permissions_and_a_new_link_have_an_image_read_and_not_encoded(three, loaded):
+    (three.source / "cat.png").chmod(0o600)
+    os.link(three.source / "dog.png", three.source.with_name("elsewhere.png"))
+    assert (changes(three.encode("a fox")), loaded) == ({}, [])
+    assert three.encode("a fox").is_unchanged
 
 
 def test_a_broken_image_is_reported_every_time_and_loads_no_model(three, loaded):

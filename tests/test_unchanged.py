@@ -22,6 +22,7 @@ from k5cache.shared import console
 from k5cache.shared.errors import CacheStale, ModelError
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, unchanged
+from k5cache.sources.items import stat_numbers
 from k5cache.store.manifest import read_manifest
 from tests.workshop import Workshop
 
@@ -171,6 +172,41 @@ def test_a_caption_edited_while_it_is_encoded_is_not_taken_for_the_one_that_was_
     monkeypatch.setattr(update, "encode_texts", original)
     assert shop.encode().changed == ("cat.png",)
     assert shop.cache[0]["captions"][0].caption == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("year", "seconds", "stored"), [(1601, -11_644_473_600, -(2**63)), (2300, 10_413_792_000, 2**63 - 1)]
+)
+def test_a_time_that_nanoseconds_cannot_hold_is_stored_as_the_nearest_and_counts_in_full(year, seconds, stored):
+    def status(plus: int) -> SimpleNamespace:
+        return SimpleNamespace(st_size=5, st_mtime_ns=seconds * 10**9 + plus, st_ctime_ns=1, st_ino=2)
+
+    size, time, identity = stat_numbers(status(0))
+    assert (size, time) == (5, stored)
+    assert 0 <= identity < 2**63
+    assert stat_numbers(status(1))[:2] == (size, time)
+    assert stat_numbers(status(1))[2] != identity
+
+
+def test_files_of_the_year_2300_are_encoded_and_their_edits_are_seen(tmp_path, toy_model):
+    def date() -> None:
+        for path in shop.source.iterdir():
+            os.utime(path, (10_413_792_000, 10_413_792_000))
+
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png", "a cat")
+    put_mask(shop, "cat.mask.png", 255)
+    date()
+    if (shop.source / "cat.png").stat().st_mtime != 10_413_792_000:
+        pytest.skip("this file system has no such time")
+    assert shop.encode().num_latents == 1
+    assert shop.encode().is_unchanged
+    shop.put("cat.png", "a cat", seed=1)
+    date()
+    assert shop.encode().changed == ("cat.png",)
+    (shop.source / "cat.txt").write_text("a dog", encoding="utf-8")
+    date()
+    assert shop.encode().num_texts == 1
 
 
 # A model of the hub

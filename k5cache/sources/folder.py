@@ -11,7 +11,7 @@ from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_lines, without_source
-from k5cache.sources.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem
+from k5cache.sources.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem, stat_numbers
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
 
@@ -131,14 +131,14 @@ def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> Source
     if _printable(path) != path:
         return Skipped(_printable(path), "its name is not valid UTF-8")
     try:
-        stat = entry.stat()
+        status = entry.stat()
         if not entry.is_file():  # a pipe would block whoever opens it
             return Skipped(path, "is not a file")
     except OSError:
         return Skipped(path, "is a broken link" if entry.is_symlink() else "is no longer there")
     if isinstance(captions, str):
         return Skipped(path, captions)
-    return SourceItem(path, stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1), captions)
+    return SourceItem(path, *stat_numbers(status), captions)
 
 
 def _read_captions(path: str | None, stem: str) -> Captions:

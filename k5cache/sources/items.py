@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,22 @@ class UnreadableImage(Exception):
         self.reason = reason
 
 
+def stat_numbers(status: os.stat_result) -> tuple[int, int, int]:
+    """(size, mtime, a hash of inode, ctime and mtime) of a file, each of which fits a signed 64-bit column.
+
+    ctime is the time of the last change of any kind. No program can set it, so an edit that puts size and mtime back
+    is seen.
+    """
+    text = f"{status.st_ino} {status.st_ctime_ns} {status.st_mtime_ns}"
+    digest = hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
+    return status.st_size, fitting_ns(status.st_mtime_ns), int.from_bytes(digest, "little") >> 1
+
+
+def fitting_ns(time_ns: int) -> int:
+    """A file's time in nanoseconds as a signed 64-bit number: one before 1677 or after 2262 becomes the nearest."""
+    return min(max(time_ns, -(2**63)), 2**63 - 1)
+
+
 @dataclass(frozen=True)
 class MaskFile:
     """A mask that a source has: which part of an image counts."""
@@ -27,6 +45,7 @@ class MaskFile:
     num_bytes: int
     mtime_ns: int
     inode: int
+    """This and the two before are as in ``SourceItem``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +58,7 @@ class SourceItem:
     """If size, time or inode differ, the image may have changed. A table's row has the size and time of its file."""
     mtime_ns: int
     inode: int
-    """The lower 63 bits, so that it fits a signed column."""
+    """The third of ``stat_numbers``: another one if the file was replaced or changed in any way."""
     captions: tuple[str, ...]
     """As written, at least one."""
     mask: MaskFile | None = None

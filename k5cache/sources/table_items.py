@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_cell, from_lines, without_source
-from k5cache.sources.items import IMAGE_SUFFIXES, Content, MaskFile, Skipped, SourceItem, UnreadableImage
+from k5cache.sources.items import IMAGE_SUFFIXES, Content, MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
 from k5cache.sources.tables import Table
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
@@ -87,8 +87,7 @@ def _mask_beside(file: Path, path: str) -> MaskFile | None:
 
 
 def _stat(file: Path) -> tuple[int, int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)
+    return stat_numbers(file.stat())
 
 
 def _embedded_images(table: Table, column: str, config: CacheConfig) -> Listing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.sources.folder import MASK_SUFFIXES, walk
-from k5cache.sources.items import IMAGE_SUFFIXES, Skipped
+from k5cache.sources.items import IMAGE_SUFFIXES, Skipped, fitting_ns
 
 _SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | {".txt"}
 SETTLED_NS = 2_000_000_000
@@ -52,7 +52,8 @@ def read_stats(source: Path) -> FolderStats | None:
                 names.append(name)
                 kinds.add(stat.S_IFMT(status.st_mode))
                 # One list of integers for each folder: making text of 20,000 files takes as long as their stats.
-                numbers.extend((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino & (2**63 - 1)))
+                times = fitting_ns(status.st_mtime_ns), fitting_ns(status.st_ctime_ns)
+                numbers.extend((*times, status.st_size, status.st_ino & (2**63 - 1)))
         if not kinds <= {stat.S_IFREG}:
             return None
         newest = max([newest, *numbers[0::4], *numbers[1::4]])
