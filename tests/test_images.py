@@ -40,7 +40,8 @@ def put(root: Path, name: str, caption: bytes | None = b"a cat", image: bytes = 
 
 
 def test_images_of_every_suffix_are_found_in_sub_folders_too_sorted_by_path_and_other_files_are_not(tmp_path):
-    names = ["a.JPG", "b.jpeg", "c.Png", "sub/d.webp", "sub/deep/e.avif", "sub/f.bmp", "z.tif", "y.TIFF"]
+    names = ["a.JPG", "b.jpeg", "c.Png", "sub/d.webp", "sub/deep/e.avif", "sub/f.bmp", "z.tif", "y.TIFF",
+             "g.GIF", "h.jfif", "i.jpe", "j.apng", "k.jp2", "l.heic", "m.jxl"]  # fmt: skip
     for name in [*names, "notes.md", "jpg", "film.mp4", "old.jpg.bak"]:
         put(tmp_path, name)
     items, skipped = find_items(tmp_path, CONFIG)

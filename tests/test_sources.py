@@ -432,7 +432,7 @@ def test_a_dataset_of_the_hub_may_hold_files_in_the_place_of_bytes(pictures, mon
 
 def test_a_folder_with_other_files_and_hidden_tables_holds_no_image(tmp_path):
     put(tmp_path, config_json="{}", notes_csv="a,b", **{".hidden__t_parquet": "x"})
-    assert refusal(tmp_path).startswith(f"{tmp_path} has no image; Put images (.avif .bmp")
+    assert refusal(tmp_path).startswith(f"{tmp_path} has no image; Put images (.apng .avif")
 
 
 def test_what_is_nowhere_is_said_without_asking_the_hub_unless_it_may_be_a_name(tmp_path, monkeypatch):

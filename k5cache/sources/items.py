@@ -7,7 +7,31 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".dib", ".gif"),
+        *(".tif", ".tiff", ".jp2", ".j2k", ".jpf", ".jpx", ".heic", ".heif", ".hif", ".jxl"),
+    }
+)
+"""Files that are opened as images. What is in them decides how they are read; .heic and .jxl need a plugin of Pillow,
+and without it ``decode.open_image`` says which."""
+
+_AS_PNG = "save it as PNG"
+_AS_TIFF = "export it as a 16-bit TIFF or a PNG"
+NAMED_SUFFIXES: dict[str, str] = {
+    **dict.fromkeys((".psd", ".psb"), f"is a Photoshop document: {_AS_PNG}"),
+    **dict.fromkeys((".xcf", ".kra", ".clip", ".afphoto"), f"is the document of a paint program: {_AS_PNG}"),
+    **dict.fromkeys((".svg", ".ai", ".eps"), f"is a drawing without pixels: {_AS_PNG}"),
+    **dict.fromkeys((".ico", ".cur", ".icns"), f"is an icon: {_AS_PNG}"),
+    **dict.fromkeys((".tga", ".pcx", ".dds", ".qoi"), f"is of a kind that is not supported: {_AS_PNG}"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm", ".pam"), f"is of a kind that is not supported: {_AS_PNG}"),
+    **dict.fromkeys((".exr", ".hdr"), f"is an HDR image, which is not supported: {_AS_PNG}"),
+    **dict.fromkeys((".jxr", ".wdp"), f"is a JPEG XR, which is not supported: {_AS_PNG}"),
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw"), f"is a camera's raw file: {_AS_TIFF}"),
+    **dict.fromkeys((".arw", ".orf", ".rw2", ".raf", ".srw", ".pef"), f"is a camera's raw file: {_AS_TIFF}"),
+    **dict.fromkeys((".raw", ".3fr", ".iiq", ".x3f", ".rwl"), f"is a camera's raw file: {_AS_TIFF}"),
+}
+"""Suffix of pictures that are known and cannot be read -> what to say of such a file instead of passing it over."""
 
 Content = Path | bytes
 """An image as a file, or as its bytes if it is in a table."""
