@@ -8,6 +8,7 @@ becomes part of the norm before it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +77,12 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
         return weight
     if not weight.is_cuda:
         return scale * weight
-    return torch.mul(scale, weight, out=_workspace(weight, scale.dtype, *weight.shape))
+    target = _workspace(weight, scale.dtype, *weight.shape)
+    if not scaling_works(weight.device):
+        return torch.mul(scale, weight, out=target)
+    from k5train.forward.kernels import scale_rows
+
+    return scale_rows(weight, scale, target)
 
 
 def _transposed(weight: Tensor) -> Tensor:
@@ -178,21 +184,53 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, *rest: Any) -> Tensor:
 
 @functools.cache
 def kernel_works(device: torch.device) -> bool:
-    """Whether the Triton kernels agree with exact arithmetic, in every form that is used, on small cases."""
+    """Whether the int8 matmul agrees with exact arithmetic, in every form that is used, on small cases."""
+    return _works(device, _matmul_agrees)
+
+
+@functools.cache
+def scaling_works(device: torch.device) -> bool:
+    """Whether the kernel that scales int8 weights gives torch's bits on small cases."""
+    return _works(device, _scaling_agrees)
+
+
+def _works(device: torch.device, agrees: Callable[[torch.device], bool]) -> bool:
+    """Whether Triton is there and ``agrees``; if only direct launches fail, they are turned off for all kernels."""
     from torch.utils._triton import has_triton
 
     if not has_triton():
         return False
     from k5train.forward import kernels
 
-    kernels.is_direct = True
-    if _kernels_agree(device):
+    was_direct = kernels.is_direct
+    if agrees(device):
         return True
     kernels.is_direct = False
-    return _kernels_agree(device)
+    if was_direct and agrees(device):
+        return True
+    kernels.is_direct = was_direct
+    return False
 
 
-def _kernels_agree(device: torch.device) -> bool:
+def _scaling_agrees(device: torch.device) -> bool:
+    from k5train.forward.kernels import scale_rows
+
+    generator = torch.Generator(device).manual_seed(0)
+    for rows, columns in ((96, 2560), (33, 100)):
+        weight = torch.randint(-127, 128, (rows, columns), device=device, dtype=torch.int8, generator=generator)
+        scale = torch.randn(rows, 1, device=device, generator=generator).bfloat16()
+        target = torch.empty(rows, columns, dtype=scale.dtype, device=device)
+        for _ in range(2):  # the first compiles, the second launches directly
+            try:
+                scale_rows(weight, scale, target.zero_())
+            except Exception:  # Triton, ptxas, gcc and the driver each fail in their own way, with one answer
+                return False
+            if not torch.equal(target, scale * weight):
+                return False
+    return True
+
+
+def _matmul_agrees(device: torch.device) -> bool:
     from k5train.forward.kernels import int8_matmul, transpose
 
     generator = torch.Generator(device).manual_seed(0)

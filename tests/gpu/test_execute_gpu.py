@@ -82,6 +82,18 @@ def test_the_int8_kernel_is_exact_arithmetic_rounded_once():
     assert ops.kernel_works(GPU)
 
 
+def test_scaled_weights_have_torchs_bits():
+    from k5train.forward import kernels
+
+    assert ops.scaling_works(GPU)
+    every_byte = torch.arange(-128, 128, device=GPU).to(torch.int8).repeat(10)  # 2560, a row of the full-size model
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        scale = torch.linspace(-0.1, 0.1, 101, device=GPU).to(dtype)[:, None]
+        for weight in (every_byte.repeat(101, 1), every_byte.repeat(101, 1)[:, :2500]):
+            scaled = kernels.scale_rows(weight, scale, torch.empty(weight.shape, dtype=dtype, device=GPU))
+            assert torch.equal(scaled, scale * weight)
+
+
 def test_hopper_has_cudnn_attention():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
