@@ -20,6 +20,7 @@ NATIVE_RESOLUTIONS: tuple[tuple[int, int], ...] = (  # (width, height); Kandinsk
 SIDE_MULTIPLE = 16  # VAE 8 x patch 2
 MAX_SIDE = 2048  # Kandinsky5RoPE3D has 128 positions per side, each SIDE_MULTIPLE pixels
 VAE_SCALE = 8  # Kandinsky5T2IPipeline.vae_scale_factor_spatial
+MAX_TEXT_TOKENS = 1024  # positions of Kandinsky5RoPE1D
 
 
 @dataclass(frozen=True, order=True)
@@ -97,6 +98,11 @@ class Framing:
         if self.no_upscale and geometry.upscaled:
             return f"{size}, smaller than its bucket {geometry.bucket.name} (no_upscale)"
         return ""
+
+
+def is_side(pixels: int) -> bool:
+    """Whether the model takes pictures with a side of this many pixels."""
+    return SIDE_MULTIPLE <= pixels <= MAX_SIDE and pixels % SIDE_MULTIPLE == 0
 
 
 def bucket_table(resolution: int, mode: Literal["native", "square"]) -> tuple[Bucket, ...]:

@@ -8,6 +8,7 @@ from k5cache.commands import bench, encode, gc, info, merge, options, prompts, s
 from k5cache.shared import console
 
 app = typer.Typer(
+    cls=console.Commands,
     help="Encode images and captions once, for as many Kandinsky 5 LoRAs as you like.",
     no_args_is_help=True,
     add_completion=False,

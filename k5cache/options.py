@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from k5cache.buckets import MAX_SIDE, Framing, bucket_table, fine_table
+from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, Framing, bucket_table, fine_table
 
 Precision = Literal["bf16", "fp16", "fp32"]
 TextPrecision = Literal["bf16", "fp16", "fp32", "int8"]
@@ -95,8 +95,8 @@ class CacheConfig:
             problems.append(f"minimum_image_size must be 0 or more, found {self.minimum_image_size}")
         if (self.caption_strategy == "instanceprompt") != bool((self.instance_prompt or "").strip()):
             problems.append('instance_prompt and caption_strategy = "instanceprompt" need each other')
-        if not 1 <= self.max_sequence_length <= 1024:
-            problems.append(f"max_sequence_length must be 1 to 1024, found {self.max_sequence_length}")
+        if not 1 <= self.max_sequence_length <= MAX_TEXT_TOKENS:
+            problems.append(f"max_sequence_length must be 1 to {MAX_TEXT_TOKENS}, found {self.max_sequence_length}")
         if self.shard_mb < 1:
             problems.append(f"shard_mb must be at least 1, found {self.shard_mb}")
         return problems

@@ -10,6 +10,7 @@ from k5cache.shared import console
 from k5train.commands import base, bench, lora, options, plan, run, sample, selftest, sweep
 
 app = typer.Typer(
+    cls=console.Commands,
     help="Train a Kandinsky 5 Image LoRA from a cache, on the card you have.",
     no_args_is_help=True,
     add_completion=False,

@@ -11,6 +11,7 @@ import pytest
 
 from k5cache.buckets import (
     MAX_SIDE,
+    MAX_TEXT_TOKENS,
     NATIVE_RESOLUTIONS,
     Bucket,
     Geometry,
@@ -186,10 +187,11 @@ def test_the_fine_table_has_191_buckets_at_1024_and_keeps_aspects_to_2_percent_u
 
 
 def test_no_bucket_is_larger_than_the_square_or_longer_than_the_model_has_positions():
-    from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D
+    from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE1D, Kandinsky5RoPE3D
 
     [positions] = set(Kandinsky5RoPE3D((32, 48, 48)).max_pos[1:])
     assert positions * 16 == MAX_SIDE
+    assert Kandinsky5RoPE1D(16).max_pos == MAX_TEXT_TOKENS
     for resolution in range(64, 2049, 16):
         for options in ({"crop": "none"}, {"buckets": "native"}, {"buckets": "square"}):
             config = CacheConfig(resolution=resolution, **options)

@@ -69,6 +69,11 @@ def test_every_problem_is_named_at_once_with_the_nearest_name(tmp_path):
         (["train.objective.huber_c=inf"], "train.objective.huber_c must be above 0, found inf"),
         (["train.objective.logit_mean=nan"], "train.objective.logit_mean must be a number, found nan"),
         (["train.validation={split = 0.1, patience = 3, held_out_every = 0}"], "held_out_every must be above 0"),
+        (
+            ["train.validation.width=2064"],
+            "train.validation.width must be a multiple of 16 from 16 to 2048, found 2064",
+        ),
+        (["train.validation.height=1000"], "train.validation.height must be a multiple of 16 from 16 to 2048"),
         (["train.validation.guidance_scale=-3"], "train.validation.guidance_scale must be 0 or more, found -3.0"),
     ],
 )

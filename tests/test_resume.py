@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from k5cache.shared import interrupt
 from k5cache.shared.errors import RunError
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
@@ -24,7 +25,6 @@ from k5train.options.train import ObjectiveConfig
 from k5train.runs import resume_state
 from k5train.runs.folder import Run, lock_run
 from k5train.training import identity, loop, step
-from k5train.training.interrupt import Interruptions
 from k5train.training.optimizer import make_optimizer
 from k5train.training.optimizer_state import optimizer_state, restore_optimizer
 from tests.cli import Cli
@@ -238,11 +238,11 @@ def test_a_run_that_ended_by_its_time_or_patience_says_so_and_goes_on_with_more(
 
 
 def test_a_signal_during_an_update_waits_for_its_end():
-    interruptions, order = Interruptions(), []
+    order = []
 
     def work() -> None:
-        with interruptions.installed():
-            with interruptions.deferred():
+        with interrupt.installed():
+            with interrupt.deferred():
                 os.kill(os.getpid(), signal.SIGTERM)
                 order.append("the update went on")
             order.append("not reached")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +24,7 @@ from k5cache.commands.arguments import (
     vram_bytes,
 )
 from k5cache.commands.listing import print_some, shorten
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 
 if TYPE_CHECKING:
     from k5cache.encode.preview import Preview
@@ -62,7 +63,7 @@ def encode(
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
     encode_options = EncodeOptions(update, rehash, repair, wait, check_name(device), vram_bytes(vram))
-    with console.progress() as bars:
+    with _keeping_what_is_encoded(root), console.progress() as bars:
         report = encode_source(source, root, model_config, cache_config, prompts, bars, encode_options)
     if as_json:
         console.print_json(report)
@@ -71,6 +72,13 @@ def encode(
     model_options = [option for option in options or [] if option.startswith("model.")]
     arguments = {"recipe": recipe, "model": model, "set": model_options}
     console.next_step("Next, train a LoRA", console.command("k5train", "run", root, **arguments))
+
+
+def _keeping_what_is_encoded(root: Path) -> AbstractContextManager[None]:
+    """Ctrl-C keeps the rows that are encoded. They are in shards; the next encode names them in an index."""
+    return interrupt.saying(
+        f"Stopped. What is encoded is kept in {root}. To go on, run the same command: {console.this_command()}"
+    )
 
 
 def plan(

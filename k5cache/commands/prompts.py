@@ -9,7 +9,7 @@ import typer
 
 from k5cache.commands.arguments import CachePath, Device, Json, Model, Wait, model_of_cache
 from k5cache.commands.listing import print_some, shorten
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 
 if TYPE_CHECKING:
     from k5cache.upkeep.prompts import Added
@@ -31,7 +31,8 @@ def add(
     from k5cache.upkeep.prompts import add_prompts
 
     model_config = model_of_cache(read_manifest(cache), model)
-    with console.progress() as bars:
+    again = f"Stopped. To go on, run the same command: {console.this_command()}"
+    with interrupt.saying(again), console.progress() as bars:
         added = add_prompts(cache, prompts, model_config, device, bars, wait)
     if as_json:
         console.print_json(added)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from k5cache.buckets import Bucket
 from k5cache.encode.sink import Append
 from k5cache.encoders.memory_plan import SECONDS_AT_RISK
+from k5cache.shared import interrupt
 from k5cache.shared.errors import CacheError
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
@@ -43,13 +44,15 @@ class Committer:
 
     @contextmanager
     def shards(self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None) -> Iterator[Append]:
-        """Yield ``append``. A shard is committed when it has ``shard_bytes`` or is old, and at the end."""
+        """Yield ``append``. A shard is committed when it has ``shard_bytes`` or is old, at Ctrl-C, and at the end."""
         size = (bucket.width, bucket.height) if bucket else None
         writer: ShardWriter | None = None
         opened = 0.0
+        is_between_rows = True
 
         def append(row: dict[str, Any]) -> None:
-            nonlocal writer, opened
+            nonlocal writer, opened, is_between_rows
+            is_between_rows = False
             if writer is None:
                 writer, opened = ShardWriter(self.root, kind, specs, size), time.monotonic()
             writer.append(row)
@@ -57,15 +60,23 @@ class Committer:
             if writer.num_bytes >= self.shard_bytes or time.monotonic() - opened >= SECONDS_AT_RISK:
                 finished, writer = writer, None
                 self._add(finished.finish())
+            is_between_rows = True
 
         try:
             yield append
-        except BaseException:
-            if writer:
-                writer.abort()
+        except BaseException as error:
+            # Ctrl-C keeps the whole rows of the shard in flight; a second one does not wait for them.
+            is_wanted = isinstance(error, KeyboardInterrupt) and is_between_rows and not interrupt.is_second(error)
+            try:
+                if writer and is_wanted:
+                    self._add(writer.finish())
+            finally:
+                if writer:
+                    writer.abort()  # does nothing to a finished shard
             raise
         if writer:
-            self._add(writer.finish())
+            with interrupt.deferred():
+                self._add(writer.finish())
 
     def index(
         self,

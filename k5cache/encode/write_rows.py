@@ -75,6 +75,11 @@ def _in_background(append: Append) -> Iterator[Append]:
         pending.append(pool.submit(write, row))
 
     with ThreadPoolExecutor(1, thread_name_prefix="k5-write") as pool:
-        yield put
+        try:
+            yield put
+        except KeyboardInterrupt:  # the rows that are encoded are still written, unless one cannot be
+            while pending:
+                pending.popleft().result()
+            raise
         while pending:
             pending.popleft().result()

@@ -12,8 +12,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,7 +28,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
+from k5cache.shared import interrupt
 from k5cache.shared.errors import K5Error
 
 out = Console(highlight=False, soft_wrap=True)
@@ -34,19 +38,18 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def run(app: Callable[[], object]) -> NoReturn:
-    """Run a command line to its end: exit 0, 2 for an error that the user can correct, 130 for Ctrl-C."""
+    """Run a command line to its end: exit 0, 2 for an error that the user can correct, 130 for Ctrl-C and SIGTERM.
+
+    Args:
+        app: a ``typer.Typer`` with ``cls=Commands``, which answers interrupts.
+    """
     quiet_libraries()
     try:
-        app()
+        with interrupt.installed(), _output_arrives():
+            app()
     except K5Error as error:
         print_error(error.problem, error.fix)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("Stopped. What was finished is kept.", style="yellow")
-        sys.exit(130)
-    except BrokenPipeError:  # `k5cache info | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -54,6 +57,39 @@ def run(app: Callable[[], object]) -> NoReturn:
         print_error(f"{problem}: {error.filename}" if error.filename else problem, fix)
         sys.exit(2)
     sys.exit(0)
+
+
+class Commands(TyperGroup):
+    """A group of commands that ends with one line if it is stopped. typer's own groups end without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command; at Ctrl-C, SIGTERM or the end of input at a prompt print what the interrupt says."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, typer.Abort) as stopped:
+            err.print(Text(str(stopped) or "Stopped", style="yellow"))
+            raise typer.Exit(130) from None
+
+
+@contextmanager
+def _output_arrives() -> Iterator[None]:
+    """Write out what is printed while somebody can be told that it cannot be. After `| head` it is dropped."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # At exit Python flushes what is left. It must not fail there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def this_command() -> str:
+    """The command line that is running, to copy."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name in ("cli.py", "__main__.py") else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def quiet_libraries() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, SIDE_MULTIPLE, is_side
 from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
 from k5train.commands.arguments import Model, Recipe, Set, parse_document, read_document
@@ -30,8 +31,15 @@ def plan(
     model_config, config = parse_document(document, recipe)
     if model_config and model_config.path is None:
         model_config = None  # a published one, whose shapes are known
-    if resolution < 16 or text_tokens < 1:
-        raise RecipeError("--resolution is at least 16 and --text-tokens at least 1", "Give the size of your pictures")
+    if not is_side(resolution):
+        raise RecipeError(
+            f"--resolution {resolution} is not a size that the model takes",
+            f"Give a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE}",
+        )
+    if not 1 <= text_tokens <= MAX_TEXT_TOKENS:
+        raise RecipeError(
+            f"--text-tokens {text_tokens} is not a length that the model takes", f"Give 1 to {MAX_TEXT_TOKENS}"
+        )
 
     from k5train.planning.without_loading import plan_without_loading
 

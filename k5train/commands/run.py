@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, model_of_cache, read_recipe
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def run(
 
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
     chosen = model_config or model_of_cache(caches[0] if caches else Path(config.data[0].cache))
-    print_result(start(*named(caches, config), out, chosen, is_new))
+    with _before_the_first_step():
+        result = start(*named(caches, config), out, chosen, is_new)
+    print_result(result)
 
 
 def resume(
@@ -48,7 +51,16 @@ def resume(
     """Continue a run that was stopped, exactly as if it had not stopped, or train a finished one for more steps."""
     from k5train.training import start
 
-    print_result(start.resume(run, options or [], cache))
+    with _before_the_first_step():
+        result = start.resume(run, options or [], cache)
+    print_result(result)
+
+
+def _before_the_first_step() -> AbstractContextManager[None]:
+    """What Ctrl-C says before the loop can say it: nothing is lost."""
+    return interrupt.saying(
+        f"Stopped before training began. To start again, run the same command: {console.this_command()}"
+    )
 
 
 def print_result(result: Result) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5train.commands.arguments import RunPath, Set
 
 
@@ -26,8 +26,7 @@ def sample(
 ) -> None:
     """Draw more pictures with a run's LoRA, and the base model's beside them."""
     from k5cache.shared.recipe import parse
-    from k5train.options.memory import MemoryConfig
-    from k5train.options.validation import ValidationConfig
+    from k5train.options.train import TrainConfig
     from k5train.runs.folder import open_run, read_saved_recipe
     from k5train.training.more_pictures import resample
 
@@ -36,6 +35,8 @@ def sample(
     overridden = document.setdefault("train", {}).setdefault("validation", {})
     overridden |= {"prompts": prompts} if prompts else {}
     overridden |= {"seed": seed} if seed is not None else {}
-    validation, memory = parse(document["train"], {"validation": ValidationConfig, "memory": MemoryConfig})
-    grid = resample(opened, model_config, replace(config, validation=validation, memory=memory), cache, step, out)
+    (changed,) = parse(document, {"train": TrainConfig})
+    config = replace(config, validation=changed.validation, memory=changed.memory)
+    with interrupt.saying("Stopped: no picture was written"):
+        grid = resample(opened, model_config, config, cache, step, out)
     console.out.print(f"Wrote {grid}", markup=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +48,8 @@ def sweep(
         model_config = model_of_cache(cache or Path(runs[0].config.data[0].cache))
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
-    outcomes, pictures = sweeping.sweep(cache, target, model_config, runs)
+    with _going_on_with_the_same_command():
+        outcomes, pictures = sweeping.sweep(cache, target, model_config, runs)
     print_sweep(outcomes)
     if pictures:
         console.out.print(f"pictures {pictures}", markup=False)
@@ -56,6 +59,17 @@ def sweep(
     best = min(finished, key=lambda r: r.best_loss or r.last_loss or float("inf"))
     if pictures:
         console.next_step("Next, draw more with the best", console.command("k5train", "sample", target / best.label))
+
+
+@contextmanager
+def _going_on_with_the_same_command() -> Iterator[None]:
+    """A run of a sweep that is stopped advises to resume it alone. Say how the sweep goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        saved = str(stopped).partition(". Go on with")[0] or "Stopped"
+        again = f"{saved}. The finished runs are kept. To go on, run the same command: {console.this_command()}"
+        raise KeyboardInterrupt(again) from stopped
 
 
 def print_sweep(outcomes: list[Outcome]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.buckets import MAX_TEXT_TOKENS, Bucket, is_side
 from k5cache.shared.checkpoint import ENCODER_PARTS, read_config
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.fingerprint import fingerprint
@@ -75,6 +76,7 @@ def check_fit(cache: Cache, folder: Path) -> None:
             f"{cache.root} was not made by `k5cache encode`: its recipe has no selection.resolution",
             "Encode into a new cache: k5cache encode SOURCE -o OTHER",
         )
+    _check_sizes(cache)
     text = cache.prompt("")
     widths = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
     for name, width in widths.items():
@@ -83,3 +85,17 @@ def check_fit(cache: Cache, folder: Path) -> None:
                 f"{cache.root} holds text embeddings {width} wide, the transformer in {folder} takes {config[name]}",
                 "Encode with the same model: k5cache encode SOURCE -o OTHER --model DIR",
             )
+
+
+def _check_sizes(cache: Cache) -> None:
+    """Refuse latents and captions for which the transformer has no positions. Our own encode makes none."""
+    buckets = {Bucket(*shard.bucket) for shard in cache.manifest.shards if shard.bucket}
+    too_large = sorted(b.name for b in buckets if not (is_side(b.width) and is_side(b.height)))
+    longest = max(cache.text_lengths().values(), default=0)
+    if longest > MAX_TEXT_TOKENS:
+        too_large.append(f"a caption of {longest} tokens")
+    if too_large:
+        raise CacheError(
+            f"{cache.root} holds what the transformer has no positions for: {', '.join(too_large)}",
+            "Encode into a new cache: k5cache encode SOURCE -o OTHER",
+        )

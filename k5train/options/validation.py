@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
+from k5cache.buckets import MAX_SIDE, SIDE_MULTIPLE, is_side
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -25,9 +27,9 @@ class ValidationConfig:
     num_inference_steps: int = 50
     """Euler steps for each picture."""
     width: int | None = None
-    """Width of the pictures in pixels. None: the cache's resolution."""
+    """Width of the pictures in pixels, a multiple of 16 up to 2048. None: the cache's resolution."""
     height: int | None = None
-    """Height of the pictures in pixels. None: the cache's resolution."""
+    """Height of the pictures in pixels, as ``width``."""
     seed: int = 42
     """Seed of the pictures' noise, the same for every checkpoint, so that rows can be compared."""
     before: bool = True
@@ -46,9 +48,9 @@ class ValidationConfig:
     def check(self) -> list[str]:
         """What is out of range."""
         problems = [
-            f"{name} must be a multiple of 16 and at least 16, found {side}"
+            f"{name} must be a multiple of {SIDE_MULTIPLE} from {SIDE_MULTIPLE} to {MAX_SIDE}, found {side}"
             for name, side in (("width", self.width), ("height", self.height))
-            if side is not None and (side < 16 or side % 16)
+            if side is not None and not is_side(side)
         ]
         if self.num_inference_steps < 1:
             problems.append(f"num_inference_steps must be at least 1, found {self.num_inference_steps}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import Progress as Bars
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5train.adapter import files
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
@@ -24,7 +24,6 @@ from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics
 from k5train.runs.resume_state import Progress, latest_state, save_state
 from k5train.runs.trackers import open_trackers
-from k5train.training.interrupt import Interruptions
 from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate
 from k5train.training.out_of_memory import when_memory_ends
@@ -68,10 +67,10 @@ class Loop:
 
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
-        progress, run, interruptions = self.progress, self.run, Interruptions()
+        progress, run = self.progress, self.run
         trackers = open_trackers(self.config.trackers, run, self.run_identity["train"], progress.step)
         with (
-            interruptions.installed(),
+            interrupt.installed(),
             console.progress() as bars,
             Metrics(run.metrics, progress.step, trackers) as metrics,
             when_memory_ends(
@@ -84,14 +83,12 @@ class Loop:
             try:
                 self.warm_up()
                 self.ready = time.monotonic()
-                return self.steps(bars, metrics, interruptions)
-            except KeyboardInterrupt:
-                with interruptions.deferred():
+                return self.steps(bars, metrics)
+            except KeyboardInterrupt as stopped:
+                with interrupt.deferred():
                     self.save_state(metrics)
-                console.note(
-                    f"Stopped and saved at step {progress.step}. Go on with: k5train resume {run.root}", "bold"
-                )
-                raise
+                go_on = console.command("k5train", "resume", run.root)
+                raise KeyboardInterrupt(f"Stopped and saved at step {progress.step}. Go on with: {go_on}") from stopped
 
     def warm_up(self) -> None:
         """Compile in a step that changes nothing. If it needs more VRAM than planned, plan for less, once."""
@@ -117,7 +114,7 @@ class Loop:
             torch.cuda.empty_cache()
             leaner.execution.warm_up(step_once)
 
-    def steps(self, bars: Bars, metrics: Metrics, interruptions: Interruptions) -> str:
+    def steps(self, bars: Bars, metrics: Metrics) -> str:
         """Do what is due at this step, then take the next one, until there is a reason to end; return that."""
         config, progress = self.config, self.progress
         task = bars.add_task(f"training {self.run.name}", total=config.steps, completed=progress.step,
@@ -136,7 +133,7 @@ class Loop:
                 if reason:
                     self.save_finished()
                     return reason
-                self.losses.append(self.step(batches, metrics, interruptions))
+                self.losses.append(self.step(batches, metrics))
                 mean = _tail_mean(self.losses)
                 bars.update(task, advance=1, note=f"loss {mean:.4f}")
                 if not console.err.is_terminal and _is_multiple(progress.step, max(1, config.steps // LOG_LINES)):
@@ -144,7 +141,7 @@ class Loop:
         finally:
             batches.close()
 
-    def step(self, batches: Iterator[Batch], metrics: Metrics, interruptions: Interruptions) -> float:
+    def step(self, batches: Iterator[Batch], metrics: Metrics) -> float:
         """Update the adapter once; return the loss."""
         config, progress, optimizer = self.config, self.progress, self.session.optimizer
         began = time.monotonic()
@@ -159,7 +156,7 @@ class Loop:
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
         waited = time.monotonic() - asked
         loss = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
-        with interruptions.deferred():
+        with interrupt.deferred():
             self.is_between_updates = False
             norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
             progress.step += 1

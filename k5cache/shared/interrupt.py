@@ -1,0 +1,82 @@
+"""When may Ctrl-C stop a command, and what does it say? Anywhere except inside a block that must be done as a whole.
+
+A ``KeyboardInterrupt`` may carry the sentence that ends the command: what is kept, and how to go on. ``console.run``
+prints it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class _State:
+    """Of the process, as signals are."""
+
+    is_deferring = False
+    is_pending = False
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if not _State.is_deferring or _State.is_pending:
+        raise KeyboardInterrupt
+    _State.is_pending = True
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Turn Ctrl-C, and the SIGTERM that a cluster sends, into ``KeyboardInterrupt`` until the end of the block.
+
+    A signal inside ``deferred`` waits for the end of that block. A second signal does not wait. Only the main thread
+    can handle signals; in others this does nothing. A signal that the parent process ignores stays ignored (nohup).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Finish this block before a signal stops the command. Does nothing in other threads: they are not interrupted."""
+    if _State.is_deferring or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _State.is_deferring = True
+    try:
+        yield
+    finally:
+        is_pending = _State.is_pending
+        _State.is_deferring = _State.is_pending = False
+    if is_pending:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def saying(sentence: str) -> Iterator[None]:
+    """If the block is stopped and does not say itself what is kept and how to go on, say this."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if stopped.args:
+            raise
+        raise KeyboardInterrupt(sentence) from stopped
+
+
+def is_second(stopped: KeyboardInterrupt) -> bool:
+    """Whether this interrupt came while another one was being answered: then nothing more must be waited for."""
+    context = stopped.__context__
+    while context is not None and not isinstance(context, KeyboardInterrupt):
+        context = context.__context__
+    return context is not None
