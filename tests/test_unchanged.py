@@ -82,7 +82,14 @@ def test_a_caption_edited_within_its_size_and_time_is_seen(shop):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("new.png", "image"), ("new.mask.png", "mask"), ("new.txt", "text"), ("sub/deep/new.webp", "image")],
+    [
+        ("new.png", "image"),
+        ("new.psd", "picture"),
+        (".new.png", "hidden"),
+        ("new.mask.png", "mask"),
+        ("new.txt", "text"),
+        ("sub/deep/new.webp", "image"),
+    ],
 )
 def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, name, content):
     def digest() -> str:
@@ -106,9 +113,9 @@ def test_a_new_file_of_any_kind_that_counts_is_seen_and_its_going_too(encoded, n
 def test_another_kind_of_file_does_not_count(encoded):
     before = unchanged.read_stats(encoded.source)
     (encoded.source / "notes.md").write_text("x", encoding="utf-8")
-    (encoded.source / ".hidden.png").write_text("x", encoding="utf-8")
+    (encoded.source / "._cat.png").write_text("x", encoding="utf-8")
     after = unchanged.read_stats(encoded.source)
-    for name in ("notes.md", ".hidden.png"):
+    for name in ("notes.md", "._cat.png"):
         (encoded.source / name).unlink()
     assert before == after
 

@@ -8,21 +8,26 @@ from typing import Any
 from k5cache.options import CacheConfig
 
 Captions = tuple[str, ...] | str
-"""One or more captions; or, as a string, why there is none."""
+"""One or more captions; or, as a string, why there is none.
+
+Each is the very text that its user wrote, with the white space around it: the pipeline's cleaning begins with ftfy,
+which reads an ending such as ``Ã`` and a no-break space as one letter.
+"""
 _NEWLINES = re.compile(r"[\r\n]+")
+_SPACES = re.compile(" +")
 
 
 def from_lines(text: str) -> Captions:
     """One caption a line; blank lines are ignored."""
-    return tuple(line for line in map(str.strip, _NEWLINES.split(text)) if line) or "empty caption"
+    return tuple(line for line in _NEWLINES.split(text) if line.strip()) or "empty caption"
 
 
 def from_file_name(name: str) -> Captions:
     """``sub/red_fox-at dusk.jpg`` -> ``red fox at dusk``: folders are ignored."""
     stem = name.replace("\\", "/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
-    caption = " ".join(stem.replace("_", " ").replace("-", " ").split())
-    return (caption,) if caption else "empty caption"
+    caption = _SPACES.sub(" ", stem.replace("_", " ").replace("-", " "))
+    return (caption,) if caption.strip() else "empty caption"
 
 
 def from_cell(value: Any) -> Captions:
@@ -47,5 +52,5 @@ def without_source(name: str, config: CacheConfig) -> Captions | None:
     if config.caption_strategy == "filename":
         return from_file_name(name)
     if config.caption_strategy == "instanceprompt":
-        return ((config.instance_prompt or "").strip(),)
+        return (config.instance_prompt or "",)
     return None

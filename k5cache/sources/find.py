@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
-from k5cache.sources import folder
+from k5cache.sources import folder, metadata
 from k5cache.sources.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
+from k5cache.sources.metadata import METADATA
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
 _DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
 _SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|tar)$", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -58,59 +58,25 @@ def default_name(source: Path) -> str:
 def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
     """A folder of image files; None if it has tables or tars and no image."""
     from_metadata = config.caption_strategy == "metadata"
-    if from_metadata and _metadata_files(source):
-        items, skipped = _from_metadata(source, config)
+    files = metadata.metadata_files(source) if from_metadata else []
+    if files:
+        items, skipped = metadata.find_items(source, files, config)
     else:
         items, skipped = folder.find_items(source, config)
-    if not items and not folder.scan(source)[0] and _has_tables(source):
+    if not items and not folder.scan(source).images and _has_tables(source):
         return None
-    if from_metadata and not _metadata_files(source):
+    if from_metadata and not files:
         raise DatasetError(
             f"{source} has none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
         )
     return Source(items, skipped, lambda path: source / path, is_plain=not from_metadata)
 
 
-def _from_metadata(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
-    """Read metadata files as imagefolder of `datasets` does: each names images relative to its own folder."""
-    from k5cache.sources import table_items, tables
-
-    files = _metadata_files(source)
-    if len({file.name for file in files}) > 1:
-        names = ", ".join(file.relative_to(source).as_posix() for file in files[:4])
-        raise DatasetError(f"{source} has metadata files of several kinds: {names}", "Keep the files of one kind")
-    items: dict[str, SourceItem] = {}
-    skipped: list[Skipped] = []
-    for file in files:
-        table = tables.load_files(file.relative_to(source).as_posix(), [file], config)
-        column = config.image_column or "file_name"
-        if column not in table.schema.names:
-            raise table.refuse(f"has no column {column}", "cache.image_column to the one with file names")
-        named, refused = table_items.files_named(table, column, config, source, is_strict=True)
-        items |= {item.path: item for item in named}
-        skipped += refused
-    images, unusable = folder.scan(source)
-    known = items.keys() | {skip.path for skip in skipped}
-    skipped += [Skipped(image.path, f"has no row in {files[0].name}") for image in images if image.path not in known]
-    return sorted(items.values(), key=lambda item: item.path), skipped + unusable
-
-
-def _metadata_files(source: Path) -> list[Path]:
-    return sorted(file for file in _visible(source) if file.name in METADATA)
-
-
 def _has_tables(source: Path) -> bool:
     from k5cache.sources import tables
 
     return tables.is_saved(source) or any(
-        file.suffix.lower() in _DATA and file.name not in METADATA for file in _visible(source)
-    )
-
-
-def _visible(source: Path) -> Iterator[Path]:
-    """Every entry below ``source`` that is neither hidden nor in a hidden folder."""
-    return (
-        path for path in source.rglob("*") if not any(part.startswith(".") for part in path.relative_to(source).parts)
+        file.suffix.lower() in _DATA and file.name not in METADATA for file in folder.files(source)
     )
 
 
@@ -141,7 +107,7 @@ def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> Data
     fix = f"Put images ({suffixes}) there, each with a .txt caption beside it"
     if not source.is_dir():
         fix = "Correct these rows, or use another source"
-    elif config.caption_strategy == "textfile" and (files := _metadata_files(source)):
+    elif config.caption_strategy == "textfile" and (files := metadata.metadata_files(source)):
         fix = (
             f"Set cache.caption_strategy=metadata to use {files[0].relative_to(source).as_posix()}, or write .txt files"
         )

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_lines, without_source
-from k5cache.sources.items import IMAGE_SUFFIXES, MaskFile, Skipped, SourceItem, stat_numbers
+from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, MaskFile, Skipped, SourceItem, stat_numbers
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
+CAPTION_SUFFIXES = frozenset({".caption", ".cap", ".tags"})  # of other trainers; only named
+SYSTEM_FOLDERS = frozenset(
+    {
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),  # Synology and QNAP
+        *("__macosx", "$recycle.bin", "system volume information", "lost+found"),
+    }
+)
+"""Folders that a NAS, an archiver or a file system makes, in lower case: thumbnails and deleted files."""
+_OTHER_TRAINERS = re.compile(r"(.+)-(mask|cond)label")  # OneTrainer's names for masks and conditioning images
+_NO_MASK = {"mask": "is a mask in OneTrainer's name: rename it {0}.mask.png", "cond": "is a conditioning image"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,19 @@ class ImageEntry:
     """The file of captions beside it."""
     mask: tuple[str, os.DirEntry[str]] | None
     """The mask beside it: its path relative to the source, and its entry."""
+    hint: str = ""
+    """If there is no file of captions: what may be meant to be one."""
+
+
+@dataclass
+class Scan:
+    """What a folder and the folders below it hold."""
+
+    images: list[ImageEntry] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    """Pictures, masks and folders that cannot be used."""
+    lone_texts: list[Skipped] = field(default_factory=list)
+    """Text files without an image."""
 
 
 def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
@@ -40,16 +64,21 @@ def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], lis
         both sorted by path.
     """
     items: list[SourceItem] = []
-    images, skipped = scan(source)
-    texts: dict[str, Captions] = {}
-    for image in images:
-        captions = without_source(_printable(image.path), config)
+    scanned = scan(source)
+    skipped = scanned.skipped + (scanned.lone_texts if config.caption_strategy == "textfile" else [])
+    texts: dict[str, Captions | OSError] = {}
+    for image in scanned.images:
+        captions: Captions | OSError | None = without_source(_printable(image.path), config)
         if captions is None:
             stem = image.path.rpartition(".")[0]
             if stem not in texts:
-                texts[stem] = _read_captions(image.text, stem.rpartition("/")[2])
+                texts[stem] = _read_captions(image, stem.rpartition("/")[2])
             captions = texts[stem]
-        item = item_of(image, finish(captions, config))
+        if isinstance(captions, OSError):
+            reason = f"its caption file cannot be read ({captions.strerror})"
+            item: SourceItem | Skipped = Skipped(_printable(image.path), reason, is_lasting=False)
+        else:
+            item = item_of(image, finish(captions, config))
         if isinstance(item, Skipped):
             skipped.append(item)
         else:
@@ -57,31 +86,95 @@ def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], lis
     return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
 
 
-def scan(source: Path) -> tuple[list[ImageEntry], list[Skipped]]:
-    """Every image under ``source``, and what is skipped: unreadable folders, masks without an image. Opens nothing."""
-    entries: list[ImageEntry] = []
-    skipped: list[Skipped] = []
-    for folder, prefix in walk(source, skipped):
-        images: list[tuple[str, os.DirEntry[str]]] = []
-        texts: dict[str, str] = {}
-        masks: dict[str, os.DirEntry[str]] = {}
-        for entry in folder:
+def scan(source: Path) -> Scan:
+    """Every image under ``source``, and what cannot be used and looks as if it should be. Opens nothing."""
+    scanned = Scan()
+    for entries, prefix in walk(source, scanned.skipped, scanned.skipped):
+        _sort_out(_Folder(prefix, entries), scanned)
+    return scanned
+
+
+def files(source: Path) -> Iterator[Path]:
+    """Every visible file below ``source``."""
+    for entries, prefix in walk(source, []):
+        yield from (source / f"{prefix}{entry.name}" for entry in entries)
+
+
+class _Folder:
+    """The files of one folder by their kinds. A stem is a name without its last suffix."""
+
+    def __init__(self, prefix: str, entries: list[os.DirEntry[str]]) -> None:
+        self.prefix = prefix
+        self.images: list[tuple[str, os.DirEntry[str]]] = []
+        self.texts: dict[str, os.DirEntry[str]] = {}
+        self.masks: dict[str, list[os.DirEntry[str]]] = {}
+        self.other_captions: dict[str, str] = {}
+        self.others: dict[str, tuple[str, str]] = {}
+        """Stem -> name and suffix of a file of another kind."""
+        for entry in entries:
             stem, dot, suffix = entry.name.rpartition(".")
             suffix = dot + suffix.lower()
             if stem.lower().endswith(".mask") and suffix in MASK_SUFFIXES:
-                masks.setdefault(stem[: -len(".mask")], entry)
+                self.masks.setdefault(stem[: -len(".mask")], []).append(entry)
             elif suffix in IMAGE_SUFFIXES:
-                images.append((stem, entry))
+                self.images.append((stem, entry))
             elif suffix == ".txt":
-                texts[stem] = entry.path
-        for stem, entry in images:
-            mask = (prefix + masks[stem].name, masks[stem]) if stem in masks else None
-            entries.append(ImageEntry(prefix + entry.name, entry, texts.get(stem), mask))
-        stems = {stem for stem, _ in images}
-        for stem, entry in masks.items():
-            if stem not in stems:
-                skipped.append(Skipped(_printable(prefix + entry.name), "is a mask without an image beside it"))
-    return entries, skipped
+                self.texts[stem] = entry
+            elif suffix in CAPTION_SUFFIXES:
+                self.other_captions[stem] = entry.name
+            else:
+                self.others[stem] = (entry.name, suffix)
+
+    def path(self, name: str) -> str:
+        return self.prefix + name
+
+
+def _sort_out(listed: _Folder, scanned: Scan) -> None:
+    """Add the images of one folder to ``scanned``, and what cannot be used."""
+    stems = {stem for stem, _ in listed.images}
+    for stem, entry in listed.images:
+        reason = _not_an_image(stem, entry.name, stems, listed.texts)
+        if reason:
+            scanned.skipped.append(Skipped(_printable(listed.path(entry.name)), reason))
+            continue
+        text, masks = listed.texts.get(stem), listed.masks.get(stem)
+        mask = (listed.path(masks[0].name), masks[0]) if masks else None
+        hint = "" if text else _hint(stem, entry.name, stems, listed)
+        scanned.images.append(ImageEntry(listed.path(entry.name), entry, text.path if text else None, mask, hint))
+    for stem, masks in listed.masks.items():
+        reason = "is a second mask of its image" if stem in stems else "is a mask without an image beside it"
+        unused = masks[1:] if stem in stems else masks
+        scanned.skipped += [Skipped(_printable(listed.path(entry.name)), reason) for entry in unused]
+    for name, suffix in listed.others.values():
+        if suffix in NAMED_SUFFIXES:
+            scanned.skipped.append(Skipped(_printable(listed.path(name)), NAMED_SUFFIXES[suffix]))
+    for stem in listed.texts.keys() - stems:
+        name, suffix = listed.others.get(stem, ("", ""))
+        if suffix not in NAMED_SUFFIXES:  # else its picture is named
+            reason = f"is beside {_printable(name)}, which is not an image" if name else "is a caption without an image"
+            scanned.lone_texts.append(Skipped(_printable(listed.path(listed.texts[stem].name)), reason))
+
+
+def _not_an_image(stem: str, name: str, stems: set[str], texts: Mapping[str, object]) -> str:
+    """Why a picture is not one to be trained on; "" if it is."""
+    other = _OTHER_TRAINERS.fullmatch(stem)
+    if other and other[1] in stems and stem not in texts:
+        return _NO_MASK[other[2]].format(_printable(other[1]))
+    if stem.lower().endswith(".mask") and stem[: -len(".mask")] in stems and stem not in texts:
+        return f"is a mask of a kind that is not read: save it as {_printable(stem)}.png"
+    return ""
+
+
+def _hint(stem: str, name: str, stems: set[str], listed: _Folder) -> str:
+    """What an image without a caption file may be, or where its caption may be."""
+    text = listed.texts.get(name)  # cat.jpg.txt
+    similar = text.name if text else listed.other_captions.get(stem)
+    if similar:
+        return f": rename {_printable(similar)}"
+    other = re.fullmatch(r"(.+)[-_]mask", stem, re.IGNORECASE | re.DOTALL)
+    if other and other[1] in stems:
+        return f", unless it is a mask: then rename it {_printable(other[1])}.mask.png"
+    return ""
 
 
 def item_of(image: ImageEntry, captions: Captions) -> SourceItem | Skipped:
@@ -96,11 +189,18 @@ def item_of(image: ImageEntry, captions: Captions) -> SourceItem | Skipped:
     return replace(item, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
 
 
-def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
-    """Every folder's visible entries, with its path relative to ``source`` ("" or "sub/").
+def walk(
+    source: Path, unreadable: list[Skipped], passed_over: list[Skipped] | None = None
+) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
+    """Every folder's visible files, with its path relative to ``source`` ("" or "sub/").
 
     Real folders come before linked ones, so that an image is found under its own path if it has one.
+
+    Args:
+        unreadable: folders that cannot be read are added to it.
+        passed_over: folders of systems and hidden pictures are added to it.
     """
+    passed_over = [] if passed_over is None else passed_over
     entered = {_file_id(parent.stat()) for parent in source.resolve().parents}  # a link there would lead back here
     real, linked = deque([(os.fspath(source), "")]), deque[tuple[str, str]]()
     while real or linked:
@@ -111,19 +211,33 @@ def walk(source: Path, skipped: list[Skipped]) -> Iterator[tuple[list[os.DirEntr
                 continue
             entered.add(identity)
             with os.scandir(folder) as listing:
-                entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: e.name)
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            skipped.append(Skipped(_printable(prefix) or ".", f"this folder cannot be read ({error.strerror})"))
+            reason = f"this folder cannot be read ({error.strerror})"
+            unreadable.append(Skipped(_printable(prefix) or ".", reason, is_lasting=False))
             continue
-        files = []
+        visible = []
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
+            if reason := _passed_over(entry):
+                passed_over += [Skipped(_printable(prefix + entry.name), reason)] if reason != "hidden" else []
+            elif entry.is_dir(follow_symlinks=False):
                 real.append((entry.path, f"{prefix}{entry.name}/"))
             elif entry.is_symlink() and Path(entry.path).is_dir():  # DirEntry.is_dir raises on a link to itself
                 linked.append((entry.path, f"{prefix}{entry.name}/"))
             else:
-                files.append(entry)
-        yield files, prefix
+                visible.append(entry)
+        yield visible, prefix
+
+
+def _passed_over(entry: os.DirEntry[str]) -> str:
+    """Why an entry is not looked at, "hidden" if that goes without saying; "" if it is."""
+    name = entry.name
+    if name[0] in "@#_$sl" and name.lower() in SYSTEM_FOLDERS and entry.is_dir():
+        return "is a folder of a NAS, an archiver or a system"
+    if not name.startswith("."):
+        return ""
+    is_picture = name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith("._")  # macOS writes these
+    return "is hidden: its name begins with a dot" if is_picture and entry.is_file() else "hidden"
 
 
 def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem | Skipped:
@@ -141,21 +255,27 @@ def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> Source
     return SourceItem(path, *stat_numbers(status), captions)
 
 
-def _read_captions(path: str | None, stem: str) -> Captions:
-    """The lines of a caption file, stripped and without blank ones; or, as a string, why there is no caption."""
+def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
+    """The lines of a caption file without blank ones; or, as a string, why there is no caption."""
     name = _printable(stem) + ".txt"
-    if path is None:
-        return f"missing caption {name}"
+    if image.text is None:
+        return f"missing caption {name}{image.hint}"
     try:
         # An encode with nothing to do reads 10,000 of them: pathlib, a buffer or a BOM codec would double its time.
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-            text = file.readall().removeprefix(codecs.BOM_UTF8).decode()
+        with open(image.text, "rb", buffering=0) as file:  # noqa: PTH123
+            data = file.readall()
     except OSError as error:
-        return f"caption {name} cannot be read ({error.strerror})"
-    except UnicodeDecodeError:
-        return f"caption {name} is not UTF-8"
+        return error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # also how UTF-32 begins
+        return f"caption {name} is UTF-16, not UTF-8: save it as UTF-8"
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return f"caption {name} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}): save it as UTF-8"
     if "\0" in text:  # UTF-16 without a byte order mark decodes like this
-        return f"caption {name} is not UTF-8"
+        return f"caption {name} is not UTF-8 but perhaps UTF-16: save it as UTF-8"
     return from_lines(text)
 
 

@@ -94,3 +94,5 @@ class Skipped:
 
     path: str
     reason: str
+    is_lasting: bool = True
+    """Whether it stays so until a file changes. A folder or a file that cannot be read may be readable next time."""

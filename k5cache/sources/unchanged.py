@@ -8,10 +8,10 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache.sources.folder import MASK_SUFFIXES, walk
-from k5cache.sources.items import IMAGE_SUFFIXES, Skipped, fitting_ns
+from k5cache.sources.folder import CAPTION_SUFFIXES, MASK_SUFFIXES, walk
+from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, Skipped, fitting_ns
 
-_SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | {".txt"}
+_SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | CAPTION_SUFFIXES | NAMED_SUFFIXES.keys() | {".txt"}
 SETTLED_NS = 2_000_000_000
 """Nanoseconds. A file that is read sooner than this after a write may be written again within the same tick of the file
 system's clock, which no stat shows: FAT ticks every 2 s, ext4 every 4 ms."""
@@ -39,8 +39,8 @@ def read_stats(source: Path) -> FolderStats | None:
     if not source.is_dir():
         return None
     sha256 = hashlib.sha256()
-    newest, refused = 0, list[Skipped]()
-    for files, prefix in walk(source, refused):
+    newest, unreadable, passed_over = 0, list[Skipped](), list[Skipped]()
+    for files, prefix in walk(source, unreadable, passed_over):
         names, numbers, kinds = [prefix], array("q"), set()
         for entry in files:
             name = entry.name
@@ -59,7 +59,8 @@ def read_stats(source: Path) -> FolderStats | None:
         newest = max([newest, *numbers[0::4], *numbers[1::4]])
         for field in ("\0".join(names).encode("utf-8", "surrogateescape"), numbers.tobytes()):
             sha256.update(len(field).to_bytes(8, "little") + field)
-    return None if refused else FolderStats(sha256.hexdigest()[:32], newest)
+    sha256.update(repr(passed_over).encode("utf-8", "surrogatepass"))
+    return None if unreadable else FolderStats(sha256.hexdigest()[:32], newest)
 
 
 def is_settled(stats: FolderStats, read_ns: int) -> bool:
