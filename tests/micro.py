@@ -46,7 +46,7 @@ def config(*changes: str, steps: int) -> TrainConfig:
     """The demo's recipe with this many steps, on a CPU, without validation pictures."""
     settings = [f"train.steps={steps}", "train.device=cpu", "train.validation.prompts=[]", "train.checkpoint_every=0"]
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
-    parsed = parse(read(DEMO / "demo.toml", [*settings, *changes]), schemas, DEMO / "demo.toml")
+    parsed = parse(read(DEMO / "demo.toml", [*settings, *changes]), schemas)
     chosen = parsed[2]
     assert isinstance(chosen, TrainConfig)
     return chosen

@@ -208,5 +208,5 @@ def test_k5_micro_is_a_whole_kandinsky_of_at_most_24_mb_that_crops_as_its_pipeli
 def test_the_demo_recipe_is_read_by_both_stages():
     recipe = DEMO / "demo.toml"
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
-    model, cache, train = parse(read(recipe, []), schemas, recipe)
+    model, cache, train = parse(read(recipe, []), schemas)
     assert (model.path, cache.resolution, len(train.validation.prompts)) == ("pipelines/demo/k5-micro", 128, 6)

@@ -210,7 +210,7 @@ def test_the_architecture_page_has_the_rooms_in_the_order_that_the_guard_holds_t
 
 def test_every_recipe_on_disk_parses():
     for path in RECIPES:
-        model, cache, train = parse(read(path, []), TABLES, path)
+        model, cache, train = parse(read(path, []), TABLES)
         assert (model, cache, train) != (ModelConfig(), CacheConfig(), TrainConfig()), path
 
 

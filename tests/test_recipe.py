@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
+from k5cache.cli import app as cache_app
 from k5cache.options import CacheConfig
+from k5cache.shared.console import print_error
 from k5cache.shared.errors import RecipeError
-from k5cache.shared.model import ModelConfig, validation_prompts
+from k5cache.shared.model import ModelConfig, prompt_library, validation_prompts
+from k5cache.shared.origins import line_of
 from k5cache.shared.recipe import document_options, parse, read, to_dict, to_toml
+from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
+from tests.cli import Cli
 
 SCHEMAS = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
 
@@ -33,18 +39,108 @@ def test_a_recipe_sets_nested_options_and_an_override_wins(tmp_path):
     assert (train.steps, train.lora.rank, train.name, train.optim.lr) == (7, 8, "try 2", 1.0)
 
 
-def test_every_problem_is_named_at_once_with_the_nearest_name(tmp_path):
+def test_every_problem_is_named_at_once_with_its_line_and_the_nearest_name(tmp_path):
     path = write(
         tmp_path / "r.toml",
-        '[cache]\nresolutoin = 512\n[train]\nsteps = "many"\nbatch_size = 0\n[train.lora]\nrnak = 4\n',
+        '[cache]\nresolutoin = 512\n[train]\n# how many\nsteps = "many"\nbatch_size = 0\n'
+        "[train.lora]\nrnak = 4\n[tarin]\n",
     )
     with pytest.raises(RecipeError) as caught:
-        parse(read(path, []), SCHEMAS, path)
+        parse(read(path, ["train.optim.lr=-1", "train.seed=x"]), SCHEMAS)
     assert caught.value.problem == (
-        f"{path}: [cache] unknown key 'resolutoin'; did you mean 'resolution'?; "
-        "train.steps must be a whole number, found 'many'; "
-        "[train.lora] unknown key 'rnak'; did you mean 'rank'?; train.batch_size must be at least 1, found 0"
+        f"{path}, line 9: unknown table 'tarin'; did you mean 'train'?; "
+        "line 2: [cache] unknown key 'resolutoin'; did you mean 'resolution'?; "
+        "line 5: train.steps must be a whole number, found 'many'; "
+        "line 8: [train.lora] unknown key 'rnak'; did you mean 'rank'?; "
+        "--set train.optim.lr=-1: train.optim.lr must be above 0, found -1.0; "
+        "--set train.seed=x: train.seed must be a whole number, found 'x'; "
+        f"{path}, line 6: train.batch_size must be at least 1, found 0"
     )
+
+
+def test_the_line_is_where_a_value_begins_however_it_is_written():
+    text = (
+        'model.path = "x"\n\n[train]\nlora = {rank = 0}\n# text with [train.optim]\nname = """\nsteps = 3\n"""\n'
+        'steps = 5\n[train.validation]\nprompts = [\n  "a",\n  "b",\n]\n'
+        'every = 7\n[[train.data]]\ncache = "a"\n[[train.data]]\ncache = "b"\nweight = -1\n'
+    )
+    for keys, line in (
+        (("model", "path"), 1), (("train",), 3), (("train", "lora", "rank"), 4), (("train", "name"), 6),
+        (("train", "steps"), 9), (("train", "validation", "prompts"), 11), (("train", "validation", "prompts", 1), 11),
+        (("train", "validation", "every"), 15), (("train", "data", 1), 18), (("train", "data", 1, "weight"), 20),
+        (("train", "optim"), None),
+    ):  # fmt: skip
+        assert line_of(text, keys) == line, keys
+
+
+def test_a_later_option_takes_the_blame_from_the_file(tmp_path):
+    path = write(tmp_path / "r.toml", "[train]\nsteps = 5\n[[train.data]]\ncache = 'a'\nweight = 1\n")
+    document = read(path, ["train.steps=0"])
+    document.give("model.path", "", "--model ''")
+    with pytest.raises(RecipeError) as caught:
+        parse(document, SCHEMAS)
+    assert caught.value.problem == (
+        "--model '': model.path is empty; --set train.steps=0: train.steps must be at least 1, found 0"
+    )
+    assert document.origin("train.data[0].weight") == (str(path), 5)
+    assert document.origin("train.data[0].repeats") == (str(path), 3)  # not there: its table
+    assert deepcopy(document).origin("train.steps") == ("--set train.steps=0", None)
+
+
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path):
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nsteps = 7\r\n")
+    assert parse(read(tmp_path / "r.toml", []), SCHEMAS)[2].steps == 7
+    (tmp_path / "p.json").write_bytes(b'\xef\xbb\xbf["a red fox"]')
+    assert prompt_library(tmp_path / "p.json") == ("a red fox",)
+
+
+def test_a_windows_path_in_double_quotes_is_told_how_to_be_written(tmp_path):
+    path = write(tmp_path / "r.toml", '[model]\npath = "C:\\Users\\me\\k5"\n')
+    with pytest.raises(RecipeError, match="is not valid TOML") as caught:
+        read(path, [])
+    assert caught.value.fix.endswith("""with slashes: 'C:\\Users\\me\\k5' or "C:/Users/me/k5\"""")
+    write(path, '[model]\npath = "C:\\new"\n')  # valid TOML: a line break and "ew"
+    with pytest.raises(RecipeError, match=r"line 2: model.path holds a tab, a line break or the like") as caught:
+        parse(read(path, []), SCHEMAS)
+    assert "single quotes" in caught.value.problem
+    write(path, "[train")
+    with pytest.raises(RecipeError) as caught:
+        read(path, [])
+    assert caught.value.fix == "Correct that line; see https://toml.io"
+
+
+def test_a_file_in_another_encoding_is_told_so(tmp_path):
+    (tmp_path / "r.toml").write_bytes("[train]".encode("utf-16"))
+    with pytest.raises(RecipeError, match="is not UTF-8") as caught:
+        read(tmp_path / "r.toml", [])
+    assert caught.value.fix == "Save it as UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("problem", "note"),
+    [
+        ("There is no folder C:\\my pics", "C:\\ begins a Windows path: in WSL, drive C: is /mnt/c"),
+        ("There is no folder d:/pics", "d:/ begins a Windows path: in WSL, drive D: is /mnt/d"),
+        ("see https://toml.io and /a/b:/c", None),
+    ],
+)
+def test_a_windows_path_where_there_is_no_windows_is_noted(problem, note, capsys):
+    print_error(problem, "do")
+    lines = [f"error: {problem}", "  fix: do", *([f" note: {note}"] if note else [])]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_both_command_lines_check_every_table(tmp_path):
+    write(tmp_path / "r.toml", "[train.validation]\npropmts = ['a fox']\n[cache]\nresolution = 1000\n")
+    for app, arguments in (
+        (cache_app, ("encode", "pictures")), (cache_app, ("plan", "pictures")), (cache_app, ("diff", "pictures")),
+        (train_app, ("run", "cache")), (train_app, ("sweep", "cache", "--grid", "train.steps=1,2")),
+        (train_app, ("plan",)), (train_app, ("selftest",)),
+    ):  # fmt: skip
+        done = Cli(tmp_path)(app, *arguments, "-r", "r.toml")
+        assert done.code == 2, arguments
+        assert "[train.validation] unknown key 'propmts'; did you mean 'prompts'?" in done.err
+        assert "r.toml, line 4: cache.resolution must be a multiple of 16" in done.err
 
 
 @pytest.mark.parametrize(

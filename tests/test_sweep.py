@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.origins import Document
 from k5train.base import quantize
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
@@ -173,14 +174,14 @@ def test_a_list_names_its_runs_and_lays_them_over_the_recipe(tmp_path):
         '[[run]]\nname = "small"\ntrain.lora.rank = 4\n[[run]]\nname = "long one"\ntrain.steps = 7\n'
     )
     document = {"train": {"lora": {"rank": 8, "alpha": 4}}}
-    _, runs = sweep_runs(document, [], tmp_path / "runs.toml", None)
+    _, runs = sweep_runs(Document(document), [], tmp_path / "runs.toml")
     assert [(r.label, r.config.lora.rank, r.config.lora.alpha, r.config.steps) for r in runs] == [
         ("small", 4, 4.0, 1000), ("long_one", 8, 4.0, 7)]  # fmt: skip
 
 
 def test_values_of_a_grid_may_be_lists():
     grid = ['train.lora.targets=["qkv"],["attention","qkv"]', "train.optim.betas=[0.9, 0.99]"]
-    _, runs = sweep_runs({}, grid, None, None)
+    _, runs = sweep_runs(Document(), grid, None)
     assert [(r.config.lora.targets, r.config.optim.betas) for r in runs] == [
         (("qkv",), (0.9, 0.99)), (("attention", "qkv"), (0.9, 0.99))]  # fmt: skip
 
@@ -190,7 +191,8 @@ def test_values_of_a_grid_may_be_lists():
     [
         ([], "needs a grid or a list"),
         (["train.lora.rank"], "is not option=value,value"),
-        (["train.lora.rnk=8,16"], "did you mean 'rank'"),
+        (["train.lora.rnk=8,16"], r"^--grid train.lora.rnk=8: \[train.lora\] unknown key 'rnk'; did you mean 'rank'"),
+        (["cache.resolution=512,1024"], "all runs of a sweep train on the same cache and model"),
         (["train.lora.rank=8,8"], "are the same run"),
         (["train.mixed_precision=bf16,fp32"], "would need another base"),
         (["train.memory.activations=all,nothing"], "would need another base"),
@@ -198,9 +200,15 @@ def test_values_of_a_grid_may_be_lists():
 )
 def test_a_grid_that_cannot_be_run_is_refused(grid, problem):
     with pytest.raises(RecipeError, match=problem):
-        sweep_runs({}, grid, None, None)
+        sweep_runs(Document(), grid, None)
+
+
+def test_a_problem_in_a_list_is_named_with_its_run(tmp_path):
+    (tmp_path / "runs.toml").write_text("[[run]]\n\n[[run]]\ntrain.lora.rank = 0\n")
+    with pytest.raises(RecipeError, match=r"runs.toml, \[\[run\]\] 2 on line 3: train.lora.rank must be at least 1"):
+        sweep_runs(Document(), [], tmp_path / "runs.toml")
 
 
 def test_both_a_grid_and_a_list_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="not both"):
-        sweep_runs({}, ["train.steps=1,2"], Path("runs.toml"), None)
+        sweep_runs(Document(), ["train.steps=1,2"], Path("runs.toml"))

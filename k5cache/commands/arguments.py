@@ -53,15 +53,20 @@ def vram_bytes(text: str | None) -> int | None:
 def read_configs(
     recipe: Path | None, model: str | None, options: list[str] | None
 ) -> tuple[ModelConfig, CacheConfig, tuple[str, ...]]:
-    """[model], [cache] and the validation prompts of a recipe, with ``--model`` and ``--set`` applied."""
+    """[model], [cache] and the validation prompts of a recipe, with ``--model`` and ``--set`` applied.
+
+    [train] is checked too: what is wrong there is said now, and not after the images are encoded.
+    """
     from k5cache.options import CacheConfig
     from k5cache.shared.model import ModelConfig, validation_prompts
     from k5cache.shared.recipe import parse, read
+    from k5train.options.train import TrainConfig
 
     document = read(recipe, options or [])
     if model is not None:
-        document.setdefault("model", {})["path"] = model
-    model_config, cache_config = parse(document, {"model": ModelConfig, "cache": CacheConfig}, recipe)
+        document.give("model.path", model, f"--model {model}")
+    schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
+    model_config, cache_config, _ = parse(document, schemas)
     return model_config, cache_config, validation_prompts(document)
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -111,10 +112,18 @@ _DISK_ERRORS: dict[int | None, tuple[str, str]] = {
 }
 
 
+_WINDOWS_PATH = re.compile(r"(?<![\w/])([A-Za-z]):[\\/]")
+
+
 def print_error(problem: str, fix: str) -> None:
-    """Two lines on stderr. Nothing in them is read as markup."""
+    """Two lines on stderr, and a third about a Windows path where there is no Windows. Nothing is read as markup."""
     err.print(Text.assemble(("error: ", "bold red"), problem))
     err.print(Text.assemble(("  fix: ", "bold"), fix))
+    path = _WINDOWS_PATH.search(problem)
+    if path and os.name != "nt":
+        drive = path[1].upper()
+        note = f"{path[0]} begins a Windows path: in WSL, drive {drive}: is /mnt/{drive.lower()}"
+        err.print(Text.assemble((" note: ", "bold"), note))
 
 
 def note(message: str, style: str = "dim") -> None:

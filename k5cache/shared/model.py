@@ -31,10 +31,29 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of the hub repository. A cache stores it for runs that name no model."""
 
+    def check(self) -> list[str]:
+        """What cannot be a model."""
+        problems = [] if self.path is None else path_problems("path", self.path)
+        if self.revision is not None and not self.revision.strip():
+            problems.append("revision is empty: give a branch, tag or commit, or leave it out")
+        return problems
+
     @property
     def source(self) -> str:
         """The folder or hub repository to load from."""
         return self.path or FLAVOURS[self.flavour]
+
+
+def path_problems(name: str, path: str) -> list[str]:
+    """What is wrong with a path of a recipe, whether or not there is anything at it."""
+    if not path.strip():
+        return [f"{name} is empty"]
+    if any(ord(character) < 32 for character in path):  # "C:\\new" in double quotes holds a line break
+        return [
+            f"{name} holds a tab, a line break or the like, found {path!r}: in double quotes a backslash begins a "
+            "special character; write the path in single quotes, or with slashes"
+        ]
+    return []
 
 
 def model_of(recipe: Mapping[str, Any]) -> ModelConfig:
@@ -86,7 +105,7 @@ def prompt_library(path: Path) -> tuple[str, ...]:
     """
     fix = 'Write it like ["a red bicycle"] or {"bicycle": "a red bicycle"}'
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} cannot be read: {error.strerror}", fix) from error
     except ValueError as error:

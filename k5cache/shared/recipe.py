@@ -11,66 +11,94 @@ import difflib
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import tomllib
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.origins import Document, Problem, described
 
 T = TypeVar("T")
-Document = dict[str, Any]
+TABLES = ("model", "cache", "train")
+"""The tables of a recipe. Both stages check all of them."""
 _BAD: Any = object()
 """What a conversion returns when it has noted a problem."""
 
 
-def read(path: Path | None, overrides: list[str], tables: tuple[str, ...] = ("model", "cache", "train")) -> Document:
+def read(path: Path | None, overrides: Sequence[str]) -> Document:
     """Read a recipe and apply ``--set table.key=value`` to it.
 
     Args:
         path: a TOML file. None means all defaults.
         overrides: ``table.key=value``. The value is read as TOML, or as a plain string if it is not TOML.
-        tables: the top-level tables that exist.
 
     Raises:
-        RecipeError: the file is missing or not TOML, an override is not ``key=value``, or a table is unknown.
+        RecipeError: the file is missing or not TOML, or an override is not ``key=value``.
     """
-    document: Document = {}
+    document = Document()
     if path is not None:
         if not path.is_file():
             raise RecipeError(
                 f"There is no recipe {path}", "Give the path of a .toml file, for example one in pipelines/"
             )
-        try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not valid TOML: {error}", "Correct that line; see https://toml.io") from error
+        document = Document(*read_toml(path, "Correct that line; see https://toml.io"))
     for override in overrides:
         set_option(document, override)
-    problems = [_unknown("table", name, tables) for name in document if name not in tables]
-    if problems:
-        raise RecipeError(_join(problems, path), f"The tables of a recipe are {', '.join(f'[{t}]' for t in tables)}")
     return document
 
 
-def parse(document: Document, schemas: dict[str, type[Any]], path: Path | None = None) -> list[Any]:
+def read_toml(path: Path, fix: str) -> tuple[dict[str, Any], Path, str]:
+    """The values of a TOML file, its path and its text.
+
+    Raises:
+        RecipeError: it cannot be read or is not TOML.
+    """
+    text = ""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before the text
+        return tomllib.loads(text), path, text
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", fix) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8: {error}", "Save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}", _about_backslashes(text, error) or fix) from error
+
+
+def _about_backslashes(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """What to do about a Windows path in double quotes, if that is what the error is about; else empty."""
+    number = re.search(r"at line (\d+)", str(error))
+    lines = text.split("\n")
+    line = lines[int(number[1]) - 1] if number and int(number[1]) <= len(lines) else ""
+    path = re.search(r'"([^"]*\\[^"]*)', line)
+    if not path:
+        return ""
+    return (
+        "In double quotes a backslash begins a special character. Write the path in single quotes, or with slashes: "
+        f"'{path[1]}' or \"{path[1].replace(chr(92), '/')}\""
+    )
+
+
+def parse(document: Mapping[str, Any], schemas: dict[str, type[Any]]) -> list[Any]:
     """Turn the tables of a document into their dataclasses, in the order of ``schemas``.
 
     Raises:
-        RecipeError: unknown keys (with the nearest name), wrong types, values that a schema's ``check`` refuses.
+        RecipeError: unknown tables and keys (with the nearest name), wrong types, values that a schema's ``check``
+            refuses. All problems are named, each with the line or the option that it came from.
     """
-    problems: list[str] = []
+    problems = [Problem(name, _unknown("table", name, TABLES)) for name in document if name not in TABLES]
     parsed = [_build(schema, document.get(name, {}), name, problems) for name, schema in schemas.items()]
     if problems:
-        raise RecipeError(
-            _join(problems, path), "Correct the recipe or the --set option; `k5train options` lists every option"
-        )
+        raise RecipeError(described(document, problems), "Correct that; `k5train options` lists every option")
     return parsed
 
 
-def to_dict(config: Any) -> Document:
+def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of ``parse`` for one table: plain TOML values, without keys that are unset (None)."""
 
     def plain(value: Any) -> Any:
@@ -80,14 +108,14 @@ def to_dict(config: Any) -> Document:
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    return typing.cast(Document, plain(config))
+    return typing.cast(dict[str, Any], plain(config))
 
 
-def to_toml(document: Document) -> str:
+def to_toml(document: Mapping[str, Any]) -> str:
     """A document as TOML text, from which ``read`` gives the same values."""
     lines: list[str] = []
 
-    def emit(table: Document, name: str) -> None:
+    def emit(table: Mapping[str, Any], name: str) -> None:
         scalars = {k: v for k, v in table.items() if not _is_table(v)}
         if name and (scalars or not table):
             lines.append(f"[{name}]")
@@ -125,35 +153,30 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
 
 
-def set_option(document: Document, override: str) -> None:
+def set_option(document: Document, override: str, option: str = "--set") -> None:
     """Apply one ``table.key=value`` to a document, in place.
+
+    Args:
+        option: of the command line, as which it was given.
 
     Raises:
         RecipeError: it is not ``table.key=value``.
     """
     name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise RecipeError(f"--set {override} is not table.key=value", "Write it like --set train.steps=500")
+    name = name.strip()
+    if not equals or "." not in name or not all(name.split(".")):
+        raise RecipeError(f"{option} {override} is not table.key=value", f"Write it like {option} train.steps=500")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    table = document
-    for key in keys[:-1]:
-        inner = table.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(
-                f"--set {override}: {key} is a value, not a table", "Write it like --set train.lora.rank=32"
-            )
-        table = inner
-    table[keys[-1]] = value
+    document.give(name, value, f"{option} {override}")
 
 
-def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
+def _build(schema: type[T], table: Any, where: str, problems: list[Problem]) -> T:
     """A table as its dataclass, with problems added to ``problems``; then the result must not be used."""
     if not isinstance(table, dict):
-        problems.append(f"[{where}] must be a table, found {_shown(table)}")
+        problems.append(Problem(where, f"[{where}] must be a table, found {_shown(table)}"))
         return schema()
     hints = typing.get_type_hints(schema)
     options = dataclasses.fields(typing.cast(Any, schema))
@@ -164,9 +187,9 @@ def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
         if key in removed:
             value_of_old_recipes, reason = removed[key]
             if isinstance(value, bool) != isinstance(value_of_old_recipes, bool) or value != value_of_old_recipes:
-                problems.append(f"{where}.{key} {reason}")
+                problems.append(Problem(f"{where}.{key}", f"{where}.{key} {reason}"))
         elif key not in names:
-            problems.append(f"[{where}] {_unknown('key', key, names)}")
+            problems.append(Problem(f"{where}.{key}", f"[{where}] {_unknown('key', key, names)}"))
         else:
             converted = _convert(hints[key], value, f"{where}.{key}", problems)
             if converted is not _BAD:
@@ -174,16 +197,17 @@ def _build(schema: type[T], table: Any, where: str, problems: list[str]) -> T:
     required = [o.name for o in options if o.default is o.default_factory is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
     if missing:
-        problems += [f"{where}.{name} is required" for name in missing if name not in table]
+        problems += [Problem(where, f"{where}.{name} is required") for name in missing if name not in table]
         return typing.cast(T, None)
     config = schema(**values)
     check = getattr(config, "check", None)
     if check is not None:
-        problems += [f"{where}.{problem}" for problem in check()]
+        # Each phrase begins with the option that it is about.
+        problems += [Problem(f"{where}.{phrase.split()[0]}", f"{where}.{phrase}") for phrase in check()]
     return config
 
 
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+def _convert(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     """``value`` as type ``hint``; or _BAD, with a problem added to ``problems``."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -207,11 +231,11 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     return _wrong_type(hint, value, where, problems)
 
 
-def _convert_to_either(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+def _convert_to_either(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     """The value as the first type of a union that accepts it. For ``X | None`` the problems are those with X."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     for option in options:
-        attempt: list[str] = []
+        attempt: list[Problem] = []
         converted = _convert(option, value, where, attempt)
         if not attempt:
             return converted
@@ -221,23 +245,24 @@ def _convert_to_either(hint: Any, value: Any, where: str, problems: list[str]) -
     return _wrong_type(hint, value, where, problems)
 
 
-def _convert_to_choice(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+def _convert_to_choice(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     choices = typing.get_args(hint)
     if value in choices and type(value) in {type(choice) for choice in choices}:
         return value
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
-    problems.append(f"{where} must be one of {', '.join(map(repr, choices))}, found {_shown(value)}{suggestion}")
+    listed = ", ".join(map(repr, choices))
+    problems.append(Problem(where, f"{where} must be one of {listed}, found {_shown(value)}{suggestion}"))
     return _BAD
 
 
-def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[str]) -> Any:
+def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[Problem]) -> Any:
     """A list as ``tuple[X, ...]``, or a list of a given length as ``tuple[X, Y]``."""
     hints = typing.get_args(hint)
     if hints[-1] is Ellipsis:
         hints = (hints[0],) * len(values)
     if len(hints) != len(values):
-        problems.append(f"{where} must have {len(hints)} values, found {len(values)}")
+        problems.append(Problem(where, f"{where} must have {len(hints)} values, found {len(values)}"))
         return _BAD
     entries = [
         _convert(entry_hint, value, f"{where}[{i}]", problems)
@@ -246,8 +271,8 @@ def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[s
     return _BAD if any(entry is _BAD for entry in entries) else tuple(entries)
 
 
-def _wrong_type(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    problems.append(f"{where} must be {_type_name(hint)}, found {_shown(value)}")
+def _wrong_type(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
+    problems.append(Problem(where, f"{where} must be {_type_name(hint)}, found {_shown(value)}"))
     return _BAD
 
 
@@ -269,11 +294,6 @@ def _shown(value: Any) -> str:
 def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _join(problems: list[str], path: Path | None) -> str:
-    where = f"{path}: " if path else ""
-    return where + "; ".join(problems)
 
 
 def document_options(schemas: dict[str, type[Any]]) -> str:

@@ -13,7 +13,7 @@ from k5cache.shared.errors import CacheError
 
 if TYPE_CHECKING:
     from k5cache.shared.model import ModelConfig
-    from k5cache.shared.recipe import Document
+    from k5cache.shared.origins import Document
     from k5train.options.train import TrainConfig
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
@@ -28,17 +28,19 @@ def read_document(recipe: Path | None, model: str | None, options: list[str] | N
 
     document = read(recipe, options or [])
     if model is not None:
-        document.setdefault("model", {})["path"] = model
+        document.give("model.path", model, f"--model {model}")
     return document
 
 
-def parse_document(document: Document, recipe: Path | None) -> tuple[ModelConfig | None, TrainConfig]:
-    """[model] and [train] of a recipe. None if the recipe does not say which model."""
+def parse_document(document: Document) -> tuple[ModelConfig | None, TrainConfig]:
+    """[model] and [train] of a recipe, whose [cache] is checked too. None if the recipe does not say which model."""
+    from k5cache.options import CacheConfig
     from k5cache.shared.model import ModelConfig
     from k5cache.shared.recipe import parse
     from k5train.options.train import TrainConfig
 
-    model_config, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, recipe)
+    schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
+    model_config, _, config = parse(document, schemas)
     return model_config if document.get("model") else None, config
 
 
@@ -46,7 +48,7 @@ def read_recipe(
     recipe: Path | None, model: str | None, options: list[str] | None
 ) -> tuple[ModelConfig | None, TrainConfig]:
     """[model] and [train] of a recipe with ``--model`` and ``--set`` applied. None if nothing says which model."""
-    return parse_document(read_document(recipe, model, options), recipe)
+    return parse_document(read_document(recipe, model, options))
 
 
 def find_cache(parent: Path) -> Path:

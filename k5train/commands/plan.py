@@ -27,8 +27,8 @@ def plan(
     """Say what a run keeps, recomputes and streams in the available VRAM. Loads nothing."""
     document = read_document(recipe, model, options)
     if vram is not None:
-        document.setdefault("train", {}).setdefault("memory", {})["vram"] = vram
-    model_config, config = parse_document(document, recipe)
+        document.give("train.memory.vram", vram, f"--vram {vram}")
+    model_config, config = parse_document(document)
     if model_config and model_config.path is None:
         model_config = None  # a published one, whose shapes are known
     if not is_side(resolution):

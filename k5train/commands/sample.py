@@ -32,9 +32,10 @@ def sample(
 
     opened, model_config, config, cache = open_run(run)
     document = read_saved_recipe(opened.root, options or [])
-    overridden = document.setdefault("train", {}).setdefault("validation", {})
-    overridden |= {"prompts": prompts} if prompts else {}
-    overridden |= {"seed": seed} if seed is not None else {}
+    if prompts:
+        document.give("train.validation.prompts", prompts, "--prompt")
+    if seed is not None:
+        document.give("train.validation.seed", seed, f"--seed {seed}")
     (changed,) = parse(document, {"train": TrainConfig})
     config = replace(config, validation=changed.validation, memory=changed.memory)
     with interrupt.saying("Stopped: no picture was written"):

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
-from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
+from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, parse_document, read_document
 
 if TYPE_CHECKING:
     from k5train.training.sweep import Outcome
@@ -41,7 +41,8 @@ def sweep(
     from k5train.training.sweep_runs import sweep_runs
 
     document = read_document(recipe, model, options)
-    model_config, runs = sweep_runs(document, grid or [], listed, recipe)
+    parse_document(document)
+    model_config, runs = sweep_runs(document, grid or [], listed)
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
     if not document.get("model"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal
 
+from k5cache.shared.model import path_problems
 from k5train.options.removed import LORA, Removed
 
 
@@ -52,7 +53,7 @@ class LoraConfig:
 
     def check(self) -> list[str]:
         """What is out of range."""
-        problems = []
+        problems = [] if self.init_lora is None else path_problems("init_lora", self.init_lora)
         if self.rank < 1:
             problems.append(f"rank must be at least 1, found {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < inf:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from k5cache.shared.model import path_problems
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -22,7 +24,7 @@ class DataConfig:
 
     def check(self) -> list[str]:
         """What is out of range."""
-        problems = []
+        problems = path_problems("cache", self.cache)
         if self.weight is not None and not 0 < self.weight < inf:
             problems.append(f"weight must be above 0, found {self.weight}")
         if self.repeats < 1:

@@ -10,6 +10,7 @@ from math import inf
 from typing import Literal
 
 from k5cache.buckets import MAX_SIDE, SIDE_MULTIPLE, is_side
+from k5cache.shared.model import path_problems
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class ValidationConfig:
 
     def check(self) -> list[str]:
         """What is out of range."""
-        problems = [
+        problems = [] if self.prompt_library is None else path_problems("prompt_library", self.prompt_library)
+        problems += [
             f"{name} must be a multiple of {SIDE_MULTIPLE} from {SIDE_MULTIPLE} to {MAX_SIDE}, found {side}"
             for name, side in (("width", self.width), ("height", self.height))
             if side is not None and not is_side(side)

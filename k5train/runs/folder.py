@@ -14,7 +14,8 @@ from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.files import write_json, write_whole
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.recipe import Document, parse, read, set_option, to_dict, to_toml
+from k5cache.shared.origins import Document
+from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 
@@ -172,7 +173,7 @@ def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
         raise RunError(
             f"{root} is not a run: it has no recipe.toml and run.json", "Give a folder made by `k5train run`"
         )
-    model, config = parse(read_saved_recipe(root), {"model": ModelConfig, "train": TrainConfig}, recipe)
+    model, config = parse(read_saved_recipe(root), {"model": ModelConfig, "train": TrainConfig})
     try:
         cache = Path(json.loads(facts.read_text(encoding="utf-8"))["cache"])
     except (ValueError, KeyError, TypeError) as error:

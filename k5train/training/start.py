@@ -89,7 +89,7 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     """
     run, _, _, recorded_cache = open_run(root)
     document = read_saved_recipe(root, options)
-    model, config = parse(document, {"model": ModelConfig, "train": TrainConfig}, root / "recipe.toml")
+    model, config = parse(document, {"model": ModelConfig, "train": TrainConfig})
     config = with_library(config)
     _check_caches_exist(root, config, cache, recorded_cache)
     data = open_data(cache or (None if config.data else recorded_cache), config)

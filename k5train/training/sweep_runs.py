@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.recipe import parse, set_option, to_dict
+from k5cache.shared.origins import Document, line_of
+from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
 from k5train.options.train import TrainConfig
 from k5train.runs.resume_state import differences
 from k5train.training.start import with_library
@@ -31,9 +31,7 @@ class SweepRun:
     config: TrainConfig
 
 
-def sweep_runs(
-    document: dict[str, Any], grid: Sequence[str], listed: Path | None, recipe: Path | None
-) -> tuple[ModelConfig, list[SweepRun]]:
+def sweep_runs(document: Document, grid: Sequence[str], listed: Path | None) -> tuple[ModelConfig, list[SweepRun]]:
     """Every run of a sweep, each a recipe with other options.
 
     Args:
@@ -53,7 +51,7 @@ def sweep_runs(
     variants = _from_grid(document, grid) if grid else _from_list(document, listed)
     runs: list[SweepRun] = []
     for label, variant in variants:
-        model, config = parse(variant, {"model": ModelConfig, "train": TrainConfig}, recipe)
+        model, config = parse(variant, {"model": ModelConfig, "train": TrainConfig})
         runs.append(SweepRun(label, with_library(config)))
     first = runs[0]
     for run in runs[1:]:
@@ -70,31 +68,31 @@ def sweep_runs(
     return model, runs
 
 
-def _from_grid(document: dict[str, Any], grid: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+def _from_grid(document: Document, grid: Sequence[str]) -> list[tuple[str, Document]]:
     axes = []
     for line in grid:
         name, equals, values = line.partition("=")
         if not equals or not values:
             raise RecipeError(f"--grid {line} is not option=value,value", "Write it like --grid train.lora.rank=8,16")
+        if not name.strip().startswith("train."):
+            raise RecipeError(
+                f"--grid {line}: all runs of a sweep train on the same cache and model",
+                "Sweep over options of [train]: --grid train.lora.rank=8,16",
+            )
         axes.append([f"{name.strip()}={value.strip()}" for value in _split(values)])
     variants = []
     for combination in itertools.product(*axes):
         variant = deepcopy(document)
         for option in combination:
-            set_option(variant, option)
+            set_option(variant, option, "--grid")
         variants.append((_folder_name(",".join(_short(option) for option in combination)), variant))
     return variants
 
 
-def _from_list(document: dict[str, Any], listed: Path | None) -> list[tuple[str, dict[str, Any]]]:
+def _from_list(document: Document, listed: Path | None) -> list[tuple[str, Document]]:
     assert listed is not None
     fix = 'Write [[run]] tables, each with name = "..." and options as in a recipe: train.lora.rank = 8'
-    try:
-        contents = tomllib.loads(listed.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{listed} cannot be read: {error.strerror}", fix) from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{listed} is not valid TOML: {error}", fix) from error
+    contents, _, text = read_toml(listed, fix)
     tables = contents.get("run")
     if set(contents) != {"run"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
         raise RecipeError(f"{listed} has something other than [[run]] tables", fix)
@@ -102,17 +100,20 @@ def _from_list(document: dict[str, Any], listed: Path | None) -> list[tuple[str,
     for number, table in enumerate(tables, 1):
         variant = deepcopy(document)
         label = str(table.pop("name", f"run-{number}"))
-        _merge(variant, table)
+        line = line_of(text, ("run", number - 1))
+        for name, value in _leaves(table):
+            variant.give(name, value, f"{listed}, [[run]] {number} on line {line}")
         variants.append((_folder_name(label), variant))
     return variants
 
 
-def _merge(document: dict[str, Any], table: dict[str, Any]) -> None:
+def _leaves(table: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in a table that is no table."""
     for key, value in table.items():
-        if isinstance(value, dict) and isinstance(document.get(key), dict):
-            _merge(document[key], value)
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
         else:
-            document[key] = value
+            yield f"{above}{key}", value
 
 
 def _split(values: str) -> list[str]:
