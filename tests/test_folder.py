@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import prompt_clean
 
+from k5cache.cli import app
 from k5cache.options import CacheConfig
 from k5cache.sources.find import find
 from k5cache.sources.items import NAMED_SUFFIXES
+from tests.cli import Cli
+from tests.workshop import Workshop
 
 
 def put(root: Path, *names: str, content: str = "a cat") -> Path:
@@ -134,3 +137,32 @@ def test_names_with_characters_of_patterns_and_urls_are_plain_names(tmp_path, st
     (source / "metadata.jsonl").write_text(rows, encoding="utf-8")
     used, skipped = listed(source, caption_strategy=strategy)
     assert (used, skipped) == (sorted(names), {})
+
+
+# The summary
+
+
+def test_the_summary_counts_what_is_skipped_by_reason_and_files_of_several_captions(tmp_path, toy_model):
+    shop, cli = Workshop(tmp_path, toy_model), Cli(tmp_path)
+    for i, caption in enumerate(("a cat\nasleep", "one\n\ntwo\n", "a dog\n")):
+        shop.put(f"{i}.png", caption, seed=i)
+    put(shop.source, *(f"sub/a{i}.png" for i in range(7)), *(f"n{i}.txt" for i in range(2)), "cat.psd", "@eaDir/x.jpg")
+    arguments = ["images", "-o", "cache", "--model", str(toy_model), "--set", "cache.resolution=64"]
+    several = "2 caption files have several lines: each line is a caption of its own, and each step draws one"
+    summary = [
+        "11 skipped",
+        "  sub/a0.png: missing caption a0.txt",
+        "    and 6 more for this reason: sub/a1.png, sub/a2.png, sub/a3.png, ...",
+        "  n0.txt: is a caption without an image",
+        "    and 1 more for this reason: n1.txt",
+        "  @eaDir: is a folder of a NAS, an archiver or a system",
+        "  cat.psd: is a Photoshop document: save it as PNG",
+    ]
+    for command in ("diff", "encode"):
+        done = cli(app, command, *arguments)
+        assert done.code == 0, done.err
+        lines = [line.rstrip() for line in done.out.splitlines()]
+        start = lines.index("11 skipped")
+        assert lines[start : start + 8] == [*summary, several]
+    assert summary == [line.rstrip() for line in cli(app, "encode", *arguments).out.splitlines()][1:8]
+    assert "3, 2 with several captions" in cli(app, "info", "cache").out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from k5cache.encode import image_pass, update
+from k5cache.encode import image_pass, source_note, update
 from k5cache.encode import request as asking
 from k5cache.encode.preview import preview_encode
 from k5cache.encode.request import EncodeReport, read_listed_request
@@ -26,7 +27,8 @@ from k5cache.options import CacheConfig
 from k5cache.shared.errors import CacheCorrupt, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.template import Template
-from k5cache.sources import images
+from k5cache.sources import find, images, unchanged
+from k5cache.sources.items import UnreadableImage
 from k5cache.store.manifest import read_manifest
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
@@ -193,16 +195,90 @@ def test_other_permissions_and_a_new_link_have_an_image_read_and_not_encoded(thr
     assert three.encode("a fox").is_unchanged
 
 
-def test_a_broken_image_is_reported_every_time_and_loads_no_model(three, loaded):
-    path = three.put("broken.png", "a cat", seed=9)
+def cut(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[:3000])
-    three.encode("a fox")
+    return path
+
+
+@pytest.fixture
+def tried(monkeypatch) -> list[str]:
+    """The images and masks that encodes tried to decode."""
+    paths: list[str] = []
+    for name in ("encode_latents", "encode_masks"):
+        original = getattr(update, name)
+
+        def encode(job, commit, jobs, original=original):
+            paths.extend(job.path for job in jobs)
+            return original(job, commit, jobs)
+
+        monkeypatch.setattr(update, name, encode)
+    return paths
+
+
+@pytest.mark.parametrize("name", ["broken.png", "cat.mask.png"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_image_or_mask_that_cannot_be_decoded_is_tried_once_and_reported_every_time(
+    three, loaded, tried, monkeypatch, name, flip
+):
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
+    three.put("broken.png", "a cat", seed=9)
+    cut(three.put(name, "a cat", seed=9, size=(64, 64) if name == "broken.png" else (96, 64)))
+    (three.source / "cat.mask.txt").unlink(missing_ok=True)
+    first = three.encode("a fox", flip=flip, update=True)
+    [skip] = first.skipped
+    assert skip.path == ("cat.png" if name == "cat.mask.png" else name)
+    assert skip.reason.startswith("its mask cat.mask.png cannot be read" if "mask" in name else "cannot be read")
+    tried.clear(), loaded.clear()
     before = three.files()
-    for _ in range(2):
-        report = three.encode("a fox")
-        assert [skip.path for skip in report.skipped] == ["broken.png"]
-    assert (report.is_unchanged, loaded) == (True, [])
-    assert {k: v[0] for k, v in three.files().items()} == {k: v[0] for k, v in before.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(find, "find", lambda *_: pytest.fail("the captions were read"))
+        again = three.encode("a fox", flip=flip)
+    assert (again.is_unchanged, again.skipped, tried, loaded) == (True, first.skipped, [], [])
+    assert three.files() == before
+    (three.source / "dog.txt").write_text("a spaniel", encoding="utf-8")
+    third = three.encode("a fox", flip=flip)
+    assert changes(third) == {"num_texts": 1, "changed": ("dog.png",), "skipped": first.skipped}
+    assert (tried, sorted(loaded)) == ([], ["clip", "qwen"])
+    assert three.encode("a fox", flip=flip).is_unchanged
+
+
+def test_a_preview_does_not_count_an_image_that_cannot_be_decoded(three):
+    cut(three.put("broken.png", "a cat", seed=9))
+    first = three.encode("a fox")
+    model, config = ModelConfig(path=str(three.model)), CacheConfig(resolution=64)
+    preview = preview_encode(read_listed_request(three.source, three.root, model, config, ("a fox",)), False, None)
+    assert (preview.num_latents, preview.num_items, preview.skipped) == (0, 3, first.skipped)
+
+
+@pytest.mark.parametrize("again", ["rehash", "repair", "other Pillow", "replaced"])
+def test_an_image_that_could_not_be_decoded_is_tried_again_when_that_may_help(three, tried, monkeypatch, again):
+    cut(three.put("broken.png", "a cat", seed=9))
+    three.encode("a fox")
+    tried.clear()
+    if again == "replaced":
+        three.put("broken.png", "a cat", seed=9)
+        assert changes(three.encode("a fox")) == {"num_latents": 1, "added": ("broken.png",)}
+    elif again == "other Pillow":
+        versions = {"pillow": "99.0"}
+        monkeypatch.setattr(source_note, "version", versions.get)
+        assert [skip.path for skip in three.encode("a fox").skipped] == ["broken.png"]
+    else:
+        assert [skip.path for skip in three.encode("a fox", **{again: True}).skipped] == ["broken.png"]
+    assert tried == ["broken.png"]
+    three.encode("a fox")
+    assert tried == ["broken.png"]
+
+
+def test_an_image_that_the_system_could_not_read_is_tried_again(three, tried, monkeypatch):
+    def fail(*_: object) -> None:
+        raise UnreadableImage("cannot be read (Input/output error)") from OSError(errno.EIO, "Input/output error")
+
+    three.put("fox.png", "a cat", seed=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "load_pixels", fail)
+        assert [skip.reason for skip in three.encode("a fox").skipped] == ["cannot be read (Input/output error)"]
+    assert changes(three.encode("a fox")) == {"num_latents": 1, "added": ("fox.png",)}
+    assert tried == ["fox.png", "fox.png"]
 
 
 def test_an_image_that_changes_while_it_is_encoded_is_not_stored_under_the_old_name(three, monkeypatch):

@@ -23,7 +23,7 @@ from k5cache.commands.arguments import (
     read_configs,
     vram_bytes,
 )
-from k5cache.commands.listing import print_some, shorten
+from k5cache.commands.listing import print_skipped, print_some, shorten
 from k5cache.shared import console, interrupt
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def print_report(report: EncodeReport, root: Path) -> None:
         )
     _print_changes(report.added, report.changed, report.renamed, report.removed, report.reused_latents)
     print_some("damaged and encoded again", report.repaired, "yellow")
-    print_some("skipped", [f"{item.path}: {item.reason}" for item in report.skipped], "yellow")
+    print_skipped(report.skipped)
+    _print_multiline(report.num_multiline)
     cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
     print_some("truncated captions", cut, "yellow")
     print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
@@ -175,8 +176,18 @@ def print_preview(preview: Preview, root: Path) -> None:
     table.add_row("reuse", str(preview.reused_latents), str(preview.reused_texts))
     console.out.print(table)
     _print_changes(preview.added, preview.changed, preview.renamed, preview.removed, preview.reused_latents)
-    print_some("skipped", [f"{item.path}: {item.reason}" for item in preview.skipped], "yellow")
+    print_skipped(preview.skipped)
+    _print_multiline(preview.num_multiline)
     print_some("upscaled, smaller than their bucket", preview.upscaled, "yellow")
+
+
+def _print_multiline(count: int) -> None:
+    """Tell who wrote one caption in several lines what became of it."""
+    if count:
+        have = "1 caption file has" if count == 1 else f"{count} caption files have"
+        console.out.print(
+            f"{have} several lines: each line is a caption of its own, and each step draws one", markup=False
+        )
 
 
 def _print_changes(

@@ -83,12 +83,14 @@ def _fact_table(cache: Cache) -> Table:
 
 
 def _items(cache: Cache) -> str:
-    columns = cache.columns("flipped", "mask_key").to_pydict()
+    columns = cache.columns("flipped", "mask_key", "caption_keys").to_pydict()
     num_flipped = sum(columns["flipped"])
     num_masked = sum(key is not None for key in columns["mask_key"])
     flipped = f", {num_flipped} of them mirrored" if num_flipped else ""
     masked = f", {num_masked} with a mask" if num_masked else ""
-    return f"{len(cache)}{flipped}{masked}"
+    num_several = sum(len(keys) > 1 for keys in columns["caption_keys"])
+    several = f", {num_several} with several captions" if num_several else ""
+    return f"{len(cache)}{flipped}{masked}{several}"
 
 
 def _add_recipe(table: Table, recipe: dict[str, Any]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from rich.text import Text
 
 from k5cache.shared import console
+from k5cache.sources.items import Skipped
 
 MOST = 5  # entries of a list that are printed; the count is always given
+_EXAMPLES = 3  # files that are named for each reason after the first
 
 
 def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST) -> None:
@@ -19,6 +23,29 @@ def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST)
             console.out.print(Text(f"  {entry}"))
         if len(entries) > most:
             console.out.print(Text(f"  and {len(entries) - most} more"))
+
+
+def print_skipped(skipped: Sequence[Skipped], most: int = MOST) -> None:
+    """Print what cannot be used by its reasons: of each the first entry, and how many more there are and which."""
+    groups: dict[str, list[Skipped]] = {}
+    for skip in skipped:
+        groups.setdefault(_kind(skip), []).append(skip)
+    if groups:
+        console.out.print(Text(f"{len(skipped)} skipped", style="yellow"))
+    by_size = sorted(groups.values(), key=len, reverse=True)
+    for first, *others in by_size[:most]:
+        console.out.print(Text(f"  {first.path}: {first.reason}"))
+        if others:
+            names = ", ".join(skip.path for skip in others[:_EXAMPLES]) + (", ..." if others[_EXAMPLES:] else "")
+            console.out.print(Text(f"    and {len(others)} more for this reason: {names}"))
+    if rest := sum(map(len, by_size[most:])):
+        console.out.print(Text(f"  and {rest} more"))
+
+
+def _kind(skip: Skipped) -> str:
+    """A reason without what differs from file to file: the file's own name, and numbers."""
+    stem = PurePosixPath(skip.path).stem
+    return re.sub(r"\d+", "0", re.sub(rf"(?<!\w){re.escape(stem)}(?=[.]\w)", "*", skip.reason))
 
 
 def shorten(text: str, width: int = 72) -> str:

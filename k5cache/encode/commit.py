@@ -21,7 +21,7 @@ from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
-from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
+from k5cache.store.manifest import IndexInfo, LeftOut, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
 from k5cache.store.shards import ShardWriter, verify_shard
 from k5cache.store.tables import open_table, read_table
 from k5cache.store.tensors import TensorSpec
@@ -85,6 +85,7 @@ class Committer:
         recipe: dict[str, Any],
         versions: dict[str, str],
         source: SourceNote = SourceNote(),  # noqa: B008 (frozen)
+        left_out: LeftOut = LeftOut(),  # noqa: B008 (frozen)
     ) -> bool:
         """Write the index and name it, with the recipe that made its rows. From then on readers see these rows.
 
@@ -92,7 +93,8 @@ class Committer:
             False if the cache says all this already; then nothing is written.
         """
         before = self.manifest
-        self.manifest = replace(before, prompts={**before.prompts, **prompts}, recipe=recipe, source=source)
+        prompts = {**before.prompts, **prompts}
+        self.manifest = replace(before, prompts=prompts, recipe=recipe, source=source, left_out=left_out)
         if (
             before.index
             and before.locations

@@ -17,13 +17,14 @@ from k5cache.encode.request import (
     read_listed_request,
     read_request,
 )
-from k5cache.encode.source_note import is_untouched, listing_digest
+from k5cache.encode.source_note import decoders, is_untouched, listing_digest
 from k5cache.options import CacheConfig
 from k5cache.shared import console
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find
+from k5cache.sources.items import Skipped
 from k5cache.store.manifest import Manifest, lock, require_files
 
 
@@ -60,7 +61,7 @@ def encode_source(
                 listing = find.find(source, config)
             if listing is None or listing_digest(listing) == manifest.source.listing:
                 require_files(root, manifest)
-                return _unchanged(manifest, listing, time.monotonic() - started)
+                return _unchanged(manifest, time.monotonic() - started)
     with console.doing(
         bars, "looking at the images and the model"
     ):  # the first time on a machine, diffusers is imported
@@ -94,15 +95,17 @@ def _request_on_this_machine(
     is_finished = manifest.index is not None and manifest.source.listing
     if not is_finished or request.differences or not request.is_cleaned_as_before:
         return None
+    if manifest.left_out.decoders not in ("", decoders()):  # what could not be read may be readable now
+        return None
     if model.revision and manifest.recipe.get("model") != request.recipe["model"]:  # pinned since: to be noted
         return None
     return request if manifest.prompts.keys() >= set(request.prompts) else None
 
 
-def _unchanged(manifest: Manifest, listing: find.Source | None, seconds: float) -> EncodeReport:
+def _unchanged(manifest: Manifest, seconds: float) -> EncodeReport:
     return EncodeReport(
         num_items=manifest.index.num_rows if manifest.index else 0,
-        skipped=tuple(listing.skipped) if listing else (),
+        skipped=tuple(Skipped(path, reason) for path, reason in manifest.left_out.skipped),
         is_unchanged=True,
         num_buckets=len({shard.bucket for shard in manifest.shards if shard.bucket}),  # unused ones too, until `gc`
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),

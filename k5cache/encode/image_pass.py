@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) -> dict[str, str]:
+def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) -> dict[str, UnreadableImage]:
     """The VAE over every new image, one bucket after another.
 
     Returns:
-        latent key -> why the image could not be read, for those that could not.
+        latent key -> why its image could not be read, for those that could not.
 
     Raises:
         DoesNotFit: the card cannot hold the VAE and an image, even in strips.
@@ -37,7 +37,7 @@ def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) ->
     by_bucket: dict[Bucket, list[LatentJob]] = {}
     for latent_job in latent_jobs:
         by_bucket.setdefault(latent_job.geometry.bucket, []).append(latent_job)
-    failed: dict[str, str] = {}
+    failed: dict[str, UnreadableImage] = {}
     planned = estimate.plan_vae(job.folder, job.config, job.device, job.vram, latent_jobs).vram
     with (
         one_encoder(job.device, job.vram, "The VAE", planned),
@@ -99,7 +99,7 @@ def encode_bucket(
     bucket: Bucket,
     latent_jobs: Sequence[LatentJob],
     vae: Vae,
-    failed: dict[str, str],
+    failed: dict[str, UnreadableImage],
     advance: Callable[..., None],
 ) -> None:
     """The images of one bucket into shards. The reasons of those that cannot be read are added to ``failed``."""
@@ -115,7 +115,7 @@ def encode_bucket(
         wanted = ((latent_job.path, latent_job.geometry, latent_job.content_hash) for latent_job in latent_jobs)
         for i, pixels in images.load_many(wanted, job.read):
             if isinstance(pixels, UnreadableImage):
-                failed[latent_jobs[i].key] = pixels.reason
+                failed[latent_jobs[i].key] = pixels
                 advance(1)
             else:
                 yield latent_jobs[i].key, vae.moments(pixels, names)
@@ -126,13 +126,15 @@ def encode_bucket(
             advance(1)
 
 
-def encode_masks(read: Callable[[str], Content], sink: RowSink, mask_jobs: Sequence[MaskJob]) -> dict[str, str]:
+def encode_masks(
+    read: Callable[[str], Content], sink: RowSink, mask_jobs: Sequence[MaskJob]
+) -> dict[str, UnreadableImage]:
     """Every new mask into shards, one bucket after another.
 
     Returns:
-        mask key -> why the mask could not be used, for those that could not.
+        mask key -> why its mask could not be used, for those that could not.
     """
-    failed: dict[str, str] = {}
+    failed: dict[str, UnreadableImage] = {}
     by_bucket: dict[Bucket, list[MaskJob]] = {}
     for mask_job in mask_jobs:
         by_bucket.setdefault(mask_job.geometry.bucket, []).append(mask_job)
@@ -141,10 +143,8 @@ def encode_masks(read: Callable[[str], Content], sink: RowSink, mask_jobs: Seque
             for mask_job in jobs_of_bucket:
                 try:
                     mask = _load_mask(read, mask_job)
-                except OSError as error:
-                    failed[mask_job.key] = f"its mask {mask_job.path} cannot be read ({error.strerror})"
                 except UnreadableImage as error:
-                    failed[mask_job.key] = f"its mask {mask_job.path} {error.reason}"
+                    failed[mask_job.key] = error
                 else:
                     append({"key": mask_job.key, "mask": mask})
     return failed
@@ -152,7 +152,10 @@ def encode_masks(read: Callable[[str], Content], sink: RowSink, mask_jobs: Seque
 
 def _load_mask(read: Callable[[str], Content], mask_job: MaskJob) -> torch.Tensor:
     content = read(mask_job.path)
-    content = content if isinstance(content, bytes) else content.read_bytes()  # the bytes that are hashed are used
+    try:
+        content = content if isinstance(content, bytes) else content.read_bytes()  # the bytes that are hashed are used
+    except OSError as error:
+        raise UnreadableImage(f"cannot be read ({error.strerror})") from error
     if mask_job.content_hash and images.hash_content(content) != mask_job.content_hash:
-        raise UnreadableImage("has changed since the encode began; encode again")
+        raise UnreadableImage("has changed since the encode began; encode again", has_changed=True)
     return masks.load_mask(content, mask_job.geometry)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from k5cache.buckets import Bucket, Framing, Geometry
@@ -41,6 +41,8 @@ class Stored:
     """Keys of the latents in its shards."""
     texts: Set[str] = frozenset()
     masks: Set[str] = frozenset()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Keys of latents and masks whose image or mask is known not to be decodable -> why."""
     prompts: Mapping[str, str] | None = None
     """Raw prompt to text key. Given only if text recipe and cleaning are still those that made ``rows``: captions and
     prompts that did not change then keep their keys and are not cleaned."""
@@ -110,6 +112,8 @@ class Plan:
     skipped: tuple[Skipped, ...]
     upscaled: tuple[str, ...]
     """Paths of images smaller than their bucket."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """The keys of ``Stored.failed`` that images of ``skipped`` would have."""
 
 
 def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = False) -> Plan:
@@ -124,15 +128,26 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
     images, unreadable = _probe_images(wanted, previous, probes, rehash)
     recipe = canonical(wanted.latent_recipe)
     rows: list[IndexRow] = []
+    failed: dict[str, str] = {}
     for image in images:
         caption_keys = texts.of_captions(image.item)
-        rows += [_row(image, geometry, recipe, caption_keys) for geometry in image.geometries]
+        rows_of_image = [_row(image, geometry, recipe, caption_keys) for geometry in image.geometries]
+        known = {key: stored.failed[key] for key in _image_keys(rows_of_image) if key in stored.failed}
+        if known:
+            failed |= known
+            unreadable.append(_skipped_again(image.item, rows_of_image, known))
+        else:
+            rows += rows_of_image
     changes = previous.changes(rows)
     needed_texts = {key for row in rows for key in row.caption_keys} | set(prompts.values())
     return Plan(
         rows=tuple(rows),
         latent_jobs=_latent_jobs(rows, stored.latents),
-        text_jobs=tuple(TextJob(key, text) for text, key in texts.by_cleaned.items() if key not in stored.texts),
+        text_jobs=tuple(
+            TextJob(key, text)
+            for text, key in texts.by_cleaned.items()
+            if key in needed_texts and key not in stored.texts
+        ),
         mask_jobs=_mask_jobs(images, rows, stored.masks),
         prompts=prompts,
         num_reused_latents=len({row.latent_key for row in rows} & stored.latents),
@@ -142,7 +157,8 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
         renamed=changes.renamed,
         changed=changes.changed,
         skipped=(*wanted.skipped, *unreadable),
-        upscaled=tuple(image.item.path for image in images if image.geometries[0].upscaled),
+        upscaled=tuple(dict.fromkeys(row.path for row in rows if geometry_of(row).upscaled)),
+        failed=failed,
     )
 
 
@@ -194,7 +210,7 @@ def _probe_images(
             if item.mask and mask_hash is None:
                 mask_hash = probes.mask(item, width, height)
         except UnreadableImage as error:
-            unreadable.append(Skipped(item.path, error.reason))
+            unreadable.append(Skipped(item.path, error.reason, error.is_lasting))
         else:
             images.append(_Image(item, content_hash, geometries, mask_hash))
     return images, unreadable
@@ -246,6 +262,26 @@ class _TextKeys:
             cleaned = self._clean(raw)
             self._by_raw[raw] = self.by_cleaned.setdefault(cleaned, text_key_of(cleaned, self._recipe))
         return self._by_raw[raw]
+
+
+def mask_reason(path: str, reason: str) -> str:
+    """What is said of an image whose mask cannot be used."""
+    return f"its mask {path} {reason}"
+
+
+def _image_keys(rows: Sequence[IndexRow]) -> Iterator[str]:
+    for row in rows:
+        yield row.latent_key
+        if row.mask_key:
+            yield row.mask_key
+
+
+def _skipped_again(item: SourceItem, rows: Sequence[IndexRow], failed: Mapping[str, str]) -> Skipped:
+    """An image that could not be decoded, or its mask, when these very bytes were last tried."""
+    of_latents = [failed[row.latent_key] for row in rows if row.latent_key in failed]
+    if of_latents or item.mask is None:
+        return Skipped(item.path, of_latents[0])
+    return Skipped(item.path, mask_reason(item.mask.path, next(iter(failed.values()))))
 
 
 def _latent_jobs(rows: Sequence[IndexRow], stored: Set[str]) -> tuple[LatentJob, ...]:

@@ -34,6 +34,8 @@ class Preview:
     """(path before, path now)."""
     skipped: tuple[Skipped, ...] = ()
     upscaled: tuple[str, ...] = ()
+    num_multiline: int = 0
+    """As in ``find.Source``."""
 
 
 def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) -> Preview:
@@ -52,6 +54,7 @@ def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) 
         renamed=plan.renamed,
         skipped=plan.skipped,
         upscaled=plan.upscaled,
+        num_multiline=request.listing.num_multiline,
     )
 
 

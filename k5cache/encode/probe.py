@@ -11,6 +11,7 @@ from rich.progress import Progress, TaskID
 from k5cache.encode.commit import Committer
 from k5cache.encode.plan import Plan, Probes, Stored, Wanted, make_plan, num_unknown
 from k5cache.encode.request import ListedRequest
+from k5cache.encode.source_note import decoders
 from k5cache.shared import console
 from k5cache.sources import images, items, masks
 from k5cache.store.index import index_rows, read_index
@@ -25,6 +26,7 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
         latents=committer.keys("latents"),
         texts=committer.keys("text"),
         masks=committer.keys("masks"),
+        failed={} if rehash or manifest.left_out.decoders != decoders() else manifest.left_out.failed,
         prompts=manifest.prompts if not texts_differ and request.is_cleaned_as_before else None,
     )
     wanted = Wanted(

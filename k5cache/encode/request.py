@@ -60,6 +60,8 @@ class EncodeReport:
     truncated: tuple[tuple[str, int], ...] = ()
     """(cleaned caption, how many of its last characters were cut off)."""
     upscaled: tuple[str, ...] = ()
+    num_multiline: int = 0
+    """As in ``find.Source``; 0 if there was nothing to do."""
     repaired: tuple[str, ...] = ()
     """Shards that were damaged, whose rows were encoded again."""
     num_buckets: int = 0

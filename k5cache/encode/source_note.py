@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.template import version
 from k5cache.sources import find
+from k5cache.sources.items import Skipped
 from k5cache.sources.unchanged import is_settled, read_stats
-from k5cache.store.manifest import SourceNote
+from k5cache.store.manifest import LeftOut, SourceNote
+
+MOST_NAMED = 10_000
+"""Files in the source that cannot be used and are kept in the manifest: 1 MB. With more, each encode looks at them."""
 
 
 def take_note(source: Path, config: CacheConfig, listing: find.Source) -> SourceNote:
@@ -23,7 +29,7 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
     first read does not count as settled.
     """
     note = SourceNote(listing_digest(listing))
-    if not listing.is_plain or listing.skipped:
+    if not listing.is_plain or not all(skip.is_lasting for skip in listing.skipped):
         return note
     stats, read_ns = read_stats(source), time.time_ns()
     if stats is None or not is_settled(stats, read_ns):
@@ -33,6 +39,18 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
     except DatasetError:  # it was emptied in the meantime
         return note
     return SourceNote(note.listing, stats.digest) if is_same else note
+
+
+def note_left_out(skipped: Sequence[Skipped], failed: Mapping[str, str]) -> LeftOut:
+    """What the manifest keeps of what could not be used."""
+    named = tuple((skip.path, skip.reason) for skip in skipped[:MOST_NAMED])
+    return LeftOut(named, dict(failed), decoders() if named or failed else "")
+
+
+def decoders() -> str:
+    """The versions of what decodes images. An image that one version refuses may be readable by another."""
+    packages = ("pillow", "pillow-heif", "pi-heif", "pillow-jxl-plugin", "kandinsky5-lora")
+    return ", ".join(f"{package} {found}" for package in packages if (found := version(package)))
 
 
 def is_untouched(source: Path, note: SourceNote) -> bool:

@@ -17,17 +17,17 @@ from k5cache.encode.differences import refuse
 from k5cache.encode.estimate import duration, estimate, modes
 from k5cache.encode.image_pass import encode_latents, encode_masks
 from k5cache.encode.job import Job
-from k5cache.encode.plan import Plan
+from k5cache.encode.plan import Plan, mask_reason
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
-from k5cache.encode.source_note import take_note
+from k5cache.encode.source_note import MOST_NAMED, note_left_out, take_note
 from k5cache.encode.text_pass import encode_texts
 from k5cache.shared import console
 from k5cache.shared.device import pick_device
 from k5cache.shared.errors import DatasetError
-from k5cache.sources.items import Skipped
+from k5cache.sources.items import Skipped, UnreadableImage
 from k5cache.store.index import IndexRow
-from k5cache.store.manifest import SourceNote, require_files
+from k5cache.store.manifest import LeftOut, SourceNote, require_files
 
 
 def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progress) -> EncodeReport:
@@ -36,6 +36,8 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         raise refuse(request.root, request.differences)
     manifest, repaired = drop_damaged(request.root, request.manifest) if options.repair else (request.manifest, ())
     require_files(request.root, manifest)
+    if options.repair:
+        manifest = replace(manifest, left_out=LeftOut())  # images that could not be read are tried again
     request = replace(request, manifest=manifest)
     committer = Committer(request.root, manifest, request.config.shard_mb * 2**20)
     plan = plan_request(request, committer, options.rehash, bars)
@@ -43,14 +45,16 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         raise _nothing_readable(request, plan.skipped)
     encoded = _run_passes(request, committer, plan, options, bars)
     rows = [row for row in plan.rows if encoded.failure(row) is None]
-    unreadable = {row.path: reason for row in plan.rows if (reason := encoded.failure(row)) is not None}
-    skipped = (*plan.skipped, *(Skipped(path, reason) for path, reason in unreadable.items()))
+    unreadable = {row.path: skip for row in plan.rows if (skip := encoded.failure(row)) is not None}
+    skipped = (*plan.skipped, *unreadable.values())
     if not rows:
         raise _nothing_readable(request, skipped[len(plan.skipped) :])
-    # A source with images that cannot be used is looked at again next time: they are reported until they are mended.
-    is_usable = len(skipped) == len(request.listing.skipped)
-    note = take_note(request.source, request.config, request.listing) if is_usable else SourceNote()
-    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note)
+    failed = {**plan.failed, **{key: error.reason for key, error in encoded.failed.items() if error.is_lasting}}
+    # What the system could not read may be readable next time: the source is then looked at again.
+    is_known = len(skipped) <= MOST_NAMED and all(s.is_lasting for s in {*skipped} - {*request.listing.skipped})
+    note = take_note(request.source, request.config, request.listing) if is_known else SourceNote()
+    left_out = note_left_out(skipped, failed)
+    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out)
     num_latents = sum(job.key not in encoded.failed for job in plan.latent_jobs)
     return EncodeReport(
         num_items=len(rows),
@@ -65,6 +69,7 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         skipped=skipped,
         truncated=encoded.truncated,
         upscaled=plan.upscaled,
+        num_multiline=request.listing.num_multiline,
         repaired=repaired,
         num_buckets=len({(row.bucket_width, row.bucket_height) for row in rows}),
         num_bytes=sum(shard.num_bytes for shard in committer.manifest.shards),
@@ -76,14 +81,21 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
 class _Encoded:
     """How the passes over a plan's jobs went."""
 
-    failed: dict[str, str]
+    failed: dict[str, UnreadableImage]
     """Latent or mask key -> why its image or mask could not be read."""
+    mask_paths: dict[str, str]
+    """Mask key -> where the mask is."""
     truncated: tuple[tuple[str, int], ...] = ()
     """As in ``EncodeReport``."""
 
-    def failure(self, row: IndexRow) -> str | None:
+    def failure(self, row: IndexRow) -> Skipped | None:
         """Why the latents or the mask of this row are missing; None if they are there."""
-        return self.failed.get(row.latent_key) or self.failed.get(row.mask_key or "")
+        if error := self.failed.get(row.latent_key):
+            return Skipped(row.path, error.reason, error.is_lasting)
+        if row.mask_key and (error := self.failed.get(row.mask_key)):
+            reason = mask_reason(self.mask_paths[row.mask_key], error.reason)
+            return Skipped(row.path, reason, error.is_lasting)
+        return None
 
 
 def _run_passes(
@@ -91,15 +103,16 @@ def _run_passes(
 ) -> _Encoded:
     """Masks, texts and latents into shards; torch is imported only if there is a text or an image to encode."""
     failed = encode_masks(request.listing.read, committer, plan.mask_jobs)
+    mask_paths = {mask_job.key: mask_job.path for mask_job in plan.mask_jobs}
     if not plan.text_jobs and not plan.latent_jobs:
-        return _Encoded(failed)
+        return _Encoded(failed, mask_paths)
     with console.doing(bars, "importing torch"):
         device = pick_device(options.device)
     job = Job(request.listing.read, request.root, request.folder, request.config, device, bars, options.vram)
     _announce(job, plan)
     truncated = encode_texts(job, committer, plan.text_jobs)
     failed |= encode_latents(job, committer, plan.latent_jobs)
-    return _Encoded(failed, truncated)
+    return _Encoded(failed, mask_paths, truncated)
 
 
 def _announce(job: Job, plan: Plan) -> None:

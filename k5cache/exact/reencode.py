@@ -109,7 +109,7 @@ def _reencode_latents(cache: Cache, job: Job, index_rows: list[IndexRow]) -> tup
         LatentJob(key, row.path, geometry_of(row), row.content_hash) for key, row in rows.items() if key not in reasons
     ]
     encoded = Collector()
-    reasons |= encode_latents(job, encoded, latent_jobs)
+    reasons |= {key: error.reason for key, error in encode_latents(job, encoded, latent_jobs).items()}
     compared = [
         _compare("latents", row.path, cache.latents(key), encoded.rows[key])
         for key, row in rows.items()

@@ -29,6 +29,8 @@ class Source:
     """An image or mask by its ``path``: a file to open, or its bytes. Raises ``UnreadableImage``."""
     is_plain: bool = False
     """Whether it is a folder of images whose captions come from their names, text files beside them or an option."""
+    num_multiline: int = 0
+    """Text files with several lines, each of which is a caption of its own."""
 
 
 def find(source: Path, config: CacheConfig) -> Source:
@@ -69,7 +71,9 @@ def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
         raise DatasetError(
             f"{source} has none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
         )
-    return Source(items, skipped, lambda path: source / path, is_plain=not from_metadata)
+    from_texts = config.caption_strategy == "textfile"
+    multiline = {item.path.rpartition(".")[0] for item in items if from_texts and len(item.captions) > 1}
+    return Source(items, skipped, lambda path: source / path, not from_metadata, len(multiline))
 
 
 def _has_tables(source: Path) -> bool:

@@ -111,7 +111,7 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
         rows = np.array(rgb)
     if rgb.size != (geometry.width, geometry.height):
         now, before = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
-        raise UnreadableImage(f"is {now} now and was {before}: the file changed during the encode")
+        raise UnreadableImage(f"is {now} now and was {before}: the file changed during the encode", has_changed=True)
     # Rows of RGB as Pillow has them: torch's uint8 kernel is fastest on this layout.
     pixels = torch.from_numpy(rows).permute(2, 0, 1)
     if resized != rows.shape[:2]:
@@ -169,7 +169,7 @@ def _load(
             with _errors_as_reasons(), _stream(content) as file:
                 content = file.read()  # read only once, so that the bytes hashed are the bytes decoded
             if hash_content(content) != content_hash:
-                return UnreadableImage("has changed since the encode began; encode again")
+                return UnreadableImage("has changed since the encode began; encode again", has_changed=True)
         return load_pixels(content, geometry)
     except UnreadableImage as error:
         return error

@@ -40,9 +40,20 @@ Content = Path | bytes
 class UnreadableImage(Exception):
     """One image that cannot be used. Caught where images are looped over: it is skipped and reported."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, has_changed: bool = False) -> None:
+        """``has_changed``: the file is no longer the one that the encode began with."""
         super().__init__(reason)
         self.reason = reason
+        self.has_changed = has_changed
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether the same bytes fail again: not if the system could not read them, or had no memory left."""
+        cause = self.__cause__
+        if isinstance(cause, UnreadableImage):
+            return cause.is_lasting
+        by_the_system = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
+        return not (by_the_system or self.has_changed)
 
 
 def stat_numbers(status: os.stat_result) -> tuple[int, int, int]:

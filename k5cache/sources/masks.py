@@ -31,7 +31,7 @@ def check(read: Callable[[str], Content], item: SourceItem, width: int, height: 
             raise UnreadableImage(f"is {size[0]}x{size[1]}, the image {width}x{height}")
         return hash_content(content)
     except UnreadableImage as error:
-        raise UnreadableImage(f"its mask {item.mask.path} {error.reason}") from None
+        raise UnreadableImage(f"its mask {item.mask.path} {error.reason}") from error
 
 
 def load_mask(content: Content, geometry: Geometry) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -84,6 +85,18 @@ class SourceNote:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What the last encode could not use, so that the next one says so without trying it again."""
+
+    skipped: tuple[tuple[str, str], ...] = ()
+    """(path, reason) of everything in the source that has no row."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Key of latents or of a mask -> why the image or mask of these bytes cannot be decoded."""
+    decoders: str = ""
+    """The versions of what tried to decode them: others may succeed."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a cache is made of."""
 
@@ -100,6 +113,8 @@ class Manifest:
     """Package -> version."""
     source: SourceNote = SourceNote()
     """What the encoder compares to see whether the source has changed. Readers do not use it."""
+    left_out: LeftOut = LeftOut()
+    """What the encoder could not use. Readers do not use it."""
     format: int = FORMAT
 
 
@@ -236,6 +251,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         prompts=_strings(document, "prompts"),
         created_by=_strings(document, "created_by"),
         source=SourceNote.parse(_match({"source": "", **document}, "source", _SOURCE)),
+        left_out=_left_out(document.get("left_out", {})),
     )
 
 
@@ -266,6 +282,17 @@ def _shard(value: object) -> ShardInfo:
         footer_sha256=_match(value, "footer_sha256", _SHA256),
         bucket=(bucket[0], bucket[1]) if bucket else None,
     )
+
+
+def _left_out(value: object) -> LeftOut:
+    if not isinstance(value, dict):
+        _wrong("left_out", value)
+    value = {"skipped": [], "failed": {}, "decoders": "", **value}
+    skipped = value["skipped"]
+    is_pairs = isinstance(skipped, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in skipped)
+    if not is_pairs or not all(isinstance(text, str) for text in (value["decoders"], *itertools.chain(*skipped))):
+        _wrong("left_out", value)
+    return LeftOut(tuple((path, reason) for path, reason in skipped), _strings(value, "failed"), value["decoders"])
 
 
 def _table(value: object, prefix: str) -> IndexInfo | None:
