@@ -94,13 +94,13 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     Image.fromarray(values).save(tmp_path / "cat.png")
     Image.fromarray(values).save(tmp_path / "cat.tiff")
     png(tmp_path / "hand.png", (5, 1), 16, 0, b"\0" + struct.pack(">5H", *GREYS))
-    tiff(tmp_path / "hand.tiff", (5, 1), 16, 1, 1, struct.pack("<5H", *GREYS))
+    tiff(tmp_path / "hand.tiff", values[..., None], 1)
     for name in ("cat.png", "cat.tiff", "hand.png", "hand.tiff"):
         assert whole(tmp_path / name)[:, 0].tolist() == [[0, 1, 128, 254, 255]] * 3
 
 
 def test_16_bit_grey_where_white_is_zero_is_inverted(tmp_path):
-    path = tiff(tmp_path / "cat.tiff", (5, 1), 16, 1, 0, struct.pack("<5H", *GREYS))
+    path = tiff(tmp_path / "cat.tiff", np.array(GREYS, np.uint16).reshape(1, 5, 1), 0)
     assert whole(path)[0, 0].tolist() == [255, 254, 127, 1, 0]
 
 
@@ -115,7 +115,7 @@ def test_16_bit_grey_with_alpha_or_a_transparent_grey_lies_on_white(tmp_path):
 def test_16_bit_rgb_keeps_its_high_bytes(tmp_path):
     colours = [65535, 32896, 0, 257, 65278, 32896]
     png(tmp_path / "cat.png", (2, 1), 16, 2, b"\0" + struct.pack(">6H", *colours))
-    tiff(tmp_path / "cat.tiff", (2, 1), 16, 3, 2, struct.pack("<6H", *colours))
+    tiff(tmp_path / "cat.tiff", np.array(colours, np.uint16).reshape(1, 2, 3), 2)
     for name in ("cat.png", "cat.tiff"):
         assert whole(tmp_path / name)[:, 0].T.tolist() == [[255, 128, 0], [1, 254, 128]]
 

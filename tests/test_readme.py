@@ -184,9 +184,9 @@ def defined_in(path: Path) -> set[str]:
     return names
 
 
-def test_the_ten_answers_on_where_things_are_name_functions_that_are_there():
+def test_the_answers_on_where_things_are_name_functions_that_are_there():
     rows = table_under(ROOT / "docs" / "architecture.md", "Where is it?")[1:]
-    assert len(rows) == 10
+    assert len(rows) >= 10
     for question, answer in rows:
         path = None
         for name in re.findall(r"`([^`]+)`", answer):

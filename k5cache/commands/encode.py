@@ -62,7 +62,7 @@ def encode(
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    encode_options = EncodeOptions(update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram))
+    encode_options = EncodeOptions(update, rehash, repair, wait, check_name(device), vram_bytes(vram))
     with _keeping_what_is_encoded(root), console.progress() as bars:
         report = encode_source(source, root, model_config, cache_config, prompts, bars, encode_options)
     if as_json:
@@ -100,7 +100,7 @@ def plan(
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
+    encode_options = EncodeOptions(update=True, device=check_name(device), vram=vram_bytes(vram))
     request = read_listed_request(source, root, model_config, cache_config, prompts, encode_options)
     with console.progress() as bars:
         estimate = estimate_encode(request, encode_options, bars)
@@ -132,8 +132,7 @@ def diff(
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    preview_options = EncodeOptions(update=True, is_preview=True)
-    request = read_listed_request(source, root, model_config, cache_config, prompts, preview_options)
+    request = read_listed_request(source, root, model_config, cache_config, prompts, EncodeOptions(update=True))
     with console.progress() as bars:
         preview = preview_encode(request, rehash, bars)
     if as_json:
@@ -167,6 +166,7 @@ def print_report(report: EncodeReport, root: Path) -> None:
     cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
     print_some("truncated captions", cut, "yellow")
     print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
+    print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in report.flawed], "yellow")
 
 
 def print_preview(preview: Preview, root: Path) -> None:
@@ -180,6 +180,7 @@ def print_preview(preview: Preview, root: Path) -> None:
     print_skipped(preview.skipped)
     _print_multiline(preview.num_multiline)
     print_some("upscaled, smaller than their bucket", preview.upscaled, "yellow")
+    print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in preview.flawed], "yellow")
 
 
 def _print_multiline(count: int) -> None:

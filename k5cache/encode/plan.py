@@ -9,7 +9,7 @@ from typing import Any
 from k5cache.buckets import Bucket, Framing, Geometry
 from k5cache.encode.keys import canonical, latent_key_of, mask_key, text_key_of
 from k5cache.encode.previous_index import PreviousIndex, captions_hash, mask_stat
-from k5cache.sources.items import Skipped, SourceItem, UnreadableImage
+from k5cache.sources.items import Flawed, Skipped, SourceItem, UnreadableImage
 from k5cache.store.index import IndexRow
 
 
@@ -114,6 +114,8 @@ class Plan:
     """Paths of images smaller than their bucket."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """The keys of ``Stored.failed`` that images of ``skipped`` would have."""
+    flawed: tuple[Flawed, ...] = ()
+    """Images that are used although their file is damaged, of those that were looked at."""
 
 
 def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = False) -> Plan:

@@ -12,7 +12,7 @@ from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, ListedRequest
 from k5cache.shared.device import pick_device
-from k5cache.sources.items import Skipped
+from k5cache.sources.items import Flawed, Skipped
 from k5cache.store.manifest import require_files
 
 
@@ -36,6 +36,7 @@ class Preview:
     upscaled: tuple[str, ...] = ()
     num_multiline: int = 0
     """As in ``find.Source``."""
+    flawed: tuple[Flawed, ...] = ()
 
 
 def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) -> Preview:
@@ -55,6 +56,7 @@ def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) 
         skipped=plan.skipped,
         upscaled=plan.upscaled,
         num_multiline=request.listing.num_multiline,
+        flawed=plan.flawed,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rich.progress import Progress, TaskID
 
@@ -39,17 +40,21 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
     )
     progress = _ProbeProgress(bars, num_unknown(listing.items, stored.rows, rehash))
 
+    flawed: list[items.Flawed] = []
+
     def probe_image(item: items.SourceItem) -> tuple[str, int, int]:
         with progress.one_image():
-            content = listing.read(item.path)
-            return (images.hash_content(content), *images.image_size(content))
+            examined = images.examine(listing.read(item.path))
+        if examined.flaw:
+            flawed.append(items.Flawed(item.path, examined.flaw))
+        return examined.content_hash, examined.width, examined.height
 
     def probe_mask(item: items.SourceItem, width: int, height: int) -> str:
         return masks.check(listing.read, item, width, height)
 
     plan = make_plan(wanted, stored, Probes(probe_image, probe_mask, progress.clean), rehash)
     progress.end()
-    return plan
+    return replace(plan, flawed=tuple(flawed))
 
 
 class _ProbeProgress:

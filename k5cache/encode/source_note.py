@@ -14,7 +14,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.template import version
 from k5cache.sources import find
-from k5cache.sources.items import Skipped
+from k5cache.sources.items import PICTURE_DECODER, Skipped
 from k5cache.sources.unchanged import is_settled, read_stats
 from k5cache.store.manifest import LeftOut, SourceNote
 
@@ -50,7 +50,8 @@ def note_left_out(skipped: Sequence[Skipped], failed: Mapping[str, str]) -> Left
 def decoders() -> str:
     """The versions of what decodes images. An image that one version refuses may be readable by another."""
     packages = ("pillow", "pillow-heif", "pi-heif", "pillow-jxl-plugin", "kandinsky5-lora")
-    return ", ".join(f"{package} {found}" for package in packages if (found := version(package)))
+    versions = [f"{package} {found}" for package in packages if (found := version(package))]
+    return ", ".join((f"picture decoder {PICTURE_DECODER}", *versions))
 
 
 def is_untouched(source: Path, note: SourceNote) -> bool:

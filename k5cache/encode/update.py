@@ -70,6 +70,7 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         truncated=encoded.truncated,
         upscaled=plan.upscaled,
         num_multiline=request.listing.num_multiline,
+        flawed=tuple(image for image in plan.flawed if image.path not in unreadable),
         repaired=repaired,
         num_buckets=len({(row.bucket_width, row.bucket_height) for row in rows}),
         num_bytes=sum(shard.num_bytes for shard in committer.manifest.shards),

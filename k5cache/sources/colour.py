@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
 
+from k5cache.sources import tiff
+
 WHITE = (255, 255, 255, 255)
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _SRGB = ImageCms.createProfile("sRGB")
 _NEVER_VISIBLE = 2
 """Of 255 levels. A profile that changes no colour by more than this counts as sRGB, so the pixels stay unchanged."""
@@ -23,7 +25,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         image: loaded, of any mode. As in viewers, a profile that is broken or of another colour space is ignored.
     """
     profile = image.info.get("icc_profile")
-    colour, alpha = _split_alpha(_eight_bit(image))
+    colour, alpha = _split_alpha(eight_bit(image))
     if colour.mode not in ("RGB", "L", "CMYK"):
         colour = colour.convert("RGB")
     colour = _apply_profile(colour, profile) if profile else colour
@@ -45,15 +47,13 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image.convert("L") if image.mode == "1" else image, None
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def eight_bit(image: Image.Image) -> Image.Image:
     """Greys of more than 8 bits as ``L`` or ``LA``; anything else unchanged.
 
     16-bit RGB needs nothing, because Pillow reads its high bytes. White is 2^bits - 1 if the file says how many bits it
     has. 32-bit integers and floats do not say: there, white is the smallest of 255, 65535 and 2^32 - 1 (floats: 1.0,
     255 and 65535) that no value exceeds. Floats up to 16 still have white at 1.0, because HDR highlights exceed it.
     """
-    if image.mode == "RGB" and isinstance(image.info.get("transparency"), tuple):
-        _narrow_transparency(image)
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -61,24 +61,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
         white = _white_of(values, (1.0, 16.0), (255.0, 255.0), (65535.0, np.inf))
     elif image.mode == "I":
+        if _is_unsigned(image):
+            values = values.view(np.uint32)  # Pillow's own 32 bits are signed
         white = _white_of(values, (255.0, 255.0), (65535.0, 65535.0), (2.0**32 - 1, np.inf))
     else:
         white = 2.0 ** _bits(image) - 1
     grey = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
-    if _tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit files only
+    if _tag(image, tiff.PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit files only
         grey = 255 - grey
     narrow = Image.fromarray(grey)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # PNG tRNS: this one grey is fully transparent
         narrow.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return narrow
-
-
-def _narrow_transparency(image: Image.Image) -> None:
-    """Reduce the transparent colour of a 16-bit RGB PNG to its high bytes, as Pillow does with the pixels."""
-    colour = image.info["transparency"]
-    if max(colour) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _white_of(values: np.ndarray[Any, Any], *scales: tuple[float, float]) -> float:
@@ -88,8 +83,14 @@ def _white_of(values: np.ndarray[Any, Any], *scales: tuple[float, float]) -> flo
 
 
 def _bits(image: Image.Image) -> int:
-    bits = _tag(image, _TIFF_BITS)
+    bits = _tag(image, tiff.BITS)
     return int(bits[0]) if isinstance(bits, tuple) else 16
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Whether a TIFF of mode ``I`` has 32 bits without a sign."""
+    formats = _tag(image, tiff.SAMPLE_FORMAT) or (_UNSIGNED,)
+    return image.format == "TIFF" and _bits(image) == 32 and formats[0] == _UNSIGNED
 
 
 def _tag(image: Image.Image, number: int) -> Any:

@@ -6,66 +6,78 @@ Pillow decodes and torch resizes. torch is imported where pixels are loaded, so 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from io import BufferedReader
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from k5cache.buckets import Geometry
-from k5cache.sources.items import Content, UnreadableImage
+from k5cache.sources.decode import (
+    MAX_PIXELS,
+    decodes_anew,
+    errors_as_reasons,
+    flaw,
+    load,
+    open_image,
+    orientation,
+    stream,
+    turn,
+)
+from k5cache.sources.items import PICTURE_DECODER, Content, UnreadableImage
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
-MAX_PIXELS = 500_000_000  # 1.5 GB as RGB; the largest photographs have about 250 million
-_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "AVIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "GIF",
-)  # recognised by content; the suffix does not matter
-_ORIENTATION = 0x0112  # EXIF tag
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_TURNS_SIDES = frozenset({5, 6, 7, 8})
 _LATE_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TAIL_BYTES = 1 << 20
+_DECODED_ANEW = (b"\x89PNG", b"II", b"MM", b"BM", b"GIF8")  # how the files begin of which some decode anew
+_TURNS_SIDES = frozenset({5, 6, 7, 8})
 
-# Pillow's warnings about metadata (a damaged EXIF tag, a tag with too many values) do not concern the pixels. Its own
-# limit of 89 million pixels is below what cameras produce; MAX_PIXELS is checked instead, on every image opened here.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+@dataclass(frozen=True)
+class Examined:
+    """What planning knows of an image."""
+
+    content_hash: str
+    width: int
+    height: int
+    flaw: str
+    """What is damaged in a file that can be used all the same; "" if nothing is."""
+
+
+def examine(content: Content) -> Examined:
+    """Look at an image before it is encoded; its pixels are decoded only if the file looks damaged.
+
+    Raises:
+        UnreadableImage: it is not an image, is too large, or lacks pixels.
+    """
+    content_hash = hash_content(content)
+    with open_image(content) as image:
+        return Examined(content_hash, *_upright_size(content, image), flaw(content, image))
 
 
 def hash_content(content: Content) -> str:
     """The sha256 of the bytes, 32 hex digits.
 
+    For a picture that earlier versions decoded to other pixels, it is the sha256 of the bytes and a note of that, so
+    that what they made of it is not used.
+
     Raises:
         UnreadableImage: it cannot be opened or read.
     """
-    with _errors_as_reasons(), _stream(content) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    with errors_as_reasons(), stream(content) as file:
+        digest = hashlib.file_digest(file, "sha256")
+        file.seek(0)
+        head = file.read(4)
+    if head.startswith(_DECODED_ANEW) and _decodes_anew(content):
+        digest.update(b"picture decoder %d" % PICTURE_DECODER)
+    return digest.hexdigest()[:32]
 
 
 def image_size(content: Content) -> tuple[int, int]:
@@ -75,11 +87,7 @@ def image_size(content: Content) -> tuple[int, int]:
         UnreadableImage: it is not an image, or is too large.
     """
     with open_image(content) as image:
-        if image.format == "TIFF":  # Pillow applies the orientation of TIFF itself, to the size too
-            return image.size
-        if image.format == "PNG" and _has_late_metadata(content):
-            image.load()
-        return (image.height, image.width) if orientation(image) in _TURNS_SIDES else image.size
+        return _upright_size(content, image)
 
 
 def load_pixels(content: Content, geometry: Geometry) -> Tensor:
@@ -105,9 +113,7 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
     if resized[0] * resized[1] > MAX_PIXELS:
         raise UnreadableImage(f"{geometry.width}x{geometry.height} is too long and thin to fill {bucket.name}")
     with open_image(content) as image:
-        image.load()
-        exif = orientation(image)
-        rgb = turn(to_srgb(image), exif)
+        rgb = turn(to_srgb(load(content, image)), orientation(image))
         rows = np.array(rgb)
     if rgb.size != (geometry.width, geometry.height):
         now, before = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
@@ -166,7 +172,7 @@ def _load(
     try:
         content = read(path)
         if content_hash:
-            with _errors_as_reasons(), _stream(content) as file:
+            with errors_as_reasons(), stream(content) as file:
                 content = file.read()  # read only once, so that the bytes hashed are the bytes decoded
             if hash_content(content) != content_hash:
                 return UnreadableImage("has changed since the encode began; encode again", has_changed=True)
@@ -175,67 +181,23 @@ def _load(
         return error
 
 
-@contextmanager
-def open_image(content: Content) -> Iterator[Image.Image]:
-    """Open an image without decoding it. Any error while it is open becomes an ``UnreadableImage``."""
-    with _errors_as_reasons(), _stream(content) as file:
-        if not file.read(1):
-            raise UnreadableImage("is empty (0 bytes)")
-        file.seek(0)
-        with Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(_too_large(f"{image.width}x{image.height}"))
-            yield image
+def _upright_size(content: Content, image: Image.Image) -> tuple[int, int]:
+    if image.format == "PNG" and _has_late_metadata(content):
+        image.load()
+    return (image.height, image.width) if orientation(image) in _TURNS_SIDES else image.size
 
 
-@contextmanager
-def _errors_as_reasons() -> Iterator[None]:
-    """Turn the errors of Pillow and the file system into an ``UnreadableImage`` that a person understands."""
+def _decodes_anew(content: Content) -> bool:
     try:
-        yield
-    except UnreadableImage:
-        raise
-    except FileNotFoundError as error:
-        raise UnreadableImage("is no longer there") from error
-    except UnidentifiedImageError as error:
-        raise UnreadableImage("is not an image, or is of a kind that is not supported") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(_too_large("it")) from error
-    except MemoryError as error:
-        raise UnreadableImage("needs more memory than is free") from error
-    except Exception as error:
-        # Pillow's decoders raise nearly any exception on damaged bytes (OSError, SyntaxError, struct.error, ...),
-        # and one bad file must not end an encode of thousands.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImage(f"cannot be read ({reason or type(error).__name__})") from error
-
-
-def _stream(content: Content) -> BufferedReader | io.BytesIO:
-    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
-
-
-def _too_large(subject: str) -> str:
-    return f"{subject} has more than {MAX_PIXELS // 1_000_000} million pixels"
-
-
-def turn(image: Image.Image, exif: int) -> Image.Image:
-    """``image`` upright, given its EXIF ``orientation``."""
-    method = _TRANSPOSE.get(exif)
-    return image if method is None else image.transpose(method)
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF (or XMP) orientation, 1 to 8; 1 if there is none or it is damaged."""
-    try:
-        # The base class's getexif: PNG's own decodes the whole image to look behind the pixels.
-        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
-    except Exception:  # EXIF is a format of its own and can be damaged in as many ways as an image
-        return 1
+        with open_image(content) as image:
+            return decodes_anew(image)
+    except UnreadableImage:  # nothing was ever made of it
+        return False
 
 
 def _has_late_metadata(content: Content) -> bool:
     """Whether a PNG may have its orientation behind its pixels, where exiftool writes it."""
-    with _stream(content) as file:
+    with stream(content) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         behind = file.read().rpartition(b"IDAT")[2]
     return any(name in behind for name in _LATE_METADATA)

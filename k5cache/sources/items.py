@@ -33,6 +33,10 @@ NAMED_SUFFIXES: dict[str, str] = {
 }
 """Suffix of pictures that are known and cannot be read -> what to say of such a file instead of passing it over."""
 
+PICTURE_DECODER = 2
+"""Raised when some kind of file decodes to other pixels than before. Every image is then looked at once more, and those
+of the kinds in ``decode.decodes_anew`` get another content hash, so they are encoded again and no others are."""
+
 Content = Path | bytes
 """An image as a file, or as its bytes if it is in a table."""
 
@@ -60,9 +64,9 @@ def stat_numbers(status: os.stat_result) -> tuple[int, int, int]:
     """(size, mtime, a hash of inode, ctime and mtime) of a file, each of which fits a signed 64-bit column.
 
     ctime is the time of the last change of any kind. No program can set it, so an edit that puts size and mtime back
-    is seen.
+    is seen. The hash is also of ``PICTURE_DECODER``.
     """
-    text = f"{status.st_ino} {status.st_ctime_ns} {status.st_mtime_ns}"
+    text = f"{status.st_ino} {status.st_ctime_ns} {status.st_mtime_ns} {PICTURE_DECODER}"
     digest = hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
     return status.st_size, fitting_ns(status.st_mtime_ns), int.from_bytes(digest, "little") >> 1
 
@@ -97,6 +101,14 @@ class SourceItem:
     captions: tuple[str, ...]
     """As written, at least one."""
     mask: MaskFile | None = None
+
+
+@dataclass(frozen=True)
+class Flawed:
+    """An image that is used although its file is damaged, and what is wrong with it."""
+
+    path: str
+    flaw: str
 
 
 @dataclass(frozen=True)

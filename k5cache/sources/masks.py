@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from k5cache.buckets import Geometry
-from k5cache.shared.parts import VAE_SCALE
-from k5cache.sources.images import hash_content, image_size, open_image, orientation, turn
+from k5cache.buckets import VAE_SCALE, Geometry
+from k5cache.sources.colour import eight_bit
+from k5cache.sources.decode import load, open_image, orientation, turn
+from k5cache.sources.images import hash_content, image_size
 from k5cache.sources.items import Content, SourceItem, UnreadableImage
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
     import torch
 
     with open_image(content) as image:
-        image.load()
-        grey = turn(_grey(image), orientation(image))
+        grey = turn(_grey(load(content, image)), orientation(image))
     if grey.size != (geometry.width, geometry.height):
         raise UnreadableImage(f"is {grey.width}x{grey.height}, the image {geometry.width}x{geometry.height}")
     height, width = geometry.bucket.latent_shape
@@ -75,9 +75,8 @@ def _shares(size: int, resized: int, start: int, cells: int) -> NDArray[np.float
 
 def _grey(image: Image.Image) -> Image.Image:
     """The mask as 8 bits a pixel, with transparent parts black."""
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them
-        return Image.fromarray((np.array(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        layers = image.convert("RGBA")
+    image = eight_bit(image)
+    if image.has_transparency_data:
+        layers = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, (0, 0, 0, 255)), layers)
     return image.convert("L")

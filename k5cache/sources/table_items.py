@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_cell, from_lines, without_source
-from k5cache.sources.items import IMAGE_SUFFIXES, Content, MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
+from k5cache.sources.items import (
+    IMAGE_SUFFIXES,
+    PICTURE_DECODER,
+    Content,
+    MaskFile,
+    Skipped,
+    SourceItem,
+    UnreadableImage,
+    stat_numbers,
+)
 from k5cache.sources.tables import Table
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
@@ -194,7 +203,7 @@ def _stamp(table: Table, file: Path | None = None) -> tuple[int, int, str]:
 
 def _row_stat(stamp: tuple[int, int, str], path: str) -> tuple[int, int, int]:
     """(size, mtime, inode) for one row: those of its file, but with a number of its own in place of the inode."""
-    digest = hashlib.sha256(f"{stamp[2]} {path}".encode()).digest()
+    digest = hashlib.sha256(f"{stamp[2]} {path} {PICTURE_DECODER}".encode()).digest()
     return stamp[0], stamp[1], int.from_bytes(digest[:8]) >> 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.sources.folder import CAPTION_SUFFIXES, MASK_SUFFIXES, walk
-from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, Skipped, fitting_ns
+from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PICTURE_DECODER, Skipped, fitting_ns
 
 _SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | CAPTION_SUFFIXES | NAMED_SUFFIXES.keys() | {".txt"}
 SETTLED_NS = 2_000_000_000
@@ -38,7 +38,7 @@ def read_stats(source: Path) -> FolderStats | None:
     """
     if not source.is_dir():
         return None
-    sha256 = hashlib.sha256()
+    sha256 = hashlib.sha256(bytes([PICTURE_DECODER]))
     newest, unreadable, passed_over = 0, list[Skipped](), list[Skipped]()
     for files, prefix in walk(source, unreadable, passed_over):
         names, numbers, kinds = [prefix], array("q"), set()
