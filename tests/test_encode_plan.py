@@ -33,6 +33,7 @@ class Folder:
         self.touched: dict[str, int] = {}
         self.probed: list[str] = []
         self.known, self.latents, self.texts, self.prompts = {}, set(), set(), {}
+        self.failed: dict[str, str] = {}
 
     def put(self, path: str, content: str, *captions: str, size: tuple[int, int] = (2000, 2000)) -> None:
         self.images[path] = (content, size, captions or ("a cat",))
@@ -53,7 +54,11 @@ class Folder:
             return f"hash of {content}", *size
 
         stored = Stored(
-            tuple(self.known.values()), self.latents, self.texts, prompts=self.prompts if text == TEXT else None
+            tuple(self.known.values()),
+            self.latents,
+            self.texts,
+            failed=self.failed,
+            prompts=self.prompts if text == TEXT else None,
         )
         wanted = Wanted(items, skipped, prompts, Framing(table), vae, text)
         return make_plan(wanted, stored, Probes(probe, no_mask, self.clean), rehash)
@@ -256,6 +261,25 @@ def test_an_unreadable_image_is_skipped_with_its_reason_and_leaves_the_rows(thre
         "skipped": [Skipped("fox.jpg", "missing caption"), Skipped("dog.jpg", "is damaged")],
     }
     assert [row.path for row in plan.rows] == ["cat.jpg", "owl.jpg"]
+
+
+def test_captions_of_which_cleaning_leaves_nothing_are_not_trained_on_as_the_empty_prompt(three):
+    three.put("nbsp.jpg", "nbsp", "\xa0", " ")
+    three.put("fox.jpg", "fox", "\xa0", " a fox", "")
+    for _ in range(2):
+        plan = three.encode()
+        assert plan.skipped == (Skipped("nbsp.jpg", "empty caption"),)
+        assert {row.path: row.caption_keys for row in plan.rows}["fox.jpg"] == (text_key("a fox", TEXT),)
+    assert three.probed == ["nbsp.jpg"]
+
+
+def test_what_is_known_to_fail_is_skipped_without_a_job_and_kept_only_while_an_image_has_its_key(three):
+    three.put("fox.jpg", "fox", "a fox")
+    plan = three.plan()
+    three.failed = {plan.latent_jobs[0].key: "cannot be read", "of an image that is gone": "cannot be read"}
+    plan = three.plan()
+    assert summary(plan) == {"skipped": [Skipped("fox.jpg", "cannot be read")]}
+    assert plan.failed == dict.fromkeys([*three.failed][:1], "cannot be read")
 
 
 def test_rows_lost_with_their_shard_are_encoded_again(three):

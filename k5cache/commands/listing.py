@@ -12,6 +12,7 @@ from k5cache.shared import console
 from k5cache.sources.items import Skipped
 
 MOST = 5  # entries of a list that are printed; the count is always given
+_REASONS = 8  # for which something is skipped
 _EXAMPLES = 3  # files that are named for each reason after the first
 
 
@@ -25,7 +26,7 @@ def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST)
             console.out.print(Text(f"  and {len(entries) - most} more"))
 
 
-def print_skipped(skipped: Sequence[Skipped], most: int = MOST) -> None:
+def print_skipped(skipped: Sequence[Skipped]) -> None:
     """Print what cannot be used by its reasons: of each the first entry, and how many more there are and which."""
     groups: dict[str, list[Skipped]] = {}
     for skip in skipped:
@@ -33,12 +34,12 @@ def print_skipped(skipped: Sequence[Skipped], most: int = MOST) -> None:
     if groups:
         console.out.print(Text(f"{len(skipped)} skipped", style="yellow"))
     by_size = sorted(groups.values(), key=len, reverse=True)
-    for first, *others in by_size[:most]:
+    for first, *others in by_size[:_REASONS]:
         console.out.print(Text(f"  {first.path}: {first.reason}"))
         if others:
             names = ", ".join(skip.path for skip in others[:_EXAMPLES]) + (", ..." if others[_EXAMPLES:] else "")
             console.out.print(Text(f"    and {len(others)} more for this reason: {names}"))
-    if rest := sum(map(len, by_size[most:])):
+    if rest := sum(map(len, by_size[_REASONS:])):
         console.out.print(Text(f"  and {rest} more"))
 
 

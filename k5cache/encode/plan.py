@@ -128,15 +128,17 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
     texts = _TextKeys(wanted.text_recipe, probes.clean, stored, previous)
     prompts = {prompt: texts.of_prompt(prompt) for prompt in wanted.prompts}
     images, unreadable = _probe_images(wanted, previous, probes, rehash)
-    recipe = canonical(wanted.latent_recipe)
     rows: list[IndexRow] = []
     failed: dict[str, str] = {}
+    recipe, empty = canonical(wanted.latent_recipe), texts.of_prompt("")
     for image in images:
-        caption_keys = texts.of_captions(image.item)
+        caption_keys = tuple(key for key in texts.of_captions(image.item) if key != empty)
         rows_of_image = [_row(image, geometry, recipe, caption_keys) for geometry in image.geometries]
         known = {key: stored.failed[key] for key in _image_keys(rows_of_image) if key in stored.failed}
-        if known:
-            failed |= known
+        failed |= known
+        if not caption_keys:  # such as ``&nbsp;``: it would be trained on as if its caption were dropped
+            unreadable.append(Skipped(image.item.path, "empty caption"))
+        elif known:
             unreadable.append(_skipped_again(image.item, rows_of_image, known))
         else:
             rows += rows_of_image
