@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from k5cache.shared.parts import VAE_SCALE
+
 NATIVE_RESOLUTIONS: tuple[tuple[int, int], ...] = (  # (width, height); Kandinsky5T2IPipeline.resolutions
     (1024, 1024),
     (640, 1408),
@@ -19,7 +21,6 @@ NATIVE_RESOLUTIONS: tuple[tuple[int, int], ...] = (  # (width, height); Kandinsk
 )
 SIDE_MULTIPLE = 16  # VAE 8 x patch 2
 MAX_SIDE = 2048  # Kandinsky5RoPE3D has 128 positions per side, each SIDE_MULTIPLE pixels
-VAE_SCALE = 8  # Kandinsky5T2IPipeline.vae_scale_factor_spatial
 MAX_TEXT_TOKENS = 1024  # positions of Kandinsky5RoPE1D
 
 

@@ -120,7 +120,7 @@ def test_a_misspelt_key_and_a_wrong_type_are_named_before_anything_is_loaded(cli
     picture(cli.folder / "set" / "a.png")
     (cli.folder / "r.toml").write_text('[cache]\nresolutoin = 64\nshard_mb = "big"\n')
     done = cli(cache_app, "encode", "set", "--recipe", "r.toml", "--model", str(toy_model))
-    refused(done, "r.toml: [cache] unknown key 'resolutoin'; did you mean 'resolution'?", "cache.shard_mb")
+    refused(done, "r.toml, line 2: [cache] unknown key 'resolutoin'; did you mean 'resolution'?", "cache.shard_mb")
     done = cli(train_app, "run", "--set", "train.optim.learning_rate=1")
     refused(done, "[train.optim] unknown key 'learning_rate'")
     refused(cli(cache_app, "encode", "set", "--recipe", "absent.toml"), "There is no recipe absent.toml")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from k5cache.encode import differences
 from k5cache.encode.request import build_recipe
 from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import model_folder
+from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import FLAVOURS, ModelConfig, model_of
 from k5cache.store.manifest import read_manifest, write_manifest
@@ -38,7 +41,7 @@ class Hub:
 
     def __init__(self, home: Path, model: Path) -> None:
         self.snapshots = home / "models--someone--toy" / "snapshots"
-        self.here = self.snapshots / COMMIT
+        self.here, self.model = self.snapshots / COMMIT, model
         shutil.copytree(model, self.here)
         self.refs = home / "models--someone--toy" / "refs" / "main"
         self.refs.parent.mkdir()
@@ -46,17 +49,29 @@ class Hub:
         self.commit, self.problem = COMMIT, None
         self.asked, self.downloads = 0, []
 
-    def model_info(self, repo: str, revision: str | None = None, timeout: float | None = None) -> SimpleNamespace:
+    def model_info(
+        self, repo: str, revision: str | None = None, timeout: float | None = None, files_metadata: bool = False
+    ) -> SimpleNamespace:
         self.asked += 1
         if self.problem:
             raise self.problem
-        return SimpleNamespace(sha=self.commit)
+        files = [path for path in self.model.rglob("*") if path.is_file()] if files_metadata else ()
+        siblings = [
+            SimpleNamespace(rfilename=str(path.relative_to(self.model)), size=path.stat().st_size) for path in files
+        ]
+        return SimpleNamespace(sha=self.commit, siblings=siblings)
 
-    def snapshot_download(self, repo: str, revision: str | None = None, allow_patterns: object = None) -> str:
+    def snapshot_download(self, repo: str, revision: str | None = None, allow_patterns: Sequence[str] = ()) -> str:
         if self.problem:
             raise self.problem
         self.downloads.append(allow_patterns)
-        return str(shutil.copytree(self.here, self.snapshots / self.commit))
+        snapshot = self.snapshots / self.commit
+        for path in (p for p in self.model.rglob("*") if p.is_file()):
+            name = path.relative_to(self.model)
+            if any(fnmatch(str(name), pattern) for pattern in allow_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, snapshot / name)
+        return str(snapshot)
 
 
 @pytest.fixture
@@ -78,7 +93,7 @@ def test_a_snapshot_that_is_whole_and_the_newest_costs_one_question_and_no_downl
 def test_a_revision_that_moved_is_downloaded(hub):
     hub.commit = NEWER
     assert model_folder(MODEL, PARTS) == hub.snapshots / NEWER
-    assert hub.downloads == [["model_index.json", "transformer/*", "vae/*", "scheduler/*"]]
+    assert hub.downloads == [["model_index.json", "transformer/config.json", "transformer/*", "vae/*", "scheduler/*"]]
 
 
 def test_a_pinned_commit_that_is_here_is_not_asked_for(hub):
@@ -214,3 +229,70 @@ def test_a_run_goes_on_where_its_cache_has_noted_the_revision_meanwhile(hub, pin
     write_manifest(root, manifest)
     done = pinned(app, "resume", "runs/a", "--set", "train.steps=2")
     assert done.code == 0, done.err
+
+
+# Looking ahead
+
+
+@pytest.fixture
+def nothing_here(hub, tmp_path) -> Cli:
+    """A folder with a picture; no file of the model is on this machine."""
+    shutil.rmtree(hub.snapshots)
+    shop = Workshop(tmp_path / "shop", hub.model)
+    shop.put("cat.png", "a cat")
+    return Cli(tmp_path / "shop")
+
+
+def test_plan_and_diff_download_configs_alone_and_say_how_large_the_rest_is(hub, nothing_here):
+    ours = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
+    size = sum(p.stat().st_size for part in ours for p in (hub.model / part).rglob("*") if p.is_file())
+    for command in ("plan", "diff"):
+        done = nothing_here(cache_app, command, "images", "--model", "someone/toy", "--set", "cache.resolution=64")
+        assert done.code == 0, done.err
+        said = f"Using someone/toy will download {human_bytes(size)} first: it is not on this machine"
+        assert said in done.err
+        here = sorted(str(p.relative_to(hub.here)) for p in hub.here.rglob("*") if p.is_file())
+        assert here == [
+            "model_index.json", "text_encoder/config.json", "text_encoder_2/config.json",
+            "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json", "transformer/config.json",
+            "vae/config.json",
+        ]  # fmt: skip
+        size = sum(
+            p.stat().st_size
+            for part in ours
+            for p in (hub.model / part).rglob("*")
+            if p.is_file() and str(p.relative_to(hub.model)) not in here
+        )
+    assert hub.asked == 2
+    done = nothing_here(app, "plan", "--model", "someone/toy")
+    assert done.code == 0, done.err
+    assert not [*hub.here.rglob("*.safetensors")]
+
+
+def test_a_preview_takes_weights_that_are_not_here_for_those_of_the_cache(hub, pinned):
+    hub.commit = COMMIT
+    before = [*hub.here.rglob("*.safetensors")]
+    for path in before:
+        path.unlink()
+    done = pinned(cache_app, "diff", "set", "--model", "someone/toy", "--set", "cache.resolution=64", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["differences"] == []
+    assert json.loads(done.out)["num_latents"] == 0
+    assert not [*hub.here.rglob("*.safetensors")]
+
+
+def test_a_preview_of_a_newer_revision_uses_what_is_here_and_says_so(hub, pinned):
+    done = pinned(cache_app, "diff", "set", "--model", "someone/toy", "--set", "cache.resolution=64")
+    assert done.code == 0, done.err
+    assert "the hub has a newer revision, 2222bbbb. Only its configs are read now" in done.err
+    assert hub.downloads == []
+
+
+def test_a_preview_without_the_hub_needs_only_the_configs_that_are_here(hub, nothing_here):
+    hub.problem = NO_ROUTE
+    arguments = ("diff", "images", "--model", "someone/toy", "--set", "cache.resolution=64")
+    assert "is not on this machine and cannot be downloaded" in nothing_here(cache_app, *arguments).err
+    hub.problem = None
+    assert nothing_here(cache_app, *arguments).code == 0
+    hub.problem = NO_ROUTE
+    assert nothing_here(cache_app, *arguments).code == 0

@@ -19,6 +19,7 @@ from k5cache.shared.errors import DatasetError
 from k5cache.sources.find import default_name, find
 from k5cache.sources.images import hash_content, image_size
 from k5cache.sources.items import Skipped, UnreadableImage, stat_numbers
+from k5cache.sources.metadata import SPLIT_WORDS
 from tests.picture_files import colour
 
 
@@ -172,6 +173,12 @@ def test_metadata_gives_what_imagefolder_gives(pictures):
     assert source.skipped == []
 
 
+def test_the_words_for_splits_are_those_of_datasets():
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    assert {str(split): tuple(words) for split, words in SPLIT_KEYWORDS.items()} == SPLIT_WORDS
+
+
 SPLIT_FOLDERS = (
     ("train", "test"), ("train", "val", "extra"), ("my_train", "dev-1"), ("training 2", "evaluation"), ("a", "trains"),
     ("train/test", "train/b"), ("test", "extra"),
@@ -204,6 +211,25 @@ def test_folders_named_like_splits_are_the_splits_that_imagefolder_finds(tmp_pat
     others = {f"{folder}/a.png" for folder in folders if folder not in theirs}
     assert {skip.path for skip in found.skipped} == others
     assert all(skip.reason.startswith(("belongs to the split ", "has no row in ")) for skip in found.skipped)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_splits_that_a_readme_declares_come_before_those_of_names(tmp_path):
+    import datasets
+
+    source = tmp_path / "set"
+    for name in ("one", "two", "train"):
+        put(source / name, a_png=png(1), metadata_csv=f"file_name,text\na.png,{name}\n")
+    data_files = "[{split: train, path: 'one/*'}, {split: test, path: ['two/*', 'train/*']}]"
+    (source / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {data_files}\n---\n")
+    for split, other in (("train", {"two/a.png", "train/a.png"}), ("test", {"one/a.png"})):
+        theirs = datasets.load_dataset(str(source), split=split)["text"]
+        found = find(source, CacheConfig(caption_strategy="metadata", split=split))
+        assert sorted(item.captions[0] for item in found.items) == sorted(theirs)
+        reason = f"is not in the split {split} of the README"
+        assert {skip.path: skip.reason for skip in found.skipped} == dict.fromkeys(other, reason)
+    gc.collect()  # here, where the warning is expected, and not in a later test
+    assert "has no split dev; it has train, test" in refusal(source, caption_strategy="metadata", split="dev")
 
 
 def test_rows_of_one_file_for_all_are_sorted_into_splits_by_the_images_folders(tmp_path):

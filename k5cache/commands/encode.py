@@ -62,7 +62,7 @@ def encode(
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    encode_options = EncodeOptions(update, rehash, repair, wait, check_name(device), vram_bytes(vram))
+    encode_options = EncodeOptions(update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram))
     with _keeping_what_is_encoded(root), console.progress() as bars:
         report = encode_source(source, root, model_config, cache_config, prompts, bars, encode_options)
     if as_json:
@@ -100,7 +100,7 @@ def plan(
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    encode_options = EncodeOptions(update=True, device=check_name(device), vram=vram_bytes(vram))
+    encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
     request = read_listed_request(source, root, model_config, cache_config, prompts, encode_options)
     with console.progress() as bars:
         estimate = estimate_encode(request, encode_options, bars)
@@ -132,7 +132,8 @@ def diff(
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
-    request = read_listed_request(source, root, model_config, cache_config, prompts, EncodeOptions(update=True))
+    preview_options = EncodeOptions(update=True, is_preview=True)
+    request = read_listed_request(source, root, model_config, cache_config, prompts, preview_options)
     with console.progress() as bars:
         preview = preview_encode(request, rehash, bars)
     if as_json:

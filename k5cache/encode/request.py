@@ -6,7 +6,7 @@ This file imports nothing heavy: an encode with nothing to do ends within a seco
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from k5cache.encode import differences
 from k5cache.encoders.pipeline import prompt_template
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
-from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder, read_config
-from k5cache.shared.errors import CacheError, RecipeError
+from k5cache.shared.checkpoint import ENCODER_PARTS, folder_without_weights, model_folder, read_config
+from k5cache.shared.errors import CacheError, ModelError
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
@@ -37,6 +37,8 @@ class EncodeOptions:
     """Check every stored byte first, and encode the rows of damaged shards again."""
     wait_seconds: float = 0
     """How long to wait for another process that is writing the same cache."""
+    is_preview: bool = False
+    """Nothing will be encoded: encoders that are not on this machine are not downloaded."""
     device: str = "auto"
     vram: int | None = None
     """Bytes of VRAM to plan for, as if the card had no more; None plans for what is free."""
@@ -73,14 +75,28 @@ class EncodeReport:
     """There was nothing to do, and nothing was written."""
 
 
-def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[str, Any]:
+def build_recipe(
+    model: ModelConfig, config: CacheConfig, folder: Path, assumed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything that changes the numbers in a cache, as plain values for its manifest.
 
     ``text`` is part of every text key, ``latents`` of every latent key; ``selection`` only decides which rows there
     are. ``cleaning`` tells whether captions that did not change must be cleaned again; keys are of cleaned captions.
     ``model`` only says where the weights came from, for a run that names no model: it is part of no key, and
     ``differences`` does not compare it.
+
+    Args:
+        assumed: a recipe whose fingerprints are taken for parts that are not in ``folder``. None: that is an error.
     """
+
+    def identity(table: str, part: str) -> Any:
+        try:
+            return fingerprint.fingerprint(folder, part)
+        except (ModelError, OSError):
+            if assumed is None:
+                raise
+            return assumed.get(table, {}).get(part, "not downloaded")
+
     template = prompt_template()
     vae = read_config(folder, "vae")
     return {
@@ -90,7 +106,7 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
             **({"revision": model.revision} if model.revision else {}),  # caches from before it was noted have no key
         },
         "text": {
-            **{part: fingerprint.fingerprint(folder, part) for part in ENCODER_PARTS if part != "vae"},
+            **{part: identity("text", part) for part in ENCODER_PARTS if part != "vae"},
             "prompt_template": template.text,
             "prompt_template_encode_start_idx": template.encode_start_idx,
             "max_sequence_length": config.max_sequence_length,
@@ -99,7 +115,7 @@ def build_recipe(model: ModelConfig, config: CacheConfig, folder: Path) -> dict[
             "text_batching": config.text_batching,
         },
         "latents": {
-            "vae": fingerprint.fingerprint(folder, "vae"),
+            "vae": identity("latents", "vae"),
             "scaling_factor": vae["scaling_factor"],
             "vae_precision": config.vae_precision,
             "posterior": config.posterior,
@@ -159,7 +175,13 @@ class ListedRequest(Request):
 
 
 def read_request(
-    source: Path, root: Path, folder: Path, model: ModelConfig, config: CacheConfig, prompts: Sequence[str]
+    source: Path,
+    root: Path,
+    folder: Path,
+    model: ModelConfig,
+    config: CacheConfig,
+    prompts: Sequence[str],
+    is_preview: bool = False,
 ) -> Request:
     """Read the checkpoint's fingerprints and the manifest.
 
@@ -167,7 +189,8 @@ def read_request(
         ModelError: the checkpoint lacks an encoder.
         CacheCorrupt: the manifest is damaged.
     """
-    recipe = build_recipe(model, config, folder)
+    assumed = manifest_of(root, {}).recipe if is_preview else None
+    recipe = build_recipe(model, config, folder, assumed)
     manifest = manifest_of(root, recipe)
     raw_prompts = tuple(dict.fromkeys(["", *manifest.prompts, *prompts]))
     return Request(source, root, folder, config, recipe, raw_prompts, manifest)
@@ -184,18 +207,15 @@ def read_listed_request(
 ) -> ListedRequest:
     """Read what is asked for and what is there. Writes nothing and loads no model. Raises as ``encode_source``.
 
-    If the model is one of the hub, the hub is asked for its newest revision.
+    If the model is one of the hub, the hub is asked for its newest revision. A preview downloads no weights: those that
+    are not on this machine are taken for those that the cache was made with.
 
     Args:
         listing: what ``find.find`` returned a moment ago, so that the source is not listed twice.
     """
-    if model.flavour.startswith("i2i"):
-        raise RecipeError(
-            f'model.flavour = "{model.flavour}" edits images (I2I), and k5cache encodes captions alone (T2I) so far',
-            'Set model.flavour = "t2i-lite-sft" or "t2i-lite-pretrain"',
-        )
     listing = listing or find.find(source, config)
-    request = read_request(source, root, model_folder(model, ENCODER_PARTS), model, config, prompts)
+    find_folder = folder_without_weights if options.is_preview else model_folder
+    request = read_request(source, root, find_folder(model, ENCODER_PARTS), model, config, prompts, options.is_preview)
     if request.differences and not options.update:
         raise differences.refuse(root, request.differences)
     return ListedRequest(**vars(request), listing=listing)

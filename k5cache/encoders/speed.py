@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.memory_plan import Speed, TextArchitecture
 from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
 _READ_BYTES = 2**28
+_SSD = 1e9  # bytes per second that are assumed where there are no weights to read
 
 
 def measure_speed(folder: Path, device: str, text_dtype: torch.dtype, vae_dtype: torch.dtype, batching: str) -> Speed:
@@ -35,7 +37,7 @@ def measure_speed(folder: Path, device: str, text_dtype: torch.dtype, vae_dtype:
         # The rest of a layer (norms, activations, attention) takes a fifth of its time on a GPU, less on a CPU.
         text_flops=0.8 * 2 * x.numel() * text.intermediate_size / product,
         vae_flops=0.5 * 2 * 9 * width * width * side**2 / convolution,  # norms and activations take as long again
-        read_bytes=_read_speed(weight_files(folder, "text_encoder")[0]),
+        read_bytes=_read_speed(folder),
         # Beside an H200, the processor took 0.7 ms to launch a layer.
         caption_seconds=0.0 if batching == "fast" or device == "cpu" else 7e-4 * text.num_layers,
     )
@@ -64,7 +66,12 @@ def _seconds(run: Callable[[], Any], device: str) -> float:
     return max(1e-9, min(timed() for _ in range(3)))
 
 
-def _read_speed(path: Path) -> float:
+def _read_speed(folder: Path) -> float:
+    """Bytes per second at which weights are read."""
+    try:
+        path = weight_files(folder, "text_encoder")[0]
+    except ModelError:  # not downloaded yet
+        return _SSD
     start, size = time.perf_counter(), 0
     with path.open("rb", buffering=0) as file:
         while size < _READ_BYTES and (block := file.read(2**24)):

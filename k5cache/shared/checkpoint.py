@@ -7,14 +7,17 @@ the hub cannot be reached, the downloaded copy is used, and a note says so.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from k5cache.shared.console import note
+from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.parts import check_parts
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
+_SMALL_FILES = ("model_index.json", "transformer/config.json")  # the second says whether the model edits images
 _CONFIG_OF = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
@@ -26,24 +29,55 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     """The local folder of a checkpoint, with ``parts`` (``transformer``, ``vae``, ...) in it.
 
     Raises:
-        ModelError: there is no such folder or repository, the hub cannot be reached, or a part is missing.
+        ModelError: there is no such folder or repository, the hub cannot be reached, a file is missing, the parts do
+            not belong together, or the model edits images.
     """
-    source = model.source
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        if model.path and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-            raise ModelError(
-                f"There is no model folder {source}", "Give a folder in the diffusers layout with --model DIR"
-            )
-        folder = _from_hub(source, model.revision, parts)
+    folder = _local_folder(model) or _from_hub(model.source, model.revision, parts)
+    _check(folder, parts)
     for part in parts:
-        config = folder / part / _CONFIG_OF.get(part, "config.json")
+        if part not in _CONFIG_OF:
+            weight_files(folder, part)
+    return folder
+
+
+def folder_without_weights(model: ModelConfig, parts: tuple[str, ...]) -> Path:
+    """A folder with at least the configs of ``parts``, for looking ahead. Downloads only configs, a few kilobytes.
+
+    If using the model would download more, a note says how much. Raises as ``model_folder``.
+    """
+    folder = _local_folder(model) or _configs_from_hub(model.source, model.revision, parts)
+    _check(folder, parts)
+    return folder
+
+
+def _local_folder(model: ModelConfig) -> Path | None:
+    """The folder that the model names; None if it names a repository."""
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        return folder
+    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", model.source) and not model.source.startswith(".")
+    if model.path and not is_repository:
+        raise ModelError(
+            f"There is no model folder {model.source}", "Give a folder in the diffusers layout with --model DIR"
+        )
+    return None
+
+
+def _check(folder: Path, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        config = folder / part / _config_name(part)
         if not config.is_file():
             raise ModelError(
                 f"The model folder {folder} lacks {part}/{config.name}",
                 "Give a complete Kandinsky 5 Image repository in the diffusers layout with --model DIR",
             )
-    return folder
+    compared = ("transformer", *(part for part in parts if part not in _CONFIG_OF))
+    configs = {part: read_config(folder, part) for part in compared if (folder / part / _config_name(part)).is_file()}
+    check_parts(folder, configs)
+
+
+def _config_name(part: str) -> str:
+    return _CONFIG_OF.get(part, "config.json")
 
 
 def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
@@ -51,7 +85,7 @@ def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
     folder: Path | None = Path(model.source).expanduser()
     if folder and not folder.is_dir():
         folder = _downloaded(model.source, model.revision)
-    if folder is None or not all((folder / part / _CONFIG_OF.get(part, "config.json")).is_file() for part in parts):
+    if folder is None or not all((folder / part / _config_name(part)).is_file() for part in parts):
         return None
     return folder
 
@@ -80,9 +114,9 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read or is not JSON.
     """
-    path = folder / part / _CONFIG_OF.get(part, "config.json")
+    path = folder / part / _config_name(part)
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "Download the model again") from error
     return config
@@ -111,36 +145,77 @@ def weight_files(folder: Path, part: str) -> list[Path]:
 def _from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
     """The snapshot of the revision that the hub has now. If the hub cannot be reached, the one on this machine."""
     from huggingface_hub import model_info, snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     snapshot = _downloaded(repo, revision)
     missing = _missing_file(snapshot, parts) if snapshot else ""
-    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
-    http_error: Any = HfHubHTTPError.__mro__[1]
-    unreachable = (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
     try:
         if snapshot and not missing:
             commit = revision if revision == snapshot.name else model_info(repo, revision=revision, timeout=10).sha
             if commit == snapshot.name:
                 return snapshot
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)])
-        )
-    except unreachable as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        if snapshot and not missing:
-            if not HF_HUB_OFFLINE:
-                note(
-                    f"Using the downloaded copy of {repo} (commit {snapshot.name[:8]}): cannot reach the hub to check "
-                    f"for a newer one ({reason})"
-                )
+        wanted = [*_SMALL_FILES, *(f"{part}/*" for part in parts)]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except _unreachable() as error:
+        return _without_the_hub(repo, snapshot, missing, error)
+
+
+def _configs_from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
+    """The snapshot on this machine if it is complete; else one with configs. Notes what remains to be downloaded."""
+    from huggingface_hub import model_info, snapshot_download
+
+    snapshot = _downloaded(repo, revision)
+    missing = _missing_file(snapshot, parts) if snapshot else ""
+    if snapshot and not missing and revision == snapshot.name:
+        return snapshot
+    try:
+        info = model_info(repo, revision=revision, timeout=10, files_metadata=True)
+        if snapshot and not missing and info.sha == snapshot.name:
             return snapshot
-        state = f"is incomplete on this machine ({missing} is missing)" if snapshot else "is not on this machine"
-        raise ModelError(
-            f"The model {repo} {state} and cannot be downloaded ({reason})",
-            "Connect to the hub once, or give a local folder with --model DIR",
-        ) from error
+        here = snapshot if snapshot and info.sha == snapshot.name else None
+        absent = [
+            file.size or 0
+            for file in info.siblings or ()
+            if file.rfilename.split("/")[0] in parts and not (here and (here / file.rfilename).is_file())
+        ]
+        is_newer = snapshot is not None and not missing
+        reason = f"the hub has a newer revision, {str(info.sha)[:8]}" if is_newer else "it is not on this machine"
+        note(f"Using {repo} will download {human_bytes(sum(absent))} first: {reason}. Only its configs are read now")
+        if snapshot and not missing:
+            return snapshot
+        wanted = [*_SMALL_FILES, *(f"{part}/{_config_name(part)}" for part in parts)]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except _unreachable() as error:
+        if snapshot and all((snapshot / part / _config_name(part)).is_file() for part in parts):
+            missing = ""  # configs are enough
+        return _without_the_hub(repo, snapshot, missing, error)
+
+
+def _without_the_hub(repo: str, snapshot: Path | None, missing: str, error: Exception) -> Path:
+    """The snapshot on this machine, if it has what is needed, with a note unless the user asked to be offline."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    if snapshot and not missing:
+        if not HF_HUB_OFFLINE:
+            note(
+                f"Using the downloaded copy of {repo} (commit {snapshot.name[:8]}): cannot reach the hub to check "
+                f"for a newer one ({reason})"
+            )
+        return snapshot
+    state = f"is incomplete on this machine ({missing} is missing)" if snapshot else "is not on this machine"
+    raise ModelError(
+        f"The model {repo} {state} and cannot be downloaded ({reason})",
+        "Connect to the hub once, or give a local folder with --model DIR",
+    ) from error
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What is raised if the hub or the repository cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
+    http_error: Any = HfHubHTTPError.__mro__[1]
+    return (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
 
 
 def _missing_file(folder: Path, parts: tuple[str, ...]) -> str:
@@ -149,7 +224,7 @@ def _missing_file(folder: Path, parts: tuple[str, ...]) -> str:
     A file that is in a snapshot is complete: the hub's client puts it there last.
     """
     for part in parts:
-        config = folder / part / _CONFIG_OF.get(part, "config.json")
+        config = folder / part / _config_name(part)
         if not config.is_file():
             return f"{part}/{config.name}"
         if part not in _CONFIG_OF:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from k5cache.buckets import VAE_SCALE, Geometry
+from k5cache.buckets import Geometry
+from k5cache.shared.parts import VAE_SCALE
 from k5cache.sources.colour import eight_bit
 from k5cache.sources.decode import load, open_image, orientation, turn
 from k5cache.sources.images import hash_content, image_size

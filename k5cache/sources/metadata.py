@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k5cache.options import CacheConfig
@@ -40,7 +40,8 @@ def find_items(source: Path, files: Sequence[Path], config: CacheConfig) -> tupl
     if len({file.name for file in files}) > 1:
         names = ", ".join(file.relative_to(source).as_posix() for file in files[:4])
         raise DatasetError(f"{source} has metadata files of several kinds: {names}", "Keep the files of one kind")
-    files = _of_split(source, files, config.split)
+    split = _split_of(source, config)
+    files = _files_of(split, source, files, config.split)
     items: dict[str, SourceItem] = {}
     skipped: list[Skipped] = []
     for file in files:
@@ -53,18 +54,48 @@ def find_items(source: Path, files: Sequence[Path], config: CacheConfig) -> tupl
             before = items[item.path].captions if item.path in items else ()
             items[item.path] = replace(item, captions=before + item.captions)
         skipped += refused
-    of_others = {path: reason for path in items if (reason := _other_split(path, config.split))}
+    # A README names metadata files, and their rows name the images; folders named like splits divide the images too.
+    why_not = {path: split.why_not(path) for path in items if split.declared is None}
+    of_others = {path: reason for path, reason in why_not.items() if reason}
     skipped += [Skipped(path, reason) for path, reason in of_others.items()]
     scanned = folder.scan(source)
     known = items.keys() | {skip.path for skip in skipped}
     for image in scanned.images:
         if image.path not in known:
-            reason = _other_split(image.path, config.split) or f"has no row in {files[0].name}"
-            skipped.append(Skipped(image.path, reason))
+            skipped.append(Skipped(image.path, split.why_not(image.path) or f"has no row in {files[0].name}"))
     used = [item for path, item in items.items() if path not in of_others]
-    return sorted(used, key=lambda item: item.path), skipped + [
-        skip for skip in scanned.skipped if skip.path not in items
-    ]
+    unusable = [skip for skip in scanned.skipped if skip.path not in items]
+    return sorted(used, key=lambda item: item.path), skipped + unusable
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The split that is asked for, among those of a folder with metadata files."""
+
+    names: tuple[str, ...]
+    """``train[:10]+test`` asks for ``train`` and ``test``."""
+    declared: frozenset[str] | None
+    """The files that the folder's README says belong to it; None if it declares nothing."""
+
+    def why_not(self, path: str) -> str:
+        """Why a file does not belong to the split; "" if it does, or if neither README nor folders say."""
+        if self.declared is not None:
+            return "" if path in self.declared else f"is not in the split {' and '.join(self.names)} of the README"
+        others = splits_of(path)
+        return "" if not others or others & {*self.names} else f"belongs to the split {' and '.join(sorted(others))}"
+
+
+def _split_of(source: Path, config: CacheConfig) -> _Split:
+    """Raises ``DatasetError`` if the README declares splits and this is not one of them."""
+    from k5cache.sources.splits import names_of_split, read_card, split_names
+
+    names = tuple(split_names(config.split))
+    card = read_card(source)
+    configs = (card.to_dict().get("configs") or []) if card is not None else []
+    if not any(declared.get("data_files") for declared in configs):
+        return _Split(names, None)
+    every = [file.relative_to(source).as_posix() for file in folder.files(source)]
+    return _Split(names, frozenset(names_of_split(str(source), every, card, config)))
 
 
 def splits_of(path: str) -> set[str]:
@@ -73,33 +104,27 @@ def splits_of(path: str) -> set[str]:
     return {split for split, pattern in _SPLITS.items() if any(map(pattern.fullmatch, folders))}
 
 
-def _of_split(source: Path, files: Sequence[Path], option: str) -> Sequence[Path]:
-    """The files of the split, as `datasets` chooses them: all of them if no folder is named like a split."""
-    splits = {file: splits_of(file.relative_to(source).as_posix()) for file in files}
-    present, wanted = set().union(*splits.values()), _names(option)
-    if present and not wanted <= present:
+def _files_of(split: _Split, source: Path, files: Sequence[Path], option: str) -> list[Path]:
+    """The metadata files of the split, as `datasets` chooses them: all of them if nothing is named like a split."""
+    paths = {file: file.relative_to(source).as_posix() for file in files}
+    present = set() if split.declared is not None else set().union(*map(splits_of, paths.values()))
+    if present and not present.issuperset(split.names):
         raise DatasetError(
             f"{source} has no split {option}; its folders name {' and '.join(sorted(present))}",
             "Set cache.split to one of them, or rename these folders",
         )
-    chosen = [file for file, of_file in splits.items() if of_file & wanted] if present else list(files)
+    chosen = [file for file, path in paths.items() if not split.why_not(path) and (splits_of(path) or not present)]
+    if not chosen:
+        raise DatasetError(
+            f"The README of {source} puts none of its metadata files into the split {option}",
+            "Add them to its field `configs`, or set cache.split to another",
+        )
     if "[" in option and len(chosen) > 1:
         raise DatasetError(
             f"cache.split = {option} is a part of one table, and {source} has {len(chosen)} metadata files",
             "Set cache.split without [ ], or write one metadata file",
         )
     return chosen
-
-
-def _other_split(path: str, option: str) -> str:
-    """Why an image does not belong to the split; "" if it does, or if its folders name none."""
-    splits = splits_of(path)
-    return "" if not splits or splits & _names(option) else f"belongs to the split {' and '.join(sorted(splits))}"
-
-
-def _names(option: str) -> set[str]:
-    """``train[:10]+test`` -> ``{"train", "test"}``."""
-    return {part.partition("[")[0].strip() for part in option.split("+")}
 
 
 def _without_names(config: CacheConfig) -> CacheConfig:

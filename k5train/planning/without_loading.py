@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from k5cache.shared.checkpoint import model_folder, read_config
+from k5cache.shared.checkpoint import folder_without_weights, read_config
 from k5cache.shared.console import human_bytes
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.vram import CONTEXT_BYTES
@@ -44,7 +44,7 @@ def plan_without_loading(
     if opened and not model:
         encoded_for = model_of(opened.manifest.recipe)
         model = encoded_for if encoded_for.path and Path(encoded_for.path).is_dir() else None
-    transformer = read_config(model_folder(model, ("transformer",)), "transformer") if model else FULL_SIZE
+    transformer = read_config(folder_without_weights(model, ("transformer",)), "transformer") if model else FULL_SIZE
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     # An imagined card runs compiled, as a real one would.
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
