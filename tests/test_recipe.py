@@ -140,7 +140,7 @@ def test_both_command_lines_check_every_table(tmp_path):
         done = Cli(tmp_path)(app, *arguments, "-r", "r.toml")
         assert done.code == 2, arguments
         assert "[train.validation] unknown key 'propmts'; did you mean 'prompts'?" in done.err
-        assert "r.toml, line 4: cache.resolution must be a multiple of 16" in done.err
+        assert "line 4: cache.resolution must be a multiple of 16" in done.err
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
 from k5train.training import session
+from k5train.training.best_run import Best, best_run
 from k5train.training.start import open_data
-from k5train.training.sweep import most_demanding
+from k5train.training.sweep import Outcome, most_demanding
 from k5train.training.sweep_runs import sweep_runs
 from tests.cli import Cli
 from tests.parity import PROMPTS
@@ -212,3 +213,51 @@ def test_a_problem_in_a_list_is_named_with_its_run(tmp_path):
 def test_both_a_grid_and_a_list_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="not both"):
         sweep_runs(Document(), ["train.steps=1,2"], Path("runs.toml"))
+
+
+# Which run is the best
+
+
+def outcomes_of(runs, losses, held_out=None) -> list[Outcome]:
+    return [
+        Outcome(run.label, "", 3, last_loss=loss, best_loss=held_out[i] if held_out else None, problem=None)
+        for i, (run, loss) in enumerate(zip(runs, losses, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        "train.objective.weighting=none,bell", "train.objective.loss_type=l2,huber", "train.objective.huber_c=1,2",
+        "train.objective.sigma_sampling=sigmoid,uniform", "train.objective.masked_loss=false,true",
+        "train.flow_schedule_shift=1.0,3.0", "train.caption_dropout_probability=0.1,0.5", "train.seed=1,2",
+        "train.tread.routes=[],[{selection_ratio=0.5,start_layer_idx=0,end_layer_idx=1}]",
+        "train.rollout.probability=0,0.5", "train.lora.dropout=0.0,0.1", "train.caption_choice=random,first",
+    ],
+)  # fmt: skip
+def test_runs_whose_losses_measure_different_things_are_compared_by_a_held_out_loss_or_not_at_all(grid):
+    _, runs = sweep_runs(Document(), [grid], None)
+    option = grid.partition("=")[0]
+    best = best_run(runs, outcomes_of(runs, [0.1, 0.2]))
+    assert best.label is None
+    assert best.reason.startswith(f"The losses of these runs cannot be compared: {option} changes what they measure")
+    _, runs = sweep_runs(Document({"train": {"validation": {"split": 0.1}}}), [grid], None)
+    assert best_run(runs, outcomes_of(runs, [0.1, 0.2], [0.4, 0.3])) == Best(runs[1].label, "held-out loss")
+
+
+def test_runs_that_differ_in_rank_are_compared_by_their_losses_but_never_a_held_out_one_with_another():
+    _, runs = sweep_runs(Document(), ["train.lora.rank=8,16,32"], None)
+    assert best_run(runs, outcomes_of(runs, [0.3, 0.2, 0.4])) == Best("rank=16", "loss")
+    assert best_run(runs, outcomes_of(runs, [0.3, 0.2, 0.4], [0.1, None, 0.05])) == Best("rank=16", "loss")
+    exploded = replace(outcomes_of(runs, [0.3, 0.2, 0.4])[1], problem="the loss is not finite")
+    outcomes = outcomes_of(runs, [0.3, 0.2, 0.4])
+    assert best_run(runs, [outcomes[0], exploded, outcomes[2]]) == Best("rank=8", "loss")
+
+
+def test_held_out_losses_of_other_splits_or_sigmas_are_not_compared():
+    document = Document({"train": {"validation": {"split": 0.1}}})
+    _, runs = sweep_runs(document, ["train.validation.split=0.1,0.2"], None)
+    best = best_run(runs, outcomes_of(runs, [0.3, 0.2], [0.1, 0.2]))
+    assert (best.label, best.reason.endswith("--set train.validation.split=0.1 for all runs")) == (None, True)
+    _, runs = sweep_runs(document, ["train.validation.held_out_sigmas=4,8"], None)
+    assert best_run(runs, outcomes_of(runs, [0.3, 0.2], [0.1, 0.2])) == Best("held_out_sigmas=8", "loss")

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
-from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, parse_document, read_document
+from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
 
 if TYPE_CHECKING:
     from k5train.training.sweep import Outcome
@@ -37,12 +37,13 @@ def sweep(
 
     The same command again skips the finished runs and continues one that was stopped.
     """
+    from k5cache.options import CacheConfig
     from k5train.training import sweep as sweeping
+    from k5train.training.best_run import best_run
     from k5train.training.sweep_runs import sweep_runs
 
     document = read_document(recipe, model, options)
-    parse_document(document)
-    model_config, runs = sweep_runs(document, grid or [], listed)
+    model_config, runs = sweep_runs(document, grid or [], listed, {"cache": CacheConfig})
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
     if not document.get("model"):
@@ -54,10 +55,13 @@ def sweep(
     print_sweep(outcomes)
     if pictures:
         console.out.print(f"pictures {pictures}", markup=False)
-    finished = [outcome for outcome in outcomes if not outcome.problem]
-    if not finished:
+    if all(outcome.problem for outcome in outcomes):
         raise RunError("No run was finished", "Their problems are above; often a lower train.optim.lr helps")
-    best = min(finished, key=lambda r: r.best_loss or r.last_loss or float("inf"))
+    best = best_run(runs, outcomes)
+    if best.label is None:
+        console.warn(best.reason)
+        return
+    console.out.print(f"best     {best.label}, by its {best.by}", markup=False)
     if pictures:
         console.next_step("Next, draw more with the best", console.command("k5train", "sample", target / best.label))
 

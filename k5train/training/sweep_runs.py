@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,16 @@ class SweepRun:
     config: TrainConfig
 
 
-def sweep_runs(document: Document, grid: Sequence[str], listed: Path | None) -> tuple[ModelConfig, list[SweepRun]]:
+def sweep_runs(
+    document: Document, grid: Sequence[str], listed: Path | None, others: Mapping[str, type[Any]] | None = None
+) -> tuple[ModelConfig, list[SweepRun]]:
     """Every run of a sweep, each a recipe with other options.
 
     Args:
         document: the recipe that all runs start from.
         grid: lines such as ``train.lora.rank=8,16``, one for each option.
         listed: a TOML file of ``[[run]]`` tables, each written like a recipe.
+        others: tables of the recipe that a sweep does not use, to be checked all the same.
 
     Raises:
         RecipeError: there is neither a grid nor a list or there are both, an option is misspelt, two runs are the
@@ -51,7 +54,7 @@ def sweep_runs(document: Document, grid: Sequence[str], listed: Path | None) -> 
     variants = _from_grid(document, grid) if grid else _from_list(document, listed)
     runs: list[SweepRun] = []
     for label, variant in variants:
-        model, config = parse(variant, {"model": ModelConfig, "train": TrainConfig})
+        model, config, *_ = parse(variant, {"model": ModelConfig, "train": TrainConfig, **(others or {})})
         runs.append(SweepRun(label, with_library(config)))
     first = runs[0]
     for run in runs[1:]:
