@@ -1,15 +1,14 @@
-"""How are tables, tars and datasets opened? `datasets` reads them and copies them to its own cache as Arrow.
+"""How are tables, tars and datasets opened? Each of their files by its kind; nothing is copied or kept on disk.
 
-Only the functions that load import `datasets`. ``table_items`` finds the images and captions in the rows.
+``table_items`` finds the images and captions in the rows.
 """
 
 from __future__ import annotations
 
-import csv
-import errno
-import sys
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +16,116 @@ import pyarrow as pa
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
+from k5cache.sources.arrow_tables import read_arrow, read_parquet
+from k5cache.sources.items import stat_numbers
+from k5cache.sources.row_groups import GroupReader
+from k5cache.sources.rows import FileRows, is_images, is_text
+from k5cache.sources.splits import files_of_split, rows_of_split, split_names
+from k5cache.sources.tars import Tar, read_tar
+from k5cache.sources.text_tables import read_csv, read_json
 
-BUILDERS = {
-    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
-    ".tar": "webdataset",
-}  # fmt: skip
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full; the console explains these
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar")
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_MOST_NAMES = 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one file that are used."""
+
+    rows: FileRows | Tar
+    used: range
+    bases: tuple[Path, ...]
+    """The folders that its paths may be relative to; the first that has the file counts."""
+    stat: tuple[int, int, int]
+    """``stat_numbers`` of the file, taken before it was read."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that `datasets` opened, and the files that tell whether they changed."""
+    """Rows of one file or of several."""
 
     name: str
     """Used in messages, and before the row number in paths."""
-    rows: Any
-    """A ``datasets.Dataset``."""
-    base: Path | None
-    """Paths in it are relative to this folder; None if the dataset has no files here."""
-    files: tuple[Path, ...] = ()
-    """Their stats tell whether a row may have changed. If there are none, the dataset's fingerprint does."""
+    pieces: tuple[Piece, ...]
+    base: Path
+    """Paths of images that it names are relative to this folder in the cache."""
 
     @property
-    def schema(self) -> pa.Schema:
-        """Column names and Arrow types."""
-        return self.rows.features.arrow_schema
+    def files(self) -> tuple[Path, ...]:
+        """Its files."""
+        return tuple(piece.rows.file for piece in self.pieces)
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        """A whole column, mapped from disk."""
-        return self.rows.select_columns([name]).with_format("arrow")[:].column(0)
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of all files. A column that only some files have is empty in the others.
+
+        Raises:
+            DatasetError: a column has images in one file and text in another.
+        """
+        fields: dict[str, tuple[pa.DataType, Path]] = {}
+        for piece in self.pieces:
+            for column in piece.rows.schema:
+                kind, file = fields.setdefault(column.name, (column.type, piece.rows.file))
+                if pa.types.is_null(kind):
+                    fields[column.name] = column.type, piece.rows.file
+                elif not pa.types.is_null(column.type) and _sort(kind) != _sort(column.type):
+                    raise DatasetError(
+                        f"{self.name}: the column {column.name} is {kind} in {file.name}, "
+                        f"and {column.type} in {piece.rows.file.name}",
+                        "Give these files one by one, or make them alike",
+                    )
+        return pa.schema([(name, kind) for name, (kind, _) in fields.items()])
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column that has no images, in all rows."""
+        values: list[Any] = []
+        for piece in self.pieces:
+            if name in piece.rows.schema.names:
+                column = piece.rows.column(name)
+                values += [column[row] for row in piece.used]
+            else:
+                values += [None] * len(piece.used)
+        return values
 
     def refuse(self, problem: str, option: str) -> DatasetError:
         """An error that lists the columns of the table."""
-        names = ", ".join(self.schema.names)
-        return DatasetError(f"{self.name} {problem}; its columns are {names}", f"Set {option}, or use another source")
+        names = self.schema.names
+        listed = ", ".join([*names[:_MOST_NAMES], *(["..."] if len(names) > _MOST_NAMES else [])])
+        return DatasetError(f"{self.name} {problem}; its columns are {listed}", f"Set {option}, or use another source")
 
 
 def load_files(name: str, files: Sequence[Path], config: CacheConfig) -> Table:
-    """Open ``files``, which are all of one kind, as one table.
+    """Open ``files``, which are all of one kind, as one table. Any split is theirs; a slice is cut.
 
     Raises:
-        DatasetError: `datasets` cannot read them, or they are of several kinds.
+        DatasetError: one of them cannot be read, or they are of several kinds.
     """
-    suffixes = sorted({file.suffix.lower() for file in files})
-    if len(suffixes) != 1 or suffixes[0] not in BUILDERS:
-        kinds = " and ".join(suffix or "no suffix" for suffix in suffixes)
-        raise DatasetError(f"{name} is not a table: {kinds}", f"Give files of one kind: {' '.join(BUILDERS)}")
-    options: dict[str, Any] = {"data_files": {config.split.partition("[")[0]: [str(file) for file in files]}}
-    if BUILDERS[suffixes[0]] == "csv":
-        options |= _csv_options(name, files[0], "\t" if suffixes[0] == ".tsv" else ",")
-    fix = f"Repair {'it' if len(files) == 1 else 'them'}, or use another source"
-    if suffixes == [".tar"]:
-        fix = "Give every image the same kinds of files, side by side: 0001.jpg and 0001.txt, 0002.jpg and 0002.txt"
-    rows = _load(name, fix, BUILDERS[suffixes[0]], split=config.split, **options)
-    return Table(name, rows, files[0].parent, tuple(files))
+    [split, *others] = split_names(config.split)
+    if others:
+        raise DatasetError(f"cache.split is {config.split!r}, and {name} has one split", "Write it as train[10:20]")
+    pieces = _open_files(name, files, [(file.parent,) for file in files], config)
+    return _cut(name, {split: pieces}, config, files[0].parent)
 
 
 def load_folder(folder: Path, config: CacheConfig) -> Table:
     """Open a folder of data files as on the hub (``data/train-00000-of-00002.parquet``), or one of ``save_to_disk``."""
-    fix = "Repair it, or set cache.split to one that it has"
-    files = tuple(sorted(file for file in folder.rglob("*") if file.suffix.lower() in BUILDERS and file.is_file()))
-    if not is_saved(folder):
-        rows = _load(str(folder), fix, str(folder), name=config.dataset_config, split=config.split)
-        return Table(folder.name, rows, folder, files)
-    rows = _load(str(folder), fix, folder)
-    if isinstance(rows, dict):
-        split, _, part = config.split.partition("[")
-        if split not in rows or part:
-            raise DatasetError(
-                f"{folder} has no split {config.split}; it has {', '.join(rows)}", "Set cache.split to one of them"
-            )
-        rows = rows[split]
-    return Table(folder.name, rows, None, files)
+    if is_saved(folder):
+        return _load_saved(folder, config)
+    return load_splits(folder.name, folder, {
+        split: files_of_split(folder, _only(config, split)) for split in split_names(config.split)
+    }, config)  # fmt: skip
 
 
-def load_hub(name: str, config: CacheConfig) -> Table:
-    """Open a dataset on the hub.
-
-    Raises:
-        DatasetError: it cannot be reached, or lacks the split or configuration.
-    """
-    fix = "Check the path or name, the network, and cache.split and cache.dataset_config"
-    problem = f"There is no file or folder {name}, and as a dataset of the hub it"
-    return Table(name, _load(problem, fix, name, name=config.dataset_config, split=config.split), None)
+def load_splits(name: str, folder: Path, splits: dict[str, list[Path]], config: CacheConfig) -> Table:
+    """Open the files of splits of a dataset in ``folder``: of each, those of the kind that it has most of."""
+    opened = {}
+    for split, files in splits.items():
+        chosen = _of_one_kind(files)
+        if not chosen:
+            raise DatasetError(f"{folder} has no table or tar in split {split}", "Set cache.split to one that has")
+        opened[split] = _open_files(name, chosen, [(folder, file.parent) for file in chosen], config)
+    return _cut(name, opened, config, folder)
 
 
 def is_saved(folder: Path) -> bool:
@@ -107,44 +133,109 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _csv_options(name: str, file: Path, separator: str) -> dict[str, Any]:
-    """Options that read every cell as text: pandas would turn ``007`` into 7 and ``null`` into nothing."""
-    import datasets
+def _load_saved(folder: Path, config: CacheConfig) -> Table:
+    """Open what ``save_to_disk`` of a dataset or of a dictionary of datasets wrote."""
+    declared = folder / "dataset_dict.json"
+    wanted = split_names(config.split)
+    if declared.is_file():
+        available = _read(declared, "splits")
+        for split in wanted:
+            if split not in available:
+                raise DatasetError(
+                    f"{folder} has no split {split}; it has {', '.join(available)}", "Set cache.split to one of them"
+                )
+        folders = {split: folder / split for split in wanted}
+    else:
+        folders = {split: folder for split in wanted}
+    pieces = {}
+    for split, saved in folders.items():
+        files = [saved / entry["filename"] for entry in _read(saved / "state.json", "_data_files")]
+        pieces[split] = _open_files(folder.name, files, [(folder, file.parent) for file in files], config)
+    return _cut(folder.name, pieces, config, folder)
 
+
+def _read(file: Path, field: str) -> list[Any]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as text:
-            lines = csv.reader(text, delimiter=separator)
-            header, first = next(lines, []), next((line for line in lines if line), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{name} cannot be read: {error}", "Repair it; it must be UTF-8") from None
-    if not header or len(set(header)) < len(header):
-        raise DatasetError(
-            f"{name} has {'two columns with the same name' if header else 'no header line'}", "Give each column a name"
-        )
-    if len(first) > len(header):  # pandas refuses this in later rows, but in the first it takes cells as an index
-        raise DatasetError(
-            f"{name}: its first row has {len(first)} cells, the header {len(header)}",
-            "Put captions with commas into quotes",
-        )
-    features = datasets.Features({column: datasets.Value("string") for column in header})
-    return {"sep": separator, "features": features, "keep_default_na": False}
+        values: list[Any] = json.loads(file.read_text(encoding="utf-8"))[field]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{file} cannot be read: {reason}", "Save the dataset again with save_to_disk") from None
+    return values
 
 
-def _load(title: str, fix: str, source: str | Path, **options: Any) -> Any:
-    """Call ``datasets.load_dataset``, or ``load_from_disk`` for a ``Path``, and turn errors into one line."""
-    import datasets
+def _open_files(
+    name: str, files: Sequence[Path], bases: Sequence[tuple[Path, ...]], config: CacheConfig
+) -> tuple[Piece, ...]:
+    suffixes = sorted({_suffix(file) for file in files})
+    if len(suffixes) != 1 or suffixes[0] not in SUFFIXES:
+        kinds = " and ".join(suffix or "no suffix" for suffix in suffixes)
+        raise DatasetError(f"{name} is not a table: {kinds}", f"Give files of one kind: {' '.join(SUFFIXES)}")
+    groups = GroupReader()
+    pieces = []
+    for file, file_bases in zip(files, bases, strict=True):
+        try:
+            stat = stat_numbers(file.stat())
+        except OSError as error:
+            raise DatasetError(f"{file} cannot be read: {error.strerror}", "Use another source") from None
+        rows = _open_file(file, suffixes[0], groups, config)
+        pieces.append(Piece(rows, range(rows.num_rows), file_bases, stat))
+    return tuple(pieces)
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs errors that it then raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        return datasets.load_from_disk(source) if isinstance(source, Path) else datasets.load_dataset(source, **options)
-    except Exception as error:
-        # Any error of pandas, pyarrow, tarfile, fsspec or the hub's client can come out here, often wrapped twice.
-        root: BaseException = error
-        while root.__cause__ is not None and not isinstance(root, OSError):
-            root = root.__cause__
-        if isinstance(root, OSError) and root.errno in _FULL:
-            raise
-        reason = " ".join(str(root).split()) or type(root).__name__
-        raise DatasetError(f"{title} cannot be loaded: {reason[:300]}", fix) from None
+
+def _open_file(file: Path, suffix: str, groups: GroupReader, config: CacheConfig) -> FileRows | Tar:
+    match suffix:
+        case ".csv" | ".tsv":
+            return read_csv(file, "\t" if suffix == ".tsv" else ",")
+        case ".json" | ".jsonl":
+            return read_json(file)
+        case ".parquet":
+            return read_parquet(file, groups)
+        case ".arrow":
+            return read_arrow(file)
+        case _:
+            return read_tar(file, config.image_column)
+
+
+def _cut(name: str, splits: dict[str, tuple[Piece, ...]], config: CacheConfig, base: Path) -> Table:
+    """The rows that ``cache.split`` means.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    numbers = {split: sum(len(piece.used) for piece in pieces) for split, pieces in splits.items()}
+    used: list[Piece] = []
+    for split, rows in rows_of_split(name, config.split, numbers):
+        first = 0
+        for piece in splits[split]:
+            start, stop = max(rows.start - first, 0), min(rows.stop - first, len(piece.used))
+            if start < stop or not any(numbers.values()):
+                used.append(Piece(piece.rows, range(start, stop), piece.bases, piece.stat))
+            first += len(piece.used)
+    if not used or not any(len(piece.used) for piece in used):
+        skipped = [skip for piece in used if isinstance(piece.rows, Tar) for skip in piece.rows.skipped]
+        examples = f" ({len(skipped)} skipped: {skipped[0].path}: {skipped[0].reason})" if skipped else ""
+        raise DatasetError(f"{name} has no rows{examples}", "Use another source, or set cache.split to one with rows")
+    return Table(name, tuple(used), base)
+
+
+def _only(config: CacheConfig, split: str) -> CacheConfig:
+    return CacheConfig(split=split, dataset_config=config.dataset_config)
+
+
+def _of_one_kind(files: Sequence[Path]) -> list[Path]:
+    """The files of the most frequent kind of table, as `datasets` chooses; of a draw, Parquet."""
+    tables = [file for file in files if _suffix(file) in SUFFIXES and file.name not in _METADATA]
+    counts = {suffix: sum(_suffix(file) == suffix for file in tables) for suffix in SUFFIXES}
+    best = max(counts, key=lambda suffix: (counts[suffix], suffix == ".parquet", suffix == ".arrow"))
+    return [file for file in tables if _suffix(file) == best]
+
+
+def _suffix(file: Path) -> str:
+    """In lower case; of ``cats.csv.gz``, ``.csv``."""
+    name = file.name.lower()
+    inner = Path(name.removesuffix(".gz")).suffix
+    return inner if inner in (".csv", ".tsv", ".json", ".jsonl") else Path(name).suffix
+
+
+def _sort(kind: pa.DataType) -> str:
+    return "images" if is_images(kind) else "text" if is_text(kind) else "other"

@@ -1,0 +1,273 @@
+"""Which images does a tar hold, and which captions and masks belong to each? By their names, as WebDataset pairs them.
+
+``0001.jpg``, ``0001.txt`` and ``0001.json`` belong together: in WebDataset a name ends at its first dot. Where an image
+has dots of its own and companions to match (``photo.v2.jpg``, ``photo.v2.txt``), those are its own.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from lzma import LZMAError
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+import pyarrow as pa
+
+from k5cache.shared.errors import DatasetError
+from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, Skipped, UnreadableImage
+from k5cache.sources.rows import Unusable
+
+_MASKS = (".mask.png", ".mask.webp", ".mask")
+_JSON = ("json", "jsn")
+_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar."""
+
+    name: str
+    start: int
+    """Where its bytes begin; in a compressed tar, after decompression."""
+    num_bytes: int
+
+    @property
+    def stem(self) -> str:
+        """Up to its last dot."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def suffix(self) -> str:
+        """After its last dot, in lower case, with the dot."""
+        return "." + self.name.rpartition(".")[2].lower()
+
+    @property
+    def key(self) -> str:
+        """Up to the first dot of its own name, which is WebDataset's name of a row."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def field(self) -> str:
+        """What follows its key: ``jpg``, ``mask.png``."""
+        return self.name[len(self.key) + 1 :].lower()
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether its name says so."""
+        return self.name.lower().endswith(_MASKS)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its name says so."""
+        return not self.is_mask and (self.suffix in IMAGE_SUFFIXES or self.field == "image")
+
+
+@dataclass(frozen=True)
+class TarRow:
+    """An image with what belongs to it."""
+
+    image: Member
+    others: Mapping[str, Member]
+    """By field: its captions, its mask, and whatever else has its name."""
+
+    @property
+    def mask(self) -> Member | None:
+        """Its mask."""
+        masks = (self.others.get(suffix[1:]) for suffix in _MASKS)
+        return next((mask for mask in masks if mask is not None), None)
+
+
+@dataclass(frozen=True)
+class Tar:
+    """The rows of one tar, as ``FileRows``. A column is the captions of one kind: ``txt``, ``json``."""
+
+    file: Path
+    rows: Sequence[TarRow]
+    skipped: Sequence[Skipped]
+    """Files that are neither an image nor beside one. Their paths are names within the tar."""
+    _stream: _Stream = field(repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the whole tar."""
+        return len(self.rows)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """One column for each kind of file: bytes for images, text for all others."""
+        images = dict.fromkeys(row.image.field for row in self.rows)
+        others = dict.fromkeys(name for row in self.rows for name in row.others if name not in images)
+        return pa.schema([*((name, pa.binary()) for name in images), *((name, pa.string()) for name in others)])
+
+    def column(self, name: str) -> list[Any]:
+        """The text or the JSON value of one kind of file, for each row."""
+        return [self._value(row, name) for row in self.rows]
+
+    def content(self, member: Member) -> bytes:
+        """The bytes of a file in the tar. Raises ``UnreadableImage``."""
+        return self._stream.read(member)
+
+    def _value(self, row: TarRow, name: str) -> Any:
+        member = row.others.get(name)
+        if member is None:
+            return Unusable(f"missing caption {posixpath.basename(row.image.stem)}.{name}")
+        try:
+            text = self.content(member).decode("utf-8-sig")
+            return json.loads(text) if name.rpartition(".")[2] in _JSON else text
+        except UnicodeDecodeError:
+            return Unusable(f"caption {posixpath.basename(member.name)} is not UTF-8")
+        except (json.JSONDecodeError, RecursionError):
+            return Unusable(f"{posixpath.basename(member.name)} is not JSON")
+        except UnreadableImage as error:
+            return Unusable(f"caption {posixpath.basename(member.name)} {error.reason}")
+
+
+def read_tar(file: Path, image_field: str | None) -> Tar:
+    """List the files of a tar and pair them.
+
+    Args:
+        image_field: ``cache.image_column``: the suffix of the images to use, if there are others.
+
+    Raises:
+        DatasetError: it is no tar, is damaged, or has several images for one caption.
+    """
+    fix = "Repair it, or use another source"
+    try:
+        members, is_compressed = _members(file)
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DatasetError(f"{file.name} cannot be read as a tar: {reason}", fix) from None
+    if not members:
+        raise DatasetError(f"{file.name} holds no files", "Use another source")
+    rows, skipped = _pair(file, members, image_field.lower() if image_field else None)
+    return Tar(file, rows, skipped, _Stream(file, is_compressed))
+
+
+class _Stream:
+    """Reads places in a tar. A plain one is opened for each read, so threads need not wait for each other."""
+
+    def __init__(self, file: Path, is_compressed: bool) -> None:
+        self._file, self._is_compressed = file, is_compressed
+        self._lock = Lock()
+        self._archive: tarfile.TarFile | None = None
+
+    def __del__(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+
+    def read(self, member: Member) -> bytes:
+        try:
+            content = self._compressed(member) if self._is_compressed else self._plain(member)
+        except _DAMAGED as error:
+            raise UnreadableImage(f"cannot be read ({error})") from None
+        if len(content) < member.num_bytes:
+            raise UnreadableImage("is cut off, since the tar is shorter than when it was listed")
+        return content
+
+    def _plain(self, member: Member) -> bytes:
+        with self._file.open("rb", buffering=0) as stream:
+            stream.seek(member.start)
+            return _read(stream, member.num_bytes)
+
+    def _compressed(self, member: Member) -> bytes:
+        with self._lock:
+            if self._archive is None:
+                self._archive = tarfile.open(self._file)  # noqa: SIM115 (a seek backwards would decompress all again)
+            stream: Any = self._archive.fileobj
+            stream.seek(member.start)
+            return _read(stream, member.num_bytes)
+
+
+def _read(stream: IO[bytes], num_bytes: int) -> bytes:
+    parts = []
+    while num_bytes and (part := stream.read(num_bytes)):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _members(file: Path) -> tuple[list[Member], bool]:
+    """The files of a tar in their order, without hidden ones, and whether it is compressed."""
+    try:
+        with tarfile.open(file, "r:") as archive:
+            return list(_listed(archive)), False
+    except tarfile.ReadError:
+        with tarfile.open(file, "r:*") as archive:
+            return list(_listed(archive)), True
+
+
+def _listed(archive: tarfile.TarFile) -> Iterator[Member]:
+    while (info := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all that it passed
+        if info.isreg() and not info.issparse() and not posixpath.basename(info.name).startswith((".", "__")):
+            yield Member(
+                info.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), info.offset_data, info.size
+            )
+
+
+def _pair(file: Path, members: Sequence[Member], image_field: str | None) -> tuple[list[TarRow], list[Skipped]]:
+    """The rows of a tar, in its order, and what is in none of them."""
+    first: dict[str, Member] = {}
+    skipped: list[Skipped] = []
+    for member in members:
+        if member.name not in first:
+            first[member.name] = member
+        elif member.is_image:
+            skipped.append(Skipped(member.name, "has the path of an earlier image"))
+    by_key: dict[str, list[Member]] = {}
+    by_stem: dict[str, dict[str, Member]] = {}
+    for member in first.values():
+        by_key.setdefault(member.key, []).append(member)
+        if not member.is_image:
+            mask = next((suffix for suffix in _MASKS if member.name.lower().endswith(suffix)), "")
+            stem = member.name[: -len(mask)] if mask else member.stem
+            by_stem.setdefault(stem, {})[(mask or member.suffix)[1:]] = member
+    rows: list[TarRow] = []
+    for key, group in by_key.items():
+        images = _images(file, key, group, by_stem, image_field)
+        rows += [TarRow(image, _others(image, group, by_stem)) for image in images]
+        if not images:
+            missing = f"has no {image_field}" if image_field else "has no image beside it"
+            skipped.append(Skipped(group[0].name, NAMED_SUFFIXES.get(group[0].suffix, missing)))
+    return rows, skipped
+
+
+def _images(
+    file: Path, key: str, group: Sequence[Member], by_stem: Mapping[str, Mapping[str, Member]], image_field: str | None
+) -> list[Member]:
+    """Which files of one key are images to train on. Others are companions, such as ``a.depth.png`` of ``a.jpg``."""
+    if image_field:
+        return [
+            m
+            for m in group
+            if m.field == image_field or (m.is_image and m.suffix == "." + image_field and m.stem in by_stem)
+        ]
+    images = [member for member in group if member.is_image]
+    own = [image for image in images if image.stem != key and image.stem in by_stem]
+    plain = [image for image in images if image.stem == key]
+    rest = [image for image in images if image.stem != key and image not in own]
+    shared = plain or rest
+    is_captioned = any(not member.is_image and member.stem not in {image.stem for image in own} for member in group)
+    if len(shared) > 1 and (plain or is_captioned):
+        fields = " and ".join(sorted({image.field for image in shared}))
+        raise DatasetError(
+            f"{file.name} has images in {fields} for {posixpath.basename(key)}",
+            "Set cache.image_column to one of them, or use another source",
+        )
+    return [image for image in images if image in own or image in shared]
+
+
+def _others(
+    image: Member, group: Sequence[Member], by_stem: Mapping[str, Mapping[str, Member]]
+) -> Mapping[str, Member]:
+    """What belongs to an image: what has its whole name, or else what has its key."""
+    if image.stem != image.key and image.stem in by_stem:
+        return by_stem[image.stem]
+    return {member.field: member for member in group if not member.is_image} | dict(by_stem.get(image.stem, {}))
