@@ -15,17 +15,6 @@ from k5cache.cli import app
 from tests.cli import Cli, Done
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_dataset_cache(tmp_path_factory):
-    """Keep the cache of `datasets` out of the home of whoever runs the tests."""
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
 def encode(cli: Cli, model: Path, source: str, *options: str) -> Done:
     shape = ["--model", str(model), "--set", "cache.resolution=64", "-o", "cache/all"]
     done = cli(app, "encode", source, *shape, *(part for option in options for part in ("--set", option)))
@@ -139,7 +128,7 @@ def test_a_metadata_file_and_a_trigger_change_the_captions_alone(place, toy_mode
 
 @pytest.mark.parametrize(
     ("source", "said"),
-    [("bad.csv", "bad.csv: its first row has 3 cells, the header 2"), ("me/none", "no file or folder me/none")],
+    [("bad.csv", "bad.csv line 2 has 3 cells, the header has 2"), ("me/none", "no file or folder me/none")],
 )
 def test_a_source_that_cannot_be_used_ends_in_two_lines_before_a_cache_is_made(place, toy_model, source, said):
     (place.folder / "bad.csv").write_text("image,text\na.png,a cat, a dog\n")

@@ -83,8 +83,8 @@ class ParquetRows:
         return self.groups.read(Group((self.file, leaf, group), batches), row - self._first_rows[group])
 
     def place(self, row: int) -> str:
-        """``cats.parquet#3``."""
-        return f"{self.file.name}#{row}"
+        """``#3``."""
+        return f"#{row}"
 
     def _leaf(self, name: str) -> str:
         return f"{name}.bytes" if pa.types.is_struct(self.schema.field(name).type) else name
@@ -152,8 +152,8 @@ class ArrowRows:
         return bytes(content)
 
     def place(self, row: int) -> str:
-        """``data.arrow#3``."""
-        return f"{self.file.name}#{row}"
+        """``#3``."""
+        return f"#{row}"
 
 
 def read_parquet(file: Path, groups: GroupReader) -> ParquetRows:

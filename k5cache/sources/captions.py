@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from k5cache.options import CacheConfig
@@ -13,8 +16,17 @@ Captions = tuple[str, ...] | str
 Each is the very text that its user wrote, with the white space around it: the pipeline's cleaning begins with ftfy,
 which reads an ending such as ``Ã`` and a no-break space as one letter.
 """
+_KINDS: dict[type, str] = {dict: "an object", list: "a list in a list", bytes: "bytes"}
 _NEWLINES = re.compile(r"[\r\n]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one; it can be neither printed nor stored
 _SPACES = re.compile(" +")
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """In the place of a table's cell: why there is none."""
+
+    reason: str
 
 
 def from_lines(text: str) -> Captions:
@@ -32,10 +44,15 @@ def from_file_name(name: str) -> Captions:
 
 def from_cell(value: Any) -> Captions:
     """A table's cell: a caption, or a list of them. Empty ones are ignored."""
-    values = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(v, dict | list | bytes) for v in values):
-        return f"its caption is not text but {type(values[0]).__name__}"
-    captions = tuple(text for text in (str(v).strip() for v in values if v is not None) if text)
+    if isinstance(value, Unusable):
+        return value.reason
+    values = [v for v in (value if isinstance(value, list | tuple) else [value]) if v is not None]
+    refused = next((v for v in values if not isinstance(v, str | int | float | Decimal | date | time)), None)
+    if refused is not None:
+        return f"its caption is not text but {_KINDS.get(type(refused), type(refused).__name__)}"
+    captions = tuple(text for text in map(str, values) if text.strip())
+    if any(not text.isascii() and _SURROGATE.search(text) for text in captions):
+        return "its caption has half a character (a lone surrogate)"
     return captions or "empty caption"
 
 

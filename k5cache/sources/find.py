@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ from pathlib import Path
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources import folder, metadata
-from k5cache.sources.items import IMAGE_SUFFIXES, Content, Skipped, SourceItem
-from k5cache.sources.metadata import METADATA
+from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem
 
 _DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
 _SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|tar)$", re.IGNORECASE)
@@ -85,9 +85,9 @@ def _has_tables(source: Path) -> bool:
 
 
 def _from_tables(source: Path, config: CacheConfig) -> Source:
-    """Images and captions from a table, tars or a dataset, all of which `datasets` reads."""
+    """Images and captions from a table, tars or a dataset."""
     name = str(source)
-    files = [source] if source.is_file() else [Path(file) for file in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 (an absolute pattern too)
+    files = [source] if source.is_file() else _matching(source)
     if not files and not _HUB_NAME.fullmatch(name):
         raise DatasetError(
             f"There is no folder {source}",
@@ -100,8 +100,18 @@ def _from_tables(source: Path, config: CacheConfig) -> Source:
     elif files:
         table = tables.load_files(source.name, files, config)
     else:
-        table = tables.load_hub(name, config)
+        from k5cache.sources.hub import load_hub
+
+        table = load_hub(name, config)
     return Source(*table_items.find_items(table, config))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files that a pattern means. What exists under its very name is not part of the pattern."""
+    parts = pattern.parts
+    exact = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).is_dir())
+    begin = glob.escape(str(Path(*parts[:exact]))) if exact else ""
+    return [Path(file) for file in sorted(glob.glob(os.path.join(begin, *parts[exact:]), recursive=True))]  # noqa: PTH118, PTH207 (an absolute pattern too)
 
 
 def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:

@@ -16,6 +16,8 @@ IMAGE_SUFFIXES = frozenset(
 """Files that are opened as images. What is in them decides how they are read; .heic and .jxl need a plugin of Pillow,
 and without it ``decode.open_image`` says which."""
 
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
+
 _AS_PNG = "save it as PNG"
 _AS_TIFF = "export it as a 16-bit TIFF or a PNG"
 NAMED_SUFFIXES: dict[str, str] = {

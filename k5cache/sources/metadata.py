@@ -10,9 +10,8 @@ from pathlib import Path
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources import folder
-from k5cache.sources.items import Skipped, SourceItem
+from k5cache.sources.items import METADATA, Skipped, SourceItem
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # datasets' FolderBasedBuilder.METADATA_FILENAMES
 SPLIT_WORDS = {  # datasets.data_files.SPLIT_KEYWORDS
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ class FileRows(Protocol):
     @property
     def num_rows(self) -> int: ...
     def column(self, name: str) -> list[Any]:
-        """The values of a column that has no images; each may be an ``Unusable``."""
+        """The values of a column that has no images; each may be a ``captions.Unusable``."""
 
     def image_names(self, name: str) -> list[str]:
         """The file name that each image of a column came from; "" if the file does not say."""
@@ -33,14 +32,7 @@ class FileRows(Protocol):
         """One image. Called by several threads. Raises ``UnreadableImage``."""
 
     def place(self, row: int) -> str:
-        """How messages call a row: ``cats.csv line 3``."""
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """In the place of a value: why there is none."""
-
-    reason: str
+        """What messages add to the name of the file: `` line 3`` or ``#2``."""
 
 
 def is_text(kind: pa.DataType) -> bool:

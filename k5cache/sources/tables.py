@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.arrow_tables import read_arrow, read_parquet
-from k5cache.sources.items import stat_numbers
+from k5cache.sources.items import METADATA, stat_numbers
 from k5cache.sources.row_groups import GroupReader
 from k5cache.sources.rows import FileRows, is_images, is_text
 from k5cache.sources.splits import files_of_split, rows_of_split, split_names
 from k5cache.sources.tars import Tar, read_tar
-from k5cache.sources.text_tables import read_csv, read_json
+from k5cache.sources.text_tables import TextRows, read_csv, read_json
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar")
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _MOST_NAMES = 20
+Name = TypeVar("Name", Path, str)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ class Table:
                 values += [None] * len(piece.used)
         return values
 
+    def place(self, piece: Piece, row: int) -> str:
+        """What messages call a row: ``cats.csv line 3``."""
+        name = self.name if len(self.pieces) == 1 else piece.rows.file.name
+        return name + ("" if isinstance(piece.rows, Tar) else piece.rows.place(row))
+
     def refuse(self, problem: str, option: str) -> DatasetError:
         """An error that lists the columns of the table."""
         names = self.schema.names
@@ -121,10 +126,23 @@ def load_splits(name: str, folder: Path, splits: dict[str, list[Path]], config: 
     """Open the files of splits of a dataset in ``folder``: of each, those of the kind that it has most of."""
     opened = {}
     for split, files in splits.items():
-        chosen = _of_one_kind(files)
+        chosen = of_one_kind(files)
         if not chosen:
             raise DatasetError(f"{folder} has no table or tar in split {split}", "Set cache.split to one that has")
         opened[split] = _open_files(name, chosen, [(folder, file.parent) for file in chosen], config)
+    return _cut(name, opened, config, folder)
+
+
+def load_named_files(name: str, folder: Path, splits: dict[str, list[Path]], config: CacheConfig) -> Table:
+    """Open the images of splits of a dataset: those that its metadata files name, or all if it has none."""
+    opened: dict[str, tuple[Piece, ...]] = {}
+    for split, files in splits.items():
+        metadata = [file for file in files if file.name in METADATA]
+        if metadata:
+            opened[split] = _open_files(name, metadata, [(file.parent,) for file in metadata], config)
+        else:
+            rows = TextRows(folder, {"file_name": [file.relative_to(folder).as_posix() for file in files]}, len(files))
+            opened[split] = (Piece(rows, range(len(files)), (folder,), (0, 0, 0)),)
     return _cut(name, opened, config, folder)
 
 
@@ -146,7 +164,7 @@ def _load_saved(folder: Path, config: CacheConfig) -> Table:
                 )
         folders = {split: folder / split for split in wanted}
     else:
-        folders = {split: folder for split in wanted}
+        folders = dict.fromkeys(wanted, folder)
     pieces = {}
     for split, saved in folders.items():
         files = [saved / entry["filename"] for entry in _read(saved / "state.json", "_data_files")]
@@ -222,12 +240,12 @@ def _only(config: CacheConfig, split: str) -> CacheConfig:
     return CacheConfig(split=split, dataset_config=config.dataset_config)
 
 
-def _of_one_kind(files: Sequence[Path]) -> list[Path]:
+def of_one_kind(files: Sequence[Name]) -> list[Name]:
     """The files of the most frequent kind of table, as `datasets` chooses; of a draw, Parquet."""
-    tables = [file for file in files if _suffix(file) in SUFFIXES and file.name not in _METADATA]
-    counts = {suffix: sum(_suffix(file) == suffix for file in tables) for suffix in SUFFIXES}
+    tables = [file for file in files if _suffix(Path(file)) in SUFFIXES and Path(file).name not in METADATA]
+    counts = {suffix: sum(_suffix(Path(file)) == suffix for file in tables) for suffix in SUFFIXES}
     best = max(counts, key=lambda suffix: (counts[suffix], suffix == ".parquet", suffix == ".arrow"))
-    return [file for file in tables if _suffix(file) == best]
+    return [file for file in tables if _suffix(Path(file)) == best]
 
 
 def _suffix(file: Path) -> str:

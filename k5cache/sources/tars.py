@@ -20,8 +20,8 @@ from typing import IO, Any
 import pyarrow as pa
 
 from k5cache.shared.errors import DatasetError
+from k5cache.sources.captions import Unusable
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, Skipped, UnreadableImage
-from k5cache.sources.rows import Unusable
 
 _MASKS = (".mask.png", ".mask.webp", ".mask")
 _JSON = ("json", "jsn")

@@ -61,8 +61,8 @@ class TextRows:
         raise UnreadableImage("holds no image")
 
     def place(self, row: int) -> str:
-        """``cats.csv line 3``, or ``cats.json#2`` if rows are not lines."""
-        return f"{self.file.name} line {self.lines[row]}" if self.lines else f"{self.file.name}#{row}"
+        """`` line 3``, or ``#2`` if rows are not lines."""
+        return f" line {self.lines[row]}" if self.lines else f"#{row}"
 
 
 def read_csv(file: Path, separator: str) -> TextRows:

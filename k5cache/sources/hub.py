@@ -1,0 +1,148 @@
+"""What does a dataset of the hub hold? The files of a split are downloaded, and read like local ones.
+
+They lie in the hub's own cache, which keeps each version of a file once. If the hub cannot be reached, what was
+downloaded before is used, and a note says so.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import posixpath
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from k5cache.options import CacheConfig
+from k5cache.shared.console import note
+from k5cache.shared.errors import DatasetError
+from k5cache.sources import folder as folders
+from k5cache.sources.items import IMAGE_SUFFIXES, METADATA
+from k5cache.sources.splits import CARDS, names_of_split, read_card, split_names
+from k5cache.sources.tables import Table, load_named_files, load_splits, of_one_kind
+
+_FIX = "Check the path or name, the network, and cache.split and cache.dataset_config"
+
+
+def load_hub(name: str, config: CacheConfig) -> Table:
+    """Open a dataset on the hub.
+
+    Raises:
+        DatasetError: it cannot be reached, lacks the split or configuration, or is of a kind that cannot be read.
+    """
+    repository = _Repository(name)
+    card = read_card(repository.fetch([card for card in CARDS if card in repository.names]))
+    splits = {
+        split: names_of_split(name, repository.names, card, replace(config, split=split))
+        for split in split_names(config.split)
+    }
+    wanted = {split: of_one_kind(names) or _images(name, names) for split, names in splits.items()}
+    root = repository.fetch([file for files in wanted.values() for file in files])
+    files = {split: [root / file for file in of_split] for split, of_split in wanted.items()}
+    if any(of_one_kind(names) for names in splits.values()):
+        return load_splits(name, root, files, config)
+    return load_named_files(name, root, files, config)
+
+
+class _Repository:
+    """A dataset on the hub, at its newest commit; or as it was downloaded, if the hub cannot be reached."""
+
+    def __init__(self, name: str) -> None:
+        from huggingface_hub import dataset_info
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        self._name = name
+        self._downloaded: Path | None = None
+        try:
+            info = dataset_info(name, timeout=10)
+            self._commit = info.sha
+            self.names = [file.rfilename for file in info.siblings or []]
+            """Of all its files."""
+        except _unreachable() as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            snapshot = _snapshot(name)
+            if snapshot is None or isinstance(error, RepositoryNotFoundError):
+                raise DatasetError(
+                    f"There is no file or folder {name}, and as a dataset of the hub it cannot be loaded: {reason}",
+                    _FIX,
+                ) from None
+            if not HF_HUB_OFFLINE:
+                note(
+                    f"Using the downloaded copy of {name} (commit {snapshot.name[:8]}): cannot reach the hub ({reason})"
+                )
+            self._downloaded = snapshot
+            self.names = [file.relative_to(snapshot).as_posix() for file in folders.files(snapshot)]
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """The folder with these files of it. Those that are here already are not downloaded again."""
+        if self._downloaded is not None:
+            return self._downloaded
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        try:
+            patterns = _patterns(names, self.names)
+            return Path(
+                snapshot_download(self._name, repo_type="dataset", revision=self._commit, allow_patterns=patterns)
+            )
+        except _unreachable() as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise DatasetError(f"{self._name} cannot be downloaded: {reason}", _FIX) from None
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
+    http_error: Any = HfHubHTTPError.__mro__[1]
+    return http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError
+
+
+def _snapshot(name: str) -> Path | None:
+    """What was downloaded last of a dataset (huggingface_hub, "Understand caching")."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    home = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    snapshots = [path for path in (home / "snapshots").glob("*") if path.is_dir()]
+    return max(snapshots, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _patterns(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Patterns for ``snapshot_download``: one for all files of a folder and kind if all of them are wanted.
+
+    It compares each file with each pattern, so a pattern for each of 10,000 images would take minutes.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in wanted:
+        folder, base = posixpath.split(name)
+        kinds.setdefault(glob.escape(posixpath.join(folder, "")) + "*" + posixpath.splitext(base)[1], []).append(name)
+    all_names = list(names)
+    patterns: list[str] = []
+    for pattern, of_kind in kinds.items():
+        is_all = len(of_kind) > 1 and set(fnmatch.filter(all_names, pattern)) <= set(wanted)
+        patterns += [pattern] if is_all else [glob.escape(name) for name in of_kind]
+    return patterns
+
+
+def _images(name: str, names: Sequence[str]) -> list[str]:
+    """The images and metadata files of a dataset without tables.
+
+    Raises:
+        DatasetError: it has none.
+    """
+    images = [
+        file for file in names
+        if posixpath.splitext(file)[1].lower() in IMAGE_SUFFIXES or posixpath.basename(file) in METADATA
+    ]  # fmt: skip
+    if not images:
+        kinds = " ".join(sorted({posixpath.splitext(file)[1] for file in names}))
+        raise DatasetError(
+            f"{name} has neither tables nor tars nor images in this split, but {kinds or 'no files'}",
+            f"Download it (hf download {name} --repo-type dataset --local-dir DIR), unpack it, and give the folder",
+        )
+    return images

@@ -1,0 +1,110 @@
+"""Which columns of a table have the images, their masks and their captions, and what are the captions of each row?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from k5cache.options import CacheConfig
+from k5cache.sources.captions import Captions, Unusable, finish, from_cell, from_lines, without_source
+from k5cache.sources.items import IMAGE_SUFFIXES
+from k5cache.sources.rows import is_images, is_struct_of_text, is_text
+from k5cache.sources.tables import Table
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
+PATH_COLUMNS = ("image", "file_name", "image_path", "path", "filename")
+MASK_COLUMNS = ("mask", "mask.png", "mask.webp")
+
+
+def image_column(table: Table, option: str | None) -> str:
+    """The column with images or their paths: ``cache.image_column`` if it is set, else the one that looks like it.
+
+    Raises:
+        DatasetError: there is none, or there are several.
+    """
+    schema = table.schema
+    if option is not None:
+        if option not in schema.names:
+            raise table.refuse(f"has no column {option}", "cache.image_column")
+        kind = schema.field(option).type
+        if not is_images(kind) and not is_text(kind):
+            raise _no_images(table, option, kind)
+        return option
+    suffixes = {suffix[1:] for suffix in IMAGE_SUFFIXES}
+    embedded = [
+        name for name in schema.names
+        if is_images(schema.field(name).type) and name not in MASK_COLUMNS
+        and (pa.types.is_struct(schema.field(name).type) or name.lower() in suffixes | set(PATH_COLUMNS))
+    ]  # fmt: skip
+    if len(embedded) > 1 and "image" not in embedded:
+        raise table.refuse(f"has images in {' and '.join(embedded)}", "cache.image_column to one of them")
+    paths = [name for name in PATH_COLUMNS if name in schema.names and is_text(schema.field(name).type)]
+    candidates = (["image"] if "image" in embedded else embedded) or paths
+    if not candidates:
+        for name in schema.names:
+            if is_struct_of_text(schema.field(name).type):
+                raise _no_images(table, name, schema.field(name).type)
+        raise table.refuse("has no column of images", "cache.image_column to the one with images or their paths")
+    return candidates[0]
+
+
+def mask_column(table: Table) -> str | None:
+    """The column with masks."""
+    schema = table.schema
+    return next((name for name in MASK_COLUMNS if name in schema.names and is_images(schema.field(name).type)), None)
+
+
+def captions_of_rows(table: Table, config: CacheConfig, names: Sequence[str]) -> list[Captions]:
+    """The captions of every row. ``names`` are the images' file names, for the strategies that read them.
+
+    Raises:
+        DatasetError: no column has captions, or several have.
+    """
+    if config.caption_strategy in ("filename", "instanceprompt"):
+        from_names = [without_source(name, config) for name in names]
+        return [finish(captions or "empty caption", config) for captions in from_names]
+    column = _caption_column(table, config.caption_column)
+    name, *fields = [column] if column in table.schema.names else column.split(".")
+    cells = _caption_cells(table, name, fields)
+    if name == "txt":  # of a tar: the text of a caption file, as beside an image in a folder
+        return [finish(from_lines(cell) if isinstance(cell, str) else from_cell(cell), config) for cell in cells]
+    return [finish(from_cell(cell), config) for cell in cells]
+
+
+def _no_images(table: Table, column: str, kind: pa.DataType) -> Exception:
+    content = "base64 text" if is_struct_of_text(kind) else str(kind)
+    return table.refuse(f"has no images in {column} but {content}", "cache.image_column to a column of images")
+
+
+def _caption_column(table: Table, option: str | None) -> str:
+    """``cache.caption_column`` if it is set, else the one column that is named like captions."""
+    if option is not None:
+        return option
+    names = [name for name in CAPTION_COLUMNS if name in table.schema.names]
+    if len(names) != 1:
+        problem = f"has captions in {' and '.join(names)}" if names else "has no column of captions"
+        raise table.refuse(problem, "cache.caption_column to the one with captions")
+    return names[0]
+
+
+def _caption_cells(table: Table, name: str, fields: Sequence[str]) -> list[Any]:
+    """The cells of column ``name``, or of a field inside it: ``["prompt"]`` in the column ``json``."""
+    column = ".".join([name, *fields])
+    if name not in table.schema.names:
+        raise table.refuse(f"has no column {column}", "cache.caption_column to the one with captions")
+    if is_images(table.schema.field(name).type):
+        raise table.refuse(f"has no captions in {column} but images", "cache.caption_column to the one with captions")
+    cells = table.column(name)
+    for field in fields:
+        keys = {key for cell in cells if isinstance(cell, dict) for key in cell}
+        if field not in keys:
+            content = f"fields {', '.join(sorted(keys))}" if keys else "no fields"
+            raise table.refuse(f"has no {column}: {name} has {content}", "cache.caption_column")
+        cells = [_field(cell, field) for cell in cells]
+    return cells
+
+
+def _field(cell: Any, field: str) -> Any:
+    return cell if isinstance(cell, Unusable) else cell.get(field) if isinstance(cell, dict) else None
