@@ -14,7 +14,7 @@ from typing import Any
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions
-from k5cache.sources.items import PICTURE_DECODER, Content, MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
+from k5cache.sources.items import Content, MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
 from k5cache.sources.rows import FileRows, is_images
 from k5cache.sources.table_columns import captions_of_rows, image_column, mask_column
 from k5cache.sources.tables import Piece, Table
@@ -273,7 +273,7 @@ def _tar_names(table: Table) -> dict[Path, str]:
 
 def _row_stat(piece: Piece, row: str) -> tuple[int, int, int]:
     """(size, mtime, identity) for one row: those of its file, but with an identity of its own."""
-    digest = hashlib.sha256(f"{piece.stat} {row} {PICTURE_DECODER}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(f"{piece.stat} {row}".encode("utf-8", "surrogatepass")).digest()
     return piece.stat[0], piece.stat[1], int.from_bytes(digest[:8]) >> 1
 
 
