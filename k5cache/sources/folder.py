@@ -23,6 +23,7 @@ SYSTEM_FOLDERS = frozenset(
     }
 )
 """Folders that a NAS, an archiver or a file system makes, in lower case: thumbnails and deleted files."""
+_ODD_BEGINNINGS = frozenset(letter for name in SYSTEM_FOLDERS for letter in name[0] + name[0].upper()) | {"."}
 _OTHER_TRAINERS = re.compile(r"(.+)-(mask|cond)label")  # OneTrainer's names for masks and conditioning images
 _NO_MASK = {"mask": "is a mask in OneTrainer's name: rename it {0}.mask.png", "cond": "is a conditioning image"}
 
@@ -218,7 +219,7 @@ def walk(
             continue
         visible = []
         for entry in entries:
-            if reason := _passed_over(entry):
+            if entry.name[0] in _ODD_BEGINNINGS and (reason := _passed_over(entry)):
                 passed_over += [Skipped(_printable(prefix + entry.name), reason)] if reason != "hidden" else []
             elif entry.is_dir(follow_symlinks=False):
                 real.append((entry.path, f"{prefix}{entry.name}/"))
@@ -232,7 +233,7 @@ def walk(
 def _passed_over(entry: os.DirEntry[str]) -> str:
     """Why an entry is not looked at, "hidden" if that goes without saying; "" if it is."""
     name = entry.name
-    if name[0] in "@#_$sl" and name.lower() in SYSTEM_FOLDERS and entry.is_dir():
+    if name.lower() in SYSTEM_FOLDERS and entry.is_dir():
         return "is a folder of a NAS, an archiver or a system"
     if not name.startswith("."):
         return ""
