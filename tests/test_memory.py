@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from k5cache.shared.console import command, parse_bytes
-from k5cache.shared.errors import DoesNotFit, RunError
+from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.vram import CONTEXT_BYTES, left
 from k5train.adapter import attach
 from k5train.base import random_weights
@@ -21,7 +21,7 @@ from k5train.bench.baseline import time_baseline
 from k5train.bench.case import MUST_REACH, SIZES, Case, inputs_for, routes_for
 from k5train.forward import compile, execute
 from k5train.forward.block import Modes, gather
-from k5train.options.adapter import LoraConfig
+from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.objective import RouteConfig, TreadConfig
 from k5train.options.train import TrainConfig
@@ -109,12 +109,47 @@ def test_weights_are_counted_as_they_are_held():
 
 
 def test_the_adapter_is_counted_as_it_is_made():
-    for targets in (("qkv",), ("official",), ("visual_modulation.out_layer",)):
-        config = LoraConfig(rank=4, targets=targets)
+    kinds = [{"targets": targets} for targets in (("qkv",), ("official",), ("visual_modulation.out_layer",))]
+    kinds += [
+        {"algo": "dora"},
+        {"algo": "lokr"},
+        {"algo": "lokr", "rank": 10**5},
+        {"algo": "lokr", "decompose_factor": 4},
+    ]
+    for kind in kinds:
+        config = LoraConfig(**{"rank": 4, **kind})
         transformer = random_weights.random_transformer(SMALL, "no_change", CPU)
         attach.add_lora(transformer, config, seed=0)
         parameters, _ = adapter_size(SMALL, config)
         assert parameters == sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+
+
+def test_a_rank_above_a_side_of_a_matrix_is_refused_before_anything_is_allocated():
+    highest = LoraConfig(rank=256, targets=("qkv",))
+    assert adapter_size(SMALL, highest)[0] == 256 * 2 * 256 * (2 * 3 + 6)  # 2 text blocks, 1 visual block
+    words = r"rank 257 is too high for text_transformer_blocks.0.self_attention.to_query, whose matrix is 256 x 256\n"
+    for algo in ("lora", "rslora", "dora"):
+        with pytest.raises(RecipeError, match=words + "Use a rank of at most 256"):
+            adapter_size(SMALL, replace(highest, algo=algo, rank=257))
+    wide = RankConfig("visual_transformer_blocks.0.feed_forward.in_layer", 300)
+    with pytest.raises(RecipeError, match=r"rank 300 is too high for visual_.*feed_forward.in_layer.* 1024 x 256\n"):
+        adapter_size(SMALL, LoraConfig(rank=4, ranks=(wide,)))
+    transformer = random_weights.random_transformer(SMALL, "no_change", CPU)
+    with pytest.raises(RecipeError, match="rank 100000 is too high"):
+        attach.add_lora(transformer, LoraConfig(rank=100_000), seed=0)
+    assert not attach.adapted_layers(transformer)
+
+
+def test_a_cpu_without_the_ram_is_refused_with_the_nearest_that_fits():
+    wasteful = replace(WORK, batch_size=8, lora_parameters=100 * WORK.lora_parameters, compiled=False)
+    plan = make_plan(FULL, wasteful, None, level="nothing")
+    memory.check_fits_ram(plan, FULL, wasteful, plan.peak)
+    with pytest.raises(DoesNotFit, match=r"needs \d+.\d GiB of RAM, there is 10.0 GiB free") as refused:
+        memory.check_fits_ram(plan, FULL, wasteful, 10 * GIB)
+    assert refused.value.fix.endswith("=1, 1/16 of train.lora.rank, a cache encoded with cache.resolution=512")
+    assert "VRAM" not in str(refused.value)
+    with pytest.raises(DoesNotFit, match=r"or use a machine with \d+.\d GiB of free RAM"):
+        memory.check_fits_ram(plan, FULL, wasteful, GIB)  # the weights alone have no room, and nothing streams them
 
 
 @pytest.mark.parametrize("cap", [80, 48, 24, 16, 12, 10, 8.5, 7, 6, 5, 4.5])

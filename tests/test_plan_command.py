@@ -75,6 +75,30 @@ def test_plan_refuses_a_card_that_is_too_small_with_advice(cli):
     assert "there is 0 B for torch" in cli(train_app, "plan", "--vram", "300MB").err  # CUDA itself takes all of it
 
 
+def test_without_a_gpu_the_plan_and_the_run_are_held_to_the_free_ram(cli, toy_model, monkeypatch):
+    from k5train.planning import plan, without_loading
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = cli(train_app, "plan", "cache", "--model", str(toy_model))
+    assert done.code == 0, done.err
+    assert "free RAM" in done.out
+    for module in (plan, without_loading):
+        monkeypatch.setattr(module, "free_ram", lambda: 100 * 2**20)
+    for words in (("plan", "cache"), ("run", "cache", "-o", "small", "--set", "train.device=cpu")):
+        refused = cli(train_app, *words, "--model", str(toy_model))
+        assert refused.code == 2
+        assert "of RAM, there is 100.0 MiB free" in refused.err
+        assert "Loading" not in refused.err
+    assert not (cli.folder / "small").exists()
+
+
+def test_a_rank_beyond_every_matrix_is_refused_by_the_plan(cli, toy_model):
+    refused = cli(train_app, "plan", "--vram", "24GB", "--set", "train.lora.rank=100000")
+    assert refused.code == 2
+    assert "rank 100000 is too high" in refused.err
+    assert "whose matrix is 2560 x 2560" in refused.err
+
+
 def test_bench_without_a_gpu_says_so(cli, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = cli(train_app, "bench")

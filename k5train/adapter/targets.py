@@ -83,9 +83,11 @@ def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -
     """The rank of each adapted module.
 
     Raises:
-        RecipeError: an entry of ``train.lora.ranks`` matches no adapted module.
+        RecipeError: an entry of ``train.lora.ranks`` matches no adapted module, or a rank is above a side of its
+            module's matrix.
     """
     ranks = dict.fromkeys(matched.modules, config.rank)
+    sizes = linear_sizes(transformer)
     for entry in config.ranks:
         names = match_targets(transformer, [entry.target], "train.lora.ranks").modules
         adapted = [n for n in names if n in matched.modules]
@@ -95,7 +97,33 @@ def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -
                 "Add it to targets, or leave its rank out",
             )
         ranks |= dict.fromkeys(adapted, entry.rank)
+    for name, rank in ranks.items() if config.algo != "lokr" else ():  # LoKr trains a whole factor at a high rank
+        if rank > min(sizes[name]):
+            smallest = min(min(sizes[n]) for n, r in ranks.items() if r == rank)
+            raise RecipeError(
+                f"train.lora: rank {rank} is too high for {name}, whose matrix is {sizes[name][0]} x {sizes[name][1]}",
+                f"Use a rank of at most {smallest}: a higher one takes memory and can change nothing more",
+            )
     return ranks
+
+
+def num_parameters(size: tuple[int, int], rank: int, config: LoraConfig) -> int:
+    """Trained parameters of one adapted linear.
+
+    Args:
+        size: its outputs and inputs.
+    """
+    outputs, inputs = size
+    if config.algo != "lokr":
+        return rank * (outputs + inputs) + (outputs if config.algo == "dora" else 0)
+    from peft.tuners.lokr.layer import factorization
+
+    # peft's LoKrLayer: the second factor is whole where a pair of the rank would not be smaller.
+    (small_in, large_in), (small_out, large_out) = (
+        factorization(n, config.decompose_factor) for n in (inputs, outputs)
+    )
+    is_pair = rank < max(large_out, large_in) / 2
+    return small_out * small_in + (rank * (large_out + large_in) if is_pair else large_out * large_in)
 
 
 def _match(target: str, linears: list[str], option: str) -> tuple[str, ...]:

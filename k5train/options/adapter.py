@@ -34,7 +34,7 @@ class LoraConfig:
     diffusers loads them by ``pipe.transformer.load_lora_adapter(FILE, prefix="transformer")``, not by
     ``pipe.load_lora_weights``. ``dora`` and ``lokr`` run as peft's modules, which are not compiled."""
     rank: int = 32
-    """Rank of each pair of matrices."""
+    """Rank of each pair of matrices, at most the shorter side of the adapted matrix."""
     ranks: tuple[RankConfig, ...] = ()
     """``[[train.lora.ranks]]`` entries with ``target`` and ``rank``: a different rank for the modules that match."""
     alpha: float | None = None

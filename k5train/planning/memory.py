@@ -298,19 +298,34 @@ def _mixed(lower: LevelName, upper: LevelName, raised: int, count: int) -> tuple
     return tuple(upper if (i + 1) * raised // count > i * raised // count else lower for i in range(count))
 
 
-def _too_small(plan: Plan, arch: Architecture, work: Work, subject: str, fixed: str = "") -> DoesNotFit:
+def check_fits_ram(plan: Plan, arch: Architecture, work: Work, num_bytes: int) -> None:
+    """Refuse a plan for a CPU that needs more than ``num_bytes`` of host memory.
+
+    Raises:
+        DoesNotFit: names the nearest change that fits.
+    """
+    if plan.peak > num_bytes:
+        raise _too_small(replace(plan, budget=num_bytes), arch, work, "on the CPU, this run", on_gpu=False)
+
+
+def _too_small(
+    plan: Plan, arch: Architecture, work: Work, subject: str, fixed: str = "", on_gpu: bool = True
+) -> DoesNotFit:
     """The error for a plan over its budget, with the nearest change that fits.
 
     Args:
         fixed: the setting that would allow a leaner plan, as ``--set`` takes it. Empty: there is none.
+        on_gpu: False: the budget is host memory, and no weights can be streamed from elsewhere.
     """
     assert plan.budget is not None
     room = plan.budget * (1 - _MARGIN)
-    problem = f"{subject} needs {human_bytes(plan.peak)} of VRAM, there is {human_bytes(plan.budget)} for torch"
+    there_is = f"{human_bytes(plan.budget)} for torch" if on_gpu else f"{human_bytes(plan.budget)} free"
+    problem = f"{subject} needs {human_bytes(plan.peak)} of {'VRAM' if on_gpu else 'RAM'}, there is {there_is}"
     lean = _mixed("nothing", "nothing", 0, arch.num_visual_blocks)
+    streaming = Streaming(arch.num_visual_blocks) if on_gpu else None
 
     def peak(changed: Work) -> int:
-        return sum(estimate(arch, changed, lean, Streaming(arch.num_visual_blocks)).values())
+        return sum(estimate(arch, changed, lean, streaming).values())
 
     if work.precision == "no_change" and peak(replace(work, precision="int8-quanto")) <= room:
         return DoesNotFit(problem, "Use --set train.base_model_precision=int8-quanto")
@@ -323,15 +338,21 @@ def _too_small(plan: Plan, arch: Architecture, work: Work, subject: str, fixed: 
         change = f"a cache encoded with cache.resolution={side}"
         smaller.append((change, replace(single, num_tokens=(side // 16) ** 2)))
     shares = [1, 4] if work.lora_parameters else [1]
+    if work.lora_parameters > arch.num_visual_blocks * arch.block_parameters / 10:
+        shares += [16, 64]  # a rank above about 200, of which even a 64th is of use
     for share, (change, changed) in ((share, size) for share in shares for size in smaller):
         less = replace(changed, lora_parameters=changed.lora_parameters // share,
                        adapters_width=changed.adapters_width // share)  # fmt: skip
         if peak(less) <= room:
             changes = ["--set train.batch_size=1"] if work.batch_size > 1 else []
-            changes += ["a quarter of train.lora.rank"] if share > 1 else []
+            part = "a quarter" if share == 4 else f"1/{share}"
+            changes += [f"{part} of train.lora.rank"] if share > 1 else []
             changes += [change] if change else []
             return DoesNotFit(problem, f"Nearest that fits, with {human_bytes(peak(less))}: {', '.join(changes)}")
-    needed = int(peak(work) / (1 - _MARGIN)) + vram.CONTEXT_BYTES
+    needed = int(peak(work) / (1 - _MARGIN))
+    if not on_gpu:
+        return DoesNotFit(problem, f"Close other programs, or use a machine with {human_bytes(needed)} of free RAM")
+    needed += vram.CONTEXT_BYTES
     return DoesNotFit(problem, f"Use a GPU with at least {human_bytes(needed)} of memory")
 
 

@@ -12,6 +12,7 @@ from diffusers import Kandinsky5Transformer3DModel
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
+from k5cache.shared.host_memory import free_ram
 from k5train.adapter import targets
 from k5train.base.architecture import DTYPES
 from k5train.options.adapter import LoraConfig
@@ -46,14 +47,30 @@ def plan_training(
 
     Raises:
         DoesNotFit: no plan fits, or not the saved one, or not the one that the recipe asks for.
-        RecipeError: a LoRA target matches nothing.
+        RecipeError: a LoRA target matches nothing, or a rank is too high.
         RunError: the GPU has no bfloat16.
     """
     check_bfloat16(device, config.mixed_precision)
     budget = vram.budget(device, config.memory.vram)
-    if saved_plan:
-        return saved_plan.within(budget)
-    return plan_for(read_config(folder, "transformer"), config, device, sizes, budget)
+    transformer_config = read_config(folder, "transformer")
+    plan = saved_plan.within(budget) if saved_plan else plan_for(transformer_config, config, device, sizes, budget)
+    if device.type == "cpu":
+        check_ram(plan, transformer_config, config, free_ram())
+    return plan
+
+
+def check_ram(plan: Plan, transformer_config: Mapping[str, Any], config: TrainConfig, num_bytes: int) -> None:
+    """Refuse what a CPU has no room for, as a GPU's plan is refused.
+
+    Args:
+        num_bytes: free host memory.
+
+    Raises:
+        DoesNotFit: the plan needs more.
+    """
+    assert plan.sizes is not None
+    work = work_for(transformer_config, config, plan.sizes, compiled=False)
+    memory.check_fits_ram(plan, memory.architecture(transformer_config), work, num_bytes)
 
 
 def plan_for(
@@ -100,13 +117,13 @@ def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> t
     """The number of trained parameters, and the sum of ranks over one visual block. Needs shapes, no weights.
 
     Raises:
-        RecipeError: a target matches nothing.
+        RecipeError: a target matches nothing, or a rank is above a side of its module's matrix.
     """
     with init_empty_weights():
         transformer = Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
     ranks = targets.module_ranks(transformer, config, targets.match_targets(transformer, config.targets))
-    linears: list[tuple[Any, int]] = [(transformer.get_submodule(name), rank) for name, rank in ranks.items()]
-    parameters = sum(rank * (m.in_features + m.out_features) for m, rank in linears)
+    sizes = targets.linear_sizes(transformer)
+    parameters = sum(targets.num_parameters(sizes[name], rank, config) for name, rank in ranks.items())
     blocks = max(1, len(transformer.visual_transformer_blocks))
     in_blocks = sum(rank for name, rank in ranks.items() if name.startswith("visual_transformer_blocks."))
     return parameters, -(-in_blocks // blocks)

@@ -9,13 +9,14 @@ import torch
 
 from k5cache.shared.checkpoint import folder_without_weights, read_config
 from k5cache.shared.console import human_bytes
+from k5cache.shared.host_memory import free_ram
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import open_cache
 from k5train.base.architecture import FULL_SIZE
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
-from k5train.planning.plan import largest_sizes, plan_for
+from k5train.planning.plan import check_ram, largest_sizes, plan_for
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ def plan_without_loading(
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
     budget = vram.budget(torch.device("cuda" if on_gpu else "cpu"), config.memory.vram)
     plan = plan_for(transformer, config, device, sizes, budget)
+    rows = memory.describe(plan)
+    if device.type == "cpu":
+        check_ram(plan, transformer, config, free := free_ram())
+        rows.append(("free RAM", human_bytes(free)))
     card = torch.cuda.get_device_name() if on_gpu else "no GPU here"
     if config.memory.vram:
         card = f"a card of {config.memory.vram}: {human_bytes(CONTEXT_BYTES)} of it for CUDA itself"
@@ -57,4 +62,4 @@ def plan_without_loading(
         f"{card}; {sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
         f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
     )
-    return PlanText(title, memory.describe(plan))
+    return PlanText(title, rows)
