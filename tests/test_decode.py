@@ -147,6 +147,20 @@ def test_one_sample_of_few_bits_is_read_whether_or_not_it_calls_itself_a_plane(t
         assert corners(path).tolist() == [[[255, 0, 0], [0, 0, 0]], [[0, 0, 0], [255, 0, 0]]]
 
 
+def test_four_pixels_of_an_uncompressed_tiff_may_share_a_colour(tmp_path):
+    luma_and_colour = np.asarray(Image.fromarray(RGB).convert("YCbCr"))
+    quads = luma_and_colour.reshape(SIDE // 2, 2, SIDE // 2, 2, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 4, 3)
+    units = np.concatenate([quads[:, :, 0], quads[:, 0, 1:]], axis=1)  # Y Y Y Y Cb Cr, and 2x2 is the default
+    path = tiff(tmp_path / "cat.tiff", np.zeros((SIDE, SIDE // 2, 3), np.uint8), 6)
+    data = bytearray(path.read_bytes())
+    data[-units.size :] = units.tobytes()
+    at = data.index(struct.pack("<HHIH", 256, 3, 1, SIDE // 2)) + 8
+    data[at : at + 2] = struct.pack("<H", SIDE)
+    following = bytes(data) + bytes(4 * units.size)  # Pillow alone would read on into what follows
+    for content in (bytes(data), following):
+        assert np.abs(corners(content) - QUADRANTS).max() <= 2  # YCbCr of 8 bits
+
+
 def test_a_truncated_tiff_of_separate_planes_is_refused(tmp_path):
     data = tiff(tmp_path / "cat.tiff", DEPTHS["16"](RGB), 2, planar=2).read_bytes()
     for share in (0.3, 0.6, 0.9):

@@ -1,8 +1,9 @@
 """Which TIFFs does Pillow read wrongly, and how is such a file written anew so that it reads it right?
 
 Pillow reads uncompressed TIFFs itself and leaves compressed ones to libtiff. Its own reader takes the planes of a file
-that stores each colour apart for 8-bit planes, so 16-bit ones become a smear and inverted ones are not inverted.
-libtiff reads them right, so the strips are packed here without compressing them, and the tags say so.
+that stores each colour apart for 8-bit planes, so 16-bit ones become a smear and inverted ones are not inverted. It
+does not know either that four pixels of YCbCr may share a colour. libtiff reads both right, so the strips are packed
+here without compressing them, and the tags say so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from PIL import TiffImagePlugin
 from k5cache.sources.items import UnreadableImage
 
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR, SAMPLE_FORMAT = 258, 259, 262, 277, 284, 339
+_WIDTH, _HEIGHT, _YCBCR = 256, 257, 6
 _STRIPS, _TILES = (273, 279), (324, 325)  # offsets, numbers of bytes
 _SEPARATE, _CHUNKY = 2, 1
 _RAW, _DEFLATE = 1, 8
@@ -34,8 +36,14 @@ def refuse_what_is_read_wrongly(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def is_misread(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether Pillow would read this file's planes as if they had other bits than they have."""
-    return image.tag_v2.get(PLANAR, _CHUNKY) == _SEPARATE and image.info.get("compression") == "raw"
+    """Whether Pillow would read this file's planes as if they had other bits than they have, or colours of fewer pixels
+    as if every pixel had its own."""
+    if image.info.get("compression") != "raw":
+        return False
+    if image.tag_v2.get(PHOTOMETRIC) == _YCBCR:
+        width, height = image.tag_v2.get(_WIDTH, 0), image.tag_v2.get(_HEIGHT, 0)
+        return 0 < sum(image.tag_v2.get(_STRIPS[1], ())) < 3 * width * height
+    return image.tag_v2.get(PLANAR, _CHUNKY) == _SEPARATE
 
 
 def rewritten(data: bytes) -> bytes:
