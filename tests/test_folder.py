@@ -128,7 +128,7 @@ def test_a_caption_is_cleaned_as_the_pipeline_cleans_what_was_written(tmp_path, 
 # Names that are patterns elsewhere
 
 
-@pytest.mark.parametrize("strategy", ["textfile", "filename"])
+@pytest.mark.parametrize("strategy", ["textfile", "filename", "metadata"])
 def test_names_with_characters_of_patterns_and_urls_are_plain_names(tmp_path, strategy):
     source = tmp_path / "a [1] {b} * ? :: # %20" / "set [a-z]**"
     names = ["cat [2].jpg", "sub#1/*.jpg", "sub#1/{x}?.jpg", "100%25::x.jpg"]
