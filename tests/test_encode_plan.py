@@ -197,6 +197,13 @@ def test_captions_that_did_not_change_are_not_cleaned_again(three):
     assert three.cleaned == ["", "a cat", "a spaniel", "a owl"]
 
 
+def test_captions_that_are_divided_elsewhere_are_others(three):
+    three.put("fox.jpg", "fox", "a fox\0a vixen")
+    three.encode()
+    three.images["fox.jpg"] = ("fox", (2000, 2000), ("a fox", "a vixen"))
+    assert summary(three.plan()) == {"texts": ["a fox", "a vixen"], "changed": ["fox.jpg"]}
+
+
 def test_a_deleted_image_leaves_the_rows_and_its_latents_are_found_when_it_comes_back(three):
     dog = three.images.pop("dog.jpg")
     assert summary(three.encode()) == {"removed": ["dog.jpg"]}

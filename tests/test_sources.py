@@ -228,8 +228,10 @@ def test_splits_that_a_readme_declares_come_before_those_of_names(tmp_path):
         assert sorted(item.captions[0] for item in found.items) == sorted(theirs)
         reason = f"is not in the split {split} of the README"
         assert {skip.path: skip.reason for skip in found.skipped} == dict.fromkeys(other, reason)
+    (source / "README.md").write_bytes(b"caf\xe9, no YAML")  # declares nothing
+    assert list(captions(source, caption_strategy="metadata")) == ["train/a.png"]
     gc.collect()  # here, where the warning is expected, and not in a later test
-    assert "has no split dev; it has train, test" in refusal(source, caption_strategy="metadata", split="dev")
+    assert "has no split dev; its folders name train" in refusal(source, caption_strategy="metadata", split="dev")
 
 
 def test_rows_of_one_file_for_all_are_sorted_into_splits_by_the_images_folders(tmp_path):

@@ -82,7 +82,9 @@ class PreviousIndex:
 
 def captions_hash(item: SourceItem) -> str:
     """A hash of the raw captions, kept in the index. If it is unchanged, the row's ``caption_keys`` are still valid."""
-    return hashlib.sha256("\0".join(item.captions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    is_clear = not any("\0" in caption for caption in item.captions)  # a table's cell may contain it
+    text = "\0".join(item.captions) if is_clear else repr(item.captions)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def mask_stat(item: SourceItem) -> tuple[int, int, int]:

@@ -71,7 +71,11 @@ def read_card(folder: Path) -> Any | None:
     from huggingface_hub import DatasetCard, DatasetCardData
 
     try:
-        card: Any = DatasetCard(readme.read_text(encoding="utf-8")).data if readme.is_file() else DatasetCardData()
+        card: Any = (
+            DatasetCard(readme.read_text(encoding="utf-8", errors="replace")).data
+            if readme.is_file()
+            else DatasetCardData()
+        )
         declared = yaml.safe_load(plain.read_text(encoding="utf-8")) if plain.is_file() else None
         return DatasetCardData(**{**card.to_dict(), **declared}) if declared else card
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
