@@ -169,7 +169,7 @@ def test_a_run_that_was_refused_leaves_its_folder_to_the_mended_command(cli, toy
     assert list((cli.folder / "runs").iterdir()) == []
     (cli.folder / "runs" / "a").mkdir()
     (cli.folder / "runs" / "a" / "notes.txt").write_text("mine", encoding="utf-8")
-    refused(cli(train_app, *run, "train.steps=1"), "runs/a already holds a run")
+    refused(cli(train_app, *run, "train.steps=1"), "runs/a is not empty and not a run: it holds notes.txt")
     assert (cli.folder / "runs" / "a" / "notes.txt").read_text(encoding="utf-8") == "mine"
     (cli.folder / "runs" / "a" / "notes.txt").unlink()
     done = cli(train_app, *run, "train.steps=1", "--set", "train.mixed_precision=fp32")

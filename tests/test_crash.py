@@ -191,14 +191,14 @@ def test_ordinary_rows_of_any_image_are_in_line(tmp_path, toy_model):
 
 
 def test_an_unfinished_cache_is_a_problem_and_what_a_crash_left_is_not(tmp_path):
-    make_cache(tmp_path)
-    with ShardWriter(tmp_path, "latents", LATENTS, (64, 64)) as writer:
+    make_cache(tmp_path / "old")
+    with ShardWriter(tmp_path / "old", "latents", LATENTS, (64, 64)) as writer:
         writer.append(latents_row(9))
         left = writer.finish()
-    report = verify_cache(tmp_path)
-    assert (report.problems, report.unnamed) == ((), (left.file,))
-    assert collect(tmp_path).unnamed == (left.file,)
-    assert not (tmp_path / left.file).exists()
+    report = verify_cache(tmp_path / "old")
+    assert (report.problems, report.unnamed, report.foreign) == ((), (left.file,), ())
+    assert collect(tmp_path / "old").unnamed == (left.file,)
+    assert not (tmp_path / "old" / left.file).exists()
     with lock(tmp_path / "new"):
         write_manifest(tmp_path / "new", Manifest(recipe={}))
     assert "interrupted" in verify_cache(tmp_path / "new").problems[0]

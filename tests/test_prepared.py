@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k5cache.shared.errors import ModelError
+from k5cache.shared.errors import ModelError, OutputError
 from k5train.base import prepared
 from k5train.base.prepared import list_bases, load_prepared, prepare, prepared_path, remove
 from k5train.base.quantize import finish, load_transformer
@@ -135,11 +134,23 @@ def test_bases_are_listed_and_removed_by_the_start_of_their_names(toy_model):
     assert list_bases() == []
 
 
-def test_a_foreign_file_in_the_folder_is_listed_as_such(k5_home):
+def test_a_foreign_file_in_the_folder_is_neither_listed_nor_removed(k5_home):
     (k5_home / "base").mkdir(parents=True)
     (k5_home / "base" / "x.safetensors").write_bytes(b"nonsense")
-    assert not list_bases()[0].is_whole
-    assert Path(list_bases()[0].path).name == "x.safetensors"
+    damaged = k5_home / "base" / f"{'0' * 32}.safetensors"
+    damaged.write_bytes(b"nonsense")
+    assert [(base.path, base.is_whole) for base in list_bases()] == [(damaged, False)]
+    with pytest.raises(ModelError, match="0 prepared bases"):
+        remove("x")
+    assert (k5_home / "base" / "x.safetensors").read_bytes() == b"nonsense"
+
+
+def test_a_home_that_cannot_be_written_is_refused_before_anything_is_quantised(tmp_path, toy_model, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("K5_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="file is a file") as caught:
+        prepare(toy_model, torch.bfloat16, CPU)
+    assert caught.value.fix == "Set K5_HOME to a folder that can be written"
 
 
 def test_tables_go_to_the_device_and_weights_stay_where_they_were_placed(toy_model):

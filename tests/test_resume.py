@@ -387,8 +387,10 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(whole):
 def test_a_kill_while_the_folder_was_being_made_leaves_it_to_the_same_command(tmp_path, cache, toy_model):
     root = tmp_path / "run"
     (root / "checkpoints").mkdir(parents=True)
-    for name in ("recipe.toml", ".99999999-recipe.toml", ".99999999-run.json"):  # no process has that number
-        (root / name).write_text("[mo")
+    (root / "run.json").write_text('{"cache": "cache", "versions": {}}')  # recipe.toml comes last
+    for name in ("recipe.toml", "run.json"):
+        (root / f".99999999-{name}").mkdir()  # no process has that number
+        (root / f".99999999-{name}" / name).write_text("[mo")
     start_run(root, cache, toy_model, replace(CONFIG, steps=1))
     assert not list(root.glob(".9*"))
 

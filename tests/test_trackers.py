@@ -12,7 +12,7 @@ from PIL import Image
 from k5cache.shared.errors import RunError
 from k5cache.shared.model import ModelConfig
 from k5train.options.validation import TrackersConfig
-from k5train.runs.folder import Run, create_run, undone_if_refused
+from k5train.runs.folder import Run, new_run
 from k5train.runs.metrics import Metrics
 from k5train.runs.trackers import check_trackers, open_trackers
 from k5train.training.start import open_data
@@ -87,16 +87,15 @@ def test_wandb_that_does_not_start_is_two_lines_and_leaves_no_run(tmp_path, toy_
 
     monkeypatch.setattr(wandb, "init", no_key)
     config = replace(CONFIG, trackers=TrackersConfig(use=("wandb",)))
-    run = create_run(tmp_path / "run", toy_cache("fp32"), ModelConfig(path=str(toy_model)), config)
     data = open_data(toy_cache("fp32"), config)
     with (
         pytest.raises(RunError, match="wandb does not start: No API key") as caught,
-        undone_if_refused(run),
+        new_run(tmp_path / "run", toy_cache("fp32"), ModelConfig(path=str(toy_model)), config) as run,
     ):
         train(data, toy_model, config, run)
     assert "\n" not in caught.value.problem
     assert "train.trackers.offline=true" in caught.value.fix
-    assert not run.root.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_trackio_keeps_numbers_and_pictures_locally_and_prints_no_token(tmp_path, monkeypatch, capfd):

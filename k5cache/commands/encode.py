@@ -97,9 +97,11 @@ def plan(
     from k5cache.encode.request import EncodeOptions, read_listed_request
     from k5cache.shared.device import check_name
     from k5cache.sources.find import default_name
+    from k5cache.store.ours import check_root
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
+    check_root(root, reads=[source])
     encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
     request = read_listed_request(source, root, model_config, cache_config, prompts, encode_options)
     with console.progress() as bars:
@@ -129,9 +131,11 @@ def diff(
     from k5cache.encode.preview import preview_encode
     from k5cache.encode.request import EncodeOptions, read_listed_request
     from k5cache.sources.find import default_name
+    from k5cache.store.ours import check_root
 
     model_config, cache_config, prompts = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
+    check_root(root, reads=[source])
     preview_options = EncodeOptions(update=True, is_preview=True)
     request = read_listed_request(source, root, model_config, cache_config, prompts, preview_options)
     with console.progress() as bars:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.commands.arguments import CachePath, Json, Wait
+from k5cache.commands.listing import print_some
 from k5cache.shared import console
 
 if TYPE_CHECKING:
     from k5cache.upkeep.gc import Collected
+
+MOST_FILES = 100  # of each kind that are named; --json names all
 
 
 def gc(
@@ -43,4 +46,7 @@ def print_collected(collected: Collected, root: Path, is_dry_run: bool) -> None:
     table.add_row("shards rewritten without them", str(len(collected.rewritten)))
     table.add_row("files that no manifest names", str(len(collected.unnamed)))
     console.out.print(table)
+    print_some(f"{would} deleted", collected.dropped + collected.unnamed, "dim", most=MOST_FILES)
+    print_some(f"{would} rewritten", collected.rewritten, "dim", most=MOST_FILES)
+    print_some("files that are not of this cache (they stay)", collected.foreign, "yellow", most=MOST_FILES)
     console.out.print(f"{console.human_bytes(collected.num_bytes)} {would} freed", markup=False)

@@ -20,11 +20,12 @@ def show(
     seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
 ) -> None:
     """Draw a contact sheet of what will be trained on: decoded latents with bucket and caption."""
+    from k5cache.shared.outputs import check_file
     from k5cache.store.reader import open_cache
-    from k5cache.upkeep.show import write_contact_sheet
+    from k5cache.upkeep.show import free_default, write_contact_sheet
 
     opened = open_cache(cache)
-    path = out or cache.resolve().with_name(f"{cache.resolve().name}.png")
+    path = check_file(out or free_default(cache), ".png")
     with console.progress() as bars:
         model_config = model_of_cache(opened.manifest, model)
         num_shown = write_contact_sheet(opened, path, count, model_config, device, bars, seed)

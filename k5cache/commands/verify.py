@@ -66,6 +66,7 @@ def print_verified(verified: Verified, reencoded: Reencoded | None) -> None:
         print_reencoded(reencoded)
     print_some("problems", verified.problems, "bold red", most=len(verified.problems))
     print_some("files that nothing names (k5cache gc deletes them)", verified.unnamed, "dim")
+    print_some("files that are not of this cache (they stay)", verified.foreign, "yellow")
 
 
 def print_reencoded(reencoded: Reencoded) -> None:

@@ -23,9 +23,11 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.outputs import check_writable
 from k5cache.sources import find
 from k5cache.sources.items import Skipped
 from k5cache.store.manifest import Manifest, lock, require_files
+from k5cache.store.ours import check_root
 
 
 def encode_source(
@@ -44,6 +46,7 @@ def encode_source(
     weights.
 
     Raises:
+        OutputError: ``root`` holds something other than a cache, or cannot be written. This is found before any work.
         DatasetError: ``source`` holds no usable image.
         ModelError: the checkpoint lacks an encoder.
         CacheStale: ``root`` was made by another recipe, and ``update`` is not set.
@@ -52,6 +55,7 @@ def encode_source(
         DoesNotFit: an encoder fits in no mode, or memory ran out while it was running.
     """
     started = time.monotonic()
+    check_root(root, reads=[source])
     listing = None
     if not (options.rehash or options.repair):
         local_request = _request_on_this_machine(source, root, model, config, prompts)
@@ -62,6 +66,7 @@ def encode_source(
             if listing is None or listing_digest(listing) == manifest.source.listing:
                 require_files(root, manifest)
                 return _unchanged(manifest, time.monotonic() - started)
+    check_writable(root)
     with console.doing(
         bars, "looking at the images and the model"
     ):  # the first time on a machine, diffusers is imported

@@ -32,6 +32,10 @@ class DatasetError(K5Error):
     """The source of images cannot be used at all. (A single bad image is skipped and reported instead.)"""
 
 
+class OutputError(K5Error):
+    """A command cannot write where it was told to, or what is there is not its own."""
+
+
 class ModelError(K5Error):
     """A checkpoint is missing, incomplete or of another architecture."""
 

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"
+_OF_LIBRARIES = re.compile(r"\.tmp\w+")  # safetensors' temporary files
 
 
 class NewFile:
@@ -118,14 +118,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file, then rename it. For libraries that need a path to write to.
 
     The file lies in a temporary folder beside ``path``, so that temporary files that the library itself makes are in it
-    too (safetensors' ``.tmpXXXXXX``). Such folders of processes that were killed are deleted. If several processes
-    write the same file at once, the last to finish wins.
+    too (safetensors' ``.tmpXXXXXX``). Such folders of processes that were killed are deleted, unless they hold anything
+    else. If several processes write the same file at once, the last to finish wins.
     """
     folder = path.with_name(f".{os.getpid()}-{path.name}")
     for leftover in path.parent.iterdir():
         match = re.fullmatch(rf"\.(\d+)-{re.escape(path.name)}", leftover.name)
         if match and not _is_alive(int(match[1])):
-            _remove(leftover)
+            _remove(leftover, path.name)
     folder.mkdir()
     try:
         temporary = folder / path.name
@@ -136,16 +136,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         sync_file(temporary)
         temporary.replace(path)
     finally:
-        _remove(folder)
+        _remove(folder, path.name)
     sync_folder(path.parent)
 
 
-def _remove(leftover: Path) -> None:
-    """Delete a temporary folder with all that is in it, or a temporary file of an earlier version."""
-    if leftover.is_dir() and not leftover.is_symlink():
-        shutil.rmtree(leftover, ignore_errors=True)
-    else:
-        leftover.unlink(missing_ok=True)
+def _remove(folder: Path, name: str) -> None:
+    """Delete a temporary folder if it holds only the file ``name`` and what libraries write before it."""
+    with suppress(OSError):  # it is not a folder, or another process is deleting it too
+        entries = [] if folder.is_symlink() else list(folder.iterdir())
+        if all(entry.name == name or _OF_LIBRARIES.fullmatch(entry.name) for entry in entries):
+            for entry in entries:
+                entry.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -12,17 +13,19 @@ from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import TEMPORARY
 
 FOLDERS = ("latents", "masks", "text")
+TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}\d+-[0-9a-f]{{12}}", re.ASCII)  # as NewFile gives it
 
 
 def remove_leftovers(root: Path) -> list[str]:
-    """Delete the temporary files of killed writers. The caller has the cache's lock. Returns the names deleted."""
+    """Delete the temporary files of killed writers. The caller has the cache's lock. Returns their paths."""
     removed = []
     for folder in (root, *(root / name for name in FOLDERS)):
         if folder.is_dir() and not folder.is_symlink():
             for path in folder.glob(f"{TEMPORARY}*"):
-                with suppress(FileNotFoundError):
-                    path.unlink()
-                    removed.append(path.name)
+                if TEMPORARY_NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                    with suppress(FileNotFoundError):
+                        path.unlink()
+                        removed.append(path.relative_to(root).as_posix())
     return removed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from k5cache.store import locations, tables
 from k5cache.store.manifest import IndexInfo, Manifest
+from k5cache.store.ours import TABLE_KEYS
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Mani
     Raises:
         KeyError: a row names a latent or text key that no shard of ``manifest`` has.
     """
-    generation = 1 + max((_generation(info) for info in (manifest.index, manifest.locations) if info), default=-1)
+    generation = _next_generation(root, manifest)
     info = locations.write_locations(root, manifest.shards, generation, manifest.locations)
     table = locations.Locations(root, info, manifest.shards)
     lengths = table.text_lengths()
@@ -86,7 +88,8 @@ def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Mani
 def write_index(root: Path, rows: Sequence[IndexRow], generation: int) -> IndexInfo:
     """Write ``index-<generation>.parquet``. An encode calls ``with_index``, which also writes the locations."""
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(IndexRow)}
-    return tables.write_table(root, pa.Table.from_pydict(columns, schema=SCHEMA), f"index-{generation:06d}.parquet")
+    table = pa.Table.from_pydict(columns, schema=SCHEMA.with_metadata({TABLE_KEYS["index"]: '{"format": 1}'}))
+    return tables.write_table(root, table, f"index-{generation:06d}.parquet")
 
 
 def read_index(root: Path, info: IndexInfo) -> pa.Table:
@@ -108,6 +111,14 @@ def row_of(values: Mapping[str, Any]) -> IndexRow:
     """One row of an index, from the dictionary that Arrow's ``to_pylist`` gives."""
     arguments: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in values.items()}
     return IndexRow(**arguments)
+
+
+def _next_generation(root: Path, manifest: Manifest) -> int:
+    """One more than the manifest's, and more if a file has that name already: it may be anyone's."""
+    generation = 1 + max((_generation(info) for info in (manifest.index, manifest.locations) if info), default=-1)
+    while any(os.path.lexists(root / f"{kind}-{generation:06d}.parquet") for kind in TABLE_KEYS):
+        generation += 1
+    return generation
 
 
 def _generation(info: IndexInfo) -> int:

@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 
 from k5cache.store import tables
 from k5cache.store.manifest import IndexInfo, ShardInfo, ShardKind
+from k5cache.store.ours import TABLE_KEYS
 from k5cache.store.shards import Shard
 
-FILES_KEY = b"k5cache.files"
+FILES_KEY = TABLE_KEYS["locations"]
 REMEMBERED = 200_000  # look-ups, about 50 MB; in larger caches the rest are bisected each time
 SCHEMA = pa.schema(
     [

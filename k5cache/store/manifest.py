@@ -21,9 +21,9 @@ from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import new_file
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.store import files
+from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root
 
 FORMAT = 1
-FILE = "manifest.json"
 MAX_BYTES = 1 << 28  # 256 MiB, about 800,000 shards
 MAX_ROWS = 1 << 31  # of an index or a shard: row numbers are int32
 MAX_FILE_BYTES = 1 << 48
@@ -31,10 +31,6 @@ MAX_FILE_BYTES = 1 << 48
 ShardKind = Literal["latents", "masks", "text"]
 _BEGIN = b'{\n "sha256": "'
 _DIGITS = slice(len(_BEGIN), len(_BEGIN) + 64)
-_SHARD_FILE = re.compile(
-    r"((latents|masks)/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII
-)
-_INDEX_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
 _SOURCE = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -117,6 +113,16 @@ class Manifest:
     """What the encoder could not use. Readers do not use it."""
     format: int = FORMAT
 
+    @property
+    def tables(self) -> set[str]:
+        """The names of the index and the locations, as far as there are any."""
+        return {info.file for info in (self.index, self.locations) if info}
+
+    @property
+    def named(self) -> set[str]:
+        """Every file that it names."""
+        return {shard.file for shard in self.shards} | self.tables
+
 
 def read_manifest(root: Path) -> Manifest:
     """Read and check ``root/manifest.json``.
@@ -139,18 +145,20 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Replace ``root/manifest.json`` atomically, then delete index and locations files that it no longer names.
+    """Replace ``root/manifest.json`` atomically, then delete the index and locations that only the one before it named.
 
-    The caller has the lock, and every file that the manifest names is on disk.
+    The caller has the lock, and every file that the manifest names is on disk. A file that no manifest named stays: it
+    may be a stranger's, or ``k5cache gc`` finds out that it is ours.
     """
     raw = encode_document(asdict(manifest) | {"source": str(manifest.source)})
     _parse(root, raw)  # never write what a reader would refuse
+    named = manifest.tables
+    is_replaced = any(TABLE_FILE.fullmatch(path.name) and path.name not in named for path in root.iterdir())
+    replaced = _tables_named_before(root) - named if is_replaced else set()  # most commits replace none
     with new_file(root / FILE) as file:
         file.write(raw)
-    named = {info.file for info in (manifest.index, manifest.locations) if info}
-    for path in root.iterdir():
-        if _INDEX_FILE.fullmatch(path.name) and path.name not in named:
-            path.unlink(missing_ok=True)
+    for name in replaced:
+        (root / name).unlink(missing_ok=True)
 
 
 def require_files(root: Path, manifest: Manifest) -> None:
@@ -164,20 +172,30 @@ def require_files(root: Path, manifest: Manifest) -> None:
             os.close(files.open_inside(root, info.file, info.num_bytes))
 
 
+def _tables_named_before(root: Path) -> set[str]:
+    """The index and locations of the manifest on disk; none if there is none, or if it cannot be believed."""
+    try:
+        return read_manifest(root).tables
+    except CacheError:
+        return set()
+
+
 @contextmanager
-def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
+def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
     """Let no other process write the cache at ``root`` until the end of the block. Readers need no lock.
 
-    Deletes temporary files that a killed writer left.
+    Makes the folder if there is none. Deletes temporary files that a killed writer left, and yields their names.
 
     Raises:
+        OutputError: the folder holds files that are not of a cache; nothing is written.
         CacheLocked: another process had the lock for all of ``wait_seconds``; says which.
         CacheError: the folder cannot be written.
     """
+    check_root(root)
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(root / ".lock", wait_seconds))
+            stack.enter_context(lock_file(root / LOCK, wait_seconds))
         except Locked as error:
             raise CacheLocked(
                 f"{root} is being written by {error.owner}",
@@ -190,8 +208,7 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[None]:
                 f"{root} cannot be written: {error.strerror}",
                 "Choose another folder with -o, or change its permissions",
             ) from None
-        files.remove_leftovers(root)
-        yield
+        yield files.remove_leftovers(root)
 
 
 def encode_document(document: dict[str, Any]) -> bytes:
@@ -262,7 +279,7 @@ def _shard(value: object) -> ShardInfo:
     kind = value.get("kind")
     if kind not in ("latents", "masks", "text"):
         _wrong("kind", kind)
-    file = _match(value, "file", _SHARD_FILE)
+    file = _match(value, "file", SHARD_FILE)
     if kind == "text":
         expected = "text/"
         if bucket is not None:
@@ -300,7 +317,7 @@ def _table(value: object, prefix: str) -> IndexInfo | None:
         return None
     if not isinstance(value, dict):
         _wrong(prefix, value)
-    file = _match(value, "file", _INDEX_FILE)
+    file = _match(value, "file", TABLE_FILE)
     if not file.startswith(prefix):
         _wrong("file", file)
     rows, size = _count(value, "num_rows", MAX_ROWS), _count(value, "num_bytes", MAX_FILE_BYTES)

@@ -10,8 +10,8 @@ from k5cache.shared.files import sync_folder
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
+from k5cache.store.ours import unnamed_files
 from k5cache.store.shards import Shard, ShardWriter
-from k5cache.upkeep.verify import unnamed_files
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Collected:
     rewritten: tuple[str, ...]
     """Shards with some rows that are needed: these rows are copied into a new shard."""
     unnamed: tuple[str, ...]
-    """Files that no manifest names: left by a crash or by an earlier collection."""
+    """Files of ours that the manifest does not name: left by a crash or by an earlier collection."""
+    foreign: tuple[str, ...]
+    """Files that are not of this cache. They stay."""
     num_rows: int
     """Rows that are deleted."""
     num_bytes: int
@@ -32,6 +34,8 @@ class Collected:
 
 def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Collected:
     """Delete what neither the index nor a prompt needs.
+
+    Only files are deleted that the manifest names, or whose content proves that they are ours. All others stay.
 
     The new shards are whole and named before the old ones are deleted, so a crash at any instant loses nothing, and
     the next collection finishes the work. Do not collect while a run trains on this cache and another index has been
@@ -45,19 +49,22 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
     manifest = read_manifest(root)  # before the lock, which would create the folder of a mistyped name
     if dry_run:
         return _look(root, manifest, _needed_keys(manifest, _read_rows(root, manifest)))
-    with lock(root, wait_seconds):
+    with lock(root, wait_seconds) as temporary_files:
         manifest = read_manifest(root)
         rows = _read_rows(root, manifest)
         needed = _needed_keys(manifest, rows)
         collected = _look(root, manifest, needed)
         if collected.rewritten or collected.dropped:
             manifest = _commit(root, manifest, collected, rows, needed)
-        for name in unnamed_files(root, manifest):
+        # A shard that a killed collection left without a name may have been written again now, and named.
+        named = manifest.named
+        collected = replace(collected, unnamed=tuple(name for name in collected.unnamed if name not in named))
+        for name in (*collected.dropped, *collected.rewritten, *collected.unnamed):
             (root / name).unlink(missing_ok=True)
         for folder in files.FOLDERS:
             if (root / folder).is_dir():
                 sync_folder(root / folder)
-    return collected
+    return replace(collected, unnamed=tuple(sorted({*temporary_files, *collected.unnamed})))
 
 
 def _read_rows(root: Path, manifest: Manifest) -> list[IndexRow]:
@@ -76,10 +83,10 @@ def _needed_keys(manifest: Manifest, rows: Sequence[IndexRow]) -> dict[str, set[
 
 def _look(root: Path, manifest: Manifest, needed: Mapping[str, Set[str]]) -> Collected:
     """What can be deleted; nothing is changed."""
-    unnamed = tuple(sorted(unnamed_files(root, manifest)))
-    num_rows, num_bytes = 0, sum((root / name).stat().st_size for name in unnamed)
+    unnamed = unnamed_files(root, manifest.named)
+    num_rows, num_bytes = 0, sum((root / name).stat().st_size for name in unnamed.ours)
     if manifest.index is None:  # an interrupted encode goes on from here: all its rows are needed
-        return Collected((), (), unnamed, num_rows, num_bytes)
+        return Collected((), (), unnamed.ours, unnamed.foreign, num_rows, num_bytes)
     dropped, rewritten = list[str](), list[str]()
     missing = {kind: set(keys) for kind, keys in needed.items()}  # needed keys that were not found in a shard yet
     for shard in manifest.shards:
@@ -91,7 +98,7 @@ def _look(root: Path, manifest: Manifest, needed: Mapping[str, Set[str]]) -> Col
             (rewritten if needed_here else dropped).append(shard.file)
             num_rows += num_unneeded
             num_bytes += shard.num_bytes * num_unneeded // len(keys)
-    return Collected(tuple(dropped), tuple(rewritten), unnamed, num_rows, num_bytes)
+    return Collected(tuple(dropped), tuple(rewritten), unnamed.ours, unnamed.foreign, num_rows, num_bytes)
 
 
 def _commit(

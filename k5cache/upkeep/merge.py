@@ -11,9 +11,11 @@ from pathlib import Path
 from k5cache.encode.differences import differences
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.files import new_file, sync_folder
+from k5cache.shared.outputs import check_writable
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
+from k5cache.store.ours import check_root
 from k5cache.store.shards import verify_shard
 from k5cache.upkeep.finished import finished_index
 
@@ -44,13 +46,18 @@ def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
         CacheStale: two recipes differ; the message names the fields.
         CacheCorrupt: a shard is damaged; it is named before anything is linked to it.
         CacheError: a path stands for different images in two caches, or ``out`` is a cache already.
+        OutputError: ``out`` is one of the parts, holds something other than a cache, or cannot be written.
     """
+    check_root(out, reads=parts)
+    if (out / "manifest.json").exists():
+        raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
+    check_writable(out)
     if len(parts) < 2:
         raise CacheError("There is one cache to merge", "Name two or more: k5cache merge A B -o C")
     manifests = [_read_finished(root) for root in parts]
     _require_one_recipe(parts, manifests)
     with lock(out):
-        if (out / "manifest.json").exists():
+        if (out / "manifest.json").exists():  # another process has made it while the parts were read
             raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
         rows, duplicates = _merge_rows(parts, manifests)
         shards: dict[str, ShardInfo] = {}
@@ -112,13 +119,17 @@ def _keys(row: IndexRow) -> tuple[object, ...]:
 
 
 def _bring(root: Path, out: Path, shard: ShardInfo) -> bool:
-    """Check ``shard`` and link or copy it into ``out``. Returns whether it is a hard link."""
+    """Check ``shard`` and link or copy it into ``out``. Returns whether it is a hard link.
+
+    An interrupted merge may have brought it already. Then it is whole, as the lock has checked by its sha256.
+    """
     problems = verify_shard(root, shard)
     if problems:
         raise files.corrupt(root, problems[0])
     target = out / shard.file
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    if target.exists():
+        return target.samefile(root / shard.file)
     try:
         os.link((root / shard.file).resolve(), target)
     except OSError:  # another disk, or one without hard links

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, ImageStat
+from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
 
 from k5cache.encode.differences import Difference, refuse_model, table_of
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.device import pick_device
+from k5cache.shared.errors import OutputError
 from k5cache.shared.files import new_file
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.model import ModelConfig
@@ -24,6 +26,7 @@ from k5cache.store.reader import Cache
 if TYPE_CHECKING:
     import torch
 
+SOFTWARE = "k5cache show"  # in the PNG: a sheet may be drawn over an older one of the same cache
 CELL = 256  # pixels of the longer side of a picture in the sheet
 LINES = 4  # of caption under a picture
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
@@ -53,11 +56,35 @@ def write_contact_sheet(
     """
     numbers = sorted(random.Random(seed).sample(range(len(cache)), min(count, len(cache))))
     sheet = contact_sheet(decode(cache, numbers, model, device, bars))
-    data = BytesIO()
-    sheet.save(data, format="PNG")
+    data, note = BytesIO(), PngInfo()
+    note.add_text("Software", SOFTWARE)
+    sheet.save(data, format="PNG", pnginfo=note)
     with new_file(out) as file:
         file.write(data.getvalue())
     return len(numbers)
+
+
+def free_default(cache: Path) -> Path:
+    """``<CACHE>.png`` beside the cache, unless a picture of someone else has that name.
+
+    Raises:
+        OutputError: the file was not drawn here.
+    """
+    path = cache.resolve().with_name(f"{cache.resolve().name}.png")
+    if path.is_file() and not _is_sheet(path):
+        raise OutputError(
+            f"{path} is there already and was not drawn by k5cache show",
+            "Name another file with -o, such as -o sheet.png",
+        )
+    return path
+
+
+def _is_sheet(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str, bars: Progress) -> list[Shown]:

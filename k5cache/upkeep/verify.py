@@ -11,11 +11,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from k5cache.shared.errors import CacheError
-from k5cache.store import files, tables
+from k5cache.store import tables
 from k5cache.store.index import SCHEMA as INDEX_SCHEMA
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import Locations, file_names, locate
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
+from k5cache.store.ours import unnamed_files
 from k5cache.store.shards import StoredRow, verify_shard
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ class Verified:
     num_rows: int = 0
     num_bytes: int = 0
     unnamed: tuple[str, ...] = ()
-    """Files that no manifest names: left by a crash, or shards that were replaced. `k5cache gc` deletes them."""
+    """Files of ours that the manifest does not name: left by a crash, or replaced. `k5cache gc` deletes them."""
+    foreign: tuple[str, ...] = ()
+    """Files that are not of this cache. Nothing of ours deletes them."""
     seconds: float = 0.0
 
 
@@ -67,25 +70,17 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         problems += verify_shard(root, shard, partial(norms.visit, shard))
         advance(shard.num_bytes)
     problems += norms.out_of_line(root)
+    unnamed = unnamed_files(root, manifest.named)
     return Verified(
         root=root,
         problems=tuple(dict.fromkeys(problems)),  # a shard that cannot be opened is reported by its rows and its table
         num_shards=len(manifest.shards),
         num_rows=sum(shard.num_rows for shard in manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
-        unnamed=tuple(sorted(unnamed_files(root, manifest))),
+        unnamed=unnamed.ours,
+        foreign=unnamed.foreign,
         seconds=time.monotonic() - started,
     )
-
-
-def unnamed_files(root: Path, manifest: Manifest) -> Iterator[str]:
-    """Files of this format's kinds that the manifest does not name, relative to ``root``."""
-    named = {shard.file for shard in manifest.shards}
-    named |= {info.file for info in (manifest.index, manifest.locations) if info}
-    for pattern in (*(f"{folder}/*.parquet" for folder in files.FOLDERS), "index-*.parquet", "locations-*.parquet"):
-        for path in root.glob(pattern):
-            if path.relative_to(root).as_posix() not in named and not path.is_symlink():
-                yield path.relative_to(root).as_posix()
 
 
 def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:

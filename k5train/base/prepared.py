@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,11 @@ import xxhash
 from torch import Tensor
 
 from k5cache.shared import console
-from k5cache.shared.errors import ModelError
+from k5cache.shared.errors import ModelError, OutputError
 from k5cache.shared.files import write_whole
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.home import k5_home
+from k5cache.shared.outputs import check_writable
 from k5train.base.quantize import converted, empty_transformer, finish, place
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 # Fixed, because checksums are known only after the tensors are written. 3,000 tensors take 0.5 MB.
 _HEADER_BYTES = 4 * 2**20
 _THREADS = 4
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,12 @@ def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Pat
 
     Raises:
         ModelError: tensors that are missing, unexpected, misshapen or unreadable.
+        OutputError: the folder under ``K5_HOME`` cannot be written.
     """
     path = prepared_path(folder, dtype)
     if path.is_file() and _describe(path).is_whole:
         return path
+    _check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def quantise(temporary: Path) -> None:
@@ -120,8 +125,8 @@ def load_prepared(
 
 
 def list_bases() -> list[Prepared]:
-    """Every prepared base."""
-    return [_describe(path) for path in sorted(home().glob("[!.]*.safetensors"))]
+    """Every prepared base. Files with other names than ``prepared_path`` gives are someone else's."""
+    return [_describe(path) for path in sorted(home().glob("*.safetensors")) if _NAME.fullmatch(path.name)]
 
 
 def remove(name: str) -> Prepared:
@@ -140,6 +145,13 @@ def remove(name: str) -> Prepared:
         )
     bases[0].path.unlink()
     return bases[0]
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        check_writable(path)
+    except OutputError as error:
+        raise OutputError(error.problem, "Set K5_HOME to a folder that can be written") from None
 
 
 class _Damaged(Exception):

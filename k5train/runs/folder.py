@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from k5cache.shared import outputs
 from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.files import write_json, write_whole
 from k5cache.shared.lock import Locked, lock_file
@@ -19,8 +20,10 @@ from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 
-# A folder is a run once it has run.json. If it has only these, a kill came before that, and the folder is free.
-_BEFORE_RUN_JSON = re.compile(r"recipe\.toml|checkpoints|samples|\.\d+-(recipe\.toml|run\.json)")
+# A folder is a run once it has recipe.toml, which is written last. If it has only these, a kill came before that. A
+# recipe.toml of the user, alone in a folder, is not among them.
+_BEFORE_RECIPE = re.compile(r"run\.json|checkpoints|samples|\.\d+-(recipe\.toml|run\.json)")
+_FACTS = {"cache", "versions"}  # in run.json
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Run:
     @property
     def name(self) -> str:
         """The run's name, which is also its LoRA's."""
-        return self.root.name
+        return name_of(self.root)
 
     @property
     def lora(self) -> Path:
@@ -82,8 +85,8 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """Step -> the LoRA saved then, in order."""
         paths = (self.root / "checkpoints").glob("step-*.safetensors")
-        by_name = {path.stem.removeprefix("step-"): path for path in paths}
-        return dict(sorted((int(step), path) for step, path in by_name.items() if step.isdigit()))
+        by_step = {int(path.stem[5:]): path for path in paths if path.stem[5:].isdigit()}
+        return {step: path for step, path in sorted(by_step.items()) if path == self.checkpoint(step)}
 
     def checkpoint(self, step: int) -> Path:
         """The LoRA after ``step`` updates."""
@@ -94,39 +97,70 @@ class Run:
         return self.root / "samples" / f"step-{step:06d}"
 
 
-def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Run:
-    """Make the folder of a new run and write its recipe with every option in it.
+def name_of(root: Path) -> str:
+    """The name of the run in a folder, also if the folder was given as ``.`` or ``..``."""
+    return root.name if root.name not in ("", "..") else root.resolve().name
+
+
+def check_new(root: Path) -> None:
+    """Refuse a folder in which a new run would overwrite files or be mixed up with others. Writes nothing.
 
     Raises:
         RunError: there is already a run at ``root``.
+        OutputError: ``root`` holds something else, or cannot be written.
     """
-    if root.exists() and not all(_BEFORE_RUN_JSON.fullmatch(p.name) for p in root.iterdir()):
+    outputs.check_folder(root, "run", _is_unfinished)
+    if outputs.kind_of(root) == "run":
         raise RunError(f"{root} already holds a run", "Give another folder with -o, or another --set train.name=NAME")
+    outputs.check_writable(root)
+
+
+def _is_unfinished(root: Path) -> bool:
+    """Whether a folder holds only what ``create_run`` leaves if it is killed."""
+    entries = [entry for entry in root.iterdir() if not outputs.HARMLESS.fullmatch(entry.name)]
+    if not all(_BEFORE_RECIPE.fullmatch(entry.name) for entry in entries):
+        return False
+    if any(any(entry.iterdir()) for entry in entries if entry.name in ("checkpoints", "samples") and entry.is_dir()):
+        return False
+    try:
+        return all(set(json.loads(e.read_text(encoding="utf-8"))) >= _FACTS for e in entries if e.name == "run.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Run:
+    """Make the folder of a new run and write its recipe with every option in it. Raises as ``check_new``."""
+    check_new(root)
     for folder in (root, root / "checkpoints", root / "samples"):
         folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(root, model, config)
     names = ("kandinsky5-lora", "torch", "diffusers", "peft", "optimum-quanto")
     facts = {"cache": str(cache), "versions": {name: version(name) for name in names}}
     write_json(root / "run.json", facts)
+    write_recipe(root, model, config)
     return Run(root)
 
 
 @contextmanager
-def undone_if_refused(run: Run) -> Iterator[Run]:
-    """Remove the folder of a run that is refused at its start: ``with undone_if_refused(create_run(...)) as run:``.
+def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Iterator[Run]:
+    """``create_run``, undone if the run is refused at its start: ``with new_run(...) as run:``.
 
-    The corrected command can then use the same name. Only what ``create_run`` and ``lock_run`` wrote is removed.
+    The corrected command can then use the same name. Only what ``create_run`` and ``lock_run`` wrote is removed, and
+    the folder only if it was not there before.
     """
+    was_there = root.exists()
+    run = create_run(root, cache, model, config)
     try:
         yield run
     except K5Error:
-        folders = [run.root / name for name in ("checkpoints", "samples")]
-        ours = {*folders, *(run.root / name for name in ("recipe.toml", "run.json", ".lock"))}
-        is_bare = set(run.root.iterdir()) <= ours and not any(any(folder.iterdir()) for folder in folders)
+        folders = [root / name for name in ("checkpoints", "samples")]
+        ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", ".lock"))}
+        others = [path for path in root.iterdir() if path not in ours and not outputs.HARMLESS.fullmatch(path.name)]
+        is_bare = not others and not any(any(folder.iterdir()) for folder in folders)
         if is_bare and not is_locked(run):  # another process may train it by now
             for path in ours:
                 path.rmdir() if path in folders else path.unlink(missing_ok=True)
-            run.root.rmdir()
+            if not was_there and not any(root.iterdir()):
+                root.rmdir()
         raise
 
 

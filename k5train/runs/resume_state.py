@@ -8,8 +8,9 @@ whole state. The files are safetensors and JSON.
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import sync_file, sync_folder
+
+_STATE = re.compile(r"step-\d{6,}", re.ASCII)
+_HALF = re.compile(r"\.tmp-(old-)?step-\d{6,}", re.ASCII)
+_FILES = re.compile(r"\w+\.safetensors|state\.json|\.tmp\w+", re.ASCII)  # safetensors itself writes .tmpXXXXXX first
 
 
 @dataclass
@@ -56,7 +61,7 @@ def save_state(
     remove_leftovers(folder)
     if not target.exists():  # Ctrl-C right after a save saves the same step again
         temporary = folder / f".tmp-{target.name}"
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=True)
         for name, tensors in parts.items():
             on_cpu = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
             save_file(on_cpu, temporary / f"{name}.safetensors")
@@ -69,7 +74,7 @@ def save_state(
         sync_folder(folder)
     for old in _states(folder):
         if old != target:
-            shutil.rmtree(old.rename(folder / f".tmp-old-{old.name}"))
+            _remove(old.rename(folder / f".tmp-old-{old.name}"))
     return target
 
 
@@ -116,7 +121,26 @@ def latest_state(folder: Path) -> SavedState | None:
 def remove_leftovers(folder: Path) -> None:
     """Remove folders that a kill left half written or half removed. Nothing reads them."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path)
+        if _HALF.fullmatch(path.name):
+            _remove(path)
+
+
+def remove_states(folder: Path) -> None:
+    """Remove every state of a run, for one that will not be resumed, and the folder if nothing else is in it."""
+    remove_leftovers(folder)
+    for state in _states(folder):
+        _remove(state)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _remove(state: Path) -> None:
+    """Remove the files that ``save_state`` writes, then their folder, which stays if anything else is in it."""
+    for path in state.iterdir():
+        if _FILES.fullmatch(path.name) and path.is_file():
+            path.unlink()
+    with suppress(OSError):
+        state.rmdir()
 
 
 def differences(before: Any, now: Any, free: Iterable[str] = (), where: str = "") -> list[str]:
@@ -140,7 +164,8 @@ def differences(before: Any, now: Any, free: Iterable[str] = (), where: str = ""
 
 
 def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    states = [path for path in folder.glob("step-*") if _STATE.fullmatch(path.name) and path.is_dir()]
+    return sorted(states, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import write_whole
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.outputs import check_file, check_writable
 from k5cache.store.reader import open_cache
 from k5train.adapter import files
 from k5train.forward.load import execute, load
@@ -33,9 +34,13 @@ def resample(
 
     Raises:
         DoesNotFit: VRAM ran out.
+        OutputError: ``out`` is not a PNG, or cannot be written. This is found before anything is loaded.
         RunError: there is no such checkpoint.
         CacheError: a prompt is not in the cache.
     """
+    target = check_file(out, ".png") if out else None
+    if target is None:
+        check_writable(run.root / "samples")
     weights = run.lora if step is None else run.checkpoint(step)
     if not weights.is_file():
         steps = ", ".join(map(str, run.checkpoints()))
@@ -58,7 +63,7 @@ def resample(
         lora_pictures = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, run.name)
     label = run.name if step is None else f"step {step}"
     grid = sheet.grid([("base", base_pictures), (label, lora_pictures)], config.validation.prompts)
-    target = out or _unused(run.root / "samples")
+    target = target or _unused(run.root / "samples")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, partial(grid.save, format="PNG"))
     return target

@@ -72,7 +72,8 @@ class Painter:
     def write_grid(self, step: int) -> None:
         """Write the grid of all rows up to ``step`` that were drawn in this way, read from disk."""
         rows = []
-        for number in sorted(int(p.name.removeprefix("step-")) for p in self.run.root.glob("samples/step-*")):
+        steps = [path.name.removeprefix("step-") for path in self.run.root.glob("samples/step-*")]
+        for number in sorted(int(step) for step in steps if step.isdigit()):
             for kind in ("", "EMA"):
                 folder = self.run.samples(number) / kind.lower()
                 if number <= step and self._is_drawn(folder):

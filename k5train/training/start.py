@@ -13,6 +13,7 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.model import ModelConfig, prompt_library
+from k5cache.shared.outputs import check_writable, kind_of
 from k5cache.shared.recipe import parse, to_dict
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
@@ -20,12 +21,13 @@ from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
 from k5train.runs.folder import (
     Run,
-    create_run,
+    check_new,
     free_name,
     is_locked,
+    name_of,
+    new_run,
     open_run,
     read_saved_recipe,
-    undone_if_refused,
     write_recipe,
 )
 from k5train.runs.resume_state import SavedState, differences, latest_state
@@ -60,20 +62,24 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
 
     Raises:
         RunError: the folder has a finished run, or a run with another recipe.
+        OutputError: the folder holds something else, or cannot be written. This is found before anything is read.
     """
+    target = out or (Path("runs") / config.name if config.name else None)
+    if target and kind_of(target) != "run":
+        check_new(target)
     config = with_library(config)
     for line in options_without_effect(config):
         console.warn(line)
     data = open_data(cache, config)
-    folder = model_folder(model, PARTS)
     run = _unfinished(data, out, model, config) if not is_new else None
     if run:
         console.note(f"{run.root} was stopped before its end: going on. --new starts another run", "bold")
-        return train(data, folder, replace(config, name=run.name), run)
-    target = out or (Path("runs") / config.name if config.name else None)
+        return train(data, model_folder(model, PARTS), replace(config, name=run.name), run)
     target = target or free_name(Path("runs"), data.first.root.resolve().name)
-    config = replace(config, name=target.name)
-    with undone_if_refused(create_run(target, data.first.root, model, config)) as run:
+    check_new(target)
+    folder = model_folder(model, PARTS)
+    config = replace(config, name=name_of(target))
+    with new_run(target, data.first.root, model, config) as run:
         return train(data, folder, config, run)
 
 
@@ -88,6 +94,7 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
         RunError: the run is finished, was started differently, or its cache is not there.
     """
     run, _, _, recorded_cache = open_run(root)
+    check_writable(root)
     document = read_saved_recipe(root, options)
     model, config = parse(document, {"model": ModelConfig, "train": TrainConfig})
     config = with_library(config)
@@ -189,7 +196,7 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
     else:
         name = data.first.root.resolve().name
         candidates = [Path("runs") / name, *Path("runs").glob(f"{name}-*")]
-    candidates = [c for c in candidates if (c / "run.json").is_file()]
+    candidates = [c for c in candidates if kind_of(c) == "run"]
     for candidate in sorted(candidates, key=lambda c: (c / "run.json").stat().st_mtime, reverse=True):
         run, its_model, its_config, cache = open_run(candidate)
         if run.is_finished or is_locked(run):

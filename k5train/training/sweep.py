@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +16,26 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder, read_config
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
 from k5cache.shared.recipe import to_dict
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
 from k5train.planning.plan import largest_sizes, plan_for, plan_training
 from k5train.planning.saved_plan import SavedPlan, read_saved_plan
-from k5train.runs.folder import Run, create_run, open_run
+from k5train.runs.folder import Run, check_new, create_run, open_run
 from k5train.runs.metrics import read_metrics
-from k5train.runs.resume_state import differences, latest_state
+from k5train.runs.resume_state import differences, latest_state, remove_states
 from k5train.training.base import Base, load_base
 from k5train.training.device import pick_device
 from k5train.training.start import PARTS, open_data
 from k5train.training.sweep_runs import SweepRun
 from k5train.training.train import train
+
+SWEEP_FILE = "sweep.json"  # how each run ended; its folder is a sweep's
+GRID_FILE = "samples.png"
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,17 @@ def sweep(
         the same noise.
 
     Raises:
-        RunError: ``out`` has runs that were started with other options.
+        RunError: ``out`` has runs that were started with other options, or another process is writing it.
+        OutputError: ``out`` holds something else, or cannot be written. This is found before anything is loaded.
     """
+    _check_out(out, model, sweep_runs)
+    with _locked(out):
+        return _sweep(cache, out, model, sweep_runs)
+
+
+def _sweep(
+    cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]
+) -> tuple[list[Outcome], Path | None]:
     folder = model_folder(model, PARTS)
     configs = [sweep_run.config for sweep_run in sweep_runs]
     base_config = most_demanding(open_data(cache, configs[0]), folder, configs)
@@ -66,6 +81,8 @@ def sweep(
     base: Base | None = None
     first_run: Run | None = None
     outcomes = []
+    if not (out / SWEEP_FILE).exists():  # from now on the folder is a sweep's
+        write_json(out / SWEEP_FILE, [])
     for number, sweep_run in enumerate(sweep_runs, 1):
         console.note(f"Run {number} of {len(sweep_runs)}: {sweep_run.label}", "bold")
         data = open_data(cache, sweep_run.config)
@@ -84,12 +101,46 @@ def sweep(
                 console.warn(f"{sweep_run.label}: {error.problem}")
                 outcomes.append(Outcome(sweep_run.label, str(run.lora), _steps_done(run), problem=error.problem))
                 continue
-            shutil.rmtree(run.state)  # three times the size of the LoRA, and the run is finished
+            remove_states(run.state)  # three times the size of the LoRA, and the run is finished
         outcomes.append(_outcome(sweep_run.label, run))
         first_run = first_run or run
-    write_json(out / "sweep.json", [asdict(outcome) for outcome in outcomes])
+    write_json(out / SWEEP_FILE, [asdict(outcome) for outcome in outcomes])
     finished = {outcome.label for outcome in outcomes if not outcome.problem}
     return outcomes, _draw_grid(out, [sweep_run for sweep_run in sweep_runs if sweep_run.label in finished])
+
+
+def _check_out(out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]) -> None:
+    """Refuse a folder that is not this sweep's, and all of its runs' folders, before the first run begins."""
+    labels = {sweep_run.label for sweep_run in sweep_runs}
+
+    def is_unfinished(folder: Path) -> bool:
+        """Whether it holds only runs of this sweep: until its end, an earlier version wrote nothing else."""
+        entries = [entry for entry in folder.iterdir() if not HARMLESS.fullmatch(entry.name) and entry.name != ".lock"]
+        return all(entry.name in labels and kind_of(entry) == "run" for entry in entries)
+
+    check_folder(out, "sweep", is_unfinished)
+    check_writable(out)
+    for sweep_run in sweep_runs:
+        if sweep_run.label in (SWEEP_FILE, GRID_FILE):
+            raise RecipeError(f"A run of a sweep cannot be called {sweep_run.label}", "Give it another name")
+        root = out / sweep_run.label
+        if kind_of(root) == "run":
+            _check_same(root, model, sweep_run.config)
+        else:
+            check_new(root)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(out / ".lock"))
+        except Locked as error:
+            raise RunError(
+                f"{out} is being written by {error.owner}", "Wait for it, or give another folder with -o"
+            ) from None
+        yield
 
 
 def most_demanding(data: Mixture, folder: Path, configs: Sequence[TrainConfig]) -> TrainConfig:
@@ -115,8 +166,12 @@ def _saved_plan(out: Path, sweep_runs: Sequence[SweepRun]) -> SavedPlan | None:
 
 
 def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) -> Run:
-    if not (root / "run.json").is_file():
+    if kind_of(root) != "run":
         return create_run(root, data.first.root, model, replace(config, name=root.name))
+    return _check_same(root, model, config)
+
+
+def _check_same(root: Path, model: ModelConfig, config: TrainConfig) -> Run:
     run, its_model, its_config, _ = open_run(root)
     before = {"model": to_dict(its_model), "train": to_dict(its_config)}
     different = differences(before, {"model": to_dict(model), "train": to_dict(config)}, ["train.name"])
@@ -158,6 +213,6 @@ def _draw_grid(out: Path, sweep_runs: Sequence[SweepRun]) -> Path | None:
                 rows.append((label, [Image.open(f).convert("RGB") for f in files]))
     if not rows or not prompts:
         return None
-    target = out / "samples.png"
+    target = out / GRID_FILE
     write_whole(target, partial(sheet.grid(rows, prompts).save, format="PNG"))
     return target

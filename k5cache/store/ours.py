@@ -1,0 +1,123 @@
+"""Which files in the folder of a cache are proven to be ours? Nothing else is ever deleted.
+
+A name alone proves nothing. What a manifest names is ours. Any other file is ours if its name is one of the format's
+and its content agrees: the id in a shard's name is how its sha256 begins, and Parquet metadata has our keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from k5cache.shared import outputs
+from k5cache.store import files
+
+FILE = "manifest.json"
+LOCK = ".lock"
+SHARD_FILE = re.compile(
+    r"((latents|masks)/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII
+)
+TABLE_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
+TABLE_KEYS = {"index": b"k5cache.index", "locations": b"k5cache.files"}
+"""The key in a table's metadata that proves it ours."""
+SHARD_KEYS = (b"k5cache", b"k5cache.rows")
+
+
+@dataclass(frozen=True)
+class Unnamed:
+    """The files of a cache's folder that its manifest does not name, relative to the folder, in order."""
+
+    ours: tuple[str, ...]
+    """Left by a crash or replaced since: proven by their content, so that garbage collection may delete them."""
+    foreign: tuple[str, ...]
+    """All others. They are named and never touched; a folder ends in a slash."""
+
+
+def unnamed_files(root: Path, named: set[str]) -> Unnamed:
+    """Look at every file in the folder of a cache. Files of our names that are not in ``named`` are read."""
+    ours: list[str] = []
+    foreign: list[str] = []
+    for name in _names(root):
+        if name not in named and name not in (FILE, LOCK):
+            (ours if _is_proven(root, name) else foreign).append(name)
+    return Unnamed(tuple(sorted(ours)), tuple(sorted(foreign)))
+
+
+def check_root(root: Path, reads: Iterable[Path] = ()) -> None:
+    """Refuse a folder for a cache unless it is new, empty, a cache, or one that a killed writer of ours began.
+
+    Args:
+        reads: folders that the command reads, which may not be or contain a new cache.
+
+    Raises:
+        OutputError: says what is there.
+    """
+    outputs.check_folder(root, "cache", is_unfinished, reads)
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether the folder holds only what a writer of ours leaves if it is killed before its first manifest."""
+    if not _is_our_lock(root / LOCK):
+        return False
+    return not unnamed_files(root, set()).foreign and not (root / FILE).exists()
+
+
+def _names(root: Path) -> Iterator[str]:
+    """What is in the folder and its three folders, without what systems leave there."""
+    for entry in _entries(root):
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if is_folder and entry.name in files.FOLDERS:
+            for inner in _entries(root / entry.name):
+                yield f"{entry.name}/{inner.name}{'/' if inner.is_dir(follow_symlinks=False) else ''}"
+        else:
+            yield f"{entry.name}{'/' if is_folder else ''}"
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not outputs.HARMLESS.fullmatch(entry.name)]
+
+
+def _is_proven(root: Path, name: str) -> bool:
+    path = root / name
+    if name.endswith("/") or path.is_symlink() or not path.is_file():
+        return False
+    if files.TEMPORARY_NAME.fullmatch(path.name):
+        return True
+    if TABLE_FILE.fullmatch(name):
+        return TABLE_KEYS[name.partition("-")[0]] in _metadata(path)
+    if not SHARD_FILE.fullmatch(name):
+        return False
+    metadata = _metadata(path)
+    if not all(key in metadata for key in SHARD_KEYS):
+        return False
+    with suppress(OSError), path.open("rb") as file:  # it may be gone by now
+        return files.sha256_of(file.fileno()).startswith(path.stem[-16:])
+    return False
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    """The key-value metadata of a Parquet file; empty if it is none, or has none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return dict(pq.read_metadata(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return {}
+
+
+def _is_our_lock(path: Path) -> bool:
+    """Whether a file is a lock of ours: empty when it is free, otherwise JSON that says who has it."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 4096:
+        return False
+    text = path.read_bytes()
+    try:
+        return not text or {"pid", "host", "since"} <= set(json.loads(text))
+    except (ValueError, TypeError):
+        return False
