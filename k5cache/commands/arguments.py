@@ -52,8 +52,10 @@ def vram_bytes(text: str | None) -> int | None:
 
 def read_configs(
     recipe: Path | None, model: str | None, options: list[str] | None
-) -> tuple[ModelConfig, CacheConfig, tuple[str, ...]]:
-    """[model], [cache] and the validation prompts of a recipe, with ``--model`` and ``--set`` applied.
+) -> tuple[ModelConfig, CacheConfig, tuple[str, ...], bool]:
+    """[model], [cache] and the validation prompts of a recipe, and whether it names the caches that it trains on.
+
+    ``--model`` and ``--set`` are applied.
 
     [train] is checked too: what is wrong there is said now, and not after the images are encoded.
     """
@@ -66,8 +68,8 @@ def read_configs(
     if model is not None:
         document.give("model.path", model, f"--model {model}")
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
-    model_config, cache_config, _ = parse(document, schemas)
-    return model_config, cache_config, validation_prompts(document)
+    model_config, cache_config, train_config = parse(document, schemas)
+    return model_config, cache_config, validation_prompts(document), bool(train_config.data)
 
 
 def model_of_cache(manifest: Manifest, model: str | None) -> ModelConfig:
@@ -82,7 +84,11 @@ def model_of_cache(manifest: Manifest, model: str | None) -> ModelConfig:
 
 def suggest_training(cache: Path, manifest: Manifest) -> None:
     """Print the command that trains on ``cache``, with the model that encoded it written out."""
+    from dataclasses import replace
+
     model = model_of_cache(manifest, None)
+    if model.path and model.path.count("/") != 1 and not Path(model.path).is_dir():
+        model = replace(model, path=None)  # it has moved: the run says what it needs
     # Without a path nothing is named: the run takes flavour and revision from the cache.
     pinned = f"model.revision={model.revision}" if model.path and model.revision else None
     console.next_step("Next, train a LoRA", console.command("k5train", "run", cache, model=model.path, set=pinned))

@@ -60,7 +60,7 @@ def encode(
     from k5cache.shared.device import check_name
     from k5cache.sources.find import default_name
 
-    model_config, cache_config, prompts = read_configs(recipe, model, options)
+    model_config, cache_config, prompts, has_own_caches = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
     encode_options = EncodeOptions(update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram))
     with _keeping_what_is_encoded(root), console.progress() as bars:
@@ -69,9 +69,10 @@ def encode(
         console.print_json(report)
         return
     print_report(report, root)
-    model_options = [option for option in options or [] if option.startswith("model.")]
-    arguments = {"recipe": recipe, "model": model, "set": model_options}
-    console.next_step("Next, train a LoRA", console.command("k5train", "run", root, **arguments))
+    of_the_run = [option for option in options or [] if not option.startswith("cache.")]
+    caches = [] if has_own_caches else [root]  # a recipe with [[train.data]] names them itself
+    arguments = {"recipe": recipe, "model": model, "set": of_the_run}
+    console.next_step("Next, train a LoRA", console.command("k5train", "run", *caches, **arguments))
 
 
 def _keeping_what_is_encoded(root: Path) -> AbstractContextManager[None]:
@@ -99,7 +100,7 @@ def plan(
     from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
-    model_config, cache_config, prompts = read_configs(recipe, model, options)
+    model_config, cache_config, prompts, _ = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
@@ -133,7 +134,7 @@ def diff(
     from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
-    model_config, cache_config, prompts = read_configs(recipe, model, options)
+    model_config, cache_config, prompts, _ = read_configs(recipe, model, options)
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     preview_options = EncodeOptions(update=True, is_preview=True)

@@ -35,7 +35,7 @@ def selftest(
     from k5cache.shared.selftest_model import only_cache, toy_model
     from k5cache.store.reader import open_cache
 
-    root = cache or (None if model else only_cache("k5cache selftest"))
+    root = cache or (None if model else only_cache())
     with ExitStack() as stack:
         opened = open_cache(root) if root else None
         if opened:

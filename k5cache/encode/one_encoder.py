@@ -50,7 +50,7 @@ def _when_memory_ends(device: str, name: str, planned: int) -> AbstractContextMa
             return DoesNotFit(problem, f"Close other programs and run the same command again: {note}")
         expected = f", {console.human_bytes(planned)} of VRAM were planned" if planned else ""
         # A tenth less than planned gives the next leaner plan: fewer tokens at once, a layer at a time, strips.
-        less = f", plan for less with k5cache encode --vram {0.9 * planned / 2**30:.1f}GB" if planned else ""
+        less = f", run the same `k5cache encode` with --vram {0.9 * planned / 2**30:.1f}GB" if planned else ""
         return DoesNotFit(
             f"{name} ran out of memory{expected}: {words}",
             f"Close what else uses the GPU{less}, or use --device cpu: {note}",

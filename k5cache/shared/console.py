@@ -8,12 +8,10 @@ import json
 import logging
 import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -32,6 +30,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from k5cache.shared import interrupt
+from k5cache.shared.command_line import command as command
+from k5cache.shared.command_line import this_command as this_command
 from k5cache.shared.errors import K5Error
 
 out = Console(highlight=False, soft_wrap=True)
@@ -86,13 +86,6 @@ def _output_arrives() -> Iterator[None]:
         sys.exit(1)
 
 
-def this_command() -> str:
-    """The command line that is running, to copy."""
-    program = Path(sys.argv[0])
-    name = program.parent.name if program.name in ("cli.py", "__main__.py") else program.name
-    return shlex.join([name, *sys.argv[1:]])
-
-
 def quiet_libraries() -> None:
     """Hide two remarks of libraries that do not concern the user."""
     # torch says this once on CPUs in bf16; the pipeline computes the same norm.
@@ -139,15 +132,6 @@ def warn(message: str) -> None:
 def next_step(message: str, command: str) -> None:
     """The line that ends a success: what to run next, with the user's own paths."""
     out.print(Text.assemble((f"{message}: ", "bold"), (command, "cyan")))
-
-
-def command(*words: object, **options: object) -> str:
-    """A command line to copy, quoted for a shell. Options that are None are left out; a list repeats its option."""
-    line = [str(word) for word in words]
-    for name, value in options.items():
-        for item in value if isinstance(value, list | tuple) else [value]:
-            line += [] if item is None else [f"--{name}", str(item)]
-    return shlex.join(line)
 
 
 def print_json(value: object) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from k5cache.shared.command_line import this_command
 from k5cache.shared.errors import CacheError, ModelError
 
 MAKER = Path(__file__).parents[2] / "pipelines" / "demo" / "make_checkpoint.py"
 
 
-def only_cache(command: str) -> Path | None:
+def only_cache() -> Path | None:
     """The only cache under ``cache/``; None if there is none.
 
     Raises:
@@ -23,7 +24,7 @@ def only_cache(command: str) -> Path | None:
     caches = sorted(path.parent for path in Path("cache").glob("*/manifest.json"))
     if len(caches) > 1:
         names = ", ".join(map(str, caches[:4])) + (f" and {len(caches) - 4} more" if len(caches) > 4 else "")
-        raise CacheError(f"There are {len(caches)} caches: {names}", f"Say which one: {command} {caches[0]}")
+        raise CacheError(f"There are {len(caches)} caches: {names}", f"Say which one: {this_command(caches[0])}")
     return caches[0] if caches else None
 
 

@@ -9,6 +9,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import TEMPORARY
 
@@ -56,7 +57,9 @@ def open_inside(root: Path, file: str, num_bytes: int | None = None) -> int:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise CacheError(f"{path} is not a plain file", f"Use a cache made by: k5cache encode SOURCE -o {root}")
+        raise CacheError(
+            f"{path} is not a plain file", f"Use a cache made by: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
+        )
     if num_bytes is not None and status.st_size != num_bytes:
         os.close(fd)
         raise corrupt(root, f"{path} has {status.st_size} bytes, {num_bytes} were written")
@@ -72,8 +75,10 @@ def sha256_of(fd: int) -> str:
 
 def corrupt(root: Path, problem: str) -> CacheCorrupt:
     """The error for bytes that are not the bytes that were written."""
+    verify = command("k5cache", "verify", root)
+    repair = command("k5cache", "encode", "SOURCE", "-o", root, "--repair")
     return CacheCorrupt(
         problem,
-        f"k5cache verify {root} lists all damage; k5cache encode SOURCE -o {root} --repair encodes only what is "
-        "damaged (if the manifest is damaged, restore it from a copy or encode into a new cache)",
+        f"{verify} lists all damage; {repair} encodes only what is damaged (if the manifest is damaged, restore it "
+        "from a copy or encode into a new cache)",
     )

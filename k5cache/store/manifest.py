@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import new_file
 from k5cache.shared.lock import Locked, lock_file
@@ -134,7 +135,9 @@ def read_manifest(root: Path) -> Manifest:
     path = root / FILE
     if not path.is_file():
         reason = "has no manifest.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
-        raise CacheError(f"{root} is not a cache: it {reason}", f"Make one: k5cache encode SOURCE -o {root}")
+        raise CacheError(
+            f"{root} is not a cache: it {reason}", f"Make one: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
+        )
     fd = files.open_inside(root, FILE)
     with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
         size = os.fstat(fd).st_size

@@ -14,7 +14,6 @@ Another trainer needs no more than this::
 
 from __future__ import annotations
 
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.store import files, tables
 from k5cache.store.index import SCHEMA, IndexRow, row_of
@@ -67,7 +67,7 @@ class Cache:
         if manifest.index is None:
             raise CacheError(
                 f"{root} is not finished: its encode was interrupted",
-                f"Run the same command again, and it continues: k5cache encode SOURCE -o {root}",
+                f"Run the same command again, and it continues: {command('k5cache', 'encode', 'SOURCE', '-o', root)}",
             )
         self.root, self.manifest, self._pin_memory = root, manifest, pin_memory
         self._index_file = tables.open_table(root, manifest.index, SCHEMA)
@@ -156,9 +156,10 @@ class Cache:
         """
         if raw not in self.manifest.prompts:
             shown = raw if len(raw) <= 80 else raw[:77] + "..."
+            words = ("--", raw) if raw.startswith("-") else (raw,)
             raise CacheError(
                 f"{self.root} does not hold the prompt {shown!r}",
-                f"Add it: k5cache prompts add {shlex.quote(str(self.root))} {shlex.quote(shown)}",
+                f"Add it: {command('k5cache', 'prompts', 'add', self.root, *words)}",
             )
         return self.text(self.manifest.prompts[raw])
 
@@ -176,7 +177,7 @@ class Cache:
         if location is None:
             raise CacheError(
                 f"{self.root} has no {kind} row with key {key[:80]!r}",
-                f"Encode again: k5cache encode SOURCE -o {self.root}",
+                f"Encode again: {command('k5cache', 'encode', 'SOURCE', '-o', self.root)}",
             )
         info, row = location
         return self._shard(info).read(row, key, self._pin_memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError
 from k5cache.store.manifest import IndexInfo, Manifest
 
@@ -17,6 +18,6 @@ def finished_index(root: Path, manifest: Manifest) -> IndexInfo:
     if manifest.index is None:
         raise CacheError(
             f"{root} holds no finished index: its encode was interrupted",
-            f"Finish it first: k5cache encode SOURCE -o {root}",
+            f"Finish it first: {command('k5cache', 'encode', 'SOURCE', '-o', root)}",
         )
     return manifest.index

@@ -62,14 +62,15 @@ def find_cache(parent: Path) -> Path:
         return caches[0]
     if not caches:
         raise CacheError(f"There is no cache under {parent}/", "Make one first: k5cache encode datasets/my_images")
+    fix = f"Say which one: {console.this_command(caches[0])}"
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         names = ", ".join(map(str, caches))
-        raise CacheError(f"There are {len(caches)} caches: {names}", f"Say which one: k5train run {caches[0]}")
+        raise CacheError(f"There are {len(caches)} caches: {names}", fix)
     for number, path in enumerate(caches, 1):
         console.err.print(f"  {number}  {path}", markup=False)
     number = typer.prompt("Which cache", type=int, err=True)
     if not 1 <= number <= len(caches):
-        raise CacheError(f"There is no cache number {number}", f"Say which one: k5train run {caches[0]}")
+        raise CacheError(f"There is no cache number {number}", fix)
     return caches[number - 1]
 
 

@@ -43,7 +43,7 @@ def export(
         console.note(
             "This is for ComfyUI and other programs that read kohya's keys. diffusers ignores them without an error"
         )
-    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", target))
+    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", target, model=model))
 
 
 def merge(
@@ -61,7 +61,7 @@ def merge(
 
     num_modules = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
     console.out.print(f"Wrote {out}: {num_modules} modules from {len(files)} files", markup=False)
-    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", out))
+    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", out, model=model))
 
 
 def check_lora(file: LoraPath, model: Folder = None) -> None:
@@ -101,8 +101,10 @@ def print_report(report: Report) -> None:
         table.add_row(program.name, str(len(program.modules)), str(len(program.unused)), Text(verdict))
     console.out.print(table)
     if any(program.error == OTHER_MODEL for program in report.programs):
-        console.next_step("Name the model that it was trained on", f"k5train check-lora {report.path} --model DIR")
+        console.next_step(
+            "Name the model that it was trained on", console.command("k5train", "check-lora", report.path, model="DIR")
+        )
     elif report.kind == "lora" and not report.is_good:
-        console.next_step("To fix it", f"k5train export {report.path} --format diffusers")
+        console.next_step("To fix it", console.command("k5train", "export", report.path, format="diffusers"))
     elif any(program.name == "diffusers' transformer" and program.loads_all for program in report.programs):
         console.next_step("In diffusers, load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))

@@ -33,7 +33,7 @@ def selftest(
     from k5train.exact.selftest import selftest as run
     from k5train.training.device import pick_device
 
-    root = cache or (None if model else only_cache("k5train selftest"))
+    root = cache or (None if model else only_cache())
     model_config, config = read_recipe(recipe, model, options)
     is_named = model_config is not None
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.buckets import MAX_TEXT_TOKENS, Bucket, is_side
 from k5cache.shared.checkpoint import ENCODER_PARTS, read_config
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.model import model_name
@@ -46,10 +47,10 @@ def check_encoders(cache: Cache, folder: Path) -> None:
         if (cached := _cached(recipe, part)) and (folder / part).is_dir() and fingerprint(folder, part) != cached
     ]
     if different:
+        again = command("k5cache", "encode", "SOURCE", "-o", cache.root, "--update", model=folder)
         raise CacheStale(
             f"{cache.root} does not belong to the model in {folder}: {'; '.join(different)}",
-            f"Train with the model that encoded it ({model_name(recipe)}), "
-            f"or encode with this one: k5cache encode SOURCE -o {cache.root} --model {folder} --update",
+            f"Train with the model that encoded it ({model_name(recipe)}), or encode with this one: {again}",
         )
 
 

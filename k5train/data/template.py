@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheStale
 from k5cache.shared.template import Template, installed_template
 
@@ -39,10 +40,11 @@ def check_template(cache: Cache) -> None:
         difference = f"another crop ({cached.encode_start_idx} tokens then, {installed.encode_start_idx} now)"
     then = cache.manifest.created_by.get("diffusers", "another version")
     pin = f", or train and draw with that version: pip install diffusers=={then}" if then[0].isdigit() else ""
+    again = command("k5cache", "encode", "SOURCE", "-o", cache.root, "--update")
     raise CacheStale(
         f"The captions in {cache.root} were encoded under diffusers {then}, and the installed {version('diffusers')} "
         f"has {difference}: a LoRA trained on them would get other embeddings when diffusers draws with it",
-        f"Encode the captions again (the images are kept): k5cache encode SOURCE -o {cache.root} --update{pin}",
+        f"Encode the captions again (the images are kept): {again}{pin}",
     )
 
 

@@ -53,8 +53,7 @@ def resample(
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     device = pick_device(config.device, folder)
     plan = plan_training(folder, config, device, largest_sizes(reader))
-    retry = partial(console.command, "k5train", "sample", run.root)
-    with when_memory_ends(lambda: plan, lambda: None, retry), console.progress() as bars:
+    with when_memory_ends(lambda: plan, lambda: None, console.this_command), console.progress() as bars:
         transformer = load(folder, config, device, plan)
         execute(transformer, config, device, plan)
         transformer.eval()

@@ -206,9 +206,10 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
             return run
         if out or config.name:
             changes = "; ".join(different) or f"cache: {cache}, now {data.first.root}"
+            as_it_was = console.command("k5train", "resume", candidate)
             raise RunError(
                 f"{candidate} has a run that was stopped, and was started differently: {changes}",
-                f"Resume it as it was: k5train resume {candidate}, or give another folder with -o",
+                f"Resume it as it was: {as_it_was}, or give another folder with -o",
             )
     return None
 
