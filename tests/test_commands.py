@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +214,27 @@ def test_every_command_speaks_json(own):
     assert (done["is_unchanged"], done["num_items"]) == (True, 3)
     assert json.loads(cli(app, "verify", "cache", "--json").out)["verified"]["problems"] == []
     assert json.loads(cli(app, "gc", "cache", "--dry-run", "--json").out)["num_rows"] == 0
+
+
+def test_json_is_whole_while_warnings_are_on_stderr(own):
+    cli = Cli(own.root.parent)
+    (own.source / "broken.png").write_bytes(b"no picture")
+    (own.source / "broken.txt").write_text("a picture", encoding="utf-8")
+    arguments = (str(own.source), "-o", "cache", "--model", str(own.model), "--set", "cache.resolution=64", "--json")
+    for command in ("diff", "plan", "encode"):
+        done = cli(app, command, *arguments, *(("--device", "cpu") if command != "diff" else ()))
+        assert done.code == 0, done.err
+        assert isinstance(json.loads(done.out), dict)
+
+
+@pytest.mark.parametrize("into", ["| true", "| head -1", ">&-", "> /dev/full"])
+def test_an_output_that_nobody_reads_leaves_no_traceback(into):
+    program = f"{shlex.quote(sys.executable)} -c 'from k5cache.cli import main; main()' options {into}"
+    done = subprocess.run(["/bin/sh", "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    expected = ["error: The disk is full while writing"] if "full" in into else []
+    assert done.stderr.splitlines()[:1] == expected
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
 
 
 def test_diff_lists_recipe_differences_that_encode_would_refuse(own):

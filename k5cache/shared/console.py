@@ -76,14 +76,17 @@ class Commands(TyperGroup):
 def _output_arrives() -> Iterator[None]:
     """Write out what is printed while somebody can be told that it cannot be. After `| head` it is dropped."""
     try:
+        yield
+    finally:
         try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # At exit Python flushes what is left. It must not fail there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+            if sys.stdout is not None:  # None where it is closed: `>&-`
+                sys.stdout.flush()
+        except OSError as error:
+            # At exit Python writes what is left once more. It must not fail there.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
+            sys.exit(1)
 
 
 def quiet_libraries() -> None:
