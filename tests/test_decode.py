@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import random
 import re
 import struct
 import sys
@@ -213,6 +214,7 @@ def test_a_png_whose_alpha_is_zero_everywhere_stays_transparent(tmp_path):
         (4, 1, [0, 255, 34, 51, 68, 85, 102, 119]),
         (4, 7, [0, 17, 34, 51, 68, 85, 102, 255]),
         (8, 3, [0, 1, 2, 255, 4, 5, 6, 7]),
+        (8, 256 + 3, [0, 1, 2, 255, 4, 5, 6, 7]),  # only the lower bits count
     ],
 )
 def test_the_transparent_grey_of_a_png_is_in_the_files_own_bits(tmp_path, depth, key, shown):
@@ -231,6 +233,8 @@ def test_a_transparent_colour_of_16_bits_is_compared_in_all_of_them(tmp_path):
         row = bytes([filter_type]) + struct.pack(">6H", *key, *second)
         path = png(tmp_path / "cat.png", (2, 1), 16, 2, row, before=before)
         assert pixels(path)[0].tolist() == [[255] * 3, [0x12, 0x56, 0x9A]]
+    path = png(tmp_path / "cat.png", (2, 1), 8, 2, b"\0" + bytes(range(6)), before=chunk(b"tRNS", b"\7\0\7\1\7\2"))
+    assert pixels(path)[0].tolist() == [[255] * 3, [3, 4, 5]]  # of 8 bits only the lower ones count
     row = b"\0" + struct.pack(">3H", 256, 257, 256)
     path = png(tmp_path / "cat.png", (3, 1), 16, 0, row, before=chunk(b"tRNS", struct.pack(">H", 257)))
     assert pixels(path)[0, :, 0].tolist() == [1, 255, 1]
@@ -394,14 +398,16 @@ def test_only_pictures_of_kinds_that_decode_anew_have_another_hash_than_their_by
     palette = picture.quantize(4)
     palette.save(tmp_path / "palette.png", transparency=1)
     Image.fromarray(DEPTHS["16"](RED)[..., 0]).save(tmp_path / "grey16.png")
-    for name in ("alpha.png", "palette.png", "grey16.png"):
+    picture.save(tmp_path / "key.png", transparency=(220, 40, 30))
+    picture.convert("L").save(tmp_path / "grey.png", transparency=93)
+    for name in ("alpha.png", "palette.png", "grey16.png", "key.png", "grey.png"):
         assert is_plain(tmp_path / name), name
     for planar, compression in ((1, 1), (1, 8), (2, 8)):
         assert is_plain(tiff(tmp_path / "b.tiff", DEPTHS["16"](RGB), 2, planar=planar, compression=compression))
     assert not is_plain(tiff(tmp_path / "c.tiff", DEPTHS["16"](RGB), 2, planar=2))
     assert not is_plain(bmp(tmp_path / "c.bmp", np.zeros((4, 4, 4), np.uint8), (0xFF0000, 0xFF00, 0xFF, 0xFF000000)))
-    key = chunk(b"tRNS", struct.pack(">H", 1))
-    assert not is_plain(png(tmp_path / "c.png", (4, 1), 2, 0, b"\0\x1b", before=key))
+    assert not is_plain(png(tmp_path / "c.png", (4, 1), 2, 0, b"\0\x1b", before=chunk(b"tRNS", b"\0\1")))
+    assert not is_plain(png(tmp_path / "d.png", (1, 1), 16, 2, bytes(7), before=chunk(b"tRNS", bytes(6))))
 
 
 def test_an_encode_uses_slightly_damaged_files_and_says_so_and_encodes_what_decodes_anew(tmp_path, toy_model):
@@ -433,6 +439,31 @@ def test_an_encode_uses_slightly_damaged_files_and_says_so_and_encodes_what_deco
     assert "changed" in again
     assert "c.tiff" in again
     assert "up to date" in encode()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # silenced by k5cache.sources.decode outside of pytest
+def test_damage_to_a_file_of_a_rare_kind_gives_a_picture_or_a_reason_and_nothing_else(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "cat.jp2")
+    Image.fromarray(RGB).save(tmp_path / "cat.gif")
+    Image.fromarray(RGB).save(tmp_path / "cat.jpg")
+    tiff(tmp_path / "cat.tiff", DEPTHS["16"](RGB), 2, planar=2)
+    tiff(tmp_path / "apart.tiff", samples(RGB, ALPHA), 2, planar=2, extra=(0,))
+    png(tmp_path / "cat.png", (1, 1), 16, 2, bytes(7), before=chunk(b"tRNS", bytes(6)))
+    bmp(tmp_path / "cat.bmp", samples(RGB, ALPHA), (0xFF0000, 0xFF00, 0xFF, 0xFF000000))
+    draw, reasons = random.Random(0), []
+    for file in sorted(tmp_path.iterdir()):
+        data = file.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(data)
+            for _ in range(3):
+                damaged[draw.randrange(min(len(data), draw.choice((64, 300, len(data)))))] = draw.randrange(256)
+            try:
+                seen = examine(bytes(damaged[: draw.choice((len(data), len(data) - 2))]))
+                load_pixels(bytes(damaged), cover(seen.width, seen.height, Bucket(16, 16)))
+            except UnreadableImage as error:
+                reasons.append(error.reason)
+    assert all(reasons)
+    assert len(reasons) > 60
 
 
 def test_ordinary_pictures_decode_as_pillow_alone_does(tmp_path):

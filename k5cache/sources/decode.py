@@ -35,6 +35,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_RGB16 = "RGB;16B"  # Pillow's name for 16 bits of which it keeps the higher byte
 _FLAW = "k5cache flaw"  # in ``Image.info``
 
 # Pillow's warnings about metadata (a damaged EXIF tag, a tag with too many values) do not concern the pixels. Its own
@@ -97,8 +98,7 @@ def flaw(content: Content, image: Image.Image) -> str:
 def decodes_anew(image: Image.Image) -> bool:
     """Whether the pixels of an opened image may differ from what earlier versions of this program made of its file."""
     if image.format == "PNG":
-        key = image.info.get("transparency")
-        return (isinstance(key, int) and image.mode == "L") or (isinstance(key, tuple) and image.mode == "RGB")
+        return "transparency" in image.info and _layout(image) in ("L;2", "L;4", _RGB16)
     if image.format == "TIFF":
         page = _as_tiff(image)
         is_inverted = page.tag_v2.get(tiff.PHOTOMETRIC) == 0 and image.mode.startswith("I")
@@ -257,14 +257,16 @@ def _lacks_end(content: Content) -> bool:
 def _load_png_with_key(content: Content, image: Image.Image) -> Image.Image:
     """A PNG with a transparent grey or colour, which the file gives in its own bits and Pillow's pixels no longer have.
 
-    A palette's transparency needs nothing, and neither do 1-bit, 8-bit and 16-bit greys.
+    A palette's transparency needs nothing, and neither do 1-bit and 16-bit greys.
     """
     data = _bytes(content)
     key, bits = png.key_colour(data), png.depth(data)
+    if image.mode == "RGB" and bits == 8 and len(key) == 3:
+        image.info["transparency"] = key
     if image.mode == "L" and len(key) == 1:
         image.info["transparency"] = key[0] * 255 // (2**bits - 1)
     low = None
-    if image.mode == "RGB" and bits == 16 and len(key) == 3 and [tile.args for tile in _tiles(image)] == ["RGB;16B"]:
+    if image.mode == "RGB" and bits == 16 and len(key) == 3 and _layout(image) == _RGB16:
         low = _low_bytes(data)
     image.load()
     if low is not None:
@@ -297,6 +299,12 @@ def _frame_of(image: Image.Image) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the first frame of a GIF that is not decoded yet."""
     tiles = _tiles(image)
     return tiles[0].extents or (0, 0, *image.size) if tiles else (0, 0, *image.size)
+
+
+def _layout(image: Image.Image) -> object:
+    """How Pillow will unpack the samples of an image that is not decoded yet: ``L;2``, ``RGB;16B``."""
+    tiles = _tiles(image)
+    return tiles[0].args if tiles else None
 
 
 def _tiles(image: Image.Image) -> list[ImageFile._Tile]:

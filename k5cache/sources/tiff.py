@@ -75,10 +75,10 @@ def is_apart(data: bytes) -> bool:
     """Whether a file stores several planes, each for itself and uncompressed. Some of these Pillow does not open."""
     try:
         file = _Tags(data)
-    except struct.error:  # too short to be a TIFF
+        how = file.value(PLANAR, _CHUNKY), file.value(COMPRESSION, _RAW)
+        return how == (_SEPARATE, _RAW) and file.value(SAMPLES, 1) > 1
+    except struct.error:  # not whole
         return False
-    how = file.value(PLANAR, _CHUNKY), file.value(COMPRESSION, _RAW)
-    return how == (_SEPARATE, _RAW) and file.value(SAMPLES, 1) > 1
 
 
 @dataclass(frozen=True)
