@@ -71,16 +71,26 @@ class ParquetRows:
 
     def read(self, name: str, row: int) -> bytes:
         """One image: the batch that it is in, which is kept for its neighbours, and no other column."""
-        group = bisect_right(self._first_rows, row) - 1
+        number = bisect_right(self._first_rows, row) - 1
+        group = self._groups.get((name, number))
+        if group is None:
+            group = self._groups[name, number] = self._group(name, number)
+        return self.groups.read(group, row - self._first_rows[number])
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, int], Group]:
+        return {}
+
+    def _group(self, name: str, number: int) -> Group:
         leaf = self._leaf(name)
-        size = self._size(group, leaf) // max(self.metadata.row_group(group).num_rows, 1)
-        rows_in_batch = max(1, min(_BATCH_BYTES // max(size, 1), 1000))
+        bytes_of_row = self._size(number, leaf) // max(self.metadata.row_group(number).num_rows, 1)
+        rows_in_batch = max(1, min(_BATCH_BYTES // max(bytes_of_row, 1), 1000))
 
         def batches() -> Iterator[pa.Array]:
             with _open(self) as parquet:
-                yield from _batches(parquet, group, leaf, rows_in_batch)
+                yield from _batches(parquet, number, leaf, rows_in_batch)
 
-        return self.groups.read(Group((self.file, leaf, group), batches), row - self._first_rows[group])
+        return Group((self.file, leaf, number), batches)
 
     def place(self, row: int) -> str:
         """``#3``."""

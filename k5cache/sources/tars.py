@@ -11,6 +11,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from lzma import LZMAError
 from pathlib import Path
@@ -36,37 +37,29 @@ class Member:
     start: int
     """Where its bytes begin; in a compressed tar, after decompression."""
     num_bytes: int
+    stem: str
+    """Its name up to the last dot."""
+    suffix: str
+    """From its last dot, in lower case."""
+    key: str
+    """Up to the first dot after its folder, which is WebDataset's name of a row."""
+    field: str
+    """What follows its key, in lower case: ``jpg``, ``mask.png``."""
+    is_mask: bool
+    is_image: bool
+    """This and the one before are what its name says."""
 
-    @property
-    def stem(self) -> str:
-        """Up to its last dot."""
-        return self.name.rpartition(".")[0]
 
-    @property
-    def suffix(self) -> str:
-        """After its last dot, in lower case, with the dot."""
-        return "." + self.name.rpartition(".")[2].lower()
-
-    @property
-    def key(self) -> str:
-        """Up to the first dot of its own name, which is WebDataset's name of a row."""
-        folder, slash, name = self.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
-    @property
-    def field(self) -> str:
-        """What follows its key: ``jpg``, ``mask.png``."""
-        return self.name[len(self.key) + 1 :].lower()
-
-    @property
-    def is_mask(self) -> bool:
-        """Whether its name says so."""
-        return self.name.lower().endswith(_MASKS)
-
-    @property
-    def is_image(self) -> bool:
-        """Whether its name says so."""
-        return not self.is_mask and (self.suffix in IMAGE_SUFFIXES or self.field == "image")
+def member_of(name: str, start: int, num_bytes: int) -> Member:
+    """A file in a tar, with the parts of its name. (Tars have millions of them, so these are worked out once.)"""
+    folder, slash, base = name.rpartition("/")
+    first, _, field_of_key = base.partition(".")
+    own, dot, last = base.rpartition(".")
+    stem = folder + slash + (own if dot else base)
+    lower, suffix = field_of_key.lower(), dot + last.lower() if dot else ""
+    is_mask = base.lower().endswith(_MASKS)
+    is_image = not is_mask and (suffix in IMAGE_SUFFIXES or lower == "image")
+    return Member(name, start, num_bytes, stem, suffix, folder + slash + first, lower, is_mask, is_image)
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,8 @@ class Tar:
 
     def column(self, name: str) -> list[Any]:
         """The text or the JSON value of one kind of file, for each row."""
-        return [self._value(row, name) for row in self.rows]
+        with self._stream.opened():
+            return [self._value(row, name) for row in self.rows]
 
     def content(self, member: Member) -> bytes:
         """The bytes of a file in the tar. Raises ``UnreadableImage``."""
@@ -159,30 +153,45 @@ class _Stream:
         self._archive: tarfile.TarFile | None = None
 
     def __del__(self) -> None:
-        if self._archive is not None:
-            self._archive.close()
+        self._close()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep it open for many reads of one thread."""
+        with suppress(*_DAMAGED):  # each read then says why
+            self._archive = tarfile.open(self._file)  # noqa: SIM115 (closed below)
+        try:
+            yield
+        finally:
+            self._close()
 
     def read(self, member: Member) -> bytes:
         try:
-            content = self._compressed(member) if self._is_compressed else self._plain(member)
+            content = self._shared(member) if self._is_compressed or self._archive else self._alone(member)
         except _DAMAGED as error:
             raise UnreadableImage(f"cannot be read ({error})") from None
         if len(content) < member.num_bytes:
             raise UnreadableImage("is cut off, since the tar is shorter than when it was listed")
         return content
 
-    def _plain(self, member: Member) -> bytes:
+    def _alone(self, member: Member) -> bytes:
         with self._file.open("rb", buffering=0) as stream:
             stream.seek(member.start)
             return _read(stream, member.num_bytes)
 
-    def _compressed(self, member: Member) -> bytes:
+    def _shared(self, member: Member) -> bytes:
+        """Through one open stream, since a compressed one is decompressed up to the place."""
         with self._lock:
             if self._archive is None:
-                self._archive = tarfile.open(self._file)  # noqa: SIM115 (a seek backwards would decompress all again)
+                self._archive = tarfile.open(self._file)  # noqa: SIM115 (closed in the end)
             stream: Any = self._archive.fileobj
             stream.seek(member.start)
             return _read(stream, member.num_bytes)
+
+    def _close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+        self._archive = None
 
 
 def _read(stream: IO[bytes], num_bytes: int) -> bytes:
@@ -207,7 +216,7 @@ def _listed(archive: tarfile.TarFile) -> Iterator[Member]:
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all that it passed
         if info.isreg() and not info.issparse() and not posixpath.basename(info.name).startswith((".", "__")):
-            yield Member(
+            yield member_of(
                 info.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), info.offset_data, info.size
             )
 

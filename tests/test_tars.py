@@ -1,0 +1,125 @@
+"""Which images does a tar give, with which captions and masks, and what is said of the rest?"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import DatasetError
+from k5cache.sources.find import find
+from k5cache.sources.items import UnreadableImage
+from tests.table_files import captions, contents, png, skipped, tar
+
+
+def test_names_with_dots_belong_together_as_the_image_says(tmp_path):
+    members = {
+        "photo.jpg": png(1), "photo.txt": "plain",
+        "photo.v2.jpg": png(2), "photo.v2.txt": "second", "photo.v2.mask.png": png(3),
+        "a.b/x.1.png": png(4), "a.b/x.1.txt": "in a folder",
+        "y.rgb.png": png(5), "y.txt": "of its key", "y.mask.png": png(6),
+    }  # fmt: skip
+    path = tar(tmp_path / "t.tar", members)
+    assert captions(path) == {
+        "t.tar/photo.jpg": ("plain",), "t.tar/photo.v2.jpg": ("second",), "t.tar/a.b/x.1.png": ("in a folder",),
+        "t.tar/y.rgb.png": ("of its key",),
+    }  # fmt: skip
+    assert contents(path) == {f"t.tar/{name}": data for name, data in members.items() if isinstance(data, bytes)}
+    masks = {item.path: item.mask.path for item in find(path, CacheConfig()).items if item.mask}
+    assert masks == {"t.tar/photo.v2.jpg": "t.tar/photo.v2.mask.png", "t.tar/y.rgb.png": "t.tar/y.mask.png"}
+    assert skipped(path) == {}
+
+
+def test_dotted_names_without_captions_are_images_of_their_own_and_their_names_are_captions(tmp_path):
+    path = tar(tmp_path / "t.tar", {"cat.v1.jpg": png(1), "cat.v2.jpg": png(2)})
+    expected = {"t.tar/cat.v1.jpg": ("cat.v1",), "t.tar/cat.v2.jpg": ("cat.v2",)}
+    assert captions(path, caption_strategy="filename") == expected
+
+
+def test_several_images_for_one_caption_are_refused_until_one_is_chosen(tmp_path):
+    path = tar(tmp_path / "t.tar", {"a.jpg": png(1), "a.png": png(2), "a.txt": "one", "b.jpg": png(3), "b.txt": "two"})
+    with pytest.raises(DatasetError, match="has images in jpg and png for a"):
+        find(path, CacheConfig())
+    assert captions(path, image_column="png") == {"t.tar/a.png": ("one",)}
+    assert skipped(path, image_column="png") == {"t.tar/b.jpg": "has no png"}
+    other = tar(tmp_path / "u.tar", {"a.rgb.png": png(1), "a.depth.png": png(2), "a.txt": "one"})
+    with pytest.raises(DatasetError, match=r"has images in depth\.png and rgb\.png for a"):
+        find(other, CacheConfig())
+    assert captions(other, image_column="rgb.png") == {"u.tar/a.rgb.png": ("one",)}
+
+
+def test_a_companion_image_is_no_image_to_train_on(tmp_path):
+    path = tar(tmp_path / "t.tar", {"a.jpg": png(1), "a.seg.png": png(2), "a.txt": "one"})
+    assert contents(path) == {"t.tar/a.jpg": png(1)}
+
+
+def test_what_cannot_be_used_among_the_first_rows_is_named_and_the_rest_is_used(tmp_path):
+    members = [
+        ("README.md", "about"), ("LICENSE", "free"), ("._0.png", "of a Mac"), ("0.png", png(0)),
+        ("0.txt", "zéro".encode("cp1252")),
+        ("1.jpg", png(1)), ("1.TXT", "\ufeffone"), ("2.png", png(2)), ("3.txt", "no image"), ("4.psd", "layers"),
+        ("4.txt", "a document"), ("5.png", png(5)), ("5.txt", "five"), ("5.png", png(6)),
+        ("6.png", png(6)), ("6.txt", " \n"),
+    ]  # fmt: skip
+    path = tar(tmp_path / "t.tar", members)
+    assert captions(path) == {"t.tar/1.jpg": ("one",), "t.tar/5.png": ("five",)}
+    assert contents(path)["t.tar/5.png"] == png(5)
+    assert skipped(path) == {
+        "t.tar/README.md": "has no image beside it",
+        "t.tar/LICENSE": "has no image beside it",
+        "t.tar/0.png": "caption 0.txt is not UTF-8",
+        "t.tar/2.png": "missing caption 2.txt",
+        "t.tar/3.txt": "has no image beside it",
+        "t.tar/4.psd": "is a Photoshop document: save it as PNG",
+        "t.tar/5.png": "has the path of an earlier image",
+        "t.tar/6.png": "empty caption",
+    }
+
+
+def test_a_field_of_json_is_a_caption_and_damaged_json_is_named(tmp_path):
+    members = {
+        "a.png": png(1),
+        "a.json": '{"p": ["x", "y"]}',
+        "b.png": png(2),
+        "b.json": "{",
+        "c.png": png(3),
+        "c.json": "[]",
+    }
+    path = tar(tmp_path / "t.tar", members)
+    assert captions(path, caption_column="json.p") == {"t.tar/a.png": ("x", "y")}
+    reasons = {"t.tar/b.png": "b.json is not JSON", "t.tar/c.png": "empty caption"}
+    assert skipped(path, caption_column="json.p") == reasons
+
+
+def test_members_of_a_compressed_tar_are_read_in_any_order(tmp_path):
+    members = {f"{i}.{kind}": png(i) if kind == "png" else f"number {i}" for i in range(20) for kind in ("png", "txt")}
+    plain, compressed = tar(tmp_path / "plain.tar", members), tar(tmp_path / "gz.tar", members, "w:gz")
+    for path in (plain, compressed):
+        found = find(path, CacheConfig())
+        assert len(found.items) == 20
+        for i in (19, 3, 11, 0):
+            assert found.read(f"{path.name}/{i}.png") == png(i)
+    del found
+    gc.collect()  # a file that is left open is an error here
+
+
+@pytest.mark.parametrize("lost", [1, 600, 2000])
+def test_a_tar_that_is_cut_off_is_named(tmp_path, lost):
+    path = tar(tmp_path / "t.tar", {f"{i}.{kind}": png(i) * 9 for i in range(4) for kind in ("png", "txt")})
+    found = find(path, CacheConfig(caption_strategy="filename"))
+    end = path.read_bytes().rfind(b"IEND")
+    path.write_bytes(path.read_bytes()[: end - lost])
+    with pytest.raises(DatasetError, match=r"t\.tar cannot be read as a tar: unexpected end of data"):
+        find(path, CacheConfig())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UnreadableImage, match="the tar is shorter than when it was listed"):
+        found.read("t.tar/3.png")
+
+
+def test_tars_of_one_name_in_two_folders_keep_their_rows_apart(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+        tar(tmp_path / f"{i}" / "x.tar", {"a.png": png(i), "a.txt": f"number {i}"})
+    expected = {f"{tmp_path}/{i}/x.tar/a.png": (f"number {i}",) for i in range(2)}
+    assert captions(tmp_path / "?" / "x.tar") == expected
