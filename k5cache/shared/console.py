@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from k5cache.shared import interrupt
+from k5cache.shared import disk_errors, interrupt
 from k5cache.shared.command_line import command as command
 from k5cache.shared.command_line import this_command as this_command
 from k5cache.shared.errors import K5Error
@@ -51,11 +50,11 @@ def run(app: Callable[[], object]) -> NoReturn:
     except K5Error as error:
         print_error(error.problem, error.fix)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except Exception as error:
+        answer = disk_errors.sentence(error)
+        if answer is None:
             raise
-        problem, fix = _DISK_ERRORS[error.errno]
-        print_error(f"{problem}: {error.filename}" if error.filename else problem, fix)
+        print_error(*answer)
         sys.exit(2)
     sys.exit(0)
 
@@ -95,17 +94,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # peft imports bitsandbytes if it is installed, which then misses its own 4-bit kernel on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-_RETRY = "and run the same command again: what was finished is kept"
-_DISK_ERRORS: dict[int | None, tuple[str, str]] = {
-    errno.ENOSPC: ("The disk is full while writing", f"Free some space {_RETRY}"),
-    errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space {_RETRY}"),
-    errno.EFBIG: ("A file is larger than this system allows", f"Raise `ulimit -f` or use another disk, {_RETRY}"),
-    errno.EACCES: ("There is no permission for", "Use another folder, or change its permissions"),
-    errno.EPERM: ("There is no permission for", "Use another folder, or change its permissions"),
-    errno.EROFS: ("The disk is read-only", "Write to another folder"),
-}
 
 
 _WINDOWS_PATH = re.compile(r"(?<![\w/])([A-Za-z]):[\\/]")

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared.disk_errors import named
+
 TEMPORARY = ".tmp-"
 _OF_LIBRARIES = re.compile(r"\.tmp\w+")  # safetensors' temporary files
 
@@ -38,7 +40,7 @@ class NewFile:
         if self._fd < 0:
             return len(data)
         rest = memoryview(data)
-        with self._named_in_errors():
+        with named(self.path):
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
         self.sha256.update(data)
@@ -59,7 +61,7 @@ class NewFile:
 
     def commit(self, path: Path) -> None:
         """Make the bytes durable, then give the file the name ``path``."""
-        with self._named_in_errors():
+        with named(self.path):
             os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
@@ -75,14 +77,6 @@ class NewFile:
         if self._is_pending:
             self._is_pending = False
             self.path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _named_in_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename = str(self.path)  # so that the error says which disk is full
-            raise
 
 
 @contextmanager
@@ -100,7 +94,8 @@ def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable, if its file system can: some network and FUSE mounts refuse."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with named(folder):
+            os.fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
@@ -110,7 +105,7 @@ def sync_folder(folder: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make a file durable that a library has written."""
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -131,7 +126,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary = folder / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
-        write(temporary)
+        with named(path):
+            write(temporary)
         temporary.chmod(mode)  # safetensors makes files that other users cannot read, for example a ComfyUI server
         sync_file(temporary)
         temporary.replace(path)

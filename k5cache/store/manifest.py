@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from k5cache.shared.command_line import command
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import new_file
 from k5cache.shared.lock import Locked, lock_file
@@ -139,7 +140,7 @@ def read_manifest(root: Path) -> Manifest:
             f"{root} is not a cache: it {reason}", f"Make one: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
         )
     fd = files.open_inside(root, FILE)
-    with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
+    with named(path), open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
         size = os.fstat(fd).st_size
         if size > MAX_BYTES:
             raise CacheError(f"{path} has {size} bytes, more than {MAX_BYTES >> 20} MiB", "Use another cache")

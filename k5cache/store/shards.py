@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import NewFile
 from k5cache.store import files
@@ -212,7 +213,8 @@ class Shard:
         self._fd = files.open_inside(root, info.file, info.num_bytes)
         # Not `with`: the reader lets go of shards that other threads are still reading.
         weakref.finalize(self, os.close, self._fd)
-        footer = self._read_footer()
+        with named(self.path):
+            footer = self._read_footer()
         try:
             # Parse the magic number and the footer alone, so that only checked bytes are parsed.
             self._meta = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
@@ -247,7 +249,8 @@ class Shard:
                 buffers.append((tensor if tensor.dim() else tensor.view(1)).view(torch.uint8).numpy().data)
             else:
                 buffers.append(bytearray(column.value_bytes))
-        num_read = os.preadv(self._fd, buffers, layout.begin)
+        with named(self.path):
+            num_read = os.preadv(self._fd, buffers, layout.begin)
         digest = xxhash.xxh3_64()
         for buffer in buffers:
             digest.update(buffer)
@@ -367,7 +370,9 @@ def verify_shard(
                 problems.extend(f"{shard.path}, row {row}: {text}" for text in (visit(row, stored) if visit else ()))
         fd = files.open_inside(root, info.file, info.num_bytes)
         try:
-            if files.sha256_of(fd) != info.sha256:
+            with named(root / info.file):
+                is_whole = files.sha256_of(fd) == info.sha256
+            if not is_whole:
                 problems.append(f"{shard.path}: its sha256 is not the one in the manifest")
         finally:
             os.close(fd)

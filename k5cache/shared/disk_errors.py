@@ -1,0 +1,86 @@
+"""What does an error of the disk mean to a user? A sentence with the path, also if a library has wrapped the error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+_AGAIN = "run the same command again: what was finished is kept"
+_PERMISSION = ("There is no permission for", "Use another folder, or change its permissions")
+_GONE = ("There is no longer a file or folder", f"Put it back, if it was moved, and {_AGAIN}")
+_SENTENCES = {
+    errno.ENOSPC: ("The disk is full while writing", f"Free some space and {_AGAIN}"),
+    errno.EDQUOT: ("The disk quota is used up while writing", f"Free some space and {_AGAIN}"),
+    errno.EFBIG: (
+        "A file is larger than this system allows", f"Raise `ulimit -f` or use another disk, and {_AGAIN}",
+    ),
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: ("The disk is read-only", "Write to another folder"),
+    errno.EIO: (
+        "The disk reports an error for", f"Check the disk and its cable or network (dmesg shows more), and {_AGAIN}",
+    ),
+    errno.EMFILE: ("Too many files are open, the next would be", f"Raise the limit with `ulimit -n 4096` and {_AGAIN}"),
+    errno.ENFILE: ("Too many files are open, the next would be", f"Close other programs and {_AGAIN}"),
+    errno.ENOENT: _GONE,
+    errno.ESTALE: _GONE,
+    errno.ENAMETOOLONG: ("This name is too long for the disk", "Choose a shorter one"),
+}  # fmt: skip
+_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)  # as safetensors and pyarrow write it
+
+
+def sentence(error: BaseException) -> tuple[str, str] | None:
+    """The problem and the fix for an error of the disk, wherever in the chain of causes it is; None for any other."""
+    found = _os_error(error)
+    if found is None:
+        return None
+    number, path = found
+    problem, fix = _SENTENCES.get(number, (f"{os.strerror(number)}:", f"Correct this and {_AGAIN}"))
+    return (f"{problem} {path}" if path else problem.rstrip(":")), fix
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Around what reads or writes ``path``: an error of the disk says which file it was.
+
+    Raises:
+        OSError: with the path, for an error of the disk that has none or that a library has made another exception of.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+            raise
+        _raise_with(path, error)
+    except Exception as error:  # of any library; what is not the disk's error rises as it is
+        _raise_with(path, error)
+
+
+def _raise_with(path: Path, error: Exception) -> NoReturn:
+    number = _number_in(error)
+    if number is None:
+        raise error
+    raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _os_error(error: BaseException | None) -> tuple[int, str] | None:
+    """Error number and path of the first error of the disk among an error and its causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno, str(error.filename or "")
+        number = _number_in(error)
+        if number is not None:
+            return number, ""
+        error = error.__cause__
+    return None
+
+
+def _number_in(error: BaseException) -> int | None:
+    match = _NUMBER.search(str(error))
+    return int(match[1]) if match else None

@@ -1,0 +1,65 @@
+"""Errors of the disk become sentences with a path, also those that a library has wrapped."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from k5cache.shared import console
+from k5cache.shared.disk_errors import named, sentence
+
+PATH = Path("runs/cats/adapter.safetensors")
+
+
+def raised_inside_named(error: Exception) -> BaseException:
+    with pytest.raises(type(error) if not str(error).startswith("library") else OSError) as caught, named(PATH):
+        raise error
+    return caught.value
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENOENT])
+def test_an_error_without_a_path_gets_it(number):
+    for error in (
+        OSError(number, os.strerror(number)),
+        RuntimeError(f"library: I/O error: {os.strerror(number)} (os error {number})"),  # as safetensors says it
+        RuntimeError(f"library: [errno {number}] it failed"),  # as pyarrow says it
+    ):
+        answer = sentence(raised_inside_named(error))
+        assert answer is not None
+        assert answer[0].endswith(f" {PATH}")
+
+
+def test_a_path_that_an_error_has_stays():
+    answer = sentence(raised_inside_named(OSError(errno.EIO, "Input/output error", "other.bin")))
+    assert answer is not None
+    assert answer[0].endswith(" other.bin")
+
+
+def test_what_is_no_error_of_the_disk_rises_as_it_is():
+    for error in (ValueError("a bug"), OSError("image file is truncated"), KeyError("x")):
+        assert raised_inside_named(error) is error
+        assert sentence(error) is None
+
+
+def test_a_command_ends_with_the_sentence(capsys):
+    def app() -> None:
+        with named(PATH), Path("/dev/full").open("wb", buffering=0) as full:
+            full.write(b"x")
+
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(SystemExit) as ended:
+        console.run(app)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: The disk is full while writing {PATH}\n")
+
+
+def test_a_bug_keeps_its_traceback():
+    def app() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        console.run(app)
