@@ -297,6 +297,33 @@ def test_an_image_that_changes_while_it_is_encoded_is_not_stored_under_the_old_n
     assert path.exists()
 
 
+def test_a_picture_and_a_caption_replaced_at_any_stage_are_never_trained_on_as_they_were(three, tmp_path, monkeypatch):
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
+    stages, latents = ("plan_request", "encode_texts", "take_note"), []
+    for seed, stage in enumerate(stages):
+        original = getattr(update, stage)
+        three.put("cat.png", "an early cat", seed=seed + 20, size=(96, 64))  # so that there is something to do
+
+        def late(*arguments, original=original, seed=seed):
+            time = (three.source / "cat.png").stat().st_mtime_ns
+            three.put("cat.png", f"cat {seed}", seed=seed, size=(96, 64))
+            os.utime(three.source / "cat.png", ns=(time, time))
+            return original(*arguments)
+
+        monkeypatch.setattr(update, stage, late)
+        three.encode("a fox")
+        monkeypatch.setattr(update, stage, original)
+        three.encode("a fox")
+        latents.append(three.cache[0]["mean"])
+        assert three.cache[0]["captions"][0].caption == f"cat {seed}"
+        assert three.encode("a fox").is_unchanged
+    fresh = Workshop(tmp_path / "fresh", three.model)
+    for seed in range(len(stages)):
+        fresh.put(f"{seed}.png", "a cat", seed=seed, size=(96, 64))
+    fresh.encode()
+    assert all(torch.equal(fresh.cache[seed]["mean"], mean) for seed, mean in enumerate(latents))
+
+
 # Another recipe
 
 
