@@ -20,8 +20,11 @@ from k5cache.shared.console import note
 from k5cache.shared.errors import DatasetError
 from k5cache.sources import folder as folders
 from k5cache.sources.items import IMAGE_SUFFIXES, METADATA
+from k5cache.sources.rows import is_text
 from k5cache.sources.splits import CARDS, names_of_split, read_card, split_names
+from k5cache.sources.table_columns import image_column
 from k5cache.sources.tables import Table, load_named_files, load_splits, of_one_kind
+from k5cache.sources.tars import Tar
 
 _FIX = "Check the path or name, the network, and cache.split and cache.dataset_config"
 
@@ -41,9 +44,11 @@ def load_hub(name: str, config: CacheConfig) -> Table:
     wanted = {split: of_one_kind(names) or _images(name, names) for split, names in splits.items()}
     root = repository.fetch([file for files in wanted.values() for file in files])
     files = {split: [root / file for file in of_split] for split, of_split in wanted.items()}
-    if any(of_one_kind(names) for names in splits.values()):
-        return load_splits(name, root, files, config)
-    return load_named_files(name, root, files, config)
+    if not any(of_one_kind(names) for names in splits.values()):
+        return load_named_files(name, root, files, config)
+    table = load_splits(name, root, files, config)
+    repository.fetch(_named_images(table, config, root, repository.names))
+    return table
 
 
 class _Repository:
@@ -56,6 +61,7 @@ class _Repository:
 
         self._name = name
         self._downloaded: Path | None = None
+        self._folder: Path | None = None
         try:
             info = dataset_info(name, timeout=10)
             self._commit = info.sha
@@ -80,6 +86,8 @@ class _Repository:
         """The folder with these files of it. Those that are here already are not downloaded again."""
         if self._downloaded is not None:
             return self._downloaded
+        if not names and self._folder is not None:
+            return self._folder
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -87,9 +95,10 @@ class _Repository:
             disable_progress_bars()
         try:
             patterns = _patterns(names, self.names)
-            return Path(
+            self._folder = Path(
                 snapshot_download(self._name, repo_type="dataset", revision=self._commit, allow_patterns=patterns)
             )
+            return self._folder
         except _unreachable() as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise DatasetError(f"{self._name} cannot be downloaded: {reason}", _FIX) from None
@@ -127,6 +136,20 @@ def _patterns(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
         is_all = len(of_kind) > 1 and set(fnmatch.filter(all_names, pattern)) <= set(wanted)
         patterns += [pattern] if is_all else [glob.escape(name) for name in of_kind]
     return patterns
+
+
+def _named_images(table: Table, config: CacheConfig, root: Path, names: Sequence[str]) -> list[str]:
+    """The files of the repository that a table of file names means, relative to it or to the table."""
+    if isinstance(table.pieces[0].rows, Tar):
+        return []
+    column = image_column(table, config.image_column)
+    if not is_text(table.schema.field(column).type):
+        return []
+    cells = [cell for cell in table.column(column) if isinstance(cell, str)]
+    folders_of_tables = {file.parent.relative_to(root).as_posix() for file in table.files} | {""}
+    available = set(names)
+    named = (posixpath.normpath(posixpath.join(base, cell)) for cell in cells for base in folders_of_tables)
+    return [name for name in dict.fromkeys(named) if name in available]
 
 
 def _images(name: str, names: Sequence[str]) -> list[str]:
