@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from k5cache.cli import app as cache_app
+from k5train.base.architecture import FULL_SIZE
 from k5train.cli import app as train_app
+from k5train.options.adapter import LoraConfig
+from k5train.options.train import TrainConfig
+from k5train.planning import vram
+from k5train.planning.plan import plan_for
 from tests.cli import Cli
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +124,40 @@ def test_a_base_is_prepared_listed_and_removed(cli, toy_model):
     assert name[:8] in cli(train_app, "base", "list").out
     assert cli(train_app, "base", "rm", name[:8]).code == 0
     assert cli(train_app, "base", "rm", name[:8]).code == 2
+
+
+LEVELS = {"keep everything": "all", "keep all matmuls": "matmuls", "selective": "selective",
+          "keep attention only": "attention", "recompute all": "nothing"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("heading", "lora", "num_text_tokens"),
+    [
+        ("The setting of the first table", LoraConfig(rank=16, targets=("qkv",)), 256),
+        ("The defaults,", LoraConfig(), 512),
+    ],
+)
+def test_the_pages_show_the_plans_that_the_planner_makes(heading, lora, num_text_tokens):
+    measurements = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    readme = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## What fits which card")[1].split("Measured on")[0]
+    )
+    section = measurements.split("## What the planner chooses for a card")[1].split(f"\n{heading}")[1]
+    rows = re.findall(r"^\| (\d+ GB) \| (.*) \| ([\d.]+) GiB \|$", section.split("\n\n")[1], flags=re.MULTILINE)
+    assert [card for card, _, _ in rows] == ["24 GB", "16 GB", "12 GB", "8 GB"]
+    for card, shown, peak in rows:
+        budget = vram.budget(torch.device("cpu"), card)
+        config = TrainConfig(lora=lora)
+        plan = plan_for(FULL_SIZE, config, torch.device("cuda"), (4096, num_text_tokens), budget)
+        assert f"{plan.peak / 2**30:.1f}" == peak, card
+        counts = {
+            LEVELS[words]: count for count, words in re.findall(rf"(\d*) ?(?:blocks )?({'|'.join(LEVELS)})", shown)
+        }
+        assert {level: int(count or 50) for level, count in counts.items()} == Counter(plan.levels), card
+        streamed = re.search(r"(\d+) blocks' weights", shown)
+        assert (int(streamed[1]) if streamed else None) == (plan.streaming and plan.streaming.num_blocks), card
+        if num_text_tokens == 256:  # README shows the same plans in other words
+            (line,) = [line for line in readme.splitlines() if line.startswith(f"| {card} ")]
+            assert line.endswith(f"| {peak} GiB |")
+            numbers = {int(number) for number in re.findall(r"\b\d+\b", line.split("|")[2])}
+            assert numbers <= {50, *Counter(plan.levels).values(), plan.streaming and plan.streaming.num_blocks}

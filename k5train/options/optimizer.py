@@ -12,7 +12,7 @@ ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """``[train.optim]``: the optimizer and its learning rate. Defaults are the official trainer's."""
+    """``[train.optim]``: the optimizer and its learning rate. The defaults are the official trainer's."""
 
     optimizer: OptimizerName = "adamw"
     """``adafactor``, ``muon`` and ``adamw`` are torch's. ``adamw8bit``, ``prodigy``, ``lion`` and ``schedulefree``
