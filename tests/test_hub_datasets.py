@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,3 +158,16 @@ def test_who_asked_to_be_offline_is_not_told_so(hub, capsys, monkeypatch):
     hub.problem = OfflineModeIsEnabled("offline")
     assert len(find(Path("me/cats"), CacheConfig()).items) == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_half_a_download_is_not_taken_for_the_whole_while_the_hub_cannot_be_reached(hub):
+    for i in range(2):
+        parquet(hub.files / f"train-{i}.parquet", [png(i)], ["one"])
+    find(Path("me/cats"), CacheConfig())
+    hub.problem = NO_ROUTE
+    (hub.snapshot / "train-1.parquet").unlink()
+    trees = hub.snapshot.parent.parent / "trees"
+    trees.mkdir()
+    (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": {name: {} for name in hub.names}}))
+    with pytest.raises(DatasetError, match=r"me/cats is incomplete on this machine \(train-1\.parquet is missing\)"):
+        find(Path("me/cats"), CacheConfig())

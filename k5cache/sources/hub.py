@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import json
 import posixpath
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,8 @@ def load_hub(name: str, config: CacheConfig) -> Table:
         DatasetError: it cannot be reached, lacks the split or configuration, or is of a kind that cannot be read.
     """
     repository = _Repository(name)
-    card = read_card(repository.fetch([card for card in CARDS if card in repository.names]))
+    cards = [card for card in CARDS if card in repository.names]
+    card = read_card(repository.fetch(cards)) if cards else None
     splits = {
         split: names_of_split(name, repository.names, card, replace(config, split=split))
         for split in split_names(config.split)
@@ -47,7 +49,8 @@ def load_hub(name: str, config: CacheConfig) -> Table:
     if not any(of_one_kind(names) for names in splits.values()):
         return load_named_files(name, root, files, config)
     table = load_splits(name, root, files, config)
-    repository.fetch(_named_images(table, config, root, repository.names))
+    if named := _named_images(table, config, root, repository.names):
+        repository.fetch(named)
     return table
 
 
@@ -61,7 +64,6 @@ class _Repository:
 
         self._name = name
         self._downloaded: Path | None = None
-        self._folder: Path | None = None
         try:
             info = dataset_info(name, timeout=10)
             self._commit = info.sha
@@ -80,14 +82,18 @@ class _Repository:
                     f"Using the downloaded copy of {name} (commit {snapshot.name[:8]}): cannot reach the hub ({reason})"
                 )
             self._downloaded = snapshot
-            self.names = [file.relative_to(snapshot).as_posix() for file in folders.files(snapshot)]
+            self.names = _names_of(snapshot)
 
     def fetch(self, names: Sequence[str]) -> Path:
         """The folder with these files of it. Those that are here already are not downloaded again."""
         if self._downloaded is not None:
+            missing = next((name for name in names if not (self._downloaded / name).is_file()), None)
+            if missing is not None:
+                raise DatasetError(
+                    f"{self._name} is incomplete on this machine ({missing} is missing), and the hub cannot be reached",
+                    "Check the network and try again; what is here already is not downloaded again",
+                )
             return self._downloaded
-        if not names and self._folder is not None:
-            return self._folder
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -95,10 +101,9 @@ class _Repository:
             disable_progress_bars()
         try:
             patterns = _patterns(names, self.names)
-            self._folder = Path(
+            return Path(
                 snapshot_download(self._name, repo_type="dataset", revision=self._commit, allow_patterns=patterns)
             )
-            return self._folder
         except _unreachable() as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise DatasetError(f"{self._name} cannot be downloaded: {reason}", _FIX) from None
@@ -119,6 +124,15 @@ def _snapshot(name: str) -> Path | None:
     home = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     snapshots = [path for path in (home / "snapshots").glob("*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _names_of(snapshot: Path) -> list[str]:
+    """The names of all files that a commit has on the hub, as the hub's client noted them; else of those here."""
+    note_of_client = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
+    try:
+        return list(json.loads(note_of_client.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # an older client keeps none
+        return [file.relative_to(snapshot).as_posix() for file in folders.files(snapshot)]
 
 
 def _patterns(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
