@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 import k5cache
 from k5cache.cli import app
+from tests import table_files
 from tests.cli import Cli, Done
 
 
@@ -93,6 +96,38 @@ def test_a_new_row_of_a_table_is_encoded_alone_and_a_broken_one_is_skipped(place
     cache = k5cache.open(place.folder / "cache" / "all")
     assert {shard.num_rows for shard in cache.manifest.shards if new in shard.file} == {1}
     assert [path for path, _, _ in keys(place)] == [f"t.parquet#{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["tar", "csv"])
+def test_a_table_with_other_content_and_the_same_size_and_time_is_encoded_again(tmp_path, toy_model, kind):
+    cli = Cli(tmp_path)
+    source = tmp_path / f"t.{kind}"
+
+    def write(shade: int, caption: str) -> None:
+        image = io.BytesIO()
+        Image.new("RGB", (64, 64), (shade, 0, 0)).save(image, "BMP")
+        if kind == "tar":
+            table_files.tar(source, {"0.bmp": image.getvalue(), "0.txt": caption})
+        else:
+            (tmp_path / "0.bmp").write_bytes(image.getvalue())
+            source.write_text(f"image,text\n0.bmp,{caption}\n")
+        for file in (source, tmp_path / "0.bmp"):
+            if file.exists():
+                os.utime(file, ns=(1, 10**18))
+
+    write(10, "one")
+    size = source.stat().st_size
+    for options in ([], ["--rehash"]):
+        shape = ["--model", str(toy_model), "--set", "cache.resolution=64", "-o", "cache/all"]
+        assert cli(app, "encode", str(source), *shape, *options).code == 0
+    [(_, before, said)] = keys(cli)
+    assert said == ("one",)
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    write(20, "two")
+    assert source.stat().st_size == size
+    encode(cli, toy_model, str(source))
+    [(_, after, said)] = keys(cli)
+    assert (after != before, said) == (True, ("two",))
 
 
 def test_the_trainer_draws_every_caption_of_an_image(place):
