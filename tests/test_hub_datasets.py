@@ -101,7 +101,7 @@ def test_images_with_metadata_are_those_that_the_metadata_of_the_split_names(hub
     source = find(Path("me/cats"), CacheConfig(split="test"))
     assert read(source) == {"test/sub [1]/0.png": (png(10), ("one",))}
     assert [(skip.path, skip.reason) for skip in source.skipped] == [
-        ("test/sub [1]/9.png", "is named in me/cats line 3 but does not exist")
+        ("test/sub [1]/9.png", "is named in metadata.csv line 3 but does not exist")
     ]
     assert hub.downloaded == ["test/metadata.csv", "test/sub [1]/0.png", "test/sub [1]/1.png"]
 

@@ -545,7 +545,7 @@ def test_tars_without_pairs_and_datasets_without_images_are_refused(tmp_path):
     datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "t.parquet")
     assert "t.parquet has no column of images; its columns are text" in refusal(tmp_path / "t.parquet")
     datasets.Dataset.from_dict({"image": ["a.png"], "text": ["one"]}).save_to_disk(tmp_path / "saved")
-    assert "a.png: is named in saved#0 but does not exist" in refusal(tmp_path / "saved")
+    assert "a.png: is named in data-00000-of-00001.arrow#0 but does not exist" in refusal(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

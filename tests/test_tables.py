@@ -21,6 +21,7 @@ import pytest
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.find import find
+from k5cache.sources.items import UnreadableImage
 from tests.table_files import IMAGES, captions, contents, parquet, png, skipped, tar
 
 SPECIAL = "a [1] *{x}?::b%20#c"
@@ -42,7 +43,7 @@ def every_kind(root: Path) -> dict[str, dict[str, bytes]]:
     for name, data in pictures.items():
         (root / name).write_bytes(data)
         (root / name).with_suffix(".txt").write_text("of a folder")
-    tar(root / "t.tar", {**pictures, **{f"{i}.txt": f"number {i}" for i in range(3)}})
+    tar(root / "t.tar", dict(sorted({**pictures, **{f"{i}.txt": f"number {i}" for i in range(3)}}.items())))
     images = [pictures["0.png"], (None, "1.png"), (pictures["2.png"], "2.png")]
     parquet(root / "t.parquet", images, ["number 0", "number 1", "number 2"])
     (root / "t.csv").write_text("image,text\n" + "".join(f"{i}.png,number {i}\n" for i in range(3)))
@@ -111,6 +112,55 @@ def test_a_row_without_bytes_is_the_file_beside_its_table_and_is_compared_by_tha
     (tmp_path / "set" / "0.png").write_bytes(png(4))
     after = find(source, CacheConfig()).items
     assert [b.inode == a.inode for b, a in zip(before, after, strict=True)] == [False, True]
+
+
+@pytest.fixture
+def own_dataset_cache(tmp_path, monkeypatch):
+    """Keep the cache of `datasets` out of the home of whoever runs the tests."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache-of-datasets")
+
+
+@pytest.mark.usefixtures("own_dataset_cache")
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "arrow", "tar"])
+def test_a_regular_table_has_the_rows_that_datasets_reads(tmp_path, kind):
+    import datasets
+
+    every_kind(tmp_path / "set")
+    builder = {"tsv": "csv", "jsonl": "json", "tar": "webdataset"}.get(kind, kind)
+    options = {"sep": "\t"} if kind == "tsv" else {}
+    file = tmp_path / "set" / f"t.{kind}"
+    theirs = datasets.load_dataset(builder, data_files={"train": str(file)}, split="train", **options)
+    images = "png" if kind == "tar" else "image"
+    if kind in ("parquet", "arrow", "tar"):
+        theirs = theirs.cast_column(images, datasets.Image(decode=False))
+    expected = []
+    for row in theirs:
+        cell = row[images] if isinstance(row[images], dict) else {"path": row[images], "bytes": None}
+        content = cell["bytes"] or (tmp_path / "set" / cell["path"]).read_bytes()
+        expected.append((content, row["txt" if kind == "tar" else "text"]))
+    found, pictures = captions(file), contents(file)
+    assert [(pictures[path], *texts) for path, texts in found.items()] == expected
+    assert len(expected) == (1 if kind == "arrow" else 3)
+
+
+@pytest.mark.parametrize("content", ["another table", "noise", "nothing"])
+def test_a_table_that_is_overwritten_while_its_images_are_read_names_them_or_gives_the_new_ones(tmp_path, content):
+    path = parquet(tmp_path / "t.parquet", [bytes([i]) * 5000 for i in range(200)], ["x"] * 200, row_group_size=50)
+    found = find(path, CacheConfig())
+    assert found.read("t.parquet#0") == bytes([0]) * 5000
+    if content == "another table":
+        parquet(path, [bytes([255 - i]) * 900 for i in range(20)], ["x"] * 20)
+    else:
+        path.write_bytes(random.Random(0).randbytes(400_000) if content == "noise" else b"")
+    outcomes = set()
+    for item in found.items:
+        try:
+            found.read(item.path)
+        except UnreadableImage as error:
+            outcomes.add(error.reason[:14])
+    assert "cannot be read" in outcomes
 
 
 # --- every change is seen ---

@@ -93,7 +93,7 @@ def test_a_field_of_json_is_a_caption_and_damaged_json_is_named(tmp_path):
 
 
 def test_members_of_a_compressed_tar_are_read_in_any_order(tmp_path):
-    members = {f"{i}.{kind}": png(i) if kind == "png" else f"number {i}" for i in range(20) for kind in ("png", "txt")}
+    members = {f"{i}.{kind}": png(i) if kind == "png" else f"number {i}" for kind in ("png", "txt") for i in range(20)}
     plain, compressed = tar(tmp_path / "plain.tar", members), tar(tmp_path / "gz.tar", members, "w:gz")
     for path in (plain, compressed):
         found = find(path, CacheConfig())

@@ -90,7 +90,8 @@ class Table:
 
     def place(self, piece: Piece, row: int) -> str:
         """What messages call a row: ``cats.csv line 3``."""
-        name = self.name if len(self.pieces) == 1 else piece.rows.file.name
+        file = piece.rows.file.name
+        name = self.name if self.name.endswith(file) else file
         return name + ("" if isinstance(piece.rows, Tar) else piece.rows.place(row))
 
     def refuse(self, problem: str, option: str) -> DatasetError:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
@@ -38,7 +39,7 @@ class TextRows:
     lines: Sequence[int] = ()
     """The line at which each row ends; empty if rows are not lines."""
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """A column in which any row has text is a column of text."""
         return pa.schema([(name, _kind(values)) for name, values in self.columns.items()])
