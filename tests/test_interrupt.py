@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import signal
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,22 @@ def test_any_other_command_that_is_stopped_ends_with_one_line(tmp_path, error, l
 
     done = Cli(tmp_path)(program, "prompts", "add")
     assert (done.code, done.out, done.err) == (130, "", f"{line}\n")
+
+
+def test_an_interrupt_that_python_drops_in_a_finalizer_comes_again():
+    class Owner: ...
+
+    def work() -> None:
+        owner = Owner()
+        callbacks.append(weakref.ref(owner, lambda _: send(signal.SIGTERM)))  # an exception in it is only printed
+        with interrupt.installed():
+            del owner
+            time.sleep(5)
+
+    callbacks = []
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert callbacks[0]() is None
 
 
 def test_what_is_said_first_stays():

@@ -205,7 +205,7 @@ def _without_the_hub(repo: str, snapshot: Path | None, missing: str, error: Exce
     state = f"is incomplete on this machine ({missing} is missing)" if snapshot else "is not on this machine"
     raise ModelError(
         f"The model {repo} {state} and cannot be downloaded ({reason})",
-        "Connect to the hub once, or give a local folder with --model DIR",
+        f"Connect to the hub once, or give a local folder with --model DIR (there is no folder {repo})",
     ) from error
 
 

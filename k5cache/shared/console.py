@@ -35,6 +35,8 @@ from k5cache.shared.errors import K5Error
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+STOPPED = 130
+"""The exit code of a command that was stopped, as shells and typer have it."""
 
 
 def run(app: Callable[[], object]) -> NoReturn:
@@ -50,6 +52,9 @@ def run(app: Callable[[], object]) -> NoReturn:
     except K5Error as error:
         print_error(error.problem, error.fix)
         sys.exit(2)
+    except KeyboardInterrupt:  # before or after the command
+        err.print("Stopped", style="yellow")
+        sys.exit(STOPPED)
     except Exception as error:
         answer = disk_errors.sentence(error)
         if answer is None:
@@ -62,13 +67,24 @@ def run(app: Callable[[], object]) -> NoReturn:
 class Commands(TyperGroup):
     """A group of commands that ends with one line if it is stopped. typer's own groups end without a word."""
 
+    farewell = "Stopped"
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line; print one line if it was stopped, by Ctrl-C, SIGTERM or no answer to a question."""
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            if end.code == STOPPED:
+                err.print(Text(self.farewell, style="yellow"))
+            raise
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the command; at Ctrl-C, SIGTERM or the end of input at a prompt print what the interrupt says."""
+        """Run the command, and note what an interrupt says."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, typer.Abort) as stopped:
-            err.print(Text(str(stopped) or "Stopped", style="yellow"))
-            raise typer.Exit(130) from None
+            self.farewell = str(stopped) or self.farewell
+            raise typer.Exit(STOPPED) from None
 
 
 @contextmanager

@@ -6,11 +6,15 @@ prints it.
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class _State:
@@ -26,6 +30,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _State.is_pending = True
 
 
+def _again_if_dropped(report: Callable[[Any], object], dropped: Any) -> None:
+    """Send an interrupt again that came in a finalizer, where Python drops it. Imports run thousands of them."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+    else:
+        report(dropped)
+
+
 @contextmanager
 def installed() -> Iterator[None]:
     """Turn Ctrl-C, and the SIGTERM that a cluster sends, into ``KeyboardInterrupt`` until the end of the block.
@@ -36,13 +50,16 @@ def installed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    unraisable = sys.unraisablehook
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _on_signal)
+    sys.unraisablehook = functools.partial(_again_if_dropped, unraisable)
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 
