@@ -10,12 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from k5cache.cli import app as cache_app
 from k5cache.shared import outputs
-from k5cache.shared.errors import OutputError
+from k5cache.shared.errors import OutputError, RunError
+from k5cache.shared.files import write_json
+from k5cache.shared.lock import lock_file
+from k5cache.shared.model import ModelConfig
 from k5cache.store import ours
 from k5cache.store.index import with_index
 from k5cache.store.manifest import lock, read_manifest, write_manifest
@@ -25,6 +29,9 @@ from k5cache.upkeep.merge import merge_caches
 from k5cache.upkeep.show import SOFTWARE, free_default
 from k5cache.upkeep.verify import verify_cache
 from k5train.cli import app as train_app
+from k5train.options.train import TrainConfig
+from k5train.runs import resume_state
+from k5train.runs.folder import Run, create_run, lock_run, new_run
 from tests.cli import Cli, Done
 from tests.store_samples import LATENTS, index_row, latents_row, make_cache
 
@@ -101,11 +108,12 @@ REFUSED = [
     ("sweep", "cache/a", "cache/a is a cache, not a sweep"),
     ("sweep", "runs", "runs is not a sweep: it holds other runs (r/)"),
     # What the command reads
-    *(("encode", out, "what this command reads") for out in (
-        "photos", "./photos/", "to_photos", "photos/sub/..", "photos/new", "to_photos/new", "photos/sub")),
+    *(("encode", out, f"{Path(out)} is the folder that this command reads, so it cannot be a new cache") for out in (
+        "photos", "./photos/", "to_photos", "photos/sub/..")),
+    *(("encode", out, f"{out} is inside ") for out in ("photos/new", "to_photos/new", "photos/sub")),
     ("encode", ".", "is not empty and not a cache: it holds cache/, "),
-    ("merge", "cache/a", "cache/a is what this command reads"),
-    ("merge", "cache/a/text", "what this command reads"),
+    ("merge", "cache/a", "cache/a is the folder that this command reads"),
+    ("merge", "cache/a/text", "which this command reads"),
 ]  # fmt: skip
 
 
@@ -270,6 +278,86 @@ def test_a_killed_merge_goes_on(tmp_path):
     assert merge_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "ab").is_linked
     assert verify_cache(tmp_path / "ab").problems == ()
     assert read_manifest(tmp_path / "ab").shards == first.shards
+
+
+# Runs and sweeps
+
+CONFIG = (ModelConfig(), TrainConfig())
+
+
+def test_a_recipe_in_a_folder_of_its_users_is_not_taken_for_a_run_that_was_killed(tmp_path):
+    put(tmp_path / "mine" / "recipe.toml", "# mine")
+    for folder in ("checkpoints", "samples"):
+        (tmp_path / "mine" / folder).mkdir()
+    with pytest.raises(OutputError, match=r"not a run: it holds checkpoints/, recipe.toml, samples/"):
+        create_run(tmp_path / "mine", Path("cache"), *CONFIG)
+    assert (tmp_path / "mine" / "recipe.toml").read_text() == "# mine"
+
+
+def test_a_refused_run_removes_what_it_made_and_no_folder_that_was_there(tmp_path):
+    put(tmp_path / "there" / ".gitkeep")
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+
+    def refuse(root: Path) -> None:
+        with new_run(root, Path("cache"), *CONFIG) as run, lock_run(run):
+            assert {p.name for p in root.iterdir()} >= {"run.json", "recipe.toml", "checkpoints", "samples", ".lock"}
+            raise RunError("refused", "mend it")
+
+    for name in ("new", "there", "empty"):
+        with pytest.raises(RunError, match="refused"):
+            refuse(tmp_path / name)
+    assert tree(tmp_path) == before
+
+
+def test_a_run_in_the_current_folder_has_the_folders_name(tmp_path, monkeypatch):
+    (tmp_path / "fox" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "fox")
+    assert Run(Path()).lora == Path("fox.safetensors")
+    monkeypatch.chdir(tmp_path / "fox" / "deep")
+    assert Run(Path("..")).lora == Path("../fox.safetensors")
+
+
+def test_files_of_others_outlive_the_state_and_the_temporary_folder_that_they_lie_in(tmp_path):
+    state = tmp_path / "state"
+    for step in (1, 2):
+        resume_state.save_state(state, resume_state.Progress(step), {"adapter": {"w": torch.zeros(1)}}, {})
+    put(state / "step-000002" / "notes.txt", "mine")
+    put(state / "step-foo" / "x", "mine")
+    put(state / ".tmp-step-000009" / ".tmpAbC123")
+    resume_state.remove_states(state)
+    assert tree(state) == {
+        "step-000002": None,
+        "step-000002/notes.txt": b"mine",
+        "step-foo": None,
+        "step-foo/x": b"mine",
+    }
+    dead = 2**22 + 1  # above the largest process id
+    put(tmp_path / f".{dead}-x.json" / "x.json")
+    put(tmp_path / f".{dead + 1}-x.json" / "notes.txt", "mine")
+    put(tmp_path / f".{dead + 2}-x.json", "mine")
+    write_json(tmp_path / "x.json", {})
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [f".{dead + 1}-x.json", f".{dead + 2}-x.json", "state", "x.json"]
+
+
+def test_a_sweep_checks_the_folders_of_all_its_runs_before_the_first_begins(tmp_path):
+    make_cache(tmp_path / "cache" / "a")
+    sweep = ("sweep", "cache/a", "--grid", "train.lora.rank=2,4", "-o", "out")
+    put(tmp_path / "out" / "sweep.json", "[]")
+    put(tmp_path / "out" / "rank=4" / "notes.txt", "mine")
+    before = tree(tmp_path)
+    refused(Cli(tmp_path)(train_app, *sweep), "out/rank=4 is not empty and not a run: it holds notes.txt")
+    assert tree(tmp_path) == before
+    shutil.rmtree(tmp_path / "out" / "rank=4")
+    create_run(tmp_path / "out" / "rank=4", tmp_path / "cache" / "a", *CONFIG)
+    refused(Cli(tmp_path)(train_app, *sweep), "train.lora.rank: 32, now 4\n  fix: Give another folder")
+    assert not (tmp_path / "out" / "rank=2").exists()
+    put(tmp_path / "runs.toml", '[[run]]\nname = "samples.png"\n')
+    refused(Cli(tmp_path)(train_app, "sweep", "cache/a", "--list", "runs.toml"), "cannot be called samples.png")
+    with lock_file(tmp_path / "out" / ".lock"):
+        shutil.rmtree(tmp_path / "out" / "rank=4")
+        refused(Cli(tmp_path)(train_app, *sweep), f"out is being written by process {os.getpid()}")
 
 
 # Pictures

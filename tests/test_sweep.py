@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.outputs import kind_of
 from k5cache.shared.origins import Document
 from k5train.base import quantize
 from k5train.cli import app
@@ -124,6 +125,19 @@ def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy
     done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.optim.lr=1e5")
     assert done.code == 2
     assert "No run was finished" in done.err
+
+
+def test_a_sweep_that_is_stopped_in_its_first_run_is_a_sweep_already(tmp_path, toy_cache, toy_model, monkeypatch):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("k5train.training.sweep.train", stop)
+    monkeypatch.setattr("k5train.training.sweep.load_base", lambda *args: None)
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
+    sweep = ("sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.lora.rank=2,4", "-o", "out")
+    assert [Cli(tmp_path)(app, *sweep).code for _ in range(2)] == [130, 130]
+    assert kind_of(tmp_path / "out") == "sweep"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock", "sweep.json", "rank=2"}
 
 
 def test_settings_that_are_refused_as_they_start_are_marked_and_the_others_go_on(tmp_path, toy_cache, toy_model):

@@ -25,8 +25,9 @@ def show(
     from k5cache.upkeep.show import free_default, write_contact_sheet
 
     opened = open_cache(cache)
-    path = check_file(out or free_default(cache), ".png")
+    path = out or free_default(cache)
+    target = check_file(path, ".png")
     with console.progress() as bars:
         model_config = model_of_cache(opened.manifest, model)
-        num_shown = write_contact_sheet(opened, path, count, model_config, device, bars, seed)
+        num_shown = write_contact_sheet(opened, target, count, model_config, device, bars, seed)
     console.out.print(f"Wrote {path}: {num_shown} of {len(opened)} items", markup=False)

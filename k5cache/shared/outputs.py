@@ -61,10 +61,10 @@ def check_folder(
     is_there = kind_of(real) == kind
     for source in (source.resolve() for source in reads if source.is_dir()):
         if real == source or (source in real.parents and not is_there):
-            where = "is" if real == source else f"is inside {source},"
+            where = "is the folder that" if real == source else f"is inside {source}, which"
             example = shlex.join(["-o", str(source.with_name(f"{source.name}-{kind}"))])
             raise OutputError(
-                f"{path} {where} what this command reads, so no {kind} is written to it",
+                f"{path} {where} this command reads, so it cannot be a new {kind}",
                 f"Choose a folder outside it, for example {example}",
             )
     if is_there:

@@ -210,7 +210,7 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
                 raise
             raise CacheError(
                 f"{root} cannot be written: {error.strerror}",
-                "Choose another folder with -o, or change its permissions",
+                "Change its permissions, or choose another folder",
             ) from None
         yield files.remove_leftovers(root)
 

@@ -9,6 +9,7 @@ import typer
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
+from k5cache.shared.outputs import check_file
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ def gpu_to_measure(out: Path | None) -> torch.device:
 
     Raises:
         RunError: torch sees no GPU, or ``out`` lies in a folder that does not exist.
+        OutputError: ``out`` cannot be written.
     """
     import torch
 
@@ -55,4 +57,6 @@ def gpu_to_measure(out: Path | None) -> torch.device:
         raise RunError(f"torch {torch.__version__} sees no GPU", "Run this on the machine where you mean to train")
     if out is not None and not out.parent.is_dir():
         raise RunError(f"There is no folder {out.parent} to write the numbers to", f"Run: mkdir -p {out.parent}")
+    if out is not None:
+        check_file(out)
     return torch.device("cuda")

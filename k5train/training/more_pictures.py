@@ -65,7 +65,7 @@ def resample(
     target = target or _unused(run.root / "samples")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, partial(grid.save, format="PNG"))
-    return target
+    return out or target
 
 
 def _unused(folder: Path) -> Path:
