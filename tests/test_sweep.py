@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from k5cache.shared.errors import RecipeError
-from k5cache.shared.outputs import kind_of
 from k5cache.shared.origins import Document
+from k5cache.shared.outputs import kind_of
 from k5train.base import quantize
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
