@@ -17,6 +17,7 @@ import torch
 
 from k5cache.shared import interrupt
 from k5cache.shared.errors import RunError
+from k5cache.shared.sealed import seal, unseal
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.objective import RouteConfig, TreadConfig
@@ -129,13 +130,13 @@ def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(
 
 def test_the_state_holds_raw_matrices_moments_and_the_average_in_safetensors_and_json_only(whole):
     files = sorted(p.name for p in (whole / "state" / "step-000020").iterdir())
-    assert files == ["adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]
+    assert files == ["adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "step.json"]
     tensors = state_of(whole)
     names = {name.removeprefix("adapter/") for name in tensors if name.startswith("adapter/")}
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
     moments = {name for name in tensors if name.startswith("optimizer/")}
     assert {f"optimizer/{name}/{kind}" for name in names for kind in ("exp_avg", "exp_avg_sq", "step")} == moments
-    assert [p.name for p in (whole / "state").iterdir()] == ["step-000020"]  # one, the newest
+    assert sorted(p.name for p in (whole / "state").iterdir()) == ["step-000018", "step-000020"]  # the newest two
 
 
 OPTIMIZERS = ["adamw", "adafactor", "muon", "lion", "prodigy", "schedulefree", "adamw8bit"]
@@ -172,7 +173,7 @@ def test_every_optimizer_goes_on_with_the_same_bits_from_files(tmp_path, name):
     steps(broken, optimizer, 0, 3)
     tensors, plain = optimizer_state(optimizer, names)
     parts = {"adapter": dict(zip(names, broken, strict=True)), "optimizer": tensors}
-    resume_state.save_state(tmp_path, resume_state.Progress(3), parts, {"optimizer": plain})
+    resume_state.save_state(tmp_path, resume_state.Progress(3), parts, {"optimizer": plain, "identity": {}})
     saved = resume_state.latest_state(tmp_path)
     resumed, optimizer = make()
     for parameter, tensor in zip(resumed, saved.tensors("adapter").values(), strict=True):
@@ -227,11 +228,12 @@ def test_a_run_that_ended_by_its_time_or_patience_says_so_and_goes_on_with_more(
     assert "k5train resume hours --set train.max_hours=2e-09" in ended.err
     validation = replace(CONFIG.validation, split=0.2, held_out_every=1, held_out_sigmas=1, patience=1)
     start_run(tmp_path / "patient", cache, toy_model, replace(CONFIG, steps=6, validation=validation))
-    path = resume_state.latest_state(tmp_path / "patient" / "state").folder / "state.json"
-    document = json.loads(path.read_text())
+    folder = resume_state.latest_state(tmp_path / "patient" / "state").folder
+    document = unseal((folder / "step.json").read_bytes())
     # Written by hand, because whether patience ends this run depends on the toy.
     document["progress"] |= {"step": 4, "not_better": 1}
-    path.write_text(json.dumps(document))
+    (folder / "step.json").write_bytes(seal(document))
+    folder.rename(folder.with_name("step-000004"))
     ended = cli(app, "resume", "patient")
     assert "stopped early at step 4: the held-out loss did not improve in the last measurement" in ended.err
     assert "--set train.validation.patience=0" in ended.err
@@ -375,7 +377,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, cache, toy_model):
     start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=1, optim=OptimConfig()))
     broken = tmp_path / "run" / "state" / "step-000001" / "optimizer.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"optimizer\.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"optimizer\.safetensors cannot be used: it is not the file that was written"):
         go_on(tmp_path / "run", steps=2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.sealed import seal, unseal
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5train.cli import app
 from k5train.forward.execute import Execution
@@ -57,13 +57,13 @@ def plans(monkeypatch) -> list[Plan]:
 
 
 def document_of(root: Path) -> dict:
-    return json.loads(path_of(root).read_text())
+    return unseal(path_of(root).read_bytes())
 
 
 def path_of(root: Path) -> Path:
     saved = latest_state(root / "state")
     assert saved is not None
-    return saved.folder / "state.json"
+    return saved.folder / "step.json"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_state_of_before_plans_were_saved_goes_on_with_a_warning_and_saves_the
     start_run(tmp_path / "run", cache, toy_model, EXACT)
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     del document["plan"]
-    path.write_text(json.dumps(document))
+    path.write_bytes(seal(document))
     free(LITTLE)
     go_on(tmp_path / "run", steps=3)
     assert "saved without its memory plan" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     assert document["plan"]["sizes"] == [18, 14]
     document["plan"]["sizes"] = [20, 30]  # as of a larger picture, which no row names any more
-    path.write_text(json.dumps(document))
+    path.write_bytes(seal(document))
     kernels_for, determinism = [], train_file.determinism
 
     def noting(is_on, compiled_for):
@@ -198,7 +198,7 @@ def test_a_plan_of_another_version_is_named_and_does_not_end_the_run(tmp_path, c
     start_run(tmp_path / "run", cache, toy_model, EXACT)
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     document["plan"]["levels"] = ["everything"] * 3
-    path.write_text(json.dumps(document))
+    path.write_bytes(seal(document))
     with pytest.raises(RunError, match="another version: levels everything") as caught:
         go_on(tmp_path / "run", steps=4)
     assert "train.deterministic=false" in caught.value.fix
@@ -211,8 +211,8 @@ def test_a_plan_that_is_none_is_named(tmp_path, cache, toy_model, free, damage):
     start_run(tmp_path / "run", cache, toy_model, EXACT)
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     document["plan"] |= damage
-    path.write_text(json.dumps(document))
-    with pytest.raises(RunError, match=r"state\.json cannot be read"):
+    path.write_bytes(seal(document))
+    with pytest.raises(RunError, match=r"step\.json cannot be used"):
         go_on(tmp_path / "run", steps=4)
 
 

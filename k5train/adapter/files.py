@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def save_lora(
     transformer: nn.Module,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    record: Callable[[Path], object] = lambda path: None,
 ) -> None:
     """Write the adapter, whole or not at all.
 
@@ -54,10 +55,16 @@ def save_lora(
 
     Args:
         metadata: strings for the file's header.
+        record: called with the finished file before it gets its name.
     """
     header = {"format": "pt", **(metadata or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: save_file(lora_state_dict(transformer, dtype), temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        save_file(lora_state_dict(transformer, dtype), temporary, metadata=header)
+        record(temporary)
+
+    write_whole(path, write)
 
 
 def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[str, ...]:

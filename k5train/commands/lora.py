@@ -35,7 +35,9 @@ def export(
 ) -> None:
     """Write a LoRA with the keys of another program, or in 16 bits."""
     from k5train.adapter.export import export as export_lora
+    from k5train.runs.written import check_recorded
 
+    check_recorded(file)
     target = out or file.with_name(f"{file.stem}-{form}{'' if number == 'fp32' else '-' + number}.safetensors")
     num_modules = export_lora(file, target, form, number, model)
     console.out.print(f"Wrote {target}: {num_modules} modules, {form} keys, {number}", markup=False)
@@ -58,6 +60,10 @@ def merge(
 ) -> None:
     """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs."""
     from k5train.adapter.export import merge as merge_loras
+    from k5train.runs.written import check_recorded
+
+    for file in files:
+        check_recorded(file)
 
     num_modules = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
     console.out.print(f"Wrote {out}: {num_modules} modules from {len(files)} files", markup=False)
@@ -68,9 +74,13 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
     """Say which keys of a LoRA file diffusers and ComfyUI would load. Exit code 1 unless both load all of them."""
     from k5train.adapter.export import architecture
     from k5train.adapter.who_loads import check_lora as check
+    from k5train.runs.written import check_recorded
 
+    is_compared = check_recorded(file)
     report = check(file, architecture(model))
     print_report(report)
+    if is_compared:
+        console.note("It is the file that its run wrote: the checksum matches")
     if not report.is_good:
         raise typer.Exit(1)
 

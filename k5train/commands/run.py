@@ -46,13 +46,16 @@ def run(
 def resume(
     run: RunPath,
     cache: Annotated[Path | None, typer.Option("--cache", help="Where the cache is now, if it has moved.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Go on from the state of this step. Default: the newest; the last two are kept.")
+    ] = None,
     options: Set = None,
 ) -> None:
     """Continue a run that was stopped, exactly as if it had not stopped, or train a finished one for more steps."""
     from k5train.training import start
 
     with _before_the_first_step():
-        result = start.resume(run, options or [], cache)
+        result = start.resume(run, options or [], cache, step)
     print_result(result)
 
 

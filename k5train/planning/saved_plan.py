@@ -14,7 +14,7 @@ from typing import Any
 from k5cache.shared import console
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5train.planning.memory import LEVELS, Plan, Streaming
-from k5train.runs.resume_state import SavedState, broken
+from k5train.runs.resume_state import MANIFEST, SavedState, broken
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_saved_plan(saved: SavedState | None, deterministic: bool) -> SavedPlan 
             )
         return SavedPlan(run, _read(saved.facts["plan"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise broken(saved.folder / "state.json", error) from error
+        raise broken(saved.folder / MANIFEST, error) from error
 
 
 def _read(document: Mapping[str, Any]) -> Plan:

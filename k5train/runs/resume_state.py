@@ -1,8 +1,9 @@
 """What does a run need on disk to continue exactly where it was? The adapter, the optimizer and its progress.
 
 There is no random state, because every draw is a function of the seed and the step. A folder such as
-``state/step-000250`` appears by a rename, and then the one before it is removed, so that a kill at any instant leaves a
-whole state. The files are safetensors and JSON.
+``state/step-000250`` appears by a rename, and the one before it is kept, so that a kill at any instant leaves a whole
+state, and damage to one costs only the steps since the one before. The files are safetensors, and ``step.json``, which
+has the progress, the sha256 of every other file and its own.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import sync_file, sync_folder
+from k5cache.shared.sealed import Digest, seal, unseal
 
+FORMAT = 1
+MANIFEST = "step.json"
+UNSEALED = "state.json"
+"""What versions wrote instead that did not save checksums. Their states are still read."""
 _STATE = re.compile(r"step-\d{6,}", re.ASCII)
 _HALF = re.compile(r"\.tmp-(old-)?step-\d{6,}", re.ASCII)
-_FILES = re.compile(r"\w+\.safetensors|state\.json|\.tmp\w+", re.ASCII)  # safetensors itself writes .tmpXXXXXX first
+_FILES = re.compile(r"\w+\.safetensors|step\.json|state\.json|\.tmp\w+", re.ASCII)  # safetensors writes .tmpXXXXXX
 
 
 @dataclass
@@ -43,12 +50,14 @@ class Progress:
     """The step of the lowest held-out loss."""
     not_better: int = 0
     """Measurements of the held-out loss after ``best_step``."""
+    metrics: Digest | None = None
+    """``metrics.jsonl`` as it was when the state was saved."""
 
 
 def save_state(
     folder: Path, progress: Progress, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
 ) -> Path:
-    """Write the state after ``progress.step`` updates, then remove the one before it.
+    """Write the state after ``progress.step`` updates. It and the one before it stay, older ones are removed.
 
     Args:
         folder: ``runs/<name>/state``.
@@ -56,25 +65,29 @@ def save_state(
         facts: what else is saved, as JSON: the run's identity, the optimizer's groups and the plan of a deterministic
             run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
     target = folder / f"step-{progress.step:06d}"
     remove_leftovers(folder)
     if not target.exists():  # Ctrl-C right after a save saves the same step again
         temporary = folder / f".tmp-{target.name}"
         temporary.mkdir(exist_ok=True)
+        files = {}
         for name, tensors in parts.items():
-            on_cpu = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
-            save_file(on_cpu, temporary / f"{name}.safetensors")
-            sync_file(temporary / f"{name}.safetensors")
-        document = {"progress": asdict(progress), "parts": sorted(parts), **facts}
-        (temporary / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        sync_file(temporary / "state.json")
+            path = temporary / f"{name}.safetensors"
+            save_file({key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}, path)
+            sync_file(path)
+            files[path.name] = asdict(Digest.of(path))
+        document = {"format": FORMAT, "files": files, "progress": asdict(progress), "parts": sorted(parts), **facts}
+        (temporary / MANIFEST).write_bytes(seal(document))
+        sync_file(temporary / MANIFEST)
         sync_folder(temporary)
         temporary.rename(target)
         sync_folder(folder)
-    for old in _states(folder):
-        if old != target:
-            _remove(old.rename(folder / f".tmp-old-{old.name}"))
+    older = [state for state in _states(folder) if _step(state) < progress.step]
+    for state in older[:-1]:
+        _remove(state.rename(folder / f".tmp-old-{state.name}"))
     return target
 
 
@@ -85,37 +98,99 @@ class SavedState:
     folder: Path
     progress: Progress
     facts: Mapping[str, Any]
+    files: Mapping[str, Digest] | None
+    """What each file must be. None: an earlier version saved the state without checksums."""
+
+    def check(self) -> None:
+        """Compare every file with its checksum. Say so if there is none.
+
+        Raises:
+            RunError: a file is missing or has changed; names it and offers the state before this one.
+        """
+        if self.files is None:
+            console.note(f"{self.folder} is of an earlier version, without checksums: it is used as it is")
+        for name in self.files or ():
+            self._check(name)
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part; empty if the run has no such part.
 
         Raises:
-            RunError: the file cannot be read.
+            RunError: the file has changed or cannot be read.
         """
         path = self.folder / f"{part}.safetensors"
         if part not in self.facts["parts"]:
             return {}
+        self._check(path.name)
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise broken(path, error) from error
 
+    def _check(self, name: str) -> None:
+        problem = _file_problem(self.folder / name, (self.files or {}).get(name))
+        if problem:
+            raise broken(self.folder / name, problem)
 
-def latest_state(folder: Path) -> SavedState | None:
+
+def latest_state(folder: Path, step: int | None = None) -> SavedState | None:
     """The state to resume from. None if the run was stopped before it saved one.
 
+    Args:
+        folder: ``runs/<name>/state``.
+        step: the state of this step and not the newest.
+
     Raises:
-        RunError: the newest state cannot be read.
+        RunError: it cannot be read, or there is none of that step.
     """
     states = _states(folder)
-    if not states:
+    chosen = [state for state in states if step is None or _step(state) == step]
+    if step is not None and not chosen:
+        steps = ", ".join(str(_step(state)) for state in states)
+        raise RunError(
+            f"{folder.parent} has no state of step {step}",
+            f"Use --step with one of: {steps}" if steps else "Leave --step out: the run starts from the beginning",
+        )
+    if not chosen:
         return None
-    path = states[-1] / "state.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return SavedState(states[-1], Progress(**facts.pop("progress")), facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise broken(path, error) from error
+        return _read(chosen[-1])
+    except (OSError, ValueError) as error:
+        raise broken(_manifest(chosen[-1]), error) from error
+
+
+def _read(state: Path) -> SavedState:
+    """The state in a folder, its tensors not read.
+
+    Raises:
+        ValueError, OSError: its manifest is missing or damaged, or is that of another step.
+    """
+    path = _manifest(state)
+    is_sealed = path.name == MANIFEST
+    raw = path.read_bytes()
+    try:
+        facts = unseal(raw) if is_sealed else json.loads(raw)
+        version = facts.pop("format", 0)
+        if is_sealed and version != FORMAT:
+            raise ValueError(f"it is of another version: format {version}")
+        files = {str(name): Digest.read(d) for name, d in facts.pop("files").items()} if is_sealed else None
+        progress = facts.pop("progress")
+        metrics = progress.pop("metrics", None)
+        progress = Progress(**progress, metrics=Digest.read(metrics) if metrics else None)
+        _ = facts["parts"], facts["identity"], facts["optimizer"]
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is not a run's state ({error})") from error
+    if progress.step != _step(state):
+        raise ValueError(f"it says step {progress.step}, and its folder step {_step(state)}")
+    return SavedState(state, progress, facts, files)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the states beyond ``step``, from which the run goes on."""
+    for state in _states(folder):
+        if _step(state) > step:
+            console.note(f"Going back to step {step}: the state of step {_step(state)} is removed")
+            _remove(state.rename(folder / f".tmp-old-{state.name}"))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -163,9 +238,47 @@ def differences(before: Any, now: Any, free: Iterable[str] = (), where: str = ""
     return [] if before == now else [f"{where}: {_shown(before)}, now {_shown(now)}"]
 
 
+def broken(path: Path, problem: Exception | str) -> RunError:
+    """The error for a file of a state that has changed or cannot be read, with the command that goes on without it."""
+    state, run = path.parent, path.parent.parent.parent
+    earlier = [s for s in _states(state.parent) if _step(s) < _step(state) and _is_whole(s)]
+    if earlier:
+        command = console.command("k5train", "resume", run, step=_step(earlier[-1]))
+        fix = f"To go on from the state before it: {command}"
+    else:
+        fix = f"Remove {state.parent} to train again from the start; saved LoRAs stay"
+    return RunError(f"{path} cannot be used: {str(problem).splitlines()[0][:200]}", fix)
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        saved = _read(state)
+    except (OSError, ValueError):
+        return False
+    return not any(_file_problem(state / name, digest) for name, digest in (saved.files or {}).items())
+
+
+def _file_problem(path: Path, digest: Digest | None) -> str | None:
+    """What is wrong with a file of a state; None if nothing is, or if there is no checksum to compare with."""
+    if not path.is_file():
+        return "it is missing"
+    if digest is not None and Digest.of(path) != digest:
+        return "it is not the file that was written: its checksum does not match"
+    return None
+
+
+def _manifest(state: Path) -> Path:
+    is_unsealed = (state / UNSEALED).is_file() and not (state / MANIFEST).is_file()
+    return state / (UNSEALED if is_unsealed else MANIFEST)
+
+
 def _states(folder: Path) -> list[Path]:
     states = [path for path in folder.glob("step-*") if _STATE.fullmatch(path.name) and path.is_dir()]
-    return sorted(states, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(states, key=_step)
+
+
+def _step(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))
 
 
 def _shown(value: Any) -> str:
@@ -173,11 +286,3 @@ def _shown(value: Any) -> str:
         return "not set"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def broken(path: Path, error: Exception) -> RunError:
-    """The error for a file of a state that cannot be read."""
-    return RunError(
-        f"{path} cannot be read: {error}",
-        f"Remove {path.parent} to train again from the start; saved LoRAs stay",
-    )

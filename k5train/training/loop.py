@@ -24,6 +24,7 @@ from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics
 from k5train.runs.resume_state import Progress, latest_state, save_state
 from k5train.runs.trackers import open_trackers
+from k5train.runs.written import recorded
 from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate
 from k5train.training.out_of_memory import when_memory_ends
@@ -72,7 +73,7 @@ class Loop:
         with (
             interrupt.installed(),
             console.progress() as bars,
-            Metrics(run.metrics, progress.step, trackers) as metrics,
+            Metrics(run.metrics, progress.step, trackers, progress.metrics) as metrics,
             when_memory_ends(
                 lambda: self.session.base.plan,
                 partial(self.save_after_error, metrics),
@@ -185,8 +186,8 @@ class Loop:
     def save_lora(self, path: Path) -> None:
         """Write the adapter as a LoRA for use."""
         facts = metadata(self.data, self.config, self.run_identity, self.run, self.progress.step)
-        with self.session.settled():
-            files.save_lora(path, self.transformer, facts)
+        with self.session.settled(), recorded(self.run.root, path) as record:
+            files.save_lora(path, self.transformer, facts, record=record)
 
     def save_finished(self) -> None:
         """Write the finished LoRA, and its average if the recipe has one."""
@@ -209,7 +210,7 @@ class Loop:
     def save_state(self, metrics: Metrics) -> None:
         """Write all that is needed to resume from this step."""
         self.progress.seconds = self.clock.seconds()
-        metrics.sync()
+        self.progress.metrics = metrics.written()
         parts, plain = self.session.parts()
         plan = plan_facts(self.session.base.plan, self.config.deterministic)
         save_state(self.run.state, self.progress, parts, {**plain, **plan, "identity": self.run_identity})

@@ -18,6 +18,7 @@ from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
 from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run
+from k5train.runs.written import check_recorded
 from k5train.training.device import pick_device
 from k5train.training.out_of_memory import when_memory_ends
 
@@ -35,7 +36,7 @@ def resample(
     Raises:
         DoesNotFit: VRAM ran out.
         OutputError: ``out`` is not a PNG, or cannot be written. This is found before anything is loaded.
-        RunError: there is no such checkpoint.
+        RunError: there is no such checkpoint, or its file has changed.
         CacheError: a prompt is not in the cache.
     """
     target = check_file(out, ".png") if out else None
@@ -47,6 +48,7 @@ def resample(
         raise RunError(
             f"There is no {weights}", f"Use --step with one of: {steps}" if steps else "Train first: k5train run"
         )
+    check_recorded(weights)
     reader = open_cache(cache)
     rows, negative = sample.prompt_rows(reader, config.validation.prompts, config.validation.negative_prompt)
     settings = sample.settings_for(reader, config.validation)

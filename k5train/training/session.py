@@ -18,7 +18,7 @@ from k5train.adapter.attach import add_lora
 from k5train.forward.load import execute
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import announce, leaner_budget, plan_for
-from k5train.runs.resume_state import SavedState
+from k5train.runs.resume_state import SavedState, broken
 from k5train.training.average import Ema
 from k5train.training.base import Base
 from k5train.training.optimizer import make_optimizer, settled
@@ -87,10 +87,15 @@ class Session:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapter[name])
-        names = list(self.parameters)
-        restore_optimizer(self.optimizer, names, saved.tensors("optimizer"), saved.facts["optimizer"])
-        if self.ema:
-            self.ema.load_state_dict(saved.tensors("ema"))
+        moments, average = saved.tensors("optimizer"), saved.tensors("ema")
+        try:
+            restore_optimizer(self.optimizer, list(self.parameters), moments, saved.facts["optimizer"])
+            if self.ema:
+                self.ema.load_state_dict(average)
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            raise broken(saved.folder / "optimizer.safetensors", error) from error
 
     def close(self) -> None:
         """Remove the adapter: the base is as it was."""

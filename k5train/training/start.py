@@ -83,12 +83,13 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         return train(data, folder, config, run)
 
 
-def resume(root: Path, options: list[str], cache: Path | None) -> Result:
+def resume(root: Path, options: list[str], cache: Path | None, step: int | None = None) -> Result:
     """Go on with a run from its last saved state, exactly as if it had not stopped.
 
     Args:
         options: ``table.key=value``, which override the run's recipe. What would change the numbers is refused.
         cache: where the cache is now, if it has moved.
+        step: go on from the state of this step and not from the newest; a finished run may.
 
     Raises:
         RunError: the run is finished, was started differently, or its cache is not there.
@@ -100,16 +101,16 @@ def resume(root: Path, options: list[str], cache: Path | None) -> Result:
     config = with_library(config)
     _check_caches_exist(root, config, cache, recorded_cache)
     data = open_data(cache or (None if config.data else recorded_cache), config)
-    saved = latest_state(run.state)
-    if run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
+    saved = latest_state(run.state, step)
+    if step is None and run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
         raise RunError(
             f"{root} is finished, at step {saved.progress.step}", how_to_train_further(run, config, data, saved)
         )
-    if run.is_finished and saved:
+    if step is None and run.is_finished and saved:
         check_may_go_on(run, config, saved)
     # Written before training, so that a run that is stopped again goes on with these options.
     accepted = partial(write_recipe, root, model, config) if options else None
-    return train(data, model_folder(model, PARTS), config, run, accepted=accepted)
+    return train(data, model_folder(model, PARTS), config, run, accepted=accepted, step=step)
 
 
 def _check_caches_exist(root: Path, config: TrainConfig, cache: Path | None, recorded_cache: Path) -> None:

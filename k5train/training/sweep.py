@@ -28,6 +28,7 @@ from k5train.planning.saved_plan import SavedPlan, read_saved_plan
 from k5train.runs.folder import Run, check_new, create_run, open_run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.resume_state import differences, latest_state, remove_states
+from k5train.runs.written import check_recorded
 from k5train.training.base import Base, load_base
 from k5train.training.device import pick_device
 from k5train.training.start import PARTS, open_data
@@ -194,9 +195,17 @@ def _steps_done(run: Run) -> int:
 
 
 def _outcome(label: str, run: Run) -> Outcome:
-    result = json.loads(run.result.read_text(encoding="utf-8"))
     names = ("steps", "last_loss", "best_loss", "seconds", "seconds_to_start")
-    return Outcome(label, str(run.lora), **{name: result[name] for name in names})
+    try:
+        result = json.loads(run.result.read_text(encoding="utf-8"))
+        numbers = {name: result[name] for name in names}
+    except (ValueError, KeyError, TypeError):
+        return Outcome(label, str(run.lora), problem=f"{run.result} cannot be read: remove it to train this run again")
+    try:
+        check_recorded(run.lora)
+    except RunError as error:
+        return Outcome(label, str(run.lora), **numbers, problem=error.problem)
+    return Outcome(label, str(run.lora), **numbers)
 
 
 def _draw_grid(out: Path, sweep_runs: Sequence[SweepRun]) -> Path | None:

@@ -20,9 +20,10 @@ from k5train.objective.tread import check_routes
 from k5train.options.train import TrainConfig
 from k5train.pictures.sample import inference_sigmas
 from k5train.runs.folder import Run, lock_run
-from k5train.runs.metrics import read_metrics
-from k5train.runs.resume_state import Progress, latest_state
+from k5train.runs.metrics import check_metrics, read_metrics
+from k5train.runs.resume_state import Progress, latest_state, remove_after
 from k5train.runs.trackers import check_trackers
+from k5train.runs.written import check_recorded
 from k5train.training.base import Base, load_base
 from k5train.training.determinism import determinism
 from k5train.training.device import pick_device
@@ -58,7 +59,7 @@ class Result:
 
 def train(
     data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None,
-    accepted: Callable[[], object] | None = None,
+    accepted: Callable[[], object] | None = None, step: int | None = None,
 ) -> Result:  # fmt: skip
     """Train one LoRA. A run with a saved state goes on from there.
 
@@ -66,12 +67,14 @@ def train(
         folder: the checkpoint. Only ``transformer`` is read, and ``scheduler`` and ``vae`` for pictures.
         base: the loaded transformer that several runs share. It is returned to its state without an adapter.
         accepted: called before the first step, when nothing more can be refused.
+        step: go on from the state of this step, and remove those after it. None: from the newest.
 
     Raises:
         CacheStale: the cache does not fit the transformer.
         DoesNotFit: no plan fits, which is found before anything is loaded; or VRAM ran out all the same, and the LoRA
             is saved.
-        RunError: there is no GPU for a full-size model, the loss is not finite, or the run was started differently.
+        RunError: there is no GPU for a full-size model, the loss is not finite, the run was started differently, or
+            its saved state is damaged.
         KeyboardInterrupt: Ctrl-C. The state is saved.
     """
     called = time.monotonic()
@@ -80,10 +83,14 @@ def train(
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
     with lock_run(run):
-        saved = latest_state(run.state)
+        saved = latest_state(run.state, step)
         run_identity = identity(data, folder, config)
         if saved:
             check_same(saved, run_identity)
+            saved.check()
+            check_metrics(run.metrics, saved.progress.metrics)
+        elif config.lora.init_lora:
+            check_recorded(Path(config.lora.init_lora))
         validation = Validation(data, folder, config, run)
         loader, config = open_loader(data, folder, config)
         plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
@@ -96,6 +103,7 @@ def train(
                     accepted()
                 progress = replace(saved.progress) if saved else Progress()
                 if saved:
+                    remove_after(run.state, progress.step)
                     console.note(f"Going on from step {progress.step}")
                 loop = Loop(data, config, run, session, loader, validation, progress, run_identity)
                 ended_by = loop.run_to_end()

@@ -114,7 +114,7 @@ def compare(
     finish(attempt(whole, free_bytes))
     killed = attempt(cut, free_bytes)
     # The state of step 10 is there and some steps after it are done, which the next attempt does again.
-    while killed.poll() is None and not (runs[1].state / "step-000010" / "state.json").exists():
+    while killed.poll() is None and not (runs[1].state / "step-000010" / "step.json").exists():
         time.sleep(0.005)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()

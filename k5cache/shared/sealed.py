@@ -1,0 +1,65 @@
+"""How is a changed byte found? A file by its length and sha256 in another file, a JSON file by its own at its start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_BEGIN = b'{\n "sha256": "'
+_DIGITS = slice(len(_BEGIN), len(_BEGIN) + 64)
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file must be."""
+
+    num_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Digest:
+        """The digest of a file as it is now."""
+        sha256, num_bytes = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                sha256.update(chunk)
+                num_bytes += len(chunk)
+        return cls(num_bytes, sha256.hexdigest())
+
+    @classmethod
+    def read(cls, document: Any) -> Digest:
+        """From its JSON.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        match document:
+            case {"num_bytes": int(num_bytes), "sha256": str(sha256)}:
+                return cls(num_bytes, sha256)
+        raise ValueError(f"{str(document)[:40]} is not a length and a sha256")
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """A document as JSON that begins with its own sha256, computed with those 64 digits as zeros."""
+    text = json.dumps({"sha256": "0" * 64, **document}, indent=1)
+    raw = text.encode() + b"\n"
+    return raw[: _DIGITS.start] + hashlib.sha256(raw).hexdigest().encode() + raw[_DIGITS.stop :]
+
+
+def unseal(raw: bytes) -> dict[str, Any]:
+    """The document that ``seal`` was given.
+
+    Raises:
+        ValueError: a byte of it is another than was written.
+    """
+    blank = raw[: _DIGITS.start] + b"0" * 64 + raw[_DIGITS.stop :]
+    if not raw.startswith(_BEGIN) or hashlib.sha256(blank).hexdigest().encode() != raw[_DIGITS]:
+        raise ValueError("it is not the file that was written: its checksum does not match")
+    document: dict[str, Any] = json.loads(raw)
+    del document["sha256"]
+    return document
