@@ -10,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from k5cache.shared.command_line import command
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import TEMPORARY
+from k5cache.shared.inside import is_inside
 
 FOLDERS = ("latents", "masks", "text")
 TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}\d+-[0-9a-f]{{12}}", re.ASCII)  # as NewFile gives it
@@ -45,14 +47,15 @@ def open_inside(root: Path, file: str, num_bytes: int | None = None) -> int:
         CacheError: it is not a plain file, or it is a link that leads out of the cache.
     """
     path = root / file
+    if not is_inside(root, path):
+        raise CacheError(
+            f"{path} is a link that leads out of the cache",
+            f"Copy the cache with its files: cp -rL {root} COPY (from the hub: download with local_dir)",
+        )
     try:
-        if not path.resolve(strict=True).is_relative_to(root.resolve()):
-            raise CacheError(
-                f"{path} is a link that leads out of the cache",
-                f"Copy the cache with its files: cp -rL {root} COPY (from the hub: download with local_dir)",
-            )
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
-    except FileNotFoundError:
+        with named(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
+    except (FileNotFoundError, NotADirectoryError):
         raise corrupt(root, f"{path} is missing") from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):

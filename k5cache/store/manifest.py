@@ -21,6 +21,7 @@ from k5cache.shared.command_line import command
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import new_file
+from k5cache.shared.inside import check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.store import files
 from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root
@@ -191,11 +192,12 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
     Makes the folder if there is none. Deletes temporary files that a killed writer left, and yields their names.
 
     Raises:
-        OutputError: the folder holds files that are not of a cache; nothing is written.
+        OutputError: the folder holds files that are not of a cache, or a link leads out of it; nothing is written.
         CacheLocked: another process had the lock for all of ``wait_seconds``; says which.
         CacheError: the folder cannot be written.
     """
     check_root(root)
+    check_inside(root, (FILE, LOCK, *files.FOLDERS))
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)

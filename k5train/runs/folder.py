@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from k5cache.shared import outputs
-from k5cache.shared.errors import K5Error, RunError
+from k5cache.shared.errors import K5Error, OutputError, RunError
 from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.inside import MOST_NAME_BYTES, check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document
@@ -107,9 +109,14 @@ def check_new(root: Path) -> None:
 
     Raises:
         RunError: there is already a run at ``root``.
-        OutputError: ``root`` holds something else, or cannot be written.
+        OutputError: ``root`` holds something else, has a name that is too long, or cannot be written.
     """
+    check_inside(root)
     outputs.check_folder(root, "run", _is_unfinished)
+    if len(os.fsencode(name_of(root))) > MOST_NAME_BYTES:  # the names of its LoRAs are longer still
+        raise OutputError(
+            f"The name of the run folder {root} has more than {MOST_NAME_BYTES} bytes", "Choose a shorter one with -o"
+        )
     if outputs.kind_of(root) == "run":
         raise RunError(f"{root} already holds a run", "Give another folder with -o, or another --set train.name=NAME")
     outputs.check_writable(root)
@@ -201,7 +208,9 @@ def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
 
     Raises:
         RunError: ``root`` is not a run.
+        OutputError: a link in it leads out of it.
     """
+    check_inside(root)
     recipe, facts = root / "recipe.toml", root / "run.json"
     if not recipe.is_file() or not facts.is_file():
         raise RunError(

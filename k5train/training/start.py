@@ -12,6 +12,7 @@ from typing import Any
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import RecipeError, RunError
+from k5cache.shared.inside import name_problem
 from k5cache.shared.model import ModelConfig, prompt_library
 from k5cache.shared.outputs import check_writable, kind_of
 from k5cache.shared.recipe import parse, to_dict
@@ -61,9 +62,13 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         is_new: never go on with a stopped run.
 
     Raises:
+        RecipeError: ``train.name`` is not the name of one folder.
         RunError: the folder has a finished run, or a run with another recipe.
         OutputError: the folder holds something else, or cannot be written. This is found before anything is read.
     """
+    problem = name_problem(config.name) if config.name is not None and out is None else None
+    if problem:
+        raise RecipeError(f"train.name {problem}", "Give a name such as my_run, or a folder with -o")
     target = out or (Path("runs") / config.name if config.name else None)
     if target and kind_of(target) != "run":
         check_new(target)

@@ -16,6 +16,7 @@ from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder, read_config
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.inside import check_inside, name_problem
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
@@ -120,8 +121,12 @@ def _check_out(out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]) ->
         return all(entry.name in labels and kind_of(entry) == "run" for entry in entries)
 
     check_folder(out, "sweep", is_unfinished)
+    check_inside(out, (".lock", SWEEP_FILE, GRID_FILE, *labels))
     check_writable(out)
     for sweep_run in sweep_runs:
+        problem = name_problem(sweep_run.label)
+        if problem:
+            raise RecipeError(f"The name of a run of a sweep {problem}", "Give it another name in a --list")
         if sweep_run.label in (SWEEP_FILE, GRID_FILE):
             raise RecipeError(f"A run of a sweep cannot be called {sweep_run.label}", "Give it another name")
         root = out / sweep_run.label
