@@ -275,10 +275,11 @@ def test_training_starts_from_a_lora_with_anyones_keys_and_a_smaller_rank(toy_mo
     [
         (lambda s: s, {"rank": 2}, "has rank 4 at .*, the adapter 2"),
         (lambda s: s, {"targets": ("self_attention.to_key",)}, "which train.lora.targets does not"),
-        (lambda s: s | {"transformer.x.lora_A.weight": torch.ones(4, 4)}, {}, "has the key transformer.x.lora_A"),
-        (lambda s: s | {f"transformer.{NAME}.lokr_w1": torch.ones(4)}, {}, "lokr_w1, which is no LoRA key"),
+        (lambda s: s | {"transformer.x.lora_A.weight": torch.ones(4, 4)}, {}, "adapts x, which this model"),
+        (lambda s: s | {f"transformer.{NAME}.lokr_w1": torch.ones(4)}, {}, "is a LoKr, whose products are not pairs"),
         (lambda s: dict(list(s.items())[1:]), {}, "half of the pair"),
         (lambda s: {}, {}, "no tensors"),
+        (lambda s: {k: t * torch.inf for k, t in s.items()}, {}, "has NaN or infinity in 48 of 48 tensors"),
         (lambda s: {k: t[..., :3].contiguous() for k, t in s.items()}, {}, "another size|has rank"),
     ],
 )  # fmt: skip

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from k5cache.shared.errors import RunError
+from k5train.adapter.comfyui import OTHER_MODEL
 from k5train.adapter.export import architecture, side_by_side
-from k5train.adapter.keys import read_pairs
+from k5train.adapter.pairs import read_pairs
 from k5train.adapter.targets import linear_sizes
-from k5train.adapter.who_loads import OTHER_MODEL, check_lora, load_by_diffusers
+from k5train.adapter.who_loads import check_lora, load_by_diffusers
 from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from k5cache.shared.errors import RunError
-from k5train.adapter.keys import read_pairs
+from k5train.adapter.pairs import read_pairs
 from k5train.adapter.targets import Matched, linear_sizes, match_targets, module_ranks
 from k5train.options.adapter import LoraConfig
 
@@ -109,7 +109,8 @@ def start_from(transformer: nn.Module, path: Path) -> None:
     file does not adapt stay at their start too.
 
     Raises:
-        RunError: the file adapts a module that the adapter does not, has a higher rank, or belongs to another model.
+        RunError: the file adapts a module that the adapter does not, has a higher rank, has NaN or infinity, or
+            belongs to another model.
     """
     pairs = read_pairs(path, linear_sizes(transformer))
     layers = dict(adapted_layers(transformer))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,10 @@ from torch import Tensor
 
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import write_whole
-from k5train.adapter.keys import Pair, read_file, read_pairs
+from k5cache.shared.outputs import check_file
+from k5train.adapter.files import PREFIX
+from k5train.adapter.lora_file import is_finite
+from k5train.adapter.pairs import Pair, read_lora, silent_in
 from k5train.adapter.targets import linear_sizes
 from k5train.base.architecture import FULL_SIZE
 from k5train.base.quantize import empty_transformer
@@ -24,43 +29,60 @@ Number = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Number, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(source: Path, target: Path, form: Format, number: Number, folder: Path | None) -> int:
-    """Write a LoRA from any trainer with other keys and the same metadata. Returns the number of modules.
+@dataclass(frozen=True)
+class Written:
+    """What a LoRA file that was written holds."""
+
+    num_modules: int
+    num_silent: int
+    """Modules at which it changes nothing."""
+    left_out: tuple[str, ...]
+    """Keys of text encoders, which are not in it."""
+
+
+def export(source: Path, target: Path, form: Format, number: Number, folder: Path | None) -> Written:
+    """Write a LoRA from any trainer with other keys and the same metadata.
 
     Args:
         form: ``diffusers`` (ComfyUI loads it too), or ``kohya``.
         folder: the checkpoint, for its modules. None: Kandinsky 5 Image Lite's.
 
     Raises:
-        RunError: the file cannot be read as a LoRA of this model, or ``target`` exists.
+        RunError: the file cannot be read as a LoRA of this model, its values do not fit ``number``, or ``target``
+            exists.
     """
-    pairs = read_pairs(source, linear_sizes(architecture(folder)))
-    _, metadata = read_file(source)
-    metadata.pop("lora_adapter_metadata", None)  # it names an alpha that is folded in now
-    write(target, pairs, form, number, metadata)
-    return len(pairs)
+    check_target(target)
+    lora = read_lora(source, linear_sizes(architecture(folder)))
+    metadata = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}  # folded in now
+    write(target, lora.pairs, form, number, metadata)
+    return Written(len(lora.pairs), len(lora.silent), lora.left_out)
 
 
 def merge(
     sources: Sequence[Path], weights: Sequence[float], target: Path, form: Format, number: Number, folder: Path | None
-) -> int:
-    """Write one LoRA that does what several do together, each times its weight. Returns the number of modules.
+) -> Written:
+    """Write one LoRA that does what several do together, each times its weight.
 
     The result is exact: ranks are laid side by side, ``[B1*w1 | B2*w2] @ [A1; A2]``, so its rank is the sum of theirs.
 
     Raises:
-        RunError: a file cannot be read, shapes differ, there is not one weight for each file, or ``target`` exists.
+        RunError: a file cannot be read, shapes differ, there is not one finite weight for each file, values do not fit
+            ``number``, or ``target`` exists.
     """
+    check_target(target)
     if len(weights) != len(sources):
         raise RunError(
             f"There are {len(sources)} files and {len(weights)} weights", "Give one --weight for each file, in order"
         )
+    if bad := [weight for weight in weights if not math.isfinite(weight)]:
+        raise RunError(f"A weight of {bad[0]} makes every value of the LoRA useless", "Give finite numbers by --weight")
     sizes = linear_sizes(architecture(folder))
-    pairs = side_by_side([read_pairs(source, sizes) for source in sources], weights)
+    loras = [read_lora(source, sizes) for source in sources]
+    pairs = side_by_side([lora.pairs for lora in loras], weights)
     names = ", ".join(f"{source.name} x {weight:g}" for source, weight in zip(sources, weights, strict=True))
     write(target, pairs, form, number, {"software": "kandinsky5-lora", "k5.merged": names,
                                         "modelspec.title": target.stem})  # fmt: skip
-    return len(pairs)
+    return Written(len(pairs), len(silent_in(pairs)), tuple(key for lora in loras for key in lora.left_out))
 
 
 def side_by_side(loras: Sequence[Mapping[str, Pair]], weights: Sequence[float]) -> dict[str, Pair]:
@@ -82,30 +104,53 @@ def write(target: Path, pairs: Mapping[str, Pair], form: Format, number: Number,
     """Write pairs as a LoRA file, whole or not at all.
 
     Raises:
-        RunError: ``target`` exists.
+        RunError: a value does not fit ``number``.
     """
-    if target.exists():
-        raise RunError(f"{target} already exists", "Give another name with -o")
-    state = state_of(pairs, form, DTYPES[number])
+    state = state_of(pairs, form, number)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, lambda path: save_file(state, path, metadata={"format": "pt", **metadata}))
 
 
-def state_of(pairs: Mapping[str, Pair], form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Pairs under the keys of one family. kohya's ``alpha`` is the rank, as the strength is already in ``lora_up``."""
+def check_target(target: Path) -> None:
+    """Refuse a file that cannot be written, before any work. A file that is there already is never replaced.
+
+    Raises:
+        OutputError: it cannot be written.
+        RunError: it exists.
+    """
+    if target.is_file():
+        raise RunError(f"{target} already exists", "Give another name with -o")
+    check_file(target)
+
+
+def state_of(pairs: Mapping[str, Pair], form: Format, number: Number) -> dict[str, Tensor]:
+    """Pairs under the keys of one family. kohya's ``alpha`` is the rank, as the strength is already in ``lora_up``.
+
+    Raises:
+        RunError: a value does not fit ``number``.
+    """
     state = {}
     for name, (down, up) in pairs.items():
-        if form == "kohya":
-            flat = f"lora_unet_{name.replace('.', '_')}"
-            state[f"{flat}.lora_down.weight"] = down
-            state[f"{flat}.lora_up.weight"] = up
-            state[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))
-        else:
-            state[f"transformer.{name}.lora_A.weight"] = down
-            state[f"transformer.{name}.lora_B.weight"] = up
-    # A rank may be odd and above 256, which bfloat16 would round.
-    return {key: tensor.to(torch.float32 if key.endswith(".alpha") else dtype).contiguous() for key, tensor in
-            state.items()}  # fmt: skip
+        for letter, word, tensor in (("A", "down", down), ("B", "up", up)):
+            key = f"lora_unet_{name.replace('.', '_')}.lora_{word}" if form == "kohya" else f"{name}.lora_{letter}"
+            prefix = "" if form == "kohya" else PREFIX
+            state[f"{prefix}{key}.weight"] = _rounded(key, tensor, number)
+        if form == "kohya":  # in float32: a rank may be odd and above 256, which bfloat16 would round
+            state[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(float(down.shape[0]))
+    return state
+
+
+def _rounded(key: str, tensor: Tensor, number: Number) -> Tensor:
+    rounded = tensor.to(DTYPES[number]).contiguous()
+    if not is_finite(tensor):
+        raise RunError(f"{key} would have values that are too large for any LoRA file", "Use smaller weights")
+    wider = f"Use --dtype {'bf16 or fp32' if number == 'fp16' else 'fp32'}"
+    if not is_finite(rounded):
+        highest, limit = tensor.abs().max().item(), torch.finfo(rounded.dtype).max
+        raise RunError(f"{key} has values up to {highest:.6g}, and {number} holds none above {limit:.6g}", wider)
+    if tensor.any() and not rounded.any():
+        raise RunError(f"{key} would become all zero: its values are too small for {number}", wider)
+    return rounded
 
 
 def architecture(folder: Path | None) -> Kandinsky5Transformer3DModel:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import write_whole
 from k5train.adapter.attach import ADAPTER, adapted_layers, adapter_parts, add_without_values
-from k5train.adapter.keys import read_file
+from k5train.adapter.keys import kind_of
+from k5train.adapter.lora_file import read_file, refuse_not_finite
+from k5train.adapter.pairs import understand
 from k5train.adapter.targets import linear_sizes
 
 PREFIX = "transformer."  # without it diffusers loads nothing and gives no error; ComfyUI accepts it
@@ -68,63 +70,42 @@ def save_lora(
 
 
 def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[str, ...]:
-    """Load what ``save_lora`` wrote: into the adapter that is attached, or else into a new one with alpha = rank.
+    """Load a LoRA: into the adapter that is attached, or else into a new one with alpha = rank.
 
     Returns:
         the names of the adapted modules.
 
     Raises:
-        RunError: the file is not such a LoRA, or does not fit the transformer or its adapter.
+        RunError: the file cannot be read as a LoRA of this model, has NaN or infinity, or does not fit the adapter.
     """
-    state, _ = read_file(path)
-    if any(".lokr_" in key or "lora_magnitude_vector" in key for key in state):
+    state, metadata = read_file(path)
+    if kind_of(state) in ("dora", "lokr"):
+        refuse_not_finite(path, state)
         return _load_by_diffusers(transformer, path, state)
-    names = _module_names(path, state)
+    pairs = understand(path, state, metadata, linear_sizes(transformer)).pairs
     if not adapted_layers(transformer):
-        ranks = {name: state[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in names}
-        _attach_with_ranks(transformer, path, ranks)
+        _attach_with_ranks(transformer, {name: down.shape[0] for name, (down, _) in pairs.items()})
     layers = dict(adapted_layers(transformer))
-    if set(layers) != set(names):
-        different = sorted(set(layers) ^ set(names))
+    if set(layers) != set(pairs):
+        different = sorted(set(layers) ^ set(pairs))
         raise RunError(
-            f"{path} adapts {len(names)} modules, the adapter here {len(layers)}; they differ in {different[0]}",
+            f"{path} adapts {len(pairs)} modules, the adapter here {len(layers)}; they differ in {different[0]}",
             "Use the targets that the LoRA was trained with",
         )
     for name, layer in layers.items():
-        for part, factor in (("lora_A", 1.0), ("lora_B", layer.scaling[ADAPTER])):
+        for part, tensor, factor in zip(("lora_A", "lora_B"), pairs[name], (1.0, layer.scaling[ADAPTER]), strict=True):
             weight = getattr(layer, part)[ADAPTER].weight
-            tensor = state[f"{PREFIX}{name}.{part}.weight"]
             if weight.shape != tensor.shape:
                 raise RunError(
                     f"{path} has {name}.{part} as {list(tensor.shape)}, expected {list(weight.shape)}",
                     "Use the base model and the rank that the LoRA was trained with",
                 )
-            weight.data = (tensor.float() / factor).to(weight.device)
+            weight.data = (tensor / factor).to(weight.device)
     return tuple(layers)
 
 
-def _module_names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
-    pattern = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
-    matches = [pattern.fullmatch(key) for key in state]
-    for key, match in zip(state, matches, strict=True):
-        if match is None:
-            raise RunError(
-                f"{path} has the key {key}, not {PREFIX}<module>.lora_A.weight or lora_B.weight",
-                "Give a LoRA in the diffusers format for Kandinsky 5",
-            )
-    names = list(dict.fromkeys(m.group(1) for m in matches if m))
-    if not names:
-        raise RunError(f"{path} has no tensors", "Give a whole LoRA file")
-    half = [n for n in names if any(f"{PREFIX}{n}.lora_{part}.weight" not in state for part in "AB")]
-    if half:
-        raise RunError(f"{path} has half of the pair for {half[0]}", "Give a whole LoRA file")
-    return names
-
-
-def _attach_with_ranks(transformer: Kandinsky5Transformer3DModel, path: Path, ranks: Mapping[str, int]) -> None:
+def _attach_with_ranks(transformer: Kandinsky5Transformer3DModel, ranks: Mapping[str, int]) -> None:
     """Attach a float32 adapter of these ranks, its values not yet set."""
-    if absent := sorted(set(ranks) - set(linear_sizes(transformer))):
-        raise RunError(f"{path} adapts {absent[0]}, which this model does not have", "Use it with its own base model")
     rank = max(ranks.values())
     others: dict[str, Any] = {f"^{re.escape(n)}$": r for n, r in ranks.items() if r != rank}
     config = PeftLoraConfig(

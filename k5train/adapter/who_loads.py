@@ -1,23 +1,28 @@
-"""Which keys of a LoRA file would diffusers use, and which ComfyUI?
+"""Which keys of a LoRA file would diffusers use, which ComfyUI, and at which strength?
 
 Both ignore unknown keys without an error, so a file can load as nothing at all; ``k5train check-lora`` says so in
-advance. diffusers itself loads the file here; ComfyUI's rules are written down.
+advance. diffusers itself loads the file here; ComfyUI's rules are written down in ``comfyui.py``.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from k5cache.shared.errors import RunError
+from k5train.adapter.comfyui import OTHER_MODEL, Program, by_comfyui
 from k5train.adapter.files import PREFIX, lora_state_dict
-from k5train.adapter.keys import read_file
+from k5train.adapter.keys import flat_names, kind_of, meaning_of
+from k5train.adapter.lora_file import read_file
+from k5train.adapter.pairs import Lora, OtherModel, OtherSize, understand
 from k5train.adapter.targets import linear_sizes
 
 if TYPE_CHECKING:
@@ -27,60 +32,44 @@ if TYPE_CHECKING:
 BY_PIPELINE = "pipe.load_lora_weights(FILE)"
 BY_TRANSFORMER = 'pipe.transformer.load_lora_adapter(FILE, prefix="transformer")'
 
-OTHER_MODEL = "its matrices belong to a model of another size"
+_NO_FIT = "its matrices do not have the shapes that it expects"
 _CHECKED = "checked"  # the name under which diffusers loads a file here
-
-# comfy/weight_adapter/lora.py: the first of these keys that is there, with its partner.
-_COMFY_PAIRS = (
-    ("{}.lora_up.weight", "{}.lora_down.weight"),
-    ("{}_lora.up.weight", "{}_lora.down.weight"),
-    ("{}.lora_B.weight", "{}.lora_A.weight"),
-    ("{}.lora.up.weight", "{}.lora.down.weight"),
-    ("{}.lora_B", "{}.lora_A"),
-    ("{}.lora_linear_layer.up.weight", "{}.lora_linear_layer.down.weight"),
-    ("{}.lora_B.default.weight", "{}.lora_A.default.weight"),
-)
-# comfy/weight_adapter/lokr.py and loha.py
-_COMFY_OTHERS = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-                 "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Program:
-    """What one program would load of a file."""
-
-    name: str
-    modules: tuple[str, ...]
-    """The modules that it would adapt."""
-    unused: tuple[str, ...]
-    """Keys that it would ignore."""
-    error: str | None
-    """Why it would refuse the whole file."""
-
-    @property
-    def loads_all(self) -> bool:
-        """Whether every key takes effect."""
-        return not self.error and not self.unused and bool(self.modules)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Which programs load a LoRA file, and how much of it."""
+    """Which programs load a LoRA file, how much of it, and at which strength."""
 
     path: Path
     kind: str
-    """``lora``; ``dora``, which also has magnitudes; ``lokr`` or ``loha``, which are products of another kind."""
+    """As ``kind_of`` says."""
     num_keys: int
     ranks: tuple[int, ...]
     """Every rank that a module has."""
     dtypes: tuple[str, ...]
     metadata: Mapping[str, str]
     programs: tuple[Program, ...]
+    lora: Lora | None
+    """What it holds as a plain LoRA. None: it cannot be read as one, and so neither exported nor merged."""
+    refusal: RunError | None
+    """Why not, as `k5train export` says it."""
+
+    @property
+    def differing(self) -> list[str]:
+        """Modules to which two programs apply different strengths, or another one than the file states."""
+        stated = [self.lora.strengths] if self.lora else []
+        known = [program.strengths for program in self.programs if program.strengths] + stated
+        modules = dict.fromkeys(module for strengths in known for module in strengths)
+        return [module for module in modules if not _agree([s[module] for s in known if module in s])]
 
     @property
     def is_good(self) -> bool:
-        """Whether both programs load all of it."""
-        return all(program.loads_all for program in self.programs)
+        """Whether both programs load all of it, and alike."""
+        return self.lora is not None and all(p.loads_all for p in self.programs) and not self.differing
+
+
+def _agree(strengths: Sequence[float]) -> bool:
+    return all(math.isclose(strength, strengths[0], rel_tol=1e-5) for strength in strengths[1:])
 
 
 def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
@@ -90,13 +79,26 @@ def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
         transformer: of the architecture in question; its weights may be on the meta device.
 
     Raises:
-        RunError: the file is not safetensors.
+        RunError: the file is not a LoRA in safetensors, or it is one of another model.
     """
     state, metadata = read_file(path)
     sizes = linear_sizes(transformer)
-    ranks = {t.shape[0] for k, t in state.items() if t.ndim == 2 and re.search(r"lora_A|lora_down|lora\.down", k)}
     kind = kind_of(state)
-    others = (by_diffusers(path, state, transformer, BY_TRANSFORMER),) if kind in ("lokr", "loha") else ()
+    programs: tuple[Program, ...]
+    lora, refusal = None, None
+    try:
+        lora = understand(path, state, metadata, sizes)
+    except OtherModel:
+        raise
+    except RunError as error:
+        refusal = error
+    programs = (by_diffusers(path, state, transformer), by_comfyui(state, sizes))
+    if kind in ("lokr", "loha"):
+        programs = (programs[0], by_diffusers(path, state, transformer, BY_TRANSFORMER), programs[1])
+    if not isinstance(refusal, OtherSize):
+        programs = tuple(replace(p, error=_NO_FIT) if p.error == OTHER_MODEL else p for p in programs)
+    pairs = lora.pairs if lora else {}
+    ranks = {down.shape[0] for down, _ in pairs.values()}
     return Report(
         path=path,
         kind=kind,
@@ -104,15 +106,10 @@ def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
         ranks=tuple(sorted(ranks)),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
         metadata=metadata,
-        programs=(by_diffusers(path, state, transformer), *others, by_comfyui(state, sizes)),
+        programs=programs,
+        lora=lora,
+        refusal=refusal,
     )
-
-
-def kind_of(keys: Iterable[str]) -> str:
-    """The kind of adapter that a file's keys belong to, as in ``Report.kind``."""
-    together = "\n".join(keys)
-    kinds = {"lokr": "lokr_", "loha": "hada_", "dora": "lora_magnitude_vector", "": "dora_scale"}
-    return next((kind or "dora" for kind, part in kinds.items() if part in together), "lora")
 
 
 def call_for(algo: str) -> str:
@@ -127,11 +124,39 @@ def by_diffusers(
     path: Path, state: Mapping[str, Tensor], transformer: Kandinsky5Transformer3DModel, call: str = BY_PIPELINE
 ) -> Program:
     """Let diffusers load the file into an empty transformer, and list what it loaded."""
-    loaded, error = load_by_diffusers(path, transformer, call)
-    modules = tuple(dict.fromkeys(re.split(r"\.(?:lora|lokr|hada)_", key)[0] for key in loaded))
-    used = {f"{PREFIX}{key}" for key in loaded}
+    loaded = _load(path, transformer, call)
+    names = flat_names(_module_of(key) for key in loaded.tensors)
+    arrived = {key: module for key in state if (module := _arrived(key, state[key], loaded, names))}
+    modules = tuple(dict.fromkeys(arrived.values()))
+    strengths = {module: loaded.strengths[module] for module in modules if module in loaded.strengths}
     name = "diffusers" if call == BY_PIPELINE else "diffusers' transformer"
-    return Program(name, modules, tuple(key for key in state if key not in used), error)
+    return Program(name, modules, tuple(key for key in state if key not in arrived), loaded.error, strengths)
+
+
+def _arrived(key: str, tensor: Tensor, loaded: _Loaded, names: Mapping[str, str]) -> str | None:
+    """The module that has a key's values now. For names that it does not know, diffusers makes an adapter and leaves
+    its start in it; older names, such as ``lora.down``, it understands.
+
+    Args:
+        names: the modules that have an adapter, by their kohya form.
+    """
+    if not key.startswith(PREFIX):
+        return None
+    part, module, _, _ = meaning_of(key, names)
+    own = key.removeprefix(PREFIX)
+    value = loaded.tensors.get(own if own in loaded.tensors else f"{module}.lora_{part}.weight")
+    if value is None or value.shape != tensor.shape:
+        return None
+    if part == "unknown":  # of another kind of adapter, whose names are peft's own
+        return _module_of(own)
+    factor = loaded.strengths[module] if part == "B" else 1.0
+    return module if torch.allclose(value.float(), tensor.float() * factor, equal_nan=True) else None
+
+
+class _Loaded(NamedTuple):
+    tensors: dict[str, Tensor]
+    strengths: dict[str, float]
+    error: str | None
 
 
 def load_by_diffusers(
@@ -146,6 +171,11 @@ def load_by_diffusers(
         ``<module>.lora_{A,B}.weight``, ``<module>.lora_magnitude_vector``, ``<module>.lokr_w1`` and so on, with the
         strength folded into ``lora_B`` or ``lokr_w1``; and the error that diffusers raises, or None.
     """
+    tensors, _, error = _load(path, transformer, call)
+    return tensors, error
+
+
+def _load(path: Path, transformer: Kandinsky5Transformer3DModel, call: str) -> _Loaded:
     from diffusers.utils import logging
 
     _move_off_meta(transformer)
@@ -155,13 +185,14 @@ def load_by_diffusers(
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the report says what it would warn of
     try:
-        load(path, transformer)
-        return _loaded_tensors(transformer), None
+        with warnings.catch_warnings(action="ignore"):
+            load(path, transformer)
+        return _Loaded(_loaded_tensors(transformer), _strengths(transformer), None)
     except Exception as error:  # whatever it is, a user of the file would get it too
         if "size mismatch" in str(error):
-            return {}, OTHER_MODEL
+            return _Loaded({}, {}, OTHER_MODEL)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return {}, f"{type(error).__name__}: {first_line[:160]}"
+        return _Loaded({}, {}, f"{type(error).__name__}: {first_line[:160]}")
     finally:
         logging.set_verbosity(verbosity)
         transformer.unload_lora()
@@ -199,6 +230,16 @@ def _loaded_tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
     return loaded
 
 
+def _strengths(transformer: torch.nn.Module) -> dict[str, float]:
+    """What diffusers multiplies the product of each adapted module with."""
+    scalings = ((name, getattr(layer, "scaling", {})) for name, layer in transformer.named_modules())
+    return {name: float(scaling[_CHECKED]) for name, scaling in scalings if _CHECKED in scaling}
+
+
+def _module_of(key: str) -> str:
+    return re.split(r"\.(?:lora|lokr|hada)_", key)[0]
+
+
 def _move_off_meta(transformer: torch.nn.Module) -> None:
     """Give linears weights on the CPU that take no memory: peft creates an adapter on its linear's device, and on the
     meta device nothing would be loaded."""
@@ -206,32 +247,6 @@ def _move_off_meta(transformer: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
             shape = module.weight.shape
             module.weight = torch.nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
-
-
-def by_comfyui(state: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]]) -> Program:
-    """What ComfyUI would load, by ``comfy/lora.py``: ``model_lora_keys_unet`` for Kandinsky 5, then ``load_lora``.
-
-    Its names for a module ``a.b`` are ``lora_unet_a_b``, ``diffusion_model.a.b``, ``a.b`` and ``transformer.a.b``.
-    Matrices of another shape than the weight's are loaded, and ignored with a line in its log when it draws.
-    """
-    adapted, used = [], set[str]()
-    for module, size in sizes.items():
-        for name in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}", module,
-                     f"transformer.{module}"):  # fmt: skip
-            pairs = [(up.format(name), down.format(name)) for up, down in _COMFY_PAIRS]
-            pair = next((pair for pair in pairs if pair[0] in state), None)
-            others = [key for other in _COMFY_OTHERS if (key := f"{name}.{other}") in state]
-            if pair and pair[1] not in state:
-                return Program("ComfyUI", (), tuple(state), f"KeyError: {pair[1]}")
-            if pair and (state[pair[0]].shape[0], state[pair[1]].shape[-1]) != size:
-                return Program("ComfyUI", (), tuple(state), OTHER_MODEL)
-            if pair or others:
-                adapted.append(module)
-                used.update(pair or (), others)
-                used.update(
-                    key for end in ("alpha", "dora_scale", "reshape_weight") if (key := f"{name}.{end}") in state
-                )
-    return Program("ComfyUI", tuple(dict.fromkeys(adapted)), tuple(key for key in state if key not in used), None)
 
 
 def compare_saved(

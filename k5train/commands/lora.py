@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,9 +13,11 @@ from rich.text import Text
 from k5cache.shared import console
 
 if TYPE_CHECKING:
+    from k5train.adapter.comfyui import Program
+    from k5train.adapter.export import Written
     from k5train.adapter.who_loads import Report
 
-LoraPath = Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, from any trainer.")]
+LoraPath = Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, from any trainer, or a run's folder.")]
 Folder = Annotated[
     Path | None, typer.Option("--model", help="A model folder with the architecture. Default: Kandinsky 5 Image Lite.")
 ]
@@ -35,21 +38,21 @@ def export(
 ) -> None:
     """Write a LoRA with the keys of another program, or in 16 bits."""
     from k5train.adapter.export import export as export_lora
-    from k5train.runs.written import check_recorded
 
-    check_recorded(file)
+    file, _ = lora_in(file)
     target = out or file.with_name(f"{file.stem}-{form}{'' if number == 'fp32' else '-' + number}.safetensors")
-    num_modules = export_lora(file, target, form, number, model)
-    console.out.print(f"Wrote {target}: {num_modules} modules, {form} keys, {number}", markup=False)
+    written = export_lora(file, target, form, number, model)
+    console.out.print(f"Wrote {target}: {written.num_modules} modules, {form} keys, {number}", markup=False)
+    _say_what_is_missing(written)
     if form == "kohya":
         console.note(
             "This is for ComfyUI and other programs that read kohya's keys. diffusers ignores them without an error"
         )
-    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", target, model=model))
+    console.next_step("Next, see which programs load it", _check_command(target, model))
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Two or more LoRA files.")],
+    files: Annotated[list[Path], typer.Argument(help="Two or more LoRA files, or folders of runs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     weights: Annotated[
         list[float] | None, typer.Option("--weight", "-w", help="Strength of each file, in order. Default: 1 each.")
@@ -60,34 +63,75 @@ def merge(
 ) -> None:
     """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs."""
     from k5train.adapter.export import merge as merge_loras
-    from k5train.runs.written import check_recorded
 
-    for file in files:
-        check_recorded(file)
-
-    num_modules = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
-    console.out.print(f"Wrote {out}: {num_modules} modules from {len(files)} files", markup=False)
-    console.next_step("Next, see which programs load it", console.command("k5train", "check-lora", out, model=model))
+    files = [lora_in(file)[0] for file in files]
+    written = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
+    console.out.print(f"Wrote {out}: {written.num_modules} modules from {len(files)} files", markup=False)
+    _say_what_is_missing(written)
+    console.next_step("Next, see which programs load it", _check_command(out, model))
 
 
 def check_lora(file: LoraPath, model: Folder = None) -> None:
-    """Say which keys of a LoRA file diffusers and ComfyUI would load. Exit code 1 unless both load all of them."""
+    """Say which keys of a LoRA file diffusers and ComfyUI would load, and at which strength.
+
+    Exit code 1 unless both load all of them alike; 2 if it is not a LoRA of this model.
+    """
     from k5train.adapter.export import architecture
     from k5train.adapter.who_loads import check_lora as check
-    from k5train.runs.written import check_recorded
 
-    is_compared = check_recorded(file)
+    file, is_compared = lora_in(file)
     report = check(file, architecture(model))
-    print_report(report)
+    print_report(report, model)
     if is_compared:
         console.note("It is the file that its run wrote: the checksum matches")
     if not report.is_good:
         raise typer.Exit(1)
 
 
-def print_report(report: Report) -> None:
+def lora_in(path: Path) -> tuple[Path, bool]:
+    """The file that a path means: itself, or the finished LoRA in the folder of a run.
+
+    Returns:
+        also whether it was compared with the checksum that its run wrote.
+
+    Raises:
+        RunError: the run has no finished LoRA, or the file is not the one that its run wrote.
+    """
+    from k5cache.shared.errors import RunError
+    from k5train.runs.folder import Run
+    from k5train.runs.written import check_recorded
+
+    if not (path / "run.json").is_file():
+        return path, path.is_file() and check_recorded(path)
+    run = Run(path if path.name not in ("", "..") else path.resolve())
+    if run.lora.is_file():
+        return run.lora, check_recorded(run.lora)
+    checkpoints = list(run.checkpoints().values())
+    resume = f"Finish it: {console.command('k5train', 'resume', path)}"
+    raise RunError(
+        f"{path} is a run without a finished LoRA",
+        f"Give its last checkpoint, {checkpoints[-1]}, or finish it first" if checkpoints else resume,
+    )
+
+
+def _check_command(file: Path, model: Path | None) -> str:
+    return console.command("k5train", "check-lora", file, model=model)
+
+
+def _say_what_is_missing(written: Written) -> None:
+    if written.left_out:
+        console.note(
+            f"{len(written.left_out)} keys of text encoders are left out, such as {written.left_out[0]}: "
+            "Kandinsky's pipeline loads none"
+        )
+    if written.num_silent == written.num_modules:
+        console.warn("It does nothing: lora_A or lora_B of every module is all zero")
+
+
+def print_report(report: Report, model: Path | None) -> None:
     """What each program would load, and what to do if one would ignore keys."""
-    from k5train.adapter.who_loads import BY_TRANSFORMER, OTHER_MODEL
+    from k5train.adapter.pairs import OtherSize
+    from k5train.adapter.who_loads import BY_TRANSFORMER
 
     facts = [
         report.kind,
@@ -97,24 +141,57 @@ def print_report(report: Report) -> None:
     ]
     console.out.print(Text(f"{report.path}: {', '.join(facts)}"))
     table = Table(box=None, pad_edge=False)
-    for column in ("program", "modules", "keys ignored", "verdict"):
-        table.add_column(column)
+    for column in ("program", "modules", "strength", "keys ignored", "verdict"):
+        table.add_column(column, overflow="fold")
     for program in report.programs:
-        if program.error:
-            verdict = f"refuses the file: {program.error}"
-        elif not program.modules:
-            verdict = "loads nothing, without an error"
-        elif program.unused:
-            verdict = f"ignores {program.unused[0]} and others like it"
-        else:
-            verdict = "loads all of it"
-        table.add_row(program.name, str(len(program.modules)), str(len(program.unused)), Text(verdict))
+        counts = (str(len(program.modules)), strength_in(program.strengths.values()), str(len(program.unused)))
+        table.add_row(program.name, *counts, Text(_verdict(program)))
     console.out.print(table)
-    if any(program.error == OTHER_MODEL for program in report.programs):
-        console.next_step(
-            "Name the model that it was trained on", console.command("k5train", "check-lora", report.path, model="DIR")
-        )
-    elif report.kind == "lora" and not report.is_good:
-        console.next_step("To fix it", console.command("k5train", "export", report.path, format="diffusers"))
-    elif any(program.name == "diffusers' transformer" and program.loads_all for program in report.programs):
+    for line in findings(report):
+        console.out.print(Text(line))
+    if isinstance(report.refusal, OtherSize):
+        console.next_step("Name the model that it was trained on", _check_command(report.path, Path("DIR")))
+    elif not report.is_good and not report.refusal:
+        command = console.command("k5train", "export", report.path, format="diffusers", model=model)
+        console.next_step("To write one file that both load alike", command)
+    if any(program.name == "diffusers' transformer" and program.loads_all for program in report.programs):
         console.next_step("In diffusers, load it by", BY_TRANSFORMER.replace("FILE", f'"{report.path}"'))
+
+
+def findings(report: Report) -> list[str]:
+    """What is to be known of a file besides who loads it: why it is refused, where it is silent, what differs."""
+    lines = []
+    if report.refusal:
+        lines.append(f"{report.refusal.problem}. {report.refusal.fix}")
+    if report.lora and (silent := report.lora.silent):
+        many = len(silent) == len(report.lora.pairs)
+        lines.append(
+            f"It changes nothing at {'all' if many else len(silent)} of {len(report.lora.pairs)} modules, such as "
+            f"{silent[0]}: a matrix or the strength is zero"
+        )
+    if different := report.differing:
+        strengths = {p.name: [p.strengths[m] for m in different if m in p.strengths] for p in report.programs}
+        said = [f"{name} {strength_in(values)}" for name, values in strengths.items() if values]
+        if report.lora:
+            said.append(f"the file says {strength_in(report.lora.strengths[m] for m in different)}")
+        lines.append(f"The strengths differ at {len(different)} modules: {', '.join(said)}")
+    return lines
+
+
+def _verdict(program: Program) -> str:
+    if program.error:
+        return f"refuses the file: {program.error}"
+    if not program.modules:
+        return "loads nothing, without an error"
+    if program.unused:
+        return f"ignores {program.unused[0]} and others like it"
+    return "loads all of it"
+
+
+def strength_in(strengths: Iterable[float]) -> str:
+    """One factor, or the lowest and the highest of several: ``x2``, ``x0.5 to x2``."""
+    different = sorted({f"{strength:g}": strength for strength in strengths}.items(), key=lambda pair: pair[1])
+    if not different:
+        return "-"
+    lowest, highest = different[0][0], different[-1][0]
+    return f"x{lowest}" if lowest == highest else f"x{lowest} to x{highest}"

@@ -15,6 +15,7 @@ from k5cache.shared import console
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5train.adapter import targets
 from k5train.adapter.attach import add_lora
+from k5train.adapter.lora_file import refuse_not_finite
 from k5train.forward.load import execute
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import announce, leaner_budget, plan_for
@@ -76,7 +77,7 @@ class Session:
         """Restore what ``parts`` returned.
 
         Raises:
-            RunError: the files cannot be read, or do not fit this adapter.
+            RunError: the files cannot be read, have NaN or infinity, or do not fit this adapter.
         """
         adapter = saved.tensors("adapter")
         if {n: t.shape for n, t in adapter.items()} != {n: p.shape for n, p in self.parameters.items()}:
@@ -84,6 +85,7 @@ class Session:
                 f"{saved.folder} has the state of another adapter than the recipe's",
                 "Resume with the recipe that the run started with",
             )
+        refuse_not_finite(saved.folder, adapter)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapter[name])
