@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
+from k5cache.shared.handed_over import handed_over
 
 if TYPE_CHECKING:
     import torch
@@ -29,25 +30,32 @@ def load_clip(folder: Path, device: str | torch.device, dtype: torch.dtype) -> C
     Raises:
         ModelError: the folder holds another model, or lacks a tensor or the tokenizer.
     """
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
     where = folder / "text_encoder_2"
     if read_config(folder, where.name).get("model_type") not in ("clip_text_model", "clip"):
         raise ModelError(f"{where} is not a CLIP text encoder", "Download the model again")
-    weight_files(folder, where.name)
-    try:
-        with no_progress_bar():
-            model, info = CLIPTextModel.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"CLIP in {folder} cannot be loaded: {str(error).splitlines()[0]}", "Download the model again"
-        ) from error
+    with handed_over(folder, where.name) as only, no_progress_bar():
+        model, info = CLIPTextModel.from_pretrained(
+            only, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    tokenizer = load_clip_tokenizer(folder)
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "Download the model again")
     return Clip(model=model.to(device).eval().requires_grad_(False), tokenizer=tokenizer)
+
+
+def load_clip_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder/tokenizer_2``.
+
+    Raises:
+        ModelError: it is missing or cannot be read.
+    """
+    from transformers import CLIPTokenizer
+
+    with handed_over(folder, "tokenizer_2") as only:
+        return CLIPTokenizer.from_pretrained(only, local_files_only=True, trust_remote_code=False)
 
 
 def encode_pooled(clip: Clip, captions: Sequence[str], *, exact: bool = True, batch_size: int = 64) -> torch.Tensor:

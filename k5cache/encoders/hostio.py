@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from k5cache.shared.errors import ModelError
-from k5cache.shared.fingerprint import StoredTensor
+from k5cache.shared.part_files import StoredTensor
 from k5cache.store.tensors import torch_dtype
 
 if TYPE_CHECKING:

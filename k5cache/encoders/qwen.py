@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 from k5cache.encoders.hostio import DTYPES, fetched, read_ahead
 from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, attention_kernels, make_packs, run_layer
 from k5cache.encoders.pipeline import pipeline_template, pipeline_token_ids
-from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
-from k5cache.shared.fingerprint import StoredTensor, read_header
+from k5cache.shared.handed_over import handed_over
+from k5cache.shared.part_files import StoredTensor, read_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -79,13 +80,8 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"The tokenizer in {folder / 'tokenizer'} cannot be loaded: {str(error).splitlines()[0]}",
-            "Download the model again",
-        ) from error
+    with handed_over(folder, "tokenizer") as only:
+        tokenizer = AutoTokenizer.from_pretrained(only, local_files_only=True, trust_remote_code=False)
     # The pipeline passes no attention mask and crops from the left: left padding would move the crop.
     tokenizer.padding_side = "right"
     return tokenizer

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k5cache.encoders.clip import no_progress_bar
+from k5cache.encoders.clip import load_clip_tokenizer, no_progress_bar
 from k5cache.encoders.pipeline import clean, silent
 from k5cache.encoders.qwen import load_tokenizer
-from k5cache.shared.checkpoint import weight_files
+from k5cache.shared.handed_over import handed_over
 from k5cache.shared.host_memory import free_ram
+from k5cache.shared.part_files import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,9 @@ def moments_of_the_vae(
         torch.no_grad(),
         silent("diffusers.models.modeling_utils"),
     ):  # it warns at every cast that no module stays in float32
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True).to(device)
+        with handed_over(folder, "vae") as only:
+            vae = AutoencoderKL.from_pretrained(only, torch_dtype=dtype, local_files_only=True)
+        vae = vae.to(device)
         for crop in crops:
             pixels = processor.preprocess(Image.fromarray(crop.permute(1, 2, 0).numpy()))
             posterior = vae.encode(pixels.to(device, dtype)).latent_dist
@@ -109,11 +112,10 @@ def moments_of_the_vae(
 def _pipeline(folder: Path) -> Any:
     """The pipeline with its tokenizers and no models."""
     from diffusers import Kandinsky5T2IPipeline
-    from transformers import CLIPTokenizer
 
     parts = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"))
-    second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-    return Kandinsky5T2IPipeline(**parts, tokenizer=load_tokenizer(folder), tokenizer_2=second)
+    tokenizers = {"tokenizer": load_tokenizer(folder), "tokenizer_2": load_clip_tokenizer(folder)}
+    return Kandinsky5T2IPipeline(**parts, **tokenizers)
 
 
 @contextmanager
@@ -121,26 +123,27 @@ def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]
     """The whole ``Qwen2_5_VLForConditionalGeneration``, loaded as diffusers does; spread if it does not fit."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    where, free = folder / "text_encoder", _free_bytes(device)
-    num_bytes = sum(file.stat().st_size for file in weight_files(folder, where.name))
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    with tempfile.TemporaryDirectory() as spill, no_progress_bar():
-        if num_bytes <= ROOM * free[device]:
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(where, **options).to(device)
-        else:
+    free = _free_bytes(device)
+    num_bytes = sum(file.stat().st_size for file in weight_files(folder, "text_encoder"))
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    with tempfile.TemporaryDirectory() as spill:
+        if num_bytes > ROOM * free[device]:
             index = {name: int(name.partition(":")[2] or 0) if name != "cpu" else "cpu" for name in free}
             room = {index[name]: int(ROOM * count) for name, count in free.items()}
+            options |= {"device_map": "auto", "max_memory": room, "offload_folder": spill}
+        with handed_over(folder, "text_encoder") as only, no_progress_bar():
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                where, device_map="auto", max_memory=room, offload_folder=spill, **options
+                only, local_files_only=True, trust_remote_code=False, **options
             )
-        yield model.eval()
+        yield (model if "device_map" in options else model.to(device)).eval()
 
 
 def _clip(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import CLIPTextModel
 
-    with no_progress_bar():
-        return CLIPTextModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, local_files_only=True).eval()
+    with handed_over(folder, "text_encoder_2") as only, no_progress_bar():
+        model = CLIPTextModel.from_pretrained(only, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    return model.eval()
 
 
 def _free_bytes(device: str) -> dict[str, int]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.memory_plan import Speed, TextArchitecture
-from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
+from k5cache.shared.part_files import weight_files
 
 if TYPE_CHECKING:
     import torch

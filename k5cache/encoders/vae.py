@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.pipeline import silent
-from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
+from k5cache.shared.handed_over import handed_over
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +37,10 @@ def load_vae(folder: Path, device: str | torch.device, dtype: torch.dtype) -> An
     where = folder / "vae"
     if (name := read_config(folder, where.name).get("_class_name")) != "AutoencoderKL":
         raise ModelError(f"{where} is a {name}, not AutoencoderKL", "Download the model again")
-    weight_files(folder, where.name)
-    try:
+    with handed_over(folder, where.name) as only:
         vae, info = AutoencoderKL.from_pretrained(
-            where, use_safetensors=True, local_files_only=True, output_loading_info=True
+            only, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"The VAE in {where} cannot be loaded: {str(error).splitlines()[0]}", "Download the model again"
-        ) from error
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "Download the model again")
     with silent("diffusers.models.modeling_utils"):  # it warns at every cast that no module stays in float32

@@ -29,6 +29,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.comparison import Comparison, check, compare, not_run
 from k5cache.shared.errors import K5Error
+from k5cache.shared.handed_over import handed_over
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images
 from k5cache.sources.items import Content, UnreadableImage
@@ -172,7 +173,8 @@ def _compare_latents(
         )
         for i, name in enumerate(names)
     ]
-    factor = AutoencoderKL.load_config(job.folder / "vae", local_files_only=True)["scaling_factor"]
+    with handed_over(job.folder, "vae") as only:
+        factor = AutoencoderKL.load_config(only, local_files_only=True)["scaling_factor"]
     ours_factor = recipe["latents"]["scaling_factor"]
     problem = "" if ours_factor == factor else f"scaling_factor is {ours_factor} instead of {factor}"
     return [*comparisons, check("scaling_factor", "the VAE's config", problem)]

@@ -14,15 +14,11 @@ from typing import Any
 from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.part_files import config_name, has_weights, weight_files
 from k5cache.shared.parts import check_parts
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
 _SMALL_FILES = ("model_index.json", "transformer/config.json")  # the second says whether the model edits images
-_CONFIG_OF = {
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
-}
 
 
 def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
@@ -35,7 +31,7 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     folder = _local_folder(model) or _from_hub(model.source, model.revision, parts)
     _check(folder, parts)
     for part in parts:
-        if part not in _CONFIG_OF:
+        if has_weights(part):
             weight_files(folder, part)
     return folder
 
@@ -65,19 +61,15 @@ def _local_folder(model: ModelConfig) -> Path | None:
 
 def _check(folder: Path, parts: tuple[str, ...]) -> None:
     for part in parts:
-        config = folder / part / _config_name(part)
+        config = folder / part / config_name(part)
         if not config.is_file():
             raise ModelError(
                 f"The model folder {folder} lacks {part}/{config.name}",
                 "Give a complete Kandinsky 5 Image repository in the diffusers layout with --model DIR",
             )
-    compared = ("transformer", *(part for part in parts if part not in _CONFIG_OF))
-    configs = {part: read_config(folder, part) for part in compared if (folder / part / _config_name(part)).is_file()}
+    compared = ("transformer", *(part for part in parts if has_weights(part)))
+    configs = {part: read_config(folder, part) for part in compared if (folder / part / config_name(part)).is_file()}
     check_parts(folder, configs)
-
-
-def _config_name(part: str) -> str:
-    return _CONFIG_OF.get(part, "config.json")
 
 
 def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
@@ -85,7 +77,7 @@ def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
     folder: Path | None = Path(model.source).expanduser()
     if folder and not folder.is_dir():
         folder = _downloaded(model.source, model.revision)
-    if folder is None or not all((folder / part / _config_name(part)).is_file() for part in parts):
+    if folder is None or not all((folder / part / config_name(part)).is_file() for part in parts):
         return None
     return folder
 
@@ -114,32 +106,14 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read or is not JSON.
     """
-    path = folder / part / _config_name(part)
+    path = folder / part / config_name(part)
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "Download the model again") from error
     return config
-
-
-def weight_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files of one part, in the order of their names.
-
-    Raises:
-        ModelError: there is none, or a file that the index names is missing.
-    """
-    files = sorted((folder / part).glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder / part} has no .safetensors file", "Download the model again, in the safetensors format"
-        )
-    for index in sorted((folder / part).glob("*.safetensors.index.json")):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        absent = sorted(named - {f.name for f in files})
-        if absent:
-            raise ModelError(f"{folder / part} lacks {', '.join(absent)}", "Download the model again")
-        return [f for f in files if f.name in named]
-    return files
 
 
 def _from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
@@ -182,10 +156,10 @@ def _configs_from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -
         note(f"Using {repo} will download {human_bytes(sum(absent))} first: {reason}. Only its configs are read now")
         if snapshot and not missing:
             return snapshot
-        wanted = [*_SMALL_FILES, *(f"{part}/{_config_name(part)}" for part in parts)]
+        wanted = [*_SMALL_FILES, *(f"{part}/{config_name(part)}" for part in parts)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except _unreachable() as error:
-        if snapshot and all((snapshot / part / _config_name(part)).is_file() for part in parts):
+        if snapshot and all((snapshot / part / config_name(part)).is_file() for part in parts):
             missing = ""  # configs are enough
         return _without_the_hub(repo, snapshot, missing, error)
 
@@ -224,10 +198,10 @@ def _missing_file(folder: Path, parts: tuple[str, ...]) -> str:
     A file that is in a snapshot is complete: the hub's client puts it there last.
     """
     for part in parts:
-        config = folder / part / _config_name(part)
+        config = folder / part / config_name(part)
         if not config.is_file():
             return f"{part}/{config.name}"
-        if part not in _CONFIG_OF:
+        if has_weights(part):
             try:
                 weight_files(folder, part)
             except ModelError:

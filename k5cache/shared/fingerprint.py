@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k5cache.shared.checkpoint import read_config, weight_files
-from k5cache.shared.errors import ModelError
+from k5cache.shared.checkpoint import read_config
+from k5cache.shared.part_files import StoredTensor, stored_tensors, tokenizer_files
 
 WHOLE_BELOW = 64 * 2**20
 """Every byte is hashed if the tensors of a part have fewer bytes than this."""
@@ -19,22 +18,7 @@ PROBE_BYTES = 4096
 NUM_PROBES = 8
 """Probes per tensor, evenly spaced, from its first byte to its last."""
 
-# The files of a tokenizer that decide ids. If there is a tokenizer.json, it has the vocabulary and the merges.
-_TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json")
-_SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_class", "chat_template", "architectures"})
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor is in a safetensors file: in the bytes ``[start, start + num_bytes)`` of ``path``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    num_bytes: int
 
 
 def fingerprint(folder: Path, part: str) -> str:
@@ -57,10 +41,10 @@ def fingerprint(folder: Path, part: str) -> str:
     digest = hashlib.sha256()
     _feed(digest, _canonical(read_config(folder, part)))
     if part.startswith("tokenizer"):
-        for path in _tokenizer_files(folder / part):
+        for path in tokenizer_files(folder, part):
             _feed(digest, path.name.encode(), path.read_bytes())
     elif part != "scheduler":
-        tensors = sorted((t for path in weight_files(folder, part) for t in read_header(path)), key=lambda t: t.name)
+        tensors = stored_tensors(folder, part)
         for tensor, sampled in zip(tensors, _sample(tensors), strict=True):
             _feed(digest, json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode(), sampled)
     return digest.hexdigest()[:32]
@@ -86,36 +70,6 @@ def _canonical(config: dict[str, Any]) -> bytes:
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     return json.dumps(strip(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    slow = () if (folder / "tokenizer.json").is_file() else _SLOW_TOKENIZER_FILES
-    return [folder / name for name in (*_TOKENIZER_FILES, *slow) if (folder / name).is_file()]
-
-
-def read_header(path: Path) -> list[StoredTensor]:
-    """Where every tensor of a safetensors file is. Such a file has 8 bytes of length, that much JSON, then the data.
-
-    Raises:
-        ModelError: it is not a safetensors file, or it ends before its last tensor.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        tensors = [
-            StoredTensor(name, t["dtype"], tuple(t["shape"]), path, 8 + length + t["data_offsets"][0],
-                    t["data_offsets"][1] - t["data_offsets"][0])
-            for name, t in header.items()
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is not a safetensors file", "Download the model again") from error
-    end = max((t.start + t.num_bytes for t in tensors), default=0)
-    if end > size:
-        raise ModelError(f"{path} is cut short: {size:,} of {end:,} bytes", "Download the model again")
-    return tensors
 
 
 def _sample(tensors: list[StoredTensor]) -> list[bytes]:

@@ -13,8 +13,9 @@ from diffusers import Kandinsky5Transformer3DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from k5cache.shared.checkpoint import read_config, weight_files
+from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
+from k5cache.shared.part_files import weight_files
 from k5train.base.linear import Float32Linear, Int8Linear
 
 # What becomes int8: 5.4 of the 6.0 billion parameters. The embeddings, the output head and the modulations do not,

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
 from torch import Tensor
 
+from k5cache.shared.handed_over import handed_over
 from k5train.base.quantize import INT8_MODULES
 from k5train.exact.case import Case
 
@@ -66,9 +67,8 @@ def pipeline_latents(model: Any, scheduler: FlowMatchEulerDiscreteScheduler, cas
 
 def reference_transformer(folder: Path, dtype: torch.dtype) -> Any:
     """diffusers' transformer as a user loads it, frozen, on the CPU."""
-    model = Kandinsky5Transformer3DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=dtype, local_files_only=True
-    )
+    with handed_over(folder, "transformer") as only:
+        model = Kandinsky5Transformer3DModel.from_pretrained(only, torch_dtype=dtype, local_files_only=True)
     model.enable_gradient_checkpointing()
     return model.requires_grad_(False).eval()
 

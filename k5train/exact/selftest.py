@@ -18,11 +18,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from k5cache.shared import console, vram
-from k5cache.shared.checkpoint import weight_files
 from k5cache.shared.comparison import Comparison, check, compare, not_run
 from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import CacheStale
 from k5cache.shared.host_memory import free_ram
+from k5cache.shared.part_files import weight_files
 from k5cache.store.reader import Cache
 from k5train.adapter import attach
 from k5train.base.architecture import DTYPES

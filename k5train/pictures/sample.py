@@ -19,6 +19,7 @@ from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.handed_over import handed_over
 from k5cache.shared.vram import left
 from k5train.forward.predict_velocity import predict_velocity
 
@@ -77,7 +78,8 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     """The checkpoint's own scheduler: its shift decides which sigmas inference visits."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    with handed_over(folder, "scheduler") as only:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(only, local_files_only=True)
 
 
 def inference_sigmas(folder: Path, num_inference_steps: int) -> Tensor:
@@ -134,7 +136,9 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device)
+    with handed_over(folder, "vae") as only:
+        vae = AutoencoderKL.from_pretrained(only, local_files_only=True)
+    vae = vae.to(device)
     height, width = (8 * max(latent.shape[dim] for latent in latents) for dim in (2, 3))
     fit_decoding(vae, height, width, left(device))
     processor = VaeImageProcessor(vae_scale_factor=8)

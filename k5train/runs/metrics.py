@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from k5cache.shared import console
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import write_whole
 from k5cache.shared.sealed import Digest
@@ -59,7 +60,8 @@ class Metrics:
 
     def written(self) -> Digest:
         """What the file is now, once it is on disk. It is saved in a state, which relies on the lines until then."""
-        os.fsync(self._fd)
+        with named(self.path):
+            os.fsync(self._fd)
         return Digest(self._num_bytes, self._digest.hexdigest())
 
     def __enter__(self) -> Metrics:

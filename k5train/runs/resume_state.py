@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from k5cache.shared import console
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import sync_file, sync_folder
 from k5cache.shared.sealed import Digest, seal, unseal
@@ -76,7 +77,8 @@ def save_state(
         files = {}
         for name, tensors in parts.items():
             path = temporary / f"{name}.safetensors"
-            save_file({key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}, path)
+            with named(path):
+                save_file({key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}, path)
             sync_file(path)
             files[path.name] = asdict(Digest.of(path))
         document = {"format": FORMAT, "files": files, "progress": asdict(progress), "parts": sorted(parts), **facts}
@@ -123,8 +125,9 @@ class SavedState:
             return {}
         self._check(path.name)
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            with named(path):
+                return load_file(path)
+        except SafetensorError as error:
             raise broken(path, error) from error
 
     def _check(self, name: str) -> None:
@@ -155,7 +158,7 @@ def latest_state(folder: Path, step: int | None = None) -> SavedState | None:
         return None
     try:
         return _read(chosen[-1])
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise broken(_manifest(chosen[-1]), error) from error
 
 

@@ -8,8 +8,8 @@ import torch
 
 from k5cache.shared import console
 from k5cache.shared import device as device_module
-from k5cache.shared.checkpoint import weight_files
 from k5cache.shared.errors import RunError
+from k5cache.shared.part_files import weight_files
 
 LARGE = 4 * 2**30  # bytes of bf16 weights that are too many to train on a CPU
 
