@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,11 @@ from k5train.adapter.targets import linear_sizes
 from k5train.adapter.who_loads import check_lora, load_by_diffusers
 from k5train.base.quantize import empty_transformer
 from k5train.cli import app
+from k5train.options.adapter import LoraConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.training.session import Session
 from tests.cli import Cli
+from tests.runs import CONFIG, go_on, start_run
 
 QUERY = "visual_transformer_blocks.0.self_attention.to_query"
 IN = "visual_transformer_blocks.1.feed_forward.in_layer"
@@ -343,3 +349,35 @@ def test_a_target_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
         for command in ("export", "merge"):
             done = cli(app, command, "a.safetensors", "-o", target)
             assert (done.code, words in done.err) == (2, True), (command, target, done.err)
+
+
+def test_a_start_that_cannot_be_is_refused_before_the_base_is_loaded(tmp_path, toy_cache, toy_model, capsys):
+    save_file(state(change=on_b(lambda t: t * NAN)), tmp_path / "nan.safetensors")
+    save_file(state(), tmp_path / "good.safetensors")
+    lora = LoraConfig(rank=4, targets=("self_attention.to_query", "feed_forward.in_layer"))
+    for name, change, words in (
+        ("nan", {}, "has NaN or infinity in 2 of 4 tensors"),
+        ("gone", {}, "There is no .*gone.safetensors"),
+        ("good", {"rank": 2}, "has rank 4 at .*, the adapter 2"),
+        ("good", {"targets": ("cross_attention.to_key",)}, "which train.lora.targets does not"),
+    ):
+        start = replace(lora, init_lora=str(tmp_path / f"{name}.safetensors"), **change)
+        with pytest.raises(RunError, match=words):
+            start_run(tmp_path / "runs" / f"{name}{len(change)}{words[4]}", toy_cache("fp32"), toy_model,
+                      replace(CONFIG, lora=start))  # fmt: skip
+    assert "Loading" not in capsys.readouterr().err
+
+    config = replace(CONFIG, steps=1, optim=OptimConfig(lr_scheduler="constant"))
+    config = replace(config, lora=replace(lora, init_lora=str(tmp_path / "good.safetensors")))
+    start_run(tmp_path / "run", toy_cache("fp32"), toy_model, config)
+    (tmp_path / "good.safetensors").unlink()  # the saved state has all that is needed to go on
+    assert go_on(tmp_path / "run", steps=2).steps == 2
+
+
+def test_a_saved_state_with_nan_is_refused(tmp_path):
+    parameters = {"x": torch.nn.Parameter(torch.zeros(2))}
+    session = Session(None, parameters, None, None, None)
+    saved = SimpleNamespace(folder=tmp_path, tensors=lambda part: {"x": torch.tensor([1.0, torch.nan])})
+    with pytest.raises(RunError, match="has NaN or infinity in 1 of 1 tensors: x"):
+        session.restore(saved)
+    assert not parameters["x"].any()

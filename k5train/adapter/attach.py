@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from k5cache.shared.errors import RunError
-from k5train.adapter.pairs import read_pairs
+from k5train.adapter.pairs import Pair, Sizes, read_pairs
 from k5train.adapter.targets import Matched, linear_sizes, match_targets, module_ranks
 from k5train.options.adapter import LoraConfig
 
@@ -112,24 +112,47 @@ def start_from(transformer: nn.Module, path: Path) -> None:
         RunError: the file adapts a module that the adapter does not, has a higher rank, has NaN or infinity, or
             belongs to another model.
     """
-    pairs = read_pairs(path, linear_sizes(transformer))
     layers = dict(adapted_layers(transformer))
+    weights = {name: [getattr(layer, part)[ADAPTER].weight for part in ("lora_A", "lora_B")] for name, layer in
+               layers.items()}  # fmt: skip
+    pairs = _start_for({name: a.shape[0] for name, (a, _) in weights.items()}, path, linear_sizes(transformer))
     for name, (down, up) in pairs.items():
-        if name not in layers:
+        a, b = weights[name]
+        with torch.no_grad():
+            a[: len(down)] = down
+            b[:, : len(down)] = up / layers[name].scaling[ADAPTER]
+
+
+def check_start(empty: Kandinsky5Transformer3DModel, config: LoraConfig) -> None:
+    """Refuse an ``init_lora`` that cannot be started from, before anything is loaded.
+
+    Args:
+        empty: the transformer's architecture, without weights.
+
+    Raises:
+        RecipeError: a target matches nothing, or a rank is too high.
+        RunError: what ``start_from`` raises.
+    """
+    assert config.init_lora is not None
+    ranks = module_ranks(empty, config, match_targets(empty, config.targets))
+    _start_for(ranks, Path(config.init_lora), linear_sizes(empty))
+
+
+def _start_for(ranks: Mapping[str, int], path: Path, sizes: Sizes) -> dict[str, Pair]:
+    """The pairs of a file from which adapters of these ranks can start."""
+    pairs = read_pairs(path, sizes)
+    for name, (down, _) in pairs.items():
+        if name not in ranks:
             raise RunError(
                 f"{path} adapts {name}, which train.lora.targets does not",
                 "Use the targets that the LoRA was trained with",
             )
-        a, b = (getattr(layers[name], part)[ADAPTER].weight for part in ("lora_A", "lora_B"))
-        rank = down.shape[0]
-        if rank > a.shape[0]:
+        if len(down) > ranks[name]:
             raise RunError(
-                f"{path} has rank {rank} at {name}, the adapter {a.shape[0]}",
-                f"Use --set train.lora.rank={rank}",
+                f"{path} has rank {len(down)} at {name}, the adapter {ranks[name]}",
+                f"Use --set train.lora.rank={len(down)}",
             )
-        with torch.no_grad():
-            a[:rank] = down
-            b[:, :rank] = up / layers[name].scaling[ADAPTER]
+    return pairs
 
 
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:

@@ -120,7 +120,8 @@ def attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session
 
 
 def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
-    console.note(targets.describe(add_lora(base.transformer, config.lora, config.seed)))
+    start = replace(config.lora, init_lora=None) if saved else config.lora  # the saved state has all of it
+    console.note(targets.describe(add_lora(base.transformer, start, config.seed)))
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)
     ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.files import write_json
+from k5train.adapter.attach import check_start
 from k5train.adapter.who_loads import call_for, compare_saved
 from k5train.base.quantize import empty_transformer
 from k5train.data.compatible import check_fit
@@ -90,7 +91,9 @@ def train(
             saved.check()
             check_metrics(run.metrics, saved.progress.metrics)
         elif config.lora.init_lora:
-            check_recorded(Path(config.lora.init_lora))
+            if (start := Path(config.lora.init_lora)).is_file():
+                check_recorded(start)
+            check_start(empty_transformer(folder), config.lora)
         validation = Validation(data, folder, config, run)
         loader, config = open_loader(data, folder, config)
         plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
