@@ -53,7 +53,7 @@ def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None =
     known: set[str] = set()
     if previous:
         file = tables.open_table(root, previous, SCHEMA)
-        names = file_names(root, previous, file.schema_arrow)
+        names = file_names(root, previous, file.schema)
         known = numbers.keys() & set(names)
         renumbered = pa.array([numbers.get(name) for name in names], pa.int32())
         old = tables.read_table(file)
@@ -98,7 +98,7 @@ class Locations:
     def _table(self) -> _Columns:
         """The table, decoded on the first look-up: 0.4 s for 2 million rows."""
         if self._info and self._file:
-            table, names = tables.read_table(self._file), file_names(self._root, self._info, self._file.schema_arrow)
+            table, names = tables.read_table(self._file), file_names(self._root, self._info, self._file.schema)
         else:
             table, names = locate(self._root, self._infos), [shard.file for shard in self._infos]
         by_name = {shard.file: shard for shard in self._infos}

@@ -25,14 +25,13 @@ from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import NewFile
 from k5cache.store import files
+from k5cache.store.footer import MAX_COLUMNS, MAX_FOOTER_BYTES, MAX_HEADER_BYTES, parse_footer
 from k5cache.store.manifest import ShardInfo, ShardKind
 from k5cache.store.tensors import TensorSpec, to_bytes, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-MAX_FOOTER_BYTES = 1 << 26  # 64 MiB; each row adds about 600 bytes to a footer
-MAX_HEADER_BYTES = 1 << 10  # of a page; Arrow writes about 30
 MAX_TOKENS = 1 << 16
 SCHEMA_KEY, ROWS_KEY = b"k5cache", b"k5cache.rows"
 
@@ -216,11 +215,10 @@ class Shard:
         with named(self.path):
             footer = self._read_footer()
         try:
-            # Parse the magic number and the footer alone, so that only checked bytes are parsed.
-            self._meta = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
-            self.specs = self._read_specs(json.loads(self._meta.metadata[SCHEMA_KEY]))
-            self._read_rows(json.loads(self._meta.metadata[ROWS_KEY]))
-        except (ValueError, KeyError, TypeError, RecursionError, OSError, pa.ArrowException) as error:
+            self._footer = parse_footer(footer[:-8], self._footer_start)
+            self.specs = self._read_specs(json.loads(self._footer.metadata[SCHEMA_KEY]))
+            self._read_rows(json.loads(self._footer.metadata[ROWS_KEY]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._refused(str(error)) from None
 
     def read(self, row: int, key: str, pin_memory: bool = False) -> StoredRow:
@@ -266,27 +264,26 @@ class Shard:
 
     def _layout(self, row: int) -> _Layout:
         """Where one row is. Its sizes are checked here, before memory is allocated for it."""
-        group = self._meta.row_group(row)
+        chunks = self._footer.row_groups[row].chunks
+        if len(chunks) != len(self._names):
+            raise self._refused(f"row {row} has {len(chunks)} columns")
         caption_bytes = self._caption_bytes[row] if self._caption_bytes else 0
         num_bytes = {"key": len(self.keys[row].encode()), "n_tokens": 4, "caption": caption_bytes}
         length = self.n_tokens[row] if self.n_tokens else 1
         columns: list[_Column] = []
         end = None
-        for i, name in enumerate(self._names):
-            chunk = group.column(i)
+        for name, chunk in zip(self._names, chunks, strict=True):
             spec = self.specs.get(name)
             value_bytes = spec.num_bytes(length) if spec else num_bytes[name]
-            header_bytes = chunk.total_compressed_size - value_bytes
-            is_plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page and chunk.num_values == 1
-            if not is_plain or not 4 < header_bytes <= MAX_HEADER_BYTES or end not in (None, chunk.data_page_offset):
+            header_bytes = chunk.num_bytes - value_bytes
+            is_one_value = chunk.num_values == 1 and 4 < header_bytes <= MAX_HEADER_BYTES
+            if not is_one_value or end not in (None, chunk.offset):
                 raise self._refused(f"row {row}: column {name} is not one plain value of {value_bytes} bytes")
-            end = chunk.data_page_offset + chunk.total_compressed_size
+            end = chunk.offset + chunk.num_bytes
             dtype, sizes = (spec.dtype, spec.sizes(length)) if spec else ("", ())
             columns.append(_Column(name, header_bytes, value_bytes, dtype, sizes))
-        begin = group.column(0).data_page_offset
-        if begin < 4 or end is None or end > self._footer_start:
-            raise self._refused(f"row {row} is outside the file")
-        return _Layout(begin, end - begin, tuple(columns))
+        begin = chunks[0].offset
+        return _Layout(begin, (end or begin) - begin, tuple(columns))
 
     def _read_footer(self) -> bytes:
         size = self.info.num_bytes
@@ -309,16 +306,18 @@ class Shard:
             raise ValueError(f"it says {in_shard}, the manifest says {in_manifest}")
         specs = {tensor["name"]: TensorSpec.from_json(tensor) for tensor in description["tensors"]}
         self._names = ["key", *specs, *(["n_tokens", "caption"] if self.info.kind == "text" else [])]
-        if len(self._names) > 64 or self._meta.schema.names != self._names:
-            raise ValueError(
-                f"it has the columns {self._meta.schema.names[:64]}, but describes the columns {self._names[:64]}"
-            )
+        names = self._footer.names[:MAX_COLUMNS]
+        if len(self._names) > MAX_COLUMNS or self._footer.names != self._names:
+            raise ValueError(f"it has the columns {names}, but describes the columns {self._names[:MAX_COLUMNS]}")
+        if any(element.repetition or element.num_children for element in self._footer.elements[1:]):
+            raise ValueError("a column is a list, or may have nulls")
         return specs
 
     def _read_rows(self, rows: dict[str, Any]) -> None:
         count = self.info.num_rows
-        if self._meta.num_row_groups != count:
-            raise ValueError(f"it has {self._meta.num_row_groups} row groups, the manifest says {count} rows")
+        num_groups = len(self._footer.row_groups)
+        if num_groups != count:
+            raise ValueError(f"it has {num_groups} row groups, the manifest says {count} rows")
         self.keys: list[str] = rows["key"]
         if (
             type(self.keys) is not list

@@ -124,7 +124,7 @@ def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool
     """Whether the table agrees with the footers of the shards that it knows. Shards of later encodes are not in it."""
     file = tables.open_table(root, info, LOCATIONS_SCHEMA)
     by_name = {shard.file: shard for shard in manifest.shards}
-    known = [by_name.get(name) for name in file_names(root, info, file.schema_arrow)]
+    known = [by_name.get(name) for name in file_names(root, info, file.schema)]
     shards = [shard for shard in known if shard]
     return len(shards) < len(known) or bool(tables.read_table(file).equals(locate(root, shards)))
 

@@ -1,0 +1,200 @@
+"""Caches of strangers, with every checksum right: what is not allowed is refused before it is decoded or allocated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from k5cache.shared.errors import CacheError
+from k5cache.store import footer as footers
+from k5cache.store import tables
+from k5cache.store.footer import Footer, parse_footer
+from k5cache.store.index import SCHEMA
+from k5cache.store.manifest import IndexInfo, encode_document
+from k5cache.store.thrift import Thrift
+from tests.hostile_trials import MOST_BYTES, mutated
+from tests.store_samples import make_cache
+
+ROOT = Path(__file__).parent.parent
+PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+
+
+def footer_of(path: Path) -> tuple[bytes, int]:
+    raw = path.read_bytes()
+    end = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    return raw[end:-8], end
+
+
+def outcome(raw: bytes, file_bytes: int) -> Footer | str:
+    try:
+        return parse_footer(raw, file_bytes)
+    except ValueError:
+        return "refused"
+
+
+def test_a_footer_says_what_pyarrow_reads_in_it(tmp_path: Path) -> None:
+    manifest = make_cache(tmp_path)
+    for name in sorted(manifest.named):
+        ours, theirs = parse_footer(*footer_of(tmp_path / name)), pq.read_metadata(tmp_path / name)
+        assert (ours.num_rows, len(ours.row_groups)) == (theirs.num_rows, theirs.num_row_groups)
+        assert ours.metadata == theirs.metadata
+        for i, group in enumerate(ours.row_groups):
+            assert group.num_rows == theirs.row_group(i).num_rows
+            for j, chunk in enumerate(group.chunks):
+                column = theirs.row_group(i).column(j)
+                expected = (column.num_values, column.total_compressed_size, column.data_page_offset)
+                assert (chunk.num_values, chunk.num_bytes, chunk.offset) == expected
+
+
+def test_the_quick_way_to_read_a_row_group_is_the_other_one_but_quicker(tmp_path: Path, monkeypatch) -> None:
+    manifest = make_cache(tmp_path)
+    chance = random.Random(0)
+    cases = [footer_of(tmp_path / shard.file) for shard in manifest.shards]
+    raw, end = (tmp_path / manifest.shards[2].file).read_bytes(), cases[2][1]
+    cases += [(mutated(raw, chance)[end:-8], end) for _ in range(400)]
+    used: list[bool] = []
+    quick_way = footers._usual_group
+    monkeypatch.setattr(footers, "_usual_group", lambda *a: (group := quick_way(*a), used.append(bool(group)))[0])
+    quick = [outcome(*case) for case in cases]
+    assert all(used[:7]), "the shards of this version are read the quick way"
+    monkeypatch.setattr(footers, "_usual_group", lambda thrift, file_bytes: None)
+    assert [outcome(*case) for case in cases] == quick
+    assert "refused" in quick
+    assert sum(isinstance(case, Footer) for case in quick) > 50
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"\x19\xf4\xff\xff\xff\x7f", "claims"),  # a list of 268 million values
+        (b"\x18\xff\xff\xff\xff\x7f", "claims"),
+        (b"\x1c" * 100, "in each other"),
+        (b"\x19\x1c" * 100, "in each other"),
+        (b"\x15" + b"\xff" * 20, "no end"),
+        (b"\x15\xff\xff\xff\xff\xff\x01\x00", "fit 32 bits"),
+        (b"\x15\x02\x05\x02\x02\x00", "twice"),
+        (b"\x1b\x01\x00", "kind 11"),
+        (b"\x15\x02", "in the middle"),
+        (b"\x15", "no end"),
+        (b"\x19\xfc\xc0\x9a\x0c" + b"\x00" * 200_000, "elements"),
+    ],
+)
+def test_bytes_that_claim_more_than_they_are_end_at_once(raw: bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Thrift(raw).struct()
+
+
+def hostile_table(path: Path, num_rows: int, **settings: Any) -> IndexInfo:
+    """An index of many equal rows."""
+    values: dict[str, Any] = {
+        field.name: pa.nulls(num_rows, field.type)
+        if field.nullable
+        else pa.array([["x" * 100]] * num_rows if field.name == "caption_keys" else [[1]] * num_rows, field.type)
+        if pa.types.is_list(field.type)
+        else pa.array(["x" * 100] * num_rows if pa.types.is_string(field.type) else [1] * num_rows).cast(field.type)
+        for field in SCHEMA
+    }
+    with pq.ParquetWriter(path, SCHEMA, **PLAIN | {"store_schema": False} | settings) as writer:
+        writer.write_table(pa.table(values, SCHEMA))
+    raw = path.read_bytes()
+    return IndexInfo(path.name, num_rows, len(raw), hashlib.sha256(raw).hexdigest())
+
+
+DELTA = {f.name: "DELTA_BINARY_PACKED" for f in SCHEMA if pa.types.is_integer(f.type)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dictionary": True}, "dictionary"),
+        ({"compression": "zstd"}, "compressed"),
+        ({"compression": "snappy"}, "compressed"),
+        ({"column_encoding": DELTA}, "encoding"),
+        ({"column_encoding": {"path": "DELTA_BYTE_ARRAY"}}, "encoding"),
+        ({"column_encoding": {"path": "DELTA_LENGTH_BYTE_ARRAY"}}, "encoding"),
+        ({"data_page_version": "2.0"}, "plain data page|encoding"),
+        ({"store_schema": True}, "another schema"),
+    ],
+)
+def test_a_table_that_unfolds_when_it_is_decoded_is_refused(tmp_path: Path, settings: Any, words: str) -> None:
+    info = hostile_table(tmp_path / "index-000000.parquet", 1000, **settings)
+    with pytest.raises(CacheError, match=words) as raised:
+        tables.open_table(tmp_path, info, SCHEMA)
+    assert "is not a table of a cache" in raised.value.problem
+
+
+def test_the_same_table_in_plain_pages_is_read(tmp_path: Path) -> None:
+    info = hostile_table(tmp_path / "index-000000.parquet", 1000)
+    assert tables.read_table(tables.open_table(tmp_path, info, SCHEMA)).num_rows == 1000
+
+
+def test_a_text_that_is_not_utf8_in_a_table_is_a_sentence(tmp_path: Path) -> None:
+    manifest = make_cache(tmp_path)
+    assert manifest.index
+    raw = (tmp_path / manifest.index.file).read_bytes().replace("é 0.png".encode(), b"\xff\xff 0.png")
+    pages = pq.ParquetFile(pa.BufferReader(raw)).metadata.row_group(0).column(0)
+    assert pages.data_page_offset == 4
+    (tmp_path / manifest.index.file).write_bytes(raw)
+    info = IndexInfo(manifest.index.file, 4, len(raw), hashlib.sha256(raw).hexdigest())
+    with pytest.raises(CacheError, match="is not a table of a cache"):
+        tables.read_table(tables.open_table(tmp_path, info, SCHEMA))
+
+
+SMALL_BOMB = """
+import json, resource, sys
+from pathlib import Path
+from k5cache.shared.errors import CacheError
+from k5cache.upkeep.verify import verify_cache
+from k5cache.store.reader import open_cache
+root = Path(sys.argv[1])
+import torch
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    len(open_cache(root).index)
+except CacheError as error:
+    print(error.problem)
+verify_cache(root)
+print(peak() - before)
+"""
+
+
+def test_a_small_index_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    make_cache(tmp_path)
+    document = json.loads((tmp_path / "manifest.json").read_bytes())
+    settings: dict[str, Any] = {"compression": "zstd", "column_encoding": DELTA}
+    info = hostile_table(tmp_path / document["index"]["file"], 100_000, **settings)
+    assert info.num_bytes < 200_000  # for 100 MB of values
+    document["index"] = {"file": info.file, "num_rows": 2, "num_bytes": info.num_bytes, "sha256": info.sha256}
+    document["index"]["num_rows"] = info.num_rows
+    del document["sha256"]
+    (tmp_path / "manifest.json").write_bytes(encode_document(document))
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_BOMB, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    problem, kilobytes = done.stdout.splitlines()
+    assert "is not a table of a cache" in problem
+    assert int(kilobytes) < 20_000  # the reader's own modules; the values would be 100 MB, and four times that as rows
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(5000, marks=pytest.mark.slow)])
+def test_every_cache_with_a_changed_byte_and_true_checksums_ends_in_a_sentence_or_an_honest_read(
+    tmp_path: Path, count: int
+) -> None:
+    command = [sys.executable, "-m", "tests.hostile_trials", str(tmp_path), "0", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    last = done.stdout[-3000:]
+    assert done.returncode == 0, (
+        f"ended with {done.returncode} within {MOST_BYTES >> 20} MiB, at\n{last}\n{done.stderr}"
+    )
+    assert "WRONG" not in done.stdout, done.stdout[done.stdout.index("WRONG") :][:3000]
+    assert done.stdout.split() == [str(number) for number in range(count)]
