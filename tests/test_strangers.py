@@ -1,24 +1,36 @@
-"""Folders that somebody else made: no link leads a command out of them, and no name does."""
+"""Folders that somebody else made: no link or name leads a command out of them, and their text is shown as text."""
 
 from __future__ import annotations
 
+import ast
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
+from k5cache.cli import app as cache_app
+from k5cache.commands.listing import print_skipped, print_some
+from k5cache.shared import console
 from k5cache.shared.errors import CacheError, OutputError, RecipeError
+from k5cache.shared.foreign import Terminal, shown
 from k5cache.shared.inside import check_inside, name_problem
 from k5cache.shared.model import ModelConfig
-from k5cache.store.manifest import lock
+from k5cache.sources.items import Skipped
+from k5cache.store.manifest import lock, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import check_new, create_run, open_run
 from k5train.training.start import start
+from tests.cli import Cli
 from tests.store_samples import make_cache
 
 
@@ -178,3 +190,104 @@ def test_a_run_folder_whose_lora_could_not_be_written_at_the_end_is_refused_at_t
 def test_a_folder_that_is_not_there_has_no_links(tmp_path: Path) -> None:
     check_inside(tmp_path / "nothing")
     check_inside(tmp_path / "nothing", ("a",))
+
+
+# What is printed
+
+ESCAPE = "\x1b[2J\x1b]0;title\x07 [/b] [cats] :smile: \x9b31m \u202egnp.exe\udcff \r over"
+AS_SHOWN = r"\x1b[2J\x1b]0;title [/b] [cats] :smile: \x9b31m \u202egnp.exe\udcff  over"
+"""rich itself leaves out the bell and the carriage return."""
+
+
+@pytest.fixture
+def printed(monkeypatch) -> StringIO:
+    """What the terminal gets, as if it were one that shows colours."""
+    text = StringIO()
+    for name in ("out", "err"):
+        terminal = Terminal(file=text, force_terminal=True, color_system=None, width=200, legacy_windows=False)
+        monkeypatch.setattr(console, name, terminal)
+    return text
+
+
+def test_every_way_to_print_shows_foreign_text_as_text(printed: StringIO) -> None:
+    table = console.table(ESCAPE, ESCAPE, "b")
+    table.add_row(ESCAPE, Text(ESCAPE))
+    ways = [
+        lambda: console.out.print(ESCAPE),
+        lambda: console.out.print(f"Wrote {ESCAPE}", style="red"),
+        lambda: console.out.print(Text(ESCAPE)),
+        lambda: console.out.print(table),
+        lambda: console.note(ESCAPE),
+        lambda: console.warn(ESCAPE),
+        lambda: console.next_step(ESCAPE, ESCAPE),
+        lambda: console.print_error(ESCAPE, ESCAPE),
+        lambda: print_some(ESCAPE, [ESCAPE], "red"),
+        lambda: print_skipped([Skipped(ESCAPE, ESCAPE)]),
+    ]
+    for way in ways:
+        way()
+        text = printed.getvalue()
+        assert "[cats]" in text
+        assert "[/b]" in text
+        assert ":smile:" in text
+        assert not [c for c in text if (ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0 or c in "\u202e\udcff"]
+        printed.truncate(0)
+        printed.seek(0)
+    console.out.print(ESCAPE)
+    assert printed.getvalue() == f"{AS_SHOWN}\n"
+
+
+def test_progress_shows_foreign_text_as_text_and_still_moves_the_cursor(printed: StringIO) -> None:
+    with console.progress() as bars:
+        task = bars.add_task(f"training {ESCAPE}", total=2, unit="step", note=ESCAPE)
+        bars.advance(task)
+        bars.refresh()
+    text = printed.getvalue()
+    assert r"\x1b[2J\x1b]0;title" in text
+    assert not {"\x1b[2J", "\x1b]0", "\x9b", "\u202e"} & {text[i : i + n] for i in range(len(text)) for n in (1, 3, 4)}
+    assert "\x1b[2K" in text  # rich's own
+
+
+def test_a_foreign_text_of_one_line_stays_one_line_of_bounded_length() -> None:
+    assert shown("a\nerror: b\tc") == r"a\nerror: b\tc"
+    assert len(shown("x" * 10**6)) == 1000
+    assert len(shown("\x1b" * 10**6)) == 1000
+    assert shown("кошка 猫 👩\u200d🚀 é") == "кошка 猫 👩\u200d🚀 é"
+
+
+def test_a_prompt_and_a_cache_with_markup_and_escapes_are_printed_as_they_are(tmp_path: Path, monkeypatch) -> None:
+    cli = Cli(tmp_path)
+    manifest = make_cache(tmp_path / "[cats]")
+    prompts = {"a [/b] \x1b[2Jfox": "t-cat", "": "t-empty"}
+    write_manifest(tmp_path / "[cats]", replace(manifest, prompts=prompts, created_by={"[/i]\x1b[1m": "\x9b"}))
+    done = cli(cache_app, "info", "[cats]")
+    assert done.code == 0, done.err
+    assert done.out.startswith("[cats]")
+    assert r"a [/b] \x1b[2Jfox" in done.out
+    assert not {"\x1b", "\x9b"} & {*done.out}
+    lock = tmp_path / "[cats]" / ".lock"
+    lock.write_text(json.dumps({"pid": "\x1b[2J", "host": "[/b]", "since": "\x07"}), encoding="utf-8")
+    with lock.open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = cli(cache_app, "gc", "[cats]")
+    assert done.code == 2
+    assert r"process \x1b[2J on [/b] since" in done.err
+
+
+def test_nothing_is_printed_past_the_terminals_of_the_command_lines() -> None:
+    """A print, an echo or a console of its own would send what it is given. These few give it none of others' text."""
+    allowed = {
+        "k5cache/shared/console.py": {"print"},  # JSON, which is ASCII
+        "k5train/commands/arguments.py": {"typer.prompt"},  # a question of ours
+    }
+    forbidden = {"print", "Console", "rich.print", "typer.echo", "typer.secho", "typer.prompt", "typer.confirm",
+                 "click.echo", "sys.stdout.write", "sys.stderr.write", "Console.print", "Text.from_markup",
+                 "Text.from_ansi"}  # fmt: skip
+    root = Path(__file__).parent.parent
+    used: dict[str, set[str]] = {}
+    for path in [*root.glob("k5cache/**/*.py"), *root.glob("k5train/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in forbidden:
+                used.setdefault(path.relative_to(root).as_posix(), set()).add(name)
+            assert not (isinstance(node, ast.keyword) and node.arg == "markup" and ast.unparse(node.value) == "True")
+    assert used == allowed

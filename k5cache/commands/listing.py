@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from rich.text import Text
 
 from k5cache.shared import console
+from k5cache.shared.foreign import shown
 from k5cache.sources.items import Skipped
 
 MOST = 5  # entries of a list that are printed; the count is always given
@@ -21,7 +22,7 @@ def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST)
     if entries:
         console.out.print(Text(f"{len(entries)} {title}", style=style))
         for entry in entries[:most]:
-            console.out.print(Text(f"  {entry}"))
+            console.out.print(Text(f"  {shown(entry)}"))
         if len(entries) > most:
             console.out.print(Text(f"  and {len(entries) - most} more"))
 
@@ -35,9 +36,9 @@ def print_skipped(skipped: Sequence[Skipped]) -> None:
         console.out.print(Text(f"{len(skipped)} skipped", style="yellow"))
     by_size = sorted(groups.values(), key=len, reverse=True)
     for first, *others in by_size[:_REASONS]:
-        console.out.print(Text(f"  {first.path}: {first.reason}"))
+        console.out.print(Text(f"  {shown(first.path)}: {shown(first.reason)}"))
         if others:
-            names = ", ".join(skip.path for skip in others[:_EXAMPLES]) + (", ..." if others[_EXAMPLES:] else "")
+            names = ", ".join(shown(skip.path) for skip in others[:_EXAMPLES]) + (", ..." if others[_EXAMPLES:] else "")
             console.out.print(Text(f"    and {len(others)} more for this reason: {names}"))
     if rest := sum(map(len, by_size[_REASONS:])):
         console.out.print(Text(f"  and {rest} more"))
@@ -51,5 +52,5 @@ def _kind(skip: Skipped) -> str:
 
 def shorten(text: str, width: int = 72) -> str:
     """``text`` as one line of at most ``width`` characters."""
-    line = " ".join(text.split())
+    line = shown(" ".join(text.split()))
     return line if len(line) <= width else f"{line[: width - 3]}..."

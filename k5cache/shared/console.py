@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,9 +31,10 @@ from k5cache.shared import disk_errors, interrupt
 from k5cache.shared.command_line import command as command
 from k5cache.shared.command_line import this_command as this_command
 from k5cache.shared.errors import K5Error
+from k5cache.shared.foreign import Terminal
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Terminal()
+err = Terminal(stderr=True)
 STOPPED = 130
 """The exit code of a command that was stopped, as shells and typer have it."""
 
