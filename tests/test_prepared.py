@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k5cache.shared.errors import ModelError, OutputError
+from k5cache.shared.errors import ModelError, OutputError, RunError
+from k5cache.shared.home import make_home
 from k5train.base import prepared
 from k5train.base.prepared import list_bases, load_prepared, prepare, prepared_path, remove
 from k5train.base.quantize import finish, load_transformer
@@ -77,14 +82,170 @@ def test_a_file_cut_short_is_made_again(toy_model):
     assert path.stat().st_size == len(whole)
 
 
-def test_a_flipped_bit_is_found_and_the_file_made_again(toy_model, capsys):
+def flip(path: Path, position: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+# The length of the header, its checksum, a name, an offset, the padding behind the text, and a tensor.
+@pytest.mark.parametrize("place", [0, 5, 20, 45, 400, 5000, 4 * 2**20, -1000])
+def test_a_flipped_bit_is_found_and_the_file_made_again(toy_model, capsys, place):
     path = prepare(toy_model, torch.bfloat16, CPU)
-    data = bytearray(path.read_bytes())
-    data[-1000] ^= 1
-    path.write_bytes(data)
+    whole = path.read_bytes()
+    flip(path, place % len(whole), 0)
     ours = load_prepared(toy_model, torch.bfloat16, CPU)
-    assert "damaged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{path} is damaged (" in told
+    assert "quantising the checkpoint again" in told
     assert_equal(ours, load_transformer(toy_model, "int8-quanto", torch.bfloat16, CPU))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
+def test_every_flipped_bit_is_found(toy_model, count):
+    path = prepare(toy_model, torch.bfloat16, CPU)
+    empty = prepared.empty_transformer(toy_model)
+    chance, size = random.Random(5), path.stat().st_size
+    text = 8 + len(path.read_bytes()[8 : 8 + 4 * 2**20].rstrip())
+    for i in range(count):
+        position = chance.randrange(text) if i % 2 else chance.randrange(text, size)
+        bit = chance.randrange(8)
+        flip(path, position, bit)
+        with pytest.raises(prepared._Damaged):
+            prepared._fill(empty, path, CPU, lambda *_: False)
+        flip(path, position, bit)
+    load_prepared(toy_model, torch.bfloat16, CPU)
+
+
+def without_checksum(path: Path) -> None:
+    """Write the header as versions did that saved no checksum of it."""
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + 4 * 2**20])
+    del header["__metadata__"]["checksum"]
+    path.write_bytes(raw[:8] + json.dumps(header).encode().ljust(4 * 2**20) + raw[8 + 4 * 2**20 :])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_checksum,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        lambda path: path.write_bytes(b"\xff" * 100),
+        lambda path: save_file({"a": torch.zeros(3)}, path),
+    ],
+)
+def test_a_file_of_an_earlier_version_or_of_something_else_is_made_again(toy_model, damage, capsys):
+    path = prepare(toy_model, torch.bfloat16, CPU)
+    whole = path.read_bytes()
+    damage(path)
+    assert not list_bases()[0].is_whole
+    capsys.readouterr()
+    prepare(toy_model, torch.bfloat16, CPU)
+    assert "quantising the checkpoint again" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+def test_another_checkpoints_base_under_its_name_is_not_used(toy_model):
+    bf16, fp32 = (prepare(toy_model, dtype, CPU) for dtype in (torch.bfloat16, torch.float32))
+    whole = bf16.read_bytes()
+    shutil.copy(fp32, bf16)
+    load_prepared(toy_model, torch.bfloat16, CPU)
+    assert bf16.read_bytes() == whole
+
+
+def test_a_disk_error_in_the_base_makes_it_again(toy_model, monkeypatch, capsys):
+    path = prepare(toy_model, torch.bfloat16, CPU)
+    real, failures = os.preadv, iter([True])
+
+    def failing(descriptor: int, buffers: Any, offset: int) -> int:
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    load_prepared(toy_model, torch.bfloat16, CPU)
+    assert f"{path} is damaged (the disk reports an error)" in capsys.readouterr().err
+
+
+STRANGER = 4242
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``path`` another user's. Without root's rights, make this process another user's."""
+    if os.geteuid() == 0:
+        os.chown(path, STRANGER, STRANGER)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
+
+
+@pytest.mark.parametrize("what", ["home", "base", "file"])
+def test_what_another_user_owns_is_not_used(toy_model, k5_home, monkeypatch, what):
+    path = prepare(toy_model, torch.bfloat16, CPU)
+    give_away({"home": k5_home, "base": path.parent, "file": path}[what], monkeypatch)
+    for use in (load_prepared, prepare):
+        with pytest.raises(RunError, match=r"belongs to user 4242|belongs to \w+, and what lies there") as refused:
+            use(toy_model, torch.bfloat16, CPU)
+        assert "Set K5_HOME to a folder of your own" in refused.value.fix
+
+
+@pytest.mark.parametrize("what", ["home", "base", "file"])
+def test_what_others_can_write_is_not_used(toy_model, k5_home, monkeypatch, what):
+    path = prepare(toy_model, torch.bfloat16, CPU)
+    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    chosen = {"home": k5_home, "base": path.parent, "file": path}[what]
+    usual = chosen.stat().st_mode & 0o777
+    for mode, who in ((0o777, "every user"), (0o775, "its group")):
+        chosen.chmod(mode)
+        with pytest.raises(RunError, match=f"{chosen} can be written by {who}") as refused:
+            load_prepared(toy_model, torch.bfloat16, CPU)
+        assert f"chmod -R go-w {k5_home}" in refused.value.fix
+    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: True)
+    load_prepared(toy_model, torch.bfloat16, CPU)
+    chosen.chmod(usual | 0o1022 if what != "file" else usual)  # sticky: nobody can replace what others own
+    load_prepared(toy_model, torch.bfloat16, CPU)
+
+
+def test_what_is_made_under_a_wide_umask_can_be_used_again(toy_model, k5_home, monkeypatch):
+    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    before = os.umask(0)
+    try:
+        path = prepare(toy_model, torch.bfloat16, CPU)
+        compiled = make_home("compiled", 0o700)
+    finally:
+        os.umask(before)
+    modes = {p: p.stat().st_mode & 0o777 for p in (k5_home, path.parent, path, compiled)}
+    assert list(modes.values()) == [0o755, 0o755, 0o644, 0o700]
+    load_prepared(toy_model, torch.bfloat16, CPU)
+
+
+def test_compiled_code_that_others_could_have_written_is_not_used(k5_home, monkeypatch):
+    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    (k5_home / "compiled" / "ab").mkdir(parents=True)
+    kernel = k5_home / "compiled" / "ab" / "kernel.so"
+    kernel.touch()
+    for folder in (k5_home, k5_home / "compiled", k5_home / "compiled" / "ab"):
+        folder.chmod(0o755)
+    kernel.chmod(0o664)  # as an earlier version left it
+    with pytest.raises(RunError, match=rf"{kernel} can be written by its group"):
+        make_home("compiled", 0o700)
+    kernel.chmod(0o644)
+    assert make_home("compiled", 0o700).stat().st_mode & 0o777 == 0o700
+
+
+def test_what_another_users_killed_process_left_is_named(toy_model, k5_home, monkeypatch, capsys):
+    leftover = k5_home / "base" / f".{2**22 + 1}-{'0' * 32}.safetensors"
+    leftover.mkdir(parents=True)
+    (leftover / "half").touch()  # so that root, too, leaves it
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file another user's")
+    os.chown(leftover, STRANGER, STRANGER)
+    prepare(toy_model, torch.bfloat16, CPU)
+    assert f"{leftover} was left by a killed process of another user" in capsys.readouterr().err
+    assert leftover.is_dir()
 
 
 def test_an_interrupted_quantisation_leaves_no_file(toy_model, monkeypatch, k5_home):

@@ -15,6 +15,7 @@ from typing import Any
 from k5cache.shared.disk_errors import named
 
 TEMPORARY = ".tmp-"
+_LEFTOVER = re.compile(r"\.(\d{1,9})-(.+)", re.ASCII | re.DOTALL)
 _OF_LIBRARIES = re.compile(r"\.tmp\w+")  # safetensors' temporary files
 
 
@@ -117,10 +118,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     else. If several processes write the same file at once, the last to finish wins.
     """
     folder = path.with_name(f".{os.getpid()}-{path.name}")
-    for leftover in path.parent.iterdir():
-        match = re.fullmatch(rf"\.(\d+)-{re.escape(path.name)}", leftover.name)
-        if match and not _is_alive(int(match[1])):
-            _remove(leftover, path.name)
+    remove_leftovers(path.parent, path.name)
     folder.mkdir()
     try:
         temporary = folder / path.name
@@ -134,6 +132,25 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         _remove(folder, path.name)
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """Delete what processes that were killed in ``write_whole`` left in ``folder``.
+
+    Args:
+        name: of the file that they wrote. None: any.
+
+    Returns:
+        what cannot be deleted because another user owns it.
+    """
+    remaining = []
+    for path in folder.iterdir():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and name in (None, match[2]) and not _is_alive(int(match[1])):
+            _remove(path, match[2])
+            with suppress(FileNotFoundError):
+                remaining += [path] if path.lstat().st_uid != os.geteuid() else []
+    return remaining
 
 
 def _remove(folder: Path, name: str) -> None:

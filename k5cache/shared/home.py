@@ -1,11 +1,86 @@
-"""Where are files that can always be made again? Under ``K5_HOME``, by default ``~/.cache/k5``."""
+"""Where are files that can always be made again, and may they be trusted? Under ``K5_HOME``, or in ``~/.cache/k5``.
+
+Weights and compiled code are used from there without asking anyone. So nothing is that another user could have put
+there: a folder may be shared, but then root or this user must own what is in it.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
+
+from k5cache.shared.errors import RunError
 
 
 def k5_home() -> Path:
     """The folder of int8 bases and compiled code: ``$K5_HOME``, by default ``~/.cache/k5``."""
     return Path(os.environ.get("K5_HOME") or Path("~/.cache/k5").expanduser())
+
+
+def make_home(name: str, mode: int = 0o755) -> Path:
+    """Make the folder ``name`` in ``K5_HOME``, if it is not there, and check that both can be trusted.
+
+    Args:
+        mode: of the folder, whatever the umask is. A file that others may write in a folder that they may not enter is
+            safe, so 0o700 is for what a library writes.
+
+    Raises:
+        RunError: as ``check_trusted``.
+    """
+    home = k5_home()
+    home.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (home, home / name):
+        folder.mkdir(mode=0o755, exist_ok=True)
+        check_trusted(folder)
+    folder = home / name
+    info = folder.stat()
+    if stat.S_IMODE(info.st_mode) & ~mode & 0o777 and info.st_uid == os.geteuid():
+        for path in folder.rglob("*") if mode == 0o700 else ():  # others could have written these until now
+            check_trusted(path)
+        folder.chmod(mode)
+    return folder
+
+
+def check_trusted(path: Path) -> None:
+    """Refuse a file or folder that another user could have written.
+
+    Raises:
+        RunError: another user owns it, or others may write it; says which.
+    """
+    info = path.stat()
+    if info.st_uid not in (0, os.geteuid()):
+        raise RunError(
+            f"{path} belongs to {_user(info.st_uid)}, and what lies there is used without a further check",
+            "Set K5_HOME to a folder of your own",
+        )
+    who = "every user" if info.st_mode & stat.S_IWOTH else "its group" if info.st_mode & stat.S_IWGRP else ""
+    is_sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX  # nobody can replace what others own
+    if who == "its group" and _is_own_group(info.st_gid):
+        who = ""
+    if who and not is_sticky:
+        raise RunError(
+            f"{path} can be written by {who}, and what lies there is used without a further check",
+            f"Set K5_HOME to a folder of your own, or, if nobody has changed it: chmod -R go-w {k5_home()}",
+        )
+
+
+def _is_own_group(group: int) -> bool:
+    """Whether a group is this user's private one, which many systems make for each user, with a umask of 002."""
+    import grp
+    import pwd
+
+    try:
+        user, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return user.pw_gid == group and members.gr_name == user.pw_name and not set(members.gr_mem) - {user.pw_name}
+
+
+def _user(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +23,9 @@ from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.errors import ModelError, OutputError
-from k5cache.shared.files import write_whole
+from k5cache.shared.files import remove_leftovers, write_whole
 from k5cache.shared.fingerprint import fingerprint
-from k5cache.shared.home import k5_home
+from k5cache.shared.home import check_trusted, k5_home, make_home
 from k5cache.shared.outputs import check_writable
 from k5train.base.quantize import converted, empty_transformer, finish, place
 
@@ -31,11 +34,15 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+FOLDER = "base"
 _DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 # Fixed, because checksums are known only after the tensors are written. 3,000 tensors take 0.5 MB.
 _HEADER_BYTES = 4 * 2**20
 _THREADS = 4
+_BEGIN = b'{"__metadata__": {"checksum": "'
+_DIGITS = 16  # of the header's own xxh3_64, computed with zeros in their place
+_CHECKSUM = slice(8 + len(_BEGIN), 8 + len(_BEGIN) + _DIGITS)
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors", re.ASCII)
 
 
@@ -53,7 +60,7 @@ class Prepared:
 
 def home() -> Path:
     """The folder of prepared bases: ``$K5_HOME/base``, by default ``~/.cache/k5/base``."""
-    return k5_home() / "base"
+    return k5_home() / FOLDER
 
 
 def prepared_path(folder: Path, dtype: torch.dtype) -> Path:
@@ -78,18 +85,11 @@ def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Pat
     Raises:
         ModelError: tensors that are missing, unexpected, misshapen or unreadable.
         OutputError: the folder under ``K5_HOME`` cannot be written.
+        RunError: another user could have written what lies there.
     """
     path = prepared_path(folder, dtype)
-    if path.is_file() and _describe(path).is_whole:
-        return path
-    _check_writable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def quantise(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            _write(file, folder, dtype, device)
-
-    write_whole(path, quantise)
+    if not _is_usable(path):
+        _quantise(path, folder, dtype, device)
     return path
 
 
@@ -107,18 +107,17 @@ def load_prepared(
 
     Raises:
         ModelError: there is no prepared file, and the checkpoint is missing, incomplete or damaged.
+        OutputError, RunError: as ``prepare``.
     """
     path = prepared_path(folder, dtype)
-    if not (path.is_file() and _describe(path).is_whole):
-        console.note(f"First use of this checkpoint: quantising it once into {path}")
-        prepare(folder, dtype, device)
+    if not _is_usable(path):
+        _quantise(path, folder, dtype, device)
     transformer = empty_transformer(folder)
     try:
         _fill(transformer, path, device, on_host)
     except _Damaged as damage:
-        console.warn(f"{path} is damaged at {damage}: quantising the checkpoint again")
-        path.unlink()
-        prepare(folder, dtype, device)
+        _warn_of(path, damage)
+        _quantise(path, folder, dtype, device)
         transformer = empty_transformer(folder)
         _fill(transformer, path, device, on_host)
     return finish(transformer, device)
@@ -155,52 +154,122 @@ def _check_writable(path: Path) -> None:
 
 
 class _Damaged(Exception):
-    """A tensor of a prepared file is not what was written."""
+    """A prepared file is not what was written. Says where."""
 
 
-def _write(file: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Leave room for the header, write the tensors, then the header with their checksums."""
-    header: dict[str, Any] = {
-        "__metadata__": {"k5": json.dumps({"format": FORMAT, "source": str(folder), "dtype": _DTYPES[dtype]})}
-    }
+def _is_usable(path: Path) -> bool:
+    """Whether there is a prepared file whose header is the one that was written. Notes why not.
+
+    Raises:
+        OutputError, RunError: as ``prepare``.
+    """
+    if not path.is_file():
+        _check_writable(path)
+        make_home(FOLDER)
+        console.note(f"First use of this checkpoint: quantising it once into {path}")
+        return False
+    for part in (k5_home(), path.parent, path):
+        check_trusted(part)
+    try:
+        with _opened(path):
+            return True
+    except _Damaged as damage:
+        _warn_of(path, damage)
+        return False
+
+
+def _warn_of(path: Path, damage: _Damaged) -> None:
+    console.warn(f"{path} is damaged ({damage}): quantising the checkpoint again")
+
+
+def _quantise(path: Path, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Write the file, in the place of a damaged one."""
+    _check_writable(path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            _write(file, path.stem, folder, dtype, device)
+
+    for leftover in remove_leftovers(path.parent):
+        console.warn(f"{leftover} was left by a killed process of another user, and takes space until it is removed")
+    write_whole(path, write)
+    path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)  # whatever the umask is, or it would not be trusted
+
+
+def _write(file: Any, name: str, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Leave room for the header, write the tensors, then the header with their checksums and its own."""
+    facts = {"format": FORMAT, "name": name, "source": str(folder), "dtype": _DTYPES[dtype]}
+    metadata = {"checksum": "0" * _DIGITS, "k5": json.dumps(facts)}
+    header: dict[str, Any] = {"__metadata__": metadata}
     sums: dict[str, str] = {}
     file.write(b" " * (8 + _HEADER_BYTES))
     start = 0
     transformer = empty_transformer(folder)
-    for name, tensor in converted(folder, transformer, "int8-quanto", dtype, device):
+    for key, tensor in converted(folder, transformer, "int8-quanto", dtype, device):
         data = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         file.write(data)
-        sums[name] = xxhash.xxh3_64_hexdigest(data)
-        header[name] = {
+        sums[key] = xxhash.xxh3_64_hexdigest(data)
+        header[key] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, start := start + data.nbytes],
         }
-    header["__metadata__"]["xxh3_64"] = json.dumps(sums)
+    metadata["xxh3_64"] = json.dumps(sums)
     text = json.dumps(header).encode()
     assert len(text) <= _HEADER_BYTES
+    raw = struct.pack("<Q", _HEADER_BYTES) + text.ljust(_HEADER_BYTES)
     file.seek(0)
-    file.write(struct.pack("<Q", _HEADER_BYTES) + text.ljust(_HEADER_BYTES))
+    file.write(raw[: _CHECKSUM.start] + xxhash.xxh3_64_hexdigest(raw).encode() + raw[_CHECKSUM.stop :])
 
 
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        if not 0 < size <= _HEADER_BYTES:
-            raise ValueError(f"a header of {size} bytes")
-        header: dict[str, Any] = json.loads(file.read(size))
-        return header
+@dataclass(frozen=True)
+class _Opened:
+    """A prepared file whose header is the one that was written."""
+
+    descriptor: int
+    tensors: dict[str, Any]
+    sums: dict[str, str]
+    facts: dict[str, Any]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Opened]:
+    """Read the header and compare it with its checksum.
+
+    Raises:
+        _Damaged: it has changed, or is of a version that saved no checksum of it; or the file has another length.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        raw = b"".join(iter(lambda: os.read(descriptor, 8 + _HEADER_BYTES - os.lseek(descriptor, 0, os.SEEK_CUR)), b""))
+        if raw[: _CHECKSUM.start] != struct.pack("<Q", _HEADER_BYTES) + _BEGIN:
+            raise _Damaged("it is not a base of this version")
+        blank = raw[: _CHECKSUM.start] + b"0" * _DIGITS + raw[_CHECKSUM.stop :]
+        if raw[_CHECKSUM] != xxhash.xxh3_64_hexdigest(blank).encode():
+            raise _Damaged("its header is not the one that was written")
+        tensors = json.loads(raw[8:])
+        metadata = tensors.pop("__metadata__")
+        facts = json.loads(metadata["k5"])
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        if facts["name"] != path.stem:
+            raise _Damaged("it is another checkpoint's base")
+        if os.fstat(descriptor).st_size != 8 + _HEADER_BYTES + end:
+            raise _Damaged("it is cut short, or something was appended to it")
+        yield _Opened(descriptor, tensors, json.loads(metadata["xxh3_64"]), facts)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise _Damaged("the disk reports an error") from error
+    finally:
+        os.close(descriptor)
 
 
 def _describe(path: Path) -> Prepared:
     num_bytes = path.stat().st_size
     try:
-        header = _header(path)
-        facts = json.loads(header.pop("__metadata__")["k5"])
-        end = max(entry["data_offsets"][1] for entry in header.values())
-        is_whole = num_bytes == 8 + _HEADER_BYTES + end and facts["format"] == FORMAT
-        return Prepared(path, facts["source"], facts["dtype"], num_bytes, is_whole)
-    except (ValueError, KeyError, TypeError, struct.error):
+        with _opened(path) as opened:
+            return Prepared(path, opened.facts["source"], opened.facts["dtype"], num_bytes, True)
+    except _Damaged:
         return Prepared(path, "unknown", "unknown", num_bytes, False)
 
 
@@ -210,49 +279,46 @@ def _fill(
     device: torch.device,
     on_host: Callable[[str, bool], bool],
 ) -> None:
-    """Place every tensor of a prepared file in an empty transformer."""
-    header = _header(path)
-    sums = json.loads(header.pop("__metadata__")["xxh3_64"])
-    int8 = {name.rpartition(".")[0] for name, entry in header.items() if entry["dtype"] == "I8"}
+    """Place every tensor of a prepared file in an empty transformer.
 
-    def device_of(name: str) -> torch.device:
-        return torch.device("cpu") if on_host(name, name.rpartition(".")[0] in int8) else device
+    Raises:
+        _Damaged: the file has changed. The transformer is half filled.
+    """
+    with _opened(path) as opened:
+        int8 = {name.rpartition(".")[0] for name, entry in opened.tensors.items() if entry["dtype"] == "I8"}
 
-    for name, tensor in _read(path, header, sums, device_of):
-        place(transformer, name, tensor)
+        def device_of(name: str) -> torch.device:
+            return torch.device("cpu") if on_host(name, name.rpartition(".")[0] in int8) else device
+
+        for name, tensor in _read(opened, device_of):
+            place(transformer, name, tensor)
 
 
-def _read(
-    path: Path, header: dict[str, Any], sums: dict[str, str], device_of: Callable[[str], torch.device]
-) -> Iterator[tuple[str, Tensor]]:
+def _read(opened: _Opened, device_of: Callable[[str], torch.device]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in the order of the file, its checksum verified.
 
     Threads read into buffers. A mapped file would be simpler, but its pages count as resident memory.
     """
-    descriptor = os.open(path, os.O_RDONLY)
 
     def read(name: str) -> Tensor:
-        entry = header[name]
+        entry = opened.tensors[name]
         start, end = entry["data_offsets"]
         host = torch.empty(end - start, dtype=torch.uint8)
         view, done = host.numpy().data, 0
         while done < end - start:
-            count = os.preadv(descriptor, [view[done:]], 8 + _HEADER_BYTES + start + done)
+            count = os.preadv(opened.descriptor, [view[done:]], 8 + _HEADER_BYTES + start + done)
             if count == 0:
-                raise _Damaged(name)
+                raise _Damaged(f"{name} is cut short")
             done += count
-        if xxhash.xxh3_64_hexdigest(view) != sums[name]:
-            raise _Damaged(name)
+        if xxhash.xxh3_64_hexdigest(view) != opened.sums[name]:
+            raise _Damaged(f"{name} is not what was written")
         return host.view(_TORCH[entry["dtype"]]).reshape(entry["shape"]).to(device_of(name))
 
-    names = list(header)
-    try:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            ahead = [pool.submit(read, name) for name in names[: 2 * _THREADS]]
-            for i, name in enumerate(names):
-                tensor = ahead[i % len(ahead)].result()
-                if i + len(ahead) < len(names):
-                    ahead[i % len(ahead)] = pool.submit(read, names[i + len(ahead)])
-                yield name, tensor
-    finally:
-        os.close(descriptor)
+    names = list(opened.tensors)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        ahead = [pool.submit(read, name) for name in names[: 2 * _THREADS]]
+        for i, name in enumerate(names):
+            tensor = ahead[i % len(ahead)].result()
+            if i + len(ahead) < len(names):
+                ahead[i % len(ahead)] = pool.submit(read, names[i + len(ahead)])
+            yield name, tensor

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k5cache.shared.home import k5_home
+from k5cache.shared.home import make_home
 from k5train.forward import attention, block, ops
 from k5train.forward.levels import opaque_block, run_at_level
 
@@ -35,7 +35,7 @@ def set_up_compiler() -> None:
     # inductor keeps compiled code in /tmp, which a restart empties; compiling again takes a minute. The import of
     # dynamo has already written that folder to the environment, so only another folder is the user's own choice.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(k5_home() / "compiled")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(make_home("compiled", 0o700))
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _VARIANTS)
     config.force_parameter_static_shapes = False  # adapters are parameters, of any rank
