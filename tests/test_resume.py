@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from k5cache.shared import interrupt
+from k5cache.shared import files, interrupt
 from k5cache.shared.errors import RunError
 from k5cache.shared.sealed import seal, unseal
 from k5train.cli import app
@@ -452,3 +452,46 @@ def test_epochs_and_hours_end_a_run_too(tmp_path, cache, toy_model):
     assert (result.steps, result.ended_by) == (0, "max_hours") or result.steps < 3
     written = json.loads((tmp_path / "hours" / "result.json").read_text())
     assert written["ended_by"] == "max_hours"
+
+
+def test_what_killed_processes_left_in_a_run_is_removed_and_what_is_not_ours_stays(tmp_path, cache, toy_model):
+    root = tmp_path / "run"
+    start_run(root, cache, toy_model, replace(CONFIG, steps=1, optim=OptimConfig()))
+    dead = 2**22 + 1  # above the largest process id
+    folders = [root, root / "checkpoints", root / "samples"]
+    for folder in folders:
+        (folder / f".{dead}-x.safetensors").mkdir()
+        (folder / f".{dead}-x.safetensors" / ".tmpAbCdEf").touch()  # what safetensors itself leaves
+        (folder / f".{dead}-notes").mkdir()
+        (folder / f".{dead}-notes" / "of a user").touch()
+    (root / "state" / ".tmp-step-000002").mkdir()
+    (root / "state" / ".tmp-step-000002" / "adapter.safetensors").touch()
+    go_on(root, steps=2)
+    left = sorted(str(path.relative_to(root)) for path in root.rglob(".*") if path.name != ".lock")
+    assert left == sorted(str((folder / f".{dead}-notes").relative_to(root)) for folder in folders)
+
+
+def test_a_folder_that_appears_is_durable_in_the_one_above(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    files.make_folder(tmp_path / "runs" / "run" / "state")
+    assert set(synced) == {tmp_path, tmp_path / "runs", tmp_path / "runs" / "run"}
+    files.make_folder(tmp_path / "runs" / "run" / "state")
+    assert len(synced) == 3
+
+
+def test_a_state_is_durable_before_the_one_before_it_goes(tmp_path, monkeypatch):
+    """The order in which a power cut can undo what was done."""
+    done = []
+    for name in ("sync_file", "sync_folder"):
+        monkeypatch.setattr(resume_state, name, lambda path: done.append(("sync", path.name)))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: done.append(("rename", to.name)) or rename(self, to))
+    facts = {"optimizer": {}, "identity": {}}
+    for number in (1, 2, 3):
+        done.clear()
+        resume_state.save_state(tmp_path / "state", resume_state.Progress(number), {"adapter": {}}, facts)
+    assert done == [
+        ("sync", "adapter.safetensors"), ("sync", "step.json"), ("sync", ".tmp-step-000003"),
+        ("rename", "step-000003"), ("sync", "state"), ("rename", ".tmp-old-step-000001"),
+    ]  # fmt: skip

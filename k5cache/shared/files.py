@@ -27,7 +27,7 @@ class NewFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.path = folder / f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
@@ -89,6 +89,14 @@ def new_file(path: Path) -> Iterator[NewFile]:
         file.commit(path)
     finally:
         file.discard()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, if they are not there; durably, like the files that will be in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

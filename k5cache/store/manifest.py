@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 from k5cache.shared.command_line import command
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheError, CacheLocked
-from k5cache.shared.files import new_file
+from k5cache.shared.files import make_folder, new_file
 from k5cache.shared.inside import check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.store import files
@@ -200,7 +200,7 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
     check_inside(root, (FILE, LOCK, *files.FOLDERS))
     with ExitStack() as stack:
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
             stack.enter_context(lock_file(root / LOCK, wait_seconds))
         except Locked as error:
             raise CacheLocked(

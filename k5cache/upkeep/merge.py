@@ -10,7 +10,7 @@ from pathlib import Path
 
 from k5cache.encode.differences import differences
 from k5cache.shared.errors import CacheError, CacheStale
-from k5cache.shared.files import new_file, sync_folder
+from k5cache.shared.files import make_folder, new_file, sync_folder
 from k5cache.shared.outputs import check_writable
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
@@ -127,7 +127,7 @@ def _bring(root: Path, out: Path, shard: ShardInfo) -> bool:
     if problems:
         raise files.corrupt(root, problems[0])
     target = out / shard.file
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     if target.exists():
         return target.samefile(root / shard.file)
     try:

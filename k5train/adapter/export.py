@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from k5cache.shared.errors import RunError
-from k5cache.shared.files import write_whole
+from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.outputs import check_file
 from k5train.adapter.files import PREFIX
 from k5train.adapter.lora_file import is_finite
@@ -107,7 +107,7 @@ def write(target: Path, pairs: Mapping[str, Pair], form: Format, number: Number,
         RunError: a value does not fit ``number``.
     """
     state = state_of(pairs, form, number)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_whole(target, lambda path: save_file(state, path, metadata={"format": "pt", **metadata}))
 
 

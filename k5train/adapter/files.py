@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from k5cache.shared.errors import RunError
-from k5cache.shared.files import write_whole
+from k5cache.shared.files import make_folder, write_whole
 from k5train.adapter.attach import ADAPTER, adapted_layers, adapter_parts, add_without_values
 from k5train.adapter.keys import kind_of
 from k5train.adapter.lora_file import read_file, refuse_not_finite
@@ -60,7 +60,7 @@ def save_lora(
         record: called with the finished file before it gets its name.
     """
     header = {"format": "pt", **(metadata or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
 
     def write(temporary: Path) -> None:
         save_file(lora_state_dict(transformer, dtype), temporary, metadata=header)

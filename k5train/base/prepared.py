@@ -191,7 +191,7 @@ def _quantise(path: Path, folder: Path, dtype: torch.dtype, device: torch.device
             _write(file, path.stem, folder, dtype, device)
 
     for leftover in remove_leftovers(path.parent):
-        console.warn(f"{leftover} was left by a killed process of another user, and takes space until it is removed")
+        console.warn(f"{leftover} was left by a killed process of another user: remove it to free its space")
     write_whole(path, write)
     path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)  # whatever the umask is, or it would not be trusted
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from k5cache.shared import outputs
+from k5cache.shared import console, files, outputs
 from k5cache.shared.errors import K5Error, OutputError, RunError
-from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.files import make_folder, write_json, write_whole
 from k5cache.shared.inside import MOST_NAME_BYTES, check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
@@ -139,7 +139,7 @@ def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig)
     """Make the folder of a new run and write its recipe with every option in it. Raises as ``check_new``."""
     check_new(root)
     for folder in (root, root / "checkpoints", root / "samples"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     names = ("kandinsky5-lora", "torch", "diffusers", "peft", "optimum-quanto")
     facts = {"cache": str(cache), "versions": {name: version(name) for name in names}}
     write_json(root / "run.json", facts)
@@ -169,6 +169,14 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
             if not was_there and not any(root.iterdir()):
                 root.rmdir()
         raise
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove what killed processes left half written in a run. The caller has the run's lock."""
+    folders = [run.root, run.root / "checkpoints", run.root / "samples", *(run.root / "samples").glob("step-*")]
+    for folder in folders:
+        for leftover in files.remove_leftovers(folder) if folder.is_dir() else ():
+            console.warn(f"{leftover} was left by a killed process of another user: remove it to free its space")
 
 
 def write_recipe(root: Path, model: ModelConfig, config: TrainConfig) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from k5cache.shared import console
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
-from k5cache.shared.files import sync_file, sync_folder
+from k5cache.shared.files import make_folder, sync_file, sync_folder
 from k5cache.shared.sealed import Digest, seal, unseal
 
 FORMAT = 1
@@ -66,9 +66,7 @@ def save_state(
         facts: what else is saved, as JSON: the run's identity, the optimizer's groups and the plan of a deterministic
             run.
     """
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync_folder(folder.parent)
+    make_folder(folder)
     target = folder / f"step-{progress.step:06d}"
     remove_leftovers(folder)
     if not target.exists():  # Ctrl-C right after a save saves the same step again

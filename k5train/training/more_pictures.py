@@ -8,7 +8,7 @@ from pathlib import Path
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import RunError
-from k5cache.shared.files import write_whole
+from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import check_file, check_writable
 from k5cache.store.reader import open_cache
@@ -65,7 +65,7 @@ def resample(
     label = run.name if step is None else f"step {step}"
     grid = sheet.grid([("base", base_pictures), (label, lora_pictures)], config.validation.prompts)
     target = target or _unused(run.root / "samples")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))
     return out or target
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from rich.progress import Progress as Bars
 
-from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.files import make_folder, write_json, write_whole
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
@@ -61,7 +61,7 @@ class Painter:
                 pictures = sample.draw_prompts(
                     transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
                 )
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             for i, picture in enumerate(pictures):
                 write_whole(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
             write_json(folder / "drawn.json", self.drawn)
@@ -85,7 +85,7 @@ class Painter:
         """Whether these prompts were drawn in ``folder`` in this way."""
         try:
             return bool(json.loads((folder / "drawn.json").read_text(encoding="utf-8")) == self.drawn)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a damaged one is written again
             return False
 
     def _read(self, folder: Path) -> list[Image.Image]:

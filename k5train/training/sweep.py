@@ -15,7 +15,7 @@ from PIL import Image
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder, read_config
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
-from k5cache.shared.files import write_json, write_whole
+from k5cache.shared.files import make_folder, write_json, write_whole
 from k5cache.shared.inside import check_inside, name_problem
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
@@ -138,7 +138,7 @@ def _check_out(out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]) ->
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with ExitStack() as stack:
         try:
             stack.enter_context(lock_file(out / ".lock"))

@@ -20,7 +20,7 @@ from k5train.data.mixture import Mixture
 from k5train.objective.tread import check_routes
 from k5train.options.train import TrainConfig
 from k5train.pictures.sample import inference_sigmas
-from k5train.runs.folder import Run, lock_run
+from k5train.runs.folder import Run, lock_run, remove_leftovers
 from k5train.runs.metrics import check_metrics, read_metrics
 from k5train.runs.resume_state import Progress, latest_state, remove_after
 from k5train.runs.trackers import check_trackers
@@ -84,6 +84,7 @@ def train(
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
     with lock_run(run):
+        remove_leftovers(run)
         saved = latest_state(run.state, step)
         run_identity = identity(data, folder, config)
         if saved:
