@@ -18,18 +18,20 @@ from rich.text import Text
 from k5cache.cli import app as cache_app
 from k5cache.commands.listing import print_skipped, print_some
 from k5cache.shared import console
-from k5cache.shared.errors import CacheError, OutputError, RecipeError
+from k5cache.shared.checkpoint import check_known
+from k5cache.shared.errors import CacheError, ModelError, OutputError, RecipeError
 from k5cache.shared.foreign import Terminal, shown
 from k5cache.shared.inside import check_inside, name_problem
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import FLAVOURS, ModelConfig
 from k5cache.sources.items import Skipped
 from k5cache.store.manifest import lock, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
+from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
-from k5train.runs.folder import check_new, create_run, open_run
-from k5train.training.start import start
+from k5train.runs.folder import check_new, create_run, open_run, write_recipe
+from k5train.training.start import resume, start
 from tests.cli import Cli
 from tests.store_samples import make_cache
 
@@ -291,3 +293,64 @@ def test_nothing_is_printed_past_the_terminals_of_the_command_lines() -> None:
                 used.setdefault(path.relative_to(root).as_posix(), set()).add(name)
             assert not (isinstance(node, ast.keyword) and node.arg == "markup" and ast.unparse(node.value) == "True")
     assert used == allowed
+
+
+# Models that only a stranger names
+
+
+def test_a_repository_that_only_a_cache_or_a_run_names_is_not_asked_for(tmp_path: Path, monkeypatch) -> None:
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    theirs = ModelConfig(path="stranger/model")
+    with pytest.raises(ModelError, match=r"names the model stranger/model, of which nothing is on this machine"):
+        check_known(theirs, tmp_path, "fix")
+    published = FLAVOURS["t2i-lite-sft"]
+    for revision in ("refs/pr/7", "../../..", "/etc", "0123abcd"):
+        with pytest.raises(ModelError, match=f"{published} at {revision}"):
+            check_known(ModelConfig(revision=revision), tmp_path, "fix")
+    check_known(ModelConfig(), tmp_path, "fix")  # a published checkpoint
+    check_known(ModelConfig(path=str(tmp_path)), tmp_path, "fix")  # a folder
+    (hub / "models--stranger--model" / "refs").mkdir(parents=True)
+    (hub / "models--stranger--model" / "refs" / "main").write_text("0123", encoding="utf-8")
+    (hub / "models--stranger--model" / "snapshots" / "0123").mkdir(parents=True)
+    check_known(theirs, tmp_path, "fix")  # the encoders were downloaded here: the user has named it before
+
+
+def test_training_on_a_strangers_cache_says_which_model_it_would_download_and_how_to_allow_it(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    manifest = make_cache(tmp_path / "theirs")
+    recipe = {**manifest.recipe, "model": {"source": "stranger/model", "revision": "v1"}}
+    write_manifest(tmp_path / "theirs", replace(manifest, recipe=recipe))
+    for app, *words in ((train_app, "run", "theirs"), (cache_app, "prompts", "add", "theirs", "a dog")):
+        done = cli(app, *words)
+        assert done.code == 2
+        assert "theirs names the model stranger/model at v1, of which nothing is on this machine" in done.err
+        assert "--model stranger/model" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_strangers_run_does_not_download_the_model_that_it_names(run: Path) -> None:
+    write_recipe(run, ModelConfig(path="stranger/model"), TrainConfig(name="run"))
+    with pytest.raises(ModelError, match="run names the model stranger/model") as raised:
+        resume(run, [], None)
+    assert "--set model.path=stranger/model" in raised.value.fix
+
+
+# Permissions
+
+
+@pytest.mark.parametrize(("umask", "of_file", "of_folder"), [(0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
+def test_files_and_folders_have_the_permissions_that_the_umask_leaves(
+    tmp_path: Path, umask: int, of_file: int, of_folder: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        make_cache(tmp_path / "made" / "cache")
+        create_run(tmp_path / "made" / "run", tmp_path / "cache", ModelConfig(), TrainConfig(name="run"))
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "made", *(tmp_path / "made").rglob("*")]
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in paths} == {
+        p.name: oct(of_folder if p.is_dir() else of_file) for p in paths
+    }
+    assert (tmp_path / "made" / "cache" / ".lock") in paths

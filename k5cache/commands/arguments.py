@@ -72,21 +72,31 @@ def read_configs(
     return model_config, cache_config, validation_prompts(document), bool(train_config.data)
 
 
-def model_of_cache(manifest: Manifest, model: str | None) -> ModelConfig:
-    """The model that encoded a cache; ``model`` names the folder or repository where it is now, if it has moved."""
+def model_of_cache(cache: Path, manifest: Manifest, model: str | None) -> ModelConfig:
+    """The model that encoded a cache; ``model`` names the folder or repository where it is now, if it has moved.
+
+    Raises:
+        ModelError: it is a repository that this machine does not know, and only the cache names it.
+    """
     from dataclasses import replace
 
+    from k5cache.shared.checkpoint import check_known
     from k5cache.shared.model import model_of
 
     encoder_model = model_of(manifest.recipe)
-    return replace(encoder_model, path=model, revision=None) if model else encoder_model
+    if model:
+        return replace(encoder_model, path=model, revision=None)
+    check_known(encoder_model, cache, f"If you trust it: {console.this_command(model=encoder_model.source)}")
+    return encoder_model
 
 
 def suggest_training(cache: Path, manifest: Manifest) -> None:
     """Print the command that trains on ``cache``, with the model that encoded it written out."""
     from dataclasses import replace
 
-    model = model_of_cache(manifest, None)
+    from k5cache.shared.model import model_of
+
+    model = model_of(manifest.recipe)
     if model.path and model.path.count("/") != 1 and not Path(model.path).is_dir():
         model = replace(model, path=None)  # it has moved: the run says what it needs
     # Without a path nothing is named: the run takes flavour and revision from the cache.

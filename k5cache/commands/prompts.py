@@ -30,7 +30,7 @@ def add(
     from k5cache.store.manifest import read_manifest
     from k5cache.upkeep.prompts import add_prompts
 
-    model_config = model_of_cache(read_manifest(cache), model)
+    model_config = model_of_cache(cache, read_manifest(cache), model)
     again = f"Stopped. To go on, run the same command: {console.this_command()}"
     with interrupt.saying(again), console.progress() as bars:
         added = add_prompts(cache, prompts, model_config, device, bars, wait)

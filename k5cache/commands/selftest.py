@@ -39,7 +39,7 @@ def selftest(
     with ExitStack() as stack:
         opened = open_cache(root) if root else None
         if opened:
-            model_config = model_of_cache(opened.manifest, model)
+            model_config = model_of_cache(opened.root, opened.manifest, model)
         else:
             model_config = ModelConfig(path=model or str(stack.enter_context(toy_model())))
         bars = stack.enter_context(console.progress())

@@ -28,6 +28,6 @@ def show(
     path = out or free_default(cache)
     target = check_file(path, ".png")
     with console.progress() as bars:
-        model_config = model_of_cache(opened.manifest, model)
+        model_config = model_of_cache(cache, opened.manifest, model)
         num_shown = write_contact_sheet(opened, target, count, model_config, device, bars, seed)
     console.out.print(f"Wrote {path}: {num_shown} of {len(opened)} items", markup=False)

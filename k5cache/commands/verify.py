@@ -42,7 +42,7 @@ def verify(
             from k5cache.store.reader import open_cache
 
             opened = open_cache(cache)
-            model_config = model_of_cache(opened.manifest, model)
+            model_config = model_of_cache(cache, opened.manifest, model)
             reencoded = reencode_rows(opened, reencode, source, model_config, device, bars, seed)
             verified = replace(verified, problems=reencoded.problems)
     if as_json:

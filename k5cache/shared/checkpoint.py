@@ -13,11 +13,12 @@ from typing import Any
 
 from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import ModelError
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import FLAVOURS, ModelConfig
 from k5cache.shared.part_files import config_name, has_weights, weight_files
 from k5cache.shared.parts import check_parts
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
+_REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _SMALL_FILES = ("model_index.json", "transformer/config.json")  # the second says whether the model edits images
 
 
@@ -46,13 +47,35 @@ def folder_without_weights(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     return folder
 
 
+def check_known(model: ModelConfig, named_by: Path, fix: str) -> None:
+    """Refuse a repository that nobody but a cache or a run names: these may be strangers', and it would be downloaded.
+
+    A folder, a published checkpoint, and a repository of which this machine has something already may be used.
+
+    Args:
+        named_by: the cache or the run.
+        fix: how the user asks for this model.
+
+    Raises:
+        ModelError: the model is none of these.
+    """
+    is_published = model.source in FLAVOURS.values() and model.revision is None
+    is_here = Path(model.source).expanduser().is_dir() or _downloaded(model.source, model.revision)
+    if is_published or is_here or not _REPOSITORY.fullmatch(model.source):
+        return
+    name = f"{model.source} at {model.revision}" if model.revision else model.source
+    raise ModelError(
+        f"{named_by} names the model {name}, of which nothing is on this machine, and it is not downloaded unasked",
+        fix,
+    )
+
+
 def _local_folder(model: ModelConfig) -> Path | None:
     """The folder that the model names; None if it names a repository."""
     folder = Path(model.source).expanduser()
     if folder.is_dir():
         return folder
-    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", model.source) and not model.source.startswith(".")
-    if model.path and not is_repository:
+    if model.path and not _REPOSITORY.fullmatch(model.source):
         raise ModelError(
             f"There is no model folder {model.source}", "Give a folder in the diffusers layout with --model DIR"
         )
@@ -92,6 +115,8 @@ def _downloaded(repo: str, revision: str | None) -> Path | None:
 
     home = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     revision = revision or "main"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:  # a cache or a run may name it
+        return None
     try:
         commit = (home / "refs" / revision).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

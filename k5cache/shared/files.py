@@ -34,7 +34,7 @@ class NewFile:
         self.parts: list[Any] = []  # more hashes to update; the owner replaces them for each part of the file
         self.closed = False  # Arrow asks for it, and writes a footer even into a file that is discarded
         self._is_pending = True
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
 
     def write(self, data: bytes) -> int:
         """Append ``data``. Does nothing after ``discard``."""

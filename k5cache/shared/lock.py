@@ -31,7 +31,7 @@ def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
         Locked: another process had the lock for all of ``wait_seconds``.
         OSError: the file cannot be opened or written; a symbolic link is not followed.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)  # less the umask
     try:
         deadline = time.monotonic() + wait_seconds
         while not _try_lock(fd):

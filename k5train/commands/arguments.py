@@ -75,10 +75,19 @@ def find_cache(parent: Path) -> Path:
 
 
 def model_of_cache(cache: Path) -> ModelConfig:
-    """The model that a cache was encoded with, for a recipe that names none; its flavour if that folder is gone."""
+    """The model that a cache was encoded with, for a recipe that names none; its flavour if that folder is gone.
+
+    Raises:
+        ModelError: it is a repository that this machine does not know, and only the cache names it.
+    """
+    from k5cache.shared.checkpoint import check_known
     from k5cache.shared.model import ModelConfig, model_of
     from k5cache.store.manifest import read_manifest
 
     model = model_of(read_manifest(cache).recipe)
     is_repository = model.path is None or model.path.count("/") == 1
-    return model if is_repository or Path(str(model.path)).is_dir() else ModelConfig(model.flavour)
+    if not (is_repository or Path(str(model.path)).is_dir()):
+        model = ModelConfig(model.flavour)
+    pinned = f"model.revision={model.revision}" if model.revision else None
+    check_known(model, cache, f"If you trust it: {console.this_command(model=model.source, set=pinned)}")
+    return model

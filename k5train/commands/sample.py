@@ -25,6 +25,7 @@ def sample(
     options: Set = None,
 ) -> None:
     """Draw more pictures with a run's LoRA, and the base model's beside them."""
+    from k5cache.shared.checkpoint import check_known
     from k5cache.shared.recipe import parse
     from k5train.options.train import TrainConfig
     from k5train.runs.folder import open_run, read_saved_recipe
@@ -38,6 +39,9 @@ def sample(
         document.give("train.validation.seed", seed, f"--seed {seed}")
     (changed,) = parse(document, {"train": TrainConfig})
     config = replace(config, validation=changed.validation, memory=changed.memory)
+    pinned = ["--revision", model_config.revision] if model_config.revision else []
+    download = console.command("hf", "download", model_config.source, *pinned)
+    check_known(model_config, opened.root, f"If you trust it: {download}")
     with interrupt.saying("Stopped: no picture was written"):
         grid = resample(opened, model_config, config, cache, step, out)
     console.out.print(f"Wrote {grid}", markup=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.shared import console
-from k5cache.shared.checkpoint import model_folder
+from k5cache.shared.checkpoint import check_known, model_folder
 from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.inside import name_problem
 from k5cache.shared.model import ModelConfig, prompt_library
@@ -103,6 +103,9 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     check_writable(root)
     document = read_saved_recipe(root, options)
     model, config = parse(document, {"model": ModelConfig, "train": TrainConfig})
+    if not any(option.startswith("model.") for option in options):
+        asked = [f"model.path={model.source}", *([f"model.revision={model.revision}"] if model.revision else [])]
+        check_known(model, root, f"If you trust it: {console.this_command(set=asked)}")
     config = with_library(config)
     _check_caches_exist(root, config, cache, recorded_cache)
     data = open_data(cache or (None if config.data else recorded_cache), config)
