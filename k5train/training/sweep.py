@@ -69,14 +69,14 @@ def sweep(
         OutputError: ``out`` holds something else, or cannot be written. This is found before anything is loaded.
     """
     _check_out(out, model, sweep_runs)
+    folder = model_folder(model, PARTS)  # refused before a folder is made for the sweep
     with _locked(out):
-        return _sweep(cache, out, model, sweep_runs)
+        return _sweep(cache, out, model, folder, sweep_runs)
 
 
 def _sweep(
-    cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]
+    cache: Path | None, out: Path, model: ModelConfig, folder: Path, sweep_runs: Sequence[SweepRun]
 ) -> tuple[list[Outcome], Path | None]:
-    folder = model_folder(model, PARTS)
     configs = [sweep_run.config for sweep_run in sweep_runs]
     base_config = most_demanding(open_data(cache, configs[0]), folder, configs)
     any_rank = len({(config.lora.rank, config.lora.ranks) for config in configs}) > 1
