@@ -31,7 +31,8 @@ _SENTENCES = {
     errno.ESTALE: _GONE,
     errno.ENAMETOOLONG: ("This name is too long for the disk", "Choose a shorter one"),
 }  # fmt: skip
-_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)  # as safetensors and pyarrow write it
+_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)  # as Rust and pyarrow write it
+_STRERROR = re.compile(r": ([^:]+) \((\d+)\)$")  # as safetensors' reader writes it
 
 
 def sentence(error: BaseException) -> tuple[str, str] | None:
@@ -55,7 +56,8 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None:
-            error.filename = error.filename or str(path)
+            if not error.filename or os.sep not in str(error.filename):  # rmtree names files below a folder it has open
+                error.filename = str(path)
             raise
         _raise_with(path, error)
     except Exception as error:  # of any library; what is not the disk's error rises as it is
@@ -82,5 +84,8 @@ def _os_error(error: BaseException | None) -> tuple[int, str] | None:
 
 
 def _number_in(error: BaseException) -> int | None:
-    match = _NUMBER.search(str(error))
-    return int(match[1]) if match else None
+    text = str(error)
+    if match := _NUMBER.search(text):
+        return int(match[1])
+    match = _STRERROR.search(text)
+    return int(match[2]) if match and match[1] == os.strerror(int(match[2])) else None

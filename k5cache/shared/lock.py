@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from k5cache.shared.disk_errors import named
+
 
 class Locked(Exception):
     """Another process has the lock."""
@@ -38,9 +40,10 @@ def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 raise Locked(_owner(fd))
             time.sleep(0.05)
-        os.ftruncate(fd, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)
+        with named(path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)
         yield
         os.ftruncate(fd, 0)
     finally:

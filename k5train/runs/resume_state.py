@@ -80,7 +80,8 @@ def save_state(
             sync_file(path)
             files[path.name] = asdict(Digest.of(path))
         document = {"format": FORMAT, "files": files, "progress": asdict(progress), "parts": sorted(parts), **facts}
-        (temporary / MANIFEST).write_bytes(seal(document))
+        with named(temporary / MANIFEST):
+            (temporary / MANIFEST).write_bytes(seal(document))
         sync_file(temporary / MANIFEST)
         sync_folder(temporary)
         temporary.rename(target)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
+from k5cache.shared.disk_errors import named
 from k5cache.shared.files import write_json
 from k5train.adapter.attach import check_start
 from k5train.adapter.who_loads import call_for, compare_saved
@@ -110,12 +111,14 @@ def train(
                     remove_after(run.state, progress.step)
                     console.note(f"Going on from step {progress.step}")
                 loop = Loop(data, config, run, session, loader, validation, progress, run_identity)
-                ended_by = loop.run_to_end()
-                result = _result(run, progress, config, ended_by, loop.ready - called)
-                names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
-                write_json(run.result, {**asdict(result), **names})
-                with session.settled():
-                    compare_saved(run.lora, base.transformer, empty_transformer(folder), call_for(config.lora.algo))
+                with named(run.root):
+                    ended_by = loop.run_to_end()
+                    result = _result(run, progress, config, ended_by, loop.ready - called)
+                    names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
+                    write_json(run.result, {**asdict(result), **names})
+                    with session.settled():
+                        empty, call = empty_transformer(folder), call_for(config.lora.algo)
+                        compare_saved(run.lora, base.transformer, empty, call)
     return result
 
 
