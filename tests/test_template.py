@@ -29,14 +29,13 @@ def cache_made_with(toy_cache, tmp_path):
 
     def make(diffusers: str = "0.41.0", **text: object) -> Path:
         root = tmp_path / "cache"
-        root.mkdir()
         original = toy_cache("bf16")
-        for path in original.rglob("*.parquet"):
-            target = root / path.relative_to(original)
-            target.parent.mkdir(exist_ok=True)
-            target.hardlink_to(path)
         recipe = manifest.recipe | {"text": manifest.recipe["text"] | text}
-        with lock(root):
+        with lock(root):  # of an empty folder
+            for path in original.rglob("*.parquet"):
+                target = root / path.relative_to(original)
+                target.parent.mkdir(exist_ok=True)
+                target.hardlink_to(path)
             write_manifest(
                 root, replace(manifest, recipe=recipe, created_by=manifest.created_by | {"diffusers": diffusers})
             )
