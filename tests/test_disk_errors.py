@@ -32,10 +32,11 @@ def test_an_error_without_a_path_gets_it(number):
         assert answer[0].endswith(f" {PATH}")
 
 
-def test_a_path_that_an_error_has_stays():
-    answer = sentence(raised_inside_named(OSError(errno.EIO, "Input/output error", "other.bin")))
-    assert answer is not None
-    assert answer[0].endswith(" other.bin")
+def test_a_path_that_an_error_has_stays_and_a_bare_name_does_not():
+    for name, shown in (("runs/other.bin", "runs/other.bin"), ("other.bin", str(PATH))):
+        answer = sentence(raised_inside_named(OSError(errno.EIO, "Input/output error", name)))
+        assert answer is not None
+        assert answer[0].endswith(f" {shown}")
 
 
 def test_what_is_no_error_of_the_disk_rises_as_it_is():
