@@ -7,20 +7,25 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from k5cache.shared.errors import CacheError
 from k5cache.store import footer as footers
 from k5cache.store import tables
 from k5cache.store.footer import Footer, parse_footer
 from k5cache.store.index import SCHEMA
-from k5cache.store.manifest import IndexInfo, encode_document
+from k5cache.store.manifest import IndexInfo, ShardKind, encode_document, write_manifest
+from k5cache.store.shards import ShardWriter
+from k5cache.store.tensors import TensorSpec
 from k5cache.store.thrift import Thrift
+from k5cache.upkeep.verify import verify_cache
 from tests.hostile_trials import MOST_BYTES, mutated
 from tests.store_samples import make_cache
 
@@ -198,3 +203,59 @@ def test_every_cache_with_a_changed_byte_and_true_checksums_ends_in_a_sentence_o
     )
     assert "WRONG" not in done.stdout, done.stdout[done.stdout.index("WRONG") :][:3000]
     assert done.stdout.split() == [str(number) for number in range(count)]
+
+
+LATENT = torch.ones(8, 8, 16).half()
+EMBEDS, POOLED = torch.ones(3, 12).bfloat16(), torch.ones(5).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "problem"),
+    [
+        ("latents", {"mean": LATENT}, "has no column std, which a trainer needs"),
+        ("latents", {"std": LATENT}, "has no column mean, which a trainer needs"),
+        ("latents", {"mean": LATENT[:4], "std": LATENT},
+         "has mean as float16 [4, 8, 16], and it must be float16 [8, 8, 16]"),
+        ("latents", {"mean": LATENT[..., 0], "std": LATENT},
+         "has mean as float16 [8, 8], and it must be float16 [8, 8, 16]"),
+        ("latents", {"mean": LATENT[..., :4], "std": LATENT},
+         "has mean as float16 [8, 8, 4], and it must be float16 [8, 8, 16]"),
+        ("latents", {"mean": LATENT.float(), "std": LATENT},
+         "has mean as float32 [8, 8, 16], and it must be float16 [8, 8, 16]"),
+        ("latents", {"mean": LATENT, "std": LATENT, "more": LATENT}, "has a column 'more', which no trainer reads"),
+        ("latents", {"mean": LATENT, "std": -LATENT}, "std of k is negative"),
+        ("latents", {"mean": LATENT, "std": LATENT * float("nan")}, "std of k is not finite"),
+        ("latents", {"mean": LATENT * float("inf"), "std": LATENT}, "mean of k is not finite"),
+        ("masks", {"mask": LATENT[..., 0]}, "has mask as float16 [8, 8], and it must be uint8 [8, 8]"),
+        ("masks", {"mask": torch.ones(8, 4).byte()}, "has mask as uint8 [8, 4], and it must be uint8 [8, 8]"),
+        ("text", {"prompt_embeds": EMBEDS}, "has no column pooled, which a trainer needs"),
+        ("text", {"pooled": POOLED}, "has no column prompt_embeds, which a trainer needs"),
+        ("text", {"prompt_embeds": EMBEDS[:2], "pooled": POOLED},
+         "has prompt_embeds as bfloat16 [2, 12], and it must be bfloat16 or float16 or float32 [3, 12]"),
+        ("text", {"prompt_embeds": EMBEDS, "pooled": POOLED[:4]},
+         "has pooled as bfloat16 [4], and it must be bfloat16 or float16 or float32 [5]"),
+    ],
+)  # fmt: skip
+def test_verify_names_every_column_that_a_trainer_cannot_use(
+    tmp_path: Path, kind: ShardKind, tensors: dict[str, torch.Tensor], problem: str
+) -> None:
+    manifest = make_cache(tmp_path)
+    assert verify_cache(tmp_path).problems == ()
+    specs = {name: TensorSpec(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+    with ShardWriter(tmp_path, kind, specs, None if kind == "text" else (64, 64)) as writer:
+        writer.append({"key": "k", **tensors, "n_tokens": 3, "caption": "a"})
+        shard = writer.finish()
+    write_manifest(tmp_path, replace(manifest, shards=(*manifest.shards, shard)))
+    assert [p for p in verify_cache(tmp_path).problems if shard.file in p and "row 0: " in p] == [
+        f"{tmp_path / shard.file}, row 0: {problem}"
+    ]
+
+
+def test_latents_of_a_cache_without_samples_need_no_std(tmp_path: Path) -> None:
+    manifest = make_cache(tmp_path)
+    with ShardWriter(tmp_path, "latents", {"mean": TensorSpec("float16", (8, 8, 16))}, (64, 64)) as writer:
+        writer.append({"key": "k", "mean": LATENT})
+        shard = writer.finish()
+    recipe = {**manifest.recipe, "latents": {"posterior": "mean"}}
+    write_manifest(tmp_path, replace(manifest, shards=(*manifest.shards, shard), recipe=recipe))
+    assert verify_cache(tmp_path).problems == ()

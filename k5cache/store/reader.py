@@ -127,7 +127,10 @@ class Cache:
             CacheError: the cache has no such row.
             CacheCorrupt: a byte read is not the byte that was written.
         """
-        return self._read("latents", key).tensors
+        row = self._read("latents", key)
+        if "mean" not in row.tensors:
+            raise files.corrupt(self.root, f"{self.root}, latents row {key} has no mean")
+        return row.tensors
 
     def mask(self, key: str) -> torch.Tensor:
         """``[H/8, W/8]`` float32 from 0 to 1: how much of each latent's 8x8 pixels the mask covers.

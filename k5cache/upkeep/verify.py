@@ -18,6 +18,7 @@ from k5cache.store.locations import Locations, file_names, locate
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
 from k5cache.store.ours import unnamed_files
 from k5cache.store.shards import StoredRow, verify_shard
+from k5cache.upkeep.columns import column_problems
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,8 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
     """Check everything that can be checked without a model.
 
     Bytes: the manifest, the tables and every shard by sha256, every row by its own checksum. Numbers: row counts match,
-    what the index names is there and has its size, no NaN, no infinity, norms like those of the other rows.
+    what the index names is there and has its size, every column that a trainer needs is there in the shape of its
+    bucket, no NaN, no infinity, no negative standard deviation, norms like those of the other rows.
 
     Args:
         advance: called with the number of bytes that were read.
@@ -65,7 +67,7 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
     except CacheError as error:
         return Verified(root, (error.problem,))
     problems = list(_check_tables(root, manifest))
-    norms = _Norms()
+    norms = _Norms(manifest.recipe.get("latents", {}).get("posterior") != "mean")
     for shard in manifest.shards:
         problems += verify_shard(root, shard, partial(norms.visit, shard))
         advance(shard.num_bytes)
@@ -131,14 +133,23 @@ def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool
 
 @dataclass
 class _Norms:
-    """The root mean square of every tensor, compared when all are known."""
+    """The columns of every shard, and the root mean square of every tensor, compared when all are known."""
 
+    has_std: bool
+    """Whether latents have a standard deviation."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """The last size of every tensor's shape, which is the same in all rows."""
+    checked: set[str] = field(default_factory=set)
+    """Shards whose columns were compared: a shard has one shape for all of its rows."""
     seen: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
 
     def visit(self, shard: ShardInfo, row: int, stored: StoredRow) -> Iterator[str]:
-        """What is wrong with the numbers of one row."""
+        """What is wrong with the columns and the numbers of one row."""
+        if shard.file not in self.checked or stored.n_tokens == 0:
+            self.checked.add(shard.file)
+            yield from column_problems(shard, stored.tensors, stored.n_tokens or 0, self.has_std, self.widths)
         for name, tensor in stored.tensors.items():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or not tensor.numel():
                 continue
             is_finite, rms = _measure(tensor)
             if not is_finite:
