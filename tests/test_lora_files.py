@@ -280,7 +280,8 @@ def test_numbers_that_do_not_fit_16_bits_are_refused_with_a_type_that_holds_them
 def test_a_run_stands_for_its_finished_lora(tmp_path, cli):
     for name in ("done", "stopped", "new"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        (tmp_path / name / "run.json").write_text("{}")
+        for file in ("run.json", "recipe.toml"):
+            (tmp_path / name / file).touch()
     save_file(state(), tmp_path / "done" / "done.safetensors")
     save_file(state(), tmp_path / "stopped" / "checkpoints" / "step-000005.safetensors")
     assert cli(app, "check-lora", "done").code == 0

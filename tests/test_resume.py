@@ -78,7 +78,7 @@ root, cache, model, most_kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.
 chance = random.Random(7)
 
 def attempt():
-    if (root / "run.json").exists():
+    if (root / "recipe.toml").exists():
         go_on(root)
     else:
         start_run(root, cache, model, CONFIG)

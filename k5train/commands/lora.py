@@ -98,10 +98,11 @@ def lora_in(path: Path) -> tuple[Path, bool]:
         RunError: the run has no finished LoRA, or the file is not the one that its run wrote.
     """
     from k5cache.shared.errors import RunError
+    from k5cache.shared.outputs import kind_of
     from k5train.runs.folder import Run
     from k5train.runs.written import check_recorded
 
-    if not (path / "run.json").is_file():
+    if kind_of(path) != "run":
         return path, path.is_file() and check_recorded(path)
     run = Run(path if path.name not in ("", "..") else path.resolve())
     if run.lora.is_file():
