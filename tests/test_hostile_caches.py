@@ -25,6 +25,7 @@ from k5cache.store.manifest import IndexInfo, ShardKind, encode_document, write_
 from k5cache.store.shards import ShardWriter
 from k5cache.store.tensors import TensorSpec
 from k5cache.store.thrift import Thrift
+from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
 from tests.hostile_trials import MOST_BYTES, mutated
 from tests.store_samples import make_cache
@@ -158,6 +159,7 @@ SMALL_BOMB = """
 import json, resource, sys
 from pathlib import Path
 from k5cache.shared.errors import CacheError
+from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
 from k5cache.store.reader import open_cache
 root = Path(sys.argv[1])
@@ -259,3 +261,17 @@ def test_latents_of_a_cache_without_samples_need_no_std(tmp_path: Path) -> None:
     recipe = {**manifest.recipe, "latents": {"posterior": "mean"}}
     write_manifest(tmp_path, replace(manifest, shards=(*manifest.shards, shard), recipe=recipe))
     assert verify_cache(tmp_path).problems == ()
+
+
+def test_a_file_that_only_looks_like_ours_is_foreign_and_takes_no_memory(tmp_path: Path, monkeypatch) -> None:
+    """pyarrow would make room for the million row groups that these claim: 0.8 GB for two files of 40 bytes."""
+    make_cache(tmp_path)
+    monkeypatch.setattr(pq, "read_metadata", None)
+    begin = bytes.fromhex("1502 191c 480161 1502 00 1600")
+    for name, groups in (("index-999999.parquet", "19fcc0843d"), ("text/0123456789abcdef.parquet", "191c19fcc0843d")):
+        raw = begin + bytes.fromhex(groups)
+        (tmp_path / name).write_bytes(b"PAR1" + raw + len(raw).to_bytes(4, "little") + b"PAR1")
+    (tmp_path / "locations-999999.parquet").write_bytes(b"PAR1\xff\xff\xff\x7fPAR1")
+    collected = collect(tmp_path)
+    names = ("index-999999.parquet", "locations-999999.parquet", "text/0123456789abcdef.parquet")
+    assert (collected.unnamed, collected.foreign) == ((), names)

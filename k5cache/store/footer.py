@@ -6,16 +6,18 @@ its values need, and nothing read from a file can be much larger than the file.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from k5cache.store.thrift import STRUCT, Struct, Thrift
 
 MAX_FOOTER_BYTES = 1 << 26  # 64 MiB; each row of a shard adds about 600 bytes to its footer
 MAX_HEADER_BYTES = 1 << 10  # of a page; Arrow writes about 30
 MAX_COLUMNS = 64
+MAGIC = b"PAR1"
 _PLAIN, _RLE = 0, 3  # Encoding in parquet.thrift; levels are written in RLE
 _DATA_PAGE = 0  # PageType
 _WIDTHS = {0: 0, 1: 4, 2: 8, 6: 4}  # least bytes of a value by physical type: boolean, int32, int64, byte array
@@ -72,6 +74,18 @@ class Footer:
     def names(self) -> list[str]:
         """The columns of a schema without lists."""
         return [element.name for element in self.elements[1:]]
+
+
+def footer_of(file: BinaryIO) -> Footer:
+    """The footer of an open file. Raises ValueError as ``parse_footer``."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little") + 8
+    if tail[4:] != MAGIC or length + 4 > size or length > MAX_FOOTER_BYTES:
+        raise ValueError("it is not a Parquet file")
+    file.seek(size - length)
+    return parse_footer(file.read(length - 8), size - length)
 
 
 def parse_footer(raw: bytes, file_bytes: int) -> Footer:

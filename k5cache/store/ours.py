@@ -16,6 +16,7 @@ from pathlib import Path
 
 from k5cache.shared import outputs
 from k5cache.store import files
+from k5cache.store.footer import footer_of
 
 FILE = "manifest.json"
 LOCK = ".lock"
@@ -102,13 +103,11 @@ def _is_proven(root: Path, name: str) -> bool:
 
 
 def _metadata(path: Path) -> dict[bytes, bytes]:
-    """The key-value metadata of a Parquet file; empty if it is none, or has none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """The key-value metadata of a Parquet file of this format; empty if it is another file, or has none."""
     try:
-        return dict(pq.read_metadata(path).metadata or {})
-    except (OSError, pa.ArrowException):
+        with path.open("rb") as file:
+            return footer_of(file).metadata
+    except (OSError, ValueError):  # it is gone by now, or it is none that we would write
         return {}
 
 

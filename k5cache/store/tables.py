@@ -19,11 +19,10 @@ from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheError
 from k5cache.shared.files import new_file
 from k5cache.store import files
-from k5cache.store.footer import MAX_FOOTER_BYTES, Element, check_pages, leaves_of, parse_footer
+from k5cache.store.footer import MAGIC, MAX_FOOTER_BYTES, Element, check_pages, leaves_of, parse_footer
 from k5cache.store.manifest import IndexInfo
 
 ROW_GROUP = 1 << 17
-MAGIC = b"PAR1"
 _SETTINGS: dict[str, Any] = {
     "compression": "none",
     "use_dictionary": False,
