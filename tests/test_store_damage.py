@@ -223,8 +223,8 @@ def test_a_disk_that_is_full_at_fsync_leaves_nothing(tmp_path: Path, monkeypatch
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    writer = ShardWriter(tmp_path, "text", TEXT)  # its folder is synced already
     monkeypatch.setattr(os, "fsync", full)
-    writer = ShardWriter(tmp_path, "text", TEXT)
     writer.append(text_row("t-cat"))
     with pytest.raises(OSError, match="No space left"):
         writer.finish()
