@@ -341,7 +341,7 @@ def test_files_of_others_outlive_the_state_and_the_temporary_folder_that_they_li
     assert left == [f".{dead + 1}-x.json", f".{dead + 2}-x.json", "state", "x.json"]
 
 
-def test_a_sweep_checks_the_folders_of_all_its_runs_before_the_first_begins(tmp_path):
+def test_a_sweep_checks_the_folders_of_all_its_runs_before_the_first_begins(tmp_path, toy_model):
     make_cache(tmp_path / "cache" / "a")
     sweep = ("sweep", "cache/a", "--grid", "train.lora.rank=2,4", "-o", "out")
     put(tmp_path / "out" / "sweep.json", "[]")
@@ -357,7 +357,8 @@ def test_a_sweep_checks_the_folders_of_all_its_runs_before_the_first_begins(tmp_
     refused(Cli(tmp_path)(train_app, "sweep", "cache/a", "--list", "runs.toml"), "cannot be called samples.png")
     with lock_file(tmp_path / "out" / ".lock"):
         shutil.rmtree(tmp_path / "out" / "rank=4")
-        refused(Cli(tmp_path)(train_app, *sweep), f"out is being written by process {os.getpid()}")
+        locked = Cli(tmp_path)(train_app, *sweep, "--model", str(toy_model))
+        refused(locked, f"out is being written by process {os.getpid()}")
 
 
 # Pictures
