@@ -8,7 +8,10 @@ import shlex
 import signal
 import time
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,9 +23,15 @@ from k5cache.store.manifest import read_manifest
 from k5cache.store.shards import ShardWriter
 from k5cache.upkeep.verify import verify_cache
 from k5train.cli import app
-from k5train.training import loop
+from k5train.options.optimizer import OptimConfig
+from k5train.options.validation import ValidationConfig
+from k5train.runs.folder import Run
+from k5train.training import loop, train
+from k5train.training.held_out_loss import HeldOutLoss
+from k5train.training.session import Session
 from tests.cli import Cli, Done
 from tests.crash_trials import in_child
+from tests.runs import CONFIG, go_on, metrics_of, numbers, same, start_run, state_of
 from tests.workshop import Workshop
 
 
@@ -101,6 +110,85 @@ def test_a_sweep_that_is_stopped_advises_the_same_sweep(tmp_path, toy_cache, toy
     )
     monkeypatch.undo()
     assert Cli(tmp_path)(app, *arguments).code == 0
+
+
+MEASURED = replace(
+    CONFIG,
+    steps=4,
+    lora=replace(CONFIG.lora, dropout=0.0),
+    optim=OptimConfig(optimizer="schedulefree", lr=1e-2, warmup_steps=0, lr_scheduler="constant"),
+    validation=ValidationConfig(split=0.4, held_out_every=2, held_out_sigmas=1),
+)
+
+
+def at_call(number: int, function: Callable[..., Any], *signals: int) -> Callable[..., Any]:
+    """The function, which sends itself signals at the end of one of its calls."""
+    calls: list[int] = []
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        calls.append(1)
+        if len(calls) == number:
+            for each in signals:
+                send(each)
+        return result
+
+    return stopping
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, toy_cache, toy_model) -> Path:
+    """Four steps without a break, whose optimizer puts its average in the place of the parameters to measure."""
+    root = tmp_path_factory.mktemp("measured") / "run"
+    start_run(root, toy_cache("fp32"), toy_model, MEASURED)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "signals", "said"),
+    [
+        (HeldOutLoss, "measure", 2, [signal.SIGINT], "Stopped and saved at step 2. "),
+        (Session, "update", 3, [signal.SIGINT], "Stopped and saved at step 3. "),
+        # The second signal does not wait for the end of the update, which is then neither of step 2 nor of step 3.
+        (Session, "update", 3, [signal.SIGINT, signal.SIGTERM], "Stopped in the middle of step 3, which is not saved."),
+        # The LoRA of a lowest loss: it is written and counted, then the run stops. It is not measured again.
+        (loop.Loop, "save_lora", 2, [signal.SIGINT], "Stopped and saved at step 2. "),
+    ],
+    ids=["while measuring", "in an update", "twice in an update", "while the best is saved"],
+)
+def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bits_and_metrics(
+    tmp_path, toy_cache, toy_model, monkeypatch, measured, owner, name, number, signals, said
+):
+    root = tmp_path / "run"
+    monkeypatch.setattr(owner, name, at_call(number, getattr(owner, name), *signals))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        start_run(root, toy_cache("fp32"), toy_model, MEASURED)
+    assert str(stopped.value).startswith(said)
+    monkeypatch.undo()
+    go_on(root)
+    assert same(state_of(root), state_of(measured))
+    assert numbers(metrics_of(root)) == numbers(metrics_of(measured))
+
+
+def test_a_signal_while_a_stopped_run_is_saved_waits_and_what_is_said_stays(
+    tmp_path, toy_cache, toy_model, monkeypatch
+):
+    monkeypatch.setattr(loop.Loop, "step", at_call(1, loop.Loop.step, signal.SIGINT))
+    monkeypatch.setattr(loop, "save_state", at_call(1, loop.save_state, signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match=r"^Stopped and saved at step 1\. Go on with: k5train resume"):
+        start_run(tmp_path / "run", toy_cache("fp32"), toy_model, CONFIG)
+
+
+def test_a_run_that_is_stopped_after_its_last_step_does_not_say_that_training_never_began(
+    tmp_path, toy_cache, toy_model, monkeypatch
+):
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "compare_saved", stopped)
+    with pytest.raises(KeyboardInterrupt, match=r"^Stopped after the last step\. .* k5train check-lora .*safetensors"):
+        start_run(tmp_path / "run", toy_cache("fp32"), toy_model, replace(CONFIG, steps=1))
+    assert Run(tmp_path / "run").is_finished
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from k5cache.shared import interrupt
+
 
 class Ema:
     """An exponential moving average of the adapter, in float32.
@@ -31,13 +33,14 @@ class Ema:
     def swapped(self) -> Iterator[None]:
         """Put the average in the place of the parameters, and the parameters back afterwards."""
         trained = [p.data for p in self.parameters]
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.data = average
         try:
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                parameter.data = average
             yield
-        finally:
-            for parameter, tensor in zip(self.parameters, trained, strict=True):
-                parameter.data = tensor
+        finally:  # a state that Ctrl-C saves must have the parameters and not the average
+            with interrupt.deferred():
+                for parameter, tensor in zip(self.parameters, trained, strict=True):
+                    parameter.data = tensor
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by position, and the number of updates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -86,10 +87,9 @@ class Loop:
                 self.ready = time.monotonic()
                 return self.steps(bars, metrics)
             except KeyboardInterrupt as stopped:
-                with interrupt.deferred():
-                    self.save_state(metrics)
+                saved = self.save_stopped(metrics)
                 go_on = console.command("k5train", "resume", run.root)
-                raise KeyboardInterrupt(f"Stopped and saved at step {progress.step}. Go on with: {go_on}") from stopped
+                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on}") from stopped
 
     def warm_up(self) -> None:
         """Compile in a step that changes nothing. If it needs more VRAM than planned, plan for less, once."""
@@ -214,6 +214,20 @@ class Loop:
         parts, plain = self.session.parts()
         plan = plan_facts(self.session.base.plan, self.config.deterministic)
         save_state(self.run.state, self.progress, parts, {**plain, **plan, "identity": self.run_identity})
+
+    def save_stopped(self, metrics: Metrics) -> str:
+        """Write the state to resume from, and say so. A signal that comes meanwhile waits; one more does not.
+
+        A second signal may have cut an update short. What it left is neither of its step nor of the next: then the
+        state of before stays the newest.
+        """
+        if not self.is_between_updates:
+            return f" in the middle of step {self.progress.step + 1}, which is not saved"
+        saved = ", and the last step that was saved stays"
+        with suppress(KeyboardInterrupt), interrupt.deferred():
+            self.save_state(metrics)
+            saved = f" and saved at step {self.progress.step}"
+        return saved
 
     def save_after_error(self, metrics: Metrics) -> Path | None:
         """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path."""

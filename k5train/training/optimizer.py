@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RunError
 from k5train.options.optimizer import OptimConfig
 
@@ -95,13 +95,15 @@ def _falling(progress: float, config: OptimConfig) -> float:
 def settled(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """For drawing and saving: a schedule-free optimizer puts its average in the place of the parameters."""
     is_schedule_free = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
-    if is_schedule_free:
-        optimizer.eval()  # type: ignore[attr-defined]
     try:
+        with interrupt.deferred():  # half of the parameters averaged is a state that nothing leads back from
+            if is_schedule_free:
+                optimizer.eval()  # type: ignore[attr-defined]
         yield
     finally:
-        if is_schedule_free:
-            optimizer.train()  # type: ignore[attr-defined]
+        with interrupt.deferred():
+            if is_schedule_free:
+                optimizer.train()  # type: ignore[attr-defined]
 
 
 def _extra(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5train.adapter import targets
 from k5train.adapter.attach import add_lora
@@ -61,11 +61,13 @@ class Session:
             yield
             return
         before = [p.detach().clone() for p in self.parameters.values()]
-        with settled(self.optimizer):
-            yield
-        with torch.no_grad():
-            for parameter, tensor in zip(self.parameters.values(), before, strict=True):
-                parameter.copy_(tensor)
+        try:
+            with settled(self.optimizer):
+                yield
+        finally:  # also at Ctrl-C, whose saved state must have the bits of before
+            with interrupt.deferred(), torch.no_grad():
+                for parameter, tensor in zip(self.parameters.values(), before, strict=True):
+                    parameter.copy_(tensor)
 
     def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """What ``save_state`` writes: the tensors of each part, and the optimizer's values that are not tensors."""

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.disk_errors import named
 from k5cache.shared.files import write_json
@@ -113,12 +113,15 @@ def train(
                 loop = Loop(data, config, run, session, loader, validation, progress, run_identity)
                 with named(run.root):
                     ended_by = loop.run_to_end()
-                    result = _result(run, progress, config, ended_by, loop.ready - called)
-                    names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
-                    write_json(run.result, {**asdict(result), **names})
-                    with session.settled():
-                        empty, call = empty_transformer(folder), call_for(config.lora.algo)
-                        compare_saved(run.lora, base.transformer, empty, call)
+                    check = console.command("k5train", "check-lora", run.lora, model=folder)
+                    with interrupt.saying(f"Stopped after the last step. To see what loads the LoRA: {check}"):
+                        with interrupt.deferred():
+                            result = _result(run, progress, config, ended_by, loop.ready - called)
+                            names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
+                            write_json(run.result, {**asdict(result), **names})
+                        with session.settled():
+                            empty, call = empty_transformer(folder), call_for(config.lora.algo)
+                            compare_saved(run.lora, base.transformer, empty, call)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import Progress as Bars
 
+from k5cache.shared import interrupt
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.files import write_whole
 from k5train.data.mixture import Mixture
@@ -64,7 +65,6 @@ class Validation:
         """
         if self.held_out_loss and _is_due("held_out", progress, self.config.held_out_every, is_last):
             self._measure(self.held_out_loss, session, predict, progress, metrics, bars, save_best)
-            progress.validated["held_out"] = progress.step
         is_wanted = bool(progress.step) or self.config.before
         if self.painter and is_wanted and _is_due("pictures", progress, self.config.every, is_last):
             self._draw(self.painter, session, progress.step, metrics, bars)
@@ -88,12 +88,14 @@ class Validation:
             by_sigma = held_out_loss.measure(predict, session.base.device, partial(bars.advance, task))
         bars.remove_task(task)
         loss = sum(by_sigma) / len(by_sigma)
-        metrics.write(step=progress.step, held_out_loss=loss, held_out_by_sigma=by_sigma)
-        if progress.best_loss is None or loss < progress.best_loss:
-            save_best()
-            progress.best_loss, progress.best_step, progress.not_better = loss, progress.step, 0
-        else:
-            progress.not_better += 1
+        with interrupt.deferred():  # a run that is stopped in here would measure and count once more
+            metrics.write(step=progress.step, held_out_loss=loss, held_out_by_sigma=by_sigma)
+            if progress.best_loss is None or loss < progress.best_loss:
+                save_best()
+                progress.best_loss, progress.best_step, progress.not_better = loss, progress.step, 0
+            else:
+                progress.not_better += 1
+            progress.validated["held_out"] = progress.step
 
     def _draw(self, painter: Painter, session: Session, step: int, metrics: Metrics, bars: Bars) -> None:
         transformer = session.base.transformer
