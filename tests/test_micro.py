@@ -47,6 +47,7 @@ def held_out_after(once, lora) -> float:
     return micro.loss(micro.cache(once, "held_out"), lora)
 
 
+@pytest.mark.few
 def test_a_few_steps_lower_the_loss_of_a_new_style_on_things_they_did_not_see(once, held_out_before, tmp_path):
     lora = micro.train_lora(tmp_path / "lora", micro.cache(once, "images"), micro.config(steps=BRIEF))
     assert micro.loss(micro.cache(once, "held_out"), lora) < BRIEF_MARGIN * held_out_before

@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found_and_the_file_made_again(toy_model, capsys, place
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.long)])
 def test_every_flipped_bit_is_found(toy_model, count):
     path = prepare(toy_model, torch.bfloat16, CPU)
     empty = prepared.empty_transformer(toy_model)
