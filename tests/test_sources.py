@@ -480,8 +480,9 @@ def test_members_of_one_name_are_used_once(tmp_path):
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     source = find(tmp_path / "t.tar", CacheConfig())
-    assert [(i.captions, source.read(i.path)) for i in source.items] == [(("one",), png(1)), (("two",), png(2))]
-    assert source.skipped == [Skipped("t.tar/a.png", "has the path of an earlier image")]
+    assert [(i.captions, source.read(i.path)) for i in source.items] == [(("other",), png(3)), (("two",), png(2))]
+    said = "is there twice: the later one is used, as tar itself does"
+    assert source.skipped == [Skipped("t.tar/a.png", said), Skipped("t.tar/a.txt", said)]
 
 
 # --- what cannot be used at all ---

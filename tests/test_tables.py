@@ -317,12 +317,45 @@ def test_cells_of_csv_are_the_text_between_the_commas(tmp_path, text, said):
         ("t.json", '[{"image": "a.png"}, 5]', "t.json row 1 is int, not an object"),
         ("t.jsonl", '{"image": "a.png"}\n[]', "t.jsonl line 2 is list, not an object"),
         ("t.json", "", "t.json has no rows"),
+        ("t.json", '{"image": "a.png", "n": ' + "9" * 5000 + "}", "t.json has a number of more than 4,300 digits"),
         ("t.csv", "image,text\na.png,b\n\ud800".encode("utf-8", "surrogatepass"), "t.csv is not UTF-8"),
     ],
 )  # fmt: skip
 def test_a_table_of_text_that_cannot_be_read_says_what_to_do(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_cells_that_python_cannot_hold_skip_their_row_and_the_others_are_used(tmp_path, kind):
+    latin = [f"{i}.zéro".encode("latin-1" if i else "utf-8") for i in range(2)]
+    texts = pa.array(latin, pa.binary()).view(pa.string())
+    images = pa.StructArray.from_arrays([pa.array([png(0), png(1)]), texts], ["bytes", "path"])
+    columns = {
+        "image": images,
+        "text": texts,
+        "when": pa.array([0, 2**62], pa.timestamp("us")),
+        "n": [0.5, float("nan")],
+    }
+    table, path = pa.table(columns), tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    reasons = {"text": "its text is not UTF-8", "when": "its value cannot be read (date value out of range)"}
+    for column, said in (reasons | {"n": "empty caption"}).items():
+        assert list(captions(path, caption_column=column)) == [f"{path.name}#0"]
+        assert skipped(path, caption_column=column) == {f"{path.name}#1": said}
+    named = find(path, CacheConfig(caption_strategy="instanceprompt", instance_prompt="a"))
+    assert [named.read(item.path) for item in named.items] == [png(0), png(1)]
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_two_columns_of_one_name_are_refused(tmp_path, name):
+    table = pa.table([pa.array([png(0)]), pa.array(["a"]), pa.array(["b"])], names=["image", "text", name])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert f"t.parquet has two columns with the name {name}; Give each" in refusal(tmp_path / "t.parquet")
 
 
 def test_base64_in_the_place_of_images_is_named(tmp_path):

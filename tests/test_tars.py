@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import io
+import tarfile
 
 import pytest
 
@@ -64,7 +67,7 @@ def test_what_cannot_be_used_among_the_first_rows_is_named_and_the_rest_is_used(
     ]  # fmt: skip
     path = tar(tmp_path / "t.tar", members)
     assert captions(path) == {"t.tar/1.jpg": ("one",), "t.tar/5.png": ("five",)}
-    assert contents(path)["t.tar/5.png"] == png(5)
+    assert contents(path)["t.tar/5.png"] == png(6)
     assert skipped(path) == {
         "t.tar/README.md": "has no image beside it",
         "t.tar/LICENSE": "has no image beside it",
@@ -72,7 +75,7 @@ def test_what_cannot_be_used_among_the_first_rows_is_named_and_the_rest_is_used(
         "t.tar/2.png": "missing caption 2.txt",
         "t.tar/3.txt": "has no image beside it",
         "t.tar/4.psd": "is a Photoshop document: save it as PNG",
-        "t.tar/5.png": "has the path of an earlier image",
+        "t.tar/5.png": "is there twice: the later one is used, as tar itself does",
         "t.tar/6.png": "empty caption",
     }
 
@@ -123,3 +126,60 @@ def test_tars_of_one_name_in_two_folders_keep_their_rows_apart(tmp_path):
         tar(tmp_path / f"{i}" / "x.tar", {"a.png": png(i), "a.txt": f"number {i}"})
     expected = {f"{tmp_path}/{i}/x.tar/a.png": (f"number {i}",) for i in range(2)}
     assert captions(tmp_path / "?" / "x.tar") == expected
+
+
+def test_of_a_caption_that_was_appended_anew_the_later_one_is_used_and_this_is_said(tmp_path):
+    path = tar(tmp_path / "t.tar", [("0.png", png(0)), ("0.txt", "old"), ("1.png", png(1)), ("1.txt", "one")])
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("0.txt")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"new"))
+    assert captions(path) == {"t.tar/0.png": ("new",), "t.tar/1.png": ("one",)}
+    assert skipped(path) == {"t.tar/0.txt": "is there twice: the later one is used, as tar itself does"}
+
+
+def test_links_in_a_tar_are_the_files_they_lead_to_and_what_cannot_be_read_is_named(tmp_path):
+    source = tmp_path / "source"
+    for name, content in {"a.png": png(1), "a.txt": b"one", "sub/c.txt": b"three", "@eaDir/a.png": png(9)}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(content)
+    (source / "b.png").hardlink_to(source / "a.png")
+    (source / "b.txt").symlink_to("a.txt")
+    (source / "sub/c.png").symlink_to("../b.png")
+    (source / "d.png").symlink_to("/nowhere.png")
+    (source / "loop.png").symlink_to("loop.png")
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as archive:
+        for file in sorted(source.rglob("*")):
+            archive.add(file, file.relative_to(source), recursive=False)
+        sparse = tarfile.TarInfo("s.png")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(sparse)
+    expected = {"t.tar/a.png": ("one",), "t.tar/b.png": ("one",), "t.tar/sub/c.png": ("three",)}
+    assert captions(path) == expected
+    assert contents(path) == dict.fromkeys(expected, png(1))
+    assert skipped(path) == {
+        "t.tar/@eaDir/a.png": "is in a folder of a NAS, an archiver or a system",
+        "t.tar/d.png": "is a link to /nowhere.png, which is not a file in the tar",
+        "t.tar/loop.png": "is a link to loop.png, which is not a file in the tar",
+        "t.tar/s.png": "is stored as a sparse file: pack the tar without --sparse",
+    }
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_with_a_damaged_header_or_another_tar_behind_its_end_is_refused(tmp_path, mode):
+    members = {f"{i}.{kind}": png(i) if kind == "png" else "c" for i in range(3) for kind in ("png", "txt")}
+    whole = tar(tmp_path / "whole.tar", members).read_bytes()
+    header = whole.index(b"1.png")
+    damaged = whole[: header + 100] + b"x" + whole[header + 101 :]
+    for content, said in (
+        (damaged, "damaged or cut off after 2 files"),
+        (whole[: header + 300], "damaged or cut off after 2 files"),
+        (whole + whole, "another tar follows its end after 6 files, joined by cat and not by tar"),
+    ):
+        path = tmp_path / "t.tar"
+        path.write_bytes(content if mode == "w" else gzip.compress(content, mtime=0))
+        with pytest.raises(DatasetError, match=said):
+            find(path, CacheConfig())
+    path.write_bytes(whole[: whole.rindex(b"c\0") + 512])  # the zeros at the end are missing
+    assert len(captions(path)) == 3

@@ -16,6 +16,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from k5cache.shared.errors import DatasetError
+from k5cache.sources.captions import Unusable
 from k5cache.sources.items import UnreadableImage
 from k5cache.sources.row_groups import Group, GroupReader
 
@@ -53,8 +54,7 @@ class ParquetRows:
     def column(self, name: str) -> list[Any]:
         """The values of a column without images."""
         with _errors(self.file), _open(self) as parquet:
-            values: list[Any] = parquet.read(columns=[name]).column(name).to_pylist()
-            return values
+            return _values(parquet.read(columns=[name]).column(name))
 
     def image_names(self, name: str) -> list[str]:
         """The field ``path`` of a column of images."""
@@ -137,8 +137,7 @@ class ArrowRows:
 
     def column(self, name: str) -> list[Any]:
         """The values of a column without images."""
-        values: list[Any] = self.table.column(name).to_pylist()
-        return values
+        return _values(self.table.column(name))
 
     def image_names(self, name: str) -> list[str]:
         """The field ``path`` of a column of images."""
@@ -155,8 +154,8 @@ class ArrowRows:
 
     def read(self, name: str, row: int) -> bytes:
         """One image."""
-        cell = self.table.column(name)[row].as_py()
-        content = cell["bytes"] if isinstance(cell, dict) else cell
+        cell = self.table.column(name)[row]
+        content = (cell["bytes"] if isinstance(cell, pa.StructScalar) and cell.is_valid else cell).as_py()
         if content is None:
             raise UnreadableImage("holds no image")
         return bytes(content)
@@ -173,7 +172,9 @@ def read_parquet(file: Path, groups: GroupReader) -> ParquetRows:
         DatasetError: it is damaged or not a Parquet file.
     """
     with _errors(file):
-        return ParquetRows(file, pq.read_metadata(file), groups)
+        rows = ParquetRows(file, pq.read_metadata(file), groups)
+        _check_names(file, rows.schema)
+    return rows
 
 
 def read_arrow(file: Path) -> ArrowRows:
@@ -188,7 +189,14 @@ def read_arrow(file: Path) -> ArrowRows:
         except pa.ArrowInvalid:
             source.seek(0)
             table = pa.ipc.open_stream(source).read_all()
+    _check_names(file, table.schema)
     return ArrowRows(file, table)
+
+
+def _check_names(file: Path, schema: pa.Schema) -> None:
+    if len(set(schema.names)) < len(schema.names):
+        name = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise DatasetError(f"{file.name} has two columns with the name {name}", "Give each column a name of its own")
 
 
 @contextmanager
@@ -206,7 +214,25 @@ def _batches(parquet: pq.ParquetFile, group: int, leaf: str, num_rows: int) -> I
 
 
 def _paths(cells: pa.ChunkedArray) -> list[str]:
-    return [name or "" for name in pc.struct_field(cells, "path").to_pylist()]
+    return [name if isinstance(name, str) else "" for name in _values(pc.struct_field(cells, "path"))]
+
+
+def _values(cells: pa.ChunkedArray) -> list[Any]:
+    """The cells as Python's values. For one that Python cannot hold, an ``Unusable``."""
+    try:
+        values: list[Any] = cells.to_pylist()
+    except (ValueError, OverflowError):  # Arrow does not check its text, and its dates reach further
+        values = [_value(cell) for cell in cells]
+    return values
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return Unusable("its text is not UTF-8")
+    except (ValueError, OverflowError) as error:
+        return Unusable(f"its value cannot be read ({' '.join(str(error).split())[:100]})")
 
 
 @contextmanager

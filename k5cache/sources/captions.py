@@ -46,7 +46,8 @@ def from_cell(value: Any) -> Captions:
     """A table's cell: a caption, or a list of them. Empty ones are ignored."""
     if isinstance(value, Unusable):
         return value.reason
-    values = [v for v in (value if isinstance(value, list | tuple) else [value]) if v is not None]
+    # A number that is not equal to itself is NaN, which is how pandas writes a cell without a value.
+    values = [v for v in (value if isinstance(value, list | tuple) else [value]) if v is not None and v == v]
     refused = next((v for v in values if not isinstance(v, str | int | float | Decimal | date | time)), None)
     if refused is not None:
         return f"its caption is not text but {_KINDS.get(type(refused), type(refused).__name__)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.options import CacheConfig
-from k5cache.sources.captions import Captions
+from k5cache.sources.captions import Captions, Unusable
 from k5cache.sources.items import Content, MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
 from k5cache.sources.rows import FileRows, is_images
 from k5cache.sources.table_columns import captions_of_rows, image_column, mask_column
@@ -105,6 +105,8 @@ def _printable(text: str) -> str:
 
 def _name_problem(cell: Any, name: str, is_strict: bool) -> str:
     """Why a name cannot be the name of an image file; "" if it can."""
+    if isinstance(cell, Unusable):
+        return cell.reason
     if cell is not None and not isinstance(cell, str):
         return f"its image is not the name of a file but {type(cell).__name__}"
     if not name:

@@ -22,10 +22,14 @@ import pyarrow as pa
 
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.captions import Unusable
+from k5cache.sources.folder import SYSTEM_FOLDERS
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, Skipped, UnreadableImage
 
 _MASKS = (".mask.png", ".mask.webp", ".mask")
 _JSON = ("json", "jsn")
+_AFTER_END = 1 << 20
+"""Bytes behind a tar's end in which another one is looked for; tars end with up to 10 KB of zeros."""
+_MAX_HEADER = 512
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError)
 
 
@@ -117,7 +121,7 @@ class Tar:
             return json.loads(text) if name.rpartition(".")[2] in _JSON else text
         except UnicodeDecodeError:
             return Unusable(f"caption {posixpath.basename(member.name)} is not UTF-8")
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # also a number of more than 4,300 digits
             return Unusable(f"{posixpath.basename(member.name)} is not JSON")
         except UnreadableImage as error:
             return Unusable(f"caption {posixpath.basename(member.name)} {error.reason}")
@@ -134,14 +138,14 @@ def read_tar(file: Path, image_field: str | None) -> Tar:
     """
     fix = "Repair it, or use another source"
     try:
-        members, is_compressed = _members(file)
+        members, left_out, is_compressed = _members(file)
     except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise DatasetError(f"{file.name} cannot be read as a tar: {reason}", fix) from None
     if not members:
         raise DatasetError(f"{file.name} holds no files", "Use another source")
     rows, skipped = _pair(file, members, image_field.lower() if image_field else None)
-    return Tar(file, rows, skipped, _Stream(file, is_compressed))
+    return Tar(file, rows, [*skipped, *left_out], _Stream(file, is_compressed))
 
 
 class _Stream:
@@ -202,37 +206,94 @@ def _read(stream: IO[bytes], num_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _members(file: Path) -> tuple[list[Member], bool]:
-    """The files of a tar in their order, without hidden ones, and whether it is compressed."""
+def _members(file: Path) -> tuple[list[Member], list[Skipped], bool]:
+    """The files of a tar in their order, without hidden ones; what cannot be read; and whether it is compressed."""
     try:
         with tarfile.open(file, "r:") as archive:
-            return list(_listed(archive)), False
-    except tarfile.ReadError:
+            return *_listed(archive), False
+    except tarfile.ReadError as error:
+        if isinstance(error, _Damaged):
+            raise
         with tarfile.open(file, "r:*") as archive:
-            return list(_listed(archive)), True
+            return *_listed(archive), True
 
 
-def _listed(archive: tarfile.TarFile) -> Iterator[Member]:
+class _Damaged(tarfile.ReadError):
+    """A tar of which not every file can be listed. ``tarfile`` itself takes a damaged header for the end."""
+
+
+def _listed(archive: tarfile.TarFile) -> tuple[list[Member], list[Skipped]]:
+    members: list[Member] = []
+    links: list[tuple[str, str]] = []
+    skipped: list[Skipped] = []
+    num_files = 0
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all that it passed
-        if info.isreg() and not info.issparse() and not posixpath.basename(info.name).startswith((".", "__")):
-            yield member_of(
-                info.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), info.offset_data, info.size
-            )
+        num_files += 1
+        name = _text(info.name)
+        folder, base = posixpath.split(name)
+        if base.startswith((".", "__")):
+            continue
+        if not SYSTEM_FOLDERS.isdisjoint(folder.lower().split("/")):
+            if info.isreg():
+                skipped.append(Skipped(name, "is in a folder of a NAS, an archiver or a system"))
+        elif info.issparse():
+            skipped.append(Skipped(name, "is stored as a sparse file: pack the tar without --sparse"))
+        elif info.isreg():
+            members.append(member_of(name, info.offset_data, info.size))
+        elif info.islnk() or info.issym():
+            target = _text(info.linkname)
+            links.append((name, target if info.islnk() else posixpath.join(folder, target)))
+    _check_end(archive, num_files)
+    linked, broken = _followed(links, members)
+    return members + linked, skipped + broken
+
+
+def _followed(links: Sequence[tuple[str, str]], members: Sequence[Member]) -> tuple[list[Member], list[Skipped]]:
+    """The links in a tar as files of their own. A file with two names is stored once; the second is a link to it."""
+    if not links:
+        return [], []
+    files = {posixpath.normpath(member.name): member for member in members}
+    targets = {posixpath.normpath(name): posixpath.normpath(target) for name, target in links}
+    followed: list[Member] = []
+    broken: list[Skipped] = []
+    for name, target in links:
+        end, passed = posixpath.normpath(target), set[str]()
+        while end not in files and end in targets and end not in passed:
+            passed.add(end)
+            end = targets[end]
+        if end in files:
+            followed.append(member_of(name, files[end].start, files[end].num_bytes))
+        else:
+            broken.append(Skipped(name, f"is a link to {target}, which is not a file in the tar"))
+    return followed, broken
+
+
+def _check_end(archive: tarfile.TarFile, num_files: int) -> None:
+    """Raise ``_Damaged`` unless zeros or nothing follow the last file."""
+    stream: Any = archive.fileobj
+    stream.seek(archive.offset)  # where the next file would begin
+    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise _Damaged(f"it is damaged or cut off after {num_files:,} files")
+    if stream.read(_AFTER_END).lstrip(b"\0")[:_MAX_HEADER].find(b"ustar") >= 0:
+        raise _Damaged(f"another tar follows its end after {num_files:,} files, joined by cat and not by tar")
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _pair(file: Path, members: Sequence[Member], image_field: str | None) -> tuple[list[TarRow], list[Skipped]]:
     """The rows of a tar, in its order, and what is in none of them."""
-    first: dict[str, Member] = {}
+    last: dict[str, Member] = {}  # ``tar --append`` and ``--update`` write the new file behind the old one
     skipped: list[Skipped] = []
     for member in members:
-        if member.name not in first:
-            first[member.name] = member
-        elif member.is_image:
-            skipped.append(Skipped(member.name, "has the path of an earlier image"))
+        if member.name in last:
+            skipped.append(Skipped(member.name, "is there twice: the later one is used, as tar itself does"))
+        last[member.name] = member
     by_key: dict[str, list[Member]] = {}
     by_stem: dict[str, dict[str, Member]] = {}
-    for member in first.values():
+    for member in last.values():
         by_key.setdefault(member.key, []).append(member)
         if not member.is_image:
             mask = next((suffix for suffix in _MASKS if member.name.lower().endswith(suffix)), "")

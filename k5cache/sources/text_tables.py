@@ -107,6 +107,8 @@ def read_json(file: Path) -> TextRows:
         values, lines = _values(text)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{file.name} line {error.lineno} is not JSON: {error.msg}", "Repair it") from None
+    except ValueError:  # Python's limit
+        raise DatasetError(f"{file.name} has a number of more than 4,300 digits", "Write it as text") from None
     except RecursionError:
         raise DatasetError(f"{file.name} is nested too deeply", "Give each row one object") from None
     columns: dict[str, list[Any]] = {}
