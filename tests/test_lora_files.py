@@ -382,3 +382,32 @@ def test_a_saved_state_with_nan_is_refused(tmp_path):
     with pytest.raises(RunError, match="has NaN or infinity in 1 of 1 tensors: x"):
         session.restore(saved)
     assert not parameters["x"].any()
+
+
+@pytest.mark.parametrize("manifest", ["step.json", "state.json"])
+def test_the_state_of_a_run_is_no_lora_since_its_matrices_lack_their_strength(tmp_path, cli, manifest):
+    """train.lora.alpha is not in a state's matrices: exported, they would act at alpha / rank of their strength."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002.safetensors"
+    folder = tmp_path / "run" / "state" / "step-000002"
+    for parent in (folder, checkpoint.parent):
+        parent.mkdir(parents=True)
+    save_file(state("{}", "{}.lora_A.default.weight", "{}.lora_B.default.weight"), folder / "adapter.safetensors")
+    (folder / manifest).write_text("{}", encoding="utf-8")
+    save_file(state(), checkpoint)
+    for path in ("run/state/step-000002", "run/state/step-000002/adapter.safetensors"):
+        for arguments in (["export", path], ["check-lora", path], ["merge", path, path, "-o", "merged.safetensors"]):
+            done = cli(app, *arguments)
+            assert done.code == 2
+            words = " ".join(done.err.split())
+            assert words.startswith(f"error: {path} is the state that a run resumes from")
+            assert words.endswith(f"fix: Give the LoRA of that step: {checkpoint}")
+    assert cli(app, "check-lora", str(checkpoint)).code == 0
+
+
+def test_a_model_folder_that_is_not_there_is_named_and_nobody_is_told_to_download_it(tmp_path):
+    save_file(state(), tmp_path / "a.safetensors")
+    (tmp_path / "other").mkdir()
+    for name, problem in (("none", "There is no folder none"), ("other", "other has no transformer/config.json")):
+        done = Cli(tmp_path)(app, "check-lora", "a.safetensors", "--model", name)
+        assert (done.code, done.err.splitlines()[0]) == (2, f"error: {problem}")
+        assert "leave it out" in done.err

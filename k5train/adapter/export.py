@@ -14,7 +14,7 @@ from diffusers import Kandinsky5Transformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from k5cache.shared.errors import RunError
+from k5cache.shared.errors import ModelError, RunError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.outputs import check_file
 from k5train.adapter.files import PREFIX
@@ -154,8 +154,15 @@ def _rounded(key: str, tensor: Tensor, number: Number) -> Tensor:
 
 
 def architecture(folder: Path | None) -> Kandinsky5Transformer3DModel:
-    """A transformer without weights: the checkpoint's, or Kandinsky 5 Image Lite's, which needs no checkpoint."""
+    """A transformer without weights: the checkpoint's, or Kandinsky 5 Image Lite's, which needs no checkpoint.
+
+    Raises:
+        ModelError: there is no such folder, or no transformer of Kandinsky 5 Image in it.
+    """
     if folder is not None:
+        if not (folder / "transformer" / "config.json").is_file():
+            problem = f"{folder} has no transformer/config.json" if folder.is_dir() else f"There is no folder {folder}"
+            raise ModelError(problem, "Give a model folder with --model, or leave it out for Kandinsky 5 Image Lite")
         return empty_transformer(folder)
     with init_empty_weights():
         return Kandinsky5Transformer3DModel.from_config(FULL_SIZE)

@@ -23,6 +23,9 @@ _BEGINNINGS = {
     b"<!doctype": "page",
     b"<html": "page",
 }
+# runs/resume_state.py: the name of a state's folder and the files that say so, of this version and of earlier ones.
+_STATE = re.compile(r"step-\d{6,}", re.ASCII)
+_OF_A_STATE = ("step.json", "state.json")
 _KINDS = {
     "pickle": (
         "is a pickle, which can run any code when it is opened",
@@ -62,6 +65,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_kind(path: Path) -> None:
+    _refuse_state(path)
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
         files = ", ".join(map(str, inside[:3])) + (", ..." if len(inside) > 3 else "")
@@ -82,6 +86,17 @@ def _check_kind(path: Path) -> None:
     if kind:
         problem, fix = _KINDS[kind]
         raise RunError(f"{path} {problem}", fix)
+
+
+def _refuse_state(path: Path) -> None:
+    """Refuse what a run resumes from: its matrices have no strength yet, which other files of the run have in them."""
+    folder = path if path.is_dir() else path.parent
+    if any((folder / name).is_file() for name in _OF_A_STATE) and _STATE.fullmatch(folder.resolve().name):
+        checkpoint = folder.resolve().parent.parent / "checkpoints" / f"{folder.resolve().name}.safetensors"
+        raise RunError(
+            f"{path} is the state that a run resumes from, whose matrices do not have their strength in them",
+            f"Give the LoRA of that step: {checkpoint}" if checkpoint.is_file() else "Give a LoRA of the run",
+        )
 
 
 def _check_is_adapter(path: Path, keys: list[str]) -> None:
