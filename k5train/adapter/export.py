@@ -18,7 +18,7 @@ from k5cache.shared.errors import ModelError, RunError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.outputs import check_file
 from k5train.adapter.files import PREFIX
-from k5train.adapter.lora_file import is_finite
+from k5train.adapter.lora_file import largest
 from k5train.adapter.pairs import Pair, read_lora, silent_in
 from k5train.adapter.targets import linear_sizes
 from k5train.base.architecture import FULL_SIZE
@@ -142,13 +142,14 @@ def state_of(pairs: Mapping[str, Pair], form: Format, number: Number) -> dict[st
 
 def _rounded(key: str, tensor: Tensor, number: Number) -> Tensor:
     rounded = tensor.to(DTYPES[number]).contiguous()
-    if not is_finite(tensor):
+    before, after = largest(tensor), largest(rounded)
+    if not math.isfinite(before):
         raise RunError(f"{key} would have values that are too large for any LoRA file", "Use smaller weights")
     wider = f"Use --dtype {'bf16 or fp32' if number == 'fp16' else 'fp32'}"
-    if not is_finite(rounded):
-        highest, limit = tensor.abs().max().item(), torch.finfo(rounded.dtype).max
-        raise RunError(f"{key} has values up to {highest:.6g}, and {number} holds none above {limit:.6g}", wider)
-    if tensor.any() and not rounded.any():
+    if not math.isfinite(after):
+        limit = torch.finfo(rounded.dtype).max
+        raise RunError(f"{key} has values up to {before:.6g}, and {number} holds none above {limit:.6g}", wider)
+    if before and not after:
         raise RunError(f"{key} would become all zero: its values are too small for {number}", wider)
     return rounded
 

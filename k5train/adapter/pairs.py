@@ -10,7 +10,7 @@ from torch import Tensor
 
 from k5cache.shared.errors import RunError
 from k5train.adapter.keys import Meaning, flat_names, kind_of, meaning_of
-from k5train.adapter.lora_file import READABLE, is_finite, read_file, refuse_not_finite
+from k5train.adapter.lora_file import READABLE, is_finite, largest, read_file, refuse_not_finite
 from k5train.adapter.strength import peft_config, strength_of
 
 Pair = tuple[Tensor, Tensor]
@@ -57,7 +57,7 @@ class Lora:
 
 def silent_in(pairs: Mapping[str, Pair]) -> list[str]:
     """The modules that do not change, since one of their matrices or their strength is zero."""
-    return [name for name, (down, up) in pairs.items() if not down.any() or not up.any()]
+    return [name for name, (down, up) in pairs.items() if not largest(down) or not largest(up)]
 
 
 def read_lora(path: Path, sizes: Sizes) -> Lora:
@@ -101,7 +101,7 @@ def understand(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
         _check_shapes(path, module, down, up, sizes[module])
         alpha = state[parts["alpha"]] if "alpha" in parts else None
         strength = strengths[module] = strength_of(path, module, down.shape[0], alpha, config)
-        folded = up * strength
+        folded = up if strength == 1 else up * strength
         if not is_finite(folded) or not is_finite(down):
             raise RunError(
                 f"{path} has values at {module} that are too large for float32 at their strength, x{strength:g}",
