@@ -344,3 +344,20 @@ def test_arrow_stores_what_the_reader_relies_on(tmp_path: Path) -> None:
             assert set(chunk.encodings) == {"PLAIN", "RLE"}
             assert raw[end - len(value) - 4 : end] == len(value).to_bytes(4, "little") + value
     assert pa.types.is_binary(meta.schema.to_arrow_schema().field("mean").type)
+
+
+def test_what_is_no_cache_is_answered_with_a_command_that_works(tmp_path):
+    for name in ("photos/a.png", "run/run.json", "run/recipe.toml", "file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    for name, fix in (
+        ("photos", f"If these are images to train on, encode them first: k5cache encode {tmp_path / 'photos'}"),
+        ("run", "Give a folder made by `k5cache encode`"),
+        ("file", "Give a folder made by `k5cache encode`"),
+        ("empty", f"Make one: k5cache encode SOURCE -o {tmp_path / 'empty'}"),
+        ("new", f"Make one: k5cache encode SOURCE -o {tmp_path / 'new'}"),
+    ):
+        with pytest.raises(CacheError) as error:
+            read_manifest(tmp_path / name)
+        assert error.value.fix == fix

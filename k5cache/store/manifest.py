@@ -23,6 +23,7 @@ from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import make_folder, new_file
 from k5cache.shared.inside import check_inside
 from k5cache.shared.lock import Locked, lock_file
+from k5cache.shared.outputs import HARMLESS, kind_of
 from k5cache.store import files
 from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root
 
@@ -127,6 +128,15 @@ class Manifest:
         return {shard.file for shard in self.shards} | self.tables
 
 
+def _how_to_make_one(root: Path) -> str:
+    """A command that can be pasted: a run, or a folder of images, cannot become a cache."""
+    if kind_of(root) or root.is_file():
+        return "Give a folder made by `k5cache encode`"
+    if root.is_dir() and any(not HARMLESS.fullmatch(path.name) for path in root.iterdir()):
+        return f"If these are images to train on, encode them first: {command('k5cache', 'encode', root)}"
+    return f"Make one: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
+
+
 def read_manifest(root: Path) -> Manifest:
     """Read and check ``root/manifest.json``.
 
@@ -137,9 +147,7 @@ def read_manifest(root: Path) -> Manifest:
     path = root / FILE
     if not path.is_file():
         reason = "has no manifest.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
-        raise CacheError(
-            f"{root} is not a cache: it {reason}", f"Make one: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
-        )
+        raise CacheError(f"{root} is not a cache: it {reason}", _how_to_make_one(root))
     fd = files.open_inside(root, FILE)
     with named(path), open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
         size = os.fstat(fd).st_size
