@@ -170,6 +170,9 @@ def test_the_plan_is_that_of_the_run_that_takes_most(toy_cache, toy_model):
     bad = replace(small, lora=LoraConfig(rank=64, targets=("nonesuch",)))
     plain = replace(wide, optim=replace(CONFIG.optim, ema_decay=0.0))
     assert most_demanding(data, toy_model, [small, plain, averaged, bad]) == averaged
+    slip = replace(small, lora=LoraConfig(rank=8000, targets=("qkv",)))
+    with pytest.raises(RecipeError, match="rank 8000 is too high for text_transformer_blocks"):
+        most_demanding(data, toy_model, [small, slip])
 
 
 def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):

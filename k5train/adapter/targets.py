@@ -24,6 +24,10 @@ PRESETS = {
 }
 
 
+class RankTooHigh(RecipeError):
+    """A rank is above a side of its module's matrix."""
+
+
 @dataclass(frozen=True)
 class Matched:
     """What each target matched: pattern -> module names, in the recipe's order."""
@@ -83,8 +87,8 @@ def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -
     """The rank of each adapted module.
 
     Raises:
-        RecipeError: an entry of ``train.lora.ranks`` matches no adapted module, or a rank is above a side of its
-            module's matrix.
+        RankTooHigh: a rank is above a side of its module's matrix.
+        RecipeError: an entry of ``train.lora.ranks`` matches no adapted module.
     """
     ranks = dict.fromkeys(matched.modules, config.rank)
     sizes = linear_sizes(transformer)
@@ -100,7 +104,7 @@ def module_ranks(transformer: nn.Module, config: LoraConfig, matched: Matched) -
     for name, rank in ranks.items() if config.algo != "lokr" else ():  # LoKr trains a whole factor at a high rank
         if rank > min(sizes[name]):
             smallest = min(min(sizes[n]) for n, r in ranks.items() if r == rank)
-            raise RecipeError(
+            raise RankTooHigh(
                 f"train.lora: rank {rank} is too high for {name}, whose matrix is {sizes[name][0]} x {sizes[name][1]}",
                 f"Use a rank of at most {smallest}: a higher one takes memory and can change nothing more",
             )

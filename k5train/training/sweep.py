@@ -21,6 +21,7 @@ from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
 from k5cache.shared.recipe import to_dict
+from k5train.adapter.targets import RankTooHigh
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
@@ -150,13 +151,19 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def most_demanding(data: Mixture, folder: Path, configs: Sequence[TrainConfig]) -> TrainConfig:
-    """The run that needs most memory. The shared base is planned for it."""
+    """The run that needs most memory. The shared base is planned for it.
+
+    Raises:
+        RankTooHigh: a run's rank is above a side of a matrix.
+    """
     sizes = largest_sizes(*(source.cache for source in data.sources))
     device, transformer = pick_device(configs[0].device, folder), read_config(folder, "transformer")
 
     def demand(config: TrainConfig) -> tuple[bool, int]:
         try:
             peak = plan_for(transformer, config, device, sizes, None).peak
+        except RankTooHigh:  # a slip in the grid: refused before hours are spent on the other runs
+            raise
         except RecipeError:  # a target that matches nothing: that run reports it when its turn comes
             return False, 0
         return config.lora.algo in ("dora", "lokr"), peak  # their blocks are not compiled, and keep more
