@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,9 @@ def test_the_summary_counts_what_is_skipped_by_reason_and_files_of_several_capti
         assert lines[start : start + 8] == [*summary, several]
     assert summary == [line.rstrip() for line in cli(app, "encode", *arguments).out.splitlines()][1:8]
     assert "3, 2 with several captions" in cli(app, "info", "cache").out
+
+
+def test_a_pipe_in_the_place_of_a_caption_is_named_and_not_waited_for(tmp_path):
+    put(tmp_path, "a.png", "a.txt", "b.png")
+    os.mkfifo(tmp_path / "b.txt")
+    assert listed(tmp_path) == (["a.png"], {"b.png": "caption b.txt is not a file"})

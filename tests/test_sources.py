@@ -547,6 +547,11 @@ def test_tars_without_pairs_and_datasets_without_images_are_refused(tmp_path):
     assert "t.parquet has no column of images; its columns are text" in refusal(tmp_path / "t.parquet")
     datasets.Dataset.from_dict({"image": ["a.png"], "text": ["one"]}).save_to_disk(tmp_path / "saved")
     assert "a.png: is named in data-00000-of-00001.arrow#0 but does not exist" in refusal(tmp_path / "saved")
+    for state in ("[]", '{"_data_files": [3]}', '{"_data_files": [{"filename": 3}]}', '{"_data_files": []}'):
+        (tmp_path / "saved/state.json").write_text(state)
+        assert "state.json" in refusal(tmp_path / "saved")
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": [{}]}')
+    assert "dataset_dict.json has no names in splits" in refusal(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
+from k5cache.sources.find import find
 from k5cache.sources.splits import files_of_split, rows_of_split, split_names
 
 CARD = """---
@@ -80,6 +81,21 @@ def test_a_faulty_readme_is_named(tmp_path, content):
     (tmp_path / "README.md").write_text(content, encoding="utf-8")
     with pytest.raises(DatasetError, match="The README of"):
         files_of_split(tmp_path, CacheConfig())
+
+
+@pytest.mark.parametrize("configs", ["7", "[7]", "{a: b}"])
+def test_a_faulty_readme_beside_metadata_is_named(tmp_path, configs):
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n", encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\n")
+    with pytest.raises(DatasetError, match=r"The README of .* declares no list of objects"):
+        find(tmp_path, CacheConfig(caption_strategy="metadata"))
+
+
+def test_a_readme_that_declares_nothing_divides_nothing_and_nothing_is_printed(tmp_path, capfd, caplog):
+    lay(tmp_path, "all")
+    (tmp_path / "README.md").write_text("# About these pictures", encoding="utf-8")
+    assert ours(tmp_path, "train") == ["a.csv", "sub/b.csv"]
+    assert "".join(capfd.readouterr()) + caplog.text == ""
 
 
 def test_a_slice_has_the_rows_that_datasets_cuts():

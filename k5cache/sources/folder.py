@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import stat
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -263,8 +264,10 @@ def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
         return f"missing caption {name}{image.hint}"
     try:
         # An encode with nothing to do reads 10,000 of them: pathlib, a buffer or a BOM codec would double its time.
-        with open(image.text, "rb", buffering=0) as file:  # noqa: PTH123
-            data = file.readall()
+        with open(image.text, "rb", buffering=0, opener=_open_at_once) as file:
+            data = file.readall() or b""
+            if not data and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return f"caption {name} is not a file"
     except OSError as error:
         return error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # also how UTF-32 begins
@@ -280,8 +283,13 @@ def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
     return from_lines(text)
 
 
-def _file_id(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _file_id(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _printable(path: str) -> str:

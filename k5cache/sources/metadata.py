@@ -91,6 +91,8 @@ def _split_of(source: Path, config: CacheConfig) -> _Split:
     names = tuple(split_names(config.split))
     card = read_card(source)
     configs = (card.to_dict().get("configs") or []) if card is not None else []
+    if not isinstance(configs, list) or not all(isinstance(declared, dict) for declared in configs):
+        raise DatasetError(f"The README of {source} declares no list of objects", "Repair its field `configs`")
     if not any(declared.get("data_files") for declared in configs):
         return _Split(names, None)
     every = [file.relative_to(source).as_posix() for file in folder.files(source)]

@@ -69,13 +69,12 @@ def read_card(folder: Path) -> Any | None:
         return None
     import yaml
     from huggingface_hub import DatasetCard, DatasetCardData
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     try:
-        card: Any = (
-            DatasetCard(readme.read_text(encoding="utf-8", errors="replace")).data
-            if readme.is_file()
-            else DatasetCardData()
-        )
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        # Of a README that declares nothing, the library would print a remark.
+        card: Any = DatasetCard(text).data if REGEX_YAML_BLOCK.search(text) else DatasetCardData()
         declared = yaml.safe_load(plain.read_text(encoding="utf-8")) if plain.is_file() else None
         return DatasetCardData(**{**card.to_dict(), **declared}) if declared else card
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:

@@ -168,18 +168,22 @@ def _load_saved(folder: Path, config: CacheConfig) -> Table:
         folders = dict.fromkeys(wanted, folder)
     pieces = {}
     for split, saved in folders.items():
-        files = [saved / entry["filename"] for entry in _read(saved / "state.json", "_data_files")]
+        files = [saved / name for name in _read(saved / "state.json", "_data_files", "filename")]
         pieces[split] = _open_files(folder.name, files, [(folder, file.parent) for file in files], config)
     return _cut(folder.name, pieces, config, folder)
 
 
-def _read(file: Path, field: str) -> list[Any]:
+def _read(file: Path, field: str, of_each: str = "") -> list[str]:
+    """A list of texts in a file of JSON; or of each object in it, one text."""
     try:
-        values: list[Any] = json.loads(file.read_text(encoding="utf-8"))[field]
+        values = json.loads(file.read_text(encoding="utf-8"))[field]
+        texts: list[str] = [value[of_each] for value in values] if of_each else values
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DatasetError(f"{file} cannot be read: {reason}", "Save the dataset again with save_to_disk") from None
-    return values
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DatasetError(f"{file} has no names in {field}", "Save the dataset again with save_to_disk")
+    return texts
 
 
 def _open_files(
