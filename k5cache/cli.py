@@ -32,5 +32,5 @@ app.add_typer(prompts.prompts, name="prompts")
 
 
 def main() -> None:
-    """Entry point of ``k5cache``."""
+    """Run the command that was typed."""
     console.run(app)

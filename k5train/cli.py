@@ -33,7 +33,7 @@ app.add_typer(base.base, name="base")
 
 
 def main() -> None:
-    """Entry point of ``k5train``."""
+    """Run the command that was typed."""
     # With this, freed memory is joined again, so torch reserves what the plan says. torch reads it when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     console.run(app)

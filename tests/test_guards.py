@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 MOST_LINES = 400
 
 FLOORS = {
-    "k5train": ("cli", "commands", "exact", "bench", "training", "data", "objective", "pictures", "forward", "planning",
-                "adapter runs", "base options"),
-    "k5cache": ("cli", "commands", "exact", "upkeep", "bench", "encode", "encoders sources", "store", "options",
-                "buckets", "shared"),
+    "k5train": ("__main__", "cli", "commands", "exact", "bench", "training", "data", "objective", "pictures", "forward",
+                "planning", "adapter runs", "base options"),
+    "k5cache": ("__main__", "cli", "commands", "exact", "upkeep", "bench", "encode", "encoders sources", "store",
+                "options", "buckets", "shared"),
 }  # fmt: skip
 """The rooms of each package from the top floor down; each imports only from floors below its own."""
 SHARED = {"shared", "store", "buckets", "options"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
 import signal
+import sys
 import time
+import tomllib
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -233,3 +236,23 @@ def test_an_interrupt_that_python_drops_in_a_finalizer_comes_again():
 def test_what_is_said_first_stays():
     with pytest.raises(KeyboardInterrupt, match="inner"), interrupt.saying("outer"), interrupt.saying("inner"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("package", ["k5cache", "k5train"])
+def test_a_signal_during_the_imports_of_a_command_line_is_answered(package, monkeypatch, capsys):
+    class Interrupted:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    main = importlib.import_module(f"{package}.__main__").main
+    monkeypatch.setitem(sys.modules, f"{package}.cli", Interrupted())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Stopped\n"
+
+
+def test_both_commands_begin_where_ctrl_c_is_answered():
+    document = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert document["project"]["scripts"] == {"k5cache": "k5cache.__main__:main", "k5train": "k5train.__main__:main"}

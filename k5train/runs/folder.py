@@ -118,7 +118,7 @@ def check_new(root: Path) -> None:
             f"The name of the run folder {root} has more than {MOST_NAME_BYTES} bytes", "Choose a shorter one with -o"
         )
     if outputs.kind_of(root) == "run":
-        raise RunError(f"{root} already holds a run", "Give another folder with -o, or another --set train.name=NAME")
+        raise RunError(f"{root} already holds a run", "Give another folder with -o")
     outputs.check_writable(root)
 
 

@@ -1,0 +1,20 @@
+"""Where does ``k5cache`` begin? Ctrl-C is answered from here on, also during the imports of the command line."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of ``k5cache`` and of ``python -m k5cache``."""
+    try:
+        from k5cache.cli import main as run_command_line
+
+        run_command_line()
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
