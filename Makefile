@@ -1,5 +1,5 @@
-# make demo | make test | make test-slow | make test-all | make test-gpu | make check. Everything lands in .venv; nothing
-# outside this folder is touched.
+# make demo | make test | make test-slow | make test-gpu | make check. Everything lands in .venv; nothing outside
+# this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-all test-gpu check install clean
+.PHONY: demo test test-slow test-gpu check install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,17 +25,16 @@ install: $(VENV)/.installed
 demo: install
 	@$(BIN)/python pipelines/demo/demo.py
 
+# What is tested. CI gives others, to make in full what make test makes a few of. Trials that take minutes are marked long
+# and made by hand: pytest -m long.
+MARKS = not slow and not long
+
 test: install check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m '$(MARKS)'
 
 # The trials that test makes a few of, in full: kills at random instants, training on k5-micro, compilation.
 test-slow: install
 	$(BIN)/python -m pytest -n 2 -m slow
-
-# Both at once, as CI runs them, without the trials of a few that the slow ones make in full. (Trials that take minutes are
-# marked long and made by hand: pytest -m long.)
-test-all: install
-	$(BIN)/python -m pytest -n 2 -m 'not few and not long'
 
 test-gpu: install
 	$(BIN)/python -m pytest tests/gpu
