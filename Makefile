@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 # Bytecode is written when a module is first imported. To compile all of the packages here would take a minute, and few of
 # their modules are ever imported.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+# A file's tests run in one process, so that what they share is made once; in the order of names, which ends with short ones.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-gpu check install clean
+.PHONY: demo test tests test-slow test-gpu check install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,12 +31,15 @@ demo: install
 # and made by hand: pytest -m long.
 MARKS = not slow and not long
 
-test: install check
-	$(BIN)/python -m pytest -n 2 -m '$(MARKS)'
+test: install
+	@$(MAKE) --no-print-directory -j 2 check tests
+
+tests: install
+	$(BIN)/python -m pytest $(TWO) -m '$(MARKS)'
 
 # The trials that test makes a few of, in full: kills at random instants, training on k5-micro, compilation.
 test-slow: install
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest $(TWO) -m slow
 
 test-gpu: install
 	$(BIN)/python -m pytest tests/gpu

@@ -14,6 +14,8 @@ from filelock import FileLock
 
 # Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nobody pulls the plug here, and a disk takes milliseconds for each of ten thousand calls. Tests of fsync replace it.
+os.fsync = lambda descriptor: None
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests import it from the checkout
 
 Once = Callable[[str, Callable[[Path], object]], Path]

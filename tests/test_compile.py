@@ -96,6 +96,8 @@ INT8 = PLAIN._replace(int8_dynamic=True)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Without vector instructions g++ takes half of the time. How kernels compute is not the question here.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
     monkeypatch.setattr(levels, "run_block", one_linear)  # generating code for a whole block takes a minute
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (16, 8), dtype=torch.int8, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,24 +128,20 @@ def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_ine
         go_on(tmp_path / "run", deterministic=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"activations": "all"}, 'train.memory.activations: "auto", now "all"'),
-        ({"execution": "diffusers"}, 'train.memory.execution: "eager", now "diffusers"'),
-        ({"enable_group_offload": True}, "train.memory.enable_group_offload: false, now true"),
-    ],
-)
-def test_what_would_make_another_plan_is_refused_by_the_name_of_its_field(
-    tmp_path, cache, toy_model, free, change, named
-):
+def test_what_would_make_another_plan_is_refused_by_the_name_of_its_field(tmp_path, cache, toy_model, free):
     free(PLENTY)
     start_run(tmp_path / "run", cache, toy_model, EXACT)
-    changed = replace(EXACT.memory, **change)
-    with pytest.raises(RunError) as caught:
-        go_on(tmp_path / "run", steps=4, memory=changed)
-    assert named in caught.value.problem
-    go_on(tmp_path / "run", steps=4, memory=changed, deterministic=False)
+    for option, value, named in (
+        ("activations", "all", 'train.memory.activations: "auto", now "all"'),
+        ("execution", "diffusers", 'train.memory.execution: "eager", now "diffusers"'),
+        ("enable_group_offload", True, "train.memory.enable_group_offload: false, now true"),
+    ):
+        shutil.copytree(tmp_path / "run", tmp_path / option)
+        changed = replace(EXACT.memory, **{option: value})
+        with pytest.raises(RunError) as caught:
+            go_on(tmp_path / option, steps=4, memory=changed)
+        assert named in caught.value.problem
+        go_on(tmp_path / option, steps=4, memory=changed, deterministic=False)
 
 
 def test_the_vram_to_plan_for_may_change_and_the_plan_does_not(tmp_path, cache, toy_model, plans):
