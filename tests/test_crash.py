@@ -44,7 +44,7 @@ def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_o
     assert kill_encodes(toy_model, tmp_path, num_kills, monkeypatch) == num_kills
 
 
-SMALL = {"mean": TensorSpec("float16", (2, 2, 16))}
+SMALL = {"mean": TensorSpec("float16", (2, 2, 16)), "std": TensorSpec("float16", (2, 2, 16))}
 
 
 def read_everything(root: Path) -> None:
@@ -62,7 +62,8 @@ def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_t
         for first in range(0, 1000, 200):
             with ShardWriter(tmp_path, "latents", SMALL, (16, 16)) as writer:
                 for i in range(first, first + 200):
-                    writer.append({"key": f"l-{i}", "mean": torch.full((2, 2, 16), 1 + i % 7).half()})
+                    values = torch.full((2, 2, 16), 1 + i % 7).half()
+                    writer.append({"key": f"l-{i}", "mean": values, "std": values})
                 shards.append(writer.finish())
         for first in range(0, 400, 200):
             with ShardWriter(tmp_path, "text", TEXT) as writer:
