@@ -145,7 +145,7 @@ def test_the_store_needs_no_torch_to_be_imported():
 
 
 def test_a_trial_of_a_few_is_also_made_in_full():
-    """CI leaves out what is marked ``few``, because it runs what is marked ``slow``."""
+    """What is marked ``few`` can be left out where what is marked ``slow`` runs."""
     trials = 0
     for path in files("tests/test_*.py"):
         for node in ast.walk(tree_of(path)):

@@ -51,11 +51,12 @@ class Stop(Exception):
 
 @pytest.fixture
 def crash_at(monkeypatch):
-    """``crash_at(n)``: update n raises before it changes anything."""
+    """``crash_at(n)``: update n raises before it changes anything. Ctrl-C comes before it, since updates defer it."""
 
     def arrange(number: int, error: BaseException | None = None) -> None:
         seen = 0
-        update = step.update
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        update = loop.accumulate if is_interrupt else step.update
 
         def failing(*args, **kwargs):
             nonlocal seen
@@ -64,7 +65,8 @@ def crash_at(monkeypatch):
                 raise error or Stop
             return update(*args, **kwargs)
 
-        monkeypatch.setattr("k5train.training.session.update", failing)
+        name = "k5train.training.loop.accumulate" if is_interrupt else "k5train.training.session.update"
+        monkeypatch.setattr(name, failing)
 
     return arrange
 

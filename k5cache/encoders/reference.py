@@ -131,7 +131,7 @@ def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]
             index = {name: int(name.partition(":")[2] or 0) if name != "cpu" else "cpu" for name in free}
             room = {index[name]: int(ROOM * count) for name, count in free.items()}
             options |= {"device_map": "auto", "max_memory": room, "offload_folder": spill}
-        with handed_over(folder, "text_encoder") as only, no_progress_bar():
+        with handed_over(folder, "text_encoder", Path(spill)) as only, no_progress_bar():
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 only, local_files_only=True, trust_remote_code=False, **options
             )

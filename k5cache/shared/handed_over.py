@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from k5cache.shared.checkpoint import read_config
@@ -25,8 +25,11 @@ from k5cache.shared.part_files import (
 
 
 @contextmanager
-def handed_over(folder: Path, part: str) -> Iterator[Path]:
+def handed_over(folder: Path, part: str, inside: Path | None = None) -> Iterator[Path]:
     """``with handed_over(folder, "vae") as only: AutoencoderKL.from_pretrained(only)``.
+
+    Args:
+        inside: a folder of the caller in which the links stay after the block, for a library that opens files later.
 
     Yields:
         a temporary folder of links to the config and to the weights or vocabulary of the part. What is mapped from it
@@ -35,7 +38,11 @@ def handed_over(folder: Path, part: str) -> Iterator[Path]:
     Raises:
         ModelError: a file is missing, or the library cannot load the part; in its own words.
     """
-    with tempfile.TemporaryDirectory(prefix="k5-") as temporary:
+    with ExitStack() as stack:
+        if inside is None:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="k5-"))
+        else:
+            temporary = tempfile.mkdtemp(prefix="k5-", dir=inside)
         only = Path(temporary)
         _link(folder, part, only)
         try:
