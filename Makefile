@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Bytecode is written when a module is first imported. To compile all of the packages here would take a minute, and few of
-# their modules are ever imported.
+# Bytecode is written when a module is first imported, also where the environment forbids it: without any, imports take
+# three times as long, in every process. To compile all of the packages would take a minute, and few of their modules are
+# ever imported.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 # A file's tests run in one process, so that what they share is made once; in the order of names, which ends with short ones.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
