@@ -29,8 +29,8 @@ install: $(VENV)/.installed
 demo: install
 	@$(BIN)/python pipelines/demo/demo.py
 
-# What is tested. With MARKS='not few and not long' it is everything once, the slow trials in place of the few of their kind.
-# Trials that take minutes are marked long: pytest -m long.
+# What is tested. CI gives other marks: everything once, the slow trials in place of the few of their kind. Full counts that
+# take minutes are marked long: pytest -m long.
 MARKS = not slow and not long
 
 test: install

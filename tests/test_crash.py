@@ -36,7 +36,12 @@ from tests.workshop import Workshop
 
 
 @pytest.mark.parametrize(
-    "num_kills", [pytest.param(6, marks=pytest.mark.few), pytest.param(50, marks=pytest.mark.slow)]
+    "num_kills",
+    [
+        pytest.param(6, marks=pytest.mark.few),
+        pytest.param(20, marks=pytest.mark.slow),
+        pytest.param(50, marks=pytest.mark.long),
+    ],
 )
 def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_one(
     tmp_path, toy_model, num_kills, monkeypatch

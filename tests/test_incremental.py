@@ -83,9 +83,7 @@ def test_an_unchanged_folder_writes_nothing_and_loads_nothing(three, loaded):
     assert three.files() == before
 
 
-@pytest.mark.parametrize(
-    "num_images", [pytest.param(500, marks=pytest.mark.few), pytest.param(10_000, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("num_images", [500, pytest.param(10_000, marks=pytest.mark.long)])
 def test_unchanged_images_need_no_heavy_library_and_no_write(tmp_path, toy_model, num_images):
     shop = Workshop(tmp_path, toy_model)
     first = shop.put("00000.png", "a cat")

@@ -74,7 +74,7 @@ def use_state(root: Path) -> None:
     check_metrics(root / "metrics.jsonl", saved.progress.metrics)
 
 
-@pytest.mark.parametrize("count", [pytest.param(60, marks=pytest.mark.few), pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_every_flipped_bit_of_a_state_is_named_before_it_is_used(run, count):
     chance = random.Random(3)
     newest = run / "state" / "step-000006"
@@ -91,7 +91,7 @@ def test_every_flipped_bit_of_a_state_is_named_before_it_is_used(run, count):
     use_state(run)  # all bits are back
 
 
-@pytest.mark.parametrize("count", [pytest.param(40, marks=pytest.mark.few), pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.long)])
 def test_every_flipped_bit_of_a_saved_lora_is_named_before_it_is_used(run, count):
     chance = random.Random(4)
     loras = [*Run(run).checkpoints().values(), Run(run).lora, Run(run).ema]
