@@ -23,8 +23,9 @@ from k5train.options.optimizer import OptimConfig
 from k5train.options.removed import LORA, MEMORY, OBJECTIVE, without_removed
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import largest_sizes, plan_training
-from k5train.runs.folder import Run, create_run, open_run, read_saved_recipe
+from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.metrics import read_metrics
+from k5train.runs.recipe import read_recipe
 from k5train.training.base import load_base
 from k5train.training.held_out_loss import split_off
 from k5train.training.train import train
@@ -214,7 +215,7 @@ def test_a_run_of_before_they_went_opens_and_still_refuses_them_as_overrides(tmp
     recipe.write_text(recipe.read_text().replace("[train.memory]\n", with_both_values))
     assert "leaf_level" in recipe.read_text()
     assert open_run(run.root)[2] == PLAIN
-    document = read_saved_recipe(run.root, ["train.memory.group_offload_type=leaf_level"])
+    document = read_recipe(run.root, ["train.memory.group_offload_type=leaf_level"])
     with pytest.raises(RecipeError, match="group_offload_type does not exist"):
         parse({"train": document["train"]}, {"train": TrainConfig})
 

@@ -30,7 +30,8 @@ from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
-from k5train.runs.folder import check_new, create_run, open_run, write_recipe
+from k5train.runs.folder import check_new, create_run, open_run
+from k5train.runs.recipe import write_recipe
 from k5train.training.start import resume, start
 from tests.cli import Cli
 from tests.store_samples import make_cache

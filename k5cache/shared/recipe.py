@@ -66,11 +66,11 @@ def read_toml(path: Path, fix: str) -> tuple[dict[str, Any], Path, str]:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", fix) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8: {error}", "Save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOML's own errors, a number of 10,000 digits, 10,000 brackets
         raise RecipeError(f"{path} is not valid TOML: {error}", _about_backslashes(text, error) or fix) from error
 
 
-def _about_backslashes(text: str, error: tomllib.TOMLDecodeError) -> str:
+def _about_backslashes(text: str, error: Exception) -> str:
     """What to do about a Windows path in double quotes, if that is what the error is about; else empty."""
     number = re.search(r"at line (\d+)", str(error))
     lines = text.split("\n")
@@ -119,7 +119,7 @@ def to_toml(document: Mapping[str, Any]) -> str:
         scalars = {k: v for k, v in table.items() if not _is_table(v)}
         if name and (scalars or not table):
             lines.append(f"[{name}]")
-        lines.extend(f"{key} = {_toml_value(value)}" for key, value in scalars.items())
+        lines.extend(f"{key} = {toml_value(value)}" for key, value in scalars.items())
         if scalars or (name and not table):
             lines.append("")
         for key, value in table.items():
@@ -129,7 +129,7 @@ def to_toml(document: Mapping[str, Any]) -> str:
             elif _is_table(value):
                 for entry in value:
                     lines.append(f"[[{inner}]]")
-                    lines.extend(f"{k} = {_toml_value(v)}" for k, v in entry.items())
+                    lines.extend(f"{k} = {toml_value(v)}" for k, v in entry.items())
                     lines.append("")
 
     emit(document, "")
@@ -142,13 +142,14 @@ def _is_table(value: Any) -> bool:
     )
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """One value in one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return f"[{', '.join(_toml_value(v) for v in value)}]"
+        return f"[{', '.join(toml_value(v) for v in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(k)} = {_toml_value(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{json.dumps(k)} = {toml_value(v)}' for k, v in value.items())}}}"
     # A JSON string is a TOML basic string, except that TOML also forbids a bare DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
 
@@ -168,7 +169,7 @@ def set_option(document: Document, override: str, option: str = "--set") -> None
         raise RecipeError(f"{option} {override} is not table.key=value", f"Write it like {option} train.steps=500")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     document.give(name, value, f"{option} {override}")
 
@@ -316,7 +317,7 @@ def _document(schema: type[Any], name: str, lines: list[str]) -> None:
             continue
         plain = list(value) if isinstance(value, tuple) else value
         lines += [f"# {help_line}" for help_line in textwrap.wrap(helps.get(option.name, ""), 110)]
-        lines.append(f"# {option.name} =" if value is None else f"{option.name} = {_toml_value(plain)}")
+        lines.append(f"# {option.name} =" if value is None else f"{option.name} = {toml_value(plain)}")
     for key, table in inner:
         _document(table, f"{name}.{key}", lines)
 

@@ -6,9 +6,7 @@ The lock of a cache is here too, because whoever writes the manifest must have i
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from k5cache.shared.files import make_folder, new_file
 from k5cache.shared.inside import check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.outputs import HARMLESS, kind_of
+from k5cache.shared.sealed import Changed, seal, unseal
 from k5cache.store import files
 from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root
 
@@ -33,8 +32,6 @@ MAX_ROWS = 1 << 31  # of an index or a shard: row numbers are int32
 MAX_FILE_BYTES = 1 << 48
 
 ShardKind = Literal["latents", "masks", "text"]
-_BEGIN = b'{\n "sha256": "'
-_DIGITS = slice(len(_BEGIN), len(_BEGIN) + 64)
 _SOURCE = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -226,20 +223,17 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
 
 
 def encode_document(document: dict[str, Any]) -> bytes:
-    """A document as JSON that begins with its own sha256, computed with those 64 digits as zeros."""
-    document = {"sha256": "0" * 64, **{key: document[key] for key in sorted(document)}}
-    raw = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
-    return raw[: _DIGITS.start] + hashlib.sha256(raw).hexdigest().encode() + raw[_DIGITS.stop :]
+    """A sealed document with its keys in order."""
+    return seal({key: document[key] for key in sorted(document)}, allow_nan=False)
 
 
 def _parse(root: Path, raw: bytes) -> Manifest:
     path = root / FILE
-    blank = raw[: _DIGITS.start] + b"0" * 64 + raw[_DIGITS.stop :]
-    if not raw.startswith(_BEGIN) or hashlib.sha256(blank).hexdigest().encode() != raw[_DIGITS]:
-        raise files.corrupt(root, f"{path} is not the file that was written: its checksum does not match")
     try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        document = unseal(raw)
+    except Changed:
+        raise files.corrupt(root, f"{path} is not the file that was written: its checksum does not match") from None
+    except ValueError as error:
         raise CacheError(f"{path} is not JSON: {str(error)[:80]}", "Use a cache made by: k5cache encode") from None
     version = document.get("format")
     if type(version) is int and version > FORMAT:

@@ -28,11 +28,12 @@ def sample(
     from k5cache.shared.checkpoint import check_known
     from k5cache.shared.recipe import parse
     from k5train.options.train import TrainConfig
-    from k5train.runs.folder import open_run, read_saved_recipe
+    from k5train.runs.folder import open_run
+    from k5train.runs.recipe import read_recipe
     from k5train.training.more_pictures import resample
 
     opened, model_config, config, cache = open_run(run)
-    document = read_saved_recipe(opened.root, options or [])
+    document = read_recipe(opened.root, options or [])
     if prompts:
         document.give("train.validation.prompts", prompts, "--prompt")
     if seed is not None:

@@ -13,19 +13,17 @@ from pathlib import Path
 
 from k5cache.shared import console, files, outputs
 from k5cache.shared.errors import K5Error, OutputError, RunError
-from k5cache.shared.files import make_folder, write_json, write_whole
+from k5cache.shared.files import make_folder
 from k5cache.shared.inside import MOST_NAME_BYTES, check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.origins import Document
-from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml
-from k5train.options.removed import without_removed
+from k5cache.shared.recipe import parse
 from k5train.options.train import TrainConfig
+from k5train.runs.recipe import FACTS, read_facts, read_recipe, write_new
 
 # A folder is a run once it has recipe.toml, which is written last. If it has only these, a kill came before that. A
 # recipe.toml of the user, alone in a folder, is not among them.
 _BEFORE_RECIPE = re.compile(r"run\.json|checkpoints|samples|\.\d+-(recipe\.toml|run\.json)")
-_FACTS = {"cache", "versions"}  # in run.json
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _is_unfinished(root: Path) -> bool:
     if any(any(entry.iterdir()) for entry in entries if entry.name in ("checkpoints", "samples") and entry.is_dir()):
         return False
     try:
-        return all(set(json.loads(e.read_text(encoding="utf-8"))) >= _FACTS for e in entries if e.name == "run.json")
+        return all(set(json.loads(e.read_text(encoding="utf-8"))) >= {*FACTS} for e in entries if e.name == "run.json")
     except (OSError, ValueError, TypeError):
         return False
 
@@ -141,9 +139,7 @@ def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig)
     for folder in (root, root / "checkpoints", root / "samples"):
         make_folder(folder)
     names = ("kandinsky5-lora", "torch", "diffusers", "peft", "optimum-quanto")
-    facts = {"cache": str(cache), "versions": {name: version(name) for name in names}}
-    write_json(root / "run.json", facts)
-    write_recipe(root, model, config)
+    write_new(root, cache, {name: version(name) for name in names}, model, config)
     return Run(root)
 
 
@@ -179,12 +175,6 @@ def remove_leftovers(run: Run) -> None:
             console.warn(f"{leftover} was left by a killed process of another user: remove it to free its space")
 
 
-def write_recipe(root: Path, model: ModelConfig, config: TrainConfig) -> None:
-    """Write a run's recipe with every option in it."""
-    text = to_toml({"model": to_dict(model), "train": to_dict(config)})
-    write_whole(root / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
-
-
 @contextmanager
 def lock_run(run: Run) -> Iterator[None]:
     """Let no other process train this run until the end of the block.
@@ -211,39 +201,24 @@ def is_locked(run: Run) -> bool:
         return True
 
 
-def open_run(root: Path) -> tuple[Run, ModelConfig, TrainConfig, Path]:
+def open_run(root: Path, options: Sequence[str] = ()) -> tuple[Run, ModelConfig, TrainConfig, Path]:
     """An existing run, its configs and the path of its cache.
 
+    Args:
+        options: ``table.key=value``, which override its recipe.
+
     Raises:
-        RunError: ``root`` is not a run.
+        RunError: ``root`` is not a run, or its recipe was changed.
         OutputError: a link in it leads out of it.
     """
     check_inside(root)
-    recipe, facts = root / "recipe.toml", root / "run.json"
-    if not recipe.is_file() or not facts.is_file():
+    facts = read_facts(root) if (root / "run.json").is_file() else None
+    if facts is None or (facts.recipe is None and not (root / "recipe.toml").is_file()):
         raise RunError(
             f"{root} is not a run: it has no recipe.toml and run.json", "Give a folder made by `k5train run`"
         )
-    model, config = parse(read_saved_recipe(root), {"model": ModelConfig, "train": TrainConfig})
-    try:
-        cache = Path(json.loads(facts.read_text(encoding="utf-8"))["cache"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{facts} cannot be read", "Train again, or repair the file: it names the cache") from error
-    return Run(root), model, config, cache
-
-
-def read_saved_recipe(root: Path, options: Sequence[str] = ()) -> Document:
-    """The recipe in a run's folder. Options that no longer exist are left out of it: none of them ever did anything.
-
-    Args:
-        options: ``table.key=value``, which override it; an unknown option in these is still refused.
-    """
-    document = read(root / "recipe.toml", [])
-    if isinstance(document.get("train"), dict):
-        document["train"] = without_removed(document["train"])
-    for option in options:
-        set_option(document, option)
-    return document
+    model, config = parse(read_recipe(root, options), {"model": ModelConfig, "train": TrainConfig})
+    return Run(root), model, config, Path(facts.cache)
 
 
 def free_name(runs: Path, name: str) -> Path:

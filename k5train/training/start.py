@@ -15,7 +15,7 @@ from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.inside import name_problem
 from k5cache.shared.model import ModelConfig, prompt_library
 from k5cache.shared.outputs import check_writable, kind_of
-from k5cache.shared.recipe import parse, to_dict
+from k5cache.shared.recipe import to_dict
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
@@ -28,9 +28,8 @@ from k5train.runs.folder import (
     name_of,
     new_run,
     open_run,
-    read_saved_recipe,
-    write_recipe,
 )
+from k5train.runs.recipe import write_recipe
 from k5train.runs.resume_state import SavedState, differences, latest_state
 from k5train.training.identity import depends_on_the_last_step
 from k5train.training.train import Result, train
@@ -99,10 +98,8 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     Raises:
         RunError: the run is finished, was started differently, or its cache is not there.
     """
-    run, _, _, recorded_cache = open_run(root)
+    run, model, config, recorded_cache = open_run(root, options)
     check_writable(root)
-    document = read_saved_recipe(root, options)
-    model, config = parse(document, {"model": ModelConfig, "train": TrainConfig})
     if not any(option.startswith("model.") for option in options):
         asked = [f"model.path={model.source}", *([f"model.revision={model.revision}"] if model.revision else [])]
         check_known(model, root, f"If you trust it: {console.this_command(set=asked)}")
@@ -117,7 +114,7 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     if step is None and run.is_finished and saved:
         check_may_go_on(run, config, saved)
     # Written before training, so that a run that is stopped again goes on with these options.
-    accepted = partial(write_recipe, root, model, config) if options else None
+    accepted = partial(write_recipe, root, model, config)
     return train(data, model_folder(model, PARTS), config, run, accepted=accepted, step=step)
 
 
@@ -207,8 +204,10 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
         candidates = [Path("runs") / name, *Path("runs").glob(f"{name}-*")]
     candidates = [c for c in candidates if kind_of(c) == "run"]
     for candidate in sorted(candidates, key=lambda c: (c / "run.json").stat().st_mtime, reverse=True):
+        if Run(candidate).is_finished:
+            continue
         run, its_model, its_config, cache = open_run(candidate)
-        if run.is_finished or is_locked(run):
+        if is_locked(run):
             continue
         different = differences(_plain(its_model, its_config), _plain(model, config), ["train.name"])
         if not different and cache.resolve() == data.first.root.resolve():

@@ -1,0 +1,176 @@
+"""Which recipe does a run go on with? The one in ``run.json``, which has a checksum.
+
+``recipe.toml`` is for people, who read and copy it. If somebody, or a failing disk, has changed a value in it, that is
+neither obeyed nor passed over: the error names the value, and ``--set`` decides about it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k5cache.shared import console
+from k5cache.shared.errors import RecipeError, RunError
+from k5cache.shared.files import write_whole
+from k5cache.shared.model import ModelConfig
+from k5cache.shared.origins import Document
+from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml, toml_value
+from k5cache.shared.sealed import seal, unseal_if_sealed
+from k5train.options.removed import without_removed
+from k5train.options.train import TrainConfig
+from k5train.runs.resume_state import differences
+
+FILE = "run.json"
+RECIPE = "recipe.toml"
+FACTS = ("cache", "versions")
+"""All that earlier versions wrote into ``run.json``, without a checksum. Then ``recipe.toml`` is the run's recipe."""
+_MOST_NAMED = 3  # options in a command to copy
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What ``run.json`` says of a run."""
+
+    cache: str
+    versions: Mapping[str, str]
+    recipe: str | None = None
+    """As TOML. None: an earlier version started the run."""
+    before: str | None = None
+    """The recipe until now, while ``recipe.toml`` is being replaced: a kill may leave either of the two."""
+
+
+def read_facts(root: Path) -> Facts:
+    """Read ``run.json``.
+
+    Raises:
+        RunError: it has changed.
+    """
+    path = root / FILE
+    try:
+        document = unseal_if_sealed(path.read_bytes(), FACTS)
+        texts = [document["cache"], document.get("recipe", ""), document.get("before", "")]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is something else")
+        return Facts(**{"versions": {}, **document})
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is not the file that was written, so it cannot be trusted to name the run's cache and recipe",
+            f'To go on by {root / RECIPE}, write {{"cache": "PATH"}} into it, with the path of the cache',
+        ) from error
+
+
+def write_new(root: Path, cache: Path, versions: Mapping[str, str], model: ModelConfig, config: TrainConfig) -> None:
+    """Write the two files of a new run. ``recipe.toml`` is the last: with it the folder is a run."""
+    text = _text(model, config)
+    _write_facts(root, Facts(str(cache), versions, text))
+    _write_text(root, text)
+
+
+def write_recipe(root: Path, model: ModelConfig, config: TrainConfig) -> None:
+    """Make this the recipe of a run, in both files. A kill at any time leaves a run that goes on.
+
+    If nothing changes, neither does ``recipe.toml``, into which its user may have written a comment.
+    """
+    text, facts = _text(model, config), read_facts(root)
+    if facts.recipe == text and facts.before is None and (root / RECIPE).exists() and not _changes(root, text):
+        return
+    _write_facts(root, Facts(facts.cache, facts.versions, text, facts.recipe))
+    _write_text(root, text)
+    _write_facts(root, Facts(facts.cache, facts.versions, text))
+
+
+def _text(model: ModelConfig, config: TrainConfig) -> str:
+    return to_toml({"model": to_dict(model), "train": to_dict(config)})
+
+
+def _write_text(root: Path, text: str) -> None:
+    write_whole(root / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write_facts(root: Path, facts: Facts) -> None:
+    document = {name: value for name, value in vars(facts).items() if value is not None}
+    write_whole(root / FILE, lambda temporary: temporary.write_bytes(seal(document)))
+
+
+def read_recipe(root: Path, options: Sequence[str] = ()) -> Document:
+    """The recipe of a run. Options that no longer exist are left out of it: none of them ever did anything.
+
+    Args:
+        options: ``table.key=value``, which override it; an unknown option in these is still refused.
+
+    Raises:
+        RunError: ``recipe.toml`` has other values, in options that ``options`` does not set.
+        RecipeError: as ``k5cache.shared.recipe.read``.
+    """
+    facts = read_facts(root)
+    if facts.recipe is None:
+        document = read(root / RECIPE, [])
+    else:
+        document = Document(tomllib.loads(facts.recipe), root / FILE)
+        if facts.before is None or _changes(root, facts.before):
+            _check_unchanged(root, facts.recipe, options)
+    if isinstance(document.get("train"), dict):
+        document["train"] = without_removed(document["train"])
+    for option in options:
+        set_option(document, option)
+    return document
+
+
+def _check_unchanged(root: Path, text: str, options: Sequence[str]) -> None:
+    given = [option.partition("=")[0].strip() for option in options]
+    changes = _changes(root, text)
+    changed = {name: v for name, v in changes.items() if not any(f"{name}.".startswith(f"{g}.") for g in given)}
+    if not changed:
+        return
+    raise RunError(
+        f"{root / RECIPE} was changed since the run began: {'; '.join(line for line, _ in changed.values())}",
+        f"Undo that, or delete the file: {root / FILE} has the recipe too. To train on with the change: "
+        + console.command("k5train", "resume", root, set=_as_options(changed)),
+    )
+
+
+def _as_options(changed: Mapping[str, tuple[str, Any]]) -> list[str]:
+    values = {name: value for name, (_, value) in changed.items() if value is not None}
+    if len(values) < len(changed) or len(values) > _MOST_NAMED:
+        return ["TABLE.KEY=VALUE"]
+    return [f"{name}={toml_value(value)}" for name, value in values.items()]
+
+
+def _changes(root: Path, text: str) -> dict[str, tuple[str, Any]]:
+    """Name -> (a line about it, its value in ``recipe.toml``) of all in which that differs from ``text``.
+
+    Without the file nothing differs.
+
+    Raises:
+        RunError: it is not a recipe any more.
+    """
+    path = root / RECIPE
+    if not path.exists() or path.read_bytes() == text.encode():
+        return {}
+    before = _values(tomllib.loads(text))
+    try:
+        now = _values(read(path, []))
+    except RecipeError as error:
+        raise RunError(
+            f"{path} was changed since the run began: {error.problem.removeprefix(f'{path} ')}",
+            f"Undo that, or delete the file: {root / FILE} has the recipe too",
+        ) from error
+    lines = differences(before, now)
+    return {name: (line, _value(now, name)) for line in lines for name in [line.partition(": ")[0]]}
+
+
+def _values(document: dict[str, Any]) -> dict[str, Any]:
+    """Every option and its value, defaults included."""
+    if isinstance(document.get("train"), dict):
+        document["train"] = without_removed(document["train"])
+    model, config = parse(document, {"model": ModelConfig, "train": TrainConfig})
+    return {"model": to_dict(model), "train": to_dict(config)}
+
+
+def _value(values: Any, name: str) -> Any:
+    for key in name.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
