@@ -15,7 +15,7 @@ from k5cache.buckets import Bucket, Framing, bucket_table, cover
 from k5cache.encode.keys import latent_key, text_key
 from k5cache.encode.plan import Plan, Probes, Stored, Wanted, make_plan
 from k5cache.options import CacheConfig
-from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage
+from k5cache.sources.items import PictureFile, Skipped, SourceItem, UnreadableImage
 
 VAE, TEXT = {"vae": "aaaa", "resize": "bicubic"}, {"qwen": "bbbb", "max_sequence_length": 512}
 TABLE = bucket_table(1024, "native")
@@ -366,7 +366,7 @@ def plan_of(*items: SourceItem, known=(), probed=None, masks=frozenset(), **opti
     return make_plan(wanted, Stored(known, masks=masks), Probes(probe, probe_mask, str.strip))
 
 
-CAT = SourceItem("cat.jpg", 1, 2, 3, ("a cat",), MaskFile("cat.mask.png", 4, 5, 6))
+CAT = SourceItem("cat.jpg", 1, 2, 3, ("a cat",), PictureFile("cat.mask.png", 4, 5, 6))
 
 
 def test_a_flip_is_a_second_row_of_the_same_path_and_another_key():
@@ -441,5 +441,5 @@ def test_a_mask_that_comes_goes_or_is_broken_changes_its_image():
     assert (gone.changed, gone.rows[0].mask_key, gone.rows[0].mask_num_bytes) == (("cat.jpg",), None, 0)
     assert plan_of(CAT, known=gone.rows).changed == ("cat.jpg",)
     assert gone.rows[0].latent_key == before.rows[0].latent_key
-    broken = plan_of(replace(CAT, mask=MaskFile("cat.mask.png", 0, 5, 6)), known=before.rows)
+    broken = plan_of(replace(CAT, mask=PictureFile("cat.mask.png", 0, 5, 6)), known=before.rows)
     assert (broken.rows, broken.skipped) == ((), (Skipped("cat.jpg", "its mask is empty"),))

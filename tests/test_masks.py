@@ -19,7 +19,7 @@ from k5cache.cli import app
 from k5cache.options import CacheConfig
 from k5cache.sources.folder import find_items
 from k5cache.sources.images import hash_content
-from k5cache.sources.items import MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
+from k5cache.sources.items import PictureFile, Skipped, SourceItem, UnreadableImage, stat_numbers
 from k5cache.sources.masks import check, load_mask
 from tests.cli import Cli
 from tests.picture_files import png
@@ -106,7 +106,7 @@ def test_a_mask_of_another_size_than_its_image_is_not_stretched(tmp_path):
     path = mask_file(tmp_path / "m.png", white_left(16, 32, 8))
     with pytest.raises(UnreadableImage, match="is 16x32, the image 32x32"):
         load_mask(path, whole(32, 32))
-    item = SourceItem("a.png", 1, 2, 3, ("a",), MaskFile("m.png", 4, 5, 6))
+    item = SourceItem("a.png", 1, 2, 3, ("a",), PictureFile("m.png", 4, 5, 6))
     assert check(lambda name: tmp_path / name, item, 16, 32) == hash_content(path)
     with pytest.raises(UnreadableImage, match=r"its mask m\.png is 16x32, the image 32x32"):
         check(lambda name: tmp_path / name, item, 32, 32)

@@ -61,8 +61,11 @@ def is_untouched(source: Path, note: SourceNote) -> bool:
 
 
 def listing_digest(listing: find.Source) -> str:
-    """One hash over all that was listed: paths, sizes, times, inodes, raw captions, masks, and what is skipped."""
+    """One hash over all that was listed: paths, sizes, times, inodes, raw captions, masks, sources, skips."""
     sha256 = hashlib.sha256()
     for entry in (*listing.items, *listing.skipped):
         sha256.update(repr(entry).encode("utf-8", "surrogatepass"))
+    for item in listing.items:
+        if item.source:
+            sha256.update(repr(item.source).encode("utf-8", "surrogatepass"))
     return sha256.hexdigest()[:32]

@@ -12,11 +12,16 @@ from pathlib import Path
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources import folder, metadata
-from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem
+from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem, UnreadableImage
 
 _DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
 _SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|tar)$", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def without_sources(path: str) -> Content:
+    """What reads the sources where there are none."""
+    raise UnreadableImage(f"{path} is not a source")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Source:
     """Whether it is a folder of images whose captions come from their names, text files beside them or an option."""
     num_multiline: int = 0
     """Text files with several lines, each of which is a caption of its own."""
+    read_source: Callable[[str], Content] = without_sources
+    """For image-to-image, a source by its ``path`` (``SourceItem.source``). Otherwise as ``read``."""
 
 
 def find(source: Path, config: CacheConfig) -> Source:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_lines, without_source
-from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, MaskFile, Skipped, SourceItem, stat_numbers
+from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PictureFile, Skipped, SourceItem, stat_numbers
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
 CAPTION_SUFFIXES = frozenset({".caption", ".cap", ".tags"})  # of other trainers; only named
@@ -188,7 +188,7 @@ def item_of(image: ImageEntry, captions: Captions) -> SourceItem | Skipped:
     mask = _file_item(entry, path, ("a mask",))
     if isinstance(mask, Skipped):
         return Skipped(item.path, f"its mask {mask.path} {mask.reason}")
-    return replace(item, mask=MaskFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
+    return replace(item, mask=PictureFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
 
 
 def walk(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 IMAGE_SUFFIXES = frozenset(
@@ -79,8 +79,8 @@ def fitting_ns(time_ns: int) -> int:
 
 
 @dataclass(frozen=True)
-class MaskFile:
-    """A mask that a source has: which part of an image counts."""
+class PictureFile:
+    """A picture that belongs to an image: its mask, or the source that it is an edit of."""
 
     path: str
     num_bytes: int
@@ -102,7 +102,11 @@ class SourceItem:
     """The third of ``stat_numbers``: another one if the file was replaced or changed in any way."""
     captions: tuple[str, ...]
     """As written, at least one."""
-    mask: MaskFile | None = None
+    mask: PictureFile | None = None
+    """Which part of the image counts."""
+    source: PictureFile | None = field(default=None, repr=False)  # not in old caches' notes of what was listed
+    """For image-to-image: the picture before the edit, of which this image is the result. ``find.Source.read_source``
+    reads it by its ``path``. The captions are then instructions."""
 
 
 @dataclass(frozen=True)

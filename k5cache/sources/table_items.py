@@ -14,7 +14,7 @@ from typing import Any
 
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, Unusable
-from k5cache.sources.items import Content, MaskFile, Skipped, SourceItem, UnreadableImage, stat_numbers
+from k5cache.sources.items import Content, PictureFile, Skipped, SourceItem, UnreadableImage, stat_numbers
 from k5cache.sources.rows import FileRows, is_images
 from k5cache.sources.table_columns import captions_of_rows, image_column, mask_column
 from k5cache.sources.tables import Piece, Table
@@ -126,12 +126,12 @@ def _beside(piece: Piece, name: str) -> Path:
     return next((file for file in files if _stat(file) is not None), files[0])
 
 
-def _mask_beside(file: Path, path: str) -> MaskFile | None:
+def _mask_beside(file: Path, path: str) -> PictureFile | None:
     for suffix in (".mask.png", ".mask.webp"):
         mask = file.with_name(file.stem + suffix)
         stat = _stat(mask)
         if stat is not None:
-            return MaskFile(path[: -len(file.name)] + mask.name, *stat)
+            return PictureFile(path[: -len(file.name)] + mask.name, *stat)
     return None
 
 
@@ -189,7 +189,7 @@ def _listing(rows: Sequence[_Row], captions: Sequence[Captions], strays: Sequenc
         mask = None
         if row.mask is not None:
             cells[row.mask_path] = row.mask
-            mask = MaskFile(row.mask_path, *row.mask.stat)
+            mask = PictureFile(row.mask_path, *row.mask.stat)
         items.append(SourceItem(row.path, *row.image.stat, captions=tuple(of_row), mask=mask))
 
     def read(path: str) -> Content:
