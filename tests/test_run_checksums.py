@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from k5cache.shared.errors import RunError
 from k5cache.shared.sealed import seal, unseal
 from k5train.cli import app
+from k5train.pictures.saved import read_pictures, save_pictures
 from k5train.runs import written
 from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics, check_metrics, read_metrics
@@ -251,6 +254,14 @@ def test_a_lora_of_a_run_that_has_changed_is_refused_by_every_command_that_reads
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_a_damaged_list_of_checksums_is_begun_anew_with_a_warning(run, capsys):
+    flip(run / written.FILE, 100, 0)
+    go_on(run, steps=7)
+    assert "loras.json is not the file that was written: it is begun anew" in capsys.readouterr().err
+    assert check_recorded(Run(run).lora)
+    assert not check_recorded(Run(run).checkpoint(2))
+
+
 def test_a_kill_between_a_lora_and_its_checksum_leaves_a_lora_that_is_accepted(run):
     lora = Run(run).lora
     before = lora.read_bytes()
@@ -275,7 +286,36 @@ def test_a_sweep_names_a_finished_run_whose_lora_has_changed(tmp_path, cache, to
     sweep(cache, tmp_path / "sweep", model, runs)
     lora = tmp_path / "sweep" / "a" / "a.safetensors"
     flip(lora, lora.stat().st_size - 1, 3)
-    (tmp_path / "sweep" / "b" / "result.json").write_text("{", encoding="utf-8")
+    result = tmp_path / "sweep" / "b" / "result.json"
+    result.write_text(re.sub(r'"last_loss": (\d)', r'"last_loss": 1\1', result.read_text()), encoding="utf-8")
     outcomes, _ = sweep(cache, tmp_path / "sweep", model, runs)
     assert "a.safetensors is not the file that the run wrote" in outcomes[0].problem
-    assert "result.json cannot be read" in outcomes[1].problem
+    assert "result.json is not what the run wrote: remove it" in outcomes[1].problem
+    document = json.loads(result.read_text())
+    del document["sha256"]
+    result.write_text(json.dumps(document), encoding="utf-8")  # as an earlier version wrote it
+    outcomes, _ = sweep(cache, tmp_path / "sweep", model, runs)
+    assert outcomes[1].last_loss == document["last_loss"]
+
+
+def test_a_sample_picture_that_has_changed_is_left_out_of_the_grid_with_a_warning(tmp_path, capsys):
+    drawn = {"prompts": ["a", "b"], "seed": 1}
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    save_pictures(tmp_path / "new", pictures, drawn)
+    save_pictures(tmp_path / "old", pictures, drawn)  # earlier versions saved no checksums
+    (tmp_path / "old" / "drawn.json").write_text(json.dumps(drawn), encoding="utf-8")
+    for name in ("new", "old"):
+        assert [p.tobytes() for p in read_pictures(tmp_path / name, drawn)] == [p.tobytes() for p in pictures]
+        assert read_pictures(tmp_path / name, {**drawn, "seed": 2}) is None
+    assert read_pictures(tmp_path / "none", drawn) is None
+    assert capsys.readouterr().err == ""
+    chance = random.Random(5)
+    for path in [tmp_path / "new" / name for name in ("00.png", "01.png", "drawn.json")]:
+        for where in flipped(path, 20, chance):
+            assert read_pictures(tmp_path / "new", drawn) is None, where
+            assert f"{path} is not what the run drew" in capsys.readouterr().err.replace("\n", ""), where
+    for damage in (b"", b"\x89PNG\r\n\x1a\n", (tmp_path / "old" / "00.png").read_bytes()[:40]):
+        (tmp_path / "old" / "00.png").write_bytes(damage)
+        assert read_pictures(tmp_path / "old") is None
+    (tmp_path / "new" / "01.png").unlink()
+    assert read_pictures(tmp_path / "new") is None

@@ -62,5 +62,5 @@ def _owner(fd: int) -> str:
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock but has not written yet who it is
+    except (ValueError, KeyError, TypeError, RecursionError):  # it has the lock but has not written yet who it is
         return "another process"

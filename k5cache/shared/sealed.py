@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared.files import write_whole
+
 _BEGIN = b'{\n "sha256": "'
 _DIGITS = slice(len(_BEGIN), len(_BEGIN) + 64)
 _CHUNK = 1 << 20
@@ -52,6 +54,12 @@ def seal(document: Mapping[str, Any], allow_nan: bool = True) -> bytes:
     """
     raw = json.dumps({"sha256": "0" * 64, **document}, indent=1, allow_nan=allow_nan).encode() + b"\n"
     return raw[: _DIGITS.start] + hashlib.sha256(raw).hexdigest().encode() + raw[_DIGITS.stop :]
+
+
+def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a sealed file, whole or not at all."""
+    raw = seal(document)
+    write_whole(path, lambda temporary: temporary.write_bytes(raw))
 
 
 class Changed(ValueError):

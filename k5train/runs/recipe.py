@@ -18,7 +18,7 @@ from k5cache.shared.files import write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document
 from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml, toml_value
-from k5cache.shared.sealed import seal, unseal_if_sealed
+from k5cache.shared.sealed import unseal_if_sealed, write_sealed
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 from k5train.runs.resume_state import differences
@@ -92,7 +92,7 @@ def _write_text(root: Path, text: str) -> None:
 
 def _write_facts(root: Path, facts: Facts) -> None:
     document = {name: value for name, value in vars(facts).items() if value is not None}
-    write_whole(root / FILE, lambda temporary: temporary.write_bytes(seal(document)))
+    write_sealed(root / FILE, document)
 
 
 def read_recipe(root: Path, options: Sequence[str] = ()) -> Document:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from k5cache.shared import console
 from k5cache.shared.errors import RunError
-from k5cache.shared.files import write_whole
-from k5cache.shared.sealed import Digest, seal, unseal
+from k5cache.shared.sealed import Digest, unseal, write_sealed
 
 FILE = "loras.json"
 _Digests = dict[str, list[Digest]]
@@ -77,10 +77,10 @@ def _read_or_none(root: Path) -> _Digests:
     try:
         return _read(root) if (root / FILE).is_file() else {}
     except RunError:
+        console.warn(f"{root / FILE} is not the file that was written: it is begun anew, without the LoRAs until now")
         return {}
 
 
 def _write(root: Path, digests: Mapping[str, list[Digest]], new: str) -> None:
     there = {name: known for name, known in digests.items() if name == new or (root / name).is_file()}
-    raw = seal({"files": {name: [asdict(digest) for digest in known] for name, known in there.items()}})
-    write_whole(root / FILE, lambda temporary: temporary.write_bytes(raw))
+    write_sealed(root / FILE, {"files": {name: [asdict(digest) for digest in known] for name, known in there.items()}})

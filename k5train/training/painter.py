@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from rich.progress import Progress as Bars
 
-from k5cache.shared.files import make_folder, write_json, write_whole
+from k5cache.shared.files import write_whole
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
+from k5train.pictures.saved import read_pictures, save_pictures
 from k5train.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -54,17 +54,14 @@ class Painter:
         """
         transformer.eval()
         folder = self.run.samples(step) / kind.lower()
-        if step == 0 and self._is_drawn(folder):  # a sweep copies the base model's pictures here
-            pictures = self._read(folder)
-        else:
+        # A sweep copies the base model's pictures here.
+        pictures = read_pictures(folder, self.drawn) if step == 0 else None
+        if pictures is None:
             with _without_adapter(transformer) if step == 0 else nullcontext():
                 pictures = sample.draw_prompts(
                     transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
                 )
-            make_folder(folder)
-            for i, picture in enumerate(pictures):
-                write_whole(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
-            write_json(folder / "drawn.json", self.drawn)
+            save_pictures(folder, pictures, self.drawn)
         self.write_grid(step)
         ending = f" ({kind})" if kind else ""
         return {f"{prompt}{ending}": picture for prompt, picture in zip(self.prompts, pictures, strict=True)}
@@ -76,20 +73,10 @@ class Painter:
         for number in sorted(int(step) for step in steps if step.isdigit()):
             for kind in ("", "EMA"):
                 folder = self.run.samples(number) / kind.lower()
-                if number <= step and self._is_drawn(folder):
-                    label = f"step {number} {kind}".strip() if number else "base model"
-                    rows.append((label, self._read(folder)))
+                pictures = read_pictures(folder, self.drawn) if number <= step else None
+                if pictures:
+                    rows.append((f"step {number} {kind}".strip() if number else "base model", pictures))
         write_whole(self.run.grid, partial(sheet.grid(rows, self.prompts).save, format="PNG"))
-
-    def _is_drawn(self, folder: Path) -> bool:
-        """Whether these prompts were drawn in ``folder`` in this way."""
-        try:
-            return bool(json.loads((folder / "drawn.json").read_text(encoding="utf-8")) == self.drawn)
-        except (FileNotFoundError, ValueError):  # a damaged one is written again
-            return False
-
-    def _read(self, folder: Path) -> list[Image.Image]:
-        return [Image.open(folder / f"{i:02d}.png").convert("RGB") for i in range(len(self.prompts))]
 
 
 @contextmanager

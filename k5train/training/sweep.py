@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +20,12 @@ from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
 from k5cache.shared.recipe import to_dict
+from k5cache.shared.sealed import unseal_if_sealed
 from k5train.adapter.targets import RankTooHigh
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
+from k5train.pictures.saved import read_pictures
 from k5train.planning.plan import largest_sizes, plan_for, plan_training
 from k5train.planning.saved_plan import SavedPlan, read_saved_plan
 from k5train.runs.folder import Run, check_new, create_run, open_run
@@ -35,7 +36,7 @@ from k5train.training.base import Base, load_base
 from k5train.training.device import pick_device
 from k5train.training.start import PARTS, open_data
 from k5train.training.sweep_runs import SweepRun
-from k5train.training.train import train
+from k5train.training.train import Result, train
 
 SWEEP_FILE = "sweep.json"  # how each run ended; its folder is a sweep's
 GRID_FILE = "samples.png"
@@ -202,17 +203,22 @@ def _copy_base_pictures(source: Run, target: Run) -> None:
 
 
 def _steps_done(run: Run) -> int:
-    rows = read_metrics(run.metrics) if run.metrics.is_file() else []
-    return max((row["step"] for row in rows if "loss" in row), default=0)
+    with suppress(RunError):  # a damaged file, which is why the run ended
+        rows = read_metrics(run.metrics) if run.metrics.is_file() else []
+        return max((row["step"] for row in rows if "loss" in row), default=0)
+    return 0
 
 
 def _outcome(label: str, run: Run) -> Outcome:
     names = ("steps", "last_loss", "best_loss", "seconds", "seconds_to_start")
     try:
-        result = json.loads(run.result.read_text(encoding="utf-8"))
+        result = unseal_if_sealed(run.result.read_bytes(), [field.name for field in fields(Result)])
         numbers = {name: result[name] for name in names}
+        if not all(isinstance(number, int | float | None) for number in numbers.values()):
+            raise TypeError("a number is something else")
     except (ValueError, KeyError, TypeError):
-        return Outcome(label, str(run.lora), problem=f"{run.result} cannot be read: remove it to train this run again")
+        problem = f"{run.result} is not what the run wrote: remove it to train this run again"
+        return Outcome(label, str(run.lora), problem=problem)
     try:
         check_recorded(run.lora)
     except RunError as error:
@@ -226,12 +232,13 @@ def _draw_grid(out: Path, sweep_runs: Sequence[SweepRun]) -> Path | None:
     rows: list[tuple[str, list[Image.Image]]] = []
     for sweep_run in sweep_runs:
         folders = sorted((out / sweep_run.label / "samples").glob("step-*"))
-        labelled = [("base model", folders[0])] if folders and not rows and folders[0].name == "step-000000" else []
-        labelled += [(sweep_run.label, folders[-1])] if folders else []
-        for label, folder in labelled:
-            files = [folder / f"{i:02d}.png" for i in range(len(prompts))]
-            if sweep_run.config.validation.prompts == prompts and all(f.is_file() for f in files):
-                rows.append((label, [Image.open(f).convert("RGB") for f in files]))
+        if not folders or sweep_run.config.validation.prompts != prompts:
+            continue
+        labelled = [("base model", folders[0])] if not rows and folders[0].name == "step-000000" else []
+        for label, folder in [*labelled, (sweep_run.label, folders[-1])]:
+            pictures = read_pictures(folder)
+            if pictures and len(pictures) == len(prompts):
+                rows.append((label, pictures))
     if not rows or not prompts:
         return None
     target = out / GRID_FILE

@@ -11,7 +11,7 @@ from pathlib import Path
 from k5cache.shared import console, interrupt
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.disk_errors import named
-from k5cache.shared.files import write_json
+from k5cache.shared.sealed import write_sealed
 from k5train.adapter.attach import check_start
 from k5train.adapter.who_loads import call_for, compare_saved
 from k5train.base.quantize import empty_transformer
@@ -118,7 +118,7 @@ def train(
                         with interrupt.deferred():
                             result = _result(run, progress, config, ended_by, loop.ready - called)
                             names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
-                            write_json(run.result, {**asdict(result), **names})
+                            write_sealed(run.result, {**asdict(result), **names})
                         with session.settled():
                             empty, call = empty_transformer(folder), call_for(config.lora.algo)
                             compare_saved(run.lora, base.transformer, empty, call)

@@ -1,0 +1,75 @@
+"""Are a run's pictures of a step still those that it drew? ``drawn.json`` beside them has their checksums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from k5cache.shared import console
+from k5cache.shared.files import make_folder, write_whole
+from k5cache.shared.sealed import Digest, unseal_if_sealed, write_sealed
+from k5train.pictures.sample import SampleSettings
+
+FILE = "drawn.json"
+UNSEALED = ("prompts", "negative_prompt", *(field.name for field in fields(SampleSettings)))
+"""All that earlier versions wrote into it, without a checksum."""
+
+
+def save_pictures(folder: Path, pictures: Sequence[Image.Image], drawn: Mapping[str, Any]) -> None:
+    """Write pictures as ``00.png``, ``01.png`` ..., and then what they show.
+
+    Args:
+        drawn: what was drawn, and how, as JSON.
+    """
+    make_folder(folder)
+    files = {}
+    for path, picture in zip(_paths(folder, len(pictures)), pictures, strict=True):
+        write_whole(path, partial(picture.save, format="PNG"))
+        files[path.name] = asdict(Digest.of(path))
+    write_sealed(folder / FILE, {**drawn, "files": files})
+
+
+def read_pictures(folder: Path, drawn: Mapping[str, Any] | None = None) -> list[Image.Image] | None:
+    """The pictures of a folder. None if others were drawn there or none, or, after a warning, if a file has changed.
+
+    Args:
+        drawn: as it was given to ``save_pictures``. None: any.
+    """
+    try:
+        document = unseal_if_sealed((folder / FILE).read_bytes(), UNSEALED)
+        digests = {name: Digest.read(value) for name, value in document.pop("files", {}).items()}
+        names = [path.name for path in _paths(folder, len(document["prompts"]))]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        _warn(folder / FILE)
+        return None
+    if drawn is not None and document != drawn:
+        return None
+    pictures = [_read(folder / name, digests.get(name)) for name in names]
+    whole = [picture for picture in pictures if picture is not None]
+    return whole if len(whole) == len(pictures) else None
+
+
+def _read(path: Path, digest: Digest | None) -> Image.Image | None:
+    if path.is_file() and digest in (None, Digest.of(path)):
+        try:
+            return Image.open(path).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # as Pillow refuses a picture of a version without digests
+            if getattr(error, "errno", None) is not None:
+                raise
+    _warn(path)
+    return None
+
+
+def _paths(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{i:02d}.png" for i in range(count)]
+
+
+def _warn(path: Path) -> None:
+    console.warn(f"{path} is not what the run drew: the pictures of its step are left out of the grid")
