@@ -18,13 +18,15 @@ import torch
 import xxhash
 
 import k5cache
+from tests.edit_samples import make_edit_cache
 from tests.store_samples import make_cache
 
 NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "uint8": "u1"}
 
 
 def read(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], list[dict[str, np.ndarray]]]]:
-    """Yield each item's index row, latents and captions. Rows are found by the footers, without ``locations``."""
+    """Yield each item's index row, latents and captions, then, if it has them, the empty instruction and the source's
+    latents. Rows are found by the footers, without ``locations``."""
     manifest = read_manifest(root)
     shards, where = {}, {}
     for info in manifest["shards"]:
@@ -32,11 +34,14 @@ def read(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], li
         for number, key in enumerate(shard["rows"]["key"]):
             where.setdefault((info["kind"], key), (info["file"], number))
     for item in read_table(root, manifest["index"]):
+        source = [("latents", item["source_key"])] if manifest["format"] == 2 else []
+        empty = [("text", item["empty_key"])] if source and item["empty_key"] else []
         latents, *captions = (
             read_row(shards[file], number)
             for file, number in [
                 where["latents", item["latent_key"]],
                 *(where["text", key] for key in item["caption_keys"]),
+                *(where[key] for key in (*empty, *source)),
             ]
         )
         yield item, latents, captions
@@ -47,7 +52,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     assert raw.startswith(b'{\n "sha256": "')
     assert hashlib.sha256(raw[:14] + b"0" * 64 + raw[78:]).hexdigest().encode() == raw[14:78]
     manifest = json.loads(raw)
-    assert manifest["format"] == 1
+    is_i2i = manifest["recipe"]["text"].get("pipeline") == "i2i"
+    assert manifest["format"] == (2 if is_i2i else 1)
     return manifest
 
 
@@ -100,6 +106,18 @@ def test_it_reads_the_values_that_k5cache_reads(tmp_path):
         for text, caption in zip(ours["captions"], captions, strict=True):
             assert np.array_equal(bits(text.prompt_embeds), caption["prompt_embeds"])
             assert np.array_equal(bits(text.pooled), caption["pooled"])
+
+
+def test_it_reads_the_pairs_that_k5cache_reads(tmp_path):
+    manifest = make_edit_cache(tmp_path)
+    assert [edit["text_key"] for edit in read_manifest(tmp_path)["edits"]] == [manifest.edits[0].text_key]
+    for ours, (item, _, rest) in zip(k5cache.open(tmp_path), read(tmp_path), strict=True):
+        texts = [*ours["captions"], *([ours["empty"]] if item["empty_key"] else [])]
+        *read_texts, source = rest
+        assert [text.caption for text in texts] == (["a cat", ""] if item["empty_key"] else ["a cat"])
+        for text, caption in zip(texts, read_texts, strict=True):
+            assert np.array_equal(bits(text.prompt_embeds), caption["prompt_embeds"])
+        assert all(np.array_equal(bits(ours["source"][name]), source[name]) for name in ("mean", "std"))
 
 
 @pytest.mark.parametrize("kind", ["latents/*.parquet", "text/*.parquet", "index-*.parquet", "manifest.json"])

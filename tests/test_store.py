@@ -86,7 +86,7 @@ def test_an_item_is_a_dict_of_tensors_and_what_is_known_of_its_image(tmp_path: P
     cache = k5cache.open(str(tmp_path))
     item = cache[-1]
     assert len(cache) == 4
-    assert sorted(item) == ["bucket", "captions", "mask", "mean", "path", "row", "std"]
+    assert sorted(item) == ["bucket", "captions", "empty", "mask", "mean", "path", "row", "source", "std"]
     assert item["mask"] is None
     assert (item["path"], item["bucket"]) == ("sub/é 3.png", (64, 64))
     assert [caption.caption for caption in item["captions"]] == ["a dög\nruns", "a cat"]
@@ -159,7 +159,7 @@ def test_an_index_that_names_a_row_no_shard_holds_is_not_written(tmp_path: Path)
 def test_the_index_keeps_every_field_of_every_row(tmp_path: Path) -> None:
     manifest = make_cache(tmp_path)
     assert manifest.index is not None
-    rows = index_rows(read_index(tmp_path, manifest.index))
+    rows = index_rows(read_index(tmp_path, manifest.index, 1))
     assert [replace(row, caption_lengths=()) for row in rows[:3]] == [index_row(0), index_row(1), index_row(2)]
 
 

@@ -350,8 +350,8 @@ def test_a_newer_format_asks_for_an_upgrade_and_an_unknown_key_does_not(tmp_path
     make_cache(tmp_path)
     sign(tmp_path, lambda document: document.update(remark="from a later version", format=1))
     read_everything(tmp_path)
-    sign(tmp_path, lambda document: document.update(format=2))
-    with pytest.raises(CacheError, match="has cache format 2; this k5cache reads up to 1") as caught:
+    sign(tmp_path, lambda document: document.update(format=3))
+    with pytest.raises(CacheError, match="has cache format 3; this k5cache reads up to 2") as caught:
         open_cache(tmp_path)
     assert "pip install -U" in caught.value.fix
 

@@ -17,7 +17,7 @@ from k5cache.encode.sink import Append
 from k5cache.encoders.memory_plan import SECONDS_AT_RISK
 from k5cache.shared import interrupt
 from k5cache.shared.errors import CacheError
-from k5cache.store.index import SCHEMA as INDEX_SCHEMA
+from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
@@ -99,7 +99,7 @@ class Committer:
             before.index
             and before.locations
             and before == self.manifest
-            and _same(rows, index_rows(read_index(self.root, before.index)))
+            and _same(rows, index_rows(read_index(self.root, before.index, before.format)))
         ):
             return False
         self.manifest = with_index(self.root, replace(self.manifest, created_by=versions), rows)
@@ -119,7 +119,7 @@ def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, .
     damaged = {shard.file for shard in manifest.shards if verify_shard(root, shard)}
     intact = tuple(shard for shard in manifest.shards if shard.file not in damaged)
     manifest = replace(manifest, shards=intact)
-    if not _is_whole(root, manifest.index, INDEX_SCHEMA):
+    if not _is_whole(root, manifest.index, INDEX_SCHEMAS[manifest.format]):
         damaged.add(manifest.index.file if manifest.index else "")
         manifest = replace(manifest, index=None)
     if not _is_whole(root, manifest.locations, LOCATIONS_SCHEMA):

@@ -13,6 +13,11 @@ from k5cache.options import CacheConfig
 from k5cache.sources.items import Content
 
 
+def no_sources(path: str) -> Content:
+    """What reads the sources of a job that has none."""
+    raise LookupError(f"{path}: this job has no sources")
+
+
 @dataclass(frozen=True)
 class Job:
     """What an encode needs to know all the way through."""
@@ -28,6 +33,8 @@ class Job:
     bars: Progress
     vram: int | None = None
     """Bytes of VRAM to plan for; None plans for what is free."""
+    read_source: Callable[[str], Content] = no_sources
+    """A source, the picture that is edited, by its path. Only for image-to-image."""
 
     @contextmanager
     def progress_bar(self, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:

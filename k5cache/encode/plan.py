@@ -79,6 +79,20 @@ class LatentJob:
     geometry: Geometry
     content_hash: str = ""
     """Of the bytes that ``key`` stands for: what is encoded must be these."""
+    is_source: bool = False
+    """``path`` is that of a source, the picture that is edited: ``Job.read_source`` reads it."""
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """The source that Qwen sees together with an instruction."""
+
+    path: str
+    """``Job.read_source`` reads it."""
+    content_hash: str
+    """Of its bytes: what is encoded must be these."""
+    geometry: Geometry
+    """Of the crop that the VAE sees. Qwen sees that crop too, or with ``source_view = "whole"`` the whole picture."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class TextJob:
     key: str
     caption: str
     """Cleaned."""
+    source: SourceView | None = None
+    """Only for image-to-image, where every caption is an instruction for a source."""
 
 
 @dataclass(frozen=True)

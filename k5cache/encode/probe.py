@@ -23,7 +23,7 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
     manifest, listing = request.manifest, request.listing
     texts_differ = any(difference.table == "text" for difference in request.differences)
     stored = Stored(
-        rows=index_rows(read_index(request.root, manifest.index)) if manifest.index else (),
+        rows=index_rows(read_index(request.root, manifest.index, manifest.format)) if manifest.index else (),
         latents=committer.keys("latents"),
         texts=committer.keys("text"),
         masks=committer.keys("masks"),

@@ -49,6 +49,20 @@ class IndexRow:
     """``n_tokens`` of each caption. ``with_index`` fills it in."""
     captions_hash: str = ""
     """Of the raw captions. The encoder compares it to see whether ``caption_keys`` are still right."""
+    source_path: str | None = None
+    """Of the source, the picture that is edited: a path as ``path``, in the folder of sources if there is one. This
+    and all that follow are only in caches for image-to-image."""
+    source_hash: str | None = None
+    source_num_bytes: int = 0
+    source_mtime_ns: int = 0
+    source_inode: int = 0
+    source_width: int = 0
+    """Of the source in pixels, after EXIF rotation. Its crop follows from this and the image's own crop."""
+    source_height: int = 0
+    source_key: str | None = None
+    """Key of the source's latents."""
+    empty_key: str | None = None
+    """Text key of the empty instruction with this source; None if the cache has no empty instructions."""
 
 
 _TYPES: dict[str, tuple[pa.DataType, bool]] = {
@@ -60,10 +74,21 @@ _TYPES: dict[str, tuple[pa.DataType, bool]] = {
     "flipped": (pa.bool_(), False),
     "caption_keys": (pa.list_(pa.field("element", pa.string(), nullable=False)), False),
     "caption_lengths": (pa.list_(pa.field("element", pa.int32(), nullable=False)), False),
-    "mask_key": (pa.string(), True),
-    "mask_hash": (pa.string(), True),
+    **{name: (pa.int64(), False) for name in ("source_num_bytes", "source_mtime_ns")},
+    "source_inode": (pa.uint64(), False),
+    **{name: (pa.string(), True) for name in ("mask_key", "mask_hash")},
+    **{name: (pa.string(), True) for name in ("source_path", "source_hash", "source_key", "empty_key")},
 }
-SCHEMA = pa.schema([pa.field(f.name, *_TYPES[f.name]) for f in fields(IndexRow)])
+_OF_SOURCES = tuple(f.name for f in fields(IndexRow) if f.name.startswith("source_") or f.name == "empty_key")
+
+
+def _schema(*without: str) -> pa.Schema:
+    return pa.schema([pa.field(f.name, *_TYPES[f.name]) for f in fields(IndexRow) if f.name not in without])
+
+
+SCHEMA = _schema(*_OF_SOURCES)
+SCHEMAS = {1: SCHEMA, 2: _schema()}
+"""The columns by the cache's format."""
 _LISTS = ("caption_keys", "caption_lengths")
 
 
@@ -80,26 +105,29 @@ def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Mani
     info = locations.write_locations(root, manifest.shards, generation, manifest.locations)
     table = locations.Locations(root, info, manifest.shards)
     lengths = table.text_lengths()
-    table.check_latents(key for row in rows for key in (row.latent_key, row.mask_key) if key)
+    table.check_latents(key for row in rows for key in (row.latent_key, row.mask_key, row.source_key) if key)
+    for key in (row.empty_key for row in rows if row.empty_key):
+        lengths[key]  # raises
     with_lengths = [replace(row, caption_lengths=tuple(lengths[key] for key in row.caption_keys)) for row in rows]
-    return replace(manifest, index=write_index(root, with_lengths, generation), locations=info)
+    return replace(manifest, index=write_index(root, with_lengths, generation, manifest.format), locations=info)
 
 
-def write_index(root: Path, rows: Sequence[IndexRow], generation: int) -> IndexInfo:
+def write_index(root: Path, rows: Sequence[IndexRow], generation: int, format: int) -> IndexInfo:
     """Write ``index-<generation>.parquet``. An encode calls ``with_index``, which also writes the locations."""
-    columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(IndexRow)}
-    table = pa.Table.from_pydict(columns, schema=SCHEMA.with_metadata({TABLE_KEYS["index"]: '{"format": 1}'}))
+    schema = SCHEMAS[format].with_metadata({TABLE_KEYS["index"]: f'{{"format": {format}}}'})
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    table = pa.Table.from_pydict(columns, schema=schema)
     return tables.write_table(root, table, f"index-{generation:06d}.parquet")
 
 
-def read_index(root: Path, info: IndexInfo) -> pa.Table:
-    """The whole index, checked against its sha256. Its columns are the fields of ``IndexRow``.
+def read_index(root: Path, info: IndexInfo, format: int) -> pa.Table:
+    """The whole index of a cache of this format, checked against its sha256. Its columns are fields of ``IndexRow``.
 
     Raises:
         CacheCorrupt: the file is missing or its bytes are not the bytes that were written.
         CacheError: it is not an index.
     """
-    return tables.read_table(tables.open_table(root, info, SCHEMA))
+    return tables.read_table(tables.open_table(root, info, SCHEMAS[format]))
 
 
 def index_rows(table: pa.Table) -> list[IndexRow]:

@@ -13,27 +13,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from k5cache.shared.command_line import command
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import make_folder, new_file
 from k5cache.shared.inside import check_inside
+from k5cache.shared.kind import KINDS, Kind, kind_of_recipe
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.outputs import HARMLESS, kind_of
 from k5cache.shared.sealed import Changed, seal, unseal
-from k5cache.store import files
+from k5cache.store import files, values
 from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root
 
-FORMAT = 1
+FORMATS: dict[Kind, int] = {"t2i": 1, "i2i": 2}
+"""A cache for text-to-image is still of format 1, byte for byte."""
 MAX_BYTES = 1 << 28  # 256 MiB, about 800,000 shards
 MAX_ROWS = 1 << 31  # of an index or a shard: row numbers are int32
 MAX_FILE_BYTES = 1 << 48
+MAX_SIDE = 1 << 31
 
 ShardKind = Literal["latents", "masks", "text"]
 _SOURCE = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,26 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A pair to draw that is no item: a source and an instruction. Only caches for image-to-image have any."""
+
+    source: str
+    """The path of the source, as its user wrote it."""
+    source_hash: str
+    """Content hash of the source's bytes."""
+    prompt: str
+    """Raw: the instruction as its user wrote it."""
+    text_key: str
+    empty_key: str | None
+    """Text key of the empty instruction with this source; None if the cache has no empty instructions."""
+    source_key: str
+    """Of the source's latents."""
+    width: int
+    """Of the bucket, in pixels, as ``height``."""
+    height: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a cache is made of."""
 
@@ -105,14 +127,25 @@ class Manifest:
     locations: IndexInfo | None = None
     """Which shard has each row. Without it a reader reads the footer of every shard."""
     prompts: dict[str, str] = field(default_factory=dict)
-    """Raw prompt -> text key. A finished encode always has the empty prompt."""
+    """Raw prompt -> text key. A finished encode for text-to-image always has the empty prompt, others have none."""
     created_by: dict[str, str] = field(default_factory=dict)
     """Package -> version."""
     source: SourceNote = SourceNote()
     """What the encoder compares to see whether the source has changed. Readers do not use it."""
     left_out: LeftOut = LeftOut()
     """What the encoder could not use. Readers do not use it."""
-    format: int = FORMAT
+    edits: tuple[Edit, ...] = ()
+    """Pairs to draw. Only for image-to-image."""
+
+    @property
+    def kind(self) -> Kind:
+        """For what it was encoded: text-to-image or image-to-image."""
+        return kind_of_recipe(self.recipe)
+
+    @property
+    def format(self) -> int:
+        """Of the files: it follows from ``kind``."""
+        return FORMATS[self.kind]
 
     @property
     def tables(self) -> set[str]:
@@ -160,7 +193,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     The caller has the lock, and every file that the manifest names is on disk. A file that no manifest named stays: it
     may be a stranger's, or ``k5cache gc`` finds out that it is ours.
     """
-    raw = encode_document(asdict(manifest) | {"source": str(manifest.source)})
+    raw = encode_document(_document(manifest))
     _parse(root, raw)  # never write what a reader would refuse
     named = manifest.tables
     is_replaced = any(TABLE_FILE.fullmatch(path.name) and path.name not in named for path in root.iterdir())
@@ -227,6 +260,14 @@ def encode_document(document: dict[str, Any]) -> bytes:
     return seal({key: document[key] for key in sorted(document)}, allow_nan=False)
 
 
+def _document(manifest: Manifest) -> dict[str, Any]:
+    """The JSON document of a manifest."""
+    document = asdict(manifest) | {"source": str(manifest.source), "format": manifest.format}
+    if manifest.kind == "t2i":
+        del document["edits"]  # format 1 has none
+    return document
+
+
 def _parse(root: Path, raw: bytes) -> Manifest:
     path = root / FILE
     try:
@@ -236,9 +277,10 @@ def _parse(root: Path, raw: bytes) -> Manifest:
     except ValueError as error:
         raise CacheError(f"{path} is not JSON: {str(error)[:80]}", "Use a cache made by: k5cache encode") from None
     version = document.get("format")
-    if type(version) is int and version > FORMAT:
+    newest = max(FORMATS.values())
+    if type(version) is int and version > newest:
         raise CacheError(
-            f"{root} has cache format {version}; this k5cache reads up to {FORMAT}",
+            f"{root} has cache format {version}; this k5cache reads up to {newest}",
             "Upgrade: pip install -U kandinsky5-lora",
         )
     try:
@@ -255,103 +297,90 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     Raises:
         ValueError: a value is not what the format allows.
     """
-    if type(document.get("format")) is not int or document["format"] != FORMAT:
-        _wrong("format", document.get("format"))
-    recipe = document.get("recipe")
-    if not isinstance(recipe, dict):
-        _wrong("recipe", recipe)
+    recipe = values.mapping(document.get("recipe"), "recipe")
     for name in ("model", "text", "latents", "selection"):
-        if not isinstance(recipe.get(name, {}), dict):
-            _wrong(f"recipe.{name}", recipe[name])
-    if not isinstance(document.get("shards"), list):
-        _wrong("shards", document.get("shards"))
-    shards = tuple(_shard(value) for value in document["shards"])
+        values.mapping(recipe.get(name, {}), f"recipe.{name}")
+    pipeline = recipe.get("text", {}).get("pipeline", "t2i")
+    if pipeline not in KINDS:
+        values.wrong("recipe.text.pipeline", pipeline)
+    version = document.get("format")
+    if type(version) is not int or version != FORMATS[kind_of_recipe(recipe)]:
+        values.wrong("format", version)
+    shards = tuple(_shard(value) for value in values.items(document, "shards"))
     if len({shard.file for shard in shards}) != len(shards):
         raise ValueError("it names a shard twice")
     return Manifest(
-        recipe=document["recipe"],
+        recipe=recipe,
         shards=shards,
         index=_table(document.get("index"), "index-"),
         locations=_table(document.get("locations"), "locations-"),
-        prompts=_strings(document, "prompts"),
-        created_by=_strings(document, "created_by"),
-        source=SourceNote.parse(_match({"source": "", **document}, "source", _SOURCE)),
+        prompts=values.strings(document, "prompts"),
+        created_by=values.strings(document, "created_by"),
+        source=SourceNote.parse(values.match({"source": "", **document}, "source", _SOURCE)),
         left_out=_left_out(document.get("left_out", {})),
+        edits=tuple(_edit(value) for value in values.items(document, "edits")) if version > 1 else (),
     )
 
 
-def _shard(value: object) -> ShardInfo:
-    if not isinstance(value, dict):
-        _wrong("shard", value)
+def _shard(document: object) -> ShardInfo:
+    value = values.mapping(document, "shard")
     bucket = value.get("bucket")
     kind = value.get("kind")
     if kind not in ("latents", "masks", "text"):
-        _wrong("kind", kind)
-    file = _match(value, "file", SHARD_FILE)
+        values.wrong("kind", kind)
+    file = values.match(value, "file", SHARD_FILE)
     if kind == "text":
         expected = "text/"
         if bucket is not None:
-            _wrong("bucket", bucket)
+            values.wrong("bucket", bucket)
     else:
         if not (isinstance(bucket, list) and len(bucket) == 2 and all(type(v) is int and v > 0 for v in bucket)):
-            _wrong("bucket", bucket)
+            values.wrong("bucket", bucket)
         expected = f"{kind}/{bucket[0]}x{bucket[1]}-"
     if not file.startswith(expected):
         raise ValueError(f"file {file!r} does not fit its kind and bucket")
     return ShardInfo(
         file=file,
         kind=kind,
-        num_rows=_count(value, "num_rows", MAX_ROWS),
-        num_bytes=_count(value, "num_bytes", MAX_FILE_BYTES),
-        sha256=_match(value, "sha256", _SHA256),
-        footer_sha256=_match(value, "footer_sha256", _SHA256),
+        num_rows=values.count(value, "num_rows", MAX_ROWS),
+        num_bytes=values.count(value, "num_bytes", MAX_FILE_BYTES),
+        sha256=values.match(value, "sha256", values.SHA256),
+        footer_sha256=values.match(value, "footer_sha256", values.SHA256),
         bucket=(bucket[0], bucket[1]) if bucket else None,
     )
 
 
-def _left_out(value: object) -> LeftOut:
-    if not isinstance(value, dict):
-        _wrong("left_out", value)
-    value = {"skipped": [], "failed": {}, "decoders": "", **value}
+def _edit(document: object) -> Edit:
+    value = values.mapping(document, "edit")
+    empty_key = None if value.get("empty_key") is None else values.string(value, "empty_key")
+    return Edit(
+        source=values.string(value, "source"),
+        source_hash=values.string(value, "source_hash"),
+        prompt=values.string(value, "prompt"),
+        text_key=values.string(value, "text_key"),
+        empty_key=empty_key,
+        source_key=values.string(value, "source_key"),
+        width=values.count(value, "width", MAX_SIDE),
+        height=values.count(value, "height", MAX_SIDE),
+    )
+
+
+def _left_out(document: object) -> LeftOut:
+    value = {"skipped": [], "failed": {}, "decoders": "", **values.mapping(document, "left_out")}
     skipped = value["skipped"]
     is_pairs = isinstance(skipped, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in skipped)
     if not is_pairs or not all(isinstance(text, str) for text in (value["decoders"], *itertools.chain(*skipped))):
-        _wrong("left_out", value)
-    return LeftOut(tuple((path, reason) for path, reason in skipped), _strings(value, "failed"), value["decoders"])
+        values.wrong("left_out", value)
+    failed = values.strings(value, "failed")
+    return LeftOut(tuple((path, reason) for path, reason in skipped), failed, value["decoders"])
 
 
-def _table(value: object, prefix: str) -> IndexInfo | None:
-    if value is None:
+def _table(document: object, prefix: str) -> IndexInfo | None:
+    if document is None:
         return None
-    if not isinstance(value, dict):
-        _wrong(prefix, value)
-    file = _match(value, "file", TABLE_FILE)
+    value = values.mapping(document, prefix)
+    file = values.match(value, "file", TABLE_FILE)
     if not file.startswith(prefix):
-        _wrong("file", file)
-    rows, size = _count(value, "num_rows", MAX_ROWS), _count(value, "num_bytes", MAX_FILE_BYTES)
-    return IndexInfo(file, rows, size, _match(value, "sha256", _SHA256))
-
-
-def _strings(document: dict[str, Any], key: str) -> dict[str, str]:
-    value = document.get(key)
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        _wrong(key, value)
-    return value
-
-
-def _match(value: dict[str, Any], key: str, pattern: re.Pattern[str]) -> str:
-    text = value.get(key)
-    if not isinstance(text, str) or not pattern.fullmatch(text):
-        _wrong(key, text)
-    return text
-
-
-def _count(value: dict[str, Any], key: str, limit: int) -> int:
-    count = value.get(key)
-    if type(count) is not int or not 0 <= count < limit:
-        _wrong(key, count)
-    return count
-
-
-def _wrong(key: str, value: object) -> NoReturn:
-    raise ValueError(f"{key} is {repr(value)[:80]}")
+        values.wrong("file", file)
+    rows, size = values.count(value, "num_rows", MAX_ROWS), values.count(value, "num_bytes", MAX_FILE_BYTES)
+    return IndexInfo(file, rows, size, values.match(value, "sha256", values.SHA256))

@@ -27,10 +27,11 @@ import pyarrow as pa
 
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheCorrupt, CacheError
+from k5cache.shared.kind import Kind
 from k5cache.store import files, tables
-from k5cache.store.index import SCHEMA, IndexRow, row_of
+from k5cache.store.index import SCHEMAS, IndexRow, row_of
 from k5cache.store.locations import Locations
-from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, read_manifest
+from k5cache.store.manifest import Edit, Manifest, ShardInfo, ShardKind, read_manifest
 from k5cache.store.shards import Shard, StoredRow
 
 if TYPE_CHECKING:
@@ -70,11 +71,16 @@ class Cache:
                 f"Run the same command again, and it continues: {command('k5cache', 'encode', 'SOURCE', '-o', root)}",
             )
         self.root, self.manifest, self._pin_memory = root, manifest, pin_memory
-        self._index_file = tables.open_table(root, manifest.index, SCHEMA)
+        self._index_file = tables.open_table(root, manifest.index, SCHEMAS[manifest.format])
         self._num_items = manifest.index.num_rows
         self._locations = Locations(root, manifest.locations, manifest.shards)
         self._open: OrderedDict[str, Shard] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def kind(self) -> Kind:
+        """For what it was encoded: ``t2i``, text-to-image, or ``i2i``, image-to-image."""
+        return self.manifest.kind
 
     def __len__(self) -> int:
         return self._num_items
@@ -86,7 +92,8 @@ class Cache:
             ``mean`` and, unless the posterior is "mean", ``std``: ``[H/8, W/8, 16]`` float16, not multiplied by the
             VAE's ``scaling_factor``; ``captions``: a tuple of one or more ``TextRow``; ``mask``: ``[H/8, W/8]`` float32
             from 0 to 1, or None; ``path`` of the image; ``bucket``: (width, height) in pixels; ``row``: the
-            ``IndexRow``.
+            ``IndexRow``. In a cache for image-to-image also ``source``, a dict with the source's ``mean`` and ``std``,
+            and ``empty``, the ``TextRow`` of the empty instruction with this source, or None; both are None in others.
 
         Raises:
             IndexError: there is no such item.
@@ -100,6 +107,8 @@ class Cache:
             "path": row.path,
             "bucket": (row.bucket_width, row.bucket_height),
             "row": row,
+            "source": self.latents(row.source_key) if row.source_key else None,
+            "empty": self.text(row.empty_key) if row.empty_key else None,
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -152,19 +161,36 @@ class Cache:
         return TextRow(key, prompt_embeds, pooled, row.n_tokens or 0, row.caption or "")
 
     def prompt(self, raw: str) -> TextRow:
-        """The embeddings of a prompt, given as the user wrote it.
+        """The embeddings of a prompt, given as the user wrote it. A cache for image-to-image has none: see ``edit``.
 
         Raises:
             CacheError: the prompt was not encoded; says how to add it.
         """
         if raw not in self.manifest.prompts:
-            shown = raw if len(raw) <= 80 else raw[:77] + "..."
-            words = ("--", raw) if raw.startswith("-") else (raw,)
-            raise CacheError(
-                f"{self.root} does not hold the prompt {shown!r}",
-                f"Add it: {command('k5cache', 'prompts', 'add', self.root, *words)}",
-            )
+            source = ("--source", "PICTURE") if self.kind == "i2i" else ()
+            raise CacheError(f"{self.root} does not hold the prompt {_shown(raw)}", self._how_to_add(raw, *source))
         return self.text(self.manifest.prompts[raw])
+
+    def edit(self, source_hash: str, prompt: str, source: str = "PICTURE") -> Edit:
+        """The keys of a pair to draw: a source, by the content hash of its bytes, and a raw instruction.
+
+        Args:
+            source: the path of the source, for the message.
+
+        Raises:
+            CacheError: the pair was not encoded; says how to add it.
+        """
+        for edit in self.manifest.edits:
+            if (edit.source_hash, edit.prompt) == (source_hash, prompt):
+                return edit
+        raise CacheError(
+            f"{self.root} does not hold the instruction {_shown(prompt)} for the picture {source}",
+            self._how_to_add(prompt, "--source", source),
+        )
+
+    def _how_to_add(self, prompt: str, *options: str) -> str:
+        words = ("--", prompt) if prompt.startswith("-") else (prompt,)
+        return f"Add it: {command('k5cache', 'prompts', 'add', self.root, *options, *words)}"
 
     def text_lengths(self) -> dict[str, int]:
         """Text key -> ``n_tokens`` for all captions and prompts. No tensor is read."""
@@ -173,7 +199,7 @@ class Cache:
     @cached_property
     def _columns(self) -> dict[str, Callable[[int], Any]]:
         """Each column as a function from a row's number to its value. Columns of numbers are not copied."""
-        return {name: _getter(self.index.column(name).chunk(0)) for name in SCHEMA.names}
+        return {name: _getter(self.index.column(name).chunk(0)) for name in self.index.column_names}
 
     def _read(self, kind: ShardKind, key: str) -> StoredRow:
         location = self._locations.find(kind, key)
@@ -193,6 +219,10 @@ class Cache:
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return shard
+
+
+def _shown(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
 
 
 def _getter(array: pa.Array) -> Callable[[int], Any]:

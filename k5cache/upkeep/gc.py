@@ -69,7 +69,7 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
 
 def _read_rows(root: Path, manifest: Manifest) -> list[IndexRow]:
     require_files(root, manifest)
-    return list(index_rows(read_index(root, manifest.index))) if manifest.index else []
+    return list(index_rows(read_index(root, manifest.index, manifest.format))) if manifest.index else []
 
 
 def _needed_keys(manifest: Manifest, rows: Sequence[IndexRow]) -> dict[str, set[str]]:

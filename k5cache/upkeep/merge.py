@@ -101,7 +101,7 @@ def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[l
     rows: dict[tuple[str, bool], tuple[IndexRow, Path]] = {}
     duplicates: dict[str, None] = {}
     for root, manifest in zip(parts, manifests, strict=True):
-        for row in index_rows(read_index(root, finished_index(root, manifest))):
+        for row in index_rows(read_index(root, finished_index(root, manifest), manifest.format)):
             first_row, first_root = rows.setdefault((row.path, row.flipped), (row, root))
             if first_root is root:
                 continue

@@ -74,7 +74,7 @@ def add_prompts(
                 raise refuse_model(root, model.source, differing, fix)
             job = Job(Path, root, folder, config, pick_device(device), bars)
             truncated = encode_texts(job, committer, list(text_jobs.values()))
-        rows = index_rows(read_index(root, index))
+        rows = index_rows(read_index(root, index, manifest.format))
         committer.index(rows, keys, manifest.recipe, manifest.created_by, manifest.source, manifest.left_out)
     encoded = tuple(raw for raw, key in keys.items() if key in text_jobs)
     return Added(encoded, tuple(raw for raw in keys if raw not in encoded), truncated)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.shared.errors import CacheError
 from k5cache.store import tables
-from k5cache.store.index import SCHEMA as INDEX_SCHEMA
+from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import Locations, file_names, locate
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
@@ -96,7 +96,7 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{root} holds no finished index: its encode was interrupted"
         return
     try:
-        rows = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMA)).to_pylist()
+        rows = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMAS[manifest.format])).to_pylist()
         locations = Locations(root, manifest.locations, manifest.shards)
         lengths = locations.text_lengths()
     except CacheError as error:
