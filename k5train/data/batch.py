@@ -27,6 +27,9 @@ class Group:
     """``[B, L, 3584]`` in the dtype of the cache."""
     pooled_projections: Tensor
     """``[B, 768]``."""
+    condition: Tensor | None = None
+    """``[B, 1, H/8, W/8, 17]`` float32: the scaled latents of the source that is edited, and the mask channel. None:
+    pictures are made from captions alone."""
     text_lengths: tuple[int, ...] | None = None
     """The length of each caption, if ``prompt_embeds`` is padded at the end; the forward pass masks the padding. None:
     all have length L."""

@@ -1,7 +1,7 @@
 """What velocity does the transformer predict? diffusers' own blocks, run one by one by policies that are arguments.
 
 ``predict_velocity`` computes bit for bit what ``Kandinsky5Transformer3DModel`` computes when ``Kandinsky5T2IPipeline``
-calls it; ``tests/test_parity_step.py`` compares them.
+or ``Kandinsky5I2IPipeline`` calls it; ``tests/test_parity_step.py`` and ``tests/test_parity_edit.py`` compare them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def predict_velocity(
     prompt_embeds: Tensor,
     pooled_projections: Tensor,
     *,
+    condition: Tensor | None = None,
     text_lengths: Sequence[int] | None = None,
     routes: Sequence[routing.Route] = (),
     gradient_checkpointing: bool = False,
@@ -55,11 +56,13 @@ def predict_velocity(
 
     Args:
         transformer: from ``load_transformer`` or from diffusers, with or without an adapter.
-        latents: ``[B, 1, H, W, C]`` noisy latents, H and W even (pixels / 8); I2I appends its conditioning channels.
+        latents: ``[B, 1, H, W, 16]`` noisy latents, H and W even (pixels / 8).
         sigma: ``[B]`` float32 in [0, 1].
         prompt_embeds: ``[B, L, D]``. The transformer has no text mask and would attend to padding. So either all
             captions of the batch have L tokens, or ``text_lengths`` has the length of each.
         pooled_projections: ``[B, 768]``.
+        condition: ``[B, 1, H, W, 17]``: the source's latents and the mask channel, which a transformer that edits
+            images sees behind the noisy latents. None: the transformer makes pictures from captions alone.
         text_lengths: tokens of each caption. The rest of ``prompt_embeds`` is padding and is masked out of every
             attention (``masked.py``): policies then get blocks that have the mask. None: every caption has L tokens.
         routes: TREAD's routes, in training only: which visual tokens go through which blocks.
@@ -74,6 +77,7 @@ def predict_velocity(
         ValueError: the shapes do not fit together, positions are beyond the RoPE tables, or lengths do not fit.
     """
     _check_shapes(transformer, latents, sigma, prompt_embeds, pooled_projections)
+    _check_channels(transformer, latents, condition)
     text_blocks: Sequence[Any] = transformer.text_transformer_blocks
     visual_blocks: Sequence[Any] = transformer.visual_transformer_blocks
     if text_lengths is not None and set(text_lengths) != {prompt_embeds.shape[1]}:
@@ -93,7 +97,7 @@ def predict_velocity(
     text = transformer.text_embeddings(prompt_embeds.to(dtype))
     time = transformer.time_embeddings((1000 * sigma).to(dtype))  # the pipeline too casts scheduler timesteps
     time = time + transformer.pooled_text_embeddings(pooled_projections.to(dtype))
-    visual = transformer.visual_embeddings(latents.to(dtype))
+    visual = transformer.visual_embeddings(_with_condition(latents, condition, dtype))
 
     grid = visual.shape[:-1]  # (B, 1, H/2, W/2)
     rope = rotary(transformer, text.shape[1], tuple(grid[1:]), visual.device)
@@ -166,6 +170,27 @@ def rotary(
             text = transformer.text_rope_embeddings(torch.arange(num_tokens, device=device)).unsqueeze(0)
         known[shape] = Rotary(text, visual)
     return known[shape]
+
+
+def _with_condition(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``Kandinsky5I2IPipeline.prepare_latents``: the noisy latents, then the source's, then the mask channel."""
+    return latents.to(dtype) if condition is None else torch.cat([latents.to(dtype), condition.to(dtype)], dim=-1)
+
+
+def _check_channels(
+    transformer: Kandinsky5Transformer3DModel, latents: Tensor, condition: Tensor | None
+) -> None:  # fmt: skip
+    """Refuse a condition that the transformer does not take, or the lack of one that it needs."""
+    wanted: int = transformer.config.in_visual_dim
+    own = latents.shape[-1]
+    of_condition = None if condition is None else tuple(condition.shape)
+    expected = (*latents.shape[:-1], wanted + 1) if transformer.visual_cond else None
+    if own != wanted or of_condition != expected:
+        raise ValueError(
+            f"the transformer takes {wanted} channels of latents and "
+            f"{'no condition' if expected is None else f'a condition {list(expected)}'}, found {own} channels and "
+            f"{'no condition' if of_condition is None else f'a condition {list(of_condition)}'}"
+        )
 
 
 def _check_shapes(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 Predict = Callable[..., Tensor]
-"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. Padded captions add ``text_lengths=``, and TREAD
-``routes=``."""
+"""Noisy latents, sigma, prompt_embeds, pooled_projections -> velocity. A source that is edited adds ``condition=``,
+padded captions add ``text_lengths=``, and TREAD adds ``routes=``."""
 ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
 
 
@@ -39,6 +39,8 @@ def train_step(
         noisy = flow.add_noise(group.latents, group.noise, group.sigma)
         target = flow.velocity_target(group.latents, group.noise)
     extra: dict[str, Any] = {} if group.text_lengths is None else {"text_lengths": group.text_lengths}
+    if group.condition is not None:
+        extra["condition"] = group.condition
     if group.routes:
         extra["routes"] = group.routes
     velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **extra)
@@ -51,7 +53,11 @@ def _own_input(predict: Predict, group: Group, cost: rollout.Cost) -> tuple[Tens
 
     def predict_rows(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         lengths = group.text_lengths
-        extra = {} if lengths is None else {"text_lengths": tuple(lengths[i] for i in rows.tolist())}
+        extra: dict[str, Any] = {}
+        if lengths is not None:
+            extra["text_lengths"] = tuple(lengths[i] for i in rows.tolist())
+        if group.condition is not None:
+            extra["condition"] = group.condition[rows]
         return predict(noisy, sigma, group.prompt_embeds[rows], group.pooled_projections[rows], **extra)
 
     return rollout.roll(predict_rows, group.latents, group.noise, group.path, cost)
