@@ -76,6 +76,14 @@ def toy_model(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy_edit_model(once: Once) -> Path:
+    """The same for image-to-image, with an image processor's config in ``tokenizer/``, seed 0."""
+    from pipelines.demo.make_checkpoint import make
+
+    return once("toy_edit_model", lambda folder: make(folder, is_i2i=True))
+
+
+@pytest.fixture(scope="session")
 def toy_cache(toy_model: Path, once: Once) -> Callable[[str], Path]:
     """``toy_cache("bf16")`` or ``toy_cache("fp32")``: ``parity.make_cache``, the encoders in that precision."""
     from tests.parity import make_cache

@@ -126,14 +126,6 @@ def test_a_misspelt_key_and_a_wrong_type_are_named_before_anything_is_loaded(cli
     refused(cli(cache_app, "encode", "set", "--recipe", "absent.toml"), "There is no recipe absent.toml")
 
 
-@pytest.mark.parametrize("command", ["encode", "plan", "diff"])
-def test_a_model_that_edits_images_is_refused_before_it_is_downloaded(cli, command):
-    picture(cli.folder / "set" / "a.png")
-    done = cli(cache_app, command, "set", "--set", "model.flavour=i2i-lite-sft")
-    refused(done, "edits images (I2I)", "t2i-lite-sft")
-    assert not (cli.folder / "cache").exists()
-
-
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
 def test_a_model_folder_that_lacks_a_part(cli, toy_model, part):
     picture(cli.folder / "set" / "a.png")

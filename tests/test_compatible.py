@@ -62,7 +62,16 @@ def test_other_weights_of_the_same_architecture_are_refused_and_named(tmp_path, 
     assert "--update" in caught.value.fix
 
 
-def test_a_cache_of_captions_alone_is_refused_by_a_model_that_edits_images(tmp_path, toy_model, recipe):
-    recipe["model"]["flavour"] = "i2i-lite-sft"
-    with pytest.raises(CacheStale, match=r"was encoded for i2i-lite-sft.*captions alone"):
-        check_encoders(Recorded(recipe), folder_with(tmp_path, toy_model, "transformer"))
+def test_a_cache_of_one_kind_is_refused_by_a_transformer_of_the_other(tmp_path, toy_model, toy_edit_model, recipe):
+    texts = "was encoded for text-to-image (T2I), and the transformer in", "is for image-to-image (I2I)"
+    edits = "was encoded for image-to-image (I2I), and the transformer in", "is for text-to-image (T2I)"
+    for model, pipeline, words, again in (
+        (toy_edit_model, {}, texts, "k5cache encode SOURCE --sources SOURCES -o OTHER --model"),
+        (toy_model, {"pipeline": "i2i"}, edits, "k5cache encode SOURCE -o OTHER --model"),
+    ):
+        recipe["text"].update(pipeline)
+        with pytest.raises(CacheStale) as caught:
+            check_encoders(Recorded(recipe), model)
+        assert all(text in caught.value.problem for text in words)
+        assert again in caught.value.fix
+        assert "kandinskylab/theirs" in caught.value.fix

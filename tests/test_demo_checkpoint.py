@@ -210,3 +210,20 @@ def test_the_demo_recipe_is_read_by_both_stages():
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
     model, cache, train = parse(read(recipe, []), schemas)
     assert (model.path, cache.resolution, len(train.validation.prompts)) == ("pipelines/demo/k5-micro", 128, 6)
+
+
+def test_the_toy_that_edits_pictures_loads_in_diffusers_own_pipeline_and_its_processor_without_torchvision(
+    toy_edit_model,
+):
+    from diffusers import Kandinsky5I2IPipeline
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    pipe = Kandinsky5I2IPipeline.from_pretrained(toy_edit_model, local_files_only=True)
+    assert pipe.transformer.config.visual_cond
+    # patches of 2x2 with 16 noisy channels, 16 of the source and a mask
+    assert pipe.transformer.visual_embeddings.in_layer.in_features == 4 * 33
+    assert hasattr(pipe.text_encoder.model, "visual")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(toy_edit_model / "tokenizer")
+    assert (processor.patch_size, processor.merge_size, processor.temporal_patch_size) == (14, 2, 2)
+    prefix = pipe.prompt_template.split("{}")[0]
+    assert len(pipe.tokenizer(prefix)["input_ids"]) == 49  # and 54 are cut, here as with the published vocabulary

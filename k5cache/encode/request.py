@@ -17,6 +17,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_without_weights, model_folder, read_config
 from k5cache.shared.errors import CacheError, ModelError
+from k5cache.shared.kind import kind_of_model
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
@@ -97,6 +98,11 @@ def build_recipe(
                 raise
             return assumed.get(table, {}).get(part, "not downloaded")
 
+    if kind_of_model(model, folder) == "i2i":
+        raise ModelError(
+            f"The model in {folder} edits pictures (I2I), and this version cannot encode for it yet",
+            'Use a text-to-image model: model.flavour = "t2i-lite-sft" or "t2i-lite-pretrain"',
+        )
     template = prompt_template()
     vae = read_config(folder, "vae")
     return {

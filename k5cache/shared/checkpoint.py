@@ -26,8 +26,8 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     """The local folder of a checkpoint, with ``parts`` (``transformer``, ``vae``, ...) in it.
 
     Raises:
-        ModelError: there is no such folder or repository, the hub cannot be reached, a file is missing, the parts do
-            not belong together, or the model edits images.
+        ModelError: there is no such folder or repository, the hub cannot be reached, a file is missing, or the
+            parts do not belong together.
     """
     folder = _local_folder(model) or _from_hub(model.source, model.revision, parts)
     _check(folder, parts)

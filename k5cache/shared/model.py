@@ -34,11 +34,6 @@ class ModelConfig:
     def check(self) -> list[str]:
         """What cannot be a model."""
         problems = [] if self.path is None else path_problems("path", self.path)
-        if self.flavour.startswith("i2i"):
-            problems.append(
-                f'flavour = "{self.flavour}" edits images (I2I), and only text-to-image is supported so far: set '
-                '"t2i-lite-sft" or "t2i-lite-pretrain"'
-            )
         if self.revision is not None and not self.revision.strip():
             problems.append("revision is empty: give a branch, tag or commit, or leave it out")
         return problems

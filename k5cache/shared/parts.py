@@ -20,15 +20,9 @@ def check_parts(folder: object, configs: Mapping[str, Config]) -> None:
             ``text_encoder_2``.
 
     Raises:
-        ModelError: it edits images, or parts are of another model or do not fit each other. All problems are named.
+        ModelError: parts are of another model or do not fit each other. All problems are named.
     """
     transformer = configs.get("transformer", {})
-    if transformer.get("visual_cond"):
-        raise ModelError(
-            f"The model in {folder} edits images (I2I: transformer/config.json has visual_cond), "
-            "and only text-to-image is supported so far",
-            'Use a text-to-image model: model.flavour = "t2i-lite-sft" or "t2i-lite-pretrain"',
-        )
     problems = [*_transformer(transformer), *_vae(configs.get("vae", {}), transformer), *_widths(configs)]
     if problems:
         raise ModelError(
@@ -44,6 +38,8 @@ def _transformer(config: Config) -> list[str]:
         return [f"its transformer is a {name}"]
     if list(config.get("patch_size", (1, 2, 2))) != [1, 2, 2]:
         problems.append(f"its transformer has patches of {config['patch_size']}, not [1, 2, 2]")
+    if config.get("visual_cond") not in (None, False, True):
+        problems.append(f"its transformer has visual_cond {config['visual_cond']!r}, not true or false")
     return problems
 
 

@@ -10,6 +10,7 @@ from k5cache.shared.checkpoint import ENCODER_PARTS, read_config
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.fingerprint import fingerprint
+from k5cache.shared.kind import LONG_NAMES, Kind, kind_of_recipe
 from k5cache.shared.model import model_name
 from k5train.data.template import check_template
 
@@ -35,12 +36,7 @@ def check_encoders(cache: Cache, folder: Path) -> None:
         CacheStale: names each part that differs.
     """
     recipe = cache.manifest.recipe
-    flavour = str(recipe.get("model", {}).get("flavour", ""))
-    if flavour.startswith("i2i"):  # no version of ours has made one
-        raise CacheStale(
-            f"{cache.root} was encoded for {flavour}, and the transformer in {folder} takes captions alone (T2I)",
-            "Encode for a text-to-image model: k5cache encode SOURCE -o OTHER",
-        )
+    _check_kind(cache, folder)
     different = [
         f"{_REASONS[part]} (part {part})"
         for part in ENCODER_PARTS
@@ -51,6 +47,21 @@ def check_encoders(cache: Cache, folder: Path) -> None:
         raise CacheStale(
             f"{cache.root} does not belong to the model in {folder}: {'; '.join(different)}",
             f"Train with the model that encoded it ({model_name(recipe)}), or encode with this one: {again}",
+        )
+
+
+def _check_kind(cache: Cache, folder: Path) -> None:
+    """Refuse a cache for image-to-image with a transformer for text-to-image, and the reverse."""
+    encoded = kind_of_recipe(cache.manifest.recipe)
+    takes: Kind = "i2i" if read_config(folder, "transformer").get("visual_cond") else "t2i"
+    if encoded != takes:
+        sources = ("--sources", "SOURCES") if takes == "i2i" else ()
+        again = command("k5cache", "encode", "SOURCE", *sources, "-o", "OTHER", model=folder)
+        raise CacheStale(
+            f"{cache.root} was encoded for {LONG_NAMES[encoded]}, and the transformer in {folder} is for "
+            f"{LONG_NAMES[takes]}",
+            f"Train with the model that encoded it ({model_name(cache.manifest.recipe)}), or encode for this one: "
+            f"{again}",
         )
 
 

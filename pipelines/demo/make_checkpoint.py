@@ -1,15 +1,18 @@
 """What do tests and selftests run on? A complete Kandinsky 5 Image at toy size, made from a seed with the real classes.
 
     python pipelines/demo/make_checkpoint.py build/toy
+    python pipelines/demo/make_checkpoint.py build/toy_edit --i2i
 
-The folder has the layout of the published checkpoints, so ``Kandinsky5T2IPipeline.from_pretrained`` loads it. Two
-things differ from them besides size: the weights are random, and ``tokenizer/`` holds the tokenizer alone, because the
-published one is a ``Qwen2VLProcessor``, which needs torchvision.
+The folder has the layout of the published checkpoints, so ``Kandinsky5T2IPipeline.from_pretrained`` loads it, or
+``Kandinsky5I2IPipeline.from_pretrained`` with ``--i2i``. Two things differ from them besides size: the weights are
+random, and ``tokenizer/`` holds the tokenizer alone (with ``--i2i`` also the config of the image processor), because
+the published one is a ``Qwen2VLProcessor``, which needs torchvision.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2IPipeline,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
 )
@@ -47,17 +51,33 @@ QWEN_ADDED = [
     *("<|repo_name|>", "<|file_sep|>"),
 ]
 
+IMAGE_PROCESSOR = {  # preprocessor_config.json of Qwen2.5-VL
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
 
-def make(folder: Path, seed: int = 0) -> None:
+
+def make(folder: Path, seed: int = 0, is_i2i: bool = False) -> None:
     """Write the checkpoint: transformer and text encoders in bfloat16, the VAE in float32, about 10 MB in 1 second.
 
     The same seed gives the same bytes. torch's global generator does not change.
+
+    Args:
+        is_i2i: it edits pictures: the transformer takes a source's latents too, and ``tokenizer/`` has the config of
+            the image processor, with which Qwen sees the source.
     """
     tokenizer, tokenizer_2 = qwen_tokenizer(), clip_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = Kandinsky5T2IPipeline(
-            transformer=to_bfloat16(transformer()),
+        pipeline = (Kandinsky5I2IPipeline if is_i2i else Kandinsky5T2IPipeline)(
+            transformer=to_bfloat16(transformer(visual_cond=is_i2i)),
             text_encoder=to_bfloat16(text_encoder(tokenizer)),
             tokenizer=tokenizer,
             text_encoder_2=to_bfloat16(text_encoder_2(tokenizer_2)),
@@ -65,13 +85,17 @@ def make(folder: Path, seed: int = 0) -> None:
             vae=vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),  # scheduler_scale of kandinsky-5's own T2I pipeline
         )
-    check_template(pipeline)
+    if not is_i2i:
+        check_template(pipeline)  # that of I2I crops more than its template, and so a part of the instruction
     disable_progress_bar()
     pipeline.save_pretrained(folder)
     name_as_published(folder / "text_encoder_2" / "model.safetensors")
+    if is_i2i:
+        processor = json.dumps(IMAGE_PROCESSOR, indent=2)
+        (folder / "tokenizer" / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
 
 
-def transformer() -> Kandinsky5Transformer3DModel:
+def transformer(visual_cond: bool = False) -> Kandinsky5Transformer3DModel:
     """Two text and three visual blocks of width 128; 4 heads of 32 channels.
 
     Kandinsky starts training with zero modulations, which close the gates of every block. Here they are random, so that
@@ -89,6 +113,7 @@ def transformer() -> Kandinsky5Transformer3DModel:
         num_text_blocks=2,
         num_visual_blocks=3,
         axes_dims=(8, 12, 12),
+        visual_cond=visual_cond,
     )
     for name, parameter in model.named_parameters():
         if "modulation" in name:
@@ -251,6 +276,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a toy Kandinsky 5 Image checkpoint.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--i2i", action="store_true", help="a model that edits pictures")
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.seed)
+    make(arguments.folder, arguments.seed, arguments.i2i)
     print(arguments.folder)
