@@ -30,6 +30,8 @@ STAYS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full disk stays full; ano
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 SOURCE = Path(__file__).with_suffix(".c")
 MODEL_OPTIONS = ("--set", "cache.resolution=64")
+OF_CACHES = ("encode", "encode again", "prompts add", "gc", "merge")
+"""The commands of k5cache; the others are of k5train."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def main(folder: Path, model: Path, every: int, errors_of_each: int) -> None:
     make_template(template, model)
     counts, problems = {"tolerated": 0}, []
     for number, (name, command) in enumerate(commands(model).items()):
-        app = k5cache if name in ("encode", "encode again", "gc") else k5train
+        app = k5cache if name in OF_CACHES else k5train
         expected = undisturbed(folder, template, app, command)
         offset = 0
         for error in islice(cycle(ERRORS), number, number + errors_of_each):
@@ -119,7 +121,15 @@ def commands(model: Path) -> dict[str, Command]:
         "encode again": Command(
             (*encode, "-o", "cache/images"), "cache/images", lambda root: rows(root / "cache/images")
         ),
+        "prompts add": Command(
+            ("prompts", "add", "cache/first", "a fox", "--device", "cpu"), "cache/first",
+            lambda root: rows(root / "cache/first"),
+        ),
         "gc": Command(("gc", "cache/old"), "cache/old", lambda root: rows(root / "cache/old")),
+        "merge": Command(
+            ("merge", "cache/first", "cache/images", "-o", "cache/merged"), "cache/merged",
+            lambda root: rows(root / "cache/merged"),
+        ),
         "run": Command((*run, "-o", "runs/new"), "runs/new", lambda root: load(root / "runs/new/new.safetensors")),
         "resume": Command(
             ("resume", "runs/first", "--set", "train.steps=4"), "runs/first",
@@ -262,14 +272,16 @@ def in_child(root: Path, app: Callable[..., object], command: Command, fails: tu
         os._exit(0)
 
 
-def rows(root: Path) -> list[tuple[str, str]]:
-    """What a trainer reads of a cache that ``verify`` finds whole."""
+def rows(root: Path) -> dict[str, bytes]:
+    """The bits of all that a trainer reads of a cache that ``verify`` finds whole."""
     from k5cache.store.reader import open_cache
     from k5cache.upkeep.verify import verify_cache
+    from tests.crash_trials import rows_of
 
     assert verify_cache(root).problems == ()
     assert not list(root.rglob(".tmp-*"))
-    return [(item["path"], str(item["mean"].sum().item())) for item in open_cache(root)]
+    tensors = rows_of(open_cache(root)).items()
+    return {name: b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in row) for name, row in tensors}
 
 
 def load(path: Path) -> dict[str, object]:
