@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, Framing, bucket_table, fine_table
+from k5cache.shared.model import path_problems
 
 Precision = Literal["bf16", "fp16", "fp32"]
 TextPrecision = Literal["bf16", "fp16", "fp32", "int8"]
@@ -48,6 +49,14 @@ class CacheConfig:
     image_column: str | None = None
     """For a table, tar or dataset: the column with images, or with their paths relative to the table. The default is
     the column that contains images, or ``image``, ``file_name``, ``image_path``, ``path`` or ``filename``."""
+    source_dir: str | None = None
+    """For image-to-image: the folder with the sources, the pictures before the edit, under the same names as the edited
+    ones; their suffixes may differ. ``--sources`` sets it. Without it, pairs are in one folder, named ``X_start.png``
+    and ``X_end.png`` or ``X.source.png`` and ``X.png``, or ``source_column`` names the sources."""
+    source_column: str | None = None
+    """For image-to-image and a table, tar or dataset: the column with the sources, or with their paths relative to the
+    table. Without it, that is ``source``, ``source_image``, ``source_file_name``, ``source_img``, ``input_image`` or
+    ``original_image``, whichever exists, and in a tar ``X.source.png`` beside ``X.png``."""
     split: str = "train"
     """The split of a dataset, or a slice in the notation of `datasets`: ``train[:1000]``."""
     dataset_config: str | None = None
@@ -80,7 +89,8 @@ class CacheConfig:
     @property
     def selection(self) -> dict[str, Any]:
         """The options that decide which rows a cache has, with which crops and captions, for the manifest's recipe."""
-        return {name: getattr(self, name) for name in _SELECTION}
+        column = {} if self.source_column is None else {"source_column": self.source_column}
+        return {name: getattr(self, name) for name in _SELECTION} | column
 
     def check(self) -> list[str]:
         """What is out of range, one phrase per option."""
@@ -95,6 +105,10 @@ class CacheConfig:
             problems.append(f"minimum_image_size must be 0 or more, found {self.minimum_image_size}")
         if (self.caption_strategy == "instanceprompt") != bool((self.instance_prompt or "").strip()):
             problems.append('instance_prompt and caption_strategy = "instanceprompt" need each other')
+        if self.source_dir is not None and self.source_column is not None:
+            problems.append("source_dir and source_column both say where the sources are: set one of them")
+        if self.source_dir is not None:
+            problems += path_problems("source_dir", self.source_dir)
         if not 1 <= self.max_sequence_length <= MAX_TEXT_TOKENS:
             problems.append(f"max_sequence_length must be 1 to {MAX_TEXT_TOKENS}, found {self.max_sequence_length}")
         if self.shard_mb < 1:

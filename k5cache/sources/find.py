@@ -11,11 +11,19 @@ from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
-from k5cache.sources import folder, metadata
+from k5cache.shared.kind import Kind
+from k5cache.sources import folder, metadata, source_folder
 from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem, UnreadableImage
+from k5cache.sources.paired_folder import scan_pairs
+from k5cache.sources.pairs import NO_SOURCE
 
 _DATA = (".parquet", ".arrow", ".tar")  # a folder without images that holds these is a dataset
 _SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|tar)$", re.IGNORECASE)
+LAYOUTS = (
+    "Give the folder of the sources, with the same names, by --sources DIR; or name pairs X_start.png and X_end.png, "
+    "or X.source.png and X.png; or name the sources in a table's column `source`"
+)
+"""How sources may be given, for messages."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
@@ -38,10 +46,12 @@ class Source:
     """Text files with several lines, each of which is a caption of its own."""
     read_source: Callable[[str], Content] = without_sources
     """For image-to-image, a source by its ``path`` (``SourceItem.source``). Otherwise as ``read``."""
+    kind: Kind = "t2i"
+    """For image-to-image, every item has a source."""
 
 
-def find(source: Path, config: CacheConfig) -> Source:
-    """Find the images at ``source`` and their captions. No image is opened.
+def find(source: Path, config: CacheConfig, kind: Kind = "t2i") -> Source:
+    """Find the images at ``source`` and their captions, and for image-to-image their sources. No image is opened.
 
     Args:
         source: a folder of images, or of tars or Parquet files; a table, a tar, or a pattern of them (``cats-*.tar``);
@@ -50,8 +60,10 @@ def find(source: Path, config: CacheConfig) -> Source:
     Raises:
         DatasetError: nothing is there, or no image can be used.
     """
-    images = _plain_folder(source, config) if source.is_dir() else None
-    images = images or _from_tables(source, config)
+    images = _images_of_folder(source, config, kind) if source.is_dir() else None
+    images = images or _from_tables(source, config, kind)
+    if not images.items and any(skip.reason.startswith(NO_SOURCE) for skip in images.skipped):
+        raise _no_pair(source, images.skipped)
     if not images.items:
         raise _no_image(source, images.skipped, config)
     return images
@@ -64,23 +76,39 @@ def default_name(source: Path) -> str:
     return re.sub(r"[*?\[\]]+", "", _SUFFIX.sub("", source.name)).strip("-_. ") or "images"
 
 
-def _plain_folder(source: Path, config: CacheConfig) -> Source | None:
+def _images_of_folder(source: Path, config: CacheConfig, kind: Kind) -> Source | None:
     """A folder of image files; None if it has tables or tars and no image."""
     from_metadata = config.caption_strategy == "metadata"
-    files = metadata.metadata_files(source) if from_metadata else []
+    sources = source_folder.folder_of_sources(config, source)
+    files = metadata.metadata_files(source, sources) if from_metadata else []
+    read_source = _reader(sources or source)
     if files:
-        items, skipped = metadata.find_items(source, files, config)
+        has_column = kind == "i2i" and not sources
+        items, skipped, _, of_rows = metadata.find_items(source, files, config, has_column, leave_out=sources)
+        read_source = of_rows if has_column else read_source
     else:
-        items, skipped = folder.find_items(source, config)
+        scanned = scan_pairs(source) if kind == "i2i" and not sources else folder.scan(source, leave_out=sources)
+        items, skipped = folder.find_items(source, config, scanned)
     if not items and not folder.scan(source).images and _has_tables(source):
         return None
     if from_metadata and not files:
         raise DatasetError(
             f"{source} has none of {', '.join(METADATA)}", "Add one, or set cache.caption_strategy to another"
         )
+    if sources:
+        items, skipped = source_folder.with_sources(items, skipped, source, sources)
+    elif not files and config.source_column is not None:
+        raise DatasetError(
+            f"cache.source_column = {config.source_column!r} is for tables, and {source} is a folder of images",
+            f"Leave it out: {LAYOUTS}",
+        )
     from_texts = config.caption_strategy == "textfile"
     multiline = {item.path.rpartition(".")[0] for item in items if from_texts and len(item.captions) > 1}
-    return Source(items, skipped, lambda path: source / path, not from_metadata, len(multiline))
+    return Source(items, skipped, _reader(source), not from_metadata, len(multiline), read_source, kind)
+
+
+def _reader(folder: Path) -> Callable[[str], Content]:
+    return lambda path: folder / path
 
 
 def _has_tables(source: Path) -> bool:
@@ -91,7 +119,7 @@ def _has_tables(source: Path) -> bool:
     )
 
 
-def _from_tables(source: Path, config: CacheConfig) -> Source:
+def _from_tables(source: Path, config: CacheConfig, kind: Kind) -> Source:
     """Images and captions from a table, tars or a dataset."""
     name = str(source)
     files = [source] if source.is_file() else _matching(source)
@@ -99,6 +127,11 @@ def _from_tables(source: Path, config: CacheConfig) -> Source:
         raise DatasetError(
             f"There is no folder {source}",
             "Give a folder of images with .txt captions beside them, a table, a tar, or a dataset's name",
+        )
+    if config.source_dir is not None:
+        raise DatasetError(
+            f"--sources is for folders of images, and {source} is not one",
+            "Leave it out, and name the column with the sources: --set cache.source_column=NAME",
         )
     from k5cache.sources import table_items, tables
 
@@ -109,8 +142,9 @@ def _from_tables(source: Path, config: CacheConfig) -> Source:
     else:
         from k5cache.sources.hub import load_hub
 
-        table = load_hub(name, config)
-    return Source(*table_items.find_items(table, config))
+        table = load_hub(name, config, kind)
+    items, skipped, read, read_source = table_items.find_items(table, config, kind)
+    return Source(items, skipped, read, read_source=read_source, kind=kind)
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -119,6 +153,14 @@ def _matching(pattern: Path) -> list[Path]:
     exact = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).is_dir())
     begin = glob.escape(str(Path(*parts[:exact]))) if exact else ""
     return [Path(file) for file in sorted(glob.glob(os.path.join(begin, *parts[exact:]), recursive=True))]  # noqa: PTH118, PTH207 (an absolute pattern too)
+
+
+def _no_pair(source: Path, skipped: list[Skipped]) -> DatasetError:
+    example = next(skip for skip in skipped if skip.reason.startswith(NO_SOURCE))
+    return DatasetError(
+        f"An image-to-image model learns from pairs, and {source} has none ({example.path} {example.reason})",
+        LAYOUTS,
+    )
 
 
 def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:

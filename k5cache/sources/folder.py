@@ -42,6 +42,10 @@ class ImageEntry:
     """The mask beside it: its path relative to the source, and its entry."""
     hint: str = ""
     """If there is no file of captions: what may be meant to be one."""
+    source: tuple[str, os.DirEntry[str]] | None = None
+    """In a folder of pairs, its source: as ``mask``."""
+    title: str = ""
+    """What captions from file names are made of, if that is not ``path``."""
 
 
 @dataclass
@@ -55,22 +59,27 @@ class Scan:
     """Text files without an image."""
 
 
-def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
+def find_items(
+    source: Path, config: CacheConfig, scanned: Scan | None = None
+) -> tuple[list[SourceItem], list[Skipped]]:
     """List the images under ``source`` that have a caption, and those that cannot be used. No image is opened.
 
     The captions of ``cat.jpg`` are in ``cat.txt`` beside it, one a line, and ``cat.png`` shares them; other strategies
     need no file. Its mask is ``cat.mask.png`` or ``cat.mask.webp``. Hidden files and folders are skipped. Links are
     followed, but each folder is entered only once.
 
+    Args:
+        scanned: what ``source`` holds, if it was scanned before.
+
     Returns:
         both sorted by path.
     """
     items: list[SourceItem] = []
-    scanned = scan(source)
+    scanned = scanned or scan(source)
     skipped = scanned.skipped + (scanned.lone_texts if config.caption_strategy == "textfile" else [])
     texts: dict[str, Captions | OSError] = {}
     for image in scanned.images:
-        captions: Captions | OSError | None = without_source(_printable(image.path), config)
+        captions: Captions | OSError | None = without_source(printable(image.title or image.path), config)
         if captions is None:
             stem = image.path.rpartition(".")[0]
             if stem not in texts:
@@ -78,7 +87,7 @@ def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], lis
             captions = texts[stem]
         if isinstance(captions, OSError):
             reason = f"its caption file cannot be read ({captions.strerror})"
-            item: SourceItem | Skipped = Skipped(_printable(image.path), reason, is_lasting=False)
+            item: SourceItem | Skipped = Skipped(printable(image.path), reason, is_lasting=False)
         else:
             item = item_of(image, finish(captions, config))
         if isinstance(item, Skipped):
@@ -88,17 +97,21 @@ def find_items(source: Path, config: CacheConfig) -> tuple[list[SourceItem], lis
     return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
 
 
-def scan(source: Path) -> Scan:
-    """Every image under ``source``, and what cannot be used and looks as if it should be. Opens nothing."""
+def scan(source: Path, leave_out: Path | None = None) -> Scan:
+    """Every image under ``source``, and what cannot be used and looks as if it should be. Opens nothing.
+
+    Args:
+        leave_out: a folder that is not entered.
+    """
     scanned = Scan()
-    for entries, prefix in walk(source, scanned.skipped, scanned.skipped):
+    for entries, prefix in walk(source, scanned.skipped, scanned.skipped, leave_out):
         _sort_out(_Folder(prefix, entries), scanned)
     return scanned
 
 
-def files(source: Path) -> Iterator[Path]:
-    """Every visible file below ``source``."""
-    for entries, prefix in walk(source, []):
+def files(source: Path, leave_out: Path | None = None) -> Iterator[Path]:
+    """Every visible file below ``source``, but not below ``leave_out``."""
+    for entries, prefix in walk(source, [], leave_out=leave_out):
         yield from (source / f"{prefix}{entry.name}" for entry in entries)
 
 
@@ -137,7 +150,7 @@ def _sort_out(listed: _Folder, scanned: Scan) -> None:
     for stem, entry in listed.images:
         reason = _not_an_image(stem, entry.name, stems, listed.texts)
         if reason:
-            scanned.skipped.append(Skipped(_printable(listed.path(entry.name)), reason))
+            scanned.skipped.append(Skipped(printable(listed.path(entry.name)), reason))
             continue
         text, masks = listed.texts.get(stem), listed.masks.get(stem)
         mask = (listed.path(masks[0].name), masks[0]) if masks else None
@@ -146,24 +159,24 @@ def _sort_out(listed: _Folder, scanned: Scan) -> None:
     for stem, masks in listed.masks.items():
         reason = "is a second mask of its image" if stem in stems else "is a mask without an image beside it"
         unused = masks[1:] if stem in stems else masks
-        scanned.skipped += [Skipped(_printable(listed.path(entry.name)), reason) for entry in unused]
+        scanned.skipped += [Skipped(printable(listed.path(entry.name)), reason) for entry in unused]
     for name, suffix in listed.others.values():
         if suffix in NAMED_SUFFIXES:
-            scanned.skipped.append(Skipped(_printable(listed.path(name)), NAMED_SUFFIXES[suffix]))
+            scanned.skipped.append(Skipped(printable(listed.path(name)), NAMED_SUFFIXES[suffix]))
     for stem in listed.texts.keys() - stems:
         name, suffix = listed.others.get(stem, ("", ""))
         if suffix not in NAMED_SUFFIXES:  # else its picture is named
-            reason = f"is beside {_printable(name)}, which is not an image" if name else "is a caption without an image"
-            scanned.lone_texts.append(Skipped(_printable(listed.path(listed.texts[stem].name)), reason))
+            reason = f"is beside {printable(name)}, which is not an image" if name else "is a caption without an image"
+            scanned.lone_texts.append(Skipped(printable(listed.path(listed.texts[stem].name)), reason))
 
 
 def _not_an_image(stem: str, name: str, stems: set[str], texts: Mapping[str, object]) -> str:
     """Why a picture is not one to be trained on; "" if it is."""
     other = _OTHER_TRAINERS.fullmatch(stem)
     if other and other[1] in stems and stem not in texts:
-        return _NO_MASK[other[2]].format(_printable(other[1]))
+        return _NO_MASK[other[2]].format(printable(other[1]))
     if stem.lower().endswith(".mask") and stem[: -len(".mask")] in stems and stem not in texts:
-        return f"is a mask of a kind that is not read: save it as {_printable(stem)}.png"
+        return f"is a mask of a kind that is not read: save it as {printable(stem)}.png"
     return ""
 
 
@@ -172,27 +185,40 @@ def _hint(stem: str, name: str, stems: set[str], listed: _Folder) -> str:
     text = listed.texts.get(name)  # cat.jpg.txt
     similar = text.name if text else listed.other_captions.get(stem)
     if similar:
-        return f": rename {_printable(similar)}"
+        return f": rename {printable(similar)}"
     other = re.fullmatch(r"(.+)[-_]mask", stem, re.IGNORECASE | re.DOTALL)
     if other and other[1] in stems:
-        return f", unless it is a mask: then rename it {_printable(other[1])}.mask.png"
+        return f", unless it is a mask: then rename it {printable(other[1])}.mask.png"
     return ""
 
 
 def item_of(image: ImageEntry, captions: Captions) -> SourceItem | Skipped:
     """An image with its captions and the stats of its files, or why it cannot be used."""
     item = _file_item(image.entry, image.path, captions)
-    if isinstance(item, Skipped) or image.mask is None:
-        return item
-    path, entry = image.mask
-    mask = _file_item(entry, path, ("a mask",))
-    if isinstance(mask, Skipped):
-        return Skipped(item.path, f"its mask {mask.path} {mask.reason}")
-    return replace(item, mask=PictureFile(mask.path, mask.num_bytes, mask.mtime_ns, mask.inode))
+    if isinstance(item, SourceItem) and image.mask:
+        mask = _belonging(item, "mask", *image.mask)
+        item = mask if isinstance(mask, Skipped) else replace(item, mask=mask)
+    return with_source(item, *image.source) if isinstance(item, SourceItem) and image.source else item
+
+
+def with_source(item: SourceItem, path: str, entry: os.DirEntry[str]) -> SourceItem | Skipped:
+    """An item with its source and the stats of that file, or why it cannot be used."""
+    source = _belonging(item, "source", path, entry)
+    return source if isinstance(source, Skipped) else replace(item, source=source)
+
+
+def _belonging(item: SourceItem, what: str, path: str, entry: os.DirEntry[str]) -> PictureFile | Skipped:
+    file = _file_item(entry, path, ("a picture",))
+    if isinstance(file, Skipped):
+        return Skipped(item.path, f"its {what} {file.path} {file.reason}")
+    return PictureFile(file.path, file.num_bytes, file.mtime_ns, file.inode)
 
 
 def walk(
-    source: Path, unreadable: list[Skipped], passed_over: list[Skipped] | None = None
+    source: Path,
+    unreadable: list[Skipped],
+    passed_over: list[Skipped] | None = None,
+    leave_out: Path | None = None,
 ) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
     """Every folder's visible files, with its path relative to ``source`` ("" or "sub/").
 
@@ -201,9 +227,11 @@ def walk(
     Args:
         unreadable: folders that cannot be read are added to it.
         passed_over: folders of systems and hidden pictures are added to it.
+        leave_out: a folder that is not entered.
     """
     passed_over = [] if passed_over is None else passed_over
     entered = {_file_id(parent.stat()) for parent in source.resolve().parents}  # a link there would lead back here
+    entered |= {_file_id(leave_out.stat())} if leave_out else set()
     real, linked = deque([(os.fspath(source), "")]), deque[tuple[str, str]]()
     while real or linked:
         folder, prefix = real.popleft() if real else linked.popleft()
@@ -216,12 +244,12 @@ def walk(
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             reason = f"this folder cannot be read ({error.strerror})"
-            unreadable.append(Skipped(_printable(prefix) or ".", reason, is_lasting=False))
+            unreadable.append(Skipped(printable(prefix) or ".", reason, is_lasting=False))
             continue
         visible = []
         for entry in entries:
             if entry.name[0] in _ODD_BEGINNINGS and (reason := _passed_over(entry)):
-                passed_over += [Skipped(_printable(prefix + entry.name), reason)] if reason != "hidden" else []
+                passed_over += [Skipped(printable(prefix + entry.name), reason)] if reason != "hidden" else []
             elif entry.is_dir(follow_symlinks=False):
                 real.append((entry.path, f"{prefix}{entry.name}/"))
             elif entry.is_symlink() and Path(entry.path).is_dir():  # DirEntry.is_dir raises on a link to itself
@@ -244,8 +272,8 @@ def _passed_over(entry: os.DirEntry[str]) -> str:
 
 def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> SourceItem | Skipped:
     """One file as an item, or why it cannot be used; if ``captions`` is a string, that is why."""
-    if _printable(path) != path:
-        return Skipped(_printable(path), "its name is not valid UTF-8")
+    if printable(path) != path:
+        return Skipped(printable(path), "its name is not valid UTF-8")
     try:
         status = entry.stat()
         if not entry.is_file():  # a pipe would block whoever opens it
@@ -259,9 +287,9 @@ def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> Source
 
 def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
     """The lines of a caption file without blank ones; or, as a string, why there is no caption."""
-    name = _printable(stem) + ".txt"
     if image.text is None:
-        return f"missing caption {name}{image.hint}"
+        return f"missing caption {printable(stem)}.txt{image.hint}"
+    name = printable(os.path.basename(image.text))  # noqa: PTH119 (pathlib takes long for 10,000 files)
     try:
         # An encode with nothing to do reads 10,000 of them: pathlib, a buffer or a BOM codec would double its time.
         with open(image.text, "rb", buffering=0, opener=_open_at_once) as file:
@@ -292,6 +320,6 @@ def _file_id(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     """Replace the lone surrogates of a file name that is not UTF-8: they can be neither printed nor stored."""
     return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

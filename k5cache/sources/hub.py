@@ -19,18 +19,19 @@ from typing import Any
 from k5cache.options import CacheConfig
 from k5cache.shared.console import note
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.kind import Kind
 from k5cache.sources import folder as folders
 from k5cache.sources.items import IMAGE_SUFFIXES, METADATA
 from k5cache.sources.rows import is_text
 from k5cache.sources.splits import CARDS, names_of_split, read_card, split_names
-from k5cache.sources.table_columns import image_column
+from k5cache.sources.table_columns import image_column, source_column
 from k5cache.sources.tables import Table, load_named_files, load_splits, of_one_kind
 from k5cache.sources.tars import Tar
 
 _FIX = "Check the path or name, the network, and cache.split and cache.dataset_config"
 
 
-def load_hub(name: str, config: CacheConfig) -> Table:
+def load_hub(name: str, config: CacheConfig, kind: Kind) -> Table:
     """Open a dataset on the hub.
 
     Raises:
@@ -49,7 +50,7 @@ def load_hub(name: str, config: CacheConfig) -> Table:
     if not any(of_one_kind(names) for names in splits.values()):
         return load_named_files(name, root, files, config)
     table = load_splits(name, root, files, config)
-    if named := _named_images(table, config, root, repository.names):
+    if named := _named_images(table, config, kind, root, repository.names):
         repository.fetch(named)
     return table
 
@@ -152,14 +153,14 @@ def _patterns(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
     return patterns
 
 
-def _named_images(table: Table, config: CacheConfig, root: Path, names: Sequence[str]) -> list[str]:
+def _named_images(table: Table, config: CacheConfig, kind: Kind, root: Path, names: Sequence[str]) -> list[str]:
     """The files of the repository that a table of file names means, relative to it or to the table."""
     if isinstance(table.pieces[0].rows, Tar):
         return []
-    column = image_column(table, config.image_column)
-    if not is_text(table.schema.field(column).type):
-        return []
-    cells = [cell for cell in table.column(column) if isinstance(cell, str)]
+    sources = source_column(table, config.source_column) if kind == "i2i" else None
+    columns = [image_column(table, config.image_column, sources), *([sources] if sources else [])]
+    of_names = [column for column in columns if is_text(table.schema.field(column).type)]
+    cells = [cell for column in of_names for cell in table.column(column) if isinstance(cell, str)]
     folders_of_tables = {file.parent.relative_to(root).as_posix() for file in table.files} | {""}
     available = set(names)
     named = (posixpath.normpath(posixpath.join(base, cell)) for cell in cells for base in folders_of_tables)

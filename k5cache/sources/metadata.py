@@ -6,11 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources import folder
 from k5cache.sources.items import METADATA, Skipped, SourceItem
+
+if TYPE_CHECKING:
+    from k5cache.sources.table_items import Listing
 
 SPLIT_WORDS = {  # datasets.data_files.SPLIT_KEYWORDS
     "train": ("train", "training"),
@@ -23,18 +27,26 @@ _SPLITS = {  # as datasets' KEYWORDS_IN_DIR_NAME_BASE_PATTERNS: ``train``, ``tra
 }
 
 
-def metadata_files(source: Path) -> list[Path]:
-    """Every metadata file below ``source``, apart from hidden ones."""
-    return sorted(file for file in folder.files(source) if file.name in METADATA)
+def metadata_files(source: Path, leave_out: Path | None = None) -> list[Path]:
+    """Every metadata file below ``source``, apart from hidden ones and those below ``leave_out``."""
+    return sorted(file for file in folder.files(source, leave_out) if file.name in METADATA)
 
 
-def find_items(source: Path, files: Sequence[Path], config: CacheConfig) -> tuple[list[SourceItem], list[Skipped]]:
+def find_items(
+    source: Path, files: Sequence[Path], config: CacheConfig, has_sources: bool = False, leave_out: Path | None = None
+) -> Listing:
     """Read metadata files as imagefolder of `datasets` does: each names images relative to its own folder.
+
+    Args:
+        has_sources: a column names the source of each image.
+        leave_out: a folder that is not entered.
 
     Raises:
         DatasetError: the files are of several kinds, or ``cache.split`` is not one that the folder has.
     """
     from k5cache.sources import table_items, tables
+    from k5cache.sources.table_cells import Cell, reader
+    from k5cache.sources.table_sources import by_path, sources_of_rows
 
     if len({file.name for file in files}) > 1:
         names = ", ".join(file.relative_to(source).as_posix() for file in files[:4])
@@ -43,28 +55,34 @@ def find_items(source: Path, files: Sequence[Path], config: CacheConfig) -> tupl
     files = _files_of(split, source, files, config.split)
     items: dict[str, SourceItem] = {}
     skipped: list[Skipped] = []
+    cells: dict[str, Cell] = {}
     for file in files:
         table = tables.load_files(file.relative_to(source).as_posix(), [file], _without_names(config))
         column = config.image_column or "file_name"
         if column not in table.schema.names:
             raise table.refuse(f"has no column {column}", "cache.image_column to the one with file names")
-        named, refused = table_items.files_named(table, column, config, source, is_strict=True)
+        sources = sources_of_rows(table, config, source, is_strict=True) if has_sources else None
+        named, refused = table_items.files_named(table, column, config, source, sources, is_strict=True)
         for item in named:
-            before = items[item.path].captions if item.path in items else ()
-            items[item.path] = replace(item, captions=before + item.captions)
+            joined = table_items.joined(items.get(item.path), item, table.name)
+            if isinstance(joined, Skipped):
+                skipped.append(joined)
+            else:
+                items[item.path] = joined
         skipped += refused
+        cells |= by_path(sources or ())
     # A README names metadata files, and their rows name the images; folders named like splits divide the images too.
     why_not = {path: split.why_not(path) for path in items if split.declared is None}
     of_others = {path: reason for path, reason in why_not.items() if reason}
     skipped += [Skipped(path, reason) for path, reason in of_others.items()]
-    scanned = folder.scan(source)
-    known = items.keys() | {skip.path for skip in skipped}
+    scanned = folder.scan(source, leave_out)
+    known = items.keys() | {skip.path for skip in skipped} | cells.keys()
     for image in scanned.images:
         if image.path not in known:
             skipped.append(Skipped(image.path, split.why_not(image.path) or f"has no row in {files[0].name}"))
     used = [item for path, item in items.items() if path not in of_others]
     unusable = [skip for skip in scanned.skipped if skip.path not in items]
-    return sorted(used, key=lambda item: item.path), skipped + unusable
+    return sorted(used, key=lambda item: item.path), skipped + unusable, lambda path: source / path, reader(cells)
 
 
 @dataclass(frozen=True)

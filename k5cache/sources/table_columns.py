@@ -16,10 +16,17 @@ from k5cache.sources.tables import Table
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 PATH_COLUMNS = ("image", "file_name", "image_path", "path", "filename")
 MASK_COLUMNS = ("mask", "mask.png", "mask.webp")
+SOURCE_COLUMNS = ("source", "source_image", "source_file_name", "source_img", "input_image", "original_image")
+TARGET_COLUMNS = ("target", "target_image", "target_img", "edited_image", "output_image")
+"""Columns of images where another column has their sources; ``PATH_COLUMNS`` come first."""
+INSTRUCTION_COLUMNS = ("instruction", "edit_prompt")
 
 
-def image_column(table: Table, option: str | None) -> str:
+def image_column(table: Table, option: str | None, source: str | None = None) -> str:
     """The column with images or their paths: ``cache.image_column`` if it is set, else the one that looks like it.
+
+    Args:
+        source: for image-to-image, the column with sources.
 
     Raises:
         DatasetError: there is none, or there are several.
@@ -33,14 +40,15 @@ def image_column(table: Table, option: str | None) -> str:
             raise _no_images(table, option, kind)
         return option
     suffixes = {suffix[1:] for suffix in IMAGE_SUFFIXES}
+    columns = PATH_COLUMNS + (TARGET_COLUMNS if source else ())
     embedded = [
         name for name in schema.names
-        if is_images(schema.field(name).type) and name not in MASK_COLUMNS
-        and (pa.types.is_struct(schema.field(name).type) or name.lower() in suffixes | set(PATH_COLUMNS))
+        if is_images(schema.field(name).type) and name not in (*MASK_COLUMNS, source)
+        and (pa.types.is_struct(schema.field(name).type) or name.lower() in suffixes | set(columns))
     ]  # fmt: skip
     if len(embedded) > 1 and "image" not in embedded:
         raise table.refuse(f"has images in {' and '.join(embedded)}", "cache.image_column to one of them")
-    paths = [name for name in PATH_COLUMNS if name in schema.names and is_text(schema.field(name).type)]
+    paths = [name for name in columns if name in schema.names and is_text(schema.field(name).type) and name != source]
     candidates = (["image"] if "image" in embedded else embedded) or paths
     if not candidates:
         for name in schema.names:
@@ -50,13 +58,37 @@ def image_column(table: Table, option: str | None) -> str:
     return candidates[0]
 
 
+def source_column(table: Table, option: str | None) -> str:
+    """The column with sources or their paths: ``cache.source_column`` if it is set, else the one named like it.
+
+    Raises:
+        DatasetError: there is none, or there are several, or it has no images.
+    """
+    schema = table.schema
+    fix = "cache.source_column to the one with the pictures before the edit"
+    named = [option] if option is not None else [name for name in SOURCE_COLUMNS if name in schema.names]
+    if option is not None and option not in schema.names:
+        raise table.refuse(f"has no column {option}", fix)
+    if not named:
+        raise table.refuse("has no column of sources, and an image-to-image model learns from pairs", fix)
+    if len(named) > 1:
+        raise table.refuse(f"has sources in {' and '.join(named)}", "cache.source_column to one of them")
+    kind = schema.field(named[0]).type
+    if not is_images(kind) and not is_text(kind) and not pa.types.is_null(kind):
+        content = "base64 text" if is_struct_of_text(kind) else str(kind)
+        raise table.refuse(f"has no images in {named[0]} but {content}", fix)
+    return named[0]
+
+
 def mask_column(table: Table) -> str | None:
     """The column with masks."""
     schema = table.schema
     return next((name for name in MASK_COLUMNS if name in schema.names and is_images(schema.field(name).type)), None)
 
 
-def captions_of_rows(table: Table, config: CacheConfig, names: Sequence[str]) -> list[Captions]:
+def captions_of_rows(
+    table: Table, config: CacheConfig, names: Sequence[str], are_instructions: bool = False
+) -> list[Captions]:
     """The captions of every row. ``names`` are the images' file names, for the strategies that read them.
 
     Raises:
@@ -65,7 +97,8 @@ def captions_of_rows(table: Table, config: CacheConfig, names: Sequence[str]) ->
     if config.caption_strategy in ("filename", "instanceprompt"):
         from_names = [without_source(name, config) for name in names]
         return [finish(captions or "empty caption", config) for captions in from_names]
-    column = _caption_column(table, config.caption_column)
+    columns = CAPTION_COLUMNS + (INSTRUCTION_COLUMNS if are_instructions else ())
+    column = _caption_column(table, config.caption_column, columns)
     name, *fields = [column] if column in table.schema.names else column.split(".")
     cells = _caption_cells(table, name, fields)
     if name == "txt":  # of a tar: the text of a caption file, as beside an image in a folder
@@ -78,11 +111,11 @@ def _no_images(table: Table, column: str, kind: pa.DataType) -> Exception:
     return table.refuse(f"has no images in {column} but {content}", "cache.image_column to a column of images")
 
 
-def _caption_column(table: Table, option: str | None) -> str:
+def _caption_column(table: Table, option: str | None, columns: Sequence[str]) -> str:
     """``cache.caption_column`` if it is set, else the one column that is named like captions."""
     if option is not None:
         return option
-    names = [name for name in CAPTION_COLUMNS if name in table.schema.names]
+    names = [name for name in columns if name in table.schema.names]
     if len(names) != 1:
         problem = f"has captions in {' and '.join(names)}" if names else "has no column of captions"
         raise table.refuse(problem, "cache.caption_column to the one with captions")

@@ -73,6 +73,8 @@ class TarRow:
     image: Member
     others: Mapping[str, Member]
     """By field: its captions, its mask, and whatever else has its name."""
+    companions: Sequence[Member] = ()
+    """Other pictures of its name, such as its source ``0001.source.png``."""
 
     @property
     def mask(self) -> Member | None:
@@ -302,7 +304,11 @@ def _pair(file: Path, members: Sequence[Member], image_field: str | None) -> tup
     rows: list[TarRow] = []
     for key, group in by_key.items():
         images = _images(file, key, group, by_stem, image_field)
-        rows += [TarRow(image, _others(image, group, by_stem)) for image in images]
+        pictures = [member for member in group if member.is_image] if len(group) > 1 else []
+        rows += [
+            TarRow(image, _others(image, group, by_stem), tuple(m for m in pictures if m is not image))
+            for image in images
+        ]
         if not images:
             missing = f"has no {image_field}" if image_field else "has no image beside it"
             skipped.append(Skipped(group[0].name, NAMED_SUFFIXES.get(group[0].suffix, missing)))

@@ -1,0 +1,374 @@
+"""Pairs for image-to-image: which picture is the source of which, in each layout, and what is said of all others?"""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import DatasetError
+from k5cache.sources.find import Source, find
+from k5cache.sources.items import UnreadableImage
+from k5cache.sources.pairs import pair
+from tests.table_files import IMAGES, png, tar
+
+RED, BLUE = png(255), png(0, (4, 6))
+
+
+def fill(folder: Path, *names: str) -> Path:
+    """Write files: pictures of their name's length in red, and texts that say the file's name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode() if path.suffix == ".txt" else png(len(name)))
+    return folder
+
+
+def edits(source: Path, **options: object) -> Source:
+    return find(source, CacheConfig(**options), "i2i")
+
+
+def pairs(source: Path, **options: object) -> dict[str, tuple[str, str]]:
+    """Target -> its source and its captions."""
+    return {item.path: (item.source.path, " | ".join(item.captions)) for item in edits(source, **options).items}
+
+
+def skips(source: Path, **options: object) -> dict[str, str]:
+    return {skip.path: skip.reason for skip in edits(source, **options).skipped}
+
+
+def refusal(source: Path, **options: object) -> str:
+    with pytest.raises(DatasetError) as caught:
+        edits(source, **options)
+    assert "\n" not in caught.value.problem + caught.value.fix
+    return f"{caught.value.problem}; {caught.value.fix}"
+
+
+# --- by name in one folder ---
+
+
+def test_pairs_are_found_by_the_endings_of_their_names(tmp_path):
+    fill(tmp_path, "a_start.png", "a_end.jpg", "a.txt", "sub/b_source.png", "sub/b_target.png", "sub/b_target.txt")
+    fill(tmp_path, "c_input.png", "c_target.png", "c.txt", "d_Before.PNG", "d_after.png", "d.txt")
+    fill(tmp_path, "e_input.png", "e_output.png", "e.txt", "f.source.webp", "f.png", "f.txt")
+    assert pairs(tmp_path) == {
+        "a_end.jpg": ("a_start.png", "a.txt"),
+        "sub/b_target.png": ("sub/b_source.png", "sub/b_target.txt"),
+        "c_target.png": ("c_input.png", "c.txt"),
+        "d_after.png": ("d_Before.PNG", "d.txt"),
+        "e_output.png": ("e_input.png", "e.txt"),
+        "f.png": ("f.source.webp", "f.txt"),
+    }
+    assert skips(tmp_path) == {}
+    found = edits(tmp_path)
+    item = found.items[0]
+    status = (tmp_path / "a_start.png").stat()
+    assert (item.source.num_bytes, item.source.mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert found.read_source(item.source.path) == tmp_path / "a_start.png"
+    assert found.is_plain
+
+
+def test_whatever_has_no_partner_is_named(tmp_path):
+    fill(tmp_path, "a_start.png", "a_end.png", "a.txt", "a_start.txt", "a_start.mask.png", "a_end.mask.png")
+    fill(tmp_path, "b_end.png", "b.txt", "c_start.png", "d.png", "d.txt", "e.source.png", "f_source.png", "f.png")
+    fill(tmp_path, "g_target.png", "g_source.png", "g_input.png", "g.txt", "h_end.png", "h_start.png", "x.txt")
+    fill(tmp_path, "i_end.png", "i_start.jpg", "i_start.png", "j_end.png", "j_start.png", "j_end.txt", "j.txt")
+    assert pairs(tmp_path).keys() == {"a_end.png", "j_end.png"}
+    assert edits(tmp_path).items[0].mask.path == "a_end.mask.png"
+    assert skips(tmp_path) == {
+        "a_start.mask.png": "is the mask of a source, which is not read",
+        "a_start.txt": "is the caption of a source, which is not read",
+        "b_end.png": "has no source: there is no b_start.* or b_end.source.*",
+        "c_start.png": "is a source without a target: there is no c_end.*",
+        "d.png": "has no source: there is no d.source.*",
+        "e.source.png": "is a source without a target: there is no e.*",
+        "f_source.png": "is a source without a target: there is no f_target.*: "
+        "if f is its target, rename it f.source.*",
+        "f.png": "has no source: there is no f.source.*",
+        "g_target.png": "has 2 sources, g_input.png and g_source.png: keep one of them",
+        "h_end.png": "missing caption h_end.txt or h.txt",
+        "i_end.png": "has 2 sources, i_start.jpg and i_start.png: keep one of them",
+        "j.txt": "is a second caption: j_end.txt is read",
+        "b.txt": "is a caption without an image",
+        "x.txt": "is a caption without an image",
+        "g.txt": "is a caption without an image",
+    }
+
+
+def test_one_source_serves_several_targets_and_letters_in_another_case_are_named():
+    several = pair([("a_input", "a_input.png"), ("a_target", "a_target.png"), ("a_output", "a_output.png")])
+    assert several.sources == {"a_target": "a_input.png", "a_output": "a_input.png"}
+    assert several.refused == {}
+    accents = unicodedata.normalize("NFD", "é")
+    others = pair(
+        [("Cat_start", "Cat_start.png"), ("cat_end", "cat_end.png"), (f"{accents}_end", "x"), ("é_start", "y")]
+    )
+    assert others.sources == {}
+    assert "no cat_start.* or cat_end.source.*, but Cat_start.*, whose letters differ" in others.refused["cat_end.png"]
+    assert "but é_start.*, whose letters differ in case or accents" in others.refused["x"]
+    assert f"but {accents}_end.*, whose letters differ" in others.refused["y"]
+
+
+def test_a_chain_of_edits_loses_no_picture():
+    chain = pair([("a", "a.png"), ("a.source", "a.source.png"), ("a.source.source", "a.source.source.png")])
+    assert chain.sources == {"a": "a.source.png", "a.source": "a.source.source.png"}
+    assert chain.used == {"a.source.source.png"}
+
+
+def test_captions_from_file_names_lose_the_ending(tmp_path):
+    fill(tmp_path, "make_it_blue_start.png", "make_it_blue_end.png")
+    assert pairs(tmp_path, caption_strategy="filename") == {
+        "make_it_blue_end.png": ("make_it_blue_start.png", "make it blue")
+    }
+
+
+def test_several_lines_are_several_instructions(tmp_path):
+    fill(tmp_path, "a.png", "a.source.png")
+    (tmp_path / "a.txt").write_text("make it blue\nblue, please\n")
+    assert pairs(tmp_path) == {"a.png": ("a.source.png", "make it blue | blue, please")}
+
+
+def test_where_nothing_is_a_pair_the_layouts_are_said(tmp_path):
+    fill(tmp_path, "a.png", "a.txt", "b.png", "b.txt")
+    said = refusal(tmp_path)
+    assert f"learns from pairs, and {tmp_path} has none (a.png has no source: there is no a.source.*)" in said
+    for layout in ("--sources DIR", "X_start.png and X_end.png", "X.source.png and X.png", "column `source`"):
+        assert layout in said
+    assert "source_column" in refusal(tmp_path, source_column="source")
+
+
+def test_text_to_image_reads_such_folders_as_before(tmp_path):
+    fill(tmp_path, "a.source.png", "a.png", "a.txt", "a_start.png", "a_start.txt")
+    listing = find(tmp_path, CacheConfig())
+    assert [(item.path, item.source) for item in listing.items] == [("a.png", None), ("a_start.png", None)]
+    assert [skip.path for skip in listing.skipped] == ["a.source.png"]
+
+
+# --- a second folder ---
+
+
+def folders(root: Path, targets: tuple[str, ...], sources: tuple[str, ...]) -> tuple[Path, str]:
+    return fill(root / "targets", *targets), str(fill(root / "sources", *sources))
+
+
+def test_a_second_folder_has_the_sources_under_the_same_names(tmp_path):
+    names = "a.jpg", "a.txt", "sub/b.png", "sub/b.txt", "c.jpg", "c.png", "c.txt", "d.e.png", "d.e.txt"
+    targets, sources = folders(tmp_path, names, ("a.png", "sub/b.webp", "c.png", "d.e.jpg"))
+    assert pairs(targets, source_dir=sources) == {
+        "a.jpg": ("a.png", "a.txt"),
+        "sub/b.png": ("sub/b.webp", "sub/b.txt"),
+        "c.jpg": ("c.png", "c.txt"),
+        "c.png": ("c.png", "c.txt"),
+        "d.e.png": ("d.e.jpg", "d.e.txt"),
+    }
+    assert skips(targets, source_dir=sources) == {}
+    assert edits(targets, source_dir=sources).read_source("sub/b.webp") == tmp_path / "sources/sub/b.webp"
+
+
+def test_partners_that_two_folders_lack_are_named_on_either_side(tmp_path):
+    targets, sources = folders(
+        tmp_path,
+        ("a.png", "a.txt", "b.png", "b.txt", "c.png", "d.png", "d.txt", "e.png", "e.txt", "f.png", "f.txt"),
+        ("a.png", "a.jpg", "c.png", "c.txt", "d.jpg", "d.webp", "E.png", "f/x.jpg", "g.png", "h.psd", "a.mask.png"),
+    )
+    (targets / "f.png").rename(targets / "f.jpg")
+    assert pairs(targets, source_dir=sources).keys() == {"a.png"}
+    assert skips(targets, source_dir=sources) == {
+        f"{sources}/a.jpg": "is a second source of its target: a.png is used",
+        f"{sources}/a.mask.png": "is the mask of a source, which is not read",
+        "b.png": f"has no source: there is no {sources}/b.*",
+        "c.png": f"missing caption c.txt: move {sources}/c.txt, which is beside the source",
+        "d.png": "has 2 sources, d.jpg and d.webp: keep one of them",
+        "e.png": f"has no source: there is no {sources}/e.*, but E.*, whose letters differ in case or accents",
+        f"{sources}/E.png": f"is a source without a target: there is no {targets}/E.*",
+        "f.jpg": f"has no source: there is no {sources}/f.*",
+        f"{sources}/f/x.jpg": f"is a source without a target: there is no {targets}/f/x.*",
+        f"{sources}/g.png": f"is a source without a target: there is no {targets}/g.*",
+        f"{sources}/h.psd": "is a Photoshop document: save it as PNG",
+    }
+
+
+def test_one_folder_may_be_inside_the_other(tmp_path):
+    fill(tmp_path, "a.png", "a.txt", "sources/a.png", "targets/a.png", "targets/a.txt")
+    (tmp_path / "targets").rename(tmp_path / "sources/targets")
+    inner = tmp_path / "sources"
+    assert pairs(tmp_path, source_dir=str(inner)) == {"a.png": ("a.png", "a.txt")}
+    targets = inner / "targets"
+    assert pairs(targets, source_dir=str(inner)) == {"a.png": ("a.png", "targets/a.txt")}
+    assert skips(targets, source_dir=str(inner)) == {}
+
+
+def test_links_are_followed_and_what_is_no_file_is_not_waited_for(tmp_path):
+    names = [f"{letter}.{suffix}" for letter in "abcd" for suffix in ("png", "txt")]
+    targets, sources = folders(tmp_path, tuple(names), ("d.png/x.png",))
+    (tmp_path / "sources/a.png").symlink_to(targets / "b.png")
+    (tmp_path / "sources/b.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "sources/c.png")
+    assert pairs(targets, source_dir=sources) == {"a.png": ("a.png", "a.txt")}
+    reasons = skips(targets, source_dir=sources)
+    assert reasons["b.png"] == "its source b.png is a broken link"
+    assert reasons["c.png"] == "its source c.png is not a file"
+    assert reasons["d.png"].startswith("has no source")
+    link = tmp_path / "linked"
+    link.symlink_to(sources)
+    assert pairs(targets, source_dir=str(link)).keys() == {"a.png"}
+
+
+def test_a_second_folder_that_cannot_be_one_is_refused(tmp_path):
+    targets, sources = folders(tmp_path, ("a.png", "a.txt"), ("b.png",))
+    (tmp_path / "same").symlink_to(targets)
+    (tmp_path / "empty").mkdir()
+    assert "does not exist; Correct --sources" in refusal(targets, source_dir=str(tmp_path / "none"))
+    assert "is not a folder; Correct --sources" in refusal(targets, source_dir=str(targets / "a.png"))
+    assert "is given for the sources and for the targets" in refusal(targets, source_dir=str(tmp_path / "same"))
+    assert "has no images; Name a source like its target" in refusal(targets, source_dir=str(tmp_path / "empty"))
+    assert "None of the 1 images" in (said := refusal(targets, source_dir=sources))
+    assert f"a.png has no source: there is no {sources}/a.*" in said
+    (tmp_path / "t.csv").write_text("image,text\ntargets/a.png,a\n")
+    assert "--sources is for folders of images" in refusal(tmp_path / "t.csv", source_dir=sources)
+    assert CacheConfig(source_dir="a", source_column="b").check() == [
+        "source_dir and source_column both say where the sources are: set one of them"
+    ]
+
+
+# --- tables, tars and datasets ---
+
+
+def metadata(folder: Path, *rows: dict[str, object]) -> Path:
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_metadata_files_name_sources_in_a_column(tmp_path):
+    fill(tmp_path, "a.png", "b.png", "in/a.png", "c.png", "d.png", "loose.png")
+    rows = [
+        {"file_name": "a.png", "source": "in/a.png", "text": "one"},
+        {"file_name": "a.png", "source": "in\\a.png", "text": "two"},
+        {"file_name": "a.png", "source": "b.png", "text": "three"},
+        {"file_name": "b.png", "source": None, "text": "x"},
+        {"file_name": "c.png", "source": "", "text": "x"},
+        {"file_name": "d.png", "source": "../up.png", "text": "x"},
+        {"file_name": "loose.png", "source": "gone.png", "text": "x"},
+    ]
+    listing = edits(metadata(tmp_path, *rows), caption_strategy="metadata")
+    assert [(i.path, i.source.path, i.captions) for i in listing.items] == [("a.png", "in/a.png", ("one", "two"))]
+    assert listing.read_source("in/a.png") == tmp_path / "in/a.png"
+    assert {skip.path: skip.reason for skip in listing.skipped} == {
+        "a.png": "has two sources: in/a.png, and here b.png; copy the image under another name (metadata.jsonl line 3)",
+        "b.png": "has no source: its column source is empty (metadata.jsonl line 4)",
+        "c.png": "has no source: its column source is empty (metadata.jsonl line 5)",
+        "d.png": "its source ../up.png lies outside the folder of its table (metadata.jsonl line 6)",
+        "loose.png": "its source gone.png does not exist (metadata.jsonl line 7)",
+    }
+
+
+def test_metadata_files_take_their_sources_from_a_second_folder(tmp_path):
+    fill(tmp_path, "a.png", "b.png", "sources/a.jpg")
+    metadata(tmp_path, {"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two"})
+    options = {"caption_strategy": "metadata", "source_dir": str(tmp_path / "sources")}
+    assert pairs(tmp_path, **options) == {"a.png": ("a.jpg", "one")}
+    assert skips(tmp_path, **options).keys() == {"b.png"}
+
+
+@pytest.mark.parametrize("names", [("source", "image", "text"), ("original_image", "edited_image", "edit_prompt")])
+def test_text_tables_name_both_pictures(tmp_path, names):
+    fill(tmp_path, "a.png", "in/a.png")
+    (tmp_path / "t.csv").write_text(f"{','.join(names)}\nin/a.png,a.png,make it red\n,a.png,x\n")
+    assert pairs(tmp_path / "t.csv") == {"a.png": ("in/a.png", "make it red")}
+    assert edits(tmp_path / "t.csv").read_source("in/a.png") == tmp_path / "in/a.png"
+    assert skips(tmp_path / "t.csv") == {"a.png": f"has no source: its column {names[0]} is empty (t.csv line 3)"}
+
+
+def test_a_table_without_a_usable_column_of_sources_says_which_columns_it_has(tmp_path):
+    fill(tmp_path, "a.png")
+    table = tmp_path / "t.csv"
+    table.write_text("image,text,number\na.png,x,1\n")
+    assert "t.csv has no column of sources" in (said := refusal(table))
+    assert "its columns are image, text, number; Set cache.source_column" in said
+    assert "has no column before; its columns are image, text, number" in refusal(table, source_column="before")
+    table.write_text("image,source,source_image,text\na.png,a.png,a.png,x\n")
+    assert "has sources in source and source_image" in refusal(table)
+    assert pairs(table, source_column="source") == {"a.png": ("a.png", "x")}
+    table.write_text("image,source,text\na.png,,x\na.png,,y\n")
+    assert "learns from pairs" in refusal(table)
+    rows = pa.table({"image": pa.array([{"bytes": RED, "path": None}], IMAGES), "text": ["x"], "source": [3]})
+    pq.write_table(rows, tmp_path / "t.parquet")
+    assert "t.parquet has no images in source but int64" in refusal(tmp_path / "t.parquet")
+
+
+def test_parquet_holds_or_names_both_pictures(tmp_path):
+    fill(tmp_path, "0.png")
+    cells = [{"bytes": BLUE, "path": None}, None, {"bytes": None, "path": "0.png"}, {"bytes": None, "path": "no.png"}]
+    images = pa.array([{"bytes": RED, "path": None}] * 4, IMAGES)
+    texts = ["a", "b", "c", "d"]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"source": pa.array(cells, IMAGES), "result": images, "instruction": texts}), path)
+    listing = edits(path)
+    assert pairs(path) == {"t.parquet#0": ("t.parquet#0.source", "a"), "t.parquet#2": ("t.parquet#2.source", "c")}
+    assert listing.read("t.parquet#0") == RED
+    assert listing.read_source("t.parquet#0.source") == BLUE
+    assert listing.read_source("t.parquet#2.source") == tmp_path / "0.png"
+    assert skips(path) == {
+        "t.parquet#1": "has no source: its column source is empty",
+        "t.parquet#3": "its source names no.png, which is not in the folder of t.parquet",
+    }
+    assert len({item.source.inode for item in listing.items} | {item.inode for item in listing.items}) == 4
+    pq.write_table(pa.table({"source": ["0.png", None, "", "x/y"], "image": images, "text": texts}), path)
+    assert pairs(path) == {"t.parquet#0": ("0.png", "a")}
+    assert edits(path).read_source("0.png") == tmp_path / "0.png"
+    assert skips(path)["t.parquet#3"] == "its source x/y does not exist"
+    assert [item.path for item in find(path, CacheConfig()).items] == [f"t.parquet#{i}" for i in range(4)]
+
+
+def test_saved_datasets_and_folders_of_parquet_have_the_column_too(tmp_path):
+    import datasets
+
+    columns = {"image": [{"bytes": RED, "path": "r.png"}], "source": [{"bytes": BLUE, "path": "b.png"}], "text": ["x"]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "source": datasets.Image(), "text": datasets.Value("string")}
+    )
+    saved = datasets.Dataset.from_dict(columns, features=features)
+    saved.save_to_disk(tmp_path / "saved")
+    (tmp_path / "hub/data").mkdir(parents=True)
+    saved.to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
+    for name in ("saved", "hub"):
+        assert pairs(tmp_path / name) == {f"{name}#0": (f"{name}#0.source", "x")}
+        assert edits(tmp_path / name).read_source(f"{name}#0.source") == BLUE
+
+
+def test_tars_hold_sources_beside_their_targets(tmp_path):
+    members = {
+        "0.jpg": RED, "0.source.png": BLUE, "0.txt": "a", "d/1.png": RED, "d/1.source.jpg": BLUE, "d/1.txt": "b",
+        "2.png": RED, "2.txt": "c", "p.v2.png": RED, "p.v2.source.png": BLUE, "p.v2.txt": "d",
+        "4.png": RED, "4.source.png": BLUE, "4.source.jpg": BLUE, "4.txt": "e",
+    }  # fmt: skip
+    path = tar(tmp_path / "t.tar", members)
+    assert pairs(path) == {
+        "t.tar/0.jpg": ("t.tar/0.source.png", "a"),
+        "t.tar/d/1.png": ("t.tar/d/1.source.jpg", "b"),
+        "t.tar/p.v2.png": ("t.tar/p.v2.source.png", "d"),
+    }
+    assert edits(path).read_source("t.tar/0.source.png") == BLUE
+    assert skips(path) == {
+        "t.tar/2.png": "has no source: there is no 2.source.* beside it",
+        "t.tar/4.png": "has 2 sources, 4.source.jpg and 4.source.png: keep one of them",
+    }
+    named = tar(tmp_path / "n.tar", {"0.in.jpg": BLUE, "0.out.jpg": RED, "0.json": '{"prompt": "go"}'})
+    options = {"image_column": "out.jpg", "caption_column": "json.prompt"}
+    for option in ("in", "in.jpg"):
+        assert pairs(named, source_column=option, **options) == {"n.tar/0.out.jpg": ("n.tar/0.in.jpg", "go")}
+    assert "has none (n.tar/0.out.jpg has no source: there is no 0.source.* beside it)" in refusal(named, **options)
+
+
+def test_an_empty_source_is_named_when_it_is_read(tmp_path):
+    path = tmp_path / "t.parquet"
+    images, sources = (pa.array([{"bytes": data, "path": None}], IMAGES) for data in (RED, b""))
+    pq.write_table(pa.table({"image": images, "source": sources, "text": ["x"]}), path)
+    with pytest.raises(UnreadableImage, match="is empty"):
+        edits(path).read_source("t.parquet#0.source")
