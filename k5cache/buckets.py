@@ -56,6 +56,9 @@ class Geometry:
     """Where the bucket begins in the resized image."""
     top: int
     flipped: bool = False
+    stretched: bool = False
+    """Only for a source of another shape than its target: all of it is stretched to the bucket as the image-to-image
+    pipeline does it, with Pillow's Lanczos filter."""
 
     @property
     def upscaled(self) -> bool:
@@ -169,6 +172,18 @@ def cover(width: int, height: int, bucket: Bucket) -> Geometry:
 def squash(width: int, height: int, bucket: Bucket) -> Geometry:
     """Resize the whole image to ``bucket`` and cut nothing."""
     return Geometry(width, height, bucket, bucket.width, bucket.height, left=0, top=0)
+
+
+def source_geometry(target: Geometry, width: int, height: int) -> Geometry:
+    """How a source of ``width`` x ``height`` pixels becomes the bucket of its target.
+
+    A source of the target's shape is resized and cropped exactly as the target is, so that their pixels correspond. Any
+    other is stretched. Shapes are the same if they differ by no more than rounding the smaller picture to whole pixels.
+    """
+    difference = abs(width * target.height - height * target.width)
+    if difference <= max(width, height, target.width, target.height):
+        return replace(target, width=width, height=height)
+    return replace(squash(width, height, target.bucket), flipped=target.flipped, stretched=True)
 
 
 def _scaled(side: int, resolution: int) -> int:

@@ -19,6 +19,8 @@ from k5cache.buckets import (
     choose_bucket,
     cover,
     fine_table,
+    source_geometry,
+    squash,
 )
 from k5cache.options import CacheConfig
 
@@ -220,3 +222,19 @@ def test_images_that_are_too_small_are_refused_with_their_size(size, options, re
     refusal = framing.refusal(framing.frame(*size, "aaaa")[0])
     assert refusal.startswith(reason)
     assert bool(refusal) == bool(reason)
+
+
+def test_a_source_of_its_targets_shape_is_cropped_as_the_target_is():
+    target = replace(cover(1500, 1000, Bucket(1152, 896)), flipped=True)
+    for width, height in ((1500, 1000), (750, 500), (3000, 2000), (500, 333), (501, 333), (1501, 1000), (30, 20)):
+        assert source_geometry(target, width, height) == replace(target, width=width, height=height)
+    squashed = squash(1500, 1000, Bucket(1152, 896))
+    assert source_geometry(squashed, 750, 500) == squash(750, 500, Bucket(1152, 896))
+
+
+@pytest.mark.parametrize("size", [(1000, 1500), (1500, 1010), (1024, 1024), (40, 6000), (30, 22)])
+def test_a_source_of_another_shape_is_stretched_to_its_targets_bucket(size):
+    target = cover(1500, 1000, Bucket(1152, 896))
+    whole = Geometry(*size, Bucket(1152, 896), 1152, 896, left=0, top=0, stretched=True)
+    assert source_geometry(target, *size) == whole
+    assert source_geometry(replace(target, flipped=True), *size) == replace(whole, flipped=True)

@@ -33,9 +33,21 @@ def latent_key_of(content_hash: str, geometry: Geometry, canonical_recipe: str) 
     return _digest(f'{{"content":{canonical(content_hash)},"crop":{crop},"recipe":{canonical_recipe}}}')
 
 
-def text_key_of(cleaned_caption: str, canonical_recipe: str) -> str:
-    """``text_key`` for many captions: the recipe is made ``canonical`` once."""
-    return _digest(f'{{"caption":{canonical(cleaned_caption)},"recipe":{canonical_recipe}}}')
+def text_key_of(cleaned_caption: str, canonical_recipe: str, canonical_source: str = "") -> str:
+    """``text_key`` for many captions: the recipe is made ``canonical`` once.
+
+    Args:
+        canonical_source: for image-to-image, ``source_of`` what Qwen sees together with the caption.
+    """
+    source = f',"source":{canonical_source}' if canonical_source else ""
+    return _digest(f'{{"caption":{canonical(cleaned_caption)},"recipe":{canonical_recipe}{source}}}')
+
+
+def source_of(content_hash: str, geometry: Geometry, source_view: str) -> str:
+    """What Qwen sees of a source, ``canonical``: the crop that the VAE sees too, or ``"whole"``, all of the picture."""
+    if source_view == "whole":
+        return canonical({"content": content_hash, "flipped": geometry.flipped})
+    return canonical({"content": content_hash, "crop": _crop(geometry)})
 
 
 def canonical(value: Any) -> str:
@@ -49,6 +61,7 @@ def _crop(geometry: Geometry) -> dict[str, Any]:
         "flipped": geometry.flipped,
         "left_top": [geometry.left, geometry.top],
         "resized": [geometry.resized_width, geometry.resized_height],
+        **({"stretched": True} if geometry.stretched else {}),  # the keys of all others stay what they were
     }
 
 
