@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pkgutil
 import random
 import shutil
 import sys
@@ -12,13 +13,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+import k5cache
+import k5train
 from k5cache.shared import console
 from pipelines.demo.make_checkpoint import make as make_checkpoint
 from pipelines.measure import command_line
@@ -89,6 +94,7 @@ def prepare(folder: Path) -> tuple[Place, dict[str, Any], dict[str, float]]:
     place.model.mkdir()
     place.scratch.mkdir()
     failing_calls.load_once()
+    import_all()
     make_checkpoint(place.model)
     os.environ["K5_HOME"] = str(folder / flips.HOME)
     template.make(place.template, place.model)
@@ -113,6 +119,15 @@ def prepare(folder: Path) -> tuple[Place, dict[str, Any], dict[str, float]]:
         **expected, "whole": finished_cache(place.template / "cache" / "whole"), "base": expected["base prepare"],
         "four": finished_run(place.template / "runs" / "four"), failing.ROW: failing.expected(place),
     }, seconds  # fmt: skip
+
+
+def import_all() -> None:
+    """Import every module of both packages, so that no trial has to, and none is of another version if files change."""
+    for package in (k5cache, k5train):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith(".__main__"):
+                with suppress(ImportError):  # what needs a library that is not installed
+                    import_module(module.name)
 
 
 def plan(place: Place, cache_kills: int, run_kills: int, num_flips: int, every: int, seed: int) -> list[Trial]:

@@ -53,7 +53,6 @@ def make(template: Path, model: Path) -> None:
     for shard in sorted(damaged.glob("*/*.parquet"))[:3]:
         flip(shard, 8 * 600)
     must(template, "k5train", "run", "cache/whole", "--model", str(model), *EMA, "-o", "runs/four")
-    must(template, "k5train", "run", "cache/whole", "--model", str(model), *EMA, "-o", "runs/six", *options(steps=6))
 
 
 def _put(folder: Path, number: int) -> None:
