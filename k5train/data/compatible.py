@@ -74,8 +74,8 @@ def check_fit(cache: Cache, folder: Path) -> None:
     """Refuse a cache whose tensors this transformer cannot take, before anything is loaded.
 
     Raises:
-        CacheStale: widths differ, the cache was not made by the encoders beside the transformer, or the installed
-            diffusers has another template.
+        CacheStale: it is for the other kind of model, widths differ, the cache was not made by the encoders beside the
+            transformer, or the installed diffusers has another template.
         CacheError: another program made the cache.
     """
     check_template(cache)
@@ -87,7 +87,13 @@ def check_fit(cache: Cache, folder: Path) -> None:
             "Encode into a new cache: k5cache encode SOURCE -o OTHER",
         )
     _check_sizes(cache)
-    text = cache.prompt("")
+    if cache.kind == "i2i" and cache.columns("source_key").column(0).null_count:
+        again = command("k5cache", "encode", "TARGETS", "--sources", "SOURCES", "-o", "OTHER")
+        raise CacheError(
+            f"{cache.root} has rows without a source: it was not made by `k5cache encode`",
+            f"Encode pairs into a new cache: {again}",
+        )
+    text = cache.prompt("") if cache.kind == "t2i" else cache.text(cache.row(0).caption_keys[0])
     widths = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
     for name, width in widths.items():
         if width != config[name]:

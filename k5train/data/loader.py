@@ -16,6 +16,7 @@ from torch import Tensor
 from k5cache.shared.errors import RecipeError
 from k5train.data.batch import Batch, Group, concatenate, pad
 from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches
+from k5train.forward.condition import condition_of, no_source
 from k5train.objective import flow, rollout, tread
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Loader:
             step = self._step(micro)
             path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, step, of_rollout)
             sigma = path[-1:]
+        condition = self._condition(source.cache, row.source_key, micro, place) if row.source_key else None
         mask = None
         if row.mask_key and (objective.masked_loss or config.tread.keep_masked):
             mask = source.cache.mask(row.mask_key)
@@ -126,6 +128,7 @@ class Loader:
             sigma=sigma,
             prompt_embeds=text.prompt_embeds[None],
             pooled_projections=text.pooled[None],
+            condition=None if condition is None else condition[None, None],
             weight=self._weight(sigma, source),
             mask=self._mask(mask, latents) if objective.masked_loss else None,
             path=None if path is None else path[None],
@@ -135,16 +138,27 @@ class Loader:
     def _text(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> TextRow:
         dropout, choice = torch.rand(2, generator=generator).tolist()
         if dropout < self.config.caption_dropout_probability:
-            return cache.prompt("")
+            return cache.text(row.empty_key) if row.empty_key else cache.prompt("")
         number = 0 if self.config.caption_choice == "first" else int(choice * len(row.caption_keys))
         return cache.text(row.caption_keys[number])
 
     def _latents(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        moments = cache.latents(row.latent_key)
+        latents = self._posterior(cache, row.latent_key, generator)
+        return latents, torch.randn(latents.shape, generator=generator)
+
+    def _posterior(self, cache: Cache, key: str, generator: torch.Generator) -> Tensor:
+        moments = cache.latents(key)
         mean = moments["mean"].float()
         std = moments["std"].float() if "std" in moments else torch.zeros_like(mean)
-        latents = flow.sample_posterior(mean, std, torch.randn(mean.shape, generator=generator), self.scaling_factor)
-        return latents, torch.randn(latents.shape, generator=generator)
+        return flow.sample_posterior(mean, std, torch.randn(mean.shape, generator=generator), self.scaling_factor)
+
+    def _condition(self, cache: Cache, source_key: str, micro: int, place: int) -> Tensor:
+        """``[H/8, W/8, 17]``: a fresh sample of the source. Its generator is its own: the other draws are those of a
+        row without a source."""
+        generator = _generator(self.config.seed, "source", micro, place)
+        is_dropped = torch.rand(1, generator=generator).item() < self.config.source_dropout_probability
+        source = self._posterior(cache, source_key, generator)
+        return no_source(source) if is_dropped else condition_of(source)
 
     def _stratified(self, u: Tensor, micro: int, place: int) -> Tensor:
         """``u`` moved into one of n equal slices of 0 to 1: each of the n rows of an update has its own slice."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.kind import LONG_NAMES
 from k5cache.store.reader import Cache, open_cache
 from k5train.options.data import DataConfig
 
@@ -128,6 +129,13 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
     if not len(mixture):
         raise CacheError(f"{mixture.first.root} holds no images", "Encode some first: k5cache encode SOURCE")
     for other in sources[1:]:
+        first = mixture.first
+        if other.cache.kind != first.kind:
+            raise CacheStale(
+                f"{first.root} was encoded for {LONG_NAMES[first.kind]} and {other.cache.root} for"
+                f" {LONG_NAMES[other.cache.kind]}, and a transformer is for one of the two",
+                "Train on caches of one kind",
+            )
         ours, theirs = mixture.first.manifest.recipe, other.cache.manifest.recipe
         fields = [("text", name) for name in ours["text"]]
         fields += [("latents", name) for name in ("vae", "scaling_factor")]

@@ -26,7 +26,7 @@ def check_template(cache: Cache) -> None:
     """
     recipe: Mapping[str, Any] = cache.manifest.recipe
     text = recipe.get("text", {})
-    installed = installed_template(str(recipe.get("model", {}).get("flavour", "t2i"))[:3])
+    installed = installed_template(cache.kind)
     if installed is None or "prompt_template" not in text:
         return
     start = text.get("prompt_template_encode_start_idx", installed.encode_start_idx)

@@ -37,6 +37,9 @@ class TrainConfig:
     """How often each image is used in one epoch."""
     caption_dropout_probability: float = 0.1
     """Share of the rows that are trained with the empty prompt, so that guidance keeps working."""
+    source_dropout_probability: float = 0.0
+    """Only for image-to-image: share of the rows that are trained without their source, whose latents and mask channel
+    become zeros. What Qwen saw of the source stays in the instruction's embeddings."""
     caption_choice: Literal["random", "first"] = "random"
     """Which of an image's captions a step uses."""
     base_model_precision: Literal["int8-quanto", "int8-dynamic", "no_change"] = "int8-quanto"
@@ -84,8 +87,13 @@ class TrainConfig:
             for name, value in ((name, getattr(self, name)) for name in counts)
             if value is not None and value < 1
         ]
-        if not 0 <= self.caption_dropout_probability <= 1:
-            problems.append(f"caption_dropout_probability must be 0 to 1, found {self.caption_dropout_probability}")
+        problems += [
+            f"{name} must be 0 to 1, found {value}"
+            for name, value in (
+                (n, getattr(self, n)) for n in ("caption_dropout_probability", "source_dropout_probability")
+            )
+            if not 0 <= value <= 1
+        ]
         if not 0 < self.flow_schedule_shift < inf:
             problems.append(f"flow_schedule_shift must be above 0, found {self.flow_schedule_shift}")
         if self.checkpoint_every < 0:

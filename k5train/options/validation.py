@@ -14,6 +14,20 @@ from k5cache.shared.model import path_problems
 
 
 @dataclass(frozen=True)
+class EditConfig:
+    """``[[train.validation.edits]]``: a picture and what to do with it."""
+
+    source: str
+    """The picture that is edited."""
+    prompt: str
+    """The instruction. `k5cache encode` puts the pair into the cache, so no encoder is loaded here."""
+
+    def check(self) -> list[str]:
+        """What cannot be a picture."""
+        return path_problems("source", self.source)
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """``[train.validation]``: pictures drawn during the run from cached prompts, and the held-out loss."""
 
@@ -21,6 +35,12 @@ class ValidationConfig:
     """The prompts to draw. `k5cache encode` puts them into the cache, so no text encoder is loaded here."""
     negative_prompt: str = ""
     """The prompt that guidance moves away from."""
+    edits: tuple[EditConfig, ...] = ()
+    """``[[train.validation.edits]]`` with ``source`` (a picture) and ``prompt`` (an instruction), for image-to-image:
+    what to draw. Without any, ``pairs`` are drawn."""
+    pairs: int = 4
+    """For image-to-image without ``edits``: how many pairs of the cache to draw with their first instruction, those of
+    the validation split first. 0: none."""
     every: int = 250
     """Optimizer steps between rows of pictures. 0: only before and after."""
     guidance_scale: float = 5.0
@@ -67,7 +87,8 @@ class ValidationConfig:
         if not 0 <= self.guidance_scale < inf:
             problems.append(f"guidance_scale must be 0 or more, found {self.guidance_scale}")
         problems += [f"{name} must be 0 or more, found {value}" for name, value in
-                     (("every", self.every), ("held_out_every", self.held_out_every), ("patience", self.patience))
+                     (("every", self.every), ("held_out_every", self.held_out_every), ("patience", self.patience),
+                      ("pairs", self.pairs))
                      if value < 0]  # fmt: skip
         return problems
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from k5cache.shared.errors import RecipeError
 from k5train.data.mixture import Mixture
+from k5train.forward.condition import condition_of
 from k5train.objective import flow
 
 if TYPE_CHECKING:
@@ -83,19 +85,25 @@ class HeldOutLoss:
     ) -> list[float]:
         """The plain flow-matching loss in each part of (0, 1), low noise first: means over the rows of the split.
 
-        Each row has its first caption and the mean of its posterior. Weights, masks and routes are not used.
+        Each row has its first caption and the mean of its posterior, and its source has the mean of its own. Weights,
+        masks and routes are not used.
         """
         sums = [0.0] * self.num_sigmas
         for item in self.items:
             row = self.cache.row(item)
             text = self.cache.text(row.caption_keys[0])
             embeds, pooled = text.prompt_embeds[None].to(device), text.pooled[None].to(device)
-            latents = self.cache.latents(row.latent_key)["mean"].float()[None, None] * self.scaling_factor
+            latents = self._mean(row.latent_key)
+            extra = {"condition": condition_of(self._mean(row.source_key)).to(device)} if row.source_key else {}
             for i, sigma in enumerate(sigmas_of(row.latent_key, self.num_sigmas)):
                 noise = torch.randn(latents.shape, generator=_generator(row.latent_key, "noise", i))
-                sums[i] += _loss(predict, latents.to(device), noise.to(device), sigma, embeds, pooled)
+                sums[i] += _loss(partial(predict, **extra), latents.to(device), noise.to(device), sigma, embeds, pooled)
                 on_step()
         return [total / len(self.items) for total in sums]
+
+    def _mean(self, key: str) -> Tensor:
+        """``[1, 1, H/8, W/8, 16]`` float32: the mean of a row's posterior, scaled."""
+        return self.cache.latents(key)["mean"].float()[None, None] * self.scaling_factor
 
 
 def _loss(predict: Predict, latents: Tensor, noise: Tensor, sigma: float, embeds: Tensor, pooled: Tensor) -> float:

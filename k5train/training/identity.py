@@ -12,6 +12,7 @@ from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.recipe import to_dict
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
+from k5train.options.validation import ValidationConfig
 from k5train.planning.saved_plan import read_saved_plan
 from k5train.runs.resume_state import SavedState, differences
 
@@ -32,7 +33,7 @@ FREE = (
     "memory",
     "trackers",
     *(f"validation.{name}" for name in ("prompts", "negative_prompt", "every", "guidance_scale", "num_inference_steps",
-      "width", "height", "seed", "before", "held_out_every", "patience")),
+      "width", "height", "seed", "before", "held_out_every", "patience", "edits", "pairs")),
 )  # fmt: skip
 
 
@@ -71,8 +72,12 @@ def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
 
 
 def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without the paths of the caches, which may move. Their rows are compared."""
-    train = without_removed(identity["train"])
+    """An identity without the paths of the caches, which may move. Their rows are compared.
+
+    An option that the run's version did not know has its default: that is what the run did.
+    """
+    train = {**to_dict(TrainConfig()), **without_removed(identity["train"])}
+    train["validation"] = {**to_dict(ValidationConfig()), **train["validation"]}
     train["data"] = [{k: v for k, v in entry.items() if k != "cache"} for entry in train.get("data", ())]
     return {**identity, "train": train}
 
@@ -104,8 +109,9 @@ def depends_on_the_last_step(train: Mapping[str, Any]) -> bool:
 
 
 def _rows(cache: Any) -> str:
-    """A hash of the latents, captions and masks that the rows have, in their order."""
-    columns = cache.columns("latent_key", "caption_keys", "mask_key")
+    """A hash of the latents, captions, masks and sources that the rows have, in their order."""
+    of_sources = ("source_key", "empty_key") if cache.kind == "i2i" else ()
+    columns = cache.columns("latent_key", "caption_keys", "mask_key", *of_sources)
     digest = hashlib.sha256()
     for column in columns.columns:
         digest.update(repr(column.to_pylist()).encode())

@@ -16,6 +16,7 @@ from k5cache.shared.inside import name_problem
 from k5cache.shared.model import ModelConfig, prompt_library
 from k5cache.shared.outputs import check_writable, kind_of
 from k5cache.shared.recipe import to_dict
+from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
@@ -71,10 +72,11 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
     target = out or (Path("runs") / config.name if config.name else None)
     if target and kind_of(target) != "run":
         check_new(target)
-    config = with_library(config)
     for line in options_without_effect(config):
         console.warn(line)
     data = open_data(cache, config)
+    check_options(data, config)
+    config = with_library(config)
     run = _unfinished(data, out, model, config) if not is_new else None
     if run:
         console.note(f"{run.root} was stopped before its end: going on. --new starts another run", "bold")
@@ -103,9 +105,10 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     if not any(option.startswith("model.") for option in options):
         asked = [f"model.path={model.source}", *([f"model.revision={model.revision}"] if model.revision else [])]
         check_known(model, root, f"If you trust it: {console.this_command(set=asked)}")
-    config = with_library(config)
     _check_caches_exist(root, config, cache, recorded_cache)
     data = open_data(cache or (None if config.data else recorded_cache), config)
+    check_options(data, config)
+    config = with_library(config)
     saved = latest_state(run.state, step)
     if step is None and run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
         raise RunError(

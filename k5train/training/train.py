@@ -16,6 +16,7 @@ from k5train.adapter.attach import check_start
 from k5train.adapter.who_loads import call_for, compare_saved
 from k5train.base.quantize import empty_transformer
 from k5train.data.compatible import check_fit
+from k5train.data.kind import check_options
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
 from k5train.objective.tread import check_routes
@@ -73,6 +74,7 @@ def train(
 
     Raises:
         CacheStale: the cache does not fit the transformer.
+        RecipeError: an option belongs to the other kind of model.
         DoesNotFit: no plan fits, which is found before anything is loaded; or VRAM ran out all the same, and the LoRA
             is saved.
         RunError: there is no GPU for a full-size model, the loss is not finite, the run was started differently, or
@@ -82,6 +84,7 @@ def train(
     called = time.monotonic()
     device = base.device if base else pick_device(config.device, folder)
     check_fit(data.first, folder)
+    check_options(data, config)
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
     with lock_run(run):

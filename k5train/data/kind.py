@@ -1,0 +1,56 @@
+"""Do the options of a recipe belong to the kind of its caches, text-to-image or image-to-image?"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from k5cache.shared.command_line import command
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.kind import LONG_NAMES, Kind
+from k5train.data.mixture import Mixture
+from k5train.options.train import TrainConfig
+
+_CAPTIONS_ALONE = "Draw pairs: [[train.validation.edits]] with source and prompt, or train.validation.pairs"
+_OF_THE_PAIR = "Leave it out: a pair is drawn at the size of its source"
+_NO_SOURCE = "Leave it out: this cache has no sources"
+
+# Options that only one kind has, and what to do with the other.
+ONLY: dict[Kind, dict[str, str]] = {
+    "t2i": {
+        "validation.prompts": _CAPTIONS_ALONE,
+        "validation.prompt_library": _CAPTIONS_ALONE,
+        "validation.negative_prompt": "Leave it out: guidance leads away from the empty instruction with the source",
+        "validation.width": _OF_THE_PAIR,
+        "validation.height": _OF_THE_PAIR,
+    },
+    "i2i": {
+        "validation.edits": "Draw prompts: train.validation.prompts",
+        "validation.pairs": "Draw prompts: train.validation.prompts",
+        "source_dropout_probability": _NO_SOURCE,
+    },
+}
+
+
+def check_options(data: Mixture, config: TrainConfig) -> None:
+    """Refuse options of the other kind, and caption dropout where the cache has nothing to put in a caption's place.
+
+    Raises:
+        RecipeError: names the option and what to do.
+    """
+    kind, default = data.first.kind, TrainConfig()
+    other: Kind = "t2i" if kind == "i2i" else "i2i"
+    for name, fix in ONLY[other].items():
+        if attrgetter(name)(config) != attrgetter(name)(default):
+            raise RecipeError(
+                f"train.{name} is only for {LONG_NAMES[other]}, and {data.first.root} is for {LONG_NAMES[kind]}", fix
+            )
+    if kind == "i2i" and config.caption_dropout_probability:
+        for source in data.sources:
+            if source.cache.columns("empty_key").column(0).null_count:
+                again = command("k5cache", "encode", "TARGETS", "-o", source.cache.root, "--set",
+                                "cache.empty_instruction=true")  # fmt: skip
+                raise RecipeError(
+                    f"train.caption_dropout_probability is {config.caption_dropout_probability:g}, and "
+                    f"{source.cache.root} was encoded without the empty instruction of each source",
+                    f"Set train.caption_dropout_probability=0, or encode it too: {again}",
+                )
