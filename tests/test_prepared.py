@@ -222,6 +222,33 @@ def test_what_is_made_under_a_wide_umask_can_be_used_again(toy_model, k5_home, m
     load_prepared(toy_model, torch.bfloat16, CPU)
 
 
+def test_a_home_that_cannot_be_written_is_named_before_anything_is_compiled(k5_home, monkeypatch):
+    make_home("base")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(OutputError, match=rf"{k5_home / 'compiled'} cannot be written") as refused:
+        make_home("compiled", 0o700)
+    assert refused.value.fix == "Set K5_HOME to a folder that can be written"
+
+
+def test_headers_that_another_user_could_have_compiled_are_not_used(tmp_path, monkeypatch):
+    import torch._inductor.config as inductor
+    from torch._inductor.runtime import cache_dir_utils
+
+    from k5train.forward.compile import set_up_compiler
+
+    monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(tmp_path / "torchinductor_me"))
+    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    for where in ("torchinductor_me", "torchinductor_me/precompiled_headers"):
+        with inductor.patch(cpp_cache_precompile_headers=True):
+            set_up_compiler()
+            assert inductor.cpp_cache_precompile_headers
+            (tmp_path / where).chmod(0o775)
+            set_up_compiler()
+            assert not inductor.cpp_cache_precompile_headers
+        (tmp_path / where).chmod(0o755)
+
+
 def test_compiled_code_that_others_could_have_written_is_not_used(k5_home, monkeypatch):
     monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
     (k5_home / "compiled" / "ab").mkdir(parents=True)

@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from k5cache.shared.errors import RunError
+from k5cache.shared.errors import OutputError, RunError
 
 
 def k5_home() -> Path:
@@ -27,19 +27,31 @@ def make_home(name: str, mode: int = 0o755) -> Path:
 
     Raises:
         RunError: as ``check_trusted``.
+        OutputError: it cannot be written.
     """
     home = k5_home()
-    home.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (home, home / name):
-        folder.mkdir(mode=0o755, exist_ok=True)
-        check_trusted(folder)
     folder = home / name
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        for made in (home, folder):
+            made.mkdir(mode=0o755, exist_ok=True)
+            check_trusted(made)
+    except PermissionError:
+        raise _not_writable(folder) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _not_writable(folder)
     info = folder.stat()
     if stat.S_IMODE(info.st_mode) & ~mode & 0o777 and info.st_uid == os.geteuid():
         for path in folder.rglob("*") if mode == 0o700 else ():  # others could have written these until now
             check_trusted(path)
         folder.chmod(mode)
     return folder
+
+
+def _not_writable(folder: Path) -> OutputError:
+    return OutputError(
+        f"{folder} cannot be written: there is no permission", "Set K5_HOME to a folder that can be written"
+    )
 
 
 def check_trusted(path: Path) -> None:

@@ -9,12 +9,14 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k5cache.shared.home import make_home
+from k5cache.shared.errors import RunError
+from k5cache.shared.home import check_trusted, make_home
 from k5train.forward import attention, block, ops
 from k5train.forward.levels import opaque_block, run_at_level
 
@@ -36,12 +38,35 @@ def set_up_compiler() -> None:
     # dynamo has already written that folder to the environment, so only another folder is the user's own choice.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(make_home("compiled", 0o700))
+    _distrust_headers()
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _VARIANTS)
     config.force_parameter_static_shapes = False  # adapters are parameters, of any rank
     mark_opaque()
     # It warns once that in-place ops would be wrong under selective checkpointing. A block has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+
+
+def _distrust_headers() -> None:
+    """Let inductor precompile no headers where another user could have put them before it.
+
+    It keeps those for its CPU kernels in the temporary folder, under a name that anyone can tell, wherever compiled
+    code is. Without them a kernel takes some seconds more to compile.
+    """
+    import torch._inductor.config as inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = Path(default_cache_dir()) / "precompiled_headers"
+    try:
+        for part in (folder.parent, folder):
+            part.mkdir(mode=0o755, exist_ok=True)
+        for part in (folder.parent.parent, folder.parent, folder):
+            check_trusted(part)
+        is_safe = not folder.parent.is_symlink() and not folder.is_symlink()
+    except (RunError, OSError):
+        is_safe = False
+    if not is_safe and hasattr(inductor, "cpp_cache_precompile_headers"):
+        inductor.cpp_cache_precompile_headers = False
 
 
 def mark_opaque() -> None:
