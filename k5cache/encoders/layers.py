@@ -7,7 +7,8 @@ caption this is the pipeline's own forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _ATTENTION = "k5_side_by_side"
+_TABLES = 128  # rotary tables with pictures that are kept, 0.3 MB each; there may be thousands
 
 
 @dataclass(frozen=True)
@@ -95,31 +97,46 @@ def run_layer(layer: Any, states: torch.Tensor, positions: Any, runs: tuple[tupl
 
 
 class Positions:
-    """Rotary cosines and sines of a pack, computed by the model's own module once for each length.
+    """Rotary cosines and sines of a pack, computed by the model's own module once for each length and picture.
 
-    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them when it is given no positions.
+    A caption's tokens are at 0..L-1 on all three axes, as the model numbers them when it is given no positions. With a
+    picture among them, the axes differ.
     """
 
-    def __init__(self, rotary: Any, states: torch.Tensor) -> None:
-        self._rotary, self._like = rotary, states
+    def __init__(
+        self, rotary: Any, states: torch.Tensor, places: Sequence[Hashable], rope: Callable[[int], torch.Tensor]
+    ) -> None:
+        """``places``: of each caption's picture, or None. ``rope``: positions ``[3, 1, L]`` of a caption with one."""
+        self._rotary, self._like, self._places, self._rope = rotary, states, places, rope
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._with_picture: OrderedDict[Hashable, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of every token. The batch dimension is 1; the others have the library's shape."""
         import torch
 
-        tables = [self._of_length(length) for length in pack.lengths]
+        tables = [self._of(member, length) for member, length in zip(pack.members, pack.lengths, strict=True)]
         if len(tables) == 1:
             return tables[0]
         return torch.cat([cos for cos, _ in tables], dim=-2), torch.cat([sin for _, sin in tables], dim=-2)
 
-    def _of_length(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of(self, member: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        place = self._places[member]
+        if place is not None:
+            return self._of_picture(member, (length, place))
         if length not in self._known:
             ids = torch.arange(length, device=self._like.device).view(1, 1, -1).expand(3, 1, -1)
             self._known[length] = self._rotary(self._like, ids)
         return self._known[length]
+
+    def _of_picture(self, member: int, key: Hashable) -> tuple[torch.Tensor, torch.Tensor]:
+        if key not in self._with_picture:
+            if len(self._with_picture) == _TABLES:
+                self._with_picture.popitem(last=False)
+            self._with_picture[key] = self._rotary(self._like, self._rope(member).to(self._like.device))
+        return self._with_picture[key]
 
 
 def _attention(

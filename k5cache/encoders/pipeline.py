@@ -12,30 +12,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from k5cache.shared.kind import Kind
 from k5cache.shared.template import Template, installed_template
 
 _MODULES = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
 
 
-def prompt_template() -> Template:
+def prompt_template(kind: Kind = "t2i") -> Template:
     """The template and crop of the installed pipeline: from its source if that states them, else from the class."""
-    return installed_template("t2i") or pipeline_template()
+    return installed_template(kind) or pipeline_template(kind)
 
 
 @functools.cache
-def pipeline_template() -> Template:
+def pipeline_template(kind: Kind = "t2i") -> Template:
     """The template and crop of the installed pipeline class. The first call imports diffusers: about 6 s."""
-    pipe = _empty_pipeline()
+    pipe = empty_pipeline(kind)
     template = Template(pipe.prompt_template, pipe.prompt_template_encode_start_idx)
-    assert installed_template("t2i") in (None, template), "diffusers' source states another template than its class"
+    assert installed_template(kind) in (None, template), "diffusers' source states another template than its class"
     return template
 
 
-def clean(caption: str) -> str:
+def clean(caption: str, kind: Kind = "t2i") -> str:
     """The caption as the pipeline tokenises it: ftfy (where installed), HTML unescaped twice, whitespace folded."""
-    from diffusers.pipelines.kandinsky5 import pipeline_kandinsky_t2i
-
-    return cast(str, pipeline_kandinsky_t2i.prompt_clean(caption))
+    return cast(str, _module(kind).prompt_clean(caption))
 
 
 def pipeline_token_ids(tokenizer: Any, caption: str, max_sequence_length: int) -> list[int]:
@@ -52,9 +51,9 @@ def pipeline_token_ids(tokenizer: Any, caption: str, max_sequence_length: int) -
         seen.append(input_ids)
         return {"hidden_states": [torch.zeros(*input_ids.shape, 1)]}
 
-    pipe = _empty_pipeline()
+    pipe = empty_pipeline()
     vars(pipe).update(tokenizer=tokenizer, text_encoder=text_encoder)
-    with silent("diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i"):
+    with silent(logger_name("t2i")):
         pipe._encode_prompt_qwen(
             prompt=[caption], device=torch.device("cpu"), max_sequence_length=max_sequence_length, dtype=torch.float32
         )
@@ -73,13 +72,26 @@ def silent(name: str) -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _empty_pipeline() -> Any:
+def logger_name(kind: Kind) -> str:
+    """Through which the pipeline says what it cut off."""
+    return f"diffusers.pipelines.kandinsky5.pipeline_kandinsky_{kind}"
+
+
+def empty_pipeline(kind: Kind = "t2i") -> Any:
     """A pipeline without modules. Cheap: 0.1 ms."""
-    return _pipeline_class()(**dict.fromkeys(_MODULES))
+    return _pipeline_class(kind)(**dict.fromkeys(_MODULES))
 
 
 @functools.cache
-def _pipeline_class() -> Callable[..., Any]:
-    from diffusers import Kandinsky5T2IPipeline
+def _pipeline_class(kind: Kind) -> Callable[..., Any]:
+    import diffusers
 
-    return cast(Callable[..., Any], Kandinsky5T2IPipeline)
+    name = {"t2i": "Kandinsky5T2IPipeline", "i2i": "Kandinsky5I2IPipeline"}[kind]
+    return cast(Callable[..., Any], getattr(diffusers, name))
+
+
+def _module(kind: Kind) -> Any:
+    """The module that the pipeline is in, and its cleaning."""
+    from diffusers.pipelines.kandinsky5 import pipeline_kandinsky_i2i, pipeline_kandinsky_t2i
+
+    return {"t2i": pipeline_kandinsky_t2i, "i2i": pipeline_kandinsky_i2i}[kind]

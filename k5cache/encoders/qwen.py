@@ -7,25 +7,39 @@ safetensors files, so host memory never holds a copy of the model.
 from __future__ import annotations
 
 import copy
+import functools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from k5cache.encoders.hostio import DTYPES, fetched, read_ahead
+from k5cache.encoders.hostio import fetched, read_ahead
 from k5cache.encoders.layers import Pack, Positions, attend_side_by_side, attention_kernels, make_packs, run_layer
 from k5cache.encoders.pipeline import pipeline_template, pipeline_token_ids
+from k5cache.encoders.weights import Weights
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
 from k5cache.shared.handed_over import handed_over
-from k5cache.shared.part_files import StoredTensor, read_header, weight_files
+from k5cache.shared.kind import Kind
 
 if TYPE_CHECKING:
     import torch
 
 # Where the text layers live in a file: published Qwen2.5-VL, saved by newer versions, bare base or text models.
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a picture is among the tokens of its instruction."""
+
+    start: int
+    """Of its first token."""
+    count: int
+    """Its tokens."""
+    grid: tuple[int, int, int]
+    """Its patches: frames (1), rows, columns."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,8 @@ class Tokens:
     """Rows of ``prompt_embeds``: ids after the pipeline's crop."""
     truncated: str
     """The end of the caption that was cut off; "" if all of it is encoded."""
+    place: Place | None = None
+    """Of the picture. None if there is none: only image-to-image has one."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +65,13 @@ class Qwen:
     its layers too unless they are streamed. Its embeddings are on the meta device."""
     encode_start_idx: int
     """How many hidden states are cropped off the front: those of the template."""
-    weights: TextWeights
+    weights: Weights
     embeddings: torch.Tensor
     """``[vocabulary, 3584]`` in the file's dtype, mapped: a caption's rows are read when it is encoded."""
     dtype: torch.dtype
     """Of the arithmetic."""
+    rope: Callable[[Tokens], torch.Tensor]
+    """Positions ``[3, 1, tokens]`` of an instruction with a picture, from the library's own ``get_rope_index``."""
     is_int8: bool = False
     """Whether the layers' matrices are in 8 bits (quanto's ``qint8``)."""
 
@@ -97,17 +115,26 @@ def tokenize(tokenizer: Any, caption: str, max_sequence_length: int) -> Tokens:
     template = pipeline_template()
     ids = pipeline_token_ids(tokenizer, caption, max_sequence_length)
     uncut_ids = tokenizer(text=template.text.format(caption))["input_ids"]
-    truncated = ""
-    if ids != uncut_ids:
-        # The tokenizer composes characters (NFC); a character cut in half decodes to another, so it counts as lost.
-        caption = unicodedata.normalize("NFC", caption)
-        encoded = tokenizer.decode(ids).removeprefix(template.text.partition("{}")[0])
-        truncated = caption[_num_equal(encoded, caption) :]
+    truncated = "" if ids == uncut_ids else cut_off(tokenizer, template.text, caption, ids)
     return Tokens(ids=ids, n_tokens=len(ids) - template.encode_start_idx, truncated=truncated)
 
 
+def cut_off(tokenizer: Any, template: str, caption: str, ids: list[int]) -> str:
+    """The end of a caption that ``ids``, its tokens in the template, lack."""
+    # The tokenizer composes characters (NFC); a character cut in half decodes to another, so it counts as lost.
+    caption = unicodedata.normalize("NFC", caption)
+    encoded = tokenizer.decode(ids).removeprefix(template.partition("{}")[0])
+    return caption[_num_equal(encoded, caption) :]
+
+
 def load_qwen(
-    folder: Path, device: str | torch.device, dtype: torch.dtype, *, streamed: bool = False, int8: bool = False
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    streamed: bool = False,
+    int8: bool = False,
+    kind: Kind = "t2i",
 ) -> Qwen:
     """Load the text layers of ``folder/text_encoder``.
 
@@ -118,6 +145,7 @@ def load_qwen(
         dtype: of weights and arithmetic. Rotary frequencies stay float32, as ``from_pretrained`` keeps them.
         streamed: leave the layers in their files, for ``streaming.stream_prompt_embeds``.
         int8: round each layer's matrices to 8 bits as soon as it is read.
+        kind: which pipeline's template is cropped off.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or the folder holds another model.
@@ -126,7 +154,7 @@ def load_qwen(
 
     device = torch.device(device)
     model = empty_text_model(folder, dtype)
-    weights = TextWeights(folder)
+    weights = Weights(folder, _PREFIXES, "embed_tokens.weight", "text layers")
     weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
     model.norm.load_state_dict(
         {"weight": weights.tensor("norm.weight").to(device=device, dtype=dtype)}, strict=True, assign=True
@@ -134,7 +162,8 @@ def load_qwen(
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)  # made on the CPU, then moved: the same bits
     attend_side_by_side(model.config)
     embeddings = weights.tensor("embed_tokens.weight")
-    qwen = Qwen(model, pipeline_template().encode_start_idx, weights, embeddings, dtype, int8)
+    start = pipeline_template(kind).encode_start_idx
+    qwen = Qwen(model, start, weights, embeddings, dtype, functools.partial(_rope_index, folder), int8)
     if not streamed:
         for i, layer in enumerate(read_layers(qwen, reuse=False)):
             model.layers[i] = layer
@@ -177,8 +206,17 @@ def finish_layer(qwen: Qwen, layer: Any, tensors: dict[str, torch.Tensor], *, in
     return layer
 
 
+Pictures = Sequence["torch.Tensor | None"]
+"""For each caption, the picture's tokens ``[count, 3584]`` as the vision tower gives them, on the CPU; or None."""
+
+
 def encode_prompt_embeds(
-    qwen: Qwen, tokens: Sequence[Tokens], *, exact: bool = True, batch_tokens: int = 8192
+    qwen: Qwen,
+    tokens: Sequence[Tokens],
+    pictures: Pictures | None = None,
+    *,
+    exact: bool = True,
+    batch_tokens: int = 8192,
 ) -> list[torch.Tensor]:
     """Last hidden states after the final norm, the template cropped off: what the transformer is conditioned on.
 
@@ -191,20 +229,27 @@ def encode_prompt_embeds(
     Returns:
         ``[n_tokens, 3584]`` for each caption, in the order given, on the CPU, in the model's dtype.
     """
-    by_position = dict(iter_prompt_embeds(qwen, tokens, exact=exact, batch_tokens=batch_tokens))
+    by_position = dict(iter_prompt_embeds(qwen, tokens, pictures, exact=exact, batch_tokens=batch_tokens))
     return [by_position[i].clone() for i in range(len(tokens))]
 
 
 def iter_prompt_embeds(
-    qwen: Qwen, tokens: Sequence[Tokens], *, exact: bool = True, batch_tokens: int = 8192
+    qwen: Qwen,
+    tokens: Sequence[Tokens],
+    pictures: Pictures | None = None,
+    *,
+    exact: bool = True,
+    batch_tokens: int = 8192,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield ``encode_prompt_embeds``'s results as (position, rows), longest first. The rows may share memory."""
     import torch
 
+    _check_places(tokens, pictures)
+
     def results() -> Iterator[tuple[Pack, torch.Tensor]]:
-        positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
+        positions = positions_of(qwen, tokens)
         for pack in make_packs([len(t.ids) for t in tokens], 1 if exact else batch_tokens):
-            states = qwen.embed([i for member in pack.members for i in tokens[member].ids])
+            states = embedded(qwen, tokens, pictures, pack)
             table = positions.of(pack)
             for layer in qwen.model.layers:
                 states = run_layer(layer, states, table, pack.runs)
@@ -213,6 +258,59 @@ def iter_prompt_embeds(
     with torch.no_grad(), attention_kernels(exact):
         for pack, rows in fetched(results()):
             yield from cropped(qwen, pack, rows)
+
+
+def embedded(qwen: Qwen, tokens: Sequence[Tokens], pictures: Pictures | None, pack: Pack) -> torch.Tensor:
+    """Embeddings ``[1, tokens, 3584]`` of a pack on the device, with its pictures at their places."""
+    states = qwen.embed([i for member in pack.members for i in tokens[member].ids])
+    start = 0
+    for member, length in zip(pack.members, pack.lengths, strict=True):
+        place, picture = tokens[member].place, pictures[member] if pictures else None
+        if place and picture is not None:
+            at = start + place.start
+            states[0, at : at + place.count].copy_(picture, non_blocking=True)
+        start += length
+    return states
+
+
+def positions_of(qwen: Qwen, tokens: Sequence[Tokens]) -> Positions:
+    """The rotary tables of these captions."""
+    import torch
+
+    like = torch.empty(0, device=qwen.device, dtype=qwen.dtype)
+    return Positions(qwen.model.rotary_emb, like, [t.place for t in tokens], lambda member: qwen.rope(tokens[member]))
+
+
+def _check_places(tokens: Sequence[Tokens], pictures: Pictures | None) -> None:
+    for i, t in enumerate(tokens):
+        picture = pictures[i] if pictures else None
+        assert (t.place.count if t.place else None) == (None if picture is None else len(picture)), "another picture"
+
+
+@functools.cache
+def _shapes_only(folder: Path) -> Any:
+    """``Qwen2_5_VLModel`` of the folder's config with a layer of each kind, on the meta device."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    config = Qwen2_5_VLConfig.from_dict(read_config(folder, "text_encoder"))
+    config.text_config.num_hidden_layers = config.vision_config.depth = 1
+    config.text_config.layer_types = config.text_config.layer_types[:1]
+    with torch.device("meta"):
+        return Qwen2_5_VLModel(config)
+
+
+def _rope_index(folder: Path, tokens: Tokens) -> torch.Tensor:
+    """``Qwen2_5_VLModel.get_rope_index`` of one instruction with its picture: ``[3, 1, tokens]`` on the CPU."""
+    import torch
+
+    assert tokens.place is not None
+    types = torch.zeros(1, len(tokens.ids), dtype=torch.int32)
+    types[0, tokens.place.start : tokens.place.start + tokens.place.count] = 1
+    ids, _ = _shapes_only(folder).get_rope_index(
+        torch.tensor([tokens.ids]), mm_token_type_ids=types, image_grid_thw=torch.tensor([tokens.place.grid])
+    )
+    return cast("torch.Tensor", ids)
 
 
 def cropped(qwen: Qwen, pack: Pack, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -240,81 +338,6 @@ def empty_text_model(folder: Path, dtype: torch.dtype) -> Any:
         return Qwen2_5_VLTextModel(text_config).to(dtype)
 
 
-class TextWeights:
-    """The text layers in ``folder/text_encoder``: mapped, addressed by ``Qwen2_5_VLTextModel``'s own names.
-
-    Raises:
-        ModelError: the files hold no text layers.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._files: dict[str, Any] = {}
-        self._where = folder / "text_encoder"
-        self._paths = weight_files(folder, "text_encoder")
-        for path in self._paths:
-            try:
-                opened: Any = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ModelError(f"{path} is damaged: {error}", "Download the model again") from error
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-        prefixes = [p for p in _PREFIXES if f"{p}embed_tokens.weight" in self._files]
-        if not prefixes:
-            raise ModelError(
-                f"{self._where} lacks embed_tokens.weight: no text layers", "Give a whole Qwen2.5-VL text encoder"
-            )
-        self._prefix = prefixes[0]
-        self._stored: dict[str, StoredTensor] = {}
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Check before anything is read that every tensor is there, has its shape and is not quantised.
-
-        Raises:
-            ModelError: a tensor is missing, has another shape or is not floating point; the first three are named.
-        """
-        absent = [self._prefix + name for name in shapes if self._prefix + name not in self._files]
-        if absent:
-            raise ModelError(f"{self._where} lacks {_listed(absent)}", "Download the model again")
-        stored = {name: tuple(self._slice(name).get_shape()) for name in shapes}
-        wrong = [f"{self._prefix + n} {stored[n]} instead of {shapes[n]}" for n in shapes if stored[n] != shapes[n]]
-        if wrong:
-            raise ModelError(
-                f"{self._where} does not match its config.json: {_listed(wrong)}", "Download the model again"
-            )
-
-        dtypes = {name: str(self._slice(name).get_dtype()) for name in shapes}
-        # 8-bit values mean nothing without the scales that another library stores beside them.
-        odd = [f"{self._prefix + name} as {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
-        if odd:
-            raise ModelError(
-                f"{self._where} holds {_listed(odd)}",
-                'Use a checkpoint in bfloat16; cache.text_encoder_1_precision = "int8" quantises it',
-            )
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One mapped tensor: its bytes are read when they are used."""
-        return cast("torch.Tensor", self._files[self._prefix + name].get_tensor(self._prefix + name))
-
-    def stored(self, name: str) -> StoredTensor:
-        """Where one tensor's bytes are. It carries the name that it has in the file."""
-        if not self._stored:
-            for path in self._paths:
-                self._stored.update({tensor.name: tensor for tensor in read_header(path)})
-        return self._stored[self._prefix + name]
-
-    def own_name(self, stored_name: str) -> str:
-        """The model's name for a tensor of the file."""
-        return stored_name.removeprefix(self._prefix)
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._prefix + name].get_slice(self._prefix + name)
-
-
 def _num_equal(a: str, b: str) -> int:
     """How many characters at the start of two texts are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,9 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.hostio import fetched, new_stream, record_event
-from k5cache.encoders.layers import Pack, Positions, attention_kernels, make_packs, run_layer
+from k5cache.encoders.layers import Pack, attention_kernels, make_packs, run_layer
 from k5cache.encoders.memory_plan import Parking
-from k5cache.encoders.qwen import Qwen, Tokens, cropped, finish_layer, raw_layers, read_layers
+from k5cache.encoders.qwen import (
+    Pictures,
+    Qwen,
+    Tokens,
+    cropped,
+    embedded,
+    finish_layer,
+    positions_of,
+    raw_layers,
+    read_layers,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 def stream_prompt_embeds(
     qwen: Qwen,
     tokens: Sequence[Tokens],
+    pictures: Pictures | None = None,
     *,
     exact: bool = True,
     batch_tokens: int = 8192,
@@ -38,6 +49,7 @@ def stream_prompt_embeds(
     Args:
         qwen: loaded with ``streamed=True``.
         tokens: one chunk. Each token parks 7 KB.
+        pictures: as in ``iter_prompt_embeds``.
         parking: where hidden states wait for their next layer.
         on_layer: called with the number of each layer as it begins.
 
@@ -50,11 +62,11 @@ def stream_prompt_embeds(
     if not packs:
         return
     with torch.no_grad(), attention_kernels(exact):
-        positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
+        positions = positions_of(qwen, tokens)
         is_away = parking == "host" and qwen.device.type == "cuda" and len(packs) > 1
         parked = (_OnHost if is_away else _OnDevice)(qwen, packs)
         for k, pack in enumerate(packs):
-            parked.put(k, qwen.embed([i for member in pack.members for i in tokens[member].ids]))
+            parked.put(k, embedded(qwen, tokens, pictures, pack))
         for i, layer in enumerate(read_layers(qwen, reuse=True)):
             if on_layer:
                 on_layer(i)
@@ -65,7 +77,7 @@ def stream_prompt_embeds(
             yield from cropped(qwen, pack, rows)
 
 
-def int8_error(qwen: Qwen, tokens: Sequence[Tokens]) -> float:
+def int8_error(qwen: Qwen, tokens: Sequence[Tokens], pictures: Pictures | None = None) -> float:
     """The error of int8 weights: norm of the difference over the norm, of all embeddings together.
 
     Each layer runs twice, with the weights of the file and with int8, so neither model is ever whole in memory.
@@ -77,9 +89,9 @@ def int8_error(qwen: Qwen, tokens: Sequence[Tokens]) -> float:
     import torch
 
     with torch.no_grad():
-        positions = Positions(qwen.model.rotary_emb, torch.empty(0, device=qwen.device, dtype=qwen.dtype))
+        positions = positions_of(qwen, tokens)
         packs = make_packs([len(t.ids) for t in tokens], 1)
-        plain = [qwen.embed(tokens[pack.members[0]].ids) for pack in packs]
+        plain = [embedded(qwen, tokens, pictures, pack) for pack in packs]
         rounded = list(plain)
         for skeleton, tensors in raw_layers(qwen, reuse=True):
             for int8, states in ((False, plain), (True, rounded)):
