@@ -184,17 +184,34 @@ def defined_in(path: Path) -> set[str]:
     return names
 
 
+def functions_named_in(cell: str) -> Iterator[tuple[Path, str]]:
+    """(file, name) of every name in a cell that follows the path of its file."""
+    path = None
+    for name in re.findall(r"`([^`]+)`", cell):
+        if "/" in name and name.endswith(".py"):
+            path = ROOT / name
+        elif re.fullmatch(r"\w+", name):
+            assert path is not None, cell
+            yield path, name
+
+
 def test_the_answers_on_where_things_are_name_functions_that_are_there():
     rows = table_under(ROOT / "docs" / "architecture.md", "Where is it?")[1:]
     assert len(rows) >= 10
     for question, answer in rows:
-        path = None
-        for name in re.findall(r"`([^`]+)`", answer):
-            if "/" in name and name.endswith(".py"):
-                path = ROOT / name
-            elif re.fullmatch(r"\w+", name):
-                assert path is not None, question
-                assert name in defined_in(path), f"{question}: {path.name} has no {name}"
+        for path, name in functions_named_in(answer):
+            assert name in defined_in(path), f"{question}: {path.name} has no {name}"
+
+
+def test_every_promise_of_reliability_names_tests_that_are_there():
+    rows = table_under(ROOT / "docs" / "reliability.md", "What is promised")[1:]
+    assert len(rows) >= 20
+    for after, _, held_by in rows:
+        tests = list(functions_named_in(held_by))
+        assert tests, after
+        for path, name in tests:
+            assert name.startswith("test_"), after
+            assert name in defined_in(path), f"{after}: {path.name} has no {name}"
 
 
 def test_the_architecture_page_has_the_rooms_in_the_order_that_the_guard_holds_them_to():
