@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, Framing, bucket_table, fine_table
+from k5cache.shared.kind import Kind
 from k5cache.shared.model import path_problems
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -14,6 +16,8 @@ _SELECTION = (
     *("resolution", "buckets", "crop", "flip", "minimum_image_size", "no_upscale"),
     *("caption_strategy", "instance_prompt", "trigger", "caption_column", "image_column", "split", "dataset_config"),
 )
+
+_ONLY_I2I = ("source_dir", "source_column")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class CacheConfig:
     shard_mb: int = 256
     """A shard is committed after this many megabytes or after three minutes. A crash loses only what came after."""
 
+    def refused_for(self, kind: Kind) -> list[str]:
+        """The names of the options that are set and act only for the other kind of model."""
+        others = () if kind == "i2i" else _ONLY_I2I
+        return [f.name for f in fields(self) if f.name in others and getattr(self, f.name) != f.default]
+
     @property
     def framing(self) -> Framing:
         """Which images are used, and which part of each."""
@@ -114,3 +123,8 @@ class CacheConfig:
         if self.shard_mb < 1:
             problems.append(f"shard_mb must be at least 1, found {self.shard_mb}")
         return problems
+
+
+def with_source_dir(config: CacheConfig, sources: Path | None) -> CacheConfig:
+    """The options of a cache, which keeps no folder of sources, with ``sources`` as that folder."""
+    return replace(config, source_dir=str(sources) if sources else None)

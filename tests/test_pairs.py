@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
 import unicodedata
 from pathlib import Path
 
@@ -11,11 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from k5cache.cli import app
+from k5cache.encode.request import read_listed_request
+from k5cache.encode.source_note import is_untouched, listing_digest, take_note
 from k5cache.options import CacheConfig
-from k5cache.shared.errors import DatasetError
+from k5cache.shared.errors import DatasetError, RecipeError
+from k5cache.shared.kind import kind_at_hand
+from k5cache.shared.model import ModelConfig
+from k5cache.sources import unchanged
 from k5cache.sources.find import Source, find
 from k5cache.sources.items import UnreadableImage
 from k5cache.sources.pairs import pair
+from tests.cli import Cli
 from tests.table_files import IMAGES, png, tar
 
 RED, BLUE = png(255), png(0, (4, 6))
@@ -137,7 +146,7 @@ def test_several_lines_are_several_instructions(tmp_path):
 def test_where_nothing_is_a_pair_the_layouts_are_said(tmp_path):
     fill(tmp_path, "a.png", "a.txt", "b.png", "b.txt")
     said = refusal(tmp_path)
-    assert f"learns from pairs, and {tmp_path} has none (a.png has no source: there is no a.source.*)" in said
+    assert f"learns from pairs, and {tmp_path} has none (a.png: has no source: there is no a.source.*)" in said
     for layout in ("--sources DIR", "X_start.png and X_end.png", "X.source.png and X.png", "column `source`"):
         assert layout in said
     assert "source_column" in refusal(tmp_path, source_column="source")
@@ -228,8 +237,8 @@ def test_a_second_folder_that_cannot_be_one_is_refused(tmp_path):
     assert "is not a folder; Correct --sources" in refusal(targets, source_dir=str(targets / "a.png"))
     assert "is given for the sources and for the targets" in refusal(targets, source_dir=str(tmp_path / "same"))
     assert "has no images; Name a source like its target" in refusal(targets, source_dir=str(tmp_path / "empty"))
-    assert "None of the 1 images" in (said := refusal(targets, source_dir=sources))
-    assert f"a.png has no source: there is no {sources}/a.*" in said
+    assert f"None of the 1 images in {targets} has one source" in (said := refusal(targets, source_dir=sources))
+    assert f"a.png: has no source: there is no {sources}/a.*" in said
     (tmp_path / "t.csv").write_text("image,text\ntargets/a.png,a\n")
     assert "--sources is for folders of images" in refusal(tmp_path / "t.csv", source_dir=sources)
     assert CacheConfig(source_dir="a", source_column="b").check() == [
@@ -363,7 +372,7 @@ def test_tars_hold_sources_beside_their_targets(tmp_path):
     options = {"image_column": "out.jpg", "caption_column": "json.prompt"}
     for option in ("in", "in.jpg"):
         assert pairs(named, source_column=option, **options) == {"n.tar/0.out.jpg": ("n.tar/0.in.jpg", "go")}
-    assert "has none (n.tar/0.out.jpg has no source: there is no 0.source.* beside it)" in refusal(named, **options)
+    assert "has none (n.tar/0.out.jpg: has no source: there is no 0.source.* beside it)" in refusal(named, **options)
 
 
 def test_an_empty_source_is_named_when_it_is_read(tmp_path):
@@ -372,3 +381,75 @@ def test_an_empty_source_is_named_when_it_is_read(tmp_path):
     pq.write_table(pa.table({"image": images, "source": sources, "text": ["x"]}), path)
     with pytest.raises(UnreadableImage, match="is empty"):
         edits(path).read_source("t.parquet#0.source")
+
+
+# --- what an encode makes of them ---
+
+
+def test_a_source_that_changes_is_seen_and_none_is_opened_where_nothing_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
+    targets, sources = folders(tmp_path, ("a.png", "a.txt", "b.png", "b.txt"), ("a.jpg", "b.jpg"))
+    config, alone = CacheConfig(source_dir=sources), CacheConfig()
+    time.sleep(0.01)
+    note = take_note(targets, config, edits(targets, source_dir=sources))
+    assert note.stats
+    assert is_untouched(targets, config, note)
+    assert not is_untouched(targets, alone, note)
+    for change in (
+        lambda path: path.write_bytes(RED),
+        lambda path: os.utime(path, ns=(0, 0)),
+        lambda path: path.with_suffix(".webp").write_bytes(RED),
+        lambda path: path.unlink(),
+    ):
+        change(tmp_path / "sources/a.jpg")
+        assert not is_untouched(targets, config, note)
+        listing = edits(targets, source_dir=sources)
+        assert listing_digest(listing) != note.listing
+        time.sleep(0.01)
+        note = take_note(targets, config, listing)
+        assert is_untouched(targets, config, note)
+    shutil.rmtree(sources)
+    assert not is_untouched(targets, config, note)
+
+
+def test_the_note_of_text_to_image_is_of_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
+    fill(tmp_path, "a.png", "a.txt")
+    time.sleep(0.01)
+    note = take_note(tmp_path, CacheConfig(), find(tmp_path, CacheConfig()))
+    assert note.stats == unchanged.read_stats(tmp_path).digest
+
+
+@pytest.mark.parametrize("option", [{"source_dir": "in"}, {"source_column": "source"}])
+def test_text_to_image_refuses_options_for_sources_by_name(tmp_path, toy_model, option):
+    fill(tmp_path, "a.png", "a.txt")
+    [name] = option
+    with pytest.raises(RecipeError, match=rf"cache\.{name} is only for image-to-image models") as caught:
+        read_listed_request(tmp_path, tmp_path / "c", ModelConfig(path=str(toy_model)), CacheConfig(**option), ())
+    assert "i2i-lite-sft" in caught.value.fix
+    assert CacheConfig(**option).refused_for("i2i") == CacheConfig().refused_for("t2i") == []
+
+
+def test_an_option_for_sources_is_part_of_a_recipe_only_if_it_is_set(tmp_path):
+    assert "source_column" not in CacheConfig().selection
+    assert CacheConfig(source_column="before").selection["source_column"] == "before"
+    assert CacheConfig(source_dir="anywhere").selection == CacheConfig().selection
+
+
+def test_the_kind_of_a_model_is_known_before_it_is_downloaded(tmp_path, toy_model, toy_edit_model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    models = [ModelConfig(flavour="i2i-lite-sft"), ModelConfig(path=str(toy_edit_model)), ModelConfig()]
+    assert [kind_at_hand(model) for model in models] == ["i2i", "i2i", "t2i"]
+    assert kind_at_hand(ModelConfig(path=str(toy_model))) == "t2i"
+
+
+def test_an_edit_model_without_pairs_is_refused_by_the_command_line(tmp_path, toy_edit_model):
+    cli = Cli(tmp_path)
+    fill(tmp_path / "set", "a.png", "a.txt")
+    for command in ("encode", "diff", "plan"):
+        done = cli(app, command, "set", "--model", str(toy_edit_model))
+        assert done.code == 2
+        assert "learns from pairs, and set has none" in done.err
+    done = cli(app, "encode", "set", "--sources", "set", "--model", str(toy_edit_model))
+    assert "set is given for the sources and for the targets" in done.err
+    assert not (tmp_path / "cache").exists()

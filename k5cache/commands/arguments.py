@@ -25,6 +25,13 @@ Source = Annotated[
         help="A folder of images with .txt captions, a table, tars, or the name of a dataset (see `k5cache options`)."
     ),
 ]
+Sources = Annotated[
+    Path | None,
+    typer.Option(
+        "--sources",
+        help="For image-to-image: the folder with the pictures before the edit, named like those in SOURCE.",
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")]
 Rehash = Annotated[
     bool, typer.Option("--rehash", help="Read every image instead of trusting its size, mtime and inode.")
@@ -51,11 +58,11 @@ def vram_bytes(text: str | None) -> int | None:
 
 
 def read_configs(
-    recipe: Path | None, model: str | None, options: list[str] | None
+    recipe: Path | None, model: str | None, options: list[str] | None, sources: Path | None = None
 ) -> tuple[ModelConfig, CacheConfig, tuple[str, ...], bool]:
     """[model], [cache] and the validation prompts of a recipe, and whether it names the caches that it trains on.
 
-    ``--model`` and ``--set`` are applied.
+    ``--model``, ``--set`` and ``--sources`` are applied.
 
     [train] is checked too: what is wrong there is said now, and not after the images are encoded.
     """
@@ -67,6 +74,8 @@ def read_configs(
     document = read(recipe, options or [])
     if model is not None:
         document.give("model.path", model, f"--model {model}")
+    if sources is not None:
+        document.give("cache.source_dir", str(sources), f"--sources {sources}")
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
     model_config, cache_config, train_config = parse(document, schemas)
     return model_config, cache_config, validation_prompts(document), bool(train_config.data)

@@ -18,6 +18,7 @@ from k5cache.commands.arguments import (
     Rehash,
     Set,
     Source,
+    Sources,
     Vram,
     Wait,
     read_configs,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 def encode(
     source: Source,
+    sources: Sources = None,
     out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -53,14 +55,16 @@ def encode(
 
     SOURCE is a folder of images with captions beside them; a .csv, .jsonl, .parquet or .tar, or a pattern of them
     ("cats-*.tar"); a folder of such files; or a dataset of the hub (owner/name). A greyscale cat.mask.png
-    beside cat.jpg is its mask. Captions, crops, flips and size guards are options of [cache]: see `k5cache options`.
+    beside cat.jpg is its mask. For image-to-image every image needs a source: cat.source.jpg beside it, cat_start.jpg
+    beside cat_end.jpg, the same name in --sources, or a column `source`. Captions, crops, flips and size guards are
+    options of [cache]: see `k5cache options`.
     """
     from k5cache.encode.encode import encode_source
     from k5cache.encode.request import EncodeOptions
     from k5cache.shared.device import check_name
     from k5cache.sources.find import default_name
 
-    model_config, cache_config, prompts, has_own_caches = read_configs(recipe, model, options)
+    model_config, cache_config, prompts, has_own_caches = read_configs(recipe, model, options, sources)
     root = out or Path("cache") / default_name(source)
     encode_options = EncodeOptions(update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram))
     with _keeping_what_is_encoded(root), console.progress() as bars:
@@ -84,6 +88,7 @@ def _keeping_what_is_encoded(root: Path) -> AbstractContextManager[None]:
 
 def plan(
     source: Source,
+    sources: Sources = None,
     out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -100,7 +105,7 @@ def plan(
     from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
-    model_config, cache_config, prompts, _ = read_configs(recipe, model, options)
+    model_config, cache_config, prompts, _ = read_configs(recipe, model, options, sources)
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
@@ -114,13 +119,14 @@ def plan(
     for row in rows(estimate):
         table.add_row(*row)
     console.out.print(table)
-    arguments = {"recipe": recipe, "model": model, "set": options, "vram": vram}
+    arguments = {"sources": sources, "recipe": recipe, "model": model, "set": options, "vram": vram}
     arguments["device"] = None if device == "auto" else device
     console.next_step("Next, encode", console.command("k5cache", "encode", source, "-o", root, **arguments))
 
 
 def diff(
     source: Source,
+    sources: Sources = None,
     out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -134,7 +140,7 @@ def diff(
     from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
-    model_config, cache_config, prompts, _ = read_configs(recipe, model, options)
+    model_config, cache_config, prompts, _ = read_configs(recipe, model, options, sources)
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     preview_options = EncodeOptions(update=True, is_preview=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from k5cache.commands.arguments import Device, Json, Model, model_of_cache
+from k5cache.commands.arguments import Device, Json, Model, Sources, model_of_cache
 from k5cache.shared import console
 
 
@@ -16,6 +16,7 @@ def selftest(
     source: Annotated[
         Path | None, typer.Option(help="Where its images are. Default: datasets/<name of CACHE>.")
     ] = None,
+    sources: Sources = None,
     model: Model = None,
     count: Annotated[int, typer.Option(help="Number of rows of the cache to compare.", min=1)] = 4,
     device: Device = "auto",
@@ -43,7 +44,7 @@ def selftest(
         else:
             model_config = ModelConfig(path=model or str(stack.enter_context(toy_model())))
         bars = stack.enter_context(console.progress())
-        comparisons = compare_with_diffusers(opened, model_config, source, count, pick_device(device), bars)
+        comparisons = compare_with_diffusers(opened, model_config, source, count, pick_device(device), bars, sources)
     if as_json:
         console.print_json(comparisons)
         has_failed = any(comparison.is_failed for comparison in comparisons)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k5cache.commands.arguments import CachePath, Device, Json, Model, model_of_cache
+from k5cache.commands.arguments import CachePath, Device, Json, Model, Sources, model_of_cache
 from k5cache.commands.listing import print_some
 from k5cache.shared import console
 
@@ -22,6 +22,7 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="Where the images are; without it --reencode compares captions only.")
     ] = None,
+    sources: Sources = None,
     model: Model = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Decides which rows --reencode draws.")] = 0,
@@ -43,7 +44,7 @@ def verify(
 
             opened = open_cache(cache)
             model_config = model_of_cache(cache, opened.manifest, model)
-            reencoded = reencode_rows(opened, reencode, source, model_config, device, bars, seed)
+            reencoded = reencode_rows(opened, reencode, source, model_config, device, bars, seed, sources)
             verified = replace(verified, problems=reencoded.problems)
     if as_json:
         console.print_json({"verified": verified, "reencoded": reencoded})

@@ -61,8 +61,8 @@ def encode_source(
         local_request = _request_on_this_machine(source, root, model, config, prompts)
         if local_request:
             manifest = local_request.manifest
-            if not is_untouched(source, manifest.source):
-                listing = find.find(source, config)
+            if not is_untouched(source, config, manifest.source):
+                listing = find.find(source, config, manifest.kind)
             if listing is None or listing_digest(listing) == manifest.source.listing:
                 require_files(root, manifest)
                 return _unchanged(manifest, time.monotonic() - started)

@@ -16,8 +16,8 @@ from k5cache.encoders.pipeline import prompt_template
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_without_weights, model_folder, read_config
-from k5cache.shared.errors import CacheError, ModelError
-from k5cache.shared.kind import kind_of_model
+from k5cache.shared.errors import CacheError, ModelError, RecipeError
+from k5cache.shared.kind import LONG_NAMES, Kind, kind_at_hand, kind_of_model, kind_of_recipe
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
@@ -132,6 +132,21 @@ def build_recipe(
     }
 
 
+def check_options(config: CacheConfig, kind: Kind, model: ModelConfig) -> None:
+    """Refuse options that act only for the other kind of model.
+
+    Raises:
+        RecipeError: one is set.
+    """
+    if names := config.refused_for(kind):
+        options = " and ".join(f"cache.{name}" for name in names)
+        raise RecipeError(
+            f"{options} {'is' if len(names) == 1 else 'are'} only for image-to-image models, and {model.source} is "
+            f"{LONG_NAMES[kind]}",
+            "Leave it out (--sources sets cache.source_dir), or set model.flavour to i2i-lite-sft or i2i-lite-pretrain",
+        )
+
+
 def config_of(recipe: dict[str, Any]) -> CacheConfig:
     """The options that a recipe was built from.
 
@@ -197,6 +212,7 @@ def read_request(
     """
     assumed = manifest_of(root, {}).recipe if is_preview else None
     recipe = build_recipe(model, config, folder, assumed)
+    check_options(config, kind_of_recipe(recipe), model)
     manifest = manifest_of(root, recipe)
     raw_prompts = tuple(dict.fromkeys(["", *manifest.prompts, *prompts]))
     return Request(source, root, folder, config, recipe, raw_prompts, manifest)
@@ -219,11 +235,15 @@ def read_listed_request(
     Args:
         listing: what ``find.find`` returned a moment ago, so that the source is not listed twice.
     """
-    listing = listing or find.find(source, config)
+    kind = kind_at_hand(model)
+    check_options(config, kind, model)
+    listing = listing or find.find(source, config, kind)
     find_folder = folder_without_weights if options.is_preview else model_folder
     request = read_request(source, root, find_folder(model, ENCODER_PARTS), model, config, prompts, options.is_preview)
     if request.differences and not options.update:
         raise differences.refuse(root, request.differences)
+    if (kind := kind_of_recipe(request.recipe)) != listing.kind:  # a repository of the hub, unknown until it was here
+        listing = find.find(source, config, kind)
     return ListedRequest(**vars(request), listing=listing)
 
 

@@ -15,7 +15,7 @@ from k5cache.shared.errors import DatasetError
 from k5cache.shared.template import version
 from k5cache.sources import find
 from k5cache.sources.items import PICTURE_DECODER, Skipped
-from k5cache.sources.unchanged import is_settled, read_stats
+from k5cache.sources.unchanged import FolderStats, is_settled, joined, read_stats
 from k5cache.store.manifest import LeftOut, SourceNote
 
 MOST_NAMED = 10_000
@@ -31,11 +31,11 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
     note = SourceNote(listing_digest(listing))
     if not listing.is_plain or not all(skip.is_lasting for skip in listing.skipped):
         return note
-    stats, read_ns = read_stats(source), time.time_ns()
+    stats, read_ns = _stats(source, config), time.time_ns()
     if stats is None or not is_settled(stats, read_ns):
         return note
     try:
-        is_same = listing_digest(find.find(source, config)) == note.listing
+        is_same = listing_digest(find.find(source, config, listing.kind)) == note.listing
     except DatasetError:  # it was emptied in the meantime
         return note
     return SourceNote(note.listing, stats.digest) if is_same else note
@@ -54,10 +54,20 @@ def decoders() -> str:
     return ", ".join((f"picture decoder {PICTURE_DECODER}", *versions))
 
 
-def is_untouched(source: Path, note: SourceNote) -> bool:
-    """Whether no file of ``source`` was touched since the note was taken. Opens no file; False if stats cannot tell."""
-    stats = read_stats(source) if note.stats else None
+def is_untouched(source: Path, config: CacheConfig, note: SourceNote) -> bool:
+    """Whether no file of ``source``, nor of ``cache.source_dir``, was touched since the note was taken. Opens no file;
+    False if stats cannot tell."""
+    stats = _stats(source, config) if note.stats else None
     return stats is not None and stats.digest == note.stats
+
+
+def _stats(source: Path, config: CacheConfig) -> FolderStats | None:
+    """The stats of all files that a listing depends on."""
+    stats = read_stats(source)
+    if config.source_dir is None or stats is None:
+        return stats
+    of_sources = read_stats(Path(config.source_dir).expanduser())
+    return of_sources and joined(stats, of_sources)
 
 
 def listing_digest(listing: find.Source) -> str:

@@ -12,11 +12,12 @@ from rich.progress import Progress
 
 from k5cache.encode.differences import differences, refuse_model
 from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, no_sources
 from k5cache.encode.plan import LatentJob, TextJob, geometry_of
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
+from k5cache.options import with_source_dir
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.device import pick_device
 from k5cache.shared.model import ModelConfig
@@ -65,12 +66,20 @@ class Reencoded:
 
 
 def reencode(
-    cache: Cache, count: int, source: Path | None, model: ModelConfig, device: str, bars: Progress, seed: int = 0
+    cache: Cache,
+    count: int,
+    source: Path | None,
+    model: ModelConfig,
+    device: str,
+    bars: Progress,
+    seed: int = 0,
+    sources: Path | None = None,
 ) -> Reencoded:
     """Encode random rows again and compare them: ``count`` captions and, if ``source`` is given, ``count`` images.
 
     Args:
         source: where the images are.
+        sources: for image-to-image, the folder with their sources if they are not in ``source``.
         model: the encoders; their weights must be those of the cache.
 
     Raises:
@@ -84,8 +93,10 @@ def reencode(
     generator = random.Random(seed)
     keys = generator.sample(sorted(cache.text_lengths()), min(count, len(cache.text_lengths())))
     numbers = generator.sample(range(len(cache)), min(count, len(cache))) if source else []
-    read = find.find(source, config).read if source else Path
-    job = Job(read, cache.root, folder, config, pick_device(device), bars)
+    listing = find.find(source, with_source_dir(config, sources), cache.kind) if source else None
+    read = listing.read if listing else Path
+    read_source = listing.read_source if listing else no_sources
+    job = Job(read, cache.root, folder, config, pick_device(device), bars, read_source=read_source)
     compared = _reencode_texts(cache, job, keys)
     compared_latents, not_compared = _reencode_latents(cache, job, [cache.row(number) for number in numbers])
     return Reencoded((*compared, *compared_latents), tuple(not_compared))

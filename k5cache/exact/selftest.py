@@ -25,7 +25,7 @@ from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
 from k5cache.exact.reencode import TOLERANCE
-from k5cache.options import CacheConfig
+from k5cache.options import CacheConfig, with_source_dir
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.comparison import Comparison, check, compare, not_run
 from k5cache.shared.errors import K5Error
@@ -66,12 +66,19 @@ class Picture:
 
 
 def compare_with_diffusers(
-    cache: Cache | None, model: ModelConfig, source: Path | None, count: int, device: str, bars: Progress
+    cache: Cache | None,
+    model: ModelConfig,
+    source: Path | None,
+    count: int,
+    device: str,
+    bars: Progress,
+    sources: Path | None = None,
 ) -> list[Comparison]:
     """Every comparison, in the order that data flows.
 
     Args:
         cache: its rows, recipe and options are used. None: default options, and captions and pictures of our own.
+        sources: for image-to-image, the folder with their sources if they are not in ``source``.
         source: where the cache's images are, by default ``datasets/<name of the cache>``. If they cannot be used,
             crops are synthetic.
         count: rows of the cache that are compared.
@@ -82,7 +89,7 @@ def compare_with_diffusers(
     from k5cache.encoders.reference import encode_as_the_pipeline, moments_of_the_vae
 
     folder = model_folder(model, ENCODER_PARTS)
-    config = config_of(cache.manifest.recipe) if cache else CacheConfig()
+    config = with_source_dir(config_of(cache.manifest.recipe) if cache else CacheConfig(), sources)
     recipe = build_recipe(model, config, folder)
     comparisons = [] if cache is None else [_compare_recipe(cache, recipe)]
     stored = _stored_captions(cache, count) if cache else {}
@@ -243,7 +250,7 @@ def _pictures(
 def _images_of(cache: Cache, source: Path, config: CacheConfig, count: int) -> tuple[list[tuple[Picture, str]], str]:
     """Some of the cache's images that have not changed, each with its latent key; and why others are left out."""
     try:
-        read = find.find(source, config).read
+        read = find.find(source, config, cache.kind).read
     except K5Error as error:
         return [], f"{error.problem}; name the folder of the images with --source"
     pictures, reason = list[tuple[Picture, str]](), ""

@@ -34,6 +34,18 @@ def kind_of_model(model: ModelConfig, folder: Path) -> Kind:
     return kind
 
 
+def kind_at_hand(model: ModelConfig) -> Kind:
+    """As ``kind_of_model``, from what is on this machine; nothing is downloaded.
+
+    Raises:
+        ModelError: as ``kind_of_model``.
+    """
+    from k5cache.shared.checkpoint import folder_on_disk
+
+    folder = folder_on_disk(model, ())
+    return kind_of_model(model, folder) if folder else kind_of_flavour(model) or "t2i"
+
+
 def kind_of_recipe(recipe: Mapping[str, Any]) -> Kind:
     """For what a cache was encoded. Recipes of T2I do not say it, so that their keys are those of earlier versions."""
     text = recipe.get("text")

@@ -158,7 +158,7 @@ def _matching(pattern: Path) -> list[Path]:
 def _no_pair(source: Path, skipped: list[Skipped]) -> DatasetError:
     example = next(skip for skip in skipped if skip.reason.startswith(NO_SOURCE))
     return DatasetError(
-        f"An image-to-image model learns from pairs, and {source} has none ({example.path} {example.reason})",
+        f"An image-to-image model learns from pairs, and {source} has none ({example.path}: {example.reason})",
         LAYOUTS,
     )
 

@@ -63,6 +63,12 @@ def read_stats(source: Path) -> FolderStats | None:
     return None if unreadable else FolderStats(sha256.hexdigest()[:32], newest)
 
 
+def joined(first: FolderStats, second: FolderStats) -> FolderStats:
+    """The stats of two folders as one."""
+    digest = hashlib.sha256(f"{first.digest} {second.digest}".encode("ascii")).hexdigest()[:32]
+    return FolderStats(digest, max(first.newest_ns, second.newest_ns))
+
+
 def is_settled(stats: FolderStats, read_ns: int) -> bool:
     """Whether equal stats prove that files read at ``read_ns`` or later (``time.time_ns``) are still the same.
 
