@@ -171,3 +171,24 @@ def test_half_a_download_is_not_taken_for_the_whole_while_the_hub_cannot_be_reac
     (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": {name: {} for name in hub.names}}))
     with pytest.raises(DatasetError, match=r"me/cats is incomplete on this machine \(train-1\.parquet is missing\)"):
         find(Path("me/cats"), CacheConfig())
+
+
+def test_the_sources_of_image_to_image_are_downloaded_with_their_targets(hub):
+    for name, data in {"a.png": png(1), "in/a.png": png(2), "b.png": png(3), "loose.png": png(4)}.items():
+        (hub.files / name).parent.mkdir(exist_ok=True)
+        (hub.files / name).write_bytes(data)
+    (hub.files / "train.csv").write_text("image,source,text\na.png,in/a.png,red\nb.png,,x\n")
+    found = find(Path("me/cats"), CacheConfig(), "i2i")
+    assert [(item.path, item.source.path) for item in found.items] == [("a.png", "in/a.png")]
+    assert Path(found.read_source("in/a.png")).read_bytes() == png(2)
+    assert {skip.path: skip.reason for skip in found.skipped} == {
+        "b.png": "has no source: its column source is empty (train.csv line 3)"
+    }
+    assert hub.downloaded == ["a.png", "b.png", "in/a.png", "train.csv"]
+    (hub.files / "train.csv").unlink()
+    rows = [{"file_name": "a.png", "source": "in/a.png", "text": "red"}, {"file_name": "b.png", "text": "x"}]
+    (hub.files / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = find(Path("me/cats"), CacheConfig(), "i2i")
+    assert [(item.path, item.source.path, item.captions) for item in found.items] == [("a.png", "in/a.png", ("red",))]
+    with pytest.raises(DatasetError, match=r"--sources is for folders of images, and me/cats is not one"):
+        find(Path("me/cats"), CacheConfig(source_dir=str(hub.files)), "i2i")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from k5cache.cli import app
+from k5cache.commands.listing import print_skipped
 from k5cache.encode.request import read_listed_request
 from k5cache.encode.source_note import is_untouched, listing_digest, take_note
 from k5cache.options import CacheConfig
@@ -453,3 +454,23 @@ def test_an_edit_model_without_pairs_is_refused_by_the_command_line(tmp_path, to
     done = cli(app, "encode", "set", "--sources", "set", "--model", str(toy_edit_model))
     assert "set is given for the sources and for the targets" in done.err
     assert not (tmp_path / "cache").exists()
+
+
+def test_pictures_without_a_partner_are_told_by_their_reasons_and_not_one_by_one(tmp_path, capsys):
+    names = [f"{name}_{ending}.png" for name in ("cat", "dog", "owl") for ending in ("end", "start")]
+    targets, sources = folders(tmp_path, ("a.png", "a.txt", *(f"sub/{n}{e}" for n in "bcd" for e in (".png", ".txt"))),
+                               ("a.png", "x.jpg", "y.jpg"))  # fmt: skip
+    print_skipped(edits(targets, source_dir=sources).skipped)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "5 skipped"
+    assert [line.strip().split(":")[0] for line in printed if "more for this reason" in line] == [
+        "and 2 more for this reason",
+        "and 1 more for this reason",
+    ]
+    fill(tmp_path / "one", "a.png", "a.source.png", "a.txt", *(name for name in names if "end" in name))
+    print_skipped(edits(tmp_path / "one").skipped)
+    assert capsys.readouterr().out.splitlines() == [
+        "3 skipped",
+        "  cat_end.png: has no source: there is no cat_start.* or cat_end.source.*",
+        "    and 2 more for this reason: dog_end.png, owl_end.png",
+    ]

@@ -45,9 +45,15 @@ def print_skipped(skipped: Sequence[Skipped]) -> None:
 
 
 def _kind(skip: Skipped) -> str:
-    """A reason without what differs from file to file: the file's own name, and numbers."""
-    stem = PurePosixPath(skip.path).stem
-    return re.sub(r"\d+", "0", re.sub(rf"(?<!\w){re.escape(stem)}(?=[.]\w)", "*", skip.reason))
+    """A reason without what differs from file to file: the file's own name, that of its partner, and numbers."""
+    whole, stem = skip.path.rpartition(".")[0], PurePosixPath(skip.path).stem
+    patterns = [rf"(?<!\w){re.escape(name)}(?=[.][\w*])" for name in (whole, stem) if name]
+    if base := stem.rpartition("_")[0]:  # of cat_end.png: its source is cat_start.png
+        patterns.append(rf"(?<!\w){re.escape(base)}(?=_\w+[.][\w*])")
+    reason = skip.reason
+    for pattern in patterns:
+        reason = re.sub(pattern, "*", reason)
+    return re.sub(r"\d+", "0", reason)
 
 
 def shorten(text: str, width: int = 72) -> str:
