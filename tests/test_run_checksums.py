@@ -23,6 +23,7 @@ from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics, check_metrics, read_metrics
 from k5train.runs.resume_state import latest_state
 from k5train.runs.written import check_recorded
+from k5train.training.session import Session
 from k5train.training.sweep import sweep
 from k5train.training.sweep_runs import SweepRun
 from tests.cli import Cli
@@ -252,6 +253,25 @@ def test_a_lora_of_a_run_that_has_changed_is_refused_by_every_command_that_reads
         assert refused.code == 2, (command, refused.out, refused.err)
         assert "run/run.safetensors is not the file that the run wrote: its checksum does not match" in refused.err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_run_that_is_moved_while_it_is_trained_begins_no_second_folder(run, monkeypatch):
+    original = Session.update
+    away = run.with_name("away")
+
+    def update(*args):
+        if run.exists():
+            run.rename(away)
+        return original(*args)
+
+    with monkeypatch.context() as moving:
+        moving.setattr(Session, "update", update)
+        with pytest.raises(FileNotFoundError, match=r"run/run\.json"):
+            go_on(run, steps=8, checkpoint_every=1)
+    assert not run.exists()
+    away.rename(run)
+    go_on(run, steps=8)
+    assert [row["step"] for row in metrics_of(run) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_damaged_list_of_checksums_is_begun_anew_with_a_warning(run, capsys):

@@ -82,6 +82,14 @@ class Run:
         """Whether the run has ended."""
         return self.result.is_file()
 
+    def check_there(self) -> None:
+        """Refuse to begin a second folder in the place of one that was moved while it was trained.
+
+        Raises:
+            FileNotFoundError: it was moved.
+        """
+        os.stat(self.root / "run.json")  # noqa: PTH116 (only for its error, which names the file)
+
     def checkpoints(self) -> dict[int, Path]:
         """Step -> the LoRA saved then, in order."""
         paths = (self.root / "checkpoints").glob("step-*.safetensors")

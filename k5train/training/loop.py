@@ -185,6 +185,7 @@ class Loop:
 
     def save_lora(self, path: Path) -> None:
         """Write the adapter as a LoRA for use."""
+        self.run.check_there()
         facts = metadata(self.data, self.config, self.run_identity, self.run, self.progress.step)
         with self.session.settled(), recorded(self.run.root, path) as record:
             files.save_lora(path, self.transformer, facts, record=record)
@@ -209,6 +210,7 @@ class Loop:
 
     def save_state(self, metrics: Metrics) -> None:
         """Write all that is needed to resume from this step."""
+        self.run.check_there()
         self.progress.seconds = self.clock.seconds()
         self.progress.metrics = metrics.written()
         parts, plain = self.session.parts()

@@ -61,6 +61,7 @@ class Painter:
                 pictures = sample.draw_prompts(
                     transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
                 )
+            self.run.check_there()
             save_pictures(folder, pictures, self.drawn)
         self.write_grid(step)
         ending = f" ({kind})" if kind else ""
