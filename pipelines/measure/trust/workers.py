@@ -65,8 +65,9 @@ def _work(make: Make, trials: Sequence[Trial], place: Place, taken: Any, until: 
     try:
         place.scratch.mkdir(parents=True, exist_ok=True)
         kept: dict[str, float] = {}
+        parent = os.getppid()
         with place.scratch.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
-            while time.monotonic() < until:
+            while time.monotonic() < until and os.getppid() == parent:  # or nobody waits for the trials
                 with taken.get_lock():
                     number = taken.value
                     taken.value += 1
