@@ -202,7 +202,8 @@ def trial(
         failed = in_child(root, app, command, (error, at))
         if failed.code not in (0, 2) or "Traceback" in failed.err:
             return f"exit code {failed.code}: {failed.err[-600:]}", False
-        if failed.code == 2 and not any(f"{path.name}/" in failed.err for path in (root, *root.iterdir())):
+        names = [path.name for path in (root, *root.iterdir(), root / "home")]
+        if failed.code == 2 and not any(f"{name}/" in failed.err or f" {name}\n" in failed.err for name in names):
             return f"no path: {failed.err[-300:]}\n{failed.out[-1500:]}", False
         again = in_child(root, app, command, None)
         is_done = again.code == 2 and ("already" in again.err or "is finished" in again.err)  # it failed after its end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -37,6 +38,44 @@ def test_a_path_that_an_error_has_stays_and_a_bare_name_does_not():
         answer = sentence(raised_inside_named(OSError(errno.EIO, "Input/output error", name)))
         assert answer is not None
         assert answer[0].endswith(f" {shown}")
+
+
+def test_an_error_of_reading_names_the_path_that_was_read(tmp_path, monkeypatch):
+    """Python gives an error of ``open`` the path, and one of ``read`` none."""
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+
+    class Broken(io.BytesIO):
+        def read(self, *args: int) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(io, "open", lambda *args: Broken())
+
+    def read_it(path: Path) -> None:
+        somewhere_else = Path("elsewhere")
+        assert somewhere_else
+        path.read_bytes()
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read_it(path)
+    answer = sentence(caught.value)
+    assert answer is not None
+    assert answer[0] == f"The disk reports an error for {path}"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EIO, "The disk reports an error"),
+        (errno.ENOSPC, "The disk is full"),
+        (errno.EMFILE, "Too many files are open"),
+        (errno.EROFS, "The disk is read-only"),
+    ],
+)
+def test_without_any_path_the_sentence_is_whole(number, words):
+    answer = sentence(OSError(number, os.strerror(number)))
+    assert answer is not None
+    assert answer[0] == words
 
 
 def test_what_is_no_error_of_the_disk_rises_as_it_is():

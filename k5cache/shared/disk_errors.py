@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ _SENTENCES = {
     errno.ESTALE: _GONE,
     errno.ENAMETOOLONG: ("This name is too long for the disk", "Choose a shorter one"),
 }  # fmt: skip
+_BEFORE_PATH = re.compile(r"( for| while writing|, the next would be|:)$")
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)  # as Rust and pyarrow write it
 _STRERROR = re.compile(r": ([^:]+) \((\d+)\)$")  # as safetensors' reader writes it
 
@@ -42,7 +44,7 @@ def sentence(error: BaseException) -> tuple[str, str] | None:
         return None
     number, path = found
     problem, fix = _SENTENCES.get(number, (f"{os.strerror(number)}:", f"Correct this and {_AGAIN}"))
-    return (f"{problem} {path}" if path else problem.rstrip(":")), fix
+    return (f"{problem} {path}" if path else _BEFORE_PATH.sub("", problem)), fix
 
 
 @contextmanager
@@ -75,12 +77,21 @@ def _os_error(error: BaseException | None) -> tuple[int, str] | None:
     """Error number and path of the first error of the disk among an error and its causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            return error.errno, str(error.filename or "")
+            return error.errno, str(error.filename or _path_in_use(error))
         number = _number_in(error)
         if number is not None:
-            return number, ""
+            return number, str(_path_in_use(error))
         error = error.__cause__
     return None
+
+
+def _path_in_use(error: BaseException) -> Path | str:
+    """The path with which the innermost function worked that had one: Python gives an error of ``read`` none."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for name in ("path", "self"):  # pathlib's methods call theirs self
+            if isinstance(path := frame.f_locals.get(name), Path):
+                return path
+    return ""
 
 
 def _number_in(error: BaseException) -> int | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared.disk_errors import named
 from k5cache.shared.files import write_whole
 
 _BEGIN = b'{\n "sha256": "'
@@ -27,7 +28,7 @@ class Digest:
     def of(cls, path: Path) -> Digest:
         """The digest of a file as it is now."""
         sha256, num_bytes = hashlib.sha256(), 0
-        with path.open("rb", buffering=0) as file:
+        with named(path), path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 sha256.update(chunk)
                 num_bytes += len(chunk)

@@ -172,6 +172,23 @@ def _run_cases(model: Path) -> dict[str, Case]:
         "base prepare": Case(
             ("k5train", "base", "prepare", "--model", str(model)), finished_base, lambda root, before: None, _nothing
         ),
+        "sweep": Case(
+            (
+                "k5train",
+                "sweep",
+                "cache/whole",
+                "--model",
+                str(model),
+                "--grid",
+                "train.optim.lr=0.01,0.02",
+                *options(**TINY, **EXACT, steps=2),
+                "-o",
+                "sweeps/two",
+            ),
+            lambda root: {run.name: finished_run(run) for run in _runs_of_sweep(root)},
+            lambda root, before: _committed_runs(root, before),
+            _nothing,
+        ),
         "resume": case("runs/first", "resume", "runs/first", *options(steps=4)),
         "resume --step": case("runs/four", "resume", "runs/four", "--step", "3"),
     }
@@ -185,8 +202,18 @@ def _committed_steps(root: Path, before: Committed) -> Committed:
     return step
 
 
+def _runs_of_sweep(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.glob("sweeps/two/*/recipe.toml"))
+
+
+def _committed_runs(root: Path, before: Committed) -> Committed:
+    """The newest step of every run of the sweep."""
+    known = before or {}
+    return {run.name: _committed_steps(run, known.get(run.name)) for run in _runs_of_sweep(root)}
+
+
 def _nothing(root: Path, committed: Committed, said: str) -> None:
-    """A base is made as a whole."""
+    """A base is made as a whole, and ``committed`` has looked at the runs of a sweep."""
 
 
 def _check_went_on(root: Path, step: Committed, said: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import select
 import shutil
 import signal
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,9 +119,10 @@ def _in_child(root: Path, line: Sequence[str], report: Path) -> None:
 
 
 def _wait(child: int, seconds: float) -> None:
-    descriptor = os.pidfd_open(child)
-    select.select([descriptor], [], [], seconds)
-    os.close(descriptor)
+    """Wait until the child has ended, or the time is over. It stays to be waited for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(min(0.002, max(0.0, end - time.monotonic())))
 
 
 def must(root: Path, *line: str) -> Done:
