@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import Kandinsky5I2IPipeline, Kandinsky5Transformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from k5cache.shared.checkpoint import ENCODER_PARTS, read_config
 from k5cache.shared.fingerprint import fingerprint
@@ -32,6 +33,23 @@ def pipeline_around(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.resolutions = [size]
     return pipeline
+
+
+class GivenPosterior(torch.nn.Module):
+    """A VAE whose ``encode`` gives what a cache holds, in the VAE's dtype: what follows can be compared bit for bit."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, moments: dict[str, torch.Tensor], scaling_factor: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.config = SimpleNamespace(scaling_factor=scaling_factor, block_out_channels=(8, 16, 16, 16))
+        self.mean, self.std = (moments[n].to(dtype).permute(2, 0, 1)[None] for n in ("mean", "std"))
+
+    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        posterior = DiagonalGaussianDistribution(torch.cat([self.mean, torch.zeros_like(self.mean)], dim=1))
+        posterior.std = self.std
+        return SimpleNamespace(latent_dist=posterior)
 
 
 def rows(size: tuple[int, int], batch: int = 1, num_tokens: int = 11) -> SimpleNamespace:

@@ -98,6 +98,8 @@ def plain_steps(model, precision, dtype, start, seen: list[list[Batch]], device=
         for group in groups:
             sigma = group.sigma.view(-1, 1, 1, 1, 1)
             noisy = (1 - sigma) * group.latents + sigma * group.noise
+            if group.condition is not None:  # pairs: Kandinsky5I2IPipeline's input
+                noisy = torch.cat([noisy, group.condition], dim=-1)
             velocity = as_the_pipeline_calls_it(
                 transformer, noisy, group.sigma, group.prompt_embeds, group.pooled_projections
             )

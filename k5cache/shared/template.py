@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIPELINES = {"t2i": "Kandinsky5T2IPipeline", "i2i": "Kandinsky5I2IPipeline"}
+PIPELINES = {"t2i": "Kandinsky5T2IPipeline", "i2i": "Kandinsky5I2IPipeline"}
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Template:
 
 def installed_template(kind: str) -> Template | None:
     """The template of the installed pipeline, ``t2i`` or ``i2i``. None if its source does not state it as constants."""
-    if kind not in _PIPELINES:
+    if kind not in PIPELINES:
         return None
     try:
-        return read_template(pipeline_source(kind).decode(), _PIPELINES[kind])
+        return read_template(pipeline_source(kind).decode(), PIPELINES[kind])
     except (SyntaxError, UnicodeDecodeError):
         return None
 

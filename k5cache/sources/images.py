@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from k5cache.buckets import Geometry
+from k5cache.shared.content import content_hash_of
 from k5cache.sources.decode import (
     MAX_PIXELS,
     decodes_anew,
@@ -28,7 +29,7 @@ from k5cache.sources.decode import (
     stream,
     turn,
 )
-from k5cache.sources.items import PICTURE_DECODER, Content, UnreadableImage
+from k5cache.sources.items import Content, UnreadableImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,9 +76,7 @@ def hash_content(content: Content) -> str:
         digest = hashlib.file_digest(file, "sha256")
         file.seek(0)
         head = file.read(4)
-    if head.startswith(_DECODED_ANEW) and _decodes_anew(content):
-        digest.update(b"picture decoder %d" % PICTURE_DECODER)
-    return digest.hexdigest()[:32]
+    return content_hash_of(digest, head.startswith(_DECODED_ANEW) and _decodes_anew(content))
 
 
 def image_size(content: Content) -> tuple[int, int]:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from k5cache.shared import content
+
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".dib", ".gif"),
@@ -35,9 +37,7 @@ NAMED_SUFFIXES: dict[str, str] = {
 }
 """Suffix of pictures that are known and cannot be read -> what to say of such a file instead of passing it over."""
 
-PICTURE_DECODER = 2
-"""Raised when some kind of file decodes to other pixels than before. Every image is then looked at once more, and those
-of the kinds in ``decode.decodes_anew`` get another content hash, so they are encoded again and no others are."""
+PICTURE_DECODER = content.PICTURE_DECODER
 
 Content = Path | bytes
 """An image as a file, or as its bytes if it is in a table."""

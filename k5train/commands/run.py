@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.shared import console, interrupt
+from k5cache.shared.template import PIPELINES
 from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, model_of_cache, read_recipe
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def print_result(result: Result) -> None:
         markup=False,
     )
     console.out.print(f"LoRA     {result.lora}", markup=False)
-    console.out.print(f"loads by {result.loads_by}: diffusers has loaded it back and the numbers agree", markup=False)
+    pipe = f" of a {result.pipeline}" if result.pipeline != PIPELINES["t2i"] else ""
+    console.out.print(
+        f"loads by {result.loads_by}{pipe}: diffusers has loaded it back and the numbers agree", markup=False
+    )
     if result.best_step == 0:
         console.warn(f"The held-out loss was never below the base's, {result.best_loss:.4f}")
     elif result.best_step is not None:
@@ -88,6 +92,10 @@ def print_result(result: Result) -> None:
         )
     if result.grid:
         console.out.print(f"pictures {result.grid}", markup=False)
-    prompt = None if result.grid else "PROMPT"  # without validation prompts there are none to draw again
-    title = "Next, draw more" if result.grid else "Next, draw a prompt that the cache holds"
-    console.next_step(title, console.command("k5train", "sample", result.lora.parent, prompt=prompt))
+    if result.grid:
+        console.next_step("Next, draw more", console.command("k5train", "sample", result.lora.parent))
+        return
+    # Without validation prompts or pairs there are none to draw again.
+    source = "PICTURE" if pipe else None
+    title = f"Next, draw a {'pair' if pipe else 'prompt'} that the cache holds"
+    console.next_step(title, console.command("k5train", "sample", result.lora.parent, source=source, prompt="PROMPT"))

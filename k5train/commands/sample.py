@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console, interrupt
+from k5cache.shared.errors import RecipeError
 from k5train.commands.arguments import RunPath, Set
 
 
@@ -16,6 +17,10 @@ def sample(
     run: RunPath,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt that the cache holds. May be repeated.")
+    ] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Option("--source", help="A picture to edit, for image-to-image; each --prompt is drawn on it."),
     ] = None,
     step: Annotated[int | None, typer.Option(help="Draw with this checkpoint. Default: the finished LoRA.")] = None,
     out: Annotated[
@@ -34,7 +39,12 @@ def sample(
 
     opened, model_config, config, cache = open_run(run)
     document = read_recipe(opened.root, options or [])
-    if prompts:
+    if sources and not prompts:
+        raise RecipeError("--source is given without a prompt", "Say what to do with the picture: --prompt PROMPT")
+    if sources:
+        edits = [{"source": str(source), "prompt": prompt} for source in sources for prompt in prompts or []]
+        document.give("train.validation.edits", edits, "--source")
+    elif prompts:
         document.give("train.validation.prompts", prompts, "--prompt")
     if seed is not None:
         document.give("train.validation.seed", seed, f"--seed {seed}")

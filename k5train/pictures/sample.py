@@ -1,6 +1,6 @@
-"""How is a picture drawn from a cached prompt? By Euler flow steps, without a text encoder.
+"""How is a picture drawn from a cached prompt, or from a cached source and instruction? By Euler flow steps.
 
-The VAE is loaded to decode, and then freed.
+No text encoder is loaded. The VAE is loaded to decode, and then freed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 from k5cache.shared import console
-from k5cache.shared.errors import RecipeError
 from k5cache.shared.handed_over import handed_over
 from k5cache.shared.vram import left
+from k5train.forward.condition import condition_of
 from k5train.forward.predict_velocity import predict_velocity
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
 
-    from k5cache.store.reader import Cache, TextRow
-    from k5train.options.validation import ValidationConfig
+    from k5cache.store.reader import TextRow
 
 DECODED_BYTES = 4096  # for each pixel: four float32 maps of 256 channels, in the last and largest part of the decoder
 
@@ -43,32 +42,52 @@ class SampleSettings:
     seed: int
 
 
-def settings_for(cache: Cache, validation: ValidationConfig) -> SampleSettings:
-    """The recipe's settings. A width or height that it does not give is the cache's resolution."""
-    resolution = cache.manifest.recipe["selection"]["resolution"]
-    return SampleSettings(
-        width=validation.width or resolution,
-        height=validation.height or resolution,
-        num_inference_steps=validation.num_inference_steps,
-        guidance_scale=validation.guidance_scale,
-        seed=validation.seed,
-    )
+@dataclass(frozen=True)
+class Posterior:
+    """What the VAE made of a picture, as the cache holds it."""
+
+    mean: Tensor
+    """``[H/8, W/8, 16]`` float16, unscaled."""
+    std: Tensor | None
+    """None: the cache holds only the mean."""
+    scaling_factor: float
+
+    @property
+    def latents(self) -> Tensor:
+        """``[1, 1, H/8, W/8, 16]`` float32, scaled: the mean, which decodes to the picture."""
+        return self.mean.float()[None, None] * self.scaling_factor
 
 
-def draw_prompts(
+@dataclass(frozen=True)
+class Drawing:
+    """One picture to draw."""
+
+    label: str
+    """What heads its column of a sheet."""
+    prompt: TextRow
+    negative: TextRow | None
+    """What guidance leads away from. None: there is no guidance."""
+    settings: SampleSettings
+    source: Posterior | None = None
+    """The picture that is edited."""
+    target: Posterior | None = None
+    """What the edit should become, if the cache knows it."""
+
+
+def draw(
     transformer: Kandinsky5Transformer3DModel,
     folder: Path,
-    rows: Sequence[TextRow],
-    negative: TextRow,
-    settings: SampleSettings,
+    drawings: Sequence[Drawing],
     bars: Progress,
     description: str,
 ) -> list[Image.Image]:
-    """One picture for each prompt, all from the same noise: draw all latents, then load the VAE, decode and free it."""
-    task = bars.add_task(description, total=len(rows) * settings.num_inference_steps, unit="step", note="")
+    """All pictures, from the same noise where they have one size: draw all latents, then load the VAE and decode."""
+    task = bars.add_task(description, total=sum(d.settings.num_inference_steps for d in drawings), unit="step", note="")
     scheduler = load_scheduler(folder)
     on_step = partial(bars.advance, task)
-    latents = [sample_latents(transformer, scheduler, row, negative, settings, on_step) for row in rows]
+    latents = [
+        sample_latents(transformer, scheduler, d.prompt, d.negative, d.settings, on_step, d.source) for d in drawings
+    ]
     pictures = decode(folder, latents, transformer.device)
     bars.remove_task(task)
     return pictures
@@ -95,14 +114,16 @@ def sample_latents(
     transformer: Kandinsky5Transformer3DModel,
     scheduler: FlowMatchEulerDiscreteScheduler,
     prompt: TextRow,
-    negative: TextRow,
+    negative: TextRow | None,
     settings: SampleSettings,
     on_step: Callable[[], object] = lambda: None,
+    source: Posterior | None = None,
 ) -> Tensor:
     """The latents that ``Kandinsky5T2IPipeline`` computes from the same noise, scheduler and guidance.
 
     Noise comes from a CPU generator seeded with ``settings.seed``, in the transformer's dtype, as the pipeline draws it
-    for ``generator=torch.Generator("cpu").manual_seed(seed)``.
+    for ``generator=torch.Generator("cpu").manual_seed(seed)``. With a source they are those of
+    ``Kandinsky5I2IPipeline``, which then draws a sample of the source from the same generator.
 
     Returns:
         ``[1, 1, H/8, W/8, 16]``, scaled by ``scaling_factor``.
@@ -111,20 +132,30 @@ def sample_latents(
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (1, 1, settings.height // 8, settings.width // 8, transformer.config.out_visual_dim)
     latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    condition = None if source is None else condition_of(sample_source(source, generator, dtype)).to(device)
     scheduler.set_timesteps(settings.num_inference_steps, device=device)
 
     def predict(text: TextRow, sigma: Tensor) -> Tensor:
         embeds, pooled = text.prompt_embeds[None].to(device), text.pooled[None].to(device)
-        return predict_velocity(transformer, latents, sigma, embeds, pooled, gradient_checkpointing=False)
+        return predict_velocity(transformer, latents, sigma, embeds, pooled, condition=condition)
 
     for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):  # sigmas ends with an extra 0
         velocity = predict(prompt, sigma.reshape(1))
         if settings.guidance_scale > 1.0:
+            assert negative is not None, "guidance leads away from something"
             unguided = predict(negative, sigma.reshape(1))
             velocity = unguided + settings.guidance_scale * (velocity - unguided)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         on_step()
     return latents
+
+
+def sample_source(source: Posterior, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """``[1, 1, H/8, W/8, 16]``: a sample, scaled, in the order and number format of the pipeline's VAE."""
+    mean = source.mean.to(dtype).permute(2, 0, 1)[None]
+    noise = torch.randn(mean.shape, generator=generator, dtype=dtype)
+    sample = mean if source.std is None else mean + source.std.to(dtype).permute(2, 0, 1)[None] * noise
+    return (sample * source.scaling_factor).permute(0, 2, 3, 1)[:, None]
 
 
 @torch.no_grad()
@@ -170,18 +201,3 @@ def fit_decoding(vae: AutoencoderKL, height: int, width: int, num_bytes: int | N
     vae.enable_tiling()
     # The default tile is the size that the VAE was trained at, 1024 pixels, which would not tile most pictures.
     vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // 8
-
-
-def prompt_rows(cache: Cache, prompts: Sequence[str], negative_prompt: str) -> tuple[list[TextRow], TextRow]:
-    """The cached embeddings of the prompts to draw and of the negative prompt.
-
-    Raises:
-        RecipeError: there are no prompts to draw.
-        CacheError: a prompt is not in the cache.
-    """
-    if not prompts:
-        add = console.command("k5cache", "prompts", "add", cache.root, "PROMPT")
-        raise RecipeError(
-            "There is no prompt to draw", f"Give one that the cache holds with --prompt; to add one to it: {add}"
-        )
-    return [cache.prompt(prompt) for prompt in prompts], cache.prompt(negative_prompt)

@@ -56,6 +56,14 @@ def read_pictures(folder: Path, drawn: Mapping[str, Any] | None = None) -> list[
     return whole if len(whole) == len(pictures) else None
 
 
+def read_labels(folder: Path) -> list[str]:
+    """What heads the columns of the pictures of a folder. Empty if that cannot be read."""
+    try:
+        return [str(label) for label in unseal_if_sealed((folder / FILE).read_bytes(), UNSEALED)["prompts"]]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _read(path: Path, digest: Digest | None) -> Image.Image | None:
     if path.is_file() and digest in (None, Digest.of(path)):
         try:

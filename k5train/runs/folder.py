@@ -177,7 +177,8 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
 
 def remove_leftovers(run: Run) -> None:
     """Remove what killed processes left half written in a run. The caller has the run's lock."""
-    folders = [run.root, run.root / "checkpoints", run.root / "samples", *(run.root / "samples").glob("step-*")]
+    folders = [run.root, run.root / "checkpoints", run.root / "samples", *(run.root / "samples").glob("step-*"),
+               *(run.root / "samples" / "pairs").glob("*")]  # fmt: skip
     for folder in folders:
         for leftover in files.remove_leftovers(folder) if folder.is_dir() else ():
             console.warn(f"{leftover} was left by a killed process of another user: remove it to free its space")

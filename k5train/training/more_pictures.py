@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
-from k5cache.shared.errors import RunError
+from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import check_file, check_writable
-from k5cache.store.reader import open_cache
+from k5cache.store.reader import Cache, open_cache
 from k5train.adapter import files
+from k5train.data.kind import check_options
+from k5train.data.mixture import Mixture, Source
 from k5train.forward.load import execute, load
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
+from k5train.pictures.drawings import drawings_for, draws_any
+from k5train.pictures.references import decode_references
+from k5train.pictures.sample import Drawing
 from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run
 from k5train.runs.written import check_recorded
 from k5train.training.device import pick_device
+from k5train.training.held_out_loss import split_off
 from k5train.training.out_of_memory import when_memory_ends
 
 
 def resample(
     run: Run, model: ModelConfig, config: TrainConfig, cache: Path, step: int | None, out: Path | None
 ) -> Path:
-    """Draw the validation prompts with the base model and with a LoRA of ``run``.
+    """Draw the validation prompts, or pairs, with the base model and with a LoRA of ``run``.
 
     Args:
         config: the run's. ``config.validation`` says what to draw and how.
@@ -37,7 +44,8 @@ def resample(
         DoesNotFit: VRAM ran out.
         OutputError: ``out`` is not a PNG, or cannot be written. This is found before anything is loaded.
         RunError: there is no such checkpoint, or its file has changed.
-        CacheError: a prompt is not in the cache.
+        CacheError: a prompt or a pair is not in the cache.
+        RecipeError: there is nothing to draw, or what is asked for belongs to the other kind of model.
     """
     target = check_file(out, ".png") if out else None
     if target is None:
@@ -50,8 +58,7 @@ def resample(
         )
     check_recorded(weights)
     reader = open_cache(cache)
-    rows, negative = sample.prompt_rows(reader, config.validation.prompts, config.validation.negative_prompt)
-    settings = sample.settings_for(reader, config.validation)
+    drawings = drawings_to_draw(reader, config)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     device = pick_device(config.device, folder)
     plan = plan_training(folder, config, device, largest_sizes(reader))
@@ -59,15 +66,40 @@ def resample(
         transformer = load(folder, config, device, plan)
         execute(transformer, config, device, plan)
         transformer.eval()
-        base_pictures = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, "base model")
+        base_pictures = sample.draw(transformer, folder, drawings, bars, "base model")
         files.load_lora(transformer, weights)
-        lora_pictures = sample.draw_prompts(transformer, folder, rows, negative, settings, bars, run.name)
+        lora_pictures = sample.draw(transformer, folder, drawings, bars, run.name)
+        references = decode_references(folder, drawings, device)
     label = run.name if step is None else f"step {step}"
-    grid = sheet.grid([("base", base_pictures), (label, lora_pictures)], config.validation.prompts)
+    rows = [*references.above, ("base", base_pictures), (label, lora_pictures), *references.below]
+    grid = sheet.grid(rows, [drawing.label for drawing in drawings])
     target = target or _unused(run.root / "samples")
     make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))
     return out or target
+
+
+def drawings_to_draw(cache: Cache, config: TrainConfig) -> list[Drawing]:
+    """What the recipe asks to draw from the run's cache. Raises what ``resample`` says."""
+    if cache.kind == "i2i" and config.validation.prompts:
+        raise RecipeError(
+            f"{cache.root} is for image-to-image: a prompt alone says nothing of the picture that is edited",
+            "Add --source PICTURE",
+        )
+    data = split_off(Mixture([Source(cache)]), config.validation.split)
+    check_options(data, replace(config, caption_dropout_probability=0.0))
+    if not draws_any(cache, config.validation):
+        if cache.kind == "i2i":
+            add = console.command("k5cache", "prompts", "add", cache.root, "--source", "PICTURE", "PROMPT")
+            raise RecipeError(
+                "There is no pair to draw",
+                f"Give one that the cache holds with --source and --prompt; to add one to it: {add}",
+            )
+        add = console.command("k5cache", "prompts", "add", cache.root, "PROMPT")
+        raise RecipeError(
+            "There is no prompt to draw", f"Give one that the cache holds with --prompt; to add one to it: {add}"
+        )
+    return drawings_for(cache, config.validation, data.sources[0].split)
 
 
 def _unused(folder: Path) -> Path:

@@ -1,10 +1,9 @@
-"""How are the validation prompts drawn at a step, and put into the run's grid?"""
+"""How are the validation prompts or pairs drawn at a step, and put into the run's grid?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +12,11 @@ from PIL import Image
 from rich.progress import Progress as Bars
 
 from k5cache.shared.files import write_whole
-from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
+from k5train.pictures.drawings import described
+from k5train.pictures.references import References, references
+from k5train.pictures.sample import Drawing
 from k5train.pictures.saved import read_pictures, save_pictures
 from k5train.runs.folder import Run
 
@@ -24,25 +25,22 @@ if TYPE_CHECKING:
 
 
 class Painter:
-    """Draws the validation prompts at a step and keeps the run's grid up to date.
+    """Draws the validation prompts, or pairs, at a step and keeps the run's grid up to date.
 
-    Raises:
-        CacheError: a prompt is not in the cache. Found before anything is loaded.
+    Args:
+        drawings: from ``drawings_for``.
     """
 
-    def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run) -> None:
-        validation, cache = config.validation, data.first
-        self.folder, self.run, self.prompts = folder, run, validation.prompts
-        self.rows, self.negative = sample.prompt_rows(cache, validation.prompts, validation.negative_prompt)
-        self.settings = sample.settings_for(cache, validation)
-        negative_prompt = validation.negative_prompt
-        self.drawn = {"prompts": list(self.prompts), "negative_prompt": negative_prompt, **asdict(self.settings)}
+    def __init__(self, drawings: list[Drawing], folder: Path, config: TrainConfig, run: Run) -> None:
+        self.folder, self.run, self.drawings = folder, run, drawings
+        self.labels = [drawing.label for drawing in drawings]
+        self.drawn = described(drawings, config.validation)
         """What is drawn, and how. Saved beside the pictures, so that later rows of the grid are comparable."""
 
     def draw(
         self, transformer: Kandinsky5Transformer3DModel, step: int, bars: Bars, kind: str = ""
     ) -> dict[str, Image.Image]:
-        """Draw every prompt with the transformer as it is now, and write the pictures and the grid.
+        """Draw every prompt or pair with the transformer as it is now, and write the pictures and the grid.
 
         At step 0 the base model draws without its adapter: the row to compare the others with.
 
@@ -50,7 +48,7 @@ class Painter:
             kind: the label of a second row at the same step, such as ``EMA``.
 
         Returns:
-            the pictures by caption.
+            the pictures by what heads their columns.
         """
         transformer.eval()
         folder = self.run.samples(step) / kind.lower()
@@ -58,16 +56,14 @@ class Painter:
         pictures = read_pictures(folder, self.drawn) if step == 0 else None
         if pictures is None:
             with _without_adapter(transformer) if step == 0 else nullcontext():
-                pictures = sample.draw_prompts(
-                    transformer, self.folder, self.rows, self.negative, self.settings, bars, f"sampling at step {step}"
-                )
+                pictures = sample.draw(transformer, self.folder, self.drawings, bars, f"sampling at step {step}")
             self.run.check_there()
             save_pictures(folder, pictures, self.drawn)
-        self.write_grid(step)
+        self.write_grid(step, references(self.run, self.drawings, self.drawn, self.folder, transformer.device))
         ending = f" ({kind})" if kind else ""
-        return {f"{prompt}{ending}": picture for prompt, picture in zip(self.prompts, pictures, strict=True)}
+        return {f"{prompt}{ending}": picture for prompt, picture in zip(self.labels, pictures, strict=True)}
 
-    def write_grid(self, step: int) -> None:
+    def write_grid(self, step: int, references: References) -> None:
         """Write the grid of all rows up to ``step`` that were drawn in this way, read from disk."""
         rows = []
         steps = [path.name.removeprefix("step-") for path in self.run.root.glob("samples/step-*")]
@@ -77,7 +73,8 @@ class Painter:
                 pictures = read_pictures(folder, self.drawn) if number <= step else None
                 if pictures:
                     rows.append((f"step {number} {kind}".strip() if number else "base model", pictures))
-        write_whole(self.run.grid, partial(sheet.grid(rows, self.prompts).save, format="PNG"))
+        rows = [*references.above, *rows, *references.below]
+        write_whole(self.run.grid, partial(sheet.grid(rows, self.labels).save, format="PNG"))
 
 
 @contextmanager

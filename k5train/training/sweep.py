@@ -25,7 +25,8 @@ from k5train.adapter.targets import RankTooHigh
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
-from k5train.pictures.saved import read_pictures
+from k5train.pictures.references import References, read_references
+from k5train.pictures.saved import read_labels, read_pictures
 from k5train.planning.plan import largest_sizes, plan_for, plan_training
 from k5train.planning.saved_plan import SavedPlan, read_saved_plan
 from k5train.runs.folder import Run, check_new, create_run, open_run
@@ -227,20 +228,24 @@ def _outcome(label: str, run: Run) -> Outcome:
 
 
 def _draw_grid(out: Path, sweep_runs: Sequence[SweepRun]) -> Path | None:
-    """One grid of the runs that drew the same prompts: the base model's row, then the last row of each run."""
-    prompts = sweep_runs[0].config.validation.prompts if sweep_runs else ()
+    """One grid of the runs that drew the same prompts or pairs: the base model's row, then the last row of each run."""
+    labels: list[str] = []
+    references = References()
     rows: list[tuple[str, list[Image.Image]]] = []
     for sweep_run in sweep_runs:
         folders = sorted((out / sweep_run.label / "samples").glob("step-*"))
-        if not folders or sweep_run.config.validation.prompts != prompts:
+        drawn = read_labels(folders[-1]) if folders else []
+        labels = labels or drawn
+        if not drawn or drawn != labels:
             continue
+        references = references if rows else read_references(out / sweep_run.label) or References()
         labelled = [("base model", folders[0])] if not rows and folders[0].name == "step-000000" else []
         for label, folder in [*labelled, (sweep_run.label, folders[-1])]:
             pictures = read_pictures(folder)
-            if pictures and len(pictures) == len(prompts):
+            if pictures and len(pictures) == len(labels):
                 rows.append((label, pictures))
-    if not rows or not prompts:
+    if not rows:
         return None
     target = out / GRID_FILE
-    write_whole(target, partial(sheet.grid(rows, prompts).save, format="PNG"))
+    write_whole(target, partial(sheet.grid([*references.above, *rows, *references.below], labels).save, format="PNG"))
     return target

@@ -12,6 +12,7 @@ from k5cache.shared import console, interrupt
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.disk_errors import named
 from k5cache.shared.sealed import write_sealed
+from k5cache.shared.template import PIPELINES
 from k5train.adapter.attach import check_start
 from k5train.adapter.who_loads import call_for, compare_saved
 from k5train.base.quantize import empty_transformer
@@ -21,6 +22,7 @@ from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
 from k5train.objective.tread import check_routes
 from k5train.options.train import TrainConfig
+from k5train.pictures.drawings import draws_any
 from k5train.pictures.sample import inference_sigmas
 from k5train.runs.folder import Run, lock_run, remove_leftovers
 from k5train.runs.metrics import check_metrics, read_metrics
@@ -58,6 +60,8 @@ class Result:
     """The lowest held-out loss and its step. The LoRA of that step is ``<name>-best.safetensors``."""
     seconds_to_start: float
     """From the call of ``train`` until everything was ready for the first step."""
+    pipeline: str = PIPELINES["t2i"]
+    """The class of diffusers that ``loads_by`` calls ``pipe``."""
 
 
 def train(
@@ -119,7 +123,7 @@ def train(
                     check = console.command("k5train", "check-lora", run.lora, model=folder)
                     with interrupt.saying(f"Stopped after the last step. To see what loads the LoRA: {check}"):
                         with interrupt.deferred():
-                            result = _result(run, progress, config, ended_by, loop.ready - called)
+                            result = _result(data, run, progress, config, ended_by, loop.ready - called)
                             names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
                             write_sealed(run.result, {**asdict(result), **names})
                         with session.settled():
@@ -143,13 +147,15 @@ def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loade
     return Loader(data, config, scaling_factor, grid), config
 
 
-def _result(run: Run, progress: Progress, config: TrainConfig, ended_by: str, seconds_to_start: float) -> Result:
+def _result(
+    data: Mixture, run: Run, progress: Progress, config: TrainConfig, ended_by: str, seconds_to_start: float
+) -> Result:
     losses = [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
     tenth = max(1, len(losses) // 10)
     return Result(
         lora=run.lora,
         loads_by=call_for(config.lora.algo),
-        grid=run.grid if config.validation.prompts else None,
+        grid=run.grid if draws_any(data.first, config.validation) else None,
         steps=progress.step,
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
@@ -158,4 +164,5 @@ def _result(run: Run, progress: Progress, config: TrainConfig, ended_by: str, se
         best_step=progress.best_step,
         best_loss=progress.best_loss,
         seconds_to_start=seconds_to_start,
+        pipeline=PIPELINES[data.first.kind],
     )

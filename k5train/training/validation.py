@@ -16,6 +16,7 @@ from k5cache.shared.checkpoint import read_config
 from k5cache.shared.files import write_whole
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
+from k5train.pictures.drawings import drawings_for, draws_any
 from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses
 from k5train.runs.metrics import Metrics, read_metrics
@@ -36,13 +37,16 @@ class Validation:
     """All validation of one run. It is made before the transformer is loaded, so that a missing prompt is found early.
 
     Raises:
-        CacheError: a prompt is not in the cache.
+        CacheError: a prompt or a pair to draw is not in the cache.
+        RecipeError: guidance needs empty instructions, and the cache has none.
     """
 
     def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run) -> None:
         self.config, self.run = config.validation, run
         self._curve_drawn_at = -math.inf
-        self.painter = Painter(data, folder, config, run) if self.config.prompts else None
+        held_out = data.sources[0].split
+        drawings = drawings_for(data.first, self.config, held_out) if draws_any(data.first, self.config) else []
+        self.painter = Painter(drawings, folder, config, run) if drawings else None
         self.held_out_loss: HeldOutLoss | None = None
         if self.config.split:
             scaling_factor = read_config(folder, "vae")["scaling_factor"]
