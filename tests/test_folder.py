@@ -40,7 +40,7 @@ def test_pictures_of_other_trainers_and_systems_are_named_and_not_trained_on(tmp
     put(tmp_path, ".thumbnails/cat.jpg", ".hidden.jpg", "Thumbs.db", ".DS_Store")
     named = {
         "cat-masklabel.png": "is a mask in OneTrainer's name: rename it cat.mask.png",
-        "cat-condlabel.png": "is a conditioning image",
+        "cat-condlabel.png": "is a conditioning image: for image-to-image, rename it cat.source.png",
         "cat.mask.jpg": "is a mask of a kind that is not read: save it as cat.mask.png",
         "cat.mask.webp": "is a second mask of its image",
         "@eaDir": "is a folder of a NAS, an archiver or a system",

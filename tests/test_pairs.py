@@ -157,7 +157,8 @@ def test_text_to_image_reads_such_folders_as_before(tmp_path):
     fill(tmp_path, "a.source.png", "a.png", "a.txt", "a_start.png", "a_start.txt")
     listing = find(tmp_path, CacheConfig())
     assert [(item.path, item.source) for item in listing.items] == [("a.png", None), ("a_start.png", None)]
-    assert [skip.path for skip in listing.skipped] == ["a.source.png"]
+    reason = "missing caption a.source.txt, unless it is the source of a pair for image-to-image"
+    assert [(skip.path, skip.reason) for skip in listing.skipped] == [("a.source.png", reason)]
 
 
 # --- a second folder ---

@@ -14,6 +14,7 @@ from pathlib import Path
 from k5cache.options import CacheConfig
 from k5cache.sources.captions import Captions, finish, from_lines, without_source
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PictureFile, Skipped, SourceItem, stat_numbers
+from k5cache.sources.pairs import MARK
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
 CAPTION_SUFFIXES = frozenset({".caption", ".cap", ".tags"})  # of other trainers; only named
@@ -26,7 +27,10 @@ SYSTEM_FOLDERS = frozenset(
 """Folders that a NAS, an archiver or a file system makes, in lower case: thumbnails and deleted files."""
 _ODD_BEGINNINGS = frozenset(letter for name in SYSTEM_FOLDERS for letter in name[0] + name[0].upper()) | {"."}
 _OTHER_TRAINERS = re.compile(r"(.+)-(mask|cond)label")  # OneTrainer's names for masks and conditioning images
-_NO_MASK = {"mask": "is a mask in OneTrainer's name: rename it {0}.mask.png", "cond": "is a conditioning image"}
+_NO_MASK = {
+    "mask": "is a mask in OneTrainer's name: rename it {0}.mask.png",
+    "cond": "is a conditioning image: for image-to-image, rename it {0}.source.png",
+}
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ def _hint(stem: str, name: str, stems: set[str], listed: _Folder) -> str:
     similar = text.name if text else listed.other_captions.get(stem)
     if similar:
         return f": rename {printable(similar)}"
+    if stem.lower().endswith(MARK) and stem[: -len(MARK)] in stems:
+        return ", unless it is the source of a pair for image-to-image"
     other = re.fullmatch(r"(.+)[-_]mask", stem, re.IGNORECASE | re.DOTALL)
     if other and other[1] in stems:
         return f", unless it is a mask: then rename it {printable(other[1])}.mask.png"
