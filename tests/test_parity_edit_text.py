@@ -9,7 +9,7 @@ from k5cache.encoders.pipeline import clean, pipeline_template
 from k5cache.encoders.qwen import encode_prompt_embeds, load_qwen
 from k5cache.encoders.streaming import int8_error, stream_prompt_embeds
 from k5cache.encoders.vision import load_tower, look
-from k5cache.encoders.with_picture import CannotEncode, load_processor, see, tokenize_with_picture
+from k5cache.encoders.with_picture import CannotEncode, load_processor, nothing_survives, see, tokenize_with_picture
 from tests.edit_models import edit_pipeline, picture
 
 LIMIT = 1024
@@ -158,3 +158,13 @@ def test_sizes_that_the_processor_refuses_are_refused_in_a_sentence(processor):
     for size, words in (((1, 300), "halves it"), ((8, 6000), "too long and thin")):
         with pytest.raises(CannotEncode, match=words):
             processor.grid_of(*size)
+
+
+def test_an_instruction_of_which_nothing_survives_is_known(processor):
+    grid = processor.grid_of(200, 200)
+    prefix = pipeline_template("i2i").text.partition("{}")[0]
+    num_cut = pipeline_template("i2i").encode_start_idx - len(processor.tokenizer(prefix)["input_ids"])
+    word = next(w for w in (" fox", " cat", " a") if len(processor.tokenizer(w)["input_ids"]) == 1)
+    for count in (1, num_cut, num_cut + 1):
+        tokens = tokenize_with_picture(processor, word * count, grid, LIMIT)
+        assert nothing_survives(tokens) == (count <= num_cut), count

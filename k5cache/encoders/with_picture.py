@@ -9,6 +9,7 @@ be drawn with either: it is refused with the reason.
 from __future__ import annotations
 
 import functools
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ class Processor:
 
     whole: Any
     """``Qwen2VLProcessor``, its image processor ``Qwen2VLImageProcessorPil``."""
+    num_around: int
+    """Tokens of the template without instruction and picture."""
 
     @property
     def tokenizer(self) -> Any:
@@ -105,7 +108,9 @@ def load_processor(folder: Path) -> Processor:
             f"The preprocessor's config in {folder / 'tokenizer'} is not one of Qwen2.5-VL: {str(error)[:200]}",
             "Download the model again",
         ) from error
-    return Processor(_processor_class()(images, load_tokenizer(folder), None))
+    tokenizer = load_tokenizer(folder)
+    around = tokenizer(text=pipeline_template("i2i").text.format(""))["input_ids"]
+    return Processor(_processor_class()(images, tokenizer, None), len(around) - 1)
 
 
 def see(processor: Processor, picture: Image.Image) -> Seen:
@@ -133,29 +138,40 @@ def tokenize_with_picture(processor: Processor, instruction: str, grid: Grid, ma
         if token in instruction:
             raise CannotEncode(f"its instruction contains {token}, which stands for a picture")
     template, count = pipeline_template("i2i"), processor.num_tokens(grid)
-    uncut_ids = processor.tokenizer(text=template.text.format(instruction))["input_ids"]
-    num_over = len(uncut_ids) - 1 + count - template.encode_start_idx - max_sequence_length
-    if num_over > _MOST_OVER:  # known without the work; nearer to the limit the pipeline is asked
-        raise CannotEncode(_too_long(processor, grid, len(uncut_ids), num_over, max_sequence_length))
-    only_grid = _OnlyGrid(processor.whole.image_processor, grid)
-    whole = _processor_class()(only_grid, processor.tokenizer, None)
+    room = template.encode_start_idx + max_sequence_length - processor.num_around
+    is_near = not surely_fits(processor, instruction, grid, max_sequence_length)
+    words = processor.tokenizer(text=template.text.format(instruction))["input_ids"] if is_near else []
+    num_words = len(words) - processor.num_around - 1
+    too_long = _too_long(processor, grid, room, num_words) if num_words + count > room else ""
+    if num_words + count > room + _MOST_OVER:  # known without the work; nearer to the limit the pipeline is asked
+        raise CannotEncode(too_long)
+    whole = _processor_class()(_OnlyGrid(processor.whole.image_processor, grid), processor.tokenizer, None)
     try:
         ids = _inputs(whole, Image.new("RGB", (2, 2)), instruction, max_sequence_length)["input_ids"][0].tolist()
     except ValueError as error:
-        raise CannotEncode(_too_long(processor, grid, len(uncut_ids), num_over, max_sequence_length)) from error
+        raise CannotEncode(too_long or str(error)) from error
     start = ids.index(whole.image_token_id)
     truncated = ""
-    if num_over > 0:
+    if too_long:
         shortened = [*ids[:start], *ids[start + count - 1 :]]
         truncated = cut_off(processor.tokenizer, template.text, instruction, shortened)
     return Tokens(ids, len(ids) - template.encode_start_idx, truncated, Place(start, count, grid))
 
 
-def _too_long(processor: Processor, grid: Grid, num_ids: int, num_over: int, max_sequence_length: int) -> str:
+def surely_fits(processor: Processor, instruction: str, grid: Grid, max_sequence_length: int) -> bool:
+    """Whether an instruction is so short that it fits, without tokenising it: a token has at least a byte."""
+    room = pipeline_template("i2i").encode_start_idx + max_sequence_length - processor.num_around
+    num_bytes = len(unicodedata.normalize("NFC", instruction).encode(errors="replace"))
+    return "<|" not in instruction and processor.num_tokens(grid) + num_bytes <= room
+
+
+def nothing_survives(tokens: Tokens) -> bool:
+    """Whether Qwen's embeddings lack the whole instruction: the pipeline crops more tokens than its template has."""
+    return tokens.place is not None and tokens.place.start - 1 <= pipeline_template("i2i").encode_start_idx
+
+
+def _too_long(processor: Processor, grid: Grid, room: int, num_words: int) -> str:
     count = processor.num_tokens(grid)
-    num_around = len(processor.tokenizer(text=pipeline_template("i2i").text.format(""))["input_ids"]) - 1
-    num_words = num_ids - 1 - num_around
-    room = pipeline_template("i2i").encode_start_idx + max_sequence_length - num_around
     modest = min(_MODEST, room // 2)
     if count + min(num_words, modest) > room:
         width, height = _largest(processor, grid, room - modest)
@@ -164,8 +180,8 @@ def _too_long(processor: Processor, grid: Grid, num_ids: int, num_over: int, max
             f"the largest picture of its shape that leaves {modest} is {width}x{height}"
         )
     return (
-        f"its instruction of {num_words} tokens is {num_over} too long beside a source of {count} tokens: "
-        "Kandinsky5I2IPipeline fails on it instead of cutting it"
+        f"its instruction of {num_words} tokens is {count + num_words - room} too long beside a source of {count} "
+        "tokens: Kandinsky5I2IPipeline fails on it instead of cutting it"
     )
 
 

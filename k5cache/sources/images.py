@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from k5cache.buckets import Geometry
 from k5cache.shared.content import content_hash_of
+from k5cache.sources import decode
 from k5cache.sources.decode import (
     MAX_PIXELS,
     decodes_anew,
     errors_as_reasons,
     flaw,
-    load,
     open_image,
     orientation,
     stream,
@@ -39,6 +39,7 @@ _LATE_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TAIL_BYTES = 1 << 20
 _DECODED_ANEW = (b"\x89PNG", b"II", b"MM", b"BM", b"GIF8")  # how the files begin of which some decode anew
 _TURNS_SIDES = frozenset({5, 6, 7, 8})
+_Loaded = TypeVar("_Loaded")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
 
     EXIF rotation is applied, ``colour.to_srgb`` converts the colours, and of an animation the first frame is taken.
     torch resizes (bicubic, antialias, uint8): rows, then columns, with 8 bits in between. Each pass is within 1/255 of
-    Pillow's.
+    Pillow's. A source of another shape than its target is stretched by Pillow's Lanczos filter, as the image-to-image
+    pipeline does it.
 
     Returns:
         uint8 ``[3, H, W]``, contiguous; H and W are the bucket's.
@@ -104,19 +106,16 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
             thin to be resized.
     """
     import torch
+    from PIL import Image
     from torch.nn import functional as F
-
-    from k5cache.sources.colour import to_srgb
 
     bucket, resized = geometry.bucket, (geometry.resized_height, geometry.resized_width)
     if resized[0] * resized[1] > MAX_PIXELS:
         raise UnreadableImage(f"{geometry.width}x{geometry.height} is too long and thin to fill {bucket.name}")
-    with open_image(content) as image:
-        rgb = turn(to_srgb(load(content, image)), orientation(image))
-        rows = np.array(rgb)
-    if rgb.size != (geometry.width, geometry.height):
-        now, before = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
-        raise UnreadableImage(f"is {now} now and was {before}: the file changed during the encode", has_changed=True)
+    rgb = _upright(content, geometry)
+    if geometry.stretched:  # VaeImageProcessor.resize
+        rgb = rgb.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS)
+    rows = np.array(rgb)
     # Rows of RGB as Pillow has them: torch's uint8 kernel is fastest on this layout.
     pixels = torch.from_numpy(rows).permute(2, 0, 1)
     if resized != rows.shape[:2]:
@@ -125,12 +124,45 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
     return (crop.flip(2) if geometry.flipped else crop).contiguous()
 
 
+def load_whole(content: Content, geometry: Geometry) -> Tensor:
+    """Load the whole image in its own size, mirrored if its crop is: uint8 ``[3, H, W]``. Raises as ``load_pixels``."""
+    import torch
+
+    pixels = torch.from_numpy(np.array(_upright(content, geometry))).permute(2, 0, 1)
+    return (pixels.flip(2) if geometry.flipped else pixels).contiguous()
+
+
+def _upright(content: Content, geometry: Geometry) -> Image.Image:
+    """The image in sRGB, turned as its EXIF orientation says."""
+    from k5cache.sources.colour import to_srgb
+
+    with open_image(content) as image:
+        rgb = turn(to_srgb(decode.load(content, image)), orientation(image))
+    if rgb.size != (geometry.width, geometry.height):
+        now, before = f"{rgb.width}x{rgb.height}", f"{geometry.width}x{geometry.height}"
+        raise UnreadableImage(f"is {now} now and was {before}: the file changed during the encode", has_changed=True)
+    return rgb
+
+
 def load_many(
     jobs: Iterable[tuple[str, Geometry] | tuple[str, Geometry, str]],
     read: Callable[[str], Content],
     workers: int | None = None,
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
     """Run ``load_pixels`` for every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
+
+    Arguments and results are those of ``load_ahead``.
+    """
+    return load_ahead(jobs, read, load_pixels, workers)
+
+
+def load_ahead(
+    jobs: Iterable[tuple[str, Geometry] | tuple[str, Geometry, str]],
+    read: Callable[[str], Content],
+    load: Callable[[Content, Geometry], _Loaded],
+    workers: int | None = None,
+) -> Iterator[tuple[int, _Loaded | UnreadableImage]]:
+    """Run ``load`` for every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
 
     At most ``2 * workers`` images are being loaded or waiting, and no more of ``jobs`` is taken. Closing the iterator
     ends the threads.
@@ -142,17 +174,17 @@ def load_many(
         workers: the number of threads; by default one per core, at most 8.
 
     Yields:
-        (position in ``jobs``, uint8 ``[3, H, W]`` or the reason why there are no pixels).
+        (position in ``jobs``, what ``load`` returned or the reason why there are no pixels).
     """
     workers = workers or num_workers()
     remaining = iter(jobs)
     with ThreadPoolExecutor(workers, thread_name_prefix="k5-load") as pool:
-        waiting = deque(pool.submit(_load, read, *job) for job in islice(remaining, 2 * workers))
+        waiting = deque(pool.submit(_load, load, read, *job) for job in islice(remaining, 2 * workers))
         try:
             index = 0
             while waiting:
                 loaded = waiting.popleft().result()
-                waiting.extend(pool.submit(_load, read, *job) for job in islice(remaining, 1))
+                waiting.extend(pool.submit(_load, load, read, *job) for job in islice(remaining, 1))
                 yield index, loaded
                 index += 1
         finally:
@@ -166,8 +198,12 @@ def num_workers() -> int:
 
 
 def _load(
-    read: Callable[[str], Content], path: str, geometry: Geometry, content_hash: str = ""
-) -> Tensor | UnreadableImage:
+    load: Callable[[Content, Geometry], _Loaded],
+    read: Callable[[str], Content],
+    path: str,
+    geometry: Geometry,
+    content_hash: str = "",
+) -> _Loaded | UnreadableImage:
     try:
         content = read(path)
         if content_hash:
@@ -175,7 +211,7 @@ def _load(
                 content = file.read()  # read only once, so that the bytes hashed are the bytes decoded
             if hash_content(content) != content_hash:
                 return UnreadableImage("has changed since the encode began; encode again", has_changed=True)
-        return load_pixels(content, geometry)
+        return load(content, geometry)
     except UnreadableImage as error:
         return error
 
