@@ -9,7 +9,7 @@ from pathlib import Path
 
 from k5cache.encode.plan import LatentJob, TextJob
 from k5cache.encode.precision import ITEM_BYTES, torch_dtype
-from k5cache.encoders import memory_plan
+from k5cache.encoders import memory_plan, vision_plan
 from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.console import human_bytes, human_seconds
@@ -74,18 +74,20 @@ def estimate(
     Raises:
         DoesNotFit: an encoder fits in no mode.
     """
-    from k5cache.encoders.speed import text_lengths
-
-    lengths = text_lengths((text_job.caption for text_job in text_jobs), config.max_sequence_length)
+    lengths = token_counts(config, text_jobs)
     pixels = [job.geometry.bucket.width * job.geometry.bucket.height for job in latent_jobs]
     is_here = device != "cpu" or vram is None
-    text = plan_text(folder, config, device, vram, lengths) if text_jobs else None
+    text = plan_text(folder, config, device, vram, lengths, has_sources(text_jobs)) if text_jobs else None
     vae = plan_vae(folder, config, device, vram, latent_jobs) if latent_jobs else None
     text_seconds = vae_seconds = None
     if is_here and is_timed:
         architecture = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder"))
         speed = measured(folder, device, config)
         text_seconds = memory_plan.text_seconds(text, architecture, lengths, speed) if text else 0.0
+        if text and has_sources(text_jobs):
+            vision = vision_plan.VisionArchitecture.of(read_config(folder, "text_encoder"))
+            num_patches = vision.merged * _tokens_of_sources(config, text_jobs)
+            text_seconds += memory_plan.vision_seconds(text, vision, num_patches, sum(lengths), speed)
         flops = sum(memory_plan.vae_flops(read_config(folder, "vae"), n) for n in pixels)
         vae_seconds = flops / speed.vae_flops
     return Estimate(
@@ -101,13 +103,47 @@ def estimate(
     )
 
 
+def token_counts(config: CacheConfig, text_jobs: Sequence[TextJob]) -> list[int]:
+    """Tokens of each text, template included, estimated; those of its source are counted."""
+    from k5cache.encoders.speed import text_lengths
+
+    lengths = text_lengths((text_job.caption for text_job in text_jobs), config.max_sequence_length)
+    return [length + picture_tokens(config, job) for length, job in zip(lengths, text_jobs, strict=True)]
+
+
+def has_sources(text_jobs: Sequence[TextJob]) -> bool:
+    """Whether these are instructions for sources: image-to-image."""
+    return any(text_job.source for text_job in text_jobs)
+
+
+def _tokens_of_sources(config: CacheConfig, text_jobs: Sequence[TextJob]) -> int:
+    """Tokens of all sources, each counted once."""
+    return sum({text_job.source: picture_tokens(config, text_job) for text_job in text_jobs}.values())
+
+
+def picture_tokens(config: CacheConfig, text_job: TextJob) -> int:
+    """Tokens of a text's source, estimated; 0 for text-to-image."""
+    if text_job.source is None:
+        return 0
+    geometry = text_job.source.geometry
+    if getattr(config, "source_view", "crop") == "whole":
+        return vision_plan.picture_tokens(geometry.width, geometry.height)
+    return vision_plan.picture_tokens(geometry.bucket.width, geometry.bucket.height)
+
+
 def plan_text(
-    folder: Path, config: CacheConfig, device: str, vram: int | None, lengths: Sequence[int]
+    folder: Path,
+    config: CacheConfig,
+    device: str,
+    vram: int | None,
+    lengths: Sequence[int],
+    has_pictures: bool = False,
 ) -> memory_plan.TextPlan:
     """How captions of these token counts will be encoded. Raises ``DoesNotFit``."""
     from k5cache.shared.vram import free_card
 
-    architecture = memory_plan.TextArchitecture.of(read_config(folder, "text_encoder"))
+    encoder = read_config(folder, "text_encoder")
+    architecture = memory_plan.TextArchitecture.of(encoder)
     on_cpu = device == "cpu" and vram is None
     per_token = architecture.flops_per_token
     return memory_plan.plan_text(
@@ -119,6 +155,7 @@ def plan_text(
         ram=free_ram(),
         num_tokens=sum(lengths),
         tokens_per_second=measured(folder, device, config).text_flops / per_token if on_cpu else None,
+        vision=vision_plan.VisionArchitecture.of(encoder) if has_pictures else None,
     )
 
 

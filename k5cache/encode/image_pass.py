@@ -110,10 +110,13 @@ def encode_bucket(
     channels = read_config(job.folder, "vae")["latent_channels"]
     specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
 
+    def read(latent_job: LatentJob) -> Content:
+        return (job.read_source if latent_job.is_source else job.read)(latent_job.path)
+
     def encoded() -> Iterator[tuple[str, torch.Tensor]]:
         # With its hash: an image that changed since the plan must not be stored under the old content's key.
-        wanted = ((latent_job.path, latent_job.geometry, latent_job.content_hash) for latent_job in latent_jobs)
-        for i, pixels in images.load_many(wanted, job.read):
+        wanted = ((latent_job, latent_job.geometry, latent_job.content_hash) for latent_job in latent_jobs)
+        for i, pixels in images.load_many(wanted, read):
             if isinstance(pixels, UnreadableImage):
                 failed[latent_jobs[i].key] = pixels
                 advance(1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from k5cache.encoders.vision_plan import BATCH_PATCHES, MOST_TOKENS, VisionArchitecture
 from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import DoesNotFit
 from k5cache.shared.vram import CONTEXT_BYTES
@@ -116,6 +117,7 @@ def plan_text(
     ram: int,
     num_tokens: int | None = None,
     tokens_per_second: float | None = None,
+    vision: VisionArchitecture | None = None,
 ) -> TextPlan:
     """Resident if all layers fit, else streamed.
 
@@ -127,13 +129,14 @@ def plan_text(
         ram: bytes of host memory that are free.
         num_tokens: tokens of all captions, templates included.
         tokens_per_second: the device's speed, which limits a chunk to ``SECONDS_AT_RISK``.
+        vision: the tower that sees the pictures of image-to-image; it goes first. None for text-to-image.
 
     Raises:
-        DoesNotFit: not even one caption and two layers fit.
+        DoesNotFit: not even one caption and two layers fit, or not the vision tower.
     """
     return _TextPlanner(
         architecture, precision, batching, max_sequence_length + 64, vram, ram, num_tokens,
-        int(tokens_per_second * SECONDS_AT_RISK) if tokens_per_second else 2**31,
+        int(tokens_per_second * SECONDS_AT_RISK) if tokens_per_second else 2**31, vision,
     ).plan()  # fmt: skip
 
 
@@ -151,12 +154,14 @@ class _TextPlanner:
     num_tokens: int | None
     tokens_at_risk: int
     """Tokens that are encoded in ``SECONDS_AT_RISK``."""
+    vision: VisionArchitecture | None
 
     def plan(self) -> TextPlan:
         """The fastest way that fits."""
-        room = self.room - self.all_layers
-        if room >= self.working(self.longest):
-            return self.plan_of("resident", "device", 2**18, self.batch_within(room), self.all_layers)
+        all_weights = self.all_layers + self.tower  # beside the layers the tower stays loaded, else it goes first
+        room = self.room - all_weights
+        if room >= max(self.working(self.longest), self.tower_working):
+            return self.plan_of("resident", "device", 2**18, self.batch_within(room), all_weights)
         room = self.room - self.two_layers
         self.require(room)
         batch = self.batch_within(room // 2)
@@ -175,14 +180,21 @@ class _TextPlanner:
 
         while batch > self.longest and room < self.working(batch) + packs(batch) + _SLACK_BYTES:
             batch = max(self.longest, batch // 2)
-        parking = min(_HOST_PARKING, max(self.ram // 4, 2**28))
+        parking = min(_HOST_PARKING, max(self.ram // 4, 2**28), self.token_bytes * self.most_tokens)
         parking = 1 << (parking.bit_length() - 1)  # torch takes pinned memory in powers of two
         return self.plan_of("streamed", "host", parking // self.token_bytes, batch, self.two_layers + packs(batch))
 
     def plan_of(self, mode: TextMode, parking: Parking, chunk_tokens: int, batch_tokens: int, weights: int) -> TextPlan:
         """A plan, with the memory that it takes."""
-        parked = 0 if mode == "resident" else self.token_bytes * min(chunk_tokens, self.num_tokens or chunk_tokens)
-        on_device = weights + self.working(batch_tokens) + _SLACK_BYTES + (parked if parking == "device" else 0)
+        chunk_tokens = min(chunk_tokens, self.most_tokens)
+        of_chunk = self.token_bytes * min(chunk_tokens, self.num_tokens or chunk_tokens)
+        parked = 0 if mode == "resident" else of_chunk
+        seen = 2 * of_chunk if self.vision else 0  # the tower's tokens, in pinned memory, which is rounded up
+        working = self.working(batch_tokens)
+        on_device = weights + working + _SLACK_BYTES + (parked if parking == "device" else 0)
+        if self.vision:
+            beside = weights if mode == "resident" else self.tower
+            on_device = max(on_device, beside + self.tower_working + _SLACK_BYTES)
         on_host = PROCESS_BYTES["cuda"] if self.vram is not None else PROCESS_BYTES["cpu"] + on_device
         return TextPlan(
             mode=mode,
@@ -190,7 +202,7 @@ class _TextPlanner:
             chunk_tokens=max(self.longest, min(chunk_tokens, self.tokens_at_risk)),
             batch_tokens=batch_tokens,
             vram=0 if self.vram is None else on_device + CONTEXT_BYTES,
-            ram=on_host + _IN_FLIGHT + (parked if parking == "host" else 0),
+            ram=on_host + _IN_FLIGHT + seen + (parked if parking == "host" else 0),
             weight_bytes=self.architecture.num_layers * self.architecture.layer_parameters * 2,
         )
 
@@ -200,7 +212,7 @@ class _TextPlanner:
         return next((n for n in sizes if n > self.longest and self.working(n) <= room), self.longest)
 
     def require(self, room: int) -> None:
-        """Refuse a device without room for the longest caption.
+        """Refuse a device without room for the longest caption, or for the vision tower and a picture.
 
         Args:
             room: what two layers leave.
@@ -209,6 +221,7 @@ class _TextPlanner:
             DoesNotFit: the message says how much the device must have.
         """
         least = self.working(self.longest) + self.token_bytes * self.longest
+        least = max(least, self.tower + self.tower_working - self.two_layers)
         if room >= least:
             return
         available, kind = (self.ram, "RAM") if self.vram is None else (self.vram, "VRAM")
@@ -224,6 +237,25 @@ class _TextPlanner:
         if self.vram is not None:
             return self.vram - CONTEXT_BYTES - _SLACK_BYTES
         return self.ram - PROCESS_BYTES["cpu"] - _IN_FLIGHT - _SLACK_BYTES
+
+    @property
+    def tower(self) -> int:
+        """The vision tower's weights; 0 if there is none. Others than the file's 16 bits are cast from it."""
+        num_parameters = self.vision.num_parameters if self.vision else 0
+        return num_parameters * (self.itemsize + (2 if self.precision in ("fp16", "fp32") else 0))
+
+    @property
+    def tower_working(self) -> int:
+        """Activations of a forward pass of the tower: one picture of as many tokens as there may be, or a batch."""
+        if self.vision is None:
+            return 0
+        longest = self.longest * self.vision.merged
+        return self.vision.working_bytes(max(longest, BATCH_PATCHES if self.batching == "fast" else 0), self.itemsize)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a chunk."""
+        return MOST_TOKENS if self.vision else 2**31
 
     @property
     def itemsize(self) -> int:
@@ -307,6 +339,18 @@ def plan_vae(
         f"The VAE needs {human_bytes(least)} of {kind} for the largest bucket, {human_bytes(available)} are available",
         'Lower cache.resolution, or set cache.vae_precision = "bf16"' + (", or use --device cpu" if vram else ""),
     )
+
+
+def vision_seconds(
+    plan: TextPlan, vision: VisionArchitecture, num_patches: int, num_tokens: int, speed: Speed
+) -> float:
+    """Time for the vision tower over so many patches: reading it, for every chunk if it does not stay, and computing.
+
+    Args:
+        num_tokens: of all texts, which decide the number of chunks.
+    """
+    num_reads = 1 if plan.mode == "resident" else plan.num_chunks(num_tokens)
+    return vision.flops(num_patches) / speed.text_flops + num_reads * 2 * vision.num_parameters / speed.read_bytes
 
 
 def text_seconds(plan: TextPlan, architecture: TextArchitecture, lengths: Sequence[int], speed: Speed) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from k5cache.encoders.hostio import fetched, read_ahead
 from k5cache.encoders.layers import attention_kernels
+from k5cache.encoders.vision_plan import BATCH_PATCHES
 from k5cache.encoders.weights import Weights
 from k5cache.encoders.with_picture import Seen
 from k5cache.shared.checkpoint import read_config
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _PREFIXES = ("visual.", "model.visual.")
 # The library hands all windows at once to an attention that has "flash" in its name, and else one after another.
 _ATTENTION = "k5_flash_windows"
-BATCH_PATCHES = 16_384  # in one forward pass of ``exact=False``: 12 pictures of 512x512
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ def load_processor(folder: Path) -> Processor:
     Raises:
         ModelError: the tokenizer or the preprocessor's config is missing or cannot be read.
     """
+    from PIL import Image
+
     values = preprocessor_values(folder)
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -101,16 +103,19 @@ def load_processor(folder: Path) -> Processor:
             "The installed transformers has no Qwen2VLImageProcessorPil, which image-to-image needs",
             "Upgrade: pip install -U transformers",
         ) from error
+    tokenizer = load_tokenizer(folder)
+    around = tokenizer(text=pipeline_template("i2i").text.format(""))["input_ids"]
     try:
         images = Qwen2VLImageProcessorPil(**values)
-    except (TypeError, ValueError, LookupError) as error:
+        processor = Processor(_processor_class()(images, tokenizer, None), len(around) - 1)
+        if see(processor, Image.new("RGB", (200, 120))).grid != processor.grid_of(200, 120):
+            raise ValueError("it cuts a picture into other patches than it says")
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise ModelError(
             f"The preprocessor's config in {folder / 'tokenizer'} is not one of Qwen2.5-VL: {str(error)[:200]}",
             "Download the model again",
         ) from error
-    tokenizer = load_tokenizer(folder)
-    around = tokenizer(text=pipeline_template("i2i").text.format(""))["input_ids"]
-    return Processor(_processor_class()(images, tokenizer, None), len(around) - 1)
+    return processor
 
 
 def see(processor: Processor, picture: Image.Image) -> Seen:

@@ -40,6 +40,7 @@ _TAIL_BYTES = 1 << 20
 _DECODED_ANEW = (b"\x89PNG", b"II", b"MM", b"BM", b"GIF8")  # how the files begin of which some decode anew
 _TURNS_SIDES = frozenset({5, 6, 7, 8})
 _Loaded = TypeVar("_Loaded")
+_Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def _upright(content: Content, geometry: Geometry) -> Image.Image:
 
 
 def load_many(
-    jobs: Iterable[tuple[str, Geometry] | tuple[str, Geometry, str]],
-    read: Callable[[str], Content],
+    jobs: Iterable[tuple[_Name, Geometry] | tuple[_Name, Geometry, str]],
+    read: Callable[[_Name], Content],
     workers: int | None = None,
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
     """Run ``load_pixels`` for every job on ``workers`` threads, in the order of ``jobs``, ahead of the caller.
@@ -157,8 +158,8 @@ def load_many(
 
 
 def load_ahead(
-    jobs: Iterable[tuple[str, Geometry] | tuple[str, Geometry, str]],
-    read: Callable[[str], Content],
+    jobs: Iterable[tuple[_Name, Geometry] | tuple[_Name, Geometry, str]],
+    read: Callable[[_Name], Content],
     load: Callable[[Content, Geometry], _Loaded],
     workers: int | None = None,
 ) -> Iterator[tuple[int, _Loaded | UnreadableImage]]:
@@ -168,9 +169,9 @@ def load_ahead(
     ends the threads.
 
     Args:
-        jobs: an image's path in its source, its geometry and, if the bytes must be the same as when the encode was
-            planned, their ``hash_content``.
-        read: gives the image at a path; may raise ``UnreadableImage``. Called on the threads.
+        jobs: an image's path in its source, or whatever ``read`` knows it by; its geometry; and, if the bytes must be
+            the same as when the encode was planned, their ``hash_content``.
+        read: gives the image of that name; may raise ``UnreadableImage``. Called on the threads.
         workers: the number of threads; by default one per core, at most 8.
 
     Yields:
@@ -199,13 +200,13 @@ def num_workers() -> int:
 
 def _load(
     load: Callable[[Content, Geometry], _Loaded],
-    read: Callable[[str], Content],
-    path: str,
+    read: Callable[[_Name], Content],
+    name: _Name,
     geometry: Geometry,
     content_hash: str = "",
 ) -> _Loaded | UnreadableImage:
     try:
-        content = read(path)
+        content = read(name)
         if content_hash:
             with errors_as_reasons(), stream(content) as file:
                 content = file.read()  # read only once, so that the bytes hashed are the bytes decoded
