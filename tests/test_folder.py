@@ -172,4 +172,7 @@ def test_the_summary_counts_what_is_skipped_by_reason_and_files_of_several_capti
 def test_a_pipe_in_the_place_of_a_caption_is_named_and_not_waited_for(tmp_path):
     put(tmp_path, "a.png", "a.txt", "b.png")
     os.mkfifo(tmp_path / "b.txt")
-    assert listed(tmp_path) == (["a.png"], {"b.png": "caption b.txt is not a file"})
+    assert listed(tmp_path) == (
+        ["a.png"],
+        {"b.png": "caption b.txt cannot be read: it is not a file but a pipe, a device or the like"},
+    )

@@ -97,14 +97,18 @@ def test_a_row_without_bytes_is_the_file_beside_its_table_and_is_compared_by_tha
     (tmp_path / "set").mkdir()
     for folder in (tmp_path, tmp_path / "set"):
         (folder / "0.png").write_bytes(png(1 if folder == tmp_path else 2))
-    (tmp_path / "elsewhere.png").write_bytes(png(3))
+    for folder in (tmp_path, tmp_path / "set" / "inner"):
+        folder.mkdir(exist_ok=True)
+        (folder / "elsewhere.png").write_bytes(png(3))
     monkeypatch.chdir(tmp_path)
-    names = ["0.png", str(tmp_path / "elsewhere.png"), "elsewhere.png", "/no/such.png", "http://x.org/a.png", None]
-    source = parquet(tmp_path / "set" / "t.parquet", [(None, name) for name in names], list("abcdef"))
+    names = ["0.png", str(tmp_path / "set" / "inner" / "elsewhere.png"), "elsewhere.png", "/no/such.png",
+             "http://x.org/a.png", None, str(tmp_path / "elsewhere.png"), "../elsewhere.png", "/dev/zero"]  # fmt: skip
+    source = parquet(tmp_path / "set" / "t.parquet", [(None, name) for name in names], list("abcdefghi"))
     assert contents(source) == {"t.parquet#0": png(2), "t.parquet#1": png(3)}
-    assert skipped(source) == {
+    outside = dict.fromkeys(["t.parquet#6", "t.parquet#7", "t.parquet#8"], "lies outside the folder of its table")
+    assert skipped(source) == outside | {
         "t.parquet#2": "names elsewhere.png, which is not in the folder of t.parquet",
-        "t.parquet#3": "names /no/such.png, which is not in the folder of t.parquet",
+        "t.parquet#3": "lies outside the folder of its table",
         "t.parquet#4": "is a URL: download the images first",
         "t.parquet#5": "holds no image",
     }

@@ -6,7 +6,6 @@ the hub cannot be reached, the downloaded copy is used, and a note says so.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from k5cache.shared.errors import ModelError
 from k5cache.shared.model import FLAVOURS, ModelConfig
 from k5cache.shared.part_files import config_name, has_weights, weight_files
 from k5cache.shared.parts import check_parts
+from k5cache.shared.plain import read_json, read_text
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -118,7 +118,7 @@ def _downloaded(repo: str, revision: str | None) -> Path | None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:  # a cache or a run may name it
         return None
     try:
-        commit = (home / "refs" / revision).read_text(encoding="utf-8").strip()
+        commit = read_text(home / "refs" / revision, 4096).strip()
     except (OSError, ValueError):
         commit = revision
     snapshot = home / "snapshots" / commit
@@ -133,11 +133,12 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     """
     path = folder / part / config_name(part)
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        config: dict[str, Any] = read_json(path)
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "Download the model again") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path} cannot be read: {reason}", "Download the model again") from error
     return config
 
 

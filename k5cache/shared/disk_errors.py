@@ -42,8 +42,8 @@ def sentence(error: BaseException) -> tuple[str, str] | None:
     found = _os_error(error)
     if found is None:
         return None
-    number, path = found
-    problem, fix = _SENTENCES.get(number, (f"{os.strerror(number)}:", f"Correct this and {_AGAIN}"))
+    number, path, words = found
+    problem, fix = _SENTENCES.get(number, (f"{words or os.strerror(number)}:", f"Correct this and {_AGAIN}"))
     return (f"{problem} {path}" if path else _BEFORE_PATH.sub("", problem)), fix
 
 
@@ -73,14 +73,14 @@ def _raise_with(path: Path, error: Exception) -> NoReturn:
     raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _os_error(error: BaseException | None) -> tuple[int, str] | None:
-    """Error number and path of the first error of the disk among an error and its causes."""
+def _os_error(error: BaseException | None) -> tuple[int, str, str] | None:
+    """Error number, path and words of the first error of the disk among an error and its causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            return error.errno, str(error.filename or _path_in_use(error))
+            return error.errno, str(error.filename or _path_in_use(error)), error.strerror or ""
         number = _number_in(error)
         if number is not None:
-            return number, str(_path_in_use(error))
+            return number, str(_path_in_use(error)), ""
         error = error.__cause__
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.part_files import StoredTensor, stored_tensors, tokenizer_files
+from k5cache.shared.plain import read_plain
 
 WHOLE_BELOW = 64 * 2**20
 """Every byte is hashed if the tensors of a part have fewer bytes than this."""
@@ -17,6 +18,8 @@ PROBE_BYTES = 4096
 """One page, the least that a disk reads."""
 NUM_PROBES = 8
 """Probes per tensor, evenly spaced, from its first byte to its last."""
+
+_MOST_VOCABULARY_BYTES = 256 << 20  # of a file of a tokenizer; Qwen's has 11 MB
 
 _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_class", "chat_template", "architectures"})
 
@@ -42,7 +45,7 @@ def fingerprint(folder: Path, part: str) -> str:
     _feed(digest, _canonical(read_config(folder, part)))
     if part.startswith("tokenizer"):
         for path in tokenizer_files(folder, part):
-            _feed(digest, path.name.encode(), path.read_bytes())
+            _feed(digest, path.name.encode(), read_plain(path, _MOST_VOCABULARY_BYTES))
     elif part != "scheduler":
         tensors = stored_tensors(folder, part)
         for tensor, sampled in zip(tensors, _sample(tensors), strict=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.plain import read_json
 
 Flavour = Literal["t2i-lite-sft", "t2i-lite-pretrain", "i2i-lite-sft", "i2i-lite-pretrain"]
 FLAVOURS: dict[str, str] = {
@@ -105,7 +105,7 @@ def prompt_library(path: Path) -> tuple[str, ...]:
     """
     fix = 'Write it like ["a red bicycle"] or {"bicycle": "a red bicycle"}'
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = read_json(path)
     except OSError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} cannot be read: {error.strerror}", fix) from error
     except ValueError as error:

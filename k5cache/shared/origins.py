@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from k5cache.shared.errors import RecipeError
 
 Keys = tuple[str | int, ...]
+_MOST_LINES = 1000  # of a recipe in which lines are found: the time grows with their square, here to 2 s
 
 
 class Problem(NamedTuple):
@@ -101,12 +102,12 @@ def _beginnings(text: str) -> list[tuple[int, dict[str, Any]]]:
 
     tomllib gives no positions, but a text cut off behind a value is TOML too. Recipes are short.
     """
-    lines = [f"{line}\n" for line in text.split("\n")]
+    lines = [f"{line}\n" for line in text.split("\n", _MOST_LINES)[:_MOST_LINES]]
     beginnings, begins = [], 1
     for count in range(1, len(lines) + 1):
         try:
             values = tomllib.loads("".join(lines[:count]))
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             continue  # in the middle of a value of several lines
         beginnings.append((begins, values))
         begins = count + 1

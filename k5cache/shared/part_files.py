@@ -6,7 +6,6 @@ itself), so that the two never differ. Files are chosen as diffusers and transfo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.shared.errors import ModelError
+from k5cache.shared.plain import UnfitFile, open_plain, parse_json, read_json
 
 _AGAIN = "Download the model again"
 _CONFIG_OF = {
@@ -24,7 +24,7 @@ _CONFIG_OF = {
 }
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
-_MOST_JSON_BYTES = 100_000_000  # of a header; safetensors itself reads no longer one
+_MOST_JSON_BYTES = 16 << 20  # of a header or an index; those of the published checkpoints have 0.1 MB
 # The files of a tokenizer that decide ids. If there is a tokenizer.json, it has the vocabulary and the merges.
 _TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json")
 _SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -89,12 +89,12 @@ def weight_files(folder: Path, part: str) -> list[Path]:
 def _named(index: Path) -> list[Path]:
     """The files that an index names."""
     try:
-        if index.stat().st_size > _MOST_JSON_BYTES:
-            raise ValueError("it is too large")
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index, _MOST_JSON_BYTES)["weight_map"].values()))
         if not names:
             raise ValueError("it names no file")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UnfitFile as error:
+        raise ModelError(f"{index} cannot be read: {error.strerror}", _AGAIN) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} cannot be read as an index of weights: {str(error)[:80]}", _AGAIN) from error
     for name in names:
         if not (isinstance(name, str) and _SHARD.fullmatch(name)):
@@ -140,15 +140,17 @@ def read_header(path: Path) -> list[StoredTensor]:
         ModelError: it is not a safetensors file, or it ends before its last tensor.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             if length > _MOST_JSON_BYTES:
                 raise ValueError("its header is too long")
-            header = json.loads(file.read(min(length, size)))
+            header = parse_json(file.read(min(length, size)))
         header.pop("__metadata__", None)
         tensors = [_stored(name, entry, path, 8 + length) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UnfitFile as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", _AGAIN) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a safetensors file", _AGAIN) from error
     end = max((t.start + t.num_bytes for t in tensors), default=0)
     if end > size:

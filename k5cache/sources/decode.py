@@ -17,10 +17,14 @@ from io import BufferedReader
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
+from k5cache.shared.plain import UnfitFile, open_plain, read_plain
 from k5cache.sources import jpeg, png, tiff
 from k5cache.sources.items import Content, UnreadableImage
 
 MAX_PIXELS = 500_000_000  # 1.5 GB as RGB; the largest photographs have about 250 million
+MOST_BYTES = 4 << 30
+"""Of a picture's file: more than MAX_PIXELS take, at 16 bits and without compression."""
+File = BufferedReader | io.BytesIO
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "JPEG2000")
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -132,6 +136,8 @@ def errors_as_reasons() -> Iterator[None]:
         yield
     except UnreadableImage:
         raise
+    except UnfitFile as error:
+        raise UnreadableImage(f"cannot be read: {error.strerror}") from None
     except FileNotFoundError as error:
         raise UnreadableImage("is no longer there") from error
     except UnidentifiedImageError as error:
@@ -149,9 +155,9 @@ def errors_as_reasons() -> Iterator[None]:
         raise UnreadableImage(f"cannot be read ({reason or type(error).__name__})") from error
 
 
-def stream(content: Content) -> BufferedReader | io.BytesIO:
+def stream(content: Content) -> File:
     """The bytes of an image, to be read from the beginning."""
-    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+    return io.BytesIO(content) if isinstance(content, bytes) else open_plain(content, MOST_BYTES)
 
 
 def too_large(subject: str) -> str:
@@ -159,7 +165,7 @@ def too_large(subject: str) -> str:
     return f"{subject} has more than {MAX_PIXELS // 1_000_000} million pixels"
 
 
-def _open(file: BufferedReader | io.BytesIO) -> Image.Image:
+def _open(file: File) -> Image.Image:
     try:
         return Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError:
@@ -172,7 +178,7 @@ def _open(file: BufferedReader | io.BytesIO) -> Image.Image:
         return image
 
 
-def _open_otherwise(file: BufferedReader | io.BytesIO, head: bytes) -> Image.Image | None:
+def _open_otherwise(file: File, head: bytes) -> Image.Image | None:
     """Open a file that Pillow alone refuses; None if it is not an image.
 
     Raises:
@@ -192,7 +198,7 @@ def _open_otherwise(file: BufferedReader | io.BytesIO, head: bytes) -> Image.Ima
     return None
 
 
-def _open_damaged_png(file: BufferedReader | io.BytesIO) -> Image.Image:
+def _open_damaged_png(file: File) -> Image.Image:
     data, damaged = png.without_damage(file.read())
     image = Image.open(io.BytesIO(data), formats=("PNG",))
     if damaged:
@@ -200,9 +206,7 @@ def _open_damaged_png(file: BufferedReader | io.BytesIO) -> Image.Image:
     return image
 
 
-def _open_with_plugin(
-    file: BufferedReader | io.BytesIO, name: str, kind: str, modules: tuple[str, ...], package: str
-) -> Image.Image:
+def _open_with_plugin(file: File, name: str, kind: str, modules: tuple[str, ...], package: str) -> Image.Image:
     """Open with a plugin of Pillow that the user may have installed; it is imported for the first such file."""
     for module in modules:
         try:
@@ -327,4 +331,4 @@ def _as_tiff(image: Image.Image) -> TiffImagePlugin.TiffImageFile:
 
 
 def _bytes(content: Content) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
+    return content if isinstance(content, bytes) else read_plain(content, MOST_BYTES)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import stat
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from k5cache.options import CacheConfig
+from k5cache.shared.inside import is_inside
+from k5cache.shared.plain import MOST_TEXT_BYTES, UnfitFile, read_plain
 from k5cache.sources.captions import Captions, finish, from_lines, without_source
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PictureFile, Skipped, SourceItem, stat_numbers
 from k5cache.sources.pairs import MARK
@@ -87,7 +88,7 @@ def find_items(
         if captions is None:
             stem = image.path.rpartition(".")[0]
             if stem not in texts:
-                texts[stem] = _read_captions(image, stem.rpartition("/")[2])
+                texts[stem] = _captions_of(source, image, stem.rpartition("/")[2])
             captions = texts[stem]
         if isinstance(captions, OSError):
             reason = f"its caption file cannot be read ({captions.strerror})"
@@ -291,6 +292,27 @@ def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> Source
     return SourceItem(path, *stat_numbers(status), captions)
 
 
+def _captions_of(source: Path, image: ImageEntry, stem: str) -> Captions | OSError:
+    """``_read_captions``, but not through a link to some other file of this machine.
+
+    A stranger's ``cat.txt`` could be a link to a private file, whose lines would become captions. A link is followed
+    within the folder (or the hub's snapshot), and to the caption of the picture that the image itself is a link to.
+    """
+    if image.text is not None and Path(image.text).is_symlink():
+        target = Path(image.text).resolve()
+        picture = Path(image.entry.path).resolve()
+        if target != picture.with_suffix(".txt") and not is_inside(_reach_of(source), target) and target.exists():
+            return f"caption {printable(stem)}.txt is a link that leads out of the folder: copy the file instead"
+    return _read_captions(image, stem)
+
+
+def _reach_of(source: Path) -> Path:
+    """The folder in which links are followed: ``source``, or the repository that it is a snapshot of in hub's cache."""
+    source = source.resolve()
+    snapshots = next((parent for parent in source.parents if parent.name == "snapshots"), None)
+    return snapshots.parent if snapshots and (snapshots.parent / "blobs").is_dir() else source
+
+
 def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
     """The lines of a caption file without blank ones; or, as a string, why there is no caption."""
     if image.text is None:
@@ -298,10 +320,9 @@ def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
     name = printable(os.path.basename(image.text))  # noqa: PTH119 (pathlib takes long for 10,000 files)
     try:
         # An encode with nothing to do reads 10,000 of them: pathlib, a buffer or a BOM codec would double its time.
-        with open(image.text, "rb", buffering=0, opener=_open_at_once) as file:
-            data = file.readall() or b""
-            if not data and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return f"caption {name} is not a file"
+        data = read_plain(image.text, MOST_TEXT_BYTES)
+    except UnfitFile as error:
+        return f"caption {name} cannot be read: {error.strerror}"
     except OSError as error:
         return error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # also how UTF-32 begins
@@ -315,11 +336,6 @@ def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
     if "\0" in text:  # UTF-16 without a byte order mark decodes like this
         return f"caption {name} is not UTF-8 but perhaps UTF-16: save it as UTF-8"
     return from_lines(text)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """An opener that does not wait for the other end of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _file_id(status: os.stat_result) -> tuple[int, int]:

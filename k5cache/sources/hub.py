@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import posixpath
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.options import CacheConfig
+from k5cache.shared import plain
 from k5cache.shared.console import note
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.kind import Kind
@@ -131,7 +131,7 @@ def _names_of(snapshot: Path) -> list[str]:
     """The names of all files that a commit has on the hub, as the hub's client noted them; else of those here."""
     note_of_client = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
     try:
-        return list(json.loads(note_of_client.read_text(encoding="utf-8"))["files"])
+        return list(plain.read_json(note_of_client, 1 << 30)["files"])
     except (OSError, ValueError, KeyError, TypeError):  # an older client keeps none
         return [file.relative_to(snapshot).as_posix() for file in folders.files(snapshot)]
 

@@ -61,8 +61,8 @@ def find_items(
         column = config.image_column or "file_name"
         if column not in table.schema.names:
             raise table.refuse(f"has no column {column}", "cache.image_column to the one with file names")
-        sources = sources_of_rows(table, config, source, is_strict=True) if has_sources else None
-        named, refused = table_items.files_named(table, column, config, source, sources, is_strict=True)
+        sources = sources_of_rows(table, config, source) if has_sources else None
+        named, refused = table_items.files_named(table, column, config, source, sources)
         for item in named:
             joined = table_items.joined(items.get(item.path), item, table.name)
             if isinstance(joined, Skipped):

@@ -6,6 +6,7 @@ contain ``[``, ``*``, ``?`` or ``::``. Here its patterns are matched against nam
 
 from __future__ import annotations
 
+import math
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +15,14 @@ from typing import Any
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.patterns import Pattern, Steps
+from k5cache.shared.plain import open_plain, read_text
 from k5cache.sources.folder import walk
 from k5cache.sources.items import Skipped
 
 CARDS = ("README.md", ".huggingface.yaml")  # datasets' config.REPOCARD_FILENAME and REPOYAML_FILENAME
+_MOST_CARD_BYTES = 4 << 20
+_MOST_STARS = 4
 _IN_A_SLICE = re.compile(r"[\[(+]")
 
 
@@ -69,17 +74,42 @@ def read_card(folder: Path) -> Any | None:
         return None
     import yaml
     from huggingface_hub import DatasetCard, DatasetCardData
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     try:
-        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        block = _block_of(readme) if readme.is_file() else ""
+        others = read_text(plain, _MOST_CARD_BYTES) if plain.is_file() else ""
+        for text in (block, others):
+            # An alias stands for a value that may hold aliases: a kilobyte of them means a billion values.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_loader())):
+                raise ValueError("its YAML has aliases (*name)")
         # Of a README that declares nothing, the library would print a remark.
-        card: Any = DatasetCard(text).data if REGEX_YAML_BLOCK.search(text) else DatasetCardData()
-        declared = yaml.safe_load(plain.read_text(encoding="utf-8")) if plain.is_file() else None
+        card: Any = DatasetCard(f"---\n{block}---\n").data if block else DatasetCardData()
+        declared = yaml.safe_load(others) if others else None
         return DatasetCardData(**{**card.to_dict(), **declared}) if declared else card
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (ValueError, TypeError, OSError, RecursionError, yaml.YAMLError) as error:
+        text = "its YAML is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        reason = " ".join(text.split())[:300]
         raise DatasetError(f"The README of {folder} cannot be read: {reason}", "Repair it, or remove it") from None
+
+
+def _block_of(readme: Path) -> str:
+    """What stands between the two lines of dashes at the start of a README, without blank lines; "" if there are none.
+
+    The hub's client finds it by an expression that takes minutes for a page of blank lines.
+    """
+    with open_plain(readme) as file:
+        lines = file.read(_MOST_CARD_BYTES).decode("utf-8", "replace").splitlines()
+    written = [line for line in lines if line.strip()]
+    if not written or written[0].strip() != "---":
+        return ""
+    end = next((number for number, line in enumerate(written[1:], 1) if line.startswith("---")), 0)
+    return "".join(f"{line}\n" for line in written[1:end])
+
+
+def _loader() -> Any:
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def split_names(split: str) -> list[str]:
@@ -136,7 +166,11 @@ class _Names:
     def matching(self, pattern: str) -> list[str]:
         from fsspec.utils import glob_translate
 
-        regex = re.compile(glob_translate(posixpath.normpath(posixpath.join(self._base, pattern))))
+        text = glob_translate(posixpath.normpath(posixpath.join(self._base, pattern)))
+        if text.count("*") + text.count("+") > _MOST_STARS:  # re would try every division of a name among them
+            pattern_of_stars = Pattern(text, Steps(math.inf))  # without repetitions within others, so it is quick
+            return [name for name in self._names if pattern_of_stars.fullmatch(name)]
+        regex = re.compile(text)
         return [name for name in self._names if regex.match(name)]
 
     def default_patterns(self) -> dict[str, list[str]]:

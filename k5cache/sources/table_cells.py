@@ -53,11 +53,12 @@ def _named_by(piece: Piece, name: str) -> Cell | str | None:
     if not name:
         return None
     name = file_name(name)
-    problem = name_problem(name, name, False)
+    if problem := name_problem(piece, name, name):
+        return problem
     file = beside(piece, name)
-    stat = None if problem else file_stat(file)
+    stat = file_stat(file)
     if stat is None:
-        return problem or f"names {name}, which is not in the folder of {piece.rows.file.name}"
+        return f"names {name}, which is not in the folder of {piece.rows.file.name}"
     return Cell(stat, lambda: file)
 
 
@@ -71,7 +72,7 @@ def _printable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def name_problem(cell: Any, name: str, is_strict: bool) -> str:
+def name_problem(piece: Piece, cell: Any, name: str) -> str:
     """Why a name cannot be the name of an image file; "" if it can."""
     if isinstance(cell, Unusable):
         return cell.reason
@@ -83,15 +84,22 @@ def name_problem(cell: Any, name: str, is_strict: bool) -> str:
         return "its image is base64 text, not the name of a file: decode the images into files, or into Parquet"
     if "://" in name:
         return "is a URL: download the images first"
-    if is_strict and (Path(name).is_absolute() or ".." in Path(os.path.normpath(name)).parts):
+    if not any(_in_folder(base, name).is_relative_to(base) for base in piece.bases):
         return "lies outside the folder of its table"
     return ""
 
 
 def beside(piece: Piece, name: str) -> Path:
     """A file that a row names, relative to the folders that it may mean; the first if none of them has it."""
-    files = [base / os.path.normpath(name) for base in piece.bases]
+    named = [_in_folder(base, name) for base in piece.bases]
+    files = [file for file, base in zip(named, piece.bases, strict=True) if file.is_relative_to(base)]
     return next((file for file in files if file_stat(file) is not None), files[0])
+
+
+def _in_folder(base: Path, name: str) -> Path:
+    """A name in a table as a path. One that leads out of ``base`` is not relative to it."""
+    inner = os.path.normpath(name)
+    return Path("/") if Path(inner).parts[:1] == ("..",) else base / inner
 
 
 def path_in(root: Path, file: Path) -> str:

@@ -69,14 +69,12 @@ def files_named(
     config: CacheConfig,
     root: Path,
     sources: Sequence[Located] | None = None,
-    is_strict: bool = False,
 ) -> tuple[list[SourceItem], list[Skipped]]:
     """List the image files that a table names. A file that several rows name gets the captions of all of them.
 
     Args:
         root: item paths are relative to it.
         sources: for image-to-image, the source of every row.
-        is_strict: refuse files outside the table's folder, as `datasets`' imagefolder does.
     """
     cells = table.column(column)
     names = [file_name(cell) for cell in cells]
@@ -85,7 +83,7 @@ def files_named(
     captions = captions_of_rows(table, config, names, sources is not None)
     for number, (piece, row) in enumerate(places_of(table)):
         place = table.place(piece, row)
-        reason = name_problem(cells[number], names[number], is_strict)
+        reason = name_problem(piece, cells[number], names[number])
         if reason:
             is_short = 0 < len(names[number]) < _LONGEST_NAME
             skipped.append(Skipped(names[number] if is_short else f"{table.name}#{number}", f"{reason} ({place})"))

@@ -20,12 +20,11 @@ Located = tuple[str, Cell | str]
 _LONGEST_NAME = 100
 
 
-def sources_of_rows(table: Table, config: CacheConfig, root: Path, is_strict: bool = False) -> list[Located]:
+def sources_of_rows(table: Table, config: CacheConfig, root: Path) -> list[Located]:
     """The source of every row.
 
     Args:
         root: paths of files are relative to it.
-        is_strict: refuse files outside the table's folder, as for images.
 
     Raises:
         DatasetError: no column has sources, or several have.
@@ -34,7 +33,7 @@ def sources_of_rows(table: Table, config: CacheConfig, root: Path, is_strict: bo
     empty = f"{NO_SOURCE}: its column {column} is empty"
     if not is_images(table.schema.field(column).type):
         cells = zip(table.column(column), places_of(table), strict=True)
-        return [_named(cell, piece, root, is_strict) or ("", empty) for cell, (piece, _) in cells]
+        return [_named(cell, piece, root) or ("", empty) for cell, (piece, _) in cells]
     located: list[Located] = []
     for i, (found, _) in enumerate(cells_of(table, column)):
         cell = f"its source {found}" if isinstance(found, str) else found or empty
@@ -70,13 +69,13 @@ def file_of(source: Located) -> PictureFile | str:
     return cell if isinstance(cell, str) else PictureFile(path, *cell.stat)
 
 
-def _named(cell: Any, piece: Piece, root: Path, is_strict: bool) -> Located | None:
+def _named(cell: Any, piece: Piece, root: Path) -> Located | None:
     """The file that a cell names; None if it is empty."""
     name = file_name(cell)
     if cell is None or cell != cell or (isinstance(cell, str) and not name.strip()):  # NaN, from pandas
         return None
     shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
-    if problem := name_problem(cell, name, is_strict):
+    if problem := name_problem(piece, cell, name):
         is_sentence = problem.startswith("its image")
         return name, problem.replace("its image", "its source", 1) if is_sentence else f"its source {shown} {problem}"
     file = beside(piece, name)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from k5cache.options import CacheConfig
+from k5cache.shared import plain
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.foreign import shown
+from k5cache.shared.inside import is_inside
 from k5cache.sources.arrow_tables import read_arrow, read_parquet
 from k5cache.sources.items import METADATA, stat_numbers
 from k5cache.sources.row_groups import GroupReader
@@ -169,6 +172,12 @@ def _load_saved(folder: Path, config: CacheConfig) -> Table:
     pieces = {}
     for split, saved in folders.items():
         files = [saved / name for name in _read(saved / "state.json", "_data_files", "filename")]
+        for file in files:
+            if not is_inside(folder, file):
+                raise DatasetError(
+                    f"{saved / 'state.json'} names {shown(str(file), 200)}, which is outside {folder}",
+                    "Save the dataset again with save_to_disk",
+                )
         pieces[split] = _open_files(folder.name, files, [(folder, file.parent) for file in files], config)
     return _cut(folder.name, pieces, config, folder)
 
@@ -176,7 +185,7 @@ def _load_saved(folder: Path, config: CacheConfig) -> Table:
 def _read(file: Path, field: str, of_each: str = "") -> list[str]:
     """A list of texts in a file of JSON; or of each object in it, one text."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))[field]
+        values = plain.read_json(file)[field]
         texts: list[str] = [value[of_each] for value in values] if of_each else values
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -197,7 +206,8 @@ def _open_files(
     pieces = []
     for file, file_bases in zip(files, bases, strict=True):
         try:
-            stat = stat_numbers(file.stat())
+            with plain.open_plain(file) as opened:
+                stat = stat_numbers(os.fstat(opened.fileno()))
         except OSError as error:
             raise DatasetError(f"{file} cannot be read: {error.strerror}", "Use another source") from None
         rows = _open_file(file, suffixes[0], groups, config)

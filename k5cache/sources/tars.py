@@ -6,12 +6,15 @@ has dots of its own and companions to match (``photo.v2.jpg``, ``photo.v2.txt``)
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from lzma import LZMAError
 from pathlib import Path
@@ -21,8 +24,10 @@ from typing import IO, Any
 import pyarrow as pa
 
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.plain import open_plain, too_large
 from k5cache.sources.captions import Unusable
 from k5cache.sources.folder import SYSTEM_FOLDERS
+from k5cache.sources.inflated import Inflated, bounded
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, Skipped, UnreadableImage
 
 _MASKS = (".mask.png", ".mask.webp", ".mask")
@@ -30,7 +35,17 @@ _JSON = ("json", "jsn")
 _AFTER_END = 1 << 20
 """Bytes behind a tar's end in which another one is looked for; tars end with up to 10 KB of zeros."""
 _MAX_HEADER = 512
-_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError)
+_MOST_HEADER_BYTES = 1 << 20
+"""Of one header of a tar, such as a long name, and of what is read behind its end."""
+_MOST_CAPTION_BYTES = 16 << 20
+_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError, OverflowError, RecursionError)
+_COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x5d\0\0": lzma.LZMAFile,
+}
+"""How a compressed file begins, and what decompresses it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,9 @@ class Tar:
         member = row.others.get(name)
         if member is None:
             return Unusable(f"missing caption {posixpath.basename(row.image.stem)}.{name}")
+        if member.num_bytes > _MOST_CAPTION_BYTES:
+            large = too_large(member.num_bytes, _MOST_CAPTION_BYTES)
+            return Unusable(f"caption {posixpath.basename(member.name)} cannot be read: {large}")
         try:
             text = self.content(member).decode("utf-8-sig")
             return json.loads(text) if name.rpartition(".")[2] in _JSON else text
@@ -141,8 +159,11 @@ def read_tar(file: Path, image_field: str | None) -> Tar:
     fix = "Repair it, or use another source"
     try:
         members, left_out, is_compressed = _members(file)
+    except Inflated as error:
+        raise DatasetError(f"{file.name} cannot be read: {error}", "Unpack it into a folder, and give that") from None
     except _DAMAGED as error:
-        reason = " ".join(str(error).split())[:200]
+        is_another = str(error) in ("invalid header", "bad checksum")  # tarfile's words for a beginning of any kind
+        reason = "it is not a tar, nor a compressed one" if is_another else " ".join(str(error).split())[:200]
         raise DatasetError(f"{file.name} cannot be read as a tar: {reason}", fix) from None
     if not members:
         raise DatasetError(f"{file.name} holds no files", "Use another source")
@@ -156,7 +177,8 @@ class _Stream:
     def __init__(self, file: Path, is_compressed: bool) -> None:
         self._file, self._is_compressed = file, is_compressed
         self._lock = Lock()
-        self._archive: tarfile.TarFile | None = None
+        self._stack = ExitStack()
+        self._stream: IO[bytes] | None = None
 
     def __del__(self) -> None:
         self._close()
@@ -165,7 +187,7 @@ class _Stream:
     def opened(self) -> Iterator[None]:
         """Keep it open for many reads of one thread."""
         with suppress(*_DAMAGED):  # each read then says why
-            self._archive = tarfile.open(self._file)  # noqa: SIM115 (closed below)
+            self._open()
         try:
             yield
         finally:
@@ -173,7 +195,7 @@ class _Stream:
 
     def read(self, member: Member) -> bytes:
         try:
-            content = self._shared(member) if self._is_compressed or self._archive else self._alone(member)
+            content = self._shared(member) if self._is_compressed or self._stream else self._alone(member)
         except _DAMAGED as error:
             raise UnreadableImage(f"cannot be read ({error})") from None
         if len(content) < member.num_bytes:
@@ -181,23 +203,24 @@ class _Stream:
         return content
 
     def _alone(self, member: Member) -> bytes:
-        with self._file.open("rb", buffering=0) as stream:
+        with open_plain(self._file) as stream:
             stream.seek(member.start)
             return _read(stream, member.num_bytes)
 
     def _shared(self, member: Member) -> bytes:
         """Through one open stream, since a compressed one is decompressed up to the place."""
         with self._lock:
-            if self._archive is None:
-                self._archive = tarfile.open(self._file)  # noqa: SIM115 (closed in the end)
-            stream: Any = self._archive.fileobj
+            stream = self._stream or self._open()
             stream.seek(member.start)
             return _read(stream, member.num_bytes)
 
+    def _open(self) -> IO[bytes]:
+        self._stream, _ = self._stack.enter_context(_opened(self._file))
+        return self._stream
+
     def _close(self) -> None:
-        if self._archive is not None:
-            self._archive.close()
-        self._archive = None
+        self._stream = None
+        self._stack.close()
 
 
 def _read(stream: IO[bytes], num_bytes: int) -> bytes:
@@ -210,14 +233,35 @@ def _read(stream: IO[bytes], num_bytes: int) -> bytes:
 
 def _members(file: Path) -> tuple[list[Member], list[Skipped], bool]:
     """The files of a tar in their order, without hidden ones; what cannot be read; and whether it is compressed."""
-    try:
-        with tarfile.open(file, "r:") as archive:
-            return *_listed(archive), False
-    except tarfile.ReadError as error:
-        if isinstance(error, _Damaged):
-            raise
-        with tarfile.open(file, "r:*") as archive:
-            return *_listed(archive), True
+    with _opened(file) as (stream, is_compressed), tarfile.open(fileobj=_Headers(stream), mode="r:") as archive:  # type: ignore[call-overload]  # it needs no more
+        return *_listed(archive), is_compressed
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """The bytes of a tar, decompressed if need be, and whether it is compressed."""
+    with open_plain(file) as raw:
+        start = raw.read(6)
+        raw.seek(0)
+        opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
+        if opener is None:
+            yield raw, False
+            return
+        with opener(raw) as stream:
+            yield bounded(stream, raw), True
+
+
+class _Headers:
+    """What ``tarfile`` reads a tar by. It would read a header of any size into memory."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, num_bytes: int) -> bytes:
+        if not 0 <= num_bytes <= _MOST_HEADER_BYTES:
+            raise _Damaged(f"it has a header of {num_bytes:,} bytes")
+        return self._stream.read(num_bytes)
 
 
 class _Damaged(tarfile.ReadError):
@@ -228,10 +272,13 @@ def _listed(archive: tarfile.TarFile) -> tuple[list[Member], list[Skipped]]:
     members: list[Member] = []
     links: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
-    num_files = 0
+    num_files = offset = 0
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all that it passed
         num_files += 1
+        if archive.offset <= offset or info.size < 0:
+            raise _Damaged(f"it has a file of a negative size after {num_files - 1:,} files")
+        offset = archive.offset
         name = _text(info.name)
         folder, base = posixpath.split(name)
         if base.startswith((".", "__")):

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,18 +15,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import Any, TextIO
 
 import pyarrow as pa
 
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.plain import open_plain, too_large
+from k5cache.sources.inflated import Inflated, bounded
 from k5cache.sources.items import UnreadableImage
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_LONGEST_CELL = 2**31 - 1  # csv's own limit of 131,072 is below a picture in base64
+_LONGEST_CELL = 64 << 20  # csv's own limit of 131,072 is below a picture in base64
+MOST_BYTES = 2 << 30
+"""Of text in one table, after decompression: 10 million captions. It is read into memory."""
 _END = "\0end of file\0"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
+_TOO_LARGE = "Split it into several tables, or save it as Parquet"
 _NOT_SPACE = re.compile(r"\S")
 
 
@@ -172,15 +178,18 @@ def _records(name: str, text: Iterable[str], separator: str) -> Iterator[tuple[l
 def _open(file: Path) -> Iterator[TextIO]:
     """The text of a file, which may be compressed by gzip."""
     try:
-        with file.open("rb") as raw:
+        with open_plain(file) as raw:
             start = raw.read(2)
-        if start in _UTF_16:
-            raise DatasetError(f"{file.name} is UTF-16", "Save it as UTF-8")
-        with (
-            gzip.open(file) if start == _GZIP else file.open("rb") as opened,
-            io.TextIOWrapper(cast("IO[bytes]", opened), encoding="utf-8-sig", newline="") as text,
-        ):
-            yield text
+            raw.seek(0)
+            if start in _UTF_16:
+                raise DatasetError(f"{file.name} is UTF-16", "Save it as UTF-8")
+            if start != _GZIP and (num_bytes := os.fstat(raw.fileno()).st_size) > MOST_BYTES:
+                raise DatasetError(f"{file.name} cannot be read: {too_large(num_bytes, MOST_BYTES)}", _TOO_LARGE)
+            stream = bounded(gzip.GzipFile(fileobj=raw), raw, MOST_BYTES) if start == _GZIP else raw
+            with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+                yield text
+    except Inflated as error:
+        raise DatasetError(f"{file.name} cannot be read: {error}", _TOO_LARGE) from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{file.name} is not UTF-8 ({error.reason})", "Save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.foreign import shown
+from k5cache.shared.patterns import Pattern, PatternProblem, Steps
 from k5train.options.adapter import LoraConfig
 
 _BLOCK = r"(?:text|visual)_transformer_blocks\.\d+\."
@@ -71,7 +73,8 @@ def match_targets(transformer: nn.Module, targets: Iterable[str], option: str = 
         RecipeError: a target matches nothing, or also modules outside attention and feed-forward.
     """
     linears = list(linear_sizes(transformer))
-    return Matched({target: _match(target, linears, option) for target in targets})
+    steps = Steps()
+    return Matched({target: _match(target, linears, option, steps) for target in targets})
 
 
 def linear_sizes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -130,14 +133,16 @@ def num_parameters(size: tuple[int, int], rank: int, config: LoraConfig) -> int:
     return small_out * small_in + (rank * (large_out + large_in) if is_pair else large_out * large_in)
 
 
-def _match(target: str, linears: list[str], option: str) -> tuple[str, ...]:
+def _match(target: str, linears: list[str], option: str, steps: Steps) -> tuple[str, ...]:
+    text = PRESETS.get(target) or (rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target)
     try:
-        pattern = re.compile(
-            PRESETS.get(target) or (rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target)
-        )
-    except re.error as error:
-        raise RecipeError(f"{option}: {target!r} is not a regular expression: {error}", "Correct it") from error
-    names = tuple(n for n in linears if pattern.fullmatch(n))
+        pattern = Pattern(text, steps)
+        names = tuple(n for n in linears if pattern.fullmatch(n))
+    except PatternProblem as problem:
+        raise RecipeError(
+            f"{option}: {shown(target, 80)!r} {problem}",
+            r"Write it like attention\.to_(query|key), or name modules by their ends, like cross_attention.to_value",
+        ) from None
     if not names:
         endings = _endings(linears)
         words = [*PRESETS, *endings, *(e.rpartition(".")[2] for e in endings)]

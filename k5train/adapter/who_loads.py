@@ -24,6 +24,7 @@ from k5train.adapter.keys import flat_names, kind_of, meaning_of
 from k5train.adapter.lora_file import read_file
 from k5train.adapter.pairs import Lora, OtherModel, OtherSize, understand
 from k5train.adapter.targets import linear_sizes
+from k5train.adapter.vetted import refuse_harmful
 
 if TYPE_CHECKING:
     from diffusers import Kandinsky5Transformer3DModel
@@ -79,9 +80,10 @@ def check_lora(path: Path, transformer: Kandinsky5Transformer3DModel) -> Report:
         transformer: of the architecture in question; its weights may be on the meta device.
 
     Raises:
-        RunError: the file is not a LoRA in safetensors, or it is one of another model.
+        RunError: the file is not a LoRA in safetensors, is one of another model, or must not be given to diffusers.
     """
     state, metadata = read_file(path)
+    refuse_harmful(path, state, metadata)
     sizes = linear_sizes(transformer)
     kind = kind_of(state)
     programs: tuple[Program, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from k5cache.shared.files import make_folder
 from k5cache.shared.inside import MOST_NAME_BYTES, check_inside
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.plain import read_json
 from k5cache.shared.recipe import parse
 from k5train.options.train import TrainConfig
 from k5train.runs.recipe import FACTS, read_facts, read_recipe, write_new
@@ -136,7 +136,7 @@ def _is_unfinished(root: Path) -> bool:
     if any(any(entry.iterdir()) for entry in entries if entry.name in ("checkpoints", "samples") and entry.is_dir()):
         return False
     try:
-        return all(set(json.loads(e.read_text(encoding="utf-8"))) >= {*FACTS} for e in entries if e.name == "run.json")
+        return all(set(read_json(e)) >= {*FACTS} for e in entries if e.name == "run.json")
     except (OSError, ValueError, TypeError):
         return False
 
