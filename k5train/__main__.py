@@ -12,7 +12,7 @@ def main() -> None:
 
         run_command_line()
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped\n")
+        sys.stderr.write("Stopped before the command began: nothing was done\n")
         sys.exit(130)
 
 

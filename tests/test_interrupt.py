@@ -250,7 +250,7 @@ def test_a_signal_during_the_imports_of_a_command_line_is_answered(package, monk
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "Stopped\n"
+    assert capsys.readouterr().err == "Stopped before the command began: nothing was done\n"
 
 
 def test_both_commands_begin_where_ctrl_c_is_answered():

@@ -9,7 +9,6 @@ from contextlib import suppress
 
 import pytest
 import torch
-from cli import Cli
 from safetensors.torch import save_file
 
 from k5cache.shared.errors import RecipeError, RunError
@@ -19,6 +18,7 @@ from k5train.adapter.targets import linear_sizes, match_targets
 from k5train.adapter.who_loads import check_lora
 from k5train.base.quantize import empty_transformer
 from k5train.cli import app
+from tests.cli import Cli
 
 CATASTROPHIC = [
     r"((([a-z_.0-9])+)+)+!", r"((([a-z_.0-9])+)+!)", "(a|a|.)*!", "(.*)*!", ".*.*.*.*.*.*.*.*.*!", "(.?){60}.{70}",

@@ -15,7 +15,9 @@ from k5cache.encode.sink import RowSink
 from k5cache.encode.write_rows import row_writer
 from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
+from k5cache.shared.plain import read_plain
 from k5cache.sources import images, masks
+from k5cache.sources.decode import MOST_BYTES
 from k5cache.sources.items import Content, UnreadableImage
 from k5cache.store.tensors import TensorSpec
 
@@ -156,7 +158,9 @@ def encode_masks(
 def _load_mask(read: Callable[[str], Content], mask_job: MaskJob) -> torch.Tensor:
     content = read(mask_job.path)
     try:
-        content = content if isinstance(content, bytes) else content.read_bytes()  # the bytes that are hashed are used
+        content = (
+            content if isinstance(content, bytes) else read_plain(content, MOST_BYTES)
+        )  # the bytes hashed are used
     except OSError as error:
         raise UnreadableImage(f"cannot be read ({error.strerror})") from error
     if mask_job.content_hash and images.hash_content(content) != mask_job.content_hash:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared.config_sizes import size_problems
 from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import FLAVOURS, ModelConfig
@@ -129,7 +130,7 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     """The config of ``part``.
 
     Raises:
-        ModelError: it cannot be read or is not JSON.
+        ModelError: it cannot be read, is not JSON, or has numbers that no modules can be made of.
     """
     path = folder / part / config_name(part)
     try:
@@ -139,6 +140,8 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{path} cannot be read: {reason}", "Download the model again") from error
+    if problems := size_problems(part, config):
+        raise ModelError(f"{path} cannot be used: {'; '.join(problems)}", "Download the model again")
     return config
 
 

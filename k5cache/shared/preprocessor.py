@@ -6,11 +6,11 @@ Only image-to-image needs it. Repositories have it beside the tokenizer: ``prepr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from k5cache.shared.errors import ModelError
+from k5cache.shared.plain import read_json
 
 FILES = ("tokenizer/preprocessor_config.json", "tokenizer/processor_config.json")
 # What else is in it (names of classes and libraries, sizes of crops that are not made) changes no pixel.
@@ -31,7 +31,7 @@ def preprocessor_values(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             continue
         try:
-            document = json.loads(path.read_text(encoding="utf-8-sig"))
+            document = read_json(path)
             document = document.get("image_processor", {}) if name == FILES[1] else document
             values = {key: document[key] for key in _ACTING if document.get(key) is not None}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

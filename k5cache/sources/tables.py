@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from k5cache.options import CacheConfig
-from k5cache.shared import plain
+from k5cache.shared import console, plain
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.foreign import shown
 from k5cache.shared.inside import is_inside
@@ -29,6 +30,7 @@ from k5cache.sources.text_tables import TextRows, read_csv, read_json
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar")
 _MOST_NAMES = 20
+_PACKED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 Name = TypeVar("Name", Path, str)
 
 
@@ -199,6 +201,13 @@ def _open_files(
     name: str, files: Sequence[Path], bases: Sequence[tuple[Path, ...]], config: CacheConfig
 ) -> tuple[Piece, ...]:
     suffixes = sorted({_suffix(file) for file in files})
+    packed = next((file for file in files if _PACKED_TAR.search(file.name)), None)
+    if packed:
+        raise DatasetError(
+            f"{packed} is a compressed tar, in which no image can be found without unpacking all before it",
+            f"Unpack it once: {console.command('tar', '-xf', packed, '-C', 'DIR')}, and give DIR; or keep the tar, "
+            "uncompressed, as .tar",
+        )
     if len(suffixes) != 1 or suffixes[0] not in SUFFIXES:
         kinds = " and ".join(suffix or "no suffix" for suffix in suffixes)
         raise DatasetError(f"{name} is not a table: {kinds}", f"Give files of one kind: {' '.join(SUFFIXES)}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from k5cache.shared.errors import RunError
@@ -102,7 +103,7 @@ def understand(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
         alpha = state[parts["alpha"]] if "alpha" in parts else None
         strength = strengths[module] = strength_of(path, module, down.shape[0], alpha, config)
         folded = up if strength == 1 else up * strength
-        if not is_finite(folded) or not is_finite(down):
+        if not is_finite(folded) or not is_finite(down) or _overflows(down, folded):
             raise RunError(
                 f"{path} has values at {module} that are too large for float32 at their strength, x{strength:g}",
                 _SAVE_AGAIN,
@@ -110,6 +111,14 @@ def understand(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
         pairs[module] = (down, folded)
     left_out = tuple(key for key, meaning in meanings.items() if meaning.part == "text encoder")
     return Lora(pairs, strengths, left_out, dict(metadata))
+
+
+def _overflows(down: Tensor, up: Tensor) -> bool:
+    """Whether the product of two finite matrices has infinities. Computed only if their largest values allow it."""
+    most = torch.finfo(torch.float32).max
+    if down.shape[0] * largest(down) * largest(up) <= most:
+        return False
+    return not largest(up.double() @ down.double()) <= most
 
 
 def _refuse_other_models(path: Path, meanings: Mapping[str, Meaning]) -> None:

@@ -34,7 +34,10 @@ def refuse_harmful(path: Path, state: Mapping[str, Tensor], metadata: Mapping[st
             raise RunError(
                 f"{path} has a key that no program writes: {shown(key, 80)!r}", "Give the LoRA file of a trainer"
             )
-    values = adapter_metadata(path, state, metadata) or {}
+    try:
+        values = adapter_metadata(path, state, metadata) or {}
+    except RunError:  # it cannot be read, which diffusers finds too
+        return
     defaults = _defaults()
     for key, value in values.items():
         is_described = _DESCRIBED.get(key, lambda value, key=key: key in defaults and value in (defaults[key], None))
@@ -52,20 +55,20 @@ def _defaults() -> dict[str, Any]:
     return {**LoKrConfig().to_dict(), **LoraConfig().to_dict()}
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is one value. If it makes no sense, such as an alpha of "a", peft says so."""
-    return value is None or isinstance(value, str | int | float)
+def _is_anything(value: Any) -> bool:
+    """If it makes no sense, such as an alpha of "a", peft says so."""
+    return True
 
 
 def _is_rank(value: Any) -> bool:
-    return _is_plain(value) and not (isinstance(value, int | float) and value > _HIGHEST_RANK)
+    return not (isinstance(value, int | float) and value > _HIGHEST_RANK)
 
 
 def _is_expression(value: str) -> bool:
     try:
         return Pattern(value).is_quick
-    except PatternProblem:
-        return False
+    except PatternProblem as problem:
+        return str(problem).startswith("is not a regular expression")  # peft says so too
 
 
 def _are_modules(value: Any) -> bool:
@@ -76,23 +79,23 @@ def _are_modules(value: Any) -> bool:
 
 def _by_expression(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def is_table(table: Any) -> bool:
-        return table is None or (
-            isinstance(table, dict) and all(_is_expression(key) and is_value(value) for key, value in table.items())
+        return not isinstance(table, dict) or all(
+            _is_expression(key) and is_value(value) for key, value in table.items()
         )
 
     return is_table
 
 
 _DESCRIBED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version", "peft_type", "task_type"), _is_plain),
-    **dict.fromkeys(("inference_mode", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "bias"), _is_plain),
-    **dict.fromkeys(("decompose_both", "use_effective_conv2d", "rank_dropout_scale"), _is_plain),
-    **dict.fromkeys(("lora_alpha", "alpha", "lora_dropout", "rank_dropout", "module_dropout"), _is_plain),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version", "peft_type", "task_type"), _is_anything),
+    **dict.fromkeys(("inference_mode", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "bias"), _is_anything),
+    **dict.fromkeys(("decompose_both", "use_effective_conv2d", "rank_dropout_scale"), _is_anything),
+    **dict.fromkeys(("lora_alpha", "alpha", "lora_dropout", "rank_dropout", "module_dropout"), _is_anything),
     **dict.fromkeys(("init_lora_weights", "init_weights"), lambda value: value in (True, False, "gaussian", "lycoris")),
     **dict.fromkeys(("target_modules", "exclude_modules"), _are_modules),
-    "decompose_factor": _is_plain,
+    "decompose_factor": _is_anything,
     "r": _is_rank,
     "rank_pattern": _by_expression(_is_rank),
-    "alpha_pattern": _by_expression(_is_plain),
+    "alpha_pattern": _by_expression(_is_anything),
 }
 """Key -> whether a value of it only describes a LoRA. Any other key must have peft's default."""

@@ -10,6 +10,7 @@ import typer
 from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, SIDE_MULTIPLE, is_side
 from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import validation_prompts
 from k5train.commands.arguments import Model, Recipe, Set, parse_document, read_document
 
 
@@ -29,6 +30,7 @@ def plan(
     if vram is not None:
         document.give("train.memory.vram", vram, f"--vram {vram}")
     model_config, config = parse_document(document)
+    validation_prompts(document)  # a run would read its library of prompts
     if model_config and model_config.path is None:
         model_config = None  # a published one, whose shapes are known
     if not is_side(resolution):

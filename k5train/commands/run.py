@@ -35,11 +35,11 @@ def run(
     After a crash or Ctrl-C, the same command continues where the run stopped.
     """
     model_config, config = read_recipe(recipe, model, options)
-    from k5train.training.start import named, start
-
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
-    chosen = model_config or model_of_cache(caches[0] if caches else Path(config.data[0].cache))
     with _before_the_first_step():
+        from k5train.training.start import named, start  # torch is imported here, which takes seconds
+
+        chosen = model_config or model_of_cache(caches[0] if caches else Path(config.data[0].cache))
         result = start(*named(caches, config), out, chosen, is_new)
     print_result(result)
 
@@ -53,9 +53,9 @@ def resume(
     options: Set = None,
 ) -> None:
     """Continue a run that was stopped, exactly as if it had not stopped, or train a finished one for more steps."""
-    from k5train.training import start
-
     with _before_the_first_step():
+        from k5train.training import start
+
         result = start.resume(run, options or [], cache, step)
     print_result(result)
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from k5cache.shared import console
+from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RunError
 from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
 
@@ -37,10 +37,11 @@ def sweep(
 
     The same command again skips the finished runs and continues one that was stopped.
     """
-    from k5cache.options import CacheConfig
-    from k5train.training import sweep as sweeping
-    from k5train.training.best_run import best_run
-    from k5train.training.sweep_runs import sweep_runs
+    with interrupt.saying(f"Stopped before training began. To start again: {console.this_command()}"):
+        from k5cache.options import CacheConfig
+        from k5train.training import sweep as sweeping
+        from k5train.training.best_run import best_run
+        from k5train.training.sweep_runs import sweep_runs
 
     document = read_document(recipe, model, options)
     model_config, runs = sweep_runs(document, grid or [], listed, {"cache": CacheConfig})

@@ -12,6 +12,7 @@ from PIL import Image
 
 from k5cache.shared import console
 from k5cache.shared.files import make_folder, write_whole
+from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, unseal_if_sealed, write_sealed
 from k5train.pictures.sample import SampleSettings
 
@@ -41,7 +42,7 @@ def read_pictures(folder: Path, drawn: Mapping[str, Any] | None = None) -> list[
         drawn: as it was given to ``save_pictures``. None: any.
     """
     try:
-        document = unseal_if_sealed((folder / FILE).read_bytes(), UNSEALED)
+        document = unseal_if_sealed(read_plain(folder / FILE), UNSEALED)
         digests = {name: Digest.read(value) for name, value in document.pop("files", {}).items()}
         names = [path.name for path in _paths(folder, len(document["prompts"]))]
     except (FileNotFoundError, NotADirectoryError):

@@ -17,6 +17,7 @@ from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.files import write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document
+from k5cache.shared.plain import read_plain
 from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml, toml_value
 from k5cache.shared.sealed import unseal_if_sealed, write_sealed
 from k5train.options.removed import without_removed
@@ -50,7 +51,7 @@ def read_facts(root: Path) -> Facts:
     """
     path = root / FILE
     try:
-        document = unseal_if_sealed(path.read_bytes(), FACTS)
+        document = unseal_if_sealed(read_plain(path), FACTS)
         texts = [document["cache"], document.get("recipe", ""), document.get("before", "")]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is something else")

@@ -24,9 +24,11 @@ from k5cache.shared import console
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import make_folder, sync_file, sync_folder
+from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, seal, unseal
 
 FORMAT = 1
+_MOST_MANIFEST_BYTES = 64 << 20
 MANIFEST = "step.json"
 UNSEALED = "state.json"
 """What versions wrote instead that did not save checksums. Their states are still read."""
@@ -169,7 +171,7 @@ def _read(state: Path) -> SavedState:
     """
     path = _manifest(state)
     is_sealed = path.name == MANIFEST
-    raw = path.read_bytes()
+    raw = read_plain(path, _MOST_MANIFEST_BYTES)
     try:
         facts = unseal(raw) if is_sealed else json.loads(raw)
         version = facts.pop("format", 0)

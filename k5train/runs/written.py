@@ -9,6 +9,7 @@ from pathlib import Path
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
+from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, unseal, write_sealed
 
 FILE = "loras.json"
@@ -63,7 +64,7 @@ def check_recorded(path: Path) -> bool:
 
 def _read(root: Path) -> _Digests:
     try:
-        files = unseal((root / FILE).read_bytes())["files"]
+        files = unseal(read_plain(root / FILE))["files"]
         return {str(name): [Digest.read(digest) for digest in digests] for name, digests in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(

@@ -19,6 +19,7 @@ from k5cache.shared.inside import check_inside, name_problem
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
+from k5cache.shared.plain import read_plain
 from k5cache.shared.recipe import to_dict
 from k5cache.shared.sealed import unseal_if_sealed
 from k5train.adapter.targets import RankTooHigh
@@ -213,7 +214,7 @@ def _steps_done(run: Run) -> int:
 def _outcome(label: str, run: Run) -> Outcome:
     names = ("steps", "last_loss", "best_loss", "seconds", "seconds_to_start")
     try:
-        result = unseal_if_sealed(run.result.read_bytes(), [field.name for field in fields(Result)])
+        result = unseal_if_sealed(read_plain(run.result), [field.name for field in fields(Result)])
         numbers = {name: result[name] for name in names}
         if not all(isinstance(number, int | float | None) for number in numbers.values()):
             raise TypeError("a number is something else")
