@@ -207,9 +207,14 @@ def _runs_of_sweep(root: Path) -> list[Path]:
 
 
 def _committed_runs(root: Path, before: Committed) -> Committed:
-    """The newest step of every run of the sweep."""
+    """The newest step of every run of the sweep that is not finished; a finished one has no state any more."""
     known = before or {}
-    return {run.name: _committed_steps(run, known.get(run.name)) for run in _runs_of_sweep(root)}
+    runs = _runs_of_sweep(root)
+    if gone := known.keys() - {run.name for run in runs}:
+        raise Wrong("lost", f"runs of the sweep are gone: {gone}")
+    return {
+        run.name: _committed_steps(run, None if (run / "result.json").exists() else known.get(run.name)) for run in runs
+    }
 
 
 def _nothing(root: Path, committed: Committed, said: str) -> None:

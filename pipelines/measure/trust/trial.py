@@ -187,7 +187,7 @@ def finished_run(root: Path, metrics: bool = True) -> dict[str, Any]:
     _check_no_leftovers(root)
     run = Run(root)
     files = {str(p.relative_to(root)): load_file(p) for p in [*root.glob("*.safetensors"), *run.checkpoints().values()]}
-    files["state"] = state_of(root)
+    files["state"] = state_of(root) if any(run.state.glob("step-*")) else {}  # a finished run of a sweep has none
     left: dict[str, Any] = {
         name: {key: digest([tensor]) for key, tensor in tensors.items()} for name, tensors in sorted(files.items())
     }
