@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ _SELECTION = (
 )
 
 _ONLY_I2I = ("source_dir", "source_column")
+
+DEFAULT_TEXT_TOKENS: Mapping[Kind, int] = {"t2i": 512, "i2i": 1024}
+"""``max_sequence_length`` of the pipelines' own ``encode_prompt``."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class CacheConfig:
     instance_prompt: str | None = None
     """The caption of every image, for ``caption_strategy = "instanceprompt"``."""
     trigger: str | None = None
-    """Text before every caption, followed by ``, `` unless it ends in a space: ``sks`` gives ``sks, a cat``."""
+    """Text before every caption, followed by ``, `` unless it ends in a space: ``sks`` gives ``sks, a cat``. For
+    image-to-image it comes last, ``make it red, sks``: the pipeline cuts an instruction's first tokens off."""
     caption_column: str | None = None
     """For a table, tar or dataset: the column with the caption or a list of captions; ``json.caption`` means a field of
     a column. The default is ``text``, ``caption``, ``captions``, ``prompt`` or ``txt``, whichever exists."""
@@ -65,9 +70,10 @@ class CacheConfig:
     """The split of a dataset, or a slice in the notation of `datasets`: ``train[:1000]``."""
     dataset_config: str | None = None
     """The configuration of a hub dataset that has several."""
-    max_sequence_length: int = 512
-    """The maximum number of a caption's tokens, without the template. The rest is cut off. At most 1024; the pipeline's
-    default is 512."""
+    max_sequence_length: int | None = None
+    """The maximum number of a caption's tokens, without the template. The rest is cut off. For image-to-image those of
+    the source count too, and pairs with more are skipped, because the pipeline fails on them. At most 1024. Without it,
+    as many as the pipeline takes: 512, and 1024 for image-to-image."""
     posterior: Literal["sample", "mean"] = "sample"
     """``sample`` stores mean and std, and each step draws a fresh sample. ``mean`` stores the mean only: half the
     bytes, no sampling."""
@@ -88,6 +94,10 @@ class CacheConfig:
         """The names of the options that are set and act only for the other kind of model."""
         others = () if kind == "i2i" else _ONLY_I2I
         return [f.name for f in fields(self) if f.name in others and getattr(self, f.name) != f.default]
+
+    def text_limit(self, kind: Kind) -> int:
+        """``max_sequence_length``, or the default of the pipeline."""
+        return self.max_sequence_length or DEFAULT_TEXT_TOKENS[kind]
 
     @property
     def framing(self) -> Framing:
@@ -118,7 +128,7 @@ class CacheConfig:
             problems.append("source_dir and source_column both say where the sources are: set one of them")
         if self.source_dir is not None:
             problems += path_problems("source_dir", self.source_dir)
-        if not 1 <= self.max_sequence_length <= MAX_TEXT_TOKENS:
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= MAX_TEXT_TOKENS:
             problems.append(f"max_sequence_length must be 1 to {MAX_TEXT_TOKENS}, found {self.max_sequence_length}")
         if self.shard_mb < 1:
             problems.append(f"shard_mb must be at least 1, found {self.shard_mb}")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pytest
 
+from k5cache.options import DEFAULT_TEXT_TOKENS
 from k5cache.shared.recipe import _option_helps, parse, read, to_dict
 from k5cache.shared.template import pipeline_source
 from k5cache.sources.table_columns import CAPTION_COLUMNS, PATH_COLUMNS
@@ -41,7 +42,6 @@ NO_VALUES = {
     "``filename``.",
     # of a folder and of another library
     "The result is a file under `K5_HOME` (`~/.cache/k5` by default) that is named by what it was made of.",
-    "At most 1024; the pipeline's default is 512.",
 }
 """Sentences that name no value of an option as its default."""
 
@@ -349,8 +349,10 @@ def test_what_the_pages_say_of_the_pipelines_defaults_is_in_the_installed_pipeli
         name: node.value for name, node in zip(names, call.args.defaults, strict=True) if isinstance(node, ast.Constant)
     }
     assert (defaults["guidance_scale"], defaults["num_inference_steps"]) == (3.5, 50)
-    assert defaults["max_sequence_length"] == option_named("max_sequence_length").default == 512
+    assert defaults["max_sequence_length"] == DEFAULT_TEXT_TOKENS["t2i"] == 512
+    assert f"max_sequence_length: int = {DEFAULT_TEXT_TOKENS['i2i']}" in pipeline_source("i2i").decode()
+    assert option_named("max_sequence_length").default is None
     pages = {page.name: " ".join(page.read_text(encoding="utf-8").split()) for page in CHECKED_PAGES}
     assert "the pipeline draws with guidance 3.5 and 50 steps" in pages["training.md"]
     assert "the pipeline: guidance 3.5, 50 steps" in pages["architecture.md"]
-    assert _option_helps(TABLES["cache"])["max_sequence_length"].endswith("the pipeline's default is 512.")
+    assert _option_helps(TABLES["cache"])["max_sequence_length"].endswith("as many as the pipeline takes: 512, and 1024 for image-to-image.")

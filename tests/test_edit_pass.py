@@ -27,6 +27,7 @@ from k5cache.encoders.with_picture import load_processor
 from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import DoesNotFit, ModelError
+from k5cache.sources.find import find
 from k5cache.sources.images import hash_content, load_pixels, load_whole
 from k5cache.sources.items import UnreadableImage
 from tests.edit_models import edit_pipeline, picture
@@ -64,7 +65,6 @@ def text_jobs_of(views: list[SourceView]) -> list[TextJob]:
 
 
 def job_of(folder: Path, tmp_path: Path, read=CONTENTS.__getitem__, **options: object) -> Job:
-    options = {"max_sequence_length": 1024, **options}
     return Job(Path, tmp_path, folder, CacheConfig(**options), "cpu", Progress(disable=True), read_source=read)
 
 
@@ -271,7 +271,7 @@ def test_text_to_image_is_planned_as_before():
 def test_an_estimate_knows_the_sources(toy_edit_model):
     view = view_of("odd.png")
     jobs = [TextJob("a", TEXTS[0], view), TextJob("b", "", view)]
-    config = CacheConfig(max_sequence_length=1024)
+    config = CacheConfig()
     plain = estimate.token_counts(config, [replace(job, source=None) for job in jobs])
     with_sources = estimate.token_counts(config, jobs)
     grid = load_processor(toy_edit_model).grid_of(BUCKET.width, BUCKET.height)  # as many patches as four a token
@@ -280,3 +280,25 @@ def test_an_estimate_knows_the_sources(toy_edit_model):
     without = estimate.estimate(toy_edit_model, config, "cpu", None, [replace(job, source=None) for job in jobs], [])
     assert estimated.num_tokens > without.num_tokens
     assert estimated.text_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("trigger", "instruction", "expected"),
+    [
+        ("sks", "make it red", "make it red, sks"),
+        ("sks ", "make it red ", "make it red sks"),
+        ("sks", "Make it red.", "Make it red. sks"),
+        (None, "make it red", "make it red"),
+    ],
+)
+def test_a_trigger_comes_last_where_the_first_tokens_are_cut(tmp_path, trigger, instruction, expected):
+    for name in ("cat_start.png", "cat_end.png"):
+        (tmp_path / name).write_bytes(CONTENTS["same.png"])
+    (tmp_path / "cat.txt").write_text(instruction)
+    config = CacheConfig(trigger=trigger)
+    assert [item.captions for item in find(tmp_path, config, "i2i").items] == [(expected,)]
+
+
+def test_the_default_number_of_tokens_is_the_pipelines(toy_edit_model):
+    assert (CacheConfig().text_limit("t2i"), CacheConfig().text_limit("i2i")) == (512, 1024)
+    assert CacheConfig(max_sequence_length=77).text_limit("i2i") == 77

@@ -107,7 +107,8 @@ def token_counts(config: CacheConfig, text_jobs: Sequence[TextJob]) -> list[int]
     """Tokens of each text, template included, estimated; those of its source are counted."""
     from k5cache.encoders.speed import text_lengths
 
-    lengths = text_lengths((text_job.caption for text_job in text_jobs), config.max_sequence_length)
+    limit = config.text_limit("i2i" if has_sources(text_jobs) else "t2i")
+    lengths = text_lengths((text_job.caption for text_job in text_jobs), limit)
     return [length + picture_tokens(config, job) for length, job in zip(lengths, text_jobs, strict=True)]
 
 
@@ -150,7 +151,7 @@ def plan_text(
         architecture,
         config.text_encoder_1_precision,
         config.text_batching,
-        config.max_sequence_length,
+        config.text_limit("i2i" if has_pictures else "t2i"),
         vram=vram or free_card(device),
         ram=free_ram(),
         num_tokens=sum(lengths),

@@ -115,7 +115,7 @@ def build_recipe(
             **{part: identity("text", part) for part in ENCODER_PARTS if part != "vae"},
             "prompt_template": template.text,
             "prompt_template_encode_start_idx": template.encode_start_idx,
-            "max_sequence_length": config.max_sequence_length,
+            "max_sequence_length": config.text_limit(kind_of_model(model, folder)),
             "text_encoder_1_precision": config.text_encoder_1_precision,
             "text_encoder_2_precision": config.text_encoder_2_precision,
             "text_batching": config.text_batching,

@@ -96,7 +96,7 @@ class Sources:
     @property
     def limit(self) -> int:
         """``max_sequence_length``."""
-        return self.job.config.max_sequence_length
+        return self.job.config.text_limit("i2i")
 
     def pictures(
         self, text_jobs: Sequence[TextJob], failed: dict[str, UnreadableImage]

@@ -224,7 +224,7 @@ def _tokenizer(job: Job, sources: Sources | None) -> Callable[[TextJob], Tokens]
 
     if sources:
         return sources.tokens
-    tokenizer, limit = qwen.load_tokenizer(job.folder), job.config.max_sequence_length
+    tokenizer, limit = qwen.load_tokenizer(job.folder), job.config.text_limit("t2i")
     return lambda text_job: qwen.tokenize(tokenizer, text_job.caption, limit)
 
 

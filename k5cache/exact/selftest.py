@@ -98,7 +98,7 @@ def compare_with_diffusers(
 
     qwen_dtype, clip_dtype, vae_dtype = _dtypes(config)
     task = bars.add_task("diffusers' text encoders", total=None, unit="caption", note="")
-    encoded = encode_as_the_pipeline(folder, captions, config.max_sequence_length, device, (qwen_dtype, clip_dtype))
+    encoded = encode_as_the_pipeline(folder, captions, config.text_limit("t2i"), device, (qwen_dtype, clip_dtype))
     bars.update(task, description="diffusers' VAE")
     crops = [images.load_pixels(picture.content, picture.geometry) for picture in pictures]
     moments = moments_of_the_vae(folder, crops, device, vae_dtype)
@@ -107,7 +107,7 @@ def compare_with_diffusers(
 
     contents = {picture.name: picture.content for picture in pictures}
     job = Job(contents.__getitem__, Path(), folder, config, device, bars)
-    comparisons.append(_compare_token_ids(folder, reference, config.max_sequence_length))
+    comparisons.append(_compare_token_ids(folder, reference, config.text_limit("t2i")))
     comparisons += _compare_texts(job, reference)
     comparisons += _compare_latents(job, pictures, moments, recipe)
     if cache:

@@ -58,11 +58,18 @@ def from_cell(value: Any) -> Captions:
 
 
 def finish(captions: Captions, config: CacheConfig) -> Captions:
-    """Put the trigger before each caption. This is the last step of every strategy."""
+    """Put the trigger before each caption. This is the last step of every strategy, for text-to-image."""
     if isinstance(captions, str) or not config.trigger:
         return captions
     between = "" if config.trigger[-1].isspace() else ", "
     return tuple(f"{config.trigger}{between}{caption}" for caption in captions)
+
+
+def with_trigger(instructions: tuple[str, ...], trigger: str) -> tuple[str, ...]:
+    """Put the trigger behind each instruction, for image-to-image: its pipeline cuts off the first tokens for Qwen."""
+    is_spaced = trigger[-1].isspace() or trigger[0].isspace()
+    ends = [text.rstrip(" \t\r\n") for text in instructions]
+    return tuple(f"{end}{' ' if is_spaced or end[-1:] in '.,;:!?' else ', '}{trigger.strip()}" for end in ends)
 
 
 def without_source(name: str, config: CacheConfig) -> Captions | None:

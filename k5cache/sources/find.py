@@ -6,13 +6,14 @@ import glob
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.kind import Kind
 from k5cache.sources import folder, metadata, source_folder
+from k5cache.sources.captions import with_trigger
 from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem, UnreadableImage
 from k5cache.sources.paired_folder import scan_pairs
 from k5cache.sources.pairs import NO_SOURCE
@@ -60,8 +61,11 @@ def find(source: Path, config: CacheConfig, kind: Kind = "t2i") -> Source:
     Raises:
         DatasetError: nothing is there, or no image can be used.
     """
+    trigger, config = (config.trigger, replace(config, trigger=None)) if kind == "i2i" else (None, config)
     images = _images_of_folder(source, config, kind) if source.is_dir() else None
     images = images or _from_tables(source, config, kind)
+    if trigger:
+        images = replace(images, items=[replace(i, captions=with_trigger(i.captions, trigger)) for i in images.items])
     if not images.items and any(skip.reason.startswith(NO_SOURCE) for skip in images.skipped):
         raise _no_pair(source, images.skipped)
     if not images.items:
