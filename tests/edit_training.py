@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,9 +67,12 @@ def rows(size: tuple[int, int], batch: int = 1, num_tokens: int = 11) -> SimpleN
     )
 
 
+PICTURE = b"any bytes: nothing decodes a picture that is looked up"
+
+
 def make_pairs(root: Path, model: Path, with_empty: bool = True, buckets: Sequence[tuple[int, int]] = BUCKETS) -> Path:
     """A cache of pairs of random numbers that fits the toy model. Item i has 1 + i % 2 instructions of 9 + i tokens and
-    more, its source's empty instruction has 5 tokens, and the manifest has one pair to draw."""
+    more, its source's empty instruction has 5 tokens, and the manifest has one pair to draw: ``PICTURE``, made blue."""
     generator = torch.Generator().manual_seed(1)
     text_recipe = {part: fingerprint(model, part) for part in ENCODER_PARTS if part != "vae"}
     template = installed_template("i2i")
@@ -119,7 +123,8 @@ def make_pairs(root: Path, model: Path, with_empty: bool = True, buckets: Sequen
             )
             for i, bucket in enumerate(buckets)
         ]  # fmt: skip
-        edit = Edit("new.png", "9" * 32, "make it blue", "text-edit", "empty-0" if with_empty else None, "source-1",
+        digest = hashlib.sha256(PICTURE).hexdigest()[:32]
+        edit = Edit("new.png", digest, "make it blue", "text-edit", "empty-0" if with_empty else None, "source-1",
                     *buckets[1])  # fmt: skip
         manifest = Manifest(recipe=recipe, shards=tuple(shards), created_by={"k5cache": "0.1.0"}, edits=(edit,))
         write_manifest(root, with_index(root, manifest, rows))
