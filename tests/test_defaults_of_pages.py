@@ -355,4 +355,5 @@ def test_what_the_pages_say_of_the_pipelines_defaults_is_in_the_installed_pipeli
     pages = {page.name: " ".join(page.read_text(encoding="utf-8").split()) for page in CHECKED_PAGES}
     assert "the pipeline draws with guidance 3.5 and 50 steps" in pages["training.md"]
     assert "the pipeline: guidance 3.5, 50 steps" in pages["architecture.md"]
-    assert _option_helps(TABLES["cache"])["max_sequence_length"].endswith("as many as the pipeline takes: 512, and 1024 for image-to-image.")
+    help_of_tokens = _option_helps(TABLES["cache"])["max_sequence_length"]
+    assert help_of_tokens.endswith("as many as the pipeline takes: 512, and 1024 for image-to-image.")
