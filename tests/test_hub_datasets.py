@@ -190,5 +190,5 @@ def test_the_sources_of_image_to_image_are_downloaded_with_their_targets(hub):
     (hub.files / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = find(Path("me/cats"), CacheConfig(), "i2i")
     assert [(item.path, item.source.path, item.captions) for item in found.items] == [("a.png", "in/a.png", ("red",))]
-    with pytest.raises(DatasetError, match=r"--sources is for folders of images, and me/cats is not one"):
+    with pytest.raises(DatasetError, match=r"--sources is for folders of images, and me/cats is no folder"):
         find(Path("me/cats"), CacheConfig(source_dir=str(hub.files)), "i2i")

@@ -239,6 +239,11 @@ def test_a_second_folder_that_cannot_be_one_is_refused(tmp_path):
     assert "is not a folder; Correct --sources" in refusal(targets, source_dir=str(targets / "a.png"))
     assert "is given for the sources and for the targets" in refusal(targets, source_dir=str(tmp_path / "same"))
     assert "has no images; Name a source like its target" in refusal(targets, source_dir=str(tmp_path / "empty"))
+    fill(tmp_path / "bare", "a.png")
+    assert "bare has no image with a caption (1 skipped: a.png: missing caption a.txt)" in refusal(
+        tmp_path / "bare", source_dir=sources
+    )
+    assert "me/cats is no folder on this machine" in refusal(Path("me/cats"), source_dir=sources)
     assert f"None of the 1 images in {targets} has one source" in (said := refusal(targets, source_dir=sources))
     assert f"a.png: has no source: there is no {sources}/a.*" in said
     (tmp_path / "t.csv").write_text("image,text\ntargets/a.png,a\n")
@@ -277,6 +282,12 @@ def test_metadata_files_name_sources_in_a_column(tmp_path):
         "d.png": "its source ../up.png lies outside the folder of its table (metadata.jsonl line 6)",
         "loose.png": "its source gone.png does not exist (metadata.jsonl line 7)",
     }
+
+
+def test_metadata_files_that_are_not_asked_for_are_pointed_out(tmp_path):
+    fill(tmp_path, "a.png", "in/a.png")
+    metadata(tmp_path, {"file_name": "a.png", "source": "in/a.png", "text": "one"})
+    assert refusal(tmp_path).endswith("Set cache.caption_strategy=metadata to use metadata.jsonl")
 
 
 def test_metadata_files_take_their_sources_from_a_second_folder(tmp_path):

@@ -67,7 +67,7 @@ def find(source: Path, config: CacheConfig, kind: Kind = "t2i") -> Source:
     if trigger:
         images = replace(images, items=[replace(i, captions=with_trigger(i.captions, trigger)) for i in images.items])
     if not images.items and any(skip.reason.startswith(NO_SOURCE) for skip in images.skipped):
-        raise _no_pair(source, images.skipped)
+        raise _no_pair(source, images.skipped, config)
     if not images.items:
         raise _no_image(source, images.skipped, config)
     return images
@@ -133,8 +133,9 @@ def _from_tables(source: Path, config: CacheConfig, kind: Kind) -> Source:
             "Give a folder of images with .txt captions beside them, a table, a tar, or a dataset's name",
         )
     if config.source_dir is not None:
+        there_is_none = "is not one" if files or source.is_dir() else "is no folder on this machine"
         raise DatasetError(
-            f"--sources is for folders of images, and {source} is not one",
+            f"--sources is for folders of images, and {source} {there_is_none}",
             "Leave it out, and name the column with the sources: --set cache.source_column=NAME",
         )
     from k5cache.sources import table_items, tables
@@ -159,12 +160,19 @@ def _matching(pattern: Path) -> list[Path]:
     return [Path(file) for file in sorted(glob.glob(os.path.join(begin, *parts[exact:]), recursive=True))]  # noqa: PTH118, PTH207 (an absolute pattern too)
 
 
-def _no_pair(source: Path, skipped: list[Skipped]) -> DatasetError:
+def _no_pair(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:
     example = next(skip for skip in skipped if skip.reason.startswith(NO_SOURCE))
     return DatasetError(
         f"An image-to-image model learns from pairs, and {source} has none ({example.path}: {example.reason})",
-        LAYOUTS,
+        _use_metadata(source, config) or LAYOUTS,
     )
+
+
+def _use_metadata(source: Path, config: CacheConfig) -> str:
+    """What to do if metadata files were meant to be read; "" if there are none."""
+    if not source.is_dir() or config.caption_strategy != "textfile" or not (files := metadata.metadata_files(source)):
+        return ""
+    return f"Set cache.caption_strategy=metadata to use {files[0].relative_to(source).as_posix()}"
 
 
 def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> DatasetError:
@@ -174,10 +182,8 @@ def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> Data
     fix = f"Put images ({suffixes}) there, each with a .txt caption beside it"
     if not source.is_dir():
         fix = "Correct these rows, or use another source"
-    elif config.caption_strategy == "textfile" and (files := metadata.metadata_files(source)):
-        fix = (
-            f"Set cache.caption_strategy=metadata to use {files[0].relative_to(source).as_posix()}, or write .txt files"
-        )
+    elif use_metadata := _use_metadata(source, config):
+        fix = f"{use_metadata}, or write .txt files"
     elif config.caption_strategy != "textfile":
         fix = f"Put images ({suffixes}) there"
     return DatasetError(f"{source} has {problem}", fix)

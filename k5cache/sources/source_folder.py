@@ -53,7 +53,9 @@ def with_sources(
     found = [_with_source(item, by_stem, sources) for item in items]
     paired = [item for item in found if isinstance(item, SourceItem)]
     lone = [skip for skip in found if isinstance(skip, Skipped)]
-    if items and not paired:
+    if not items:  # it is said why
+        return [], [_with_hint(skip, by_stem, sources) for skip in skipped]
+    if not paired:
         raise _no_pair(targets, sources, lone, len(images))
     used = {_stem(item.path): item.source.path for item in paired if item.source}
     known = used.keys() | {_stem(skip.path) for skip in (*skipped, *lone)}  # of these the target is named
