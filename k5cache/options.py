@@ -18,7 +18,7 @@ _SELECTION = (
     *("caption_strategy", "instance_prompt", "trigger", "caption_column", "image_column", "split", "dataset_config"),
 )
 
-_ONLY_I2I = ("source_dir", "source_column")
+_ONLY_I2I = ("source_dir", "source_column", "source_view", "empty_instruction")
 
 DEFAULT_TEXT_TOKENS: Mapping[Kind, int] = {"t2i": 512, "i2i": 1024}
 """``max_sequence_length`` of the pipelines' own ``encode_prompt``."""
@@ -74,6 +74,12 @@ class CacheConfig:
     """The maximum number of a caption's tokens, without the template. The rest is cut off. For image-to-image those of
     the source count too, and pairs with more are skipped, because the pipeline fails on them. At most 1024. Without it,
     as many as the pipeline takes: 512, and 1024 for image-to-image."""
+    source_view: Literal["crop", "whole"] = "crop"
+    """For image-to-image: which picture Qwen sees, at half size. ``crop``: the part of the source that the VAE sees, as
+    if that part were the picture given to the pipeline. ``whole``: all of the source's file."""
+    empty_instruction: bool = True
+    """For image-to-image: also encode the empty instruction for each source, about 2.3 MB a row. Guidance and caption
+    dropout need it."""
     posterior: Literal["sample", "mean"] = "sample"
     """``sample`` stores mean and std, and each step draws a fresh sample. ``mean`` stores the mean only: half the
     bytes, no sampling."""

@@ -16,8 +16,7 @@ from rich.progress import Progress
 from k5cache.buckets import Bucket, cover, source_geometry
 from k5cache.encode import estimate, text_pass
 from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import Job
-from k5cache.encode.plan import LatentJob, SourceView, TextJob
+from k5cache.encode.job import Job, LatentJob, SourceView, TextJob
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
 from k5cache.encoders import clip, memory_plan, qwen, vision

@@ -13,7 +13,8 @@ import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
 from k5cache.encode.keys import latent_key, text_key
-from k5cache.encode.plan import Plan, Probes, Stored, Wanted, make_plan
+from k5cache.encode.plan import Plan, make_plan
+from k5cache.encode.wanted import Probes, Stored, Wanted
 from k5cache.options import CacheConfig
 from k5cache.sources.items import PictureFile, Skipped, SourceItem, UnreadableImage
 

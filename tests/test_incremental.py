@@ -25,7 +25,7 @@ from k5cache.encode.request import EncodeReport, read_listed_request
 from k5cache.encoders import clip, qwen, vae
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import CacheCorrupt, CacheStale
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import Drawn, ModelConfig
 from k5cache.shared.template import Template
 from k5cache.sources import find, images, unchanged
 from k5cache.sources.items import UnreadableImage
@@ -246,7 +246,9 @@ def test_a_preview_does_not_count_an_image_that_cannot_be_decoded(three):
     cut(three.put("broken.png", "a cat", seed=9))
     first = three.encode("a fox")
     model, config = ModelConfig(path=str(three.model)), CacheConfig(resolution=64)
-    preview = preview_encode(read_listed_request(three.source, three.root, model, config, ("a fox",)), False, None)
+    preview = preview_encode(
+        read_listed_request(three.source, three.root, model, config, Drawn(("a fox",))), False, None
+    )
     assert (preview.num_latents, preview.num_items, preview.skipped) == (0, 3, first.skipped)
 
 
@@ -344,7 +346,7 @@ def other_vae(tmp_path_factory, toy_model) -> Path:
 
 
 def test_every_field_that_differs_is_named_with_both_values(three, other_vae, monkeypatch):
-    monkeypatch.setattr(asking, "prompt_template", lambda: Template("other {}", 40))
+    monkeypatch.setattr(asking, "prompt_template", lambda _kind: Template("other {}", 40))
     with pytest.raises(CacheStale) as caught:
         three.encode(model=other_vae, resolution=128, max_sequence_length=256)
     said = caught.value.problem
@@ -358,13 +360,16 @@ def test_every_field_that_differs_is_named_with_both_values(three, other_vae, mo
     assert "text_encoder" not in said
 
 
-def test_every_option_but_the_size_of_a_shard_is_in_the_recipe_that_a_cache_is_compared_with(toy_model):
+def test_every_option_but_three_is_in_the_recipe_that_a_cache_is_compared_with(toy_model, toy_edit_model):
     plain = CacheConfig()
-    known = asking.build_recipe(ModelConfig(), plain, toy_model)
-    for field in fields(CacheConfig):
-        other = "another" if isinstance(field.default, str | None) else field.default + 1
-        recipe = asking.build_recipe(ModelConfig(), replace(plain, **{field.name: other}), toy_model)
-        assert (recipe == known) is (field.name == "shard_mb"), field.name
+    for model, kind in ((toy_model, "t2i"), (toy_edit_model, "i2i")):
+        known = asking.build_recipe(ModelConfig(path="mine"), plain, model)
+        for field in fields(CacheConfig):
+            other = "another" if isinstance(field.default, str | None) else field.default + 1
+            config = replace(plain, **{field.name: other})
+            if not config.refused_for(kind):
+                recipe = asking.build_recipe(ModelConfig(path="mine"), config, model)
+                assert (recipe == known) is (field.name in ("shard_mb", "source_dir")), field.name
 
 
 def test_another_vae_encodes_the_images_again_and_leaves_the_text_alone(three, other_vae, loaded):
@@ -379,7 +384,7 @@ def test_another_vae_encodes_the_images_again_and_leaves_the_text_alone(three, o
 
 
 def test_another_template_encodes_the_captions_again_and_leaves_the_images_alone(three, loaded, monkeypatch):
-    monkeypatch.setattr(asking, "prompt_template", lambda: Template("other {}", 40))
+    monkeypatch.setattr(asking, "prompt_template", lambda _kind: Template("other {}", 40))
     report = three.encode(update=True)  # the prompt "a fox" was asked for before: it is not lost
     assert (report.num_latents, report.num_texts) == (0, 5)
     assert "vae" not in loaded
@@ -452,7 +457,9 @@ def test_a_preview_says_what_an_encode_then_does_and_writes_nothing(three):
     (three.source / "dog.png").unlink()
     before = three.files()
     model, config = ModelConfig(path=str(three.model)), CacheConfig(resolution=64)
-    preview = preview_encode(read_listed_request(three.source, three.root, model, config, ("a fox",)), False, None)
+    preview = preview_encode(
+        read_listed_request(three.source, three.root, model, config, Drawn(("a fox",))), False, None
+    )
     assert three.files() == before
     did = three.encode("a fox")
     assert (preview.num_latents, preview.num_texts, preview.added, preview.removed) == (

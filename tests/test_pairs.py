@@ -20,7 +20,7 @@ from k5cache.encode.source_note import is_untouched, listing_digest, take_note
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError, RecipeError
 from k5cache.shared.kind import kind_at_hand
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import Drawn, ModelConfig
 from k5cache.sources import unchanged
 from k5cache.sources.find import Source, find
 from k5cache.sources.items import UnreadableImage
@@ -438,7 +438,7 @@ def test_text_to_image_refuses_options_for_sources_by_name(tmp_path, toy_model, 
     fill(tmp_path, "a.png", "a.txt")
     [name] = option
     with pytest.raises(RecipeError, match=rf"cache\.{name} is only for image-to-image models") as caught:
-        read_listed_request(tmp_path, tmp_path / "c", ModelConfig(path=str(toy_model)), CacheConfig(**option), ())
+        read_listed_request(tmp_path, tmp_path / "c", ModelConfig(path=str(toy_model)), CacheConfig(**option), Drawn())
     assert "i2i-lite-sft" in caught.value.fix
     assert CacheConfig(**option).refused_for("i2i") == CacheConfig().refused_for("t2i") == []
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from k5cache.encode import estimate, text_pass
 from k5cache.encode.commit import Committer
-from k5cache.encode.job import Job
-from k5cache.encode.plan import TextJob
+from k5cache.encode.job import Job, TextJob
 from k5cache.encode.sink import Collector
 from k5cache.encoders import clip, hostio, memory_plan, qwen, streaming
 from k5cache.encoders.layers import make_packs

@@ -169,9 +169,9 @@ def test_a_caption_edited_while_it_is_encoded_is_not_taken_for_the_one_that_was_
     monkeypatch.setattr(unchanged, "SETTLED_NS", 0)
     original = update.encode_texts
 
-    def late(job, commit, jobs):
+    def late(job, commit, jobs, failed):
         (shop.source / "cat.txt").write_text("a dog", encoding="utf-8")
-        return original(job, commit, jobs)
+        return original(job, commit, jobs, failed)
 
     monkeypatch.setattr(update, "encode_texts", late)
     shop.encode()

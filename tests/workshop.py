@@ -12,7 +12,7 @@ from k5cache.encode.encode import encode_source
 from k5cache.encode.request import EncodeOptions, EncodeReport
 from k5cache.options import CacheConfig
 from k5cache.shared import console
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import Drawn, ModelConfig, WantedEdit
 from k5cache.store.reader import Cache, open_cache
 
 
@@ -32,14 +32,17 @@ class Workshop:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
         return path
 
-    def encode(self, *prompts: str, model: Path | None = None, **options: object) -> EncodeReport:
-        """Encode with options of ``CacheConfig`` or ``EncodeOptions``."""
-        own = {f.name for f in fields(EncodeOptions)}
-        chosen = {"resolution": 64, **{k: v for k, v in options.items() if k not in own}}
+    def encode(self, *drawn: str | WantedEdit, model: Path | None = None, **options: object) -> EncodeReport:
+        """Encode with options of ``CacheConfig`` or ``EncodeOptions``, and prompts to draw."""
+        prompts = tuple(entry for entry in drawn if isinstance(entry, str))
+        edits = tuple(entry for entry in drawn if isinstance(entry, WantedEdit))
+        names = {f.name for f in fields(EncodeOptions)}
+        own = EncodeOptions(device="cpu", **{k: v for k, v in options.items() if k in names})
+        chosen = {"resolution": 64, **{k: v for k, v in options.items() if k not in names}}
         with console.progress() as bars:
             return encode_source(
-                self.source, self.root, ModelConfig(path=str(model or self.model)), CacheConfig(**chosen), prompts,
-                bars, EncodeOptions(device="cpu", **{k: v for k, v in options.items() if k in own}),
+                self.source, self.root, ModelConfig(path=str(model or self.model)), CacheConfig(**chosen),
+                Drawn(prompts, edits), bars, own,
             )  # fmt: skip
 
     @property
@@ -54,3 +57,29 @@ class Workshop:
             for p in sorted(self.root.rglob("*"))
             if p.is_file()
         }
+
+
+class EditShop(Workshop):
+    """The same for image-to-image: ``put_pair`` a source and its target, the sources in a folder of their own."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        super().__init__(root, model)
+        self.sources = root / "sources"
+        self.sources.mkdir()
+
+    def put_pair(self, name: str, instruction: str = "make it blue", seed: int = 0, **sizes: tuple[int, int]) -> Path:
+        """A target of noise with its instruction, and a source of other noise; ``size`` and ``source_size``."""
+        self.put_source(name, seed + 100, sizes.get("source_size", sizes.get("size", (64, 64))))
+        return self.put(name, instruction, seed, sizes.get("size", (64, 64)))
+
+    def put_source(self, name: str, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
+        """A source of noise."""
+        path = self.sources / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+        return path
+
+    def encode(self, *edits: WantedEdit, model: Path | None = None, **options: object) -> EncodeReport:
+        """Encode with options of ``CacheConfig`` or ``EncodeOptions``, and pairs to draw."""
+        return super().encode(*edits, model=model, **{"source_dir": str(self.sources), **options})

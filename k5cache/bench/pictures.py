@@ -12,9 +12,9 @@ from rich.progress import Progress
 from k5cache.bench.measurements import Measurements, Sizes
 from k5cache.bench.tools import peak_vram, reset_peak, timed
 from k5cache.buckets import Bucket, Geometry, cover
-from k5cache.encode import image_pass, plan
+from k5cache.encode import image_pass
 from k5cache.encode.commit import Committer
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, LatentJob
 from k5cache.options import CacheConfig
 from k5cache.shared.console import human_bytes
 from k5cache.sources import images
@@ -94,7 +94,7 @@ def through_the_pass(root: Path, files: Sequence[Path], geometry: Geometry, devi
     cache, bucket = root / "pictures_cache", geometry.bucket
     cache.mkdir()
     job = job_for(root, cache, device, {"resolution": bucket.width})
-    jobs = [plan.LatentJob(f"{i:032x}", str(path), geometry) for i, path in enumerate(files)]
+    jobs = [LatentJob(f"{i:032x}", str(path), geometry) for i, path in enumerate(files)]
     reset_peak(device)
     encoder = image_pass.Vae(job, jobs)
     encoder.moments(torch.zeros(3, bucket.height, bucket.width, dtype=torch.uint8), ["mean"])

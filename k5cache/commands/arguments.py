@@ -11,7 +11,7 @@ from k5cache.shared import console
 
 if TYPE_CHECKING:
     from k5cache.options import CacheConfig
-    from k5cache.shared.model import ModelConfig
+    from k5cache.shared.model import Drawn, ModelConfig
     from k5cache.store.manifest import Manifest
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
@@ -59,15 +59,15 @@ def vram_bytes(text: str | None) -> int | None:
 
 def read_configs(
     recipe: Path | None, model: str | None, options: list[str] | None, sources: Path | None = None
-) -> tuple[ModelConfig, CacheConfig, tuple[str, ...], bool]:
-    """[model], [cache] and the validation prompts of a recipe, and whether it names the caches that it trains on.
+) -> tuple[ModelConfig, CacheConfig, Drawn, bool]:
+    """[model], [cache] and what a recipe draws for validation, and whether it names the caches that it trains on.
 
     ``--model``, ``--set`` and ``--sources`` are applied.
 
     [train] is checked too: what is wrong there is said now, and not after the images are encoded.
     """
     from k5cache.options import CacheConfig
-    from k5cache.shared.model import ModelConfig, validation_prompts
+    from k5cache.shared.model import ModelConfig, drawn_by
     from k5cache.shared.recipe import parse, read
     from k5train.options.train import TrainConfig
 
@@ -78,7 +78,7 @@ def read_configs(
         document.give("cache.source_dir", str(sources), f"--sources {sources}")
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
     model_config, cache_config, train_config = parse(document, schemas)
-    return model_config, cache_config, validation_prompts(document), bool(train_config.data)
+    return model_config, cache_config, drawn_by(document), bool(train_config.data)
 
 
 def model_of_cache(cache: Path, manifest: Manifest, model: str | None) -> ModelConfig:

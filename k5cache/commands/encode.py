@@ -64,11 +64,11 @@ def encode(
     from k5cache.shared.device import check_name
     from k5cache.sources.find import default_name
 
-    model_config, cache_config, prompts, has_own_caches = read_configs(recipe, model, options, sources)
+    model_config, cache_config, drawn, has_own_caches = read_configs(recipe, model, options, sources)
     root = out or Path("cache") / default_name(source)
     encode_options = EncodeOptions(update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram))
     with _keeping_what_is_encoded(root), console.progress() as bars:
-        report = encode_source(source, root, model_config, cache_config, prompts, bars, encode_options)
+        report = encode_source(source, root, model_config, cache_config, drawn, bars, encode_options)
     if as_json:
         console.print_json(report)
         return
@@ -105,11 +105,11 @@ def plan(
     from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
-    model_config, cache_config, prompts, _ = read_configs(recipe, model, options, sources)
+    model_config, cache_config, drawn, _ = read_configs(recipe, model, options, sources)
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
-    request = read_listed_request(source, root, model_config, cache_config, prompts, encode_options)
+    request = read_listed_request(source, root, model_config, cache_config, drawn, encode_options)
     with console.progress() as bars:
         estimate = estimate_encode(request, encode_options, bars)
     if as_json:
@@ -140,11 +140,11 @@ def diff(
     from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
-    model_config, cache_config, prompts, _ = read_configs(recipe, model, options, sources)
+    model_config, cache_config, drawn, _ = read_configs(recipe, model, options, sources)
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     preview_options = EncodeOptions(update=True, is_preview=True)
-    request = read_listed_request(source, root, model_config, cache_config, prompts, preview_options)
+    request = read_listed_request(source, root, model_config, cache_config, drawn, preview_options)
     with console.progress() as bars:
         preview = preview_encode(request, rehash, bars)
     if as_json:
@@ -178,6 +178,7 @@ def print_report(report: EncodeReport, root: Path) -> None:
     cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
     print_some("truncated captions", cut, "yellow")
     print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
+    _print_sources(report)
     print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in report.flawed], "yellow")
 
 
@@ -192,7 +193,14 @@ def print_preview(preview: Preview, root: Path) -> None:
     print_skipped(preview.skipped)
     _print_multiline(preview.num_multiline)
     print_some("upscaled, smaller than their bucket", preview.upscaled, "yellow")
+    _print_sources(preview)
     print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in preview.flawed], "yellow")
+
+
+def _print_sources(report: EncodeReport | Preview) -> None:
+    """What is worth knowing of the sources of image-to-image."""
+    print_some("sources stretched, of another shape than their target", report.stretched, "yellow")
+    print_some("source and target are the same file: nothing to learn", report.same_as_target, "yellow")
 
 
 def _print_multiline(count: int) -> None:

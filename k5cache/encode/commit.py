@@ -21,7 +21,7 @@ from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
-from k5cache.store.manifest import IndexInfo, LeftOut, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
+from k5cache.store.manifest import Edit, IndexInfo, LeftOut, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
 from k5cache.store.shards import ShardWriter, verify_shard
 from k5cache.store.tables import open_table, read_table
 from k5cache.store.tensors import TensorSpec
@@ -86,15 +86,20 @@ class Committer:
         versions: dict[str, str],
         source: SourceNote = SourceNote(),  # noqa: B008 (frozen)
         left_out: LeftOut = LeftOut(),  # noqa: B008 (frozen)
+        edits: tuple[Edit, ...] = (),
     ) -> bool:
         """Write the index and name it, with the recipe that made its rows. From then on readers see these rows.
+
+        Args:
+            prompts: added to those that the manifest has.
+            edits: all pairs to draw.
 
         Returns:
             False if the cache says all this already; then nothing is written.
         """
         before = self.manifest
         prompts = {**before.prompts, **prompts}
-        self.manifest = replace(before, prompts=prompts, recipe=recipe, source=source, left_out=left_out)
+        self.manifest = replace(before, prompts=prompts, recipe=recipe, source=source, left_out=left_out, edits=edits)
         if (
             before.index
             and before.locations

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.shared.checkpoint import ENCODER_PARTS
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.kind import LONG_NAMES, Kind
+from k5cache.shared.model import ModelConfig
 
 TABLES = ("text", "latents", "selection")
 """The parts of a recipe that decide rows. ``text`` is part of every text key, ``latents`` of every latent key, and
@@ -73,6 +76,16 @@ def refuse(root: Path, differing: Sequence[Difference]) -> CacheStale:
         f"{root} was encoded with another recipe: {'; '.join(map(str, differing))}",
         f"Run the same command with --update to encode {consequences(differing)} again; what it replaces stays until "
         "`k5cache gc`. Or set these options back, or encode into a new cache with -o OTHER",
+    )
+
+
+def refuse_kind(root: Path, cached: Kind, wanted: Kind, model: ModelConfig, source: Path) -> CacheStale:
+    """The error for a cache for text-to-image and a model for image-to-image, or the reverse. No update helps."""
+    sources = ("--sources", "SOURCES") if wanted == "i2i" else ()
+    again = command("k5cache", "encode", source, *sources, "-o", "OTHER", model=model.path)
+    return CacheStale(
+        f"{root} was encoded for {LONG_NAMES[cached]}, and {model.source} is for {LONG_NAMES[wanted]}",
+        f"Encode into another cache: {again}",
     )
 
 

@@ -22,7 +22,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared import console
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
 from k5cache.shared.errors import ModelError
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import Drawn, ModelConfig
 from k5cache.shared.outputs import check_writable
 from k5cache.sources import find
 from k5cache.sources.items import Skipped
@@ -35,11 +35,13 @@ def encode_source(
     root: Path,
     model: ModelConfig,
     config: CacheConfig,
-    prompts: Sequence[str],
+    drawn: Drawn | Sequence[str],
     bars: Progress,
     options: EncodeOptions = EncodeOptions(),  # noqa: B008 (frozen)
 ) -> EncodeReport:
     """Bring the cache at ``root`` up to date with the images and captions in ``source``.
+
+    ``drawn`` is what stage 2 draws, or prompts alone.
 
     A model of the hub is looked for on this machine first. The hub is not asked while the cache agrees with what is
     here. It is asked as soon as anything is to be encoded, and a newer revision there is refused like any other
@@ -55,10 +57,11 @@ def encode_source(
         DoesNotFit: an encoder fits in no mode, or memory ran out while it was running.
     """
     started = time.monotonic()
+    drawn = drawn if isinstance(drawn, Drawn) else Drawn(tuple(drawn))
     check_root(root, reads=[source])
     listing = None
     if not (options.rehash or options.repair):
-        local_request = _request_on_this_machine(source, root, model, config, prompts)
+        local_request = _request_on_this_machine(source, root, model, config, drawn)
         if local_request:
             manifest = local_request.manifest
             if not is_untouched(source, config, manifest.source):
@@ -70,7 +73,7 @@ def encode_source(
     with console.doing(
         bars, "looking at the images and the model"
     ):  # the first time on a machine, diffusers is imported
-        request = read_listed_request(source, root, model, config, prompts, options, listing)
+        request = read_listed_request(source, root, model, config, drawn, options, listing)
     from k5cache.encode.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed if nothing is to be done
 
     with lock(root, options.wait_seconds):
@@ -81,9 +84,9 @@ def encode_source(
 
 
 def _request_on_this_machine(
-    source: Path, root: Path, model: ModelConfig, config: CacheConfig, prompts: Sequence[str]
+    source: Path, root: Path, model: ModelConfig, config: CacheConfig, drawn: Drawn
 ) -> Request | None:
-    """The request, if the model is on this machine and the cache already has what its recipe and prompts ask for.
+    """The request, if the model is on this machine and the cache already has what its recipe asks for.
 
     None if there may be something to encode. The source is not looked at.
     """
@@ -91,7 +94,7 @@ def _request_on_this_machine(
         return None
     try:
         folder = folder_on_disk(model, ENCODER_PARTS)
-        request = read_request(source, root, folder, model, config, prompts) if folder else None
+        request = read_request(source, root, folder, model, config, drawn) if folder else None
     except ModelError:  # not complete on this machine: the hub is asked
         return None
     if request is None:
@@ -104,7 +107,18 @@ def _request_on_this_machine(
         return None
     if model.revision and manifest.recipe.get("model") != request.recipe["model"]:  # pinned since: to be noted
         return None
-    return request if manifest.prompts.keys() >= set(request.prompts) else None
+    if not manifest.prompts.keys() >= set(request.prompts):
+        return None
+    return request if _has_edits(request) else None
+
+
+def _has_edits(request: Request) -> bool:
+    """Whether the cache has all pairs to draw that are asked for."""
+    if not request.edits:
+        return True
+    from k5cache.encode.edits import has_edits  # numpy and Pillow
+
+    return has_edits(request.edits, request.manifest.edits)
 
 
 def _unchanged(manifest: Manifest, seconds: float) -> EncodeReport:

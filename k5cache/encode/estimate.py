@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache.encode.plan import LatentJob, TextJob
+from k5cache.encode.job import LatentJob, TextJob
 from k5cache.encode.precision import ITEM_BYTES, torch_dtype
 from k5cache.encoders import memory_plan, vision_plan
 from k5cache.options import CacheConfig

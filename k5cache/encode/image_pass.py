@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.buckets import Bucket
 from k5cache.encode import estimate
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, LatentJob, MaskJob
 from k5cache.encode.one_encoder import one_encoder
-from k5cache.encode.plan import LatentJob, MaskJob
 from k5cache.encode.precision import torch_dtype
 from k5cache.encode.sink import RowSink
 from k5cache.encode.write_rows import row_writer
@@ -104,7 +103,8 @@ def encode_bucket(
     failed: dict[str, UnreadableImage],
     advance: Callable[..., None],
 ) -> None:
-    """The images of one bucket into shards. The reasons of those that cannot be read are added to ``failed``."""
+    """The images of one bucket into shards, targets and sources. The reasons of those that cannot be read are added to
+    ``failed``."""
     from k5cache.encoders.hostio import fetched
 
     height, width = bucket.latent_shape

@@ -1,4 +1,4 @@
-"""What does an encoder's pass need to know, apart from the captions or images that it encodes?"""
+"""What is to be encoded, one crop or text a job, and what does an encoder's pass need to know apart from that?"""
 
 from __future__ import annotations
 
@@ -9,8 +9,55 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from k5cache.buckets import Geometry
 from k5cache.options import CacheConfig
 from k5cache.sources.items import Content
+
+
+@dataclass(frozen=True)
+class MaskJob:
+    """Bring one mask to latent size under one crop."""
+
+    key: str
+    path: str
+    geometry: Geometry
+    content_hash: str = ""
+
+
+@dataclass(frozen=True)
+class LatentJob:
+    """Encode one crop of one image with the VAE."""
+
+    key: str
+    path: str
+    geometry: Geometry
+    content_hash: str = ""
+    """Of the bytes that ``key`` stands for: what is encoded must be these."""
+    is_source: bool = False
+    """``path`` is that of a source, the picture that is edited: ``Job.read_source`` reads it."""
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """The source that Qwen sees together with an instruction."""
+
+    path: str
+    """``Job.read_source`` reads it."""
+    content_hash: str
+    """Of its bytes: what is encoded must be these."""
+    geometry: Geometry
+    """Of the crop that the VAE sees. Qwen sees that crop too, or with ``source_view = "whole"`` the whole picture."""
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """Encode one caption or prompt with Qwen and CLIP."""
+
+    key: str
+    caption: str
+    """Cleaned."""
+    source: SourceView | None = None
+    """Only for image-to-image, where every caption is an instruction for a source."""
 
 
 def no_sources(path: str) -> Content:

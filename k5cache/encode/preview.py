@@ -36,6 +36,9 @@ class Preview:
     upscaled: tuple[str, ...] = ()
     num_multiline: int = 0
     """As in ``find.Source``."""
+    stretched: tuple[str, ...] = ()
+    """As in ``EncodeReport``, and the next."""
+    same_as_target: tuple[str, ...] = ()
     flawed: tuple[Flawed, ...] = ()
 
 
@@ -56,6 +59,8 @@ def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) 
         skipped=plan.skipped,
         upscaled=plan.upscaled,
         num_multiline=request.listing.num_multiline,
+        stretched=plan.stretched,
+        same_as_target=plan.same_as_target,
         flawed=plan.flawed,
     )
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from k5cache.sources.items import SourceItem
+from k5cache.sources.items import PictureFile, SourceItem
 from k5cache.store.index import IndexRow
 
 
@@ -21,17 +21,27 @@ class Changes:
     renamed: tuple[tuple[str, str], ...]
     """(path in the previous index, path now) of images whose bytes are the same."""
     changed: tuple[str, ...]
-    """Paths whose latents, masks or texts have other keys than in the previous index."""
+    """Paths whose latents, masks, texts or sources have other keys than in the previous index."""
 
 
 class PreviousIndex:
     """The previous index, looked up by path and, for images that were renamed, by stat and by content."""
 
     def __init__(self, rows: Iterable[IndexRow], items: Sequence[SourceItem]) -> None:
+        rows = list(rows)
         self._by_path = {row.path: row for row in rows if not row.flipped}
         paths = {item.path for item in items}
         self._gone_by_stat = {_stat(row): row for row in self._by_path.values() if row.path not in paths}
-        self._caption_keys = {row.captions_hash: row.caption_keys for row in self._by_path.values()}
+        self._caption_keys: dict[tuple[str, str | None], tuple[str, ...]] = {}
+        self._sources: dict[tuple[str | None, tuple[int, int, int]], IndexRow] = {}
+        source_paths = {item.source.path for item in items if item.source}
+        self._gone_sources: dict[tuple[int, int, int], IndexRow] = {}
+        for row in rows:
+            self._caption_keys[row.captions_hash, row.source_key] = row.caption_keys
+            if row.source_path:
+                self._sources[row.source_path, source_stat(row)] = row
+                if row.source_path not in source_paths:
+                    self._gone_sources[source_stat(row)] = row
 
     def same_file(self, item: SourceItem) -> IndexRow | None:
         """The row of this very file: the same path, or a path that is gone, and the same size, time and inode."""
@@ -39,6 +49,11 @@ class PreviousIndex:
         if row is not None:
             return row if _stat(row) == _stat(item) else None
         return self._gone_by_stat.get(_stat(item))
+
+    def same_source(self, source: PictureFile) -> IndexRow | None:
+        """A row whose source is this very file: the same path, or one that is gone, and the same stat."""
+        stat = (source.num_bytes, source.mtime_ns, source.inode)
+        return self._sources.get((source.path, stat)) or self._gone_sources.get(stat)
 
     def mask_hash(self, item: SourceItem) -> str | None:
         """The content hash of the item's mask if neither the mask nor the image was touched, else None."""
@@ -48,9 +63,13 @@ class PreviousIndex:
         is_same = (row.mask_num_bytes, row.mask_mtime_ns, row.mask_inode) == mask_stat(item)
         return row.mask_hash if is_same else None
 
-    def caption_keys(self, item: SourceItem) -> tuple[str, ...]:
-        """The text keys that the same raw captions have in the previous index; none if they are new."""
-        return self._caption_keys.get(captions_hash(item), ())
+    def caption_keys(self, item: SourceItem, source_key: str | None) -> tuple[str, ...]:
+        """The text keys that the same raw captions have in the previous index; none if they are new.
+
+        Args:
+            source_key: for image-to-image, the key of the source's latents: the same captions with the same source.
+        """
+        return self._caption_keys.get((captions_hash(item), source_key), ())
 
     def changes(self, rows: Sequence[IndexRow]) -> Changes:
         """How ``rows`` differ from the previous index; mirrored rows are not looked at."""
@@ -92,9 +111,14 @@ def mask_stat(item: SourceItem) -> tuple[int, int, int]:
     return (item.mask.num_bytes, item.mask.mtime_ns, item.mask.inode) if item.mask else (0, 0, 0)
 
 
+def source_stat(row: IndexRow) -> tuple[int, int, int]:
+    """(size, time, inode) of the row's source."""
+    return row.source_num_bytes, row.source_mtime_ns, row.source_inode
+
+
 def _stat(entry: IndexRow | SourceItem) -> tuple[int, int, int]:
     return entry.num_bytes, entry.mtime_ns, entry.inode
 
 
 def _keys(row: IndexRow) -> tuple[object, ...]:
-    return row.latent_key, row.mask_key, row.caption_keys
+    return row.latent_key, row.mask_key, row.caption_keys, row.source_key, row.empty_key

@@ -10,9 +10,12 @@ from dataclasses import replace
 from rich.progress import Progress, TaskID
 
 from k5cache.encode.commit import Committer
-from k5cache.encode.plan import Plan, Probes, Stored, Wanted, make_plan, num_unknown
+from k5cache.encode.edits import reader, sort_edits
+from k5cache.encode.examined import num_unknown
+from k5cache.encode.plan import Plan, make_plan
 from k5cache.encode.request import ListedRequest
 from k5cache.encode.source_note import decoders
+from k5cache.encode.wanted import Probes, Stored, Wanted
 from k5cache.shared import console
 from k5cache.sources import images, items, masks
 from k5cache.store.index import index_rows, read_index
@@ -30,13 +33,19 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
         failed={} if rehash or manifest.left_out.decoders != decoders() else manifest.left_out.failed,
         prompts=manifest.prompts if not texts_differ and request.is_cleaned_as_before else None,
     )
+    is_as_before = not request.differences and request.is_cleaned_as_before
+    edits = sort_edits(request.edits, manifest.edits, stored, is_as_before)
     wanted = Wanted(
         items=listing.items,
-        skipped=listing.skipped,
+        skipped=(*listing.skipped, *edits.left_out),
         prompts=request.prompts,
         framing=request.config.framing,
         latent_recipe=request.recipe["latents"],
         text_recipe=request.recipe["text"],
+        source_view=request.config.source_view,
+        empty_instruction=request.config.empty_instruction,
+        kept_edits=edits.kept,
+        edits=edits.examined,
     )
     progress = _ProbeProgress(bars, num_unknown(listing.items, stored.rows, rehash))
 
@@ -49,12 +58,20 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
             flawed.append(items.Flawed(item.path, examined.flaw))
         return examined.content_hash, examined.width, examined.height
 
+    def probe_source(path: str) -> tuple[str, int, int]:
+        with progress.one_image():
+            examined = images.examine(listing.read_source(path))
+        if examined.flaw:
+            flawed.append(items.Flawed(path, examined.flaw))
+        return examined.content_hash, examined.width, examined.height
+
     def probe_mask(item: items.SourceItem, width: int, height: int) -> str:
         return masks.check(listing.read, item, width, height)
 
-    plan = make_plan(wanted, stored, Probes(probe_image, probe_mask, progress.clean), rehash)
+    probes = Probes(probe_image, probe_mask, progress.clean, probe_source)
+    plan = make_plan(wanted, stored, probes, rehash)
     progress.end()
-    return replace(plan, flawed=tuple(flawed))
+    return replace(plan, flawed=tuple(flawed), read_source=reader(listing.read_source, edits.examined))
 
 
 class _ProbeProgress:

@@ -6,7 +6,7 @@ This file imports nothing heavy: an encode with nothing to do ends within a seco
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_without_weights, model_folder, read_config
 from k5cache.shared.errors import CacheError, ModelError, RecipeError
 from k5cache.shared.kind import LONG_NAMES, Kind, kind_at_hand, kind_of_model, kind_of_recipe
-from k5cache.shared.model import ModelConfig
+from k5cache.shared.model import Drawn, ModelConfig, WantedEdit
+from k5cache.shared.preprocessor import preprocessor_values
 from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
 from k5cache.store.manifest import Manifest, read_manifest
 
 RESIZE = "bicubic-antialias"  # images.load_pixels
+SOURCE_RESIZE = "same as target, else lanczos"  # buckets.source_geometry, images.load_pixels
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class EncodeReport:
     upscaled: tuple[str, ...] = ()
     num_multiline: int = 0
     """As in ``find.Source``; 0 if there was nothing to do."""
+    stretched: tuple[str, ...] = ()
+    """Images whose source has another shape and is stretched to theirs. Only for image-to-image, as the next."""
+    same_as_target: tuple[str, ...] = ()
+    """Images whose source is the same file: such a pair teaches to change nothing."""
     flawed: tuple[items.Flawed, ...] = ()
     """Images that are used although their file is damaged. Named when they are first read."""
     repaired: tuple[str, ...] = ()
@@ -90,20 +96,17 @@ def build_recipe(
         assumed: a recipe whose fingerprints are taken for parts that are not in ``folder``. None: that is an error.
     """
 
-    def identity(table: str, part: str) -> Any:
+    def identity(table: str, part: str, read: Callable[[Path, str], Any] = fingerprint.fingerprint) -> Any:
         try:
-            return fingerprint.fingerprint(folder, part)
+            return read(folder, part)
         except (ModelError, OSError):
             if assumed is None:
                 raise
             return assumed.get(table, {}).get(part, "not downloaded")
 
-    if kind_of_model(model, folder) == "i2i":
-        raise ModelError(
-            f"The model in {folder} edits pictures (I2I), and this version cannot encode for it yet",
-            'Use a text-to-image model: model.flavour = "t2i-lite-sft" or "t2i-lite-pretrain"',
-        )
-    template = prompt_template()
+    kind = kind_of_model(model, folder)
+    is_i2i = kind == "i2i"
+    template = prompt_template(kind)
     vae = read_config(folder, "vae")
     return {
         "model": {
@@ -115,10 +118,11 @@ def build_recipe(
             **{part: identity("text", part) for part in ENCODER_PARTS if part != "vae"},
             "prompt_template": template.text,
             "prompt_template_encode_start_idx": template.encode_start_idx,
-            "max_sequence_length": config.text_limit(kind_of_model(model, folder)),
+            "max_sequence_length": config.text_limit(kind),
             "text_encoder_1_precision": config.text_encoder_1_precision,
             "text_encoder_2_precision": config.text_encoder_2_precision,
             "text_batching": config.text_batching,
+            **(_text_with_sources(config, identity) if is_i2i else {}),  # no key of text-to-image depends on it
         },
         "latents": {
             "vae": identity("latents", "vae"),
@@ -126,9 +130,19 @@ def build_recipe(
             "vae_precision": config.vae_precision,
             "posterior": config.posterior,
             "resize": RESIZE,
+            **({"source_resize": SOURCE_RESIZE} if is_i2i else {}),
         },
         "cleaning": cleaning(),
-        "selection": config.selection,
+        "selection": config.selection | ({"empty_instruction": config.empty_instruction} if is_i2i else {}),
+    }
+
+
+def _text_with_sources(config: CacheConfig, identity: Callable[..., Any]) -> dict[str, Any]:
+    """What decides how Qwen sees a source."""
+    return {
+        "pipeline": "i2i",
+        "image_processor": identity("text", "image_processor", lambda folder, _: preprocessor_values(folder)),
+        "source_view": config.source_view,
     }
 
 
@@ -173,9 +187,11 @@ class Request:
     config: CacheConfig
     recipe: dict[str, Any]
     prompts: tuple[str, ...]
-    """Raw: the empty one, those that the cache has already, and those asked for."""
+    """Raw: the empty one, those that the cache has already, and those asked for. None for image-to-image."""
     manifest: Manifest
     """Of the cache; a first one, without index and shards, if there is no cache."""
+    edits: tuple[WantedEdit, ...]
+    """Pairs to draw that are asked for. Only for image-to-image; the manifest has more."""
 
     @property
     def differences(self) -> list[differences.Difference]:
@@ -201,21 +217,27 @@ def read_request(
     folder: Path,
     model: ModelConfig,
     config: CacheConfig,
-    prompts: Sequence[str],
+    drawn: Drawn,
     is_preview: bool = False,
 ) -> Request:
     """Read the checkpoint's fingerprints and the manifest.
 
     Raises:
         ModelError: the checkpoint lacks an encoder.
+        RecipeError: an option, or what is to be drawn, is for the other kind of model.
+        CacheStale: the cache was encoded for the other kind of model.
         CacheCorrupt: the manifest is damaged.
     """
     assumed = manifest_of(root, {}).recipe if is_preview else None
     recipe = build_recipe(model, config, folder, assumed)
-    check_options(config, kind_of_recipe(recipe), model)
+    kind = kind_of_recipe(recipe)
+    check_options(config, kind, model)
+    drawn.check(kind)
     manifest = manifest_of(root, recipe)
-    raw_prompts = tuple(dict.fromkeys(["", *manifest.prompts, *prompts]))
-    return Request(source, root, folder, config, recipe, raw_prompts, manifest)
+    if manifest.kind != kind:
+        raise differences.refuse_kind(root, manifest.kind, kind, model, source)
+    raw_prompts = () if kind == "i2i" else tuple(dict.fromkeys(["", *manifest.prompts, *drawn.prompts]))
+    return Request(source, root, folder, config, recipe, raw_prompts, manifest, drawn.edits)
 
 
 def read_listed_request(
@@ -223,7 +245,7 @@ def read_listed_request(
     root: Path,
     model: ModelConfig,
     config: CacheConfig,
-    prompts: Sequence[str],
+    drawn: Drawn,
     options: EncodeOptions = EncodeOptions(),
     listing: find.Source | None = None,
 ) -> ListedRequest:
@@ -239,7 +261,7 @@ def read_listed_request(
     check_options(config, kind, model)
     listing = listing or find.find(source, config, kind)
     find_folder = folder_without_weights if options.is_preview else model_folder
-    request = read_request(source, root, find_folder(model, ENCODER_PARTS), model, config, prompts, options.is_preview)
+    request = read_request(source, root, find_folder(model, ENCODER_PARTS), model, config, drawn, options.is_preview)
     if request.differences and not options.update:
         raise differences.refuse(root, request.differences)
     if (kind := kind_of_recipe(request.recipe)) != listing.kind:  # a repository of the hub, unknown until it was here

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from k5cache.encode.job import Job
-from k5cache.encode.plan import SourceView, TextJob
+from k5cache.encode.job import Job, SourceView, TextJob
 from k5cache.encode.precision import torch_dtype
 from k5cache.shared.vram import release
 from k5cache.sources import images

@@ -13,9 +13,8 @@ from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING
 
 from k5cache.encode import estimate
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, TextJob
 from k5cache.encode.one_encoder import one_encoder
-from k5cache.encode.plan import TextJob
 from k5cache.encode.precision import DTYPES, torch_dtype
 from k5cache.encode.sink import RowSink
 from k5cache.encode.source_pass import Chunk, Sources, in_order_of_sources, lost_instructions, with_pictures

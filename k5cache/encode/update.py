@@ -8,16 +8,17 @@ the manifest names and goes on from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.progress import Progress
 
 from k5cache.encode.commit import Committer, drop_damaged
 from k5cache.encode.differences import refuse
 from k5cache.encode.estimate import duration, estimate, modes
+from k5cache.encode.examined import mask_reason, source_reason
 from k5cache.encode.image_pass import encode_latents, encode_masks
 from k5cache.encode.job import Job
-from k5cache.encode.plan import Plan, mask_reason
+from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
 from k5cache.encode.source_note import MOST_NAMED, note_left_out, take_note
@@ -27,7 +28,7 @@ from k5cache.shared.device import pick_device
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.items import Skipped, UnreadableImage
 from k5cache.store.index import IndexRow
-from k5cache.store.manifest import LeftOut, SourceNote, require_files
+from k5cache.store.manifest import Edit, LeftOut, SourceNote, require_files
 
 
 def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progress) -> EncodeReport:
@@ -44,22 +45,26 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
     if not plan.rows:
         raise _nothing_readable(request, plan.skipped)
     encoded = _run_passes(request, committer, plan, options, bars)
+    edits = tuple(edit for edit in plan.edits if encoded.failure_of_edit(edit) is None)
     rows = [row for row in plan.rows if encoded.failure(row) is None]
     unreadable = {row.path: skip for row in plan.rows if (skip := encoded.failure(row)) is not None}
-    skipped = (*plan.skipped, *unreadable.values())
+    not_drawn = [skip for edit in plan.edits if (skip := encoded.failure_of_edit(edit)) is not None]
+    skipped = (*plan.skipped, *unreadable.values(), *not_drawn)
     if not rows:
         raise _nothing_readable(request, skipped[len(plan.skipped) :])
-    failed = {**plan.failed, **{key: error.reason for key, error in encoded.failed.items() if error.is_lasting}}
+    of_images = {key: error.reason for key, error in encoded.failed.items() if error.is_lasting}
+    failed = {**plan.failed, **of_images}
     # What the system could not read may be readable next time: the source is then looked at again.
     is_known = len(skipped) <= MOST_NAMED and all(s.is_lasting for s in {*skipped} - {*request.listing.skipped})
     note = take_note(request.source, request.config, request.listing) if is_known else SourceNote()
     left_out = note_left_out(skipped, failed)
-    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out)
+    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits)
     num_latents = sum(job.key not in encoded.failed for job in plan.latent_jobs)
+    num_texts = sum(job.key not in encoded.failed_texts for job in plan.text_jobs)
     return EncodeReport(
         num_items=len(rows),
         num_latents=num_latents,
-        num_texts=len(plan.text_jobs),
+        num_texts=num_texts,
         reused_latents=plan.num_reused_latents,
         reused_texts=plan.num_reused_texts,
         added=tuple(path for path in plan.added if path not in unreadable),
@@ -69,12 +74,14 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         skipped=skipped,
         truncated=encoded.truncated,
         upscaled=plan.upscaled,
+        stretched=plan.stretched,
+        same_as_target=plan.same_as_target,
         num_multiline=request.listing.num_multiline,
         flawed=tuple(image for image in plan.flawed if image.path not in unreadable),
         repaired=repaired,
         num_buckets=len({(row.bucket_width, row.bucket_height) for row in rows}),
         num_bytes=sum(shard.num_bytes for shard in committer.manifest.shards),
-        is_unchanged=not (is_written or repaired or num_latents or plan.text_jobs),
+        is_unchanged=not (is_written or repaired or num_latents or num_texts),
     )
 
 
@@ -88,15 +95,30 @@ class _Encoded:
     """Mask key -> where the mask is."""
     truncated: tuple[tuple[str, int], ...] = ()
     """As in ``EncodeReport``."""
+    failed_texts: dict[str, UnreadableImage] = field(default_factory=dict)
+    """Text key -> why its source could not be read. Only for image-to-image."""
 
     def failure(self, row: IndexRow) -> Skipped | None:
-        """Why the latents or the mask of this row are missing; None if they are there."""
+        """Why the latents, the texts or the mask of this row are missing; None if they are there."""
         if error := self.failed.get(row.latent_key):
             return Skipped(row.path, error.reason, error.is_lasting)
+        if row.source_key and (error := self._of_source(row.source_key, row.empty_key, *row.caption_keys)):
+            return Skipped(row.path, source_reason(row.source_path or "", error.reason), error.is_lasting)
         if row.mask_key and (error := self.failed.get(row.mask_key)):
             reason = mask_reason(self.mask_paths[row.mask_key], error.reason)
             return Skipped(row.path, reason, error.is_lasting)
         return None
+
+    def failure_of_edit(self, edit: Edit) -> Skipped | None:
+        """Why the rows of this pair to draw are missing; None if they are there."""
+        error = self._of_source(edit.source_key, edit.empty_key, edit.text_key)
+        if error is None:
+            return None
+        return Skipped(edit.source, f"was to be drawn from and {error.reason}", error.is_lasting)
+
+    def _of_source(self, source_key: str, *text_keys: str | None) -> UnreadableImage | None:
+        errors = (self.failed.get(source_key), *(self.failed_texts.get(key or "") for key in text_keys))
+        return next((error for error in errors if error), None)
 
 
 def _run_passes(
@@ -110,10 +132,12 @@ def _run_passes(
     with console.doing(bars, "importing torch"):
         device = pick_device(options.device)
     job = Job(request.listing.read, request.root, request.folder, request.config, device, bars, options.vram)
+    job = replace(job, read_source=plan.read_source)
     _announce(job, plan)
-    truncated = encode_texts(job, committer, plan.text_jobs)
+    failed_texts: dict[str, UnreadableImage] = {}
+    truncated = encode_texts(job, committer, plan.text_jobs, failed_texts)
     failed |= encode_latents(job, committer, plan.latent_jobs)
-    return _Encoded(failed, mask_paths, truncated)
+    return _Encoded(failed, mask_paths, truncated, failed_texts)
 
 
 def _announce(job: Job, plan: Plan) -> None:

@@ -12,8 +12,8 @@ from rich.progress import Progress
 
 from k5cache.encode.differences import differences, refuse_model
 from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import Job, no_sources
-from k5cache.encode.plan import LatentJob, TextJob, geometry_of
+from k5cache.encode.job import Job, LatentJob, TextJob, no_sources
+from k5cache.encode.plan import geometry_of
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts

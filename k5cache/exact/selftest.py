@@ -18,8 +18,8 @@ from rich.progress import Progress
 from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.encode.differences import differences, table_of
 from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import Job
-from k5cache.encode.plan import LatentJob, TextJob, geometry_of
+from k5cache.encode.job import Job, LatentJob, TextJob
+from k5cache.encode.plan import geometry_of
 from k5cache.encode.precision import torch_dtype
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector

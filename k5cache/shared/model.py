@@ -97,6 +97,74 @@ def validation_prompts(document: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["", negative, *prompts, *named]))
 
 
+@dataclass(frozen=True)
+class WantedEdit:
+    """A pair to draw: a source and an instruction."""
+
+    source: str
+    """The path of a picture, relative to the folder of the command."""
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What stage 2 draws, so that stage 1 encodes it."""
+
+    prompts: tuple[str, ...] = ()
+    """For text-to-image."""
+    edits: tuple[WantedEdit, ...] = ()
+    """For image-to-image."""
+
+    def check(self, kind: str) -> None:
+        """Refuse what a model of this kind does not draw.
+
+        Raises:
+            RecipeError: there is something to draw for the other kind.
+        """
+        if kind == "t2i" and self.edits:
+            raise RecipeError(
+                "train.validation.edits are for image-to-image models, and this model is for text-to-image",
+                "Write prompts instead: train.validation.prompts",
+            )
+        if kind == "i2i" and any(self.prompts):
+            raise RecipeError(
+                "train.validation.prompts, prompt_library and negative_prompt are for text-to-image models, and this "
+                "model is for image-to-image, where every instruction has a picture",
+                'Write [[train.validation.edits]] with source = "photo.png" and prompt = "make it night"',
+            )
+
+
+def drawn_by(document: dict[str, Any]) -> Drawn:
+    """What the ``[train.validation]`` of a recipe asks for.
+
+    Raises:
+        RecipeError: it is not what stage 2 takes.
+    """
+    return Drawn(validation_prompts(document), validation_edits(document))
+
+
+def validation_edits(document: dict[str, Any]) -> tuple[WantedEdit, ...]:
+    """The pairs that stage 2 draws, read from ``[[train.validation.edits]]`` so that stage 1 encodes them.
+
+    Raises:
+        RecipeError: they are not tables of a source and a prompt. Stage 2 checks their other keys.
+    """
+    train = document.get("train", {})
+    validation = train.get("validation", {}) if isinstance(train, dict) else {}
+    edits = validation.get("edits", []) if isinstance(validation, dict) else []
+    pairs = []
+    for edit in edits if isinstance(edits, list) else [edits]:
+        match edit:
+            case {"source": str(source), "prompt": str(prompt)}:
+                pairs.append(WantedEdit(source, prompt))
+            case _:
+                raise RecipeError(
+                    "train.validation.edits must be tables with a source and a prompt",
+                    'Write [[train.validation.edits]] and below it source = "photo.png" and prompt = "make it night"',
+                )
+    return tuple(dict.fromkeys(pairs))
+
+
 def prompt_library(path: Path) -> tuple[str, ...]:
     """The prompts of a JSON file: a list of strings, or an object of names to prompts.
 

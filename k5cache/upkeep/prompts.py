@@ -10,9 +10,8 @@ from rich.progress import Progress
 
 from k5cache.encode.commit import Committer
 from k5cache.encode.differences import differences, refuse_model, table_of
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, TextJob
 from k5cache.encode.keys import text_key
-from k5cache.encode.plan import TextJob
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.text_pass import encode_texts
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
@@ -75,6 +74,8 @@ def add_prompts(
             job = Job(Path, root, folder, config, pick_device(device), bars)
             truncated = encode_texts(job, committer, list(text_jobs.values()))
         rows = index_rows(read_index(root, index, manifest.format))
-        committer.index(rows, keys, manifest.recipe, manifest.created_by, manifest.source, manifest.left_out)
+        committer.index(
+            rows, keys, manifest.recipe, manifest.created_by, manifest.source, manifest.left_out, manifest.edits
+        )
     encoded = tuple(raw for raw, key in keys.items() if key in text_jobs)
     return Added(encoded, tuple(raw for raw in keys if raw not in encoded), truncated)

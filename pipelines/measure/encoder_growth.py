@@ -18,7 +18,7 @@ from k5cache.bench.pictures import job_for
 from k5cache.bench.text import make_captions
 from k5cache.bench.tools import peak_vram, reset_peak, timed, watched
 from k5cache.encode.commit import Committer
-from k5cache.encode.plan import TextJob
+from k5cache.encode.job import TextJob
 from k5cache.encode.text_pass import encode_texts
 from k5cache.encoders.random_model import FULL_TEXT, write_model
 from k5cache.shared import console

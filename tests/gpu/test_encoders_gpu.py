@@ -9,9 +9,9 @@ import torch
 from rich.progress import Progress
 
 from k5cache.buckets import Bucket, cover
-from k5cache.encode import estimate, image_pass, plan, text_pass
+from k5cache.encode import estimate, image_pass, text_pass
 from k5cache.encode.commit import Committer
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, LatentJob, TextJob
 from k5cache.encoders import memory_plan, qwen, streaming, vae
 from k5cache.encoders.pipeline import clean
 from k5cache.encoders.strips import moments_in_strips
@@ -57,7 +57,7 @@ def test_vram_is_free_after_each_encoder(toy_model, tmp_path, monkeypatch, mode,
     vram.release("cuda")
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     job = Job(Path, tmp_path, toy_model, CacheConfig(), "cuda", Progress(disable=True))
-    jobs = [plan.TextJob(f"{i:032x}", caption) for i, caption in enumerate(CAPTIONS)]
+    jobs = [TextJob(f"{i:032x}", caption) for i, caption in enumerate(CAPTIONS)]
     text_pass.encode_texts(job, Committer(tmp_path, Manifest(recipe={}), 2**20), jobs)
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
     assert "behind" not in capfd.readouterr().err
@@ -76,7 +76,7 @@ def test_strips_are_the_whole_image(toy_model):
 def test_latents_of_the_pass_are_those_of_one_image_alone(toy_model):
     geometry = cover(80, 70, Bucket(64, 64))
     job = Job(Path, Path(), toy_model, CacheConfig(resolution=64), "cuda", Progress(disable=True))
-    encoder = image_pass.Vae(job, [plan.LatentJob("0", "x.png", geometry)])
+    encoder = image_pass.Vae(job, [LatentJob("0", "x.png", geometry)])
     pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     moments = encoder.moments(pixels, ["mean", "std"]).cpu()
     alone = vae.encode_pixels(vae.load_vae(toy_model, "cuda", torch.float32), vae.to_model_range(pixels[None]))

@@ -1,0 +1,74 @@
+"""Which text row has each caption? Raw captions become keys and jobs; each is cleaned and hashed once. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from k5cache.buckets import Geometry
+from k5cache.encode.job import SourceView, TextJob
+from k5cache.encode.keys import canonical, source_of, text_key_of
+from k5cache.encode.previous_index import PreviousIndex
+from k5cache.encode.wanted import Picture, Stored
+from k5cache.sources.items import SourceItem
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The source that Qwen sees together with a caption; for text-to-image there is none."""
+
+    view: SourceView | None = None
+    canonical: str = ""
+    """Its part of the text's key."""
+    latent_key: str | None = None
+    """Of the source's latents: the same bytes and crop, and so the same text keys."""
+
+    @classmethod
+    def of(cls, path: str, picture: Picture, geometry: Geometry, source_view: str, latent_key: str) -> Seen:
+        """A source under a crop."""
+        view = SourceView(path, picture.content_hash, geometry)
+        return cls(view, source_of(picture.content_hash, geometry, source_view), latent_key)
+
+
+class TextKeys:
+    """Raw captions to text keys. ``jobs`` collects what their rows would be made of."""
+
+    def __init__(
+        self, recipe: Mapping[str, Any], clean: Callable[[str], str], stored: Stored, previous: PreviousIndex
+    ) -> None:
+        self._recipe, self._clean = canonical(recipe), clean
+        self._stored, self._previous = stored, previous
+        self._cleaned: dict[str, str] = {}
+        self._keys: dict[tuple[str, str], str] = {}
+        self.jobs: dict[str, TextJob] = {}
+        """Key to job, in the order of first use."""
+
+    def of_prompt(self, prompt: str) -> str:
+        """The key of a prompt without a source."""
+        key = (self._stored.prompts or {}).get(prompt)
+        return key if key is not None and key in self._stored.texts else self.of(prompt)
+
+    def of_captions(self, item: SourceItem, seen: Seen) -> tuple[str, ...]:
+        """The keys of the item's captions, in their order."""
+        keys = () if self._stored.prompts is None else self._previous.caption_keys(item, seen.latent_key)
+        if keys and all(key in self._stored.texts for key in keys):
+            return keys
+        return tuple(self.of(caption, seen) for caption in item.captions)
+
+    def of_empty(self, seen: Seen) -> str:
+        """The key of the empty instruction with this source, or of the empty prompt."""
+        return self._of_cleaned("", seen) if seen.view else self.of_prompt("")
+
+    def of(self, raw: str, seen: Seen = Seen()) -> str:
+        """The key of a raw caption."""
+        if raw not in self._cleaned:
+            self._cleaned[raw] = self._clean(raw)
+        return self._of_cleaned(self._cleaned[raw], seen)
+
+    def _of_cleaned(self, cleaned: str, seen: Seen) -> str:
+        key = self._keys.get((cleaned, seen.canonical))
+        if key is None:
+            key = self._keys[cleaned, seen.canonical] = text_key_of(cleaned, self._recipe, seen.canonical)
+            self.jobs[key] = TextJob(key, cleaned, seen.view)
+        return key
