@@ -18,6 +18,7 @@ from k5train.base import quantize
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
+from k5train.runs.resume_state import Progress, save_state
 from k5train.training import session
 from k5train.training.best_run import Best, best_run
 from k5train.training.start import open_data
@@ -178,6 +179,8 @@ def test_the_plan_is_that_of_the_run_that_takes_most(toy_cache, toy_model):
 def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
     out = swept[0]
     before = {p: p.stat().st_mtime_ns for p in out.glob("*lr=1e-2/*.safetensors")}
+    state = next(out.glob("*lr=1e-2")) / "state"
+    save_state(state, Progress(3), {"adapter": {}}, {})  # a kill came before it was removed
     again = Cli(out.parent)(
         app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml",
         "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2", "-o", "out",
@@ -185,6 +188,7 @@ def test_the_same_sweep_again_trains_nothing_that_is_finished(swept, toy_cache):
     assert again.code == 0, again.err
     assert "Loading the transformer" not in again.err
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert not state.exists()
 
 
 def test_a_list_names_its_runs_and_lays_them_over_the_recipe(tmp_path):

@@ -208,7 +208,7 @@ def remove_states(folder: Path) -> None:
     """Remove every state of a run, for one that will not be resumed, and the folder if nothing else is in it."""
     remove_leftovers(folder)
     for state in _states(folder):
-        _remove(state)
+        _remove(state.rename(folder / f".tmp-old-{state.name}"))
     with suppress(OSError):
         folder.rmdir()
 

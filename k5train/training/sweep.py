@@ -107,7 +107,7 @@ def _sweep(
                 console.warn(f"{sweep_run.label}: {error.problem}")
                 outcomes.append(Outcome(sweep_run.label, str(run.lora), _steps_done(run), problem=error.problem))
                 continue
-            remove_states(run.state)  # three times the size of the LoRA, and the run is finished
+        remove_states(run.state)  # three times the size of the LoRA. Also what a kill kept of a run that is finished
         outcomes.append(_outcome(sweep_run.label, run))
         first_run = first_run or run
     write_json(out / SWEEP_FILE, [asdict(outcome) for outcome in outcomes])
