@@ -158,7 +158,7 @@ def quantised(
     if execution is not None:
         execution.warm_up(partial(_forward_and_backward, model, case))
     with torch.no_grad():
-        velocity = predict_velocity(model, *case.inputs)
+        velocity = _our_predict(model)(*case.inputs, **case.condition)
     allowed = INT8_DYNAMIC if config.base_model_precision == "int8-dynamic" else INT8[dtype]
     comparisons = [compare(name, "quanto's QLinear", [("velocity", velocity, theirs.velocity)], allowed)]
     if drawn is not None:
@@ -181,7 +181,7 @@ def compute(
 ) -> Computed:
     """A velocity. If the whole model is on the device, also drawn latents and one training step of a LoRA."""
     with torch.no_grad():
-        velocity = predict(*case.inputs)
+        velocity = predict(*case.inputs, **case.condition)
     if not is_resident:
         return Computed(velocity)
     latents = draw(model, scheduler, case)
@@ -199,7 +199,7 @@ def compute(
 
 def our_latents(model: Any, scheduler: FlowMatchEulerDiscreteScheduler, case: Case) -> Tensor:
     """What ``k5train`` draws."""
-    return sample_latents(model, scheduler, case.prompt, case.negative, case.settings)
+    return sample_latents(model, scheduler, case.prompt, case.negative, case.settings, source=case.source)
 
 
 @contextmanager
@@ -229,9 +229,13 @@ def short_of_memory(num_bytes: float) -> str:
     return "" if num_bytes <= free else f"needs {human_bytes(num_bytes)} of memory, {human_bytes(free)} are free"
 
 
+def _our_predict(model: Any) -> Callable[..., Tensor]:
+    return partial(predict_velocity, model)
+
+
 def _forward_and_backward(model: Any, case: Case) -> None:
     latents, *rest = case.inputs
-    velocity = predict_velocity(model, latents.clone().requires_grad_(), *rest)
+    velocity = _our_predict(model)(latents.clone().requires_grad_(), *rest, **case.condition)
     torch.autograd.backward(velocity.float().sum())
 
 
