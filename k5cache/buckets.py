@@ -180,10 +180,23 @@ def source_geometry(target: Geometry, width: int, height: int) -> Geometry:
     A source of the target's shape is resized and cropped exactly as the target is, so that their pixels correspond. Any
     other is stretched. Shapes are the same if they differ by no more than rounding the smaller picture to whole pixels.
     """
-    difference = abs(width * target.height - height * target.width)
-    if difference <= max(width, height, target.width, target.height):
+    if _are_alike(target, width, height):
         return replace(target, width=width, height=height)
     return replace(squash(width, height, target.bucket), flipped=target.flipped, stretched=True)
+
+
+def is_turned(target: Geometry, width: int, height: int) -> bool:
+    """Whether a source of ``width`` x ``height`` pixels has its target's shape lying on its side.
+
+    Usually one of the two files has lost the orientation that its EXIF data stated.
+    """
+    return _are_alike(target, height, width) and not _are_alike(target, width, height)
+
+
+def _are_alike(target: Geometry, width: int, height: int) -> bool:
+    """Whether both have one shape, but for rounding the smaller one to whole pixels."""
+    difference = abs(width * target.height - height * target.width)
+    return difference <= max(width, height, target.width, target.height)
 
 
 def _scaled(side: int, resolution: int) -> int:

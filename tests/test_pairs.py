@@ -12,7 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from k5cache.buckets import bucket_table, choose_bucket, cover, is_turned
 from k5cache.cli import app
 from k5cache.commands.listing import print_skipped
 from k5cache.encode.request import read_listed_request
@@ -23,6 +25,7 @@ from k5cache.shared.kind import kind_at_hand
 from k5cache.shared.model import Drawn, ModelConfig
 from k5cache.sources import unchanged
 from k5cache.sources.find import Source, find
+from k5cache.sources.images import image_size
 from k5cache.sources.items import UnreadableImage
 from k5cache.sources.pairs import pair
 from tests.cli import Cli
@@ -486,3 +489,46 @@ def test_pictures_without_a_partner_are_told_by_their_reasons_and_not_one_by_one
         "  cat_end.png: has no source: there is no cat_start.* or cat_end.source.*",
         "    and 2 more for this reason: dog_end.png, owl_end.png",
     ]
+
+
+def test_odd_shapes_of_sources_are_counted_and_named_and_an_exif_orientation_is_applied(tmp_path, toy_edit_model):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees to the right
+    turned, lost, clear = ((96, 64), {"exif": exif}), ((96, 64), {}), Image.new("RGBA", (64, 96), (9, 9, 9, 0))
+    for name, (size, options) in {
+        "exif": turned,
+        "lost": lost,
+        "long": ((40, 6000), {}),
+        "same": ((64, 96), {}),
+    }.items():
+        fill(tmp_path / "set", f"{name}.txt")
+        Image.new("RGB", (64, 96), "red").save(tmp_path / f"set/{name}.png")
+        Image.new("RGB", size, "red" if name == "same" else "blue").save(tmp_path / f"set/{name}.source.png", **options)
+    fill(tmp_path / "set", "clear.txt", "bad.png", "bad.txt")
+    Image.new("RGB", (64, 96), "red").save(tmp_path / "set/clear.png")
+    clear.save(tmp_path / "set/clear.source.png")
+    (tmp_path / "set/bad.source.png").write_bytes(b"no picture")
+    found = edits(tmp_path / "set")
+    assert image_size(found.read_source("exif.source.png")) == (64, 96)
+    options = ["set", "--model", str(toy_edit_model), "--set", "cache.resolution=64"]
+    done = Cli(tmp_path)(app, "diff", *options)
+    assert done.code == 0, done.err
+    lines = [line.rstrip() for line in done.out.splitlines()]
+    stretched = lines.index("2 sources stretched, of another shape than their target")
+    assert lines[stretched + 1 : stretched + 3] == ["  long.png", "  lost.png"]
+    on_its_side = "1 with a source that lies on its side, perhaps by a lost EXIF orientation"
+    assert lines[lines.index(on_its_side) + 1] == "  lost.png"
+    same = "1 source and target are the same file: nothing to learn"
+    assert lines[lines.index(same) + 1] == "  same.png"
+    assert any(line.startswith("  bad.png: its source bad.source.png is not an image") for line in lines)
+    preview = json.loads(Cli(tmp_path)(app, "diff", *options, "--json").out)
+    assert (preview["turned"], preview["num_items"]) == (["lost.png"], 5)
+
+
+def test_a_source_lies_on_its_side_only_if_that_gives_it_its_targets_shape():
+    target = cover(1200, 800, choose_bucket(1200, 800, bucket_table(1024, "native")))
+    for size, is_on_its_side in (((800, 1200), True), ((401, 600), True), ((1200, 800), False), ((600, 400), False),
+                                 ((1000, 1000), False), ((800, 1300), False)):  # fmt: skip
+        assert is_turned(target, *size) == is_on_its_side, size
+    square = cover(512, 512, choose_bucket(512, 512, bucket_table(1024, "native")))
+    assert not is_turned(square, 512, 512)

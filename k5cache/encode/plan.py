@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from k5cache.buckets import Bucket, Geometry, source_geometry
+from k5cache.buckets import Bucket, Geometry, is_turned, source_geometry
 from k5cache.encode.examined import Image, examine_images, mask_reason, source_reason
 from k5cache.encode.job import LatentJob, MaskJob, TextJob, no_sources
 from k5cache.encode.keys import canonical, latent_key_of, mask_key
@@ -47,6 +47,8 @@ class Plan:
     """Pairs to draw."""
     stretched: tuple[str, ...] = ()
     """Paths of images whose source has another shape and is stretched."""
+    turned: tuple[str, ...] = ()
+    """Paths of images whose source has their width for its height and the reverse."""
     same_as_target: tuple[str, ...] = ()
     """Paths of images whose source has the same bytes: such a pair teaches to change nothing."""
     read_source: Callable[[str], Content] = no_sources
@@ -92,11 +94,12 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
         renamed=changes.renamed,
         changed=changes.changed,
         skipped=(*wanted.skipped, *unreadable),
-        upscaled=tuple(dict.fromkeys(row.path for row in rows if geometry_of(row).upscaled)),
+        upscaled=_paths(row for row in rows if geometry_of(row).upscaled),
         failed=failed,
         edits=edits,
-        stretched=tuple(dict.fromkeys(row.path for row in rows if row.source_path and source_of_row(row).stretched)),
-        same_as_target=tuple(dict.fromkeys(row.path for row in rows if row.source_hash == row.content_hash)),
+        stretched=_paths(row for row in rows if row.source_path and source_of_row(row).stretched),
+        turned=_paths(row for row in rows if row.source_path and _is_turned(row)),
+        same_as_target=_paths(row for row in rows if row.source_hash == row.content_hash),
     )
 
 
@@ -117,6 +120,15 @@ def geometry_of(row: IndexRow) -> Geometry:
 def source_of_row(row: IndexRow) -> Geometry:
     """The crop of a row's source."""
     return source_geometry(geometry_of(row), row.source_width, row.source_height)
+
+
+def _is_turned(row: IndexRow) -> bool:
+    return is_turned(geometry_of(row), row.source_width, row.source_height)
+
+
+def _paths(rows: Iterable[IndexRow]) -> tuple[str, ...]:
+    """Each path once: a flip is a row of its own."""
+    return tuple(dict.fromkeys(row.path for row in rows))
 
 
 class _Keys:

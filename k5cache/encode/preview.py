@@ -37,7 +37,8 @@ class Preview:
     num_multiline: int = 0
     """As in ``find.Source``."""
     stretched: tuple[str, ...] = ()
-    """As in ``EncodeReport``, and the next."""
+    """As in ``EncodeReport``, and the next two."""
+    turned: tuple[str, ...] = ()
     same_as_target: tuple[str, ...] = ()
     flawed: tuple[Flawed, ...] = ()
 
@@ -60,6 +61,7 @@ def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) 
         upscaled=plan.upscaled,
         num_multiline=request.listing.num_multiline,
         stretched=plan.stretched,
+        turned=plan.turned,
         same_as_target=plan.same_as_target,
         flawed=plan.flawed,
     )

@@ -68,7 +68,9 @@ class EncodeReport:
     num_multiline: int = 0
     """As in ``find.Source``; 0 if there was nothing to do."""
     stretched: tuple[str, ...] = ()
-    """Images whose source has another shape and is stretched to theirs. Only for image-to-image, as the next."""
+    """Images whose source has another shape and is stretched to theirs. Only for image-to-image, as the next two."""
+    turned: tuple[str, ...] = ()
+    """Images whose source has their width for its height and the reverse: usually an EXIF orientation that was lost."""
     same_as_target: tuple[str, ...] = ()
     """Images whose source is the same file: such a pair teaches to change nothing."""
     flawed: tuple[items.Flawed, ...] = ()

@@ -75,6 +75,7 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         truncated=encoded.truncated,
         upscaled=plan.upscaled,
         stretched=plan.stretched,
+        turned=plan.turned,
         same_as_target=plan.same_as_target,
         num_multiline=request.listing.num_multiline,
         flawed=tuple(image for image in plan.flawed if image.path not in unreadable),
