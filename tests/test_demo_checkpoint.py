@@ -170,6 +170,13 @@ def test_the_demos_pictures_are_captioned_credited_and_small():
     assert sum(file.stat().st_size for file in DEMO.glob("*/*.png")) < 250_000
 
 
+def test_every_picture_of_the_demo_has_a_source_of_its_size_to_be_edited_from():
+    for name in ("images", "held_out"):
+        sources = {path.name for path in (DEMO / "sources" / name).iterdir()}
+        assert sources == {path.name for path in (DEMO / name).glob("*.png")}
+        assert {image_size(DEMO / "sources" / name / source) for source in sources} == {(128, 128)}
+
+
 def test_the_notice_credits_every_set_that_is_drawn_from():
     from pipelines.demo.micro.data import EMOJI, HELD_OUT, ICONS
 
