@@ -127,7 +127,7 @@ def picture_tokens(config: CacheConfig, text_job: TextJob) -> int:
     if text_job.source is None:
         return 0
     geometry = text_job.source.geometry
-    if getattr(config, "source_view", "crop") == "whole":
+    if config.source_view == "whole":
         return vision_plan.picture_tokens(geometry.width, geometry.height)
     return vision_plan.picture_tokens(geometry.bucket.width, geometry.bucket.height)
 

@@ -79,7 +79,7 @@ class Sources:
     @property
     def is_whole(self) -> bool:
         """Whether Qwen sees the whole source instead of the crop that the VAE sees."""
-        return getattr(self.job.config, "source_view", "crop") == "whole"
+        return self.job.config.source_view == "whole"
 
     def reason(self, text_job: TextJob) -> str:
         """Why the pipeline cannot encode a pair; empty if it can. Most pairs are not tokenised for it."""

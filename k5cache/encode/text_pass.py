@@ -54,7 +54,7 @@ def encode_texts(
         ModelError: the checkpoint has no vision tower or image processor, and there are sources.
     """
     failed = {} if failed is None else failed
-    sources = _sources(job, text_jobs)
+    sources = _sources(job) if estimate.has_sources(text_jobs) else None
     if sources:
         reasons = {text_job.key: sources.reason(text_job) for text_job in text_jobs}
         failed.update({key: UnreadableImage(reason) for key, reason in reasons.items() if reason})
@@ -77,10 +77,13 @@ def encode_texts(
     return truncated
 
 
-def _sources(job: Job, text_jobs: Sequence[TextJob]) -> Sources | None:
-    """The sources of instructions; None for text-to-image."""
-    if not any(text_job.source for text_job in text_jobs):
-        return None
+def tokenizer_of(job: Job, *, is_with_sources: bool) -> Callable[[TextJob], Tokens]:
+    """What gives the token ids of a text, as an encode has them."""
+    return _tokenizer(job, _sources(job) if is_with_sources else None)
+
+
+def _sources(job: Job) -> Sources:
+    """The sources of instructions."""
     from k5cache.encoders.pipeline import pipeline_template
     from k5cache.encoders.with_picture import load_processor
 

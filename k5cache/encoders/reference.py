@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.encoders.clip import load_clip_tokenizer, no_progress_bar
-from k5cache.encoders.pipeline import clean, silent
+from k5cache.encoders.pipeline import clean, empty_pipeline, logger_name, silent
 from k5cache.encoders.qwen import load_tokenizer
+from k5cache.encoders.with_picture import as_picture, load_processor
 from k5cache.shared.handed_over import handed_over
 from k5cache.shared.host_memory import free_ram
+from k5cache.shared.kind import Kind
 from k5cache.shared.part_files import weight_files
 
 if TYPE_CHECKING:
     import torch
 
-LOGGER = "diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i"
 ROOM = 0.8  # of free memory may be taken by weights; activations have the rest
 
 
@@ -43,25 +44,35 @@ def encode_as_the_pipeline(
     max_sequence_length: int,
     device: str,
     dtypes: tuple[torch.dtype, torch.dtype],
+    sources: Sequence[torch.Tensor] | None = None,
 ) -> list[Encoded]:
     """Run ``encode_prompt`` on each caption alone: first Qwen, then CLIP, each freed before the next.
 
     Args:
         captions: raw or cleaned; the pipeline cleans them.
         dtypes: of Qwen and of CLIP.
+        sources: for image-to-image, the picture of each instruction, uint8 ``[3, H, W]``.
     """
     import torch
 
-    pipeline, at = _pipeline(folder), torch.device(device)
+    kind: Kind = "t2i" if sources is None else "i2i"
+    pipeline, at = _pipeline(folder, kind), torch.device(device)
     ids: list[list[int]] = []
     embeds: list[torch.Tensor] = []
-    with torch.no_grad(), silent(LOGGER), _loaded_qwen(folder, device, dtypes[0]) as qwen:
+    with torch.no_grad(), silent(logger_name(kind)), _loaded_qwen(folder, device, dtypes[0]) as qwen:
         hook = qwen.register_forward_pre_hook(
             lambda _, __, inputs: ids.append(inputs["input_ids"][0].tolist()), with_kwargs=True
         )
         vars(pipeline)["text_encoder"] = qwen
-        for caption in captions:
-            states, _ = pipeline._encode_prompt_qwen([clean(caption)], at, max_sequence_length, dtypes[0])
+        for i, caption in enumerate(captions):
+            picture = {} if sources is None else {"image": [as_picture(sources[i])]}
+            states, _ = pipeline._encode_prompt_qwen(
+                [clean(caption, kind)],
+                device=at,
+                max_sequence_length=max_sequence_length,
+                dtype=dtypes[0],
+                **picture,
+            )
             embeds.append(states[0].cpu())
         hook.remove()
         vars(pipeline)["text_encoder"] = None
@@ -69,7 +80,7 @@ def encode_as_the_pipeline(
     _free()
     with torch.no_grad():
         vars(pipeline)["text_encoder_2"] = _clip(folder, dtypes[1]).to(at)
-        pooled = [pipeline._encode_prompt_clip([clean(caption)], at, dtypes[1])[0].cpu() for caption in captions]
+        pooled = [pipeline._encode_prompt_clip([clean(caption, kind)], at, dtypes[1])[0].cpu() for caption in captions]
     del pipeline
     _free()
     return [Encoded(*row) for row in zip(ids, embeds, pooled, strict=True)]
@@ -109,13 +120,12 @@ def moments_of_the_vae(
     return moments
 
 
-def _pipeline(folder: Path) -> Any:
-    """The pipeline with its tokenizers and no models."""
-    from diffusers import Kandinsky5T2IPipeline
-
-    parts = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"))
-    tokenizers = {"tokenizer": load_tokenizer(folder), "tokenizer_2": load_clip_tokenizer(folder)}
-    return Kandinsky5T2IPipeline(**parts, **tokenizers)
+def _pipeline(folder: Path, kind: Kind = "t2i") -> Any:
+    """The pipeline with its tokenizers and no models. That of image-to-image has an image processor of Pillow."""
+    pipeline = empty_pipeline(kind)
+    tokenizer = load_tokenizer(folder) if kind == "t2i" else load_processor(folder).whole
+    vars(pipeline).update(tokenizer=tokenizer, tokenizer_2=load_clip_tokenizer(folder))
+    return pipeline
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Captions and crops go through the passes of an encode, and through ``Kandinsky5T
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,24 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.encode.differences import differences, table_of
-from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import Job, LatentJob, TextJob
-from k5cache.encode.plan import geometry_of
+from k5cache.encode.job import Job, SourceView, TextJob
 from k5cache.encode.precision import torch_dtype
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
-from k5cache.encode.text_pass import encode_texts
+from k5cache.encode.text_pass import encode_texts, tokenizer_of
+from k5cache.exact.crops import Picture, Sample, compare_latents, compare_stored_latents, sample_pictures
 from k5cache.exact.reencode import TOLERANCE
 from k5cache.options import CacheConfig, with_source_dir
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.comparison import Comparison, check, compare, not_run
-from k5cache.shared.errors import K5Error
-from k5cache.shared.handed_over import handed_over
+from k5cache.shared.kind import Kind, kind_of_recipe
 from k5cache.shared.model import ModelConfig
-from k5cache.sources import find, images
-from k5cache.sources.items import Content, UnreadableImage
+from k5cache.sources import images
 from k5cache.store.reader import Cache
 
 if TYPE_CHECKING:
@@ -50,19 +45,28 @@ CAPTIONS = (
     "",
     "many words " * 400,
 )
-PICTURE_SIDE = 256  # pixels of the side of synthetic pictures, so that a float32 VAE on a CPU takes seconds
 PIPELINE = "pipeline.encode_prompt"
-VAE = "vae.encode(preprocess)"
 _ALLOWED = {"int8": 0.1, "fast": 0.02}  # of the norm: 8 bits in 28 layers; bfloat16 products of another size
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One crop to encode."""
+class Text:
+    """A caption, or for image-to-image an instruction with its source."""
 
-    name: str
-    content: Content
-    geometry: Geometry
+    caption: str
+    source: Picture | None = None
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.caption[:32]!r}" + (f" for {self.source.name}" if self.source else "")
+
+    def job(self, key: str, kind: Kind) -> TextJob:
+        """What an encode would have to do for it."""
+        from k5cache.encoders.pipeline import clean
+
+        view = SourceView(self.source.name, "", self.source.geometry) if self.source else None
+        return TextJob(key, clean(self.caption, kind), view)
 
 
 def compare_with_diffusers(
@@ -91,29 +95,47 @@ def compare_with_diffusers(
     folder = model_folder(model, ENCODER_PARTS)
     config = with_source_dir(config_of(cache.manifest.recipe) if cache else CacheConfig(), sources)
     recipe = build_recipe(model, config, folder)
+    kind = kind_of_recipe(recipe)
     comparisons = [] if cache is None else [_compare_recipe(cache, recipe)]
-    stored = _stored_captions(cache, count) if cache else {}
-    captions = [*CAPTIONS, *(caption for caption in stored.values() if caption not in CAPTIONS)]
-    pictures, latent_keys, reason = _pictures(cache, source, config, count)
+    sample = sample_pictures(cache, source, config, count)
+    stored = _stored_texts(cache, count, sample) if cache else {}
+    texts = list(dict.fromkeys([*_own_texts(kind, sample), *stored.values()]))
 
     qwen_dtype, clip_dtype, vae_dtype = _dtypes(config)
     task = bars.add_task("diffusers' text encoders", total=None, unit="caption", note="")
-    encoded = encode_as_the_pipeline(folder, captions, config.text_limit("t2i"), device, (qwen_dtype, clip_dtype))
+    captions, limit = [text.caption for text in texts], config.text_limit(kind)
+    encoded = encode_as_the_pipeline(
+        folder, captions, limit, device, (qwen_dtype, clip_dtype), _sources_of(texts, config)
+    )
     bars.update(task, description="diffusers' VAE")
-    crops = [images.load_pixels(picture.content, picture.geometry) for picture in pictures]
+    crops = [images.load_pixels(picture.content, picture.geometry) for picture in sample.pictures]
     moments = moments_of_the_vae(folder, crops, device, vae_dtype)
     bars.remove_task(task)
-    reference = dict(zip(captions, encoded, strict=True))
+    reference = dict(zip(texts, encoded, strict=True))
 
-    contents = {picture.name: picture.content for picture in pictures}
-    job = Job(contents.__getitem__, Path(), folder, config, device, bars)
-    comparisons.append(_compare_token_ids(folder, reference, config.text_limit("t2i")))
-    comparisons += _compare_texts(job, reference)
-    comparisons += _compare_latents(job, pictures, moments, recipe)
+    contents = {picture.name: picture.content for picture in sample.pictures}
+    job = Job(contents.__getitem__, Path(), folder, config, device, bars, read_source=contents.__getitem__)
+    comparisons.append(_compare_token_ids(job, reference, kind))
+    comparisons += _compare_texts(job, reference, kind)
+    comparisons += compare_latents(job, sample.pictures, moments, recipe)
     if cache:
-        comparisons += _compare_stored_texts(cache, stored, reference)
-        comparisons.append(_compare_stored_latents(cache, latent_keys, pictures, moments, reason))
+        comparisons += _compare_stored_texts(cache, stored, reference, sample.reason)
+        comparisons.append(compare_stored_latents(cache, sample.latent_keys, sample.pictures, moments, sample.reason))
     return comparisons
+
+
+def _own_texts(kind: Kind, sample: Sample) -> list[Text]:
+    """Captions of our own. For image-to-image each is an instruction for one of the pictures, in turn."""
+    if kind == "t2i":
+        return [Text(caption) for caption in CAPTIONS]
+    return [Text(caption, sample.pictures[i % len(sample.pictures)]) for i, caption in enumerate(CAPTIONS)]
+
+
+def _sources_of(texts: Sequence[Text], config: CacheConfig) -> list[torch.Tensor] | None:
+    """What Qwen sees of the source of each text, uint8 ``[3, H, W]``; None for text-to-image."""
+    load = images.load_whole if config.source_view == "whole" else images.load_pixels
+    seen = [load(text.source.content, text.source.geometry) for text in texts if text.source]
+    return seen or None
 
 
 def _compare_recipe(cache: Cache, recipe: dict[str, Any]) -> Comparison:
@@ -123,170 +145,67 @@ def _compare_recipe(cache: Cache, recipe: dict[str, Any]) -> Comparison:
     )
 
 
-def _compare_token_ids(folder: Path, reference: dict[str, Encoded], limit: int) -> Comparison:
+def _compare_token_ids(job: Job, reference: dict[Text, Encoded], kind: Kind) -> Comparison:
     import torch
 
-    from k5cache.encoders.pipeline import clean
-    from k5cache.encoders.qwen import load_tokenizer, tokenize
-
-    tokenizer = load_tokenizer(folder)
+    tokenize = tokenizer_of(job, is_with_sources=kind == "i2i")
     pairs = [
-        (f"{caption[:32]!r}", torch.tensor(tokenize(tokenizer, clean(caption), limit).ids), torch.tensor(theirs.ids))
-        for caption, theirs in reference.items()
+        (text.name, torch.tensor(tokenize(text.job("", kind)).ids), torch.tensor(theirs.ids))
+        for text, theirs in reference.items()
     ]
     return compare(f"token ids of {len(pairs)} captions", PIPELINE, pairs)
 
 
-def _compare_texts(job: Job, reference: dict[str, Encoded]) -> list[Comparison]:
+def _compare_texts(job: Job, reference: dict[Text, Encoded], kind: Kind) -> list[Comparison]:
     """Captions through an encode's own passes, compared with the pipeline."""
-    from k5cache.encoders.pipeline import clean
-
-    ours = Collector()
-    encode_texts(job, ours, [TextJob(caption, clean(caption)) for caption in reference])
+    ours, keys = Collector(), {text: str(i) for i, text in enumerate(reference)}
+    encode_texts(job, ours, [text.job(key, kind) for text, key in keys.items()])
     precise = max(_ALLOWED.get(job.config.text_encoder_1_precision, 0.0), _ALLOWED.get(job.config.text_batching, 0.0))
     allowed = {"prompt_embeds": precise, "pooled": _ALLOWED.get(job.config.text_batching, 0.0)}
     return [
         compare(
             f"{name} of {len(reference)} captions",
             PIPELINE,
-            [(f"{c[:32]!r}", ours.rows[c][name], getattr(theirs, name)) for c, theirs in reference.items()],
+            [(text.name, ours.rows[keys[text]][name], getattr(theirs, name)) for text, theirs in reference.items()],
             allowed[name],
         )
         for name in ("prompt_embeds", "pooled")
     ]
 
 
-def _compare_latents(
-    job: Job,
-    pictures: Sequence[Picture],
-    moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    recipe: dict[str, Any],
-) -> list[Comparison]:
-    """Crops through an encode's own pass, compared with the VAE in the float16 that is stored."""
-    from diffusers import AutoencoderKL
+def _stored_texts(cache: Cache, count: int, sample: Sample) -> dict[str, Text]:
+    """Text key -> text of ``count`` random rows, and of up to ``count`` prompts that samples are drawn from.
 
-    ours = Collector()
-    failed = encode_latents(job, ours, [LatentJob(p.name, p.name, p.geometry) for p in pictures])
-    names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
-    comparisons = [
-        compare(
-            f"{name} of {len(pictures)} crops",
-            VAE,
-            [
-                (p.name, ours.rows[p.name][name], theirs[i].half())
-                for p, theirs in zip(pictures, moments, strict=True)
-                if p.name not in failed
-            ],
-        )
-        for i, name in enumerate(names)
-    ]
-    with handed_over(job.folder, "vae") as only:
-        factor = AutoencoderKL.load_config(only, local_files_only=True)["scaling_factor"]
-    ours_factor = recipe["latents"]["scaling_factor"]
-    problem = "" if ours_factor == factor else f"scaling_factor is {ours_factor} instead of {factor}"
-    return [*comparisons, check("scaling_factor", "the VAE's config", problem)]
-
-
-def _stored_captions(cache: Cache, count: int) -> dict[str, str]:
-    """Text key -> caption of ``count`` random rows, and of up to ``count`` prompts that samples are drawn from."""
+    For image-to-image those of the sample's own images, which have to be there: a text is of its source, too.
+    """
+    if cache.kind == "i2i":
+        return {key: Text(cache.text(key).caption, source) for key, source in sample.instructions.items()}
     keys = sorted(cache.text_lengths())
     chosen = random.Random(0).sample(keys, min(count, len(keys)))
     chosen += sorted(set(cache.manifest.prompts.values()) - set(chosen))[:count]
-    return {key: cache.text(key).caption for key in chosen}
+    return {key: Text(cache.text(key).caption) for key in chosen}
 
 
-def _compare_stored_texts(cache: Cache, stored: dict[str, str], reference: dict[str, Encoded]) -> list[Comparison]:
+def _compare_stored_texts(
+    cache: Cache, stored: dict[str, Text], reference: dict[Text, Encoded], reason: str
+) -> list[Comparison]:
     rows = {key: cache.text(key) for key in stored}
     precision = table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
+    titles = {name: f"cached {name} of {len(rows)} captions" for name in ("prompt_embeds", "pooled")}
+    if not stored:
+        return [not_run(title, PIPELINE, reason) for title in titles.values()]
     return [
         compare(
-            f"cached {name} of {len(rows)} captions",
+            title,
             PIPELINE,
             [
-                (f"{row.caption[:32]!r}", getattr(row, name), getattr(reference[row.caption], name))
-                for row in rows.values()
+                (stored[key].name, getattr(row, name), getattr(reference[stored[key]], name))
+                for key, row in rows.items()
             ],
             max(TOLERANCE["text"], _ALLOWED.get(precision or "", 0.0)),
         )
-        for name in ("prompt_embeds", "pooled")
+        for name, title in titles.items()
     ]
-
-
-def _compare_stored_latents(
-    cache: Cache,
-    latent_keys: dict[str, str],
-    pictures: Sequence[Picture],
-    moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    reason: str,
-) -> Comparison:
-    title = f"cached latents of {len(latent_keys)} images"
-    if not latent_keys:
-        return not_run(title, VAE, reason)
-    pairs = [
-        (f"{p.name} {name}", tensor, theirs[("mean", "std").index(name)].half())
-        for p, theirs in zip(pictures, moments, strict=True)
-        for name, tensor in cache.latents(latent_keys[p.name]).items()
-        if name in ("mean", "std")
-    ]
-    return compare(title, VAE, pairs, TOLERANCE["latents"])
-
-
-def _pictures(
-    cache: Cache | None, source: Path | None, config: CacheConfig, count: int
-) -> tuple[list[Picture], dict[str, str], str]:
-    """Crops to encode, and if they are of the cache's own images, name -> latent key; else why they are not."""
-    reason = "there is no cache"
-    if cache is not None:
-        usual = Path("datasets") / cache.root.resolve().name
-        if source is None and not usual.exists():  # the name is not looked up as a dataset on the hub
-            reason = f"there is no {usual}: name the folder of the images with --source"
-        else:
-            keyed, reason = _images_of(cache, source or usual, config, count)
-            if keyed:
-                return [picture for picture, _ in keyed], {picture.name: key for picture, key in keyed}, ""
-    return _synthetic(min(config.resolution, PICTURE_SIDE)), {}, reason
-
-
-def _images_of(cache: Cache, source: Path, config: CacheConfig, count: int) -> tuple[list[tuple[Picture, str]], str]:
-    """Some of the cache's images that have not changed, each with its latent key; and why others are left out."""
-    try:
-        read = find.find(source, config, cache.kind).read
-    except K5Error as error:
-        return [], f"{error.problem}; name the folder of the images with --source"
-    pictures, reason = list[tuple[Picture, str]](), ""
-    for i in random.Random(0).sample(range(len(cache)), len(cache)):
-        row = cache.row(i)
-        try:
-            content = read(row.path)
-            if images.hash_content(content) != row.content_hash:
-                reason = f"{row.path} has changed since it was encoded"
-                continue
-        except UnreadableImage as error:
-            reason = f"{row.path} {error.reason}"
-            continue
-        pictures.append((Picture(row.path, content, geometry_of(row)), row.latent_key))
-        if len(pictures) == count:
-            break
-    return pictures, reason
-
-
-def _synthetic(resolution: int) -> list[Picture]:
-    """A square and a wide picture of soft shapes and noise, each a little larger than its bucket."""
-    import numpy as np
-    from PIL import Image
-
-    resolution = max(64, resolution // 16 * 16)
-    pictures = []
-    for width, height in ((resolution + 21, resolution + 9), (2 * resolution + 5, resolution)):
-        x, y = np.meshgrid(np.linspace(0, 9, width), np.linspace(0, 9, height))
-        waves = np.stack([np.sin(x * y / 4), np.cos(x + y), np.sin(x - 2 * y)], axis=-1)
-        noise = np.random.default_rng(0).normal(0, 0.2, waves.shape)
-        buffer = io.BytesIO()
-        Image.fromarray(((waves + noise) * 64 + 128).clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-        table = bucket_table(resolution, "native")
-        geometry = cover(width, height, choose_bucket(width, height, table))
-        pictures.append(Picture(f"picture of {width}x{height}", buffer.getvalue(), geometry))
-    return pictures
 
 
 def _dtypes(config: CacheConfig) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
