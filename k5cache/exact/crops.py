@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover, source_geometry
+from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job, LatentJob
-from k5cache.encode.plan import geometry_of
+from k5cache.encode.plan import geometry_of, source_of_row
 from k5cache.encode.sink import Collector
 from k5cache.exact.reencode import TOLERANCE
 from k5cache.options import CacheConfig
@@ -81,7 +81,7 @@ def _images_of(cache: Cache, source: Path, config: CacheConfig, count: int) -> S
         try:
             own = [_unchanged(row.path, listing.read(row.path), row.content_hash, geometry_of(row), row.path)]
             if row.source_path and row.source_hash:
-                geometry = source_geometry(geometry_of(row), row.source_width, row.source_height)
+                geometry = source_of_row(row)
                 content = listing.read_source(row.source_path)
                 name = f"source {row.source_path} of {row.path}"
                 own.append(_unchanged(name, content, row.source_hash, geometry, row.source_path))

@@ -12,8 +12,8 @@ from rich.progress import Progress
 
 from k5cache.encode.differences import differences, refuse_model
 from k5cache.encode.image_pass import encode_latents
-from k5cache.encode.job import Job, LatentJob, TextJob, no_sources
-from k5cache.encode.plan import geometry_of
+from k5cache.encode.job import Job, LatentJob, SourceView, TextJob, no_sources
+from k5cache.encode.plan import geometry_of, source_of_row
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
@@ -97,42 +97,75 @@ def reencode(
     read = listing.read if listing else Path
     read_source = listing.read_source if listing else no_sources
     job = Job(read, cache.root, folder, config, pick_device(device), bars, read_source=read_source)
-    compared = _reencode_texts(cache, job, keys)
-    compared_latents, not_compared = _reencode_latents(cache, job, [cache.row(number) for number in numbers])
-    return Reencoded((*compared, *compared_latents), tuple(not_compared))
+    rows = [cache.row(number) for number in numbers]
+    text_jobs, without = _with_sources(cache, rows, count) if cache.kind == "i2i" else (_captions(cache, keys), [])
+    compared, not_compared = _reencode_texts(cache, job, text_jobs)
+    compared_latents, unread = _reencode_latents(cache, job, rows)
+    return Reencoded((*compared, *compared_latents), tuple(dict.fromkeys([*without, *not_compared, *unread])))
 
 
-def _reencode_texts(cache: Cache, job: Job, keys: list[str]) -> list[Compared]:
-    texts = {key: cache.text(key) for key in keys}
-    encoded = Collector()
-    encode_texts(job, encoded, [TextJob(key, text.caption) for key, text in texts.items()])
-    return [
-        _compare("text", text.caption, {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}, encoded.rows[key])
-        for key, text in texts.items()
-    ]
+def _captions(cache: Cache, keys: list[str]) -> list[TextJob]:
+    return [TextJob(key, cache.text(key).caption) for key in keys]
+
+
+def _with_sources(cache: Cache, rows: list[IndexRow], count: int) -> tuple[list[TextJob], list[str]]:
+    """``count`` instructions of the rows, and why there are none: each is encoded with its source, which must be there.
+
+    Instructions and empty ones are mixed.
+    """
+    if not rows:
+        return [], ["instructions: each is encoded with its source; name the folder of the images with --source"]
+    views = {row: SourceView(row.source_path or "", row.source_hash or "", source_of_row(row)) for row in rows}
+    wanted = [(key, view) for row, view in views.items() for key in (*row.caption_keys, row.empty_key) if key]
+    return [TextJob(key, cache.text(key).caption, view) for key, view in dict(wanted[: 2 * count]).items()], []
+
+
+def _reencode_texts(cache: Cache, job: Job, text_jobs: list[TextJob]) -> tuple[list[Compared], list[str]]:
+    """The rows that were encoded again, and ``path: why`` for the sources that could not be read."""
+    encoded, failed = Collector(), dict[str, items.UnreadableImage]()
+    encode_texts(job, encoded, text_jobs, failed)
+    compared = []
+    for text_job in text_jobs:
+        if text_job.key not in failed:
+            text = cache.text(text_job.key)
+            name = text.caption if text_job.source is None else f"{text.caption} ({text_job.source.path})"
+            stored = {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
+            compared.append(_compare("text", name, stored, encoded.rows[text_job.key]))
+    sources = [(text_job.source, failed[text_job.key]) for text_job in text_jobs if text_job.key in failed]
+    return compared, [f"source {source.path}: {error.reason}" for source, error in sources if source]
 
 
 def _reencode_latents(cache: Cache, job: Job, index_rows: list[IndexRow]) -> tuple[list[Compared], list[str]]:
     """The rows that were encoded again, and ``path: why`` for the images that could not be."""
-    rows = {row.latent_key: row for row in index_rows}
-    reasons = {key: reason for key, row in rows.items() if (reason := _why_not_comparable(job, row))}
-    latent_jobs = [
-        LatentJob(key, row.path, geometry_of(row), row.content_hash) for key, row in rows.items() if key not in reasons
-    ]
+    jobs = {
+        row.latent_key: LatentJob(row.latent_key, row.path, geometry_of(row), row.content_hash) for row in index_rows
+    }
+    for row in index_rows:
+        if row.source_key and row.source_path:
+            geometry, content_hash = source_of_row(row), row.source_hash or ""
+            own = LatentJob(row.source_key, row.source_path, geometry, content_hash, is_source=True)
+            jobs.setdefault(row.source_key, own)
+    reasons = {key: reason for key, latent_job in jobs.items() if (reason := _why_not_comparable(job, latent_job))}
     encoded = Collector()
-    reasons |= {key: error.reason for key, error in encode_latents(job, encoded, latent_jobs).items()}
+    wanted = [latent_job for key, latent_job in jobs.items() if key not in reasons]
+    reasons |= {key: error.reason for key, error in encode_latents(job, encoded, wanted).items()}
     compared = [
-        _compare("latents", row.path, cache.latents(key), encoded.rows[key])
-        for key, row in rows.items()
+        _compare("latents", _name(latent_job), cache.latents(key), encoded.rows[key])
+        for key, latent_job in jobs.items()
         if key not in reasons
     ]
-    return compared, [f"{rows[key].path}: {reason}" for key, reason in reasons.items()]
+    return compared, [f"{_name(jobs[key])}: {reason}" for key, reason in reasons.items()]
 
 
-def _why_not_comparable(job: Job, row: IndexRow) -> str:
-    """Why the image of ``row`` cannot be compared; empty if it can."""
+def _name(latent_job: LatentJob) -> str:
+    return f"source {latent_job.path}" if latent_job.is_source else latent_job.path
+
+
+def _why_not_comparable(job: Job, latent_job: LatentJob) -> str:
+    """Why an image cannot be compared; empty if it can."""
+    read = job.read_source if latent_job.is_source else job.read
     try:
-        is_same = images.hash_content(job.read(row.path)) == row.content_hash
+        is_same = images.hash_content(read(latent_job.path)) == latent_job.content_hash
     except items.UnreadableImage as error:
         return error.reason
     return "" if is_same else "has changed since it was encoded"
