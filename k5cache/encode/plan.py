@@ -79,8 +79,9 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
             rows += rows_of_image
     edits = (*wanted.kept_edits, *(keys.edit(edit) for edit in wanted.edits))
     changes = previous.changes(rows)
-    needed_texts = {*_text_keys(rows), *prompts.values(), *_edit_texts(edits)}
-    needed_latents = {*_latent_keys(rows), *(edit.source_key for edit in edits)}
+    needed_texts = {key for row in rows for key in row.text_keys} | {*prompts.values()}
+    needed_texts |= {key for edit in edits for key in edit.text_keys}
+    needed_latents = {key for row in rows for key in row.latent_keys} | {edit.source_key for edit in edits}
     return Plan(
         rows=tuple(rows),
         latent_jobs=tuple(job for key, job in keys.latent_jobs.items() if key in needed_latents),
@@ -193,29 +194,8 @@ class _Keys:
         return key
 
 
-def _text_keys(rows: Sequence[IndexRow]) -> Iterator[str]:
-    for row in rows:
-        yield from row.caption_keys
-        if row.empty_key:
-            yield row.empty_key
-
-
-def _edit_texts(edits: Sequence[Edit]) -> Iterator[str]:
-    for edit in edits:
-        yield edit.text_key
-        if edit.empty_key:
-            yield edit.empty_key
-
-
-def _latent_keys(rows: Sequence[IndexRow]) -> Iterator[str]:
-    for row in rows:
-        yield row.latent_key
-        if row.source_key:
-            yield row.source_key
-
-
 def _image_keys(rows: Sequence[IndexRow]) -> Iterator[str]:
-    yield from _latent_keys(rows)
+    yield from (key for row in rows for key in row.latent_keys)
     yield from (row.mask_key for row in rows if row.mask_key)
 
 

@@ -64,6 +64,16 @@ class IndexRow:
     empty_key: str | None = None
     """Text key of the empty instruction with this source; None if the cache has no empty instructions."""
 
+    @property
+    def latent_keys(self) -> tuple[str, ...]:
+        """Of the image's latents and, for image-to-image, its source's."""
+        return (self.latent_key, self.source_key) if self.source_key else (self.latent_key,)
+
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        """Of the captions and, for image-to-image, the empty instruction with the source."""
+        return (*self.caption_keys, self.empty_key) if self.empty_key else self.caption_keys
+
 
 _TYPES: dict[str, tuple[pa.DataType, bool]] = {
     **{f.name: (pa.int32(), False) for f in fields(IndexRow)},
@@ -105,7 +115,7 @@ def with_index(root: Path, manifest: Manifest, rows: Sequence[IndexRow]) -> Mani
     info = locations.write_locations(root, manifest.shards, generation, manifest.locations)
     table = locations.Locations(root, info, manifest.shards)
     lengths = table.text_lengths()
-    table.check_latents(key for row in rows for key in (row.latent_key, row.mask_key, row.source_key) if key)
+    table.check_latents(key for row in rows for key in (*row.latent_keys, row.mask_key) if key)
     for key in (row.empty_key for row in rows if row.empty_key):
         lengths[key]  # raises
     with_lengths = [replace(row, caption_lengths=tuple(lengths[key] for key in row.caption_keys)) for row in rows]

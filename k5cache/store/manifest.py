@@ -114,6 +114,11 @@ class Edit:
     """Of the bucket, in pixels, as ``height``."""
     height: int
 
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        """Of the instruction and of the empty one, if the cache has it."""
+        return (self.text_key, self.empty_key) if self.empty_key else (self.text_key,)
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -1,4 +1,4 @@
-"""What does a cache hold that nothing needs any more? Rows that no item and no prompt names are deleted."""
+"""What does a cache hold that nothing needs any more? Rows that no item, prompt or pair to draw names are deleted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Collected:
 
 
 def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Collected:
-    """Delete what neither the index nor a prompt needs.
+    """Delete what neither the index nor a prompt nor a pair to draw needs.
 
     Only files are deleted that the manifest names, or whose content proves that they are ours. All others stay.
 
@@ -75,9 +75,13 @@ def _read_rows(root: Path, manifest: Manifest) -> list[IndexRow]:
 def _needed_keys(manifest: Manifest, rows: Sequence[IndexRow]) -> dict[str, set[str]]:
     """The keys of each kind that must stay."""
     return {
-        "latents": {row.latent_key for row in rows},
+        "latents": {key for row in rows for key in row.latent_keys} | {edit.source_key for edit in manifest.edits},
         "masks": {row.mask_key for row in rows if row.mask_key},
-        "text": {key for row in rows for key in row.caption_keys} | set(manifest.prompts.values()),
+        "text": {
+            *(key for row in rows for key in row.text_keys),
+            *manifest.prompts.values(),
+            *(key for edit in manifest.edits for key in edit.text_keys),
+        },
     }
 
 

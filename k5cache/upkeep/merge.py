@@ -11,10 +11,11 @@ from pathlib import Path
 from k5cache.encode.differences import differences
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.files import make_folder, new_file, sync_folder
+from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.outputs import check_writable
 from k5cache.store import files
 from k5cache.store.index import IndexRow, index_rows, read_index, with_index
-from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
+from k5cache.store.manifest import Edit, Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
 from k5cache.store.ours import check_root
 from k5cache.store.shards import verify_shard
 from k5cache.upkeep.finished import finished_index
@@ -72,6 +73,7 @@ def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
             shards=tuple(shards.values()),
             prompts={raw: key for manifest in reversed(manifests) for raw, key in manifest.prompts.items()},
             created_by=manifests[0].created_by,
+            edits=_merge_edits(manifests),
         )
         write_manifest(out, with_index(out, merged, rows))
     num_bytes = sum(shard.num_bytes for shard in shards.values())
@@ -87,6 +89,11 @@ def _read_finished(root: Path) -> Manifest:
 
 def _require_one_recipe(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     for root, manifest in zip(parts[1:], manifests[1:], strict=True):
+        if manifest.kind != manifests[0].kind:
+            first, other = LONG_NAMES[manifests[0].kind], LONG_NAMES[manifest.kind]
+            raise CacheStale(
+                f"{parts[0]} was encoded for {first} and {root} for {other}", "Merge caches of one kind of model"
+            )
         differing = differences(manifests[0].recipe, manifest.recipe)
         if differing:
             sentences = "; ".join(difference.between(parts[0], root) for difference in differing)
@@ -114,8 +121,14 @@ def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[l
     return [replace(rows[name][0], caption_lengths=()) for name in sorted(rows)], tuple(duplicates)
 
 
+def _merge_edits(manifests: Sequence[Manifest]) -> tuple[Edit, ...]:
+    """The pairs to draw of all parts, each once."""
+    edits = [edit for manifest in manifests for edit in manifest.edits]
+    return tuple({(edit.source_hash, edit.prompt): edit for edit in reversed(edits)}.values())[::-1]
+
+
 def _keys(row: IndexRow) -> tuple[object, ...]:
-    return row.latent_key, row.mask_key, row.caption_keys
+    return row.latent_keys, row.mask_key, row.text_keys
 
 
 def _bring(root: Path, out: Path, shard: ShardInfo) -> bool:

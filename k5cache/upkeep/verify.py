@@ -105,6 +105,9 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
     for raw, key in manifest.prompts.items():
         if key not in lengths:
             yield f"{root}: the prompt {raw[:80]!r} has no row"
+    for edit in manifest.edits:
+        if not all(key in lengths for key in edit.text_keys) or not locations.find("latents", edit.source_key):
+            yield f"{root}: the pair to draw of {edit.source[:200]} and {edit.prompt[:80]!r} lacks a row"
     for row in rows:
         for problem in _check_index_row(row, locations, lengths):
             yield f"{root / manifest.index.file}: {row['path'][:200]} {problem}"
@@ -113,11 +116,20 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
 def _check_index_row(row: dict[str, Any], locations: Locations, lengths: Mapping[str, int]) -> Iterator[str]:
     """What is wrong with one row of the index, given where rows are and how many tokens each text has."""
     bucket = (row["bucket_width"], row["bucket_height"])
-    kinds: tuple[ShardKind, ...] = ("latents", "masks")
-    for kind, key in zip(kinds, (row["latent_key"], row["mask_key"]), strict=True):
+    wanted: tuple[tuple[ShardKind, str, str], ...] = (
+        ("latents", "latent_key", "latents"),
+        ("masks", "mask_key", "masks"),
+        ("latents", "source_key", "latents of its source"),
+    )
+    for kind, column, name in wanted:
+        key = row.get(column)
         place = locations.find(kind, key) if key else None
         if key and (place is None or place[0].bucket != bucket):
-            yield f"has no {kind} of {bucket[0]}x{bucket[1]}"
+            yield f"has no {name} of {bucket[0]}x{bucket[1]}"
+    if "source_key" in row and not row["source_key"]:
+        yield "has no source"
+    if row.get("empty_key") and row["empty_key"] not in lengths:
+        yield "has no empty instruction"
     if [lengths.get(key) for key in row["caption_keys"]] != row["caption_lengths"] or not row["caption_keys"]:
         yield "has no captions of the lengths it says"
 
