@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from k5cache.bench import encoding, text
 from k5cache.bench.encoding import bench
 from k5cache.bench.measurements import Measurements, Sizes
-from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, write_model
+from k5cache.bench.pairs import bench_pairs
+from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, FULL_VISION, PREPROCESSOR, write_model
+from pipelines.demo.make_checkpoint import IMAGE_PROCESSOR
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**FULL_TEXT, **TINY, "num_key_value_heads": 2,
@@ -63,3 +66,18 @@ def test_first_passes_are_compared_streamed_and_resident(tmp_path, monkeypatch):
     assert 0 < values["first_resident"] < 60
     assert values["first_over"] == values["first_streamed"] / values["first_resident"]
     assert measurements.rows[0][2].startswith(f"{values['first_resident']:.2f} s resident")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pairs_are_measured_beside_the_pipeline_and_exact_ones_have_its_bits():
+    tower = {**FULL_VISION, "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+             "out_hidden_size": 64, "fullatt_block_indexes": [1]}  # fmt: skip
+    values = bench_pairs("cpu", sizes=replace(SIZES, vision=tower, tokens=(5, 20), side=128)).values
+    assert values["same_exact"] == 8  # four pairs, each with its instruction and the empty one
+    assert values["error_fast"] < 0.02
+    assert values["baseline_pairs"] > 0
+    assert values["over_baseline_exact"] == pytest.approx(values["pairs_exact"] / values["baseline_pairs"])
+
+
+def test_the_random_models_image_processor_is_the_published_one():
+    assert {key: IMAGE_PROCESSOR[key] for key in PREPROCESSOR} == PREPROCESSOR

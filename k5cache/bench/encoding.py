@@ -122,9 +122,9 @@ def add_freed(measurements: Measurements, name: str, device: str) -> None:
     )
 
 
-def print_bench(measurements: Measurements) -> None:
+def print_bench(measurements: Measurements, title: str = "Encoders, random weights of full size") -> None:
     """Print the table."""
-    table = console.table("Encoders, random weights of full size", "what", "value", "remark")
+    table = console.table(title, "what", "value", "remark")
     for row in measurements.rows:
         table.add_row(*row)
     console.out.print(table)

@@ -16,6 +16,8 @@ class Sizes:
     text: dict[str, Any] = field(default_factory=lambda: FULL_TEXT)
     clip: dict[str, Any] = field(default_factory=lambda: FULL_CLIP)
     vae: dict[str, Any] = field(default_factory=lambda: FULL_VAE)
+    vision: dict[str, Any] | None = None
+    """The vision tower of image-to-image; None for text-to-image."""
     num_captions: int = 512
     num_baseline: int = 128
     """Captions of the baseline, and of the exact pass that is compared with it bit for bit."""

@@ -16,6 +16,10 @@ def bench(
         bool,
         typer.Option("--encoders", help="Measure full-size text encoders and VAE on this GPU; writes 14 GB to --dir."),
     ] = False,
+    pairs: Annotated[
+        bool,
+        typer.Option("--pairs", help="Measure pairs of image-to-image on this GPU, beside the pipeline; writes 16 GB."),
+    ] = False,
     store: Annotated[
         bool, typer.Option("--store", help="Measure reading random rows from shards, compared with other formats.")
     ] = False,
@@ -25,10 +29,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure stage 1 with random weights and rows, compared with what others do. Downloads nothing."""
-    if not encoders and not store:
+    if not (encoders or pairs or store):
         from k5cache.shared.errors import K5Error
 
-        raise K5Error("There is nothing to measure", "Give --encoders, --store or both")
+        raise K5Error("There is nothing to measure", "Give --encoders, --pairs or --store, or several of them")
     results: dict[str, object] = {}
     if store:
         from k5cache.bench import reading
@@ -45,5 +49,14 @@ def bench(
         results["encoders"] = encoding.as_json(measurements)
         if not as_json:
             encoding.print_bench(measurements)
+    if pairs:
+        from k5cache.bench import encoding
+        from k5cache.bench.pairs import bench_pairs
+        from k5cache.shared.device import pick_device
+
+        of_pairs = bench_pairs(pick_device(device), folder)
+        results["pairs"] = encoding.as_json(of_pairs)
+        if not as_json:
+            encoding.print_bench(of_pairs, "Pairs of image-to-image, random weights of full size")
     if as_json:
         console.print_json(results)

@@ -54,9 +54,10 @@ def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) ->
 class Vae:
     """The VAE, loaded for the first image that can be read: broken images alone are no reason to load it."""
 
-    def __init__(self, job: Job, latent_jobs: Sequence[LatentJob]) -> None:
+    def __init__(self, job: Job, latent_jobs: Sequence[LatentJob], model: Any = None) -> None:
+        """``model``: the VAE, if it is loaded already."""
         self._job, self._latent_jobs = job, latent_jobs
-        self._model: Any = None
+        self._model = model
         self._in_strips = False
 
     def moments(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:

@@ -23,33 +23,60 @@ FULL_VAE = {  # FLUX.1's autoencoder, config.json
 }  # fmt: skip
 
 
+FULL_VISION = {  # Qwen2.5-VL-7B-Instruct, config.json, vision_config
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+    "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+}  # fmt: skip
+PREPROCESSOR = {  # Qwen2.5-VL-7B-Instruct, preprocessor_config.json
+    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+_MARKS = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+
+
 def write_model(root: Path, sizes: Any, device: str) -> None:
-    """Write random encoders in the diffusers layout, the text encoder a tensor at a time."""
+    """Write random encoders in the diffusers layout, the text encoder a tensor at a time.
+
+    Args:
+        sizes: with ``vision``, the checkpoint is one of image-to-image: it has a vision tower, and a tokenizer that
+            knows the marks of a picture.
+    """
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
     where = root / "text_encoder"
     where.mkdir(parents=True)
-    nested = {"model_type": "qwen2_5_vl", "text_config": sizes.text, "vision_config": {"depth": 1, "hidden_size": 32,
-              "num_heads": 2, "intermediate_size": 64, "out_hidden_size": sizes.text["hidden_size"]}}  # fmt: skip
+    vision = sizes.vision or {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
+                              "out_hidden_size": sizes.text["hidden_size"]}  # fmt: skip
+    marks = {f"{mark}_token_id": 300 + i for i, mark in enumerate(_MARKS)} if sizes.vision else {}
+    marks |= {"image_token_id": marks["image_pad_token_id"], "video_token_id": 305} if marks else {}
+    nested = {"model_type": "qwen2_5_vl", "text_config": sizes.text, "vision_config": vision, **marks}
     (where / "config.json").write_text(json.dumps({**sizes.text, **nested}))
-    write_text_layers(root, device)
+    write_text_encoder(root, device, has_tower=sizes.vision is not None)
     for name in ("tokenizer", "tokenizer_2"):
         write_tokenizer(root / name, sizes.clip["max_position_embeddings"] if name == "tokenizer_2" else 4096, name)
+    if sizes.vision:
+        _add_marks(root / "tokenizer")
+        (root / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     CLIPTextModel(CLIPTextConfig(**sizes.clip, pad_token_id=1, eos_token_id=2)).to(torch.bfloat16).save_pretrained(
         root / "text_encoder_2"
     )
     AutoencoderKL(**sizes.vae).save_pretrained(root / "vae")
 
 
-def as_pipeline(root: Path, encoder: Any, clip: Any, device: str) -> Any:
-    """``Kandinsky5T2IPipeline`` with the same weights, its whole text encoder on the device."""
+def as_pipeline(root: Path, encoder: Any, clip: Any, device: str, tower: Any = None) -> Any:
+    """``Kandinsky5T2IPipeline`` with the same weights, its whole text encoder on the device.
+
+    Args:
+        tower: of a checkpoint of image-to-image; then it is ``Kandinsky5I2IPipeline``.
+    """
     import torch
-    from diffusers import Kandinsky5T2IPipeline
+    from diffusers import Kandinsky5I2IPipeline, Kandinsky5T2IPipeline
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from k5cache.encoders import qwen
+    from k5cache.encoders import qwen, with_picture
 
     config = Qwen2_5_VLConfig.from_dict(json.loads((root / "text_encoder" / "config.json").read_text()))
     with torch.device("meta"):
@@ -61,23 +88,30 @@ def as_pipeline(root: Path, encoder: Any, clip: Any, device: str) -> Any:
     text.norm.load_state_dict(encoder.model.norm.state_dict(), assign=True)
     text.embed_tokens.weight.copy_(encoder.embeddings)
     text.rotary_emb = encoder.model.rotary_emb
-    return Kandinsky5T2IPipeline(
-        transformer=None, vae=None, scheduler=None, text_encoder=text_encoder, tokenizer=qwen.load_tokenizer(root),
+    if tower is not None:
+        text_encoder.model.visual.load_state_dict(tower.model.state_dict(), assign=True)
+        text_encoder.model.visual.rotary_pos_emb = tower.model.rotary_pos_emb
+    tokenizer = qwen.load_tokenizer(root) if tower is None else with_picture.load_processor(root).whole
+    return (Kandinsky5T2IPipeline if tower is None else Kandinsky5I2IPipeline)(
+        transformer=None, vae=None, scheduler=None, text_encoder=text_encoder, tokenizer=tokenizer,
         text_encoder_2=clip.model, tokenizer_2=clip.tokenizer,
     )  # fmt: skip
 
 
-def write_text_layers(root: Path, device: str) -> None:
-    """Write random weights of unit gain from the device into one safetensors file."""
+def write_text_encoder(root: Path, device: str, has_tower: bool = False) -> None:
+    """Write random weights of unit gain from the device into one safetensors file: text layers, vision tower."""
     import torch
 
     from k5cache.encoders.qwen import empty_text_model
+    from k5cache.encoders.vision import empty_tower
 
-    shapes = {name: tuple(t.shape) for name, t in empty_text_model(root, torch.bfloat16).state_dict().items()}
+    models = {"model": empty_text_model(root, torch.bfloat16)}
+    models |= {"visual": empty_tower(root, torch.bfloat16)} if has_tower else {}
+    shapes = {f"{part}.{name}": tuple(t.shape) for part, m in models.items() for name, t in m.state_dict().items()}
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * int(torch.Size(shape).numel())
-        header[f"model.{name}"] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -85,10 +119,11 @@ def write_text_layers(root: Path, device: str) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             if len(shape) == 1:
-                tensor = torch.ones(shape, device=device) if "norm" in name else 0.1 * torch.randn(shape, device=device)
+                is_norm = "norm" in name or "ln_q" in name
+                tensor = torch.ones(shape, device=device) if is_norm else 0.1 * torch.randn(shape, device=device)
             else:
                 tensor = torch.randn(shape, device=device, dtype=torch.bfloat16)
-                tensor *= 1.0 if "embed" in name else shape[1] ** -0.5
+                tensor *= 1.0 if "embed_tokens" in name else torch.Size(shape[1:]).numel() ** -0.5
             flat = tensor.to(torch.bfloat16).flatten().view(torch.uint8)
             for piece in flat.split(2**26):  # type: ignore[no-untyped-call]
                 file.write(memoryview(piece.cpu().numpy()))
@@ -114,6 +149,19 @@ def write_tokenizer(folder: Path, max_length: int, name: str) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", model_max_length=max_length
     ).save_pretrained(folder)
+
+
+def _add_marks(folder: Path) -> None:
+    """Let a tokenizer know the marks that the template of image-to-image puts around a picture."""
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["added_tokens"] += [
+        {"id": 300 + i, "content": f"<|{mark}|>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for i, mark in enumerate(_MARKS)
+    ]  # fmt: skip
+    document["model"]["vocab"] |= {f"<|{mark}|>": 300 + i for i, mark in enumerate(_MARKS)}
+    path.write_text(json.dumps(document))
 
 
 def write_pictures(folder: Path, sizes: Any) -> None:

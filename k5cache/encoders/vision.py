@@ -48,15 +48,11 @@ def load_tower(folder: Path, device: str | torch.device, dtype: torch.dtype) -> 
         ModelError: the files have no vision tower, or one that does not match the config.
     """
     import torch
-    from transformers import AttentionInterface, Qwen2_5_VLConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+    from transformers import AttentionInterface
 
     device = torch.device(device)
     weights = Weights(folder, _PREFIXES, "patch_embed.proj.weight", "vision tower, which image-to-image needs")
-    config = Qwen2_5_VLConfig.from_dict(read_config(folder, "text_encoder")).vision_config
-    make = Qwen2_5_VisionTransformerPretrainedModel._from_config
-    with torch.device("meta"):
-        model = make(config).to(dtype)
+    model = empty_tower(folder, dtype)
     names = list(model.state_dict())
     weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
     if device.type == "cpu":
@@ -66,10 +62,21 @@ def load_tower(folder: Path, device: str | torch.device, dtype: torch.dtype) -> 
         tensors = {weights.own_name(name): tensor for name, tensor in group.items()}
     model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=True, assign=True)
     # The rotary frequencies are in no file. They are computed on the CPU in float32, as from_pretrained keeps them.
-    config = type(config).from_dict({**config.to_dict(), "depth": 0})
-    model.rotary_pos_emb = make(config).rotary_pos_emb.to(device)
+    without_layers = type(model.config).from_dict({**model.config.to_dict(), "depth": 0})
+    model.rotary_pos_emb = type(model)._from_config(without_layers).rotary_pos_emb.to(device)
     AttentionInterface.register(_ATTENTION, _attend)
     return Tower(model.eval().requires_grad_(False))
+
+
+def empty_tower(folder: Path, dtype: torch.dtype) -> Any:
+    """The vision tower of the folder's config on the meta device: shapes, no memory."""
+    import torch
+    from transformers import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = Qwen2_5_VLConfig.from_dict(read_config(folder, "text_encoder")).vision_config
+    with torch.device("meta"):
+        return Qwen2_5_VisionTransformerPretrainedModel._from_config(config).to(dtype)
 
 
 def look(tower: Tower, pictures: Iterable[tuple[Any, Seen]], *, exact: bool = True) -> Iterator[tuple[Any, Any]]:
