@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import Kandinsky5T2IPipeline, Kandinsky5Transformer3DModel
+from safetensors.torch import load_file
 
 from pipelines.demo.make_checkpoint import IMAGE_PROCESSOR, TOKENIZERS, to_bfloat16
 from pipelines.demo.micro import model as micro
@@ -32,10 +33,13 @@ WEIGHTS = {
 }
 
 
-def start() -> Kandinsky5T2IPipeline:
+def start(weights: Path | None = None) -> Kandinsky5T2IPipeline:
     """k5-micro in float32. Its transformer takes a source's 17 channels too; their weights are 0 at the start.
 
     It is a ``Kandinsky5T2IPipeline``, because that of image-to-image takes no bare tokenizer.
+
+    Args:
+        weights: a folder with the two files of ``save_weights``, for k5-micro-edit as it was then.
     """
     pipeline = micro.load(MICRO)
     plain: Any = pipeline.transformer
@@ -45,8 +49,15 @@ def start() -> Kandinsky5T2IPipeline:
     wide = torch.zeros(len(narrow), 4, 33)
     wide[:, :, :16] = narrow.view(-1, 4, 16)
     edit.load_state_dict({**tensors, "visual_embeddings.in_layer.weight": wide.flatten(1)})
-    torch.nn.Module.to(edit, torch.float32)
-    pipeline.register_modules(transformer=edit)
+    text_encoder: Any = pipeline.text_encoder
+    if weights:
+        edit.load_state_dict(load_file(weights / "transformer.safetensors"))
+        with TemporaryDirectory() as folder:
+            assemble(Path(folder), weights)
+            text_encoder = type(text_encoder).from_pretrained(Path(folder) / "text_encoder")
+    for part in (edit, text_encoder):
+        torch.nn.Module.to(part, torch.float32)
+    pipeline.register_modules(transformer=edit, text_encoder=text_encoder)
     return pipeline
 
 

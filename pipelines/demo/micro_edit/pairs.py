@@ -13,6 +13,7 @@ from pipelines.demo.micro.data import BACKGROUNDS
 from pipelines.demo.micro_edit.drawings import STYLES
 from pipelines.demo.micro_edit.instructions import Instructions
 
+P_SAME = 0.15  # how often the source is the target itself, on the background before: what is asked for is there already
 P_WHITE = 0.3  # how often the source's background is white; the others share the rest
 
 
@@ -56,13 +57,14 @@ class Batch:
 
 
 def draw_batch(tables: Tables, group: Instructions, size: int) -> Batch:
-    """Instructions of one length, a target in the style that each names, and another drawing of it as its source."""
+    """Instructions of one length, targets in the styles they name, and mostly another drawing of the same as a source."""
     device = tables.partners.device
     chosen = torch.multinomial(group.weight, size, replacement=True)
     style = group.style[chosen]
     style = torch.where(style < 0, torch.randint(len(STYLES), (size,), device=device), style)
     target = tables.of_style[style, torch.randint(tables.of_style.shape[1], (size,), device=device)]
     source = tables.partners[target, torch.randint(tables.partners.shape[1], (size,), device=device)]
+    source = torch.where(torch.rand(size, device=device) < P_SAME, target, source)
     count = len(BACKGROUNDS)  # white is the first of them
     before = torch.randint(1, count, (size,), device=device) * (torch.rand(size, device=device) > P_WHITE)
     after = torch.where(group.background[chosen] < 0, before, group.background[chosen])

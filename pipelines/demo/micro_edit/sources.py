@@ -1,10 +1,10 @@
-"""What are the demo's pictures edited from? The same things in styles that k5-micro-edit knows, on the same backgrounds.
+"""What are the demo's pictures edited from? The same things in styles that k5-micro-edit knows.
 
     python -m pipelines.demo.micro_edit.sources .micro pipelines/demo
 
 It writes ``sources/images/`` and ``sources/held_out/``, one picture under the name of each in ``images/`` and
-``held_out/``, in one of the seven emoji styles by turns. The things of ``held_out/`` are in no pair that k5-micro-edit
-was trained on.
+``held_out/``, on the same background, in one of the seven emoji styles by turns. The things of ``held_out/`` are in no
+pair that k5-micro-edit was trained on.
 """
 
 from __future__ import annotations

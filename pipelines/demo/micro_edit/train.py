@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,12 +44,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train k5-micro-edit.")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--start", type=Path, help="a folder with weights of an earlier call, to continue from")
     parser.add_argument("--quick", action="store_true", help="draw only a few pictures in four steps, to try it")
     watch = Watch()
     arguments = arguments_of(parser)
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
-    pipeline = model.start().to(device)
+    pipeline = model.start(arguments.start).to(device)
     drawings, images = read(arguments.data / "drawings.zip", arguments.limit)
     watch.say(f"{len(drawings)} drawings read")
     latents, features = encode(pipeline, images.to(device))
