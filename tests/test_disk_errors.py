@@ -40,6 +40,30 @@ def test_a_path_that_an_error_has_stays_and_a_bare_name_does_not():
         assert answer[0].endswith(f" {shown}")
 
 
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EMFILE, "Too many files are open, the next would be"),
+        (errno.ENOENT, "There is no longer a file or folder"),
+        (None, "The disk reports an error for"),  # it failed once
+    ],
+)
+def test_what_safetensors_calls_no_such_file_has_its_true_reason(tmp_path, monkeypatch, number, words):
+    path = tmp_path / "adapter.safetensors"
+    path.touch()
+
+    def cannot_open(*args: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    if number is not None:
+        monkeypatch.setattr(io, "open", cannot_open)
+    error = FileNotFoundError(f"No such file or directory: {path}")
+    assert sentence(error)[0] == f"{words} {path}"  # raised by a library that loads a model
+    with pytest.raises(OSError, match="adapter") as caught, named(path):
+        raise error
+    assert sentence(caught.value)[0] == f"{words} {path}"
+
+
 def test_an_error_of_reading_names_the_path_that_was_read(tmp_path, monkeypatch):
     """Python gives an error of ``open`` the path, and one of ``read`` none."""
     path = tmp_path / "metrics.jsonl"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from k5cache.encoders.hostio import DTYPES
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import ModelError
 from k5cache.shared.part_files import StoredTensor, read_header, weight_files
 
@@ -33,7 +34,8 @@ class Weights:
         self._paths = weight_files(folder, "text_encoder")
         for path in self._paths:
             try:
-                opened: Any = safe_open(path, framework="pt")
+                with named(path):
+                    opened: Any = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise ModelError(f"{path} is damaged: {error}", "Download the model again") from error
             self._files.update(dict.fromkeys(opened.keys(), opened))

@@ -33,6 +33,7 @@ _SENTENCES = {
     errno.ENAMETOOLONG: ("This name is too long for the disk", "Choose a shorter one"),
 }  # fmt: skip
 _BEFORE_PATH = re.compile(r"( for| while writing|, the next would be|:)$")
+_NOT_OPENED = re.compile(r"No such file or directory: (.+)")  # safetensors, whyever it could not open the file
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)  # as Rust and pyarrow write it
 _STRERROR = re.compile(r": ([^:]+) \((\d+)\)$")  # as safetensors' reader writes it
 
@@ -61,9 +62,20 @@ def named(path: Path) -> Iterator[None]:
             if not error.filename or os.sep not in str(error.filename):  # rmtree names files below a folder it has open
                 error.filename = str(path)
             raise
+        if isinstance(error, FileNotFoundError) and _NOT_OPENED.fullmatch(str(error)):
+            number = _why_not_opened(path)
+            raise OSError(number, os.strerror(number), str(path)) from error
         _raise_with(path, error)
     except Exception as error:  # of any library; what is not the disk's error rises as it is
         _raise_with(path, error)
+
+
+def _why_not_opened(path: Path) -> int:
+    try:
+        with path.open("rb"):
+            return errno.EIO  # now it can be
+    except OSError as error:
+        return error.errno or errno.EIO
 
 
 def _raise_with(path: Path, error: Exception) -> NoReturn:
@@ -78,6 +90,8 @@ def _os_error(error: BaseException | None) -> tuple[int, str, str] | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno, str(error.filename or _path_in_use(error)), error.strerror or ""
+        if isinstance(error, FileNotFoundError) and (match := _NOT_OPENED.fullmatch(str(error))):
+            return _why_not_opened(Path(match[1])), match[1], ""
         number = _number_in(error)
         if number is not None:
             return number, str(_path_in_use(error)), ""

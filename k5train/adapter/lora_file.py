@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
 
 # A key of an adapter, of whatever kind and for whatever model.
@@ -49,7 +50,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         _check_kind(path)
-        with safe_open(path, framework="pt") as file:
+        with named(path), safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             _check_is_adapter(path, keys)
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}

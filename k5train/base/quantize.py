@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from k5cache.shared.checkpoint import read_config
+from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import ModelError
 from k5cache.shared.part_files import weight_files
 from k5train.base.linear import Float32Linear, Int8Linear
@@ -164,7 +165,7 @@ def empty_transformer(folder: Path) -> Kandinsky5Transformer3DModel:
 def _stream(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in one file, checked against ``expected`` first. A tensor lives until the next."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        with named(file), safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
         if unexpected := sorted(set(shapes) - set(expected)):
             raise ModelError(f"{file} has tensors that this model does not know: {_some(unexpected)}", _DOWNLOAD)
@@ -175,7 +176,7 @@ def _stream(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[tuple[
         name = next(names, None)
         while name is not None:
             num_bytes = 0
-            with safe_open(file, framework="pt") as opened:
+            with named(file), safe_open(file, framework="pt") as opened:
                 while name is not None and num_bytes < _BYTES_MAPPED_AT_ONCE:
                     tensor = opened.get_tensor(name)
                     num_bytes += tensor.nbytes

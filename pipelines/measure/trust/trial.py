@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from tests import failing_calls
 from tests.cli import Cli, Done
 
 Verdict = Literal["lost", "silent", "traceback"]
@@ -186,7 +187,7 @@ def finished_run(root: Path, metrics: bool = True) -> dict[str, Any]:
     checked_run(root)
     _check_no_leftovers(root)
     run = Run(root)
-    files = {str(p.relative_to(root)): load_file(p) for p in [*root.glob("*.safetensors"), *run.checkpoints().values()]}
+    files = {str(p.relative_to(root)): load_file(p) for p in _loras(root)}
     files["state"] = state_of(root) if any(run.state.glob("step-*")) else {}  # a finished run of a sweep has none
     left: dict[str, Any] = {
         name: {key: digest([tensor]) for key, tensor in tensors.items()} for name, tensors in sorted(files.items())
@@ -221,7 +222,7 @@ def checked_run(root: Path) -> int:
         if saved:
             saved.check()
             check_metrics(run.metrics, saved.progress.metrics)
-        for lora in [*root.glob("*.safetensors"), *run.checkpoints().values()]:
+        for lora in _loras(root):
             if not check_recorded(lora):
                 raise Wrong("lost", f"{lora} has no checksum")
     except RunError as error:
@@ -229,7 +230,14 @@ def checked_run(root: Path) -> int:
     return saved.progress.step if saved else 0
 
 
+def _loras(root: Path) -> list[Path]:
+    from k5train.runs.folder import Run
+
+    return [*root.glob("[!.]*.safetensors"), *Run(root).checkpoints().values()]
+
+
 def _check_no_leftovers(root: Path) -> None:
-    left = [str(path.relative_to(root)) for path in root.rglob(".*") if path.name != ".lock"]
+    hidden = [path for path in root.rglob(".*") if path.name != ".lock" and not failing_calls.is_empty(path)]
+    left = [str(path.relative_to(root)) for path in hidden]
     if left:
         raise Wrong("lost", f"left half written in {root.name}: {left}")
