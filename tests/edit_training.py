@@ -39,13 +39,14 @@ def pipeline_around(
 class GivenPosterior(torch.nn.Module):
     """A VAE whose ``encode`` gives what a cache holds, in the VAE's dtype: what follows can be compared bit for bit."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, moments: dict[str, torch.Tensor], scaling_factor: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, moments: dict[str, torch.Tensor], scaling_factor: float, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         super().__init__()
+        self.device = torch.device(device)
         self.dtype = dtype
         self.config = SimpleNamespace(scaling_factor=scaling_factor, block_out_channels=(8, 16, 16, 16))
-        self.mean, self.std = (moments[n].to(dtype).permute(2, 0, 1)[None] for n in ("mean", "std"))
+        self.mean, self.std = (moments[n].to(device, dtype).permute(2, 0, 1)[None] for n in ("mean", "std"))
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
         posterior = DiagonalGaussianDistribution(torch.cat([self.mean, torch.zeros_like(self.mean)], dim=1))

@@ -18,7 +18,7 @@ from k5train.base import random_weights
 from k5train.base.architecture import FULL_SIZE
 from k5train.bench import steps, timing
 from k5train.bench.baseline import time_baseline
-from k5train.bench.case import MUST_REACH, SIZES, Case, inputs_for, routes_for
+from k5train.bench.case import CARDS, EDITS, MUST_REACH, SIZES, Case, inputs_for, routes_for
 from k5train.forward import compile, execute
 from k5train.forward.block import Modes, gather
 from k5train.options.adapter import LoraConfig, RankConfig
@@ -325,6 +325,36 @@ def test_caps_beyond_the_card_are_what_the_card_has():
 def test_the_benchs_baseline_is_diffusers_with_peft_and_quanto():
     result = time_baseline({**SMALL, "num_text_blocks": 1}, CPU, 1, 0)
     assert steps.table_rows([result], None)[0][2] == "1.00x"
+
+
+def test_the_bench_times_image_to_image_beside_text_to_image():
+    small = {**SMALL, "num_text_blocks": 1}
+    assert [(c.cap_gib, c.num_text_tokens, c.is_i2i) for c in EDITS[:2]] == [
+        (CARDS[0], 500, False),
+        (CARDS[0], 500, True),
+    ]
+    assert CARDS == (12 - CONTEXT_BYTES / GIB, 8 - CONTEXT_BYTES / GIB)
+    cases = [replace(case, side=64, num_text_tokens=8, rank=4, execution="eager") for case in EDITS[:2]]
+    plain, edit = steps.time_cases(tuple(cases), CPU, config=small, num_steps=2, num_warm_up=1)
+    assert edit.name == f"I2I, {plain.name}"
+    (line,) = steps.beside_t2i([plain, edit])
+    assert line == f"{plain.name}: a step of I2I takes {edit.milliseconds / plain.milliseconds:.2f}x of T2I's"
+    baseline = time_baseline(small, CPU, 1, 0, EDITS[1])
+    assert baseline.name.startswith("baseline: I2I, diffusers")
+    assert steps.table_rows([baseline, plain, edit], None)[0][2] == "1.00x"
+
+
+def test_a_transformer_that_edits_needs_its_wider_input_and_the_sources_channels():
+    """17 more channels of 2 x 2 latents in float32, and 33 of them in 16 bits; 68 more rows of the first matrix."""
+    config = TrainConfig(lora=LoraConfig(targets=("qkv",)))
+    plain, edit = (
+        plan_for({**FULL_SIZE, "visual_cond": is_i2i}, config, torch.device("cuda"), (4096, 1024), None)
+        for is_i2i in (False, True)
+    )
+    assert edit.parts["source"] == 4 * 4096 * (17 * 4 + 33 * 2)
+    assert edit.parts["weights"] - plain.parts["weights"] == 17 * 4 * 2560 * 2
+    assert edit.peak - plain.peak == edit.parts["source"] + 17 * 4 * 2560 * 2
+    assert "source" not in plain.parts
 
 
 def test_flops_are_those_that_torch_counts():

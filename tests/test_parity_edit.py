@@ -49,10 +49,12 @@ def cache(toy_edit_model, once):
     return open_cache(once("toy_pairs", lambda folder: make_pairs(folder, toy_edit_model)))
 
 
-def drawn_by_the_pipeline(pipeline, cache, guidance: float, instruction: str = "text-1-0") -> torch.Tensor:
+def drawn_by_the_pipeline(
+    pipeline, cache, guidance: float, instruction: str = "text-1-0", device: str = "cpu"
+) -> torch.Tensor:
     """``Kandinsky5I2IPipeline.__call__`` on item 1's embeddings; its VAE gives item 1's source."""
     embeds = {
-        f"{prefix}prompt_{name}": value
+        f"{prefix}prompt_{name}": value.to(device)
         for prefix, row in (("", cache.text(instruction)), ("negative_", cache.text("empty-1")))
         for name, value in (("embeds_qwen", row.prompt_embeds[None]), ("embeds_clip", row.pooled[None]),
                             ("cu_seqlens", torch.tensor([0, row.n_tokens])))
@@ -74,10 +76,10 @@ def drawn_by_us(transformer, model, d: Drawing) -> torch.Tensor:
     return sample_latents(transformer, load_scheduler(model), d.prompt, d.negative, d.settings, source=d.source)
 
 
-def pipeline_of(model, cache, dtype) -> Kandinsky5I2IPipeline:
+def pipeline_of(model, cache, dtype, device: str = "cpu") -> Kandinsky5I2IPipeline:
     scale = cache.manifest.recipe["latents"]["scaling_factor"]
-    vae = GivenPosterior(cache.latents("source-1"), scale, dtype)
-    return pipeline_around(reference_transformer(model, dtype), load_scheduler(model), vae, (64, 64))
+    vae = GivenPosterior(cache.latents("source-1"), scale, dtype, device)
+    return pipeline_around(reference_transformer(model, dtype, device), load_scheduler(model), vae, (64, 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ from k5train.options.train import TrainConfig
 from k5train.planning import vram
 from k5train.planning.plan import plan_for
 from tests.cli import Cli
+from tests.edit_training import make_pairs
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +69,18 @@ def test_plan_needs_neither_a_cache_nor_a_model_nor_a_gpu(cli):
     assert done.code == 0, done.err
     assert "predicted peak" in done.out
     assert "4096 picture tokens" in done.out
+
+
+def test_plan_of_image_to_image_is_for_its_flavour_or_a_cache_of_pairs(cli, toy_edit_model, once):
+    options = ("--vram", "12GB", "--text-tokens", "1024")
+    done = cli(train_app, "plan", "--i2i", *options)
+    assert done.code == 0, done.err
+    assert "image-to-image (I2I), 4096 picture tokens, 1024 text tokens" in " ".join(done.out.split())
+    assert cli(train_app, "plan", "--set", "model.flavour=i2i-lite-sft", *options).out == done.out
+    assert "image-to-image" not in cli(train_app, "plan", *options).out
+    pairs = once("toy_pairs", lambda folder: make_pairs(folder, toy_edit_model))
+    done = cli(train_app, "plan", str(pairs), "--vram", "12GB")
+    assert "image-to-image (I2I), 32 picture tokens, 16 text tokens" in " ".join(done.out.split()), done.err
 
 
 def test_plan_reads_the_sizes_of_a_cache(cli, toy_model):

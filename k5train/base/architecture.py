@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from k5cache.shared.kind import Kind
+
 # transformer/config.json of the published checkpoints of Kandinsky 5.0 Image Lite, T2I.
 FULL_SIZE: dict[str, Any] = {
     "_class_name": "Kandinsky5Transformer3DModel",
@@ -21,5 +23,11 @@ FULL_SIZE: dict[str, Any] = {
     "num_visual_blocks": 50,
     "axes_dims": [32, 48, 48],
 }
+
+
+def full_size(kind: Kind) -> dict[str, Any]:
+    """transformer/config.json of the published checkpoints for text-to-image or image-to-image."""
+    return FULL_SIZE if kind == "t2i" else {**FULL_SIZE, "visual_cond": True}
+
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

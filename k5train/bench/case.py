@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k5cache.shared.console import parse_bytes
+from k5cache.shared.vram import for_torch
 from k5train.base.quantize import Precision
 from k5train.forward import routing
+from k5train.forward.condition import condition_of
 from k5train.objective import tread
 from k5train.options.objective import RouteConfig, TreadConfig
+
+I2I = "I2I, "  # how the name of a case begins that edits images; the rest is that of the case to compare it with
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Case:
     execution: str = "auto"
     tread: float = 0.0
     """Share of the picture's tokens that skip the blocks of ``TREAD_BLOCKS``."""
+    is_i2i: bool = False
+    """Whether the transformer edits images: its input has a source's channels too."""
 
     @property
     def name(self) -> str:
@@ -36,7 +43,13 @@ class Case:
         cap = f"{self.cap_gib:g} GiB" if self.cap_gib else "all VRAM"
         tread = f", TREAD {self.tread:g}" if self.tread else ""
         adapter = f"r{self.rank} {'+'.join(self.targets)}"
-        return f"{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, {adapter}{tread}"
+        text = f", {self.num_text_tokens} text tokens" if self.num_text_tokens != Case.num_text_tokens else ""
+        kind = I2I if self.is_i2i else ""
+        return f"{kind}{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, {adapter}{text}{tread}"
+
+    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A transformer's config.json, for the kind of this case."""
+        return {**config, "visual_cond": True} if self.is_i2i else config
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,16 @@ SIZES = tuple(
         (1024, 1, 16, ("qkv",), 0.5),
     )
 )
+CARDS = tuple(round(for_torch(parse_bytes(card)) / 2**30, 2) for card in ("12GB", "8GB"))
+"""What torch has of cards of these sizes."""
+_CAPS: tuple[tuple[Precision, tuple[float, ...]], ...] = (("int8-quanto", CARDS), ("int8-dynamic", (16, *CARDS)))
+EDITS = tuple(
+    Case(precision, cap, num_text_tokens=500, is_i2i=is_i2i)
+    for precision, caps in _CAPS
+    for cap in caps
+    for is_i2i in (False, True)
+)
+"""Image-to-image, each case after text-to-image with as many text tokens."""
 TREAD_BLOCKS = (2, -3)
 """First and last visual block that dropped tokens skip."""
 
@@ -90,6 +113,16 @@ def routes_for(case: Case, device: torch.device) -> tuple[routing.Route, ...]:
     rows = [tread.token_scores((case.side // 16) ** 2, generator) for _ in range(case.batch_size)]
     routes = tread.choose(torch.stack(rows)[:, None], tread_of(case), 0, 1)
     return tuple(replace(route, kept=route.kept.to(device)) for route in routes)
+
+
+def condition_for(case: Case, config: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The random latents of a source and the mask channel, as an argument of ``predict_velocity``; none for T2I."""
+    if not case.is_i2i:
+        return {}
+    shape = (case.batch_size, 1, case.side // 8, case.side // 8, config["in_visual_dim"])
+    return {
+        "condition": condition_of(torch.randn(shape, generator=torch.Generator(device).manual_seed(2), device=device))
+    }
 
 
 def inputs_for(case: Case, config: dict[str, Any], device: torch.device) -> tuple[Tensor, ...]:

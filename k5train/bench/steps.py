@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from k5train.adapter import attach
 from k5train.base.architecture import FULL_SIZE
 from k5train.base.random_weights import random_transformer
 from k5train.bench.baseline import time_baseline
-from k5train.bench.case import Case, Measured, inputs_for, routes_for, tread_of
+from k5train.bench.case import I2I, Case, Measured, condition_for, inputs_for, routes_for, tread_of
 from k5train.bench.timing import flops, time_steps
 from k5train.forward import routing
 from k5train.forward.load import execute, stream_weights, streamed_blocks
@@ -49,14 +50,18 @@ def time_cases(
     device: torch.device,
     *,
     config: dict[str, Any] = FULL_SIZE,
-    baseline: bool = False,
+    baseline: Case | None = None,
     num_steps: int = 8,
     num_warm_up: int = 2,
 ) -> list[Measured]:
-    """Time every case, one after the other. A case that does not fit or fails is named and left out."""
+    """Time every case, one after the other. A case that does not fit or fails is named and left out.
+
+    Args:
+        baseline: the case that diffusers, peft and quanto are timed with first. None: they are not.
+    """
     measurements: list[tuple[str, Callable[[], Measured]]] = []
     if baseline:
-        measurements.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up)))
+        measurements.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up, baseline)))
     measurements += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
     results = [_measure_or_warn(name, measure) for name, measure in measurements]
     return [result for result in results if result is not None]
@@ -88,6 +93,7 @@ def time_case(
     case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2
 ) -> Measured:
     """Plan a case, put random weights where the plan wants them, and time the steps."""
+    config = case.config(config)
     train = TrainConfig(
         batch_size=case.batch_size,
         base_model_precision=case.precision,
@@ -126,7 +132,8 @@ def _time_plan(
     stream_weights(transformer, plan, device)
     attach.add_lora(transformer, train.lora, seed=0)
     execution = execute(transformer, train, device, plan)
-    step = make_step(transformer, inputs_for(case, config, device), routes_for(case, device))
+    inputs, condition = inputs_for(case, config, device), condition_for(case, config, device)
+    step = make_step(transformer, inputs, routes_for(case, device), condition)
     timing = time_steps(step, execution, device, num_steps, num_warm_up)
     operations = flops(architecture(config), work_for(config, train, sizes, compiled=True))
     blocks = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
@@ -140,7 +147,10 @@ def _time_plan(
 
 
 def make_step(
-    transformer: Any, inputs: tuple[Tensor, ...], routes: tuple[routing.Route, ...] = ()
+    transformer: Any,
+    inputs: tuple[Tensor, ...],
+    routes: tuple[routing.Route, ...] = (),
+    condition: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Callable[[], Tensor]:
     """A function that does one step on fixed inputs: forward, loss, backward, clip, AdamW.
 
@@ -149,10 +159,11 @@ def make_step(
     parameters = attach.lora_parameters(transformer)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=inputs[0].is_cuda)
     target = torch.randn_like(inputs[0])
+    predict: Callable[..., Tensor] = partial(predict_velocity, transformer)
     transformer.train()
 
     def step() -> Tensor:
-        loss = flow.flow_loss(predict_velocity(transformer, *inputs, routes=routes), target)
+        loss = flow.flow_loss(predict(*inputs, **condition, routes=routes), target)
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -177,6 +188,18 @@ def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]
             f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,
         ])  # fmt: skip
     return rows
+
+
+def beside_t2i(results: list[Measured]) -> list[str]:
+    """For each case of image-to-image that has its like of text-to-image: how much longer its step takes."""
+    by_name = {result.name: result for result in results}
+    pairs = [(by_name[name.removeprefix(I2I)], r) for name, r in by_name.items()
+             if name.startswith(I2I) and name.removeprefix(I2I) in by_name]  # fmt: skip
+    return [
+        f"{plain.name}: a step of I2I takes {edit.milliseconds / plain.milliseconds:.2f}x of T2I's"
+        + (f", its kernels {edit.busy / plain.busy:.2f}x" if edit.busy and plain.busy else "")
+        for plain, edit in pairs
+    ]
 
 
 def as_json(results: list[Measured]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only what this card itself would do, without the table of sizes.")
     ] = False,
+    i2i: Annotated[
+        bool, typer.Option("--i2i", help="Time image-to-image beside text-to-image, both with 500 text tokens.")
+    ] = False,
     baseline: Annotated[bool, typer.Option(help="Also time diffusers + peft + quanto: needs 20 GB of VRAM.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a case.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
@@ -27,19 +31,26 @@ def bench(
     import torch
 
     from k5train.bench import timing
-    from k5train.bench.case import MUST_REACH, QUICK, SIZES
-    from k5train.bench.steps import COLUMNS, as_json, table_rows, time_cases, within
+    from k5train.bench.case import EDITS, MUST_REACH, QUICK, SIZES
+    from k5train.bench.steps import COLUMNS, as_json, beside_t2i, table_rows, time_cases, within
     from k5train.planning import vram
 
     device = gpu_to_measure(out)
-    cases = QUICK if quick else within(vram.budget(device, None), (*MUST_REACH, *SIZES))
+    wanted = EDITS if i2i else (*MUST_REACH, *SIZES)
+    cases = within(vram.budget(device, None), wanted)
+    if quick:
+        cases = tuple(dict.fromkeys(replace(case, cap_gib=None) for case in EDITS)) if i2i else QUICK
     ceiling = timing.matmul_ceiling(device)
-    results = time_cases(cases, device, baseline=baseline, num_steps=steps)
+    results = time_cases(
+        cases, device, baseline=(EDITS[1] if i2i else MUST_REACH[0]) if baseline else None, num_steps=steps
+    )
     title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {ceiling:.0f} TFLOP/s bf16 matmul"
     table = console.table(title, *COLUMNS, numbers=COLUMNS[1:5])
     for row in table_rows(results, ceiling):
         table.add_row(*row)
     console.out.print(table)
+    for line in beside_t2i(results):
+        console.out.print(line, markup=False)
     if out is not None:
         out.write_text(as_json(results), encoding="utf-8")
 

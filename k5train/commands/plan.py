@@ -10,6 +10,7 @@ import typer
 from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, SIDE_MULTIPLE, is_side
 from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.kind import Kind, kind_of_flavour
 from k5cache.shared.model import validation_prompts
 from k5train.commands.arguments import Model, Recipe, Set, parse_document, read_document
 
@@ -21,6 +22,9 @@ def plan(
     vram: Annotated[str | None, typer.Option(help='Plan for a card of this size: "12GB".')] = None,
     resolution: Annotated[int, typer.Option(help="Width and height of the pictures in pixels, without CACHE.")] = 1024,
     text_tokens: Annotated[int, typer.Option(help="Tokens of the longest caption, without CACHE.")] = 512,
+    i2i: Annotated[
+        bool, typer.Option("--i2i", help="Plan for the published image-to-image model, without CACHE and model.")
+    ] = False,
     recipe: Recipe = None,
     model: Model = None,
     options: Set = None,
@@ -31,6 +35,7 @@ def plan(
         document.give("train.memory.vram", vram, f"--vram {vram}")
     model_config, config = parse_document(document)
     validation_prompts(document)  # a run would read its library of prompts
+    kind: Kind = "i2i" if i2i or (model_config and kind_of_flavour(model_config) == "i2i") else "t2i"
     if model_config and model_config.path is None:
         model_config = None  # a published one, whose shapes are known
     if not is_side(resolution):
@@ -45,7 +50,7 @@ def plan(
 
     from k5train.planning.without_loading import plan_without_loading
 
-    shown = plan_without_loading(cache, config, model_config, (resolution // 16) ** 2, text_tokens)
+    shown = plan_without_loading(cache, config, model_config, (resolution // 16) ** 2, text_tokens, kind)
     table = console.table(shown.title, "what", "how", numbers=())
     for row in shown.rows:
         table.add_row(*row)

@@ -95,6 +95,8 @@ class Work:
     compiled: bool = True
     bytes_per_lora_parameter: int = 16
     """The parameter and its gradient in float32, and the optimizer's state, which is 8 bytes in AdamW."""
+    condition_channels: int = 0
+    """Channels of the source's latents and mask, for image-to-image."""
     token_shares: tuple[float, ...] = ()
     """Share of the picture's tokens that goes through each visual block. Empty without TREAD: all of them."""
 
@@ -183,6 +185,9 @@ def estimate(
     slots = min(streaming.slots, streaming.num_blocks) if streaming else 0
     weights = per_block * resident + arch.num_text_blocks * (arch.text_block_parameters * weight_bytes)
     weights += (arch.modulation_parameters + arch.num_other_parameters) * small_bytes
+    # The source's channels in float32, and the whole input in 16 bits: 2 x 2 latents a token.
+    of_condition = work.condition_channels * 4 + (2 * work.condition_channels - 1) * work.bytes_per_element
+    latents = 4 * work.batch_size * work.num_tokens
     return {
         "weights": weights,
         "streamed weights' room": per_block * slots,
@@ -191,6 +196,7 @@ def estimate(
         "kept activations": sum(kept_bytes(level, arch, work.in_block(i)) for i, level in enumerate(levels)),
         "one block's work": max(_work_bytes(level, arch, work) for level in set(levels)),
         "allocator": _ALLOCATOR_BYTES,
+        **({"source": latents * of_condition} if work.condition_channels else {}),
     }
 
 

@@ -109,6 +109,7 @@ def work_for(
         bytes_per_element=DTYPES[config.mixed_precision].itemsize,
         compiled=compiled,
         bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
+        condition_channels=transformer_config["in_visual_dim"] + 1 if transformer_config.get("visual_cond") else 0,
         token_shares=token_shares(config.tread.routes, transformer_config["num_visual_blocks"]) if is_routed else (),
     )
 

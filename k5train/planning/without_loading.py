@@ -10,10 +10,11 @@ import torch
 from k5cache.shared.checkpoint import folder_without_weights, read_config
 from k5cache.shared.console import human_bytes
 from k5cache.shared.host_memory import free_ram
+from k5cache.shared.kind import LONG_NAMES, Kind
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import open_cache
-from k5train.base.architecture import FULL_SIZE
+from k5train.base.architecture import full_size
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
 from k5train.planning.plan import check_ram, largest_sizes, plan_for
@@ -28,7 +29,12 @@ class PlanText:
 
 
 def plan_without_loading(
-    cache: Path | None, config: TrainConfig, model: ModelConfig | None, num_tokens: int, num_text_tokens: int
+    cache: Path | None,
+    config: TrainConfig,
+    model: ModelConfig | None,
+    num_tokens: int,
+    num_text_tokens: int,
+    kind: Kind = "t2i",
 ) -> PlanText:
     """Plan a run from shapes alone.
 
@@ -36,16 +42,20 @@ def plan_without_loading(
         cache: plan for its largest picture and caption. None: for ``num_tokens`` and ``num_text_tokens``.
         model: plan for its config.json. None: for the model that the cache was encoded for if that is a folder, else
             for the published one.
+        kind: of the published model, if there is no cache.
 
     Raises:
         DoesNotFit: no plan fits.
     """
     opened = open_cache(cache) if cache else None
     sizes = largest_sizes(opened) if opened else (num_tokens, num_text_tokens)
+    kind = opened.kind if opened else kind
     if opened and not model:
         encoded_for = model_of(opened.manifest.recipe)
         model = encoded_for if encoded_for.path and Path(encoded_for.path).is_dir() else None
-    transformer = read_config(folder_without_weights(model, ("transformer",)), "transformer") if model else FULL_SIZE
+    transformer = (
+        read_config(folder_without_weights(model, ("transformer",)), "transformer") if model else full_size(kind)
+    )
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     # An imagined card runs compiled, as a real one would.
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
@@ -58,8 +68,9 @@ def plan_without_loading(
     card = torch.cuda.get_device_name() if on_gpu else "no GPU here"
     if config.memory.vram:
         card = f"a card of {config.memory.vram}: {human_bytes(CONTEXT_BYTES)} of it for CUDA itself"
+    edits = f"{LONG_NAMES['i2i']}, " if transformer.get("visual_cond") else ""
     title = (
-        f"{card}; {sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
+        f"{card}; {edits}{sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
         f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
     )
     return PlanText(title, rows)

@@ -16,7 +16,7 @@ from k5train.base import architecture, random_weights
 from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
 from k5train.bench import steps
-from k5train.bench.case import Case, inputs_for
+from k5train.bench.case import Case, condition_for, inputs_for
 from k5train.bench.timing import time_steps
 from k5train.forward import ops
 from k5train.forward.attention import attention_works
@@ -46,7 +46,8 @@ def _empty_gpu():
 
 def outcome(transformer: Any, case: Case = CASE) -> dict[str, torch.Tensor]:
     transformer.zero_grad()
-    velocity = predict_velocity(transformer, *inputs_for(case, WIDE, GPU))
+    inputs, condition = inputs_for(case, WIDE, GPU), condition_for(case, WIDE, GPU)
+    velocity = predict_velocity(transformer, *inputs, **condition)
     velocity.float().square().mean().backward()
     return {
         "velocity": velocity.detach(),
@@ -54,8 +55,8 @@ def outcome(transformer: Any, case: Case = CASE) -> dict[str, torch.Tensor]:
     }
 
 
-def adapted(precision: Any, streamed: frozenset[int] = frozenset()) -> Any:
-    transformer = random_weights.random_transformer(WIDE, precision, GPU, streamed)
+def adapted(precision: Any, streamed: frozenset[int] = frozenset(), case: Case = CASE) -> Any:
+    transformer = random_weights.random_transformer(case.config(WIDE), precision, GPU, streamed)
     attach.add_lora(transformer, LoraConfig(rank=16, targets=("official",)), seed=0)
     generator = torch.Generator(GPU).manual_seed(3)
     for parameter in attach.lora_parameters(transformer)[1::2]:
