@@ -57,7 +57,7 @@ class Batch:
 
 
 def draw_batch(tables: Tables, group: Instructions, size: int) -> Batch:
-    """Instructions of one length, targets in the styles they name, and mostly another drawing of the same as a source."""
+    """Instructions of one length, targets in the styles they name, and mostly another drawing of it as a source."""
     device = tables.partners.device
     chosen = torch.multinomial(group.weight, size, replacement=True)
     style = group.style[chosen]
