@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from k5cache.cli import app
 from k5cache.encode import update
 from k5cache.encode.request import EncodeReport
 from k5cache.encoders import clip, qwen, vae
-from k5cache.shared.errors import CacheStale, RecipeError
-from k5cache.shared.model import WantedEdit
+from k5cache.shared import console
+from k5cache.shared.errors import CacheStale, DatasetError, RecipeError
+from k5cache.shared.model import ModelConfig, WantedEdit
 from k5cache.sources import find, images, unchanged
 from k5cache.store.manifest import read_manifest, write_manifest
+from k5cache.upkeep.edits import add_edits
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.merge import merge_caches
+from k5cache.upkeep.prompts import Added
+from k5cache.upkeep.show import CELL, Shown, contact_sheet, decode
 from k5cache.upkeep.verify import verify_cache
+from tests.cli import Cli
 from tests.workshop import EditShop, Workshop
 
 LONG = "make the whole sky much bluer and the sea calm"
@@ -327,7 +335,7 @@ def test_pairs_to_draw_stay_in_the_cache_and_are_encoded_once(three, loaded, tmp
     assert three.cache.manifest.edits == (stored,)
     moved = WantedEdit(str(drawn.rename(tmp_path / "moved.png")), OTHER)
     assert three.encode(moved).is_unchanged
-    with pytest.raises(RecipeError, match=r"the source .*drawn.png"):
+    with pytest.raises(DatasetError, match=r"The picture .*drawn.png, which is to be drawn from, "):
         three.encode(edit)
 
 
@@ -381,3 +389,86 @@ def test_a_cache_of_pairs_and_one_of_captions_do_not_merge(three, tmp_path, toy_
     texts.encode()
     with pytest.raises(CacheStale, match=r"Merge caches of one kind|was encoded for"):
         merge_caches([three.root, texts.root], tmp_path / "merged")
+
+
+def test_prompts_add_encodes_a_picture_with_instructions_once(three, loaded, tmp_path):
+    drawn = three.put_source("../drawn.png", seed=500)
+    model, before = ModelConfig(path=str(three.model)), three.cache
+
+    def add(source: Path, *prompts: str) -> Added:
+        with console.progress() as bars:
+            return add_edits(three.root, str(source), prompts, model, "cpu", bars)
+
+    added = add(drawn, OTHER, LONG)
+    assert (added.encoded, added.already_there) == ((OTHER, LONG), ())
+    assert sorted(loaded) == ["clip", "qwen", "vae"]
+    loaded.clear()
+    assert add(drawn, OTHER) == Added((), (OTHER,), ())
+    cat = before[0]
+    again = add(three.sources / "cat.png", f"{LONG} of cat")  # an item has it: nothing is computed
+    assert (again.already_there, loaded) == ((f"{LONG} of cat",), [])
+    cache = three.cache
+    assert len(cache.manifest.edits) == 3
+    edit = cache.edit(cat["row"].source_hash, f"{LONG} of cat")
+    assert (edit.source_key, (edit.text_key,), edit.empty_key) == (
+        cat["row"].source_key, cat["row"].caption_keys, cat["row"].empty_key,
+    )  # fmt: skip
+    assert [row["row"] for row in cache] == [row["row"] for row in before]
+    assert three.encode().is_unchanged
+    assert verify_cache(three.root).problems == ()
+    assert collect(three.root).num_rows == 0
+
+
+def test_prompts_add_refuses_what_does_not_fit_the_cache_and_changes_nothing(three, tmp_path, toy_model):
+    texts = Workshop(tmp_path / "texts", toy_model)
+    texts.put("cat.png")
+    texts.encode()
+    picture = str(three.sources / "cat.png")
+    (tmp_path / "no picture.png").write_text("x")
+    for shop, arguments, problem, fix in (
+        (three, ("a cat",), "where every instruction has a picture", f"{three.root} --source PICTURE 'a cat'"),
+        (texts, ("a cat", "--source", picture), "where prompts have no picture", f"add {texts.root} 'a cat'"),
+        (three, ("a cat", "--source", "absent.png"), "absent.png, which is to be drawn from, does not exist", "path"),
+        (three, ("a cat", "--source", str(tmp_path / "no picture.png")), "no picture.png, which is to be", "path"),
+        (three, ("a <|image_pad|>", "--source", picture), f"The source {picture}", "a shorter prompt"),
+    ):
+        before = shop.files()
+        done = Cli(tmp_path)(app, "prompts", "add", str(shop.root), *arguments)
+        assert (done.code, problem in done.err, fix in done.err) == (2, True, True), done.err
+        assert {**shop.files(), ".lock": before[".lock"]} == before
+
+
+def test_info_and_diff_say_what_pairs_there_are(three, tmp_path):
+    three.encode(WantedEdit(str(three.sources / "cat.png"), OTHER))
+    done = Cli(tmp_path)(app, "info", str(three.root), "--json")
+    document = json.loads(done.out)
+    assert (document["kind"], document["format"], document["items"]) == ("i2i", 2, 3)
+    assert document["edits"] == [[str(three.sources / "cat.png"), OTHER]]
+    assert "image-to-image (I2I)" in Cli(tmp_path)(app, "info", str(three.root)).out
+    shutil.copy(three.source / "cat.png", three.sources / "cat.png")
+    three.put_source("dog.png", 3, size=(64, 160))
+    arguments = (three.source, "--sources", three.sources, "-o", three.root, "--model", three.model)
+    before = three.files()
+    done = Cli(tmp_path)(app, "diff", *map(str, arguments), "--set", "cache.resolution=64", "--json")
+    preview = json.loads(done.out)
+    assert (preview["num_latents"], preview["num_texts"]) == (1, 4)  # cat.png as its own source is there already
+    assert (preview["stretched"], preview["same_as_target"]) == (["dog.png"], ["cat.png"])
+    assert three.files() == before
+
+
+def test_show_draws_the_source_on_the_left_of_its_target(three, tmp_path):
+    with console.progress() as bars:
+        (shown,) = decode(three.cache, [1], ModelConfig(path=str(three.model)), "cpu", bars)
+    assert (shown.row.path, shown.captions) == ("dog.png", (f"{LONG} of dog",))
+    assert shown.source.size == shown.picture.size == (64, 64)
+    assert shown.source.tobytes() != shown.picture.tobytes()
+    coloured = [
+        Shown(shown.row, ("blue",), Image.new("RGB", (64, 64), "blue"), source=Image.new("RGB", (64, 64), "red")),
+        Shown(shown.row, ("green",), Image.new("RGB", (64, 64), "lime"), source=Image.new("RGB", (64, 64), "red")),
+    ]
+    sheet = contact_sheet(coloured, columns=1)
+    middle, right = 12 + CELL // 2, 12 + CELL + 12 + CELL // 2
+    assert sheet.getpixel((middle, 12 + CELL // 2)) == (255, 0, 0)
+    assert sheet.getpixel((right, 12 + CELL // 2)) == (0, 0, 255)
+    colours = {sheet.getpixel((right, y)) for y in range(sheet.height)}
+    assert {(0, 0, 255), (0, 255, 0)} <= colours

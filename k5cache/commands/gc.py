@@ -23,7 +23,7 @@ def gc(
     wait: Wait = 0,
     as_json: Json = False,
 ) -> None:
-    """Delete rows that no item and no prompt needs any more, and files that a crash left.
+    """Delete rows that no item, prompt or pair to draw needs any more, and files that a crash left.
 
     Do not run it while a run trains on this cache: that run may need rows of an index that has been replaced.
     """

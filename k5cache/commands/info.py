@@ -11,6 +11,7 @@ from rich.text import Text
 from k5cache.commands.arguments import CachePath, Json, suggest_training
 from k5cache.commands.listing import shorten
 from k5cache.shared import console
+from k5cache.shared.kind import LONG_NAMES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +37,7 @@ def info_json(cache: Cache) -> dict[str, Any]:
     manifest = cache.manifest
     lengths = sorted(cache.text_lengths().values())
     return {
+        "kind": cache.kind,
         "format": manifest.format,
         "items": len(cache),
         "buckets": {f"{width}x{height}": count for (width, height), count in sorted(_items_by_bucket(cache).items())},
@@ -44,6 +46,7 @@ def info_json(cache: Cache) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": sum(shard.num_bytes for shard in manifest.shards),
         "prompts": list(manifest.prompts),
+        **({"edits": [[edit.source, edit.prompt] for edit in manifest.edits]} if cache.kind == "i2i" else {}),
         "recipe": manifest.recipe,
         "created_by": manifest.created_by,
     }
@@ -65,6 +68,7 @@ def _bucket_table(cache: Cache) -> Table:
 def _fact_table(cache: Cache) -> Table:
     manifest = cache.manifest
     table = console.table("", "what", "value")
+    table.add_row("for", LONG_NAMES[cache.kind])
     table.add_row("items", _items(cache))
     lengths = sorted(cache.text_lengths().values())
     table.add_row("captions and prompts", str(len(lengths)))
@@ -75,7 +79,11 @@ def _fact_table(cache: Cache) -> Table:
         if shards:
             size = console.human_bytes(sum(shard.num_bytes for shard in shards))
             table.add_row(kind, f"{sum(shard.num_rows for shard in shards)} rows in {len(shards)} shards, {size}")
-    table.add_row("prompts for validation", ", ".join(shorten(p) for p in manifest.prompts if p) or "none")
+    if cache.kind == "i2i":
+        pairs = (shorten(f"{edit.source}: {edit.prompt}") for edit in manifest.edits)
+        table.add_row("pairs to draw", Text(", ".join(pairs) or "none"))
+    else:
+        table.add_row("prompts for validation", ", ".join(shorten(p) for p in manifest.prompts if p) or "none")
     _add_recipe(table, manifest.recipe)
     table.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.created_by.items()))
     table.add_row("format", str(manifest.format))

@@ -21,19 +21,26 @@ prompts = typer.Typer(help="Prompts that a cache holds for validation and sampli
 def add(
     cache: CachePath,
     prompts: Annotated[list[str], typer.Argument(help="One or more, each in quotes.")],
+    source: Annotated[
+        Path | None, typer.Option(help="For image-to-image: the picture that the prompts are instructions for.")
+    ] = None,
     model: Model = None,
     device: Device = "auto",
     wait: Wait = 0,
     as_json: Json = False,
 ) -> None:
-    """Encode more prompts into a cache. Loads the text encoders only if a prompt is not in the cache yet."""
+    """Encode more prompts into a cache. Loads encoders only for what is not in the cache yet."""
     from k5cache.store.manifest import read_manifest
+    from k5cache.upkeep.edits import add_edits
     from k5cache.upkeep.prompts import add_prompts
 
     model_config = model_of_cache(cache, read_manifest(cache), model)
     again = f"Stopped. To go on, run the same command: {console.this_command()}"
     with interrupt.saying(again), console.progress() as bars:
-        added = add_prompts(cache, prompts, model_config, device, bars, wait)
+        if source is None:
+            added = add_prompts(cache, prompts, model_config, device, bars, wait)
+        else:
+            added = add_edits(cache, str(source), prompts, model_config, device, bars, wait)
     if as_json:
         console.print_json(added)
     else:

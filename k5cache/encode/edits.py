@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k5cache.encode.wanted import ExaminedEdit, Picture, Stored
-from k5cache.shared.errors import RecipeError
+from k5cache.shared.errors import DatasetError
 from k5cache.shared.model import WantedEdit
 from k5cache.sources import images
 from k5cache.sources.items import Content, Skipped, UnreadableImage
@@ -33,7 +34,7 @@ def sort_edits(asked: Sequence[WantedEdit], cached: Sequence[Edit], stored: Stor
         is_as_before: whether recipe and cleaning are those that made the rows of ``cached``.
 
     Raises:
-        RecipeError: a source that is asked for cannot be read.
+        DatasetError: a source that is asked for cannot be read.
     """
     known = {(edit.source_hash, edit.prompt): edit for edit in cached if is_as_before and _is_stored(edit, stored)}
     kept: list[Edit] = []
@@ -96,8 +97,9 @@ def _look_at_asked(edit: WantedEdit) -> Picture:
     try:
         return look_at(edit.source)
     except UnreadableImage as error:
-        raise RecipeError(
-            f"train.validation.edits: the source {edit.source} {error.reason}",
+        reason = error.reason if os.path.lexists(_path(edit.source)) else "does not exist"
+        raise DatasetError(
+            f"The picture {edit.source}, which is to be drawn from, {reason}",
             "Give the path of a picture, relative to the folder that you are in",
         ) from error
 

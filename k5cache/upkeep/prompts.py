@@ -15,10 +15,13 @@ from k5cache.encode.keys import text_key
 from k5cache.encode.request import build_recipe, config_of
 from k5cache.encode.text_pass import encode_texts
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
+from k5cache.shared.command_line import command
 from k5cache.shared.device import pick_device
+from k5cache.shared.errors import CacheError
+from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.model import ModelConfig
 from k5cache.store.index import index_rows, read_index
-from k5cache.store.manifest import lock, read_manifest
+from k5cache.store.manifest import Manifest, lock, read_manifest
 from k5cache.upkeep.finished import finished_index
 
 _SHARD_BYTES = 2**28
@@ -50,7 +53,7 @@ def add_prompts(
         model: the encoders; their weights must be those of the cache.
 
     Raises:
-        CacheError: the cache is not finished.
+        CacheError: the cache is not finished, or it is for image-to-image, where a prompt needs a source.
         CacheStale: the text encoders, or the template of the installed diffusers, are not those of the cache.
         CacheLocked: another process is writing the cache.
     """
@@ -59,6 +62,11 @@ def add_prompts(
     with lock(root, wait_seconds):
         manifest = read_manifest(root)
         index = finished_index(root, manifest)
+        if manifest.kind == "i2i":
+            raise CacheError(
+                f"{root} is for {LONG_NAMES['i2i']}, where every instruction has a picture",
+                f"Name it: {command('k5cache', 'prompts', 'add', root, '--source', 'PICTURE', *_words(prompts))}",
+            )
         text_recipe = dict(table_of(root, manifest.recipe, "text", "text_encoder"))
         keys = {raw: text_key(clean(raw), text_recipe) for raw in dict.fromkeys(prompts)}
         committer = Committer(root, manifest, _SHARD_BYTES)
@@ -66,12 +74,7 @@ def add_prompts(
         text_jobs = {key: TextJob(key, clean(raw)) for raw, key in keys.items() if key not in stored}
         truncated: tuple[tuple[str, int], ...] = ()
         if text_jobs:
-            config = config_of(manifest.recipe)
-            folder = model_folder(model, ENCODER_PARTS)
-            if differing := differences(manifest.recipe, build_recipe(model, config, folder), ("text",)):
-                fix = "Name the model that made it with --model DIR, or encode its captions again with --update"
-                raise refuse_model(root, model.source, differing, fix)
-            job = Job(Path, root, folder, config, pick_device(device), bars)
+            job = job_of(root, manifest, model, device, bars, ("text",))
             truncated = encode_texts(job, committer, list(text_jobs.values()))
         rows = index_rows(read_index(root, index, manifest.format))
         committer.index(
@@ -79,3 +82,26 @@ def add_prompts(
         )
     encoded = tuple(raw for raw, key in keys.items() if key in text_jobs)
     return Added(encoded, tuple(raw for raw in keys if raw not in encoded), truncated)
+
+
+def job_of(
+    root: Path, manifest: Manifest, model: ModelConfig, device: str, bars: Progress, tables: Sequence[str]
+) -> Job:
+    """The job of encoding more rows for a cache with the model that made it.
+
+    Args:
+        tables: of the recipe, which must be those of the cache.
+
+    Raises:
+        CacheStale: they are not.
+    """
+    config = config_of(manifest.recipe)
+    folder = model_folder(model, ENCODER_PARTS)
+    if differing := differences(manifest.recipe, build_recipe(model, config, folder), tables):
+        fix = "Name the model that made it with --model DIR, or encode its captions again with --update"
+        raise refuse_model(root, model.source, differing, fix)
+    return Job(Path, root, folder, config, pick_device(device), bars)
+
+
+def _words(prompts: Sequence[str]) -> tuple[str, ...]:
+    return ("--", *prompts) if any(prompt.startswith("-") for prompt in prompts) else tuple(prompts)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 from PIL.PngImagePlugin import PngInfo
@@ -43,6 +43,8 @@ class Shown:
     picture: Image.Image
     mask: Image.Image | None = None
     """Greyscale, one pixel per latent; white counts in a masked loss."""
+    source: Image.Image | None = None
+    """For image-to-image, the picture before the edit, of the same size."""
 
 
 def write_contact_sheet(
@@ -104,15 +106,21 @@ def decode(cache: Cache, numbers: Sequence[int], model: ModelConfig, device: str
     shown: list[Shown] = []
     for number in numbers:
         row = cache.row(number)
-        # Stored unscaled, as the VAE gives it: decode without scaling_factor.
-        mean = cache.latents(row.latent_key)["mean"].float().permute(2, 0, 1).unsqueeze(0).to(device)
-        with torch.no_grad():
-            picture = to_picture(vae.decode(mean).sample[0])
+        picture, *sources = (_decode(vae, cache.latents(key)["mean"].to(device)) for key in row.latent_keys)
         mask = Image.fromarray((cache.mask(row.mask_key) * 255).byte().numpy()) if row.mask_key else None
-        shown.append(Shown(row, tuple(cache.text(key).caption for key in row.caption_keys), picture, mask))
+        captions = tuple(cache.text(key).caption for key in row.caption_keys)
+        shown.append(Shown(row, captions, picture, mask, *sources))
         bars.advance(task)
     bars.remove_task(task)
     return shown
+
+
+def _decode(vae: Any, mean: torch.Tensor) -> Image.Image:
+    """The picture of ``[H/8, W/8, 16]``, which is stored unscaled, as the VAE gives it: no ``scaling_factor`` here."""
+    import torch
+
+    with torch.no_grad():
+        return to_picture(vae.decode(mean.float().permute(2, 0, 1).unsqueeze(0)).sample[0])
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
@@ -122,24 +130,32 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 
 def contact_sheet(shown: Sequence[Shown], columns: int | None = None) -> Image.Image:
-    """A grid of pictures, each above its path, bucket and captions."""
-    columns = columns or min(len(shown), max(2, round(len(shown) ** 0.5)))
+    """A grid of pictures, each above its path, bucket and captions. Sources are on the left of their targets."""
     font, line, gap = load_font(13), 17, 12
-    labels = [_labels(item, font) for item in shown]
+    side_by_side = 2 if any(item.source for item in shown) else 1
+    cell_width = side_by_side * CELL + (side_by_side - 1) * gap
+    columns = columns or min(len(shown), max(2, round((len(shown) / side_by_side) ** 0.5)))
+    labels = [_labels(item, font, cell_width) for item in shown]
     cell_height = CELL + line * max(map(len, labels)) + 2 * gap
     num_rows = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (columns * (CELL + gap) + gap, num_rows * cell_height + gap), "white")
+    sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, num_rows * cell_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, item in enumerate(shown):
-        left, top = gap + i % columns * (CELL + gap), gap + i // columns * cell_height
-        scale = CELL / max(item.picture.size)
-        size = (max(1, round(item.picture.width * scale)), max(1, round(item.picture.height * scale)))
-        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        picture = _under_mask(item).resize(size, method)
-        sheet.paste(picture, (left + (CELL - size[0]) // 2, top + CELL - size[1]))
+        left, top = gap + i % columns * (cell_width + gap), gap + i // columns * cell_height
+        pictures = (item.source, _under_mask(item)) if item.source else (_under_mask(item),)
+        for number, picture in enumerate(map(_fitted, pictures)):
+            middle = left + number * (CELL + gap) + (CELL - picture.width) // 2
+            sheet.paste(picture, (middle, top + CELL - picture.height))
         for number, (text, colour) in enumerate(labels[i]):
             draw.text((left, top + CELL + 4 + number * line), text, colour, font)
     return sheet
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    """The picture with its longer side as long as a cell."""
+    scale = CELL / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -160,14 +176,17 @@ def _under_mask(item: Shown) -> Image.Image:
     return Image.composite(item.picture, pale, item.mask.resize(item.picture.size, Image.Resampling.NEAREST))
 
 
-def _labels(item: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
+def _labels(
+    item: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int = CELL
+) -> list[tuple[str, str]]:
     """(text, colour) of each line under a picture."""
     row = item.row
     kind = f"{row.bucket_width}x{row.bucket_height} of {row.width}x{row.height}{', flipped' if row.flipped else ''}"
     kind += f", mask {ImageStat.Stat(item.mask).mean[0] / 255:.0%}" if item.mask else ""
     more = f" (and {len(item.captions) - 1} more)" if len(item.captions) > 1 else ""
-    caption = wrap((item.captions[0] or "(empty caption)") + more, font, CELL, LINES)
-    return [(_fit(row.path, font), "#666"), (kind, "#06c"), *((text, "black") for text in caption)]
+    caption = wrap((item.captions[0] or "(empty caption)") + more, font, width, LINES)
+    names = f"{row.source_path} -> {row.path}" if item.source else row.path
+    return [(_fit(names, font, width), "#666"), (kind, "#06c"), *((text, "black") for text in caption)]
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
@@ -195,10 +214,10 @@ def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return pieces
 
 
-def _fit(path: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fit(path: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int = CELL) -> str:
     """``path``, or its end if all of it is too long."""
-    if font.getlength(path) <= CELL:
+    if font.getlength(path) <= width:
         return path
-    while path and font.getlength("..." + path) > CELL:
+    while path and font.getlength("..." + path) > width:
         path = path[max(1, len(path) // 20) :]
     return "..." + path
