@@ -19,34 +19,48 @@ from pathlib import Path
 import pytest
 import torch
 
-from k5cache.encoders import clip, qwen, vae
+from k5cache.encoders import clip, qwen, vae, vision, with_picture
 from k5cache.shared import console
 from k5cache.shared.errors import CacheError
+from k5cache.shared.model import WantedEdit
 from k5cache.store.reader import Cache
 from k5cache.upkeep.verify import verify_cache
-from tests.workshop import Workshop
+from tests.workshop import EditShop, Workshop
 
 NUM_IMAGES = 6
 
 
-def kill_encodes(model: Path, folder: Path, num_kills: int, patch: pytest.MonkeyPatch) -> int:
+def kill_encodes(
+    model: Path, folder: Path, num_kills: int, patch: pytest.MonkeyPatch, kind: type[Workshop] = Workshop
+) -> int:
     """Make trials until ``num_kills`` encodes were killed before their end, half of them on an empty folder and half on
     a cache that has to change.
+
+    Args:
+        kind: ``EditShop`` encodes pairs, with one more to draw.
 
     Returns:
         How many were killed: fewer if in twice as many trials the kill came too late.
     """
     patch.setattr(console.err, "quiet", True)
-    for module, name in ((qwen, "load_tokenizer"), (qwen, "load_qwen"), (clip, "load_clip"), (vae, "load_vae")):
+    loaders = (
+        *((qwen, "load_tokenizer"), (qwen, "load_qwen"), (clip, "load_clip"), (vae, "load_vae")),
+        *((with_picture, "load_processor"), (vision, "load_tower")),
+    )
+    for module, name in loaders:
         patch.setattr(module, name, functools.cache(getattr(module, name)))
-    shop = Workshop(folder, model)
+    shop = kind(folder, model)
+    put = shop.put_pair if isinstance(shop, EditShop) else shop.put
     shop.root = folder / "before"
     for i in range(NUM_IMAGES // 2):
-        shop.put(f"{i}.png", f"number {i}", seed=i, size=(64, 64) if i % 2 else (96, 64))
+        put(f"{i}.png", f"number {i} of all the pictures", seed=i, size=(64, 64) if i % 2 else (96, 64))
     encode(shop)
     for i in range(NUM_IMAGES // 2, NUM_IMAGES):
-        shop.put(f"{i}.png", f"number {i}", seed=i)
+        put(f"{i}.png", f"number {i} of all the pictures", seed=i)
     (shop.source / "0.png").unlink()
+    if isinstance(shop, EditShop):
+        shop.put_source("1.png", seed=300)  # its latents and its texts are encoded again
+        (shop.sources / "0.png").unlink()
     shop.root = folder / "undisturbed"
     for _ in range(2):  # the first is slower
         shutil.rmtree(shop.root, ignore_errors=True)
@@ -75,7 +89,8 @@ def kill_encodes(model: Path, folder: Path, num_kills: int, patch: pytest.Monkey
 
 def encode(shop: Workshop) -> None:
     """Encode with one row in each shard, so that there are as many commits as possible."""
-    shop.encode("a fox", shard_mb=0)
+    drawn = WantedEdit(str(shop.sources / "2.png"), "a fox") if isinstance(shop, EditShop) else "a fox"
+    shop.encode(drawn, shard_mb=0)
 
 
 def check_readable(shop: Workshop) -> None:
@@ -105,6 +120,10 @@ def rows_of(cache: Cache) -> dict[str, list[torch.Tensor]]:
     for item in cache:
         (text,) = item["captions"]
         rows[item["path"]] = [item["mean"], item["std"], text.prompt_embeds, text.pooled]
+        if cache.kind == "i2i":
+            rows[f"source of {item['path']}"] = [*item["source"].values(), item["empty"].prompt_embeds]
+    for edit in cache.manifest.edits:
+        rows[f"to draw {edit.prompt}"] = [cache.latents(edit.source_key)["mean"], cache.text(edit.text_key).pooled]
     for prompt in cache.manifest.prompts:
         text = cache.prompt(prompt)
         rows[f"prompt {prompt}"] = [text.prompt_embeds, text.pooled]

@@ -32,21 +32,23 @@ from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
 from tests.crash_trials import kill_encodes
 from tests.store_samples import LATENTS, TEXT, flip, index_row, latents_row, make_cache, text_row
-from tests.workshop import Workshop
+from tests.workshop import EditShop, Workshop
 
 
 @pytest.mark.parametrize(
-    "num_kills",
+    ("kind", "num_kills"),
     [
-        pytest.param(6, marks=pytest.mark.few),
-        pytest.param(20, marks=pytest.mark.slow),
-        pytest.param(50, marks=pytest.mark.long),
+        pytest.param(Workshop, 6, marks=pytest.mark.few),
+        pytest.param(EditShop, 3, marks=pytest.mark.few),
+        *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in (Workshop, EditShop)),
+        *(pytest.param(kind, 50, marks=pytest.mark.long) for kind in (Workshop, EditShop)),
     ],
 )
 def test_an_encode_killed_at_any_instant_goes_on_to_the_rows_of_an_undisturbed_one(
-    tmp_path, toy_model, num_kills, monkeypatch
+    tmp_path, toy_model, toy_edit_model, kind, num_kills, monkeypatch
 ):
-    assert kill_encodes(toy_model, tmp_path, num_kills, monkeypatch) == num_kills
+    model = toy_edit_model if kind is EditShop else toy_model
+    assert kill_encodes(model, tmp_path, num_kills, monkeypatch, kind) == num_kills
 
 
 SMALL = {"mean": TensorSpec("float16", (2, 2, 16)), "std": TensorSpec("float16", (2, 2, 16))}

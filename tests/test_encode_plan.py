@@ -12,7 +12,7 @@ from hashlib import sha256
 import pytest
 
 from k5cache.buckets import Bucket, Framing, bucket_table, cover
-from k5cache.encode.keys import latent_key, text_key
+from k5cache.encode.keys import latent_key, latent_key_of, source_of, text_key, text_key_of
 from k5cache.encode.plan import Plan, make_plan
 from k5cache.encode.wanted import Probes, Stored, Wanted
 from k5cache.options import CacheConfig
@@ -310,6 +310,22 @@ def test_a_key_is_half_the_sha256_of_canonical_json():
     )
     written = r'{"caption":"K\u00e4tzchen","recipe":{"max_sequence_length":512,"qwen":"bbbb"}}'
     assert text_key("Kätzchen", TEXT) == sha256(written.encode()).hexdigest()[:32]
+
+
+def test_the_key_of_an_instruction_has_its_source_and_nothing_else_changes():
+    geometry = cover(4000, 3000, Bucket(1152, 896))
+    crop = '{"bucket":[1152,896],"flipped":false,"left_top":[21,0],"resized":[1195,896]}'
+    recipe = '{"max_sequence_length":512,"qwen":"bbbb"}'
+    for view, seen, shape in (
+        ("crop", f'{{"content":"ba78","crop":{crop}}}', geometry),
+        ("whole", '{"content":"ba78","flipped":false}', geometry),
+        ("crop", f'{{"content":"ba78","crop":{crop[:-1]},"stretched":true}}}}', replace(geometry, stretched=True)),
+    ):
+        key = sha256(f'{{"caption":"make it blue","recipe":{recipe},"source":{seen}}}'.encode()).hexdigest()[:32]
+        assert text_key_of("make it blue", recipe, source_of("ba78", shape, view)) == key
+    written = f'{{"content":"ba78","crop":{crop[:-1]},"stretched":true}},"recipe":{recipe}}}'
+    stretched = replace(geometry, stretched=True)
+    assert latent_key_of("ba78", stretched, recipe) == sha256(written.encode()).hexdigest()[:32]
 
 
 def test_a_key_depends_on_the_content_and_the_crop_and_each_field_of_the_recipe_and_not_on_their_order():
