@@ -276,7 +276,7 @@ def rows(root: Path) -> dict[str, bytes]:
 def files(folder: Path) -> dict[str, bytes]:
     """The tensors of every file under a folder, and that nothing of ours is left half written there."""
     assert not [path for path in folder.rglob(".*") if path.name != ".lock" and not is_empty(path)]
-    paths = sorted(folder.rglob("*.safetensors"))
+    paths = sorted(path for path in folder.rglob("*.safetensors") if path.is_file())
     assert paths
     tensors = {f"{path.relative_to(folder)} {name}": t for path in paths for name, t in load_file(path).items()}
     return {name: t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
