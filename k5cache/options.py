@@ -85,12 +85,14 @@ class CacheConfig:
     bytes, no sampling."""
     text_encoder_1_precision: TextPrecision = "bf16"
     """Of Qwen2.5-VL, which inference runs in bf16. ``int8`` stores its matrices in 8 bits (7 GB instead of 13). The
-    embeddings then differ from the pipeline's, and the encode prints by how much."""
+    embeddings then differ from the pipeline's, and the encode prints by how much. The vision tower of image-to-image
+    stays in bf16."""
     text_encoder_2_precision: Precision = "bf16"
     """Of CLIP, which inference runs in bf16."""
     text_batching: Literal["exact", "fast"] = "exact"
     """``exact`` encodes captions one by one and gives the same bits as inference. ``fast`` encodes many captions side
-    by side, without padding; the larger matrix products round differently in the last bits."""
+    by side, without padding, and many sources of image-to-image; the larger matrix products round differently in the
+    last bits."""
     vae_precision: Precision = "fp32"
     """Of the VAE. float32 costs little here and is closest to the true latents."""
     shard_mb: int = 256

@@ -184,8 +184,8 @@ def test_pairs_that_cannot_be_encoded_are_left_out_with_a_sentence_and_the_rest_
     encode_texts(job_of(toy_edit_model, tmp_path, contents.__getitem__), ours, jobs, failed)
     assert set(ours.rows) == {"good"}
     assert set(failed) == {"long", "token", "changed", "broken"}
-    assert "too long beside a source of" in failed["long"].reason
-    assert "its instruction contains <|image_pad|>" in failed["token"].reason
+    assert "too long: Kandinsky5I2IPipeline fails on them" in failed["long"].reason
+    assert "has an instruction with <|image_pad|>" in failed["token"].reason
     assert "has changed since the encode began" in failed["changed"].reason
     assert not failed["changed"].is_lasting
     assert failed["broken"].is_lasting

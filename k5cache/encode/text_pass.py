@@ -252,5 +252,5 @@ def _warn_of_lost(lost: Sequence[str]) -> None:
     count = "1 instruction is" if len(lost) == 1 else f"{len(lost)} instructions are"
     console.warn(
         f"{count} so short that Qwen's embedding holds nothing of them ({named}): Kandinsky5I2IPipeline cuts an "
-        "instruction's first tokens off. Only CLIP reads them. Begin them with more words, such as: edit the picture: "
+        "instruction's first tokens off. Only CLIP reads them. Write them as sentences"
     )

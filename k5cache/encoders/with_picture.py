@@ -35,6 +35,7 @@ class CannotEncode(Exception):
     """An instruction with a picture that the pipeline fails on. Caught where pairs are looped over."""
 
     def __init__(self, reason: str) -> None:
+        """``reason``: what is said after the source's name."""
         super().__init__(reason)
         self.reason = reason
 
@@ -69,7 +70,7 @@ class Processor:
         images = self.whole.image_processor
         patch, factor = images.patch_size, images.patch_size * images.merge_size
         if min(width, height) < 2:
-            raise CannotEncode(f"its source is {width}x{height} pixels, and the pipeline halves it")
+            raise CannotEncode(f"is {width}x{height} pixels, and Kandinsky5I2IPipeline halves it")
         try:
             rows, columns = smart_resize(
                 height // 2,
@@ -79,7 +80,7 @@ class Processor:
                 max_pixels=images.size["longest_edge"],
             )
         except ValueError as error:  # longer than 200 times its width
-            raise CannotEncode(f"its source of {width}x{height} pixels is too long and thin ({error})") from error
+            raise CannotEncode(f"is {width}x{height} pixels, too long and thin: {error}") from error
         return 1, rows // patch, columns // patch
 
     def num_tokens(self, grid: Grid) -> int:
@@ -141,7 +142,7 @@ def tokenize_with_picture(processor: Processor, instruction: str, grid: Grid, ma
 
     for token in PICTURE_TOKENS:
         if token in instruction:
-            raise CannotEncode(f"its instruction contains {token}, which stands for a picture")
+            raise CannotEncode(f"has an instruction with {token}, which stands for a picture")
     template, count = pipeline_template("i2i"), processor.num_tokens(grid)
     room = template.encode_start_idx + max_sequence_length - processor.num_around
     is_near = not surely_fits(processor, instruction, grid, max_sequence_length)
@@ -181,12 +182,12 @@ def _too_long(processor: Processor, grid: Grid, room: int, num_words: int) -> st
     if count + min(num_words, modest) > room:
         width, height = _largest(processor, grid, room - modest)
         return (
-            f"its source takes {count} tokens of the {room} that Kandinsky5I2IPipeline has for source and instruction: "
+            f"takes {count} tokens of the {room} that Kandinsky5I2IPipeline has for source and instruction: "
             f"the largest picture of its shape that leaves {modest} is {width}x{height}"
         )
     return (
-        f"its instruction of {num_words} tokens is {count + num_words - room} too long beside a source of {count} "
-        "tokens: Kandinsky5I2IPipeline fails on it instead of cutting it"
+        f"takes {count} tokens, and its instruction of {num_words} tokens is {count + num_words - room} too long: "
+        "Kandinsky5I2IPipeline fails on them instead of cutting"
     )
 
 
