@@ -428,14 +428,14 @@ def test_one_image_of_a_large_row_group_is_read_without_the_others_and_in_order_
     from k5cache.sources import arrow_tables
 
     decoded = []
-    batches = arrow_tables._batches
+    batches = arrow_tables.ParquetRows._batches
 
     def counted(*arguments):
         for batch in batches(*arguments):
             decoded.append(len(batch))
             yield batch
 
-    monkeypatch.setattr(arrow_tables, "_batches", counted)
+    monkeypatch.setattr(arrow_tables.ParquetRows, "_batches", counted)
     monkeypatch.setattr(arrow_tables, "_BATCH_BYTES", 20_000)
     parquet(tmp_path / "t.parquet", [b"%d" % i * 250 for i in range(1200)], ["x"] * 1200)
     found = find(tmp_path / "t.parquet", CacheConfig())

@@ -61,7 +61,7 @@ class GroupReader:
             with self._lock:
                 start, batch = self._find(group.key, row) or self._decode(group, row)
             content = batch[row - start].as_py()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UnreadableImage(f"cannot be read ({' '.join(str(error).split())[:200]})") from None
         if content is None:
             raise UnreadableImage("holds no image")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 MOST_VALUES = 20_000
-"""In one structure. A row group of the index has about 1,000."""
+"""In one structure, unless told otherwise. A row group of the index has about 1,000."""
 _MOST_DEPTH = 16
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, STRUCT = range(1, 13)
 _BITS = {_I16: 16, _I32: 32, _I64: 64}
@@ -24,14 +24,14 @@ class Thrift:
     Every method raises ValueError if the bytes are not of the protocol, or claim more than there is.
     """
 
-    def __init__(self, data: bytes, at: int = 0) -> None:
+    def __init__(self, data: bytes, at: int = 0, most_values: int = MOST_VALUES) -> None:
         self.data, self.at = data, at
-        self._left = MOST_VALUES
+        self._most = self._left = most_values
 
     def struct(self, depth: int = 0) -> Struct:
-        """The structure that begins here, with at most ``MOST_VALUES`` values at any depth."""
+        """The structure that begins here, with at most ``most_values`` values at any depth."""
         if depth == 0:
-            self._left = MOST_VALUES
+            self._left = self._most
         fields: Struct = {}
         number = 0
         while (header := self.field(number)) is not None:
@@ -56,7 +56,7 @@ class Thrift:
         if kind == _BINARY:
             return self._bytes(self._varint())
         if self._left < 0 or depth > _MOST_DEPTH:
-            raise ValueError(f"a structure has more than {MOST_VALUES} values, or too many in each other")
+            raise ValueError(f"a structure has more than {self._most} values, or too many in each other")
         if kind == STRUCT:
             return self.struct(depth + 1)
         if kind in (_LIST, _SET):
