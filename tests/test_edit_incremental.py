@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -472,3 +474,21 @@ def test_show_draws_the_source_on_the_left_of_its_target(three, tmp_path):
     assert sheet.getpixel((right, 12 + CELL // 2)) == (0, 0, 255)
     colours = {sheet.getpixel((right, y)) for y in range(sheet.height)}
     assert {(0, 0, 255), (0, 255, 0)} <= colours
+
+
+def test_an_encode_of_pairs_with_nothing_to_do_imports_no_heavy_library(three):
+    three.encode(WantedEdit(str(three.sources / "cat.png"), OTHER))
+    recipe = three.root.parent / "r.toml"
+    recipe.write_text(
+        f'[model]\npath = "{three.model}"\n[cache]\nresolution = 64\nsource_dir = "{three.sources}"\n'
+        f'[[train.validation.edits]]\nsource = "{three.sources / "cat.png"}"\nprompt = "{OTHER}"\n'
+    )
+    code = (
+        "import sys\nfrom k5cache.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, "encode", str(three.source), "-o", str(three.root), "--recipe", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is up to date: 3 items" in done.stdout

@@ -68,15 +68,6 @@ def sort_edits(asked: Sequence[WantedEdit], cached: Sequence[Edit], stored: Stor
     return SortedEdits(tuple(kept), tuple(examined), tuple(left_out))
 
 
-def has_edits(asked: Sequence[WantedEdit], cached: Sequence[Edit]) -> bool:
-    """Whether a cache has all pairs that are asked for. False if a source cannot be read."""
-    try:
-        pairs = {(images.hash_content(_path(edit.source)), edit.prompt) for edit in asked}
-    except (OSError, UnreadableImage):
-        return False
-    return pairs <= {(edit.source_hash, edit.prompt) for edit in cached}
-
-
 def look_at(source: str) -> Picture:
     """Content hash and size of a source that is no item.
 

@@ -21,6 +21,7 @@ from k5cache.encode.source_note import decoders, is_untouched, listing_digest
 from k5cache.options import CacheConfig
 from k5cache.shared import console
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
+from k5cache.shared.content import possible_hashes
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import Drawn, ModelConfig
 from k5cache.shared.outputs import check_writable
@@ -113,12 +114,17 @@ def _request_on_this_machine(
 
 
 def _has_edits(request: Request) -> bool:
-    """Whether the cache has all pairs to draw that are asked for."""
-    if not request.edits:
-        return True
-    from k5cache.encode.edits import has_edits  # numpy and Pillow
-
-    return has_edits(request.edits, request.manifest.edits)
+    """Whether the cache has all pairs to draw that are asked for. False if a source cannot be read."""
+    cached = {(edit.source_hash, edit.prompt) for edit in request.manifest.edits}
+    for edit in request.edits:
+        path = Path(edit.source).expanduser()
+        try:
+            hashes = possible_hashes(path) if path.is_file() else ()
+        except OSError:
+            return False
+        if not any((content_hash, edit.prompt) in cached for content_hash in hashes):
+            return False
+    return True
 
 
 def _unchanged(manifest: Manifest, seconds: float) -> EncodeReport:
