@@ -10,10 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import CacheError, RecipeError
 from k5cache.store.reader import open_cache
+from k5train.adapter import attach, export, files
+from k5train.adapter.lora_file import PIPELINE_KEY, pipeline_of
+from k5train.base.quantize import load_transformer
 from k5train.cli import app
 from k5train.data.mixture import Mixture, Source
+from k5train.options.adapter import LoraConfig
 from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import EditConfig, ValidationConfig
@@ -22,6 +27,7 @@ from k5train.pictures.drawings import drawings_for, find_edit, items_to_draw
 from k5train.training.held_out_loss import split_off
 from tests.cli import Cli
 from tests.edit_training import PICTURE, make_pairs
+from tests.parity import with_strength
 from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run
 
 VALIDATION = ValidationConfig(num_inference_steps=2, every=0, guidance_scale=2.0, pairs=3, split=0.25, held_out_every=2)
@@ -77,6 +83,26 @@ def test_a_run_on_pairs_says_how_its_lora_loads_and_how_to_draw_more(finished, r
     assert done.code == 0, done.err
     assert "of a Kandinsky5I2IPipeline: diffusers has loaded it back" in done.out
     assert "k5train sample runs/toy_pairs --source PICTURE --prompt PROMPT" in done.out + done.err
+
+
+def test_a_lora_for_pairs_names_its_pipeline_also_after_export_and_its_wider_first_matrix_is_known(
+    finished, toy_edit_model, tmp_path, monkeypatch
+):
+    """The architecture of the published model is the toy's here: without --model a file says which of the two it is."""
+    config = read_config(toy_edit_model, "transformer")
+    monkeypatch.setattr(export, "full_size", lambda kind: {**config, "visual_cond": kind == "i2i"})
+    transformer = load_transformer(toy_edit_model, "no_change", torch.float32, "cpu")
+    attach.add_lora(transformer, LoraConfig(rank=4, targets=("visual_embeddings.in_layer",)), seed=1)
+    with_strength(transformer)
+    files.save_lora(tmp_path / "wide.safetensors", transformer, {PIPELINE_KEY: "Kandinsky5I2IPipeline"})
+    for name, source in (("trained", str(finished)), ("wide", "wide.safetensors")):
+        done = Cli(tmp_path)(app, "check-lora", source)
+        assert (done.code, "It was trained for Kandinsky5I2IPipeline" in done.out) == (0, True), done.out + done.err
+        exported = Cli(tmp_path)(app, "export", source, "-o", f"{name}-16.safetensors", "--format", "diffusers")
+        assert exported.code == 0, exported.err
+        assert pipeline_of(tmp_path / f"{name}-16.safetensors") == "Kandinsky5I2IPipeline"
+    files.save_lora(tmp_path / "unsaid.safetensors", transformer, {})
+    assert "of another size" in Cli(tmp_path)(app, "check-lora", "unsaid.safetensors").out
 
 
 def test_a_stopped_run_on_pairs_goes_on_to_the_same_bits(finished, root, toy_edit_model, tmp_path, monkeypatch):

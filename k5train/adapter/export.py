@@ -16,12 +16,14 @@ from torch import Tensor
 
 from k5cache.shared.errors import ModelError, RunError
 from k5cache.shared.files import make_folder, write_whole
+from k5cache.shared.kind import Kind
 from k5cache.shared.outputs import check_file
+from k5cache.shared.template import PIPELINES
 from k5train.adapter.files import PREFIX
-from k5train.adapter.lora_file import largest
+from k5train.adapter.lora_file import largest, pipeline_of
 from k5train.adapter.pairs import Pair, read_lora, silent_in
 from k5train.adapter.targets import linear_sizes
-from k5train.base.architecture import FULL_SIZE
+from k5train.base.architecture import full_size
 from k5train.base.quantize import empty_transformer
 
 Format = Literal["diffusers", "kohya"]
@@ -52,7 +54,7 @@ def export(source: Path, target: Path, form: Format, number: Number, folder: Pat
             exists.
     """
     check_target(target)
-    lora = read_lora(source, linear_sizes(architecture(folder)))
+    lora = read_lora(source, linear_sizes(architecture(folder, source)))
     metadata = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}  # folded in now
     write(target, lora.pairs, form, number, metadata)
     return Written(len(lora.pairs), len(lora.silent), lora.left_out)
@@ -76,7 +78,7 @@ def merge(
         )
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise RunError(f"A weight of {bad[0]} makes every value of the LoRA useless", "Give finite numbers by --weight")
-    sizes = linear_sizes(architecture(folder))
+    sizes = linear_sizes(architecture(folder, sources[0]))
     loras = [read_lora(source, sizes) for source in sources]
     pairs = side_by_side([lora.pairs for lora in loras], weights)
     names = ", ".join(f"{source.name} x {weight:g}" for source, weight in zip(sources, weights, strict=True))
@@ -154,8 +156,11 @@ def _rounded(key: str, tensor: Tensor, number: Number) -> Tensor:
     return rounded
 
 
-def architecture(folder: Path | None) -> Kandinsky5Transformer3DModel:
+def architecture(folder: Path | None, file: Path | None = None) -> Kandinsky5Transformer3DModel:
     """A transformer without weights: the checkpoint's, or Kandinsky 5 Image Lite's, which needs no checkpoint.
+
+    Args:
+        file: a LoRA of ours says whether it is for the one that edits images, whose first matrix is wider.
 
     Raises:
         ModelError: there is no such folder, or no transformer of Kandinsky 5 Image in it.
@@ -166,4 +171,5 @@ def architecture(folder: Path | None) -> Kandinsky5Transformer3DModel:
             raise ModelError(problem, "Give a model folder with --model, or leave it out for Kandinsky 5 Image Lite")
         return empty_transformer(folder)
     with init_empty_weights():
-        return Kandinsky5Transformer3DModel.from_config(FULL_SIZE)
+        kind: Kind = "i2i" if file and pipeline_of(file) == PIPELINES["i2i"] else "t2i"
+        return Kandinsky5Transformer3DModel.from_config(full_size(kind))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
+
+PIPELINE_KEY = "k5.pipeline"  # in the metadata of a LoRA for image-to-image: the class of diffusers that it is for
 
 # A key of an adapter, of whatever kind and for whatever model.
 _ADAPTER_KEY = re.compile(r"lora|lokr_|hada_|oft_|dora_scale|\.diff(_b)?$")
@@ -64,6 +67,15 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RunError(
             f"{path} cannot be read: {error.strerror or error}", "Give the .safetensors file of a LoRA"
         ) from error
+
+
+def pipeline_of(path: Path) -> str | None:
+    """The pipeline of diffusers that a LoRA of ours was trained for. None: it does not say, or cannot be read."""
+    if not path.is_file():
+        return None
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get(PIPELINE_KEY)
+    return None
 
 
 def _check_kind(path: Path) -> None:

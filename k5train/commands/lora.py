@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from k5cache.shared import console
+from k5cache.shared.foreign import shown
 
 if TYPE_CHECKING:
     from k5train.adapter.comfyui import Program
@@ -80,7 +81,7 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
     from k5train.adapter.who_loads import check_lora as check
 
     file, is_compared = lora_in(file)
-    report = check(file, architecture(model))
+    report = check(file, architecture(model, file))
     print_report(report, model)
     if is_compared:
         console.note("It is the file that its run wrote: the checksum matches")
@@ -131,6 +132,7 @@ def _say_what_is_missing(written: Written) -> None:
 
 def print_report(report: Report, model: Path | None) -> None:
     """What each program would load, and what to do if one would ignore keys."""
+    from k5train.adapter.lora_file import PIPELINE_KEY
     from k5train.adapter.pairs import OtherSize
     from k5train.adapter.who_loads import BY_TRANSFORMER
 
@@ -141,6 +143,8 @@ def print_report(report: Report, model: Path | None) -> None:
         *report.dtypes,
     ]
     console.out.print(Text(f"{report.path}: {', '.join(facts)}"))
+    if pipeline := report.metadata.get(PIPELINE_KEY):
+        console.out.print(Text(f"It was trained for {shown(pipeline)}: pipe is one"))
     table = Table(box=None, pad_edge=False)
     for column in ("program", "modules", "strength", "keys ignored", "verdict"):
         table.add_column(column, overflow="fold")

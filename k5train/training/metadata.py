@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from k5cache.shared.template import PIPELINES
+from k5train.adapter.lora_file import PIPELINE_KEY
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import Run
@@ -40,4 +42,5 @@ def metadata(data: Mixture, config: TrainConfig, identity: dict[str, Any], run: 
         "k5.seed": str(config.seed),
         "k5.step": str(step),
         "k5.versions": json.dumps(versions),
+        **({PIPELINE_KEY: PIPELINES["i2i"]} if data.first.kind == "i2i" else {}),
     }
