@@ -208,21 +208,25 @@ def test_instructions_of_which_nothing_survives_are_counted_and_named(toy_edit_m
     assert "2 instructions are so short that Qwen's embedding holds nothing of them ('red', 'blue')" in said
 
 
-def test_a_checkpoint_without_a_vision_tower_or_a_preprocessor_is_refused_in_a_sentence(toy_edit_model, tmp_path):
+def test_a_checkpoint_without_a_vision_tower_or_a_preprocessor_is_refused_in_a_sentence(
+    toy_edit_model, tmp_path, monkeypatch
+):
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
     shutil.copytree(toy_edit_model, folder)
-    file = folder / "text_encoder" / "model.safetensors"
-    save_file({name: t for name, t in load_file(file).items() if "visual" not in name}, file)
     jobs = [TextJob("key", TEXTS[0], view_of("same.png"))]
-    with pytest.raises(ModelError, match="no vision tower, which image-to-image needs"):
+    monkeypatch.setattr(clip, "load_clip", None)  # it is found before anything is loaded
+    config = folder / "tokenizer" / "preprocessor_config.json"
+    config.write_text('{"patch_size": "x", "size": 3}')
+    with pytest.raises(ModelError, match="preprocessor"):
         encode_texts(job_of(folder, tmp_path), Collector(), jobs)
-    (folder / "tokenizer" / "preprocessor_config.json").unlink()
+    config.unlink()
     with pytest.raises(ModelError, match=r"lacks tokenizer/preprocessor_config\.json: image-to-image needs it"):
         encode_texts(job_of(folder, tmp_path), Collector(), jobs)
-    (folder / "tokenizer" / "preprocessor_config.json").write_text('{"patch_size": "x", "size": 3}')
-    with pytest.raises(ModelError, match=r"preprocessor"):
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "visual" not in name}, file)
+    with pytest.raises(ModelError, match="no vision tower, which image-to-image needs"):
         encode_texts(job_of(folder, tmp_path), Collector(), jobs)
 
 

@@ -85,8 +85,10 @@ def tokenizer_of(job: Job, *, is_with_sources: bool) -> Callable[[TextJob], Toke
 def _sources(job: Job) -> Sources:
     """The sources of instructions."""
     from k5cache.encoders.pipeline import pipeline_template
+    from k5cache.encoders.vision import check_tower
     from k5cache.encoders.with_picture import load_processor
 
+    check_tower(job.folder)
     pipeline_template("i2i")  # imports diffusers: its lazy imports fail if two threads trigger them at once
     return Sources(job, load_processor(job.folder), is_kept=False)
 

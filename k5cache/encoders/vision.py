@@ -51,10 +51,8 @@ def load_tower(folder: Path, device: str | torch.device, dtype: torch.dtype) -> 
     from transformers import AttentionInterface
 
     device = torch.device(device)
-    weights = Weights(folder, _PREFIXES, "patch_embed.proj.weight", "vision tower, which image-to-image needs")
-    model = empty_tower(folder, dtype)
+    weights, model = _checked(folder, dtype)
     names = list(model.state_dict())
-    weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
     if device.type == "cpu":
         tensors = {name: weights.tensor(name) for name in names}
     else:
@@ -66,6 +64,25 @@ def load_tower(folder: Path, device: str | torch.device, dtype: torch.dtype) -> 
     model.rotary_pos_emb = type(model)._from_config(without_layers).rotary_pos_emb.to(device)
     AttentionInterface.register(_ATTENTION, _attend)
     return Tower(model.eval().requires_grad_(False))
+
+
+def check_tower(folder: Path) -> None:
+    """Check that the checkpoint has a vision tower, from its config and the headers of its files.
+
+    Raises:
+        ModelError: the files have none, or one that does not match the config.
+    """
+    import torch
+
+    _checked(folder, torch.bfloat16)
+
+
+def _checked(folder: Path, dtype: torch.dtype) -> tuple[Weights, Any]:
+    """The tower's weights, none missing or misshapen, and the tower itself on the meta device."""
+    weights = Weights(folder, _PREFIXES, "patch_embed.proj.weight", "vision tower, which image-to-image needs")
+    model = empty_tower(folder, dtype)
+    weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
+    return weights, model
 
 
 def empty_tower(folder: Path, dtype: torch.dtype) -> Any:
