@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 
 from k5cache.buckets import Bucket, cover
 from k5cache.cli import app
-from k5cache.sources import decode, images, items, unchanged
+from k5cache.sources import decode, images, items, jpeg, unchanged
 from k5cache.sources.images import examine, hash_content, load_pixels
 from k5cache.sources.items import NAMED_SUFFIXES, UnreadableImage
 from k5cache.sources.masks import load_mask
@@ -301,6 +301,43 @@ def test_a_jpeg_may_lack_its_end_marker_and_nothing_else(options):
     for cut in sorted(cuts):
         with pytest.raises(UnreadableImage, match="truncated"):
             examine(data[:cut])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"subsampling": 0}], ids=str
+)
+def test_a_jpeg_that_was_cut_before_an_end_marker_was_put_there_lacks_pixels(options, mode):
+    noise = np.random.default_rng(1).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((96, 72)).convert(mode).save(buffer, "JPEG", **options)
+    data = buffer.getvalue()
+    scans = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    assert (len(scans) > 1) == ("progressive" in options)
+    first, last = scans[0] + 40, scans[-1] if len(scans) > 1 else len(data) - 400
+    for cut in [*range(first, last, (last - first) // 12), *scans[1:]]:
+        for behind in (b"", b"appended by a phone", data):
+            with pytest.raises(UnreadableImage, match=r"truncated|broken data"):
+                pixels(data[:cut] + b"\xff\xd9" + behind)
+
+
+@pytest.mark.parametrize("shade", [128, 127, 255, 0])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"optimize": True}], ids=str
+)
+def test_a_jpeg_that_ends_with_a_flat_background_is_whole(options, shade, monkeypatch):
+    compared = []
+    whole = jpeg._is_complete
+    monkeypatch.setattr(jpeg, "_is_complete", lambda body: compared.append(body) or whole(body))
+    for mode in ("RGB", "L"):
+        for size in ((96, 72), (50, 41), (7, 3)):
+            image = Image.new(mode, size, shade if mode == "L" else (shade,) * 3)
+            image.paste(Image.fromarray(np.random.default_rng(1).integers(0, 256, (2, 5, 3), dtype=np.uint8)), (0, 0))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", **options)
+            assert pixels(buffer.getvalue()).shape == (size[1], size[0], 3)
+            assert pixels(buffer.getvalue() + b"appended by a phone").shape == (size[1], size[0], 3)
+    assert bool(compared) == (shade in (127, 128) and "progressive" not in options)
 
 
 # --- GIF, JPEG 2000, and what needs a plugin ---

@@ -248,6 +248,8 @@ def _load_jpeg(content: Content, image: Image.Image) -> Image.Image:
         with Image.open(io.BytesIO(whole), formats=("JPEG",)) as again:
             again.load()
             return again
+    if jpeg.looks_cut(image) and jpeg.lacks_pixels(_bytes(content)):
+        raise OSError("image file is truncated, and an end marker was put behind it")
     return image
 
 
