@@ -25,7 +25,7 @@ from k5cache.shared.model import FLAVOURS, ModelConfig, model_of
 from k5cache.store.manifest import read_manifest, write_manifest
 from k5train.cli import app
 from tests.cli import Cli
-from tests.workshop import Workshop
+from tests.workshop import EditShop, Workshop
 
 PARTS = ("transformer", "vae", "scheduler")
 COMMIT, NEWER = "1111aaaa" * 5, "2222bbbb" * 5
@@ -76,7 +76,11 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, toy_model, monkeypatch) -> Hub:
-    hub_of_one_model = Hub(tmp_path / "hub", toy_model)
+    return connected(Hub(tmp_path / "hub", toy_model), tmp_path, monkeypatch)
+
+
+def connected(hub_of_one_model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub, put in the place of the real one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.model_info", hub_of_one_model.model_info)
@@ -296,3 +300,19 @@ def test_a_preview_without_the_hub_needs_only_the_configs_that_are_here(hub, not
     assert nothing_here(cache_app, *arguments).code == 0
     hub.problem = NO_ROUTE
     assert nothing_here(cache_app, *arguments).code == 0
+
+
+def test_a_plan_of_pairs_downloads_the_config_of_the_image_processor_and_no_weights(
+    tmp_path, toy_edit_model, monkeypatch
+):
+    hub = connected(Hub(tmp_path / "hub", toy_edit_model), tmp_path, monkeypatch)
+    shutil.rmtree(hub.snapshots)
+    shop = EditShop(tmp_path / "shop", toy_edit_model)
+    shop.put_pair("cat.png")
+    cli = Cli(tmp_path / "shop")
+    for command in ("plan", "diff"):
+        options = ("--set", "cache.resolution=64", "--set", "model.flavour=i2i-lite-sft", "--model", "someone/toy")
+        done = cli(cache_app, command, "images", "--sources", "sources", *options)
+        assert done.code == 0, done.err
+        assert (hub.here / "tokenizer" / "preprocessor_config.json").is_file()
+    assert not [*hub.here.rglob("*.safetensors")]

@@ -17,6 +17,7 @@ from k5cache.shared.model import FLAVOURS, ModelConfig
 from k5cache.shared.part_files import config_name, has_weights, weight_files
 from k5cache.shared.parts import check_parts
 from k5cache.shared.plain import read_json, read_text
+from k5cache.shared.preprocessor import FILES
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -186,6 +187,7 @@ def _configs_from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -
         if snapshot and not missing:
             return snapshot
         wanted = [*_SMALL_FILES, *(f"{part}/{config_name(part)}" for part in parts)]
+        wanted += FILES if "tokenizer" in parts else ()  # how the text encoder is shown a picture
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except _unreachable() as error:
         if snapshot and all((snapshot / part / config_name(part)).is_file() for part in parts):
