@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from k5cache.shared.errors import CacheStale, RecipeError
+from k5cache.shared.errors import CacheStale, RecipeError, RunError
 from k5cache.store.reader import open_cache
 from k5train.data.compatible import check_fit
 from k5train.data.kind import check_options
@@ -17,7 +19,7 @@ from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.validation import EditConfig, ValidationConfig
 from k5train.training.held_out_loss import HeldOutLoss, split_off
-from k5train.training.identity import identity
+from k5train.training.identity import check_same, identity
 from k5train.training.step import train_step
 from tests.edit_training import make_pairs
 
@@ -173,3 +175,13 @@ def test_a_run_is_another_if_a_source_or_an_empty_instruction_has_changed(root, 
         for path in (root, without_empty)
     }
     assert len(rows) == 2
+
+
+def test_a_run_of_a_version_without_these_options_goes_on_and_counts_them_as_their_defaults(toy_model, toy_cache):
+    data = open_mixture([DataConfig(str(toy_cache("bf16")))])
+    before = identity(data, toy_model, CONFIG)
+    del before["train"]["source_dropout_probability"], before["train"]["validation"]["pairs"]
+    saved = SimpleNamespace(facts={"identity": before}, folder=Path("runs/mine/state/step-000010"))
+    check_same(saved, identity(data, toy_model, CONFIG))
+    with pytest.raises(RunError, match=r"source_dropout_probability: 0\.0, now 0\.5"):
+        check_same(saved, identity(data, toy_model, replace(CONFIG, source_dropout_probability=0.5)))
