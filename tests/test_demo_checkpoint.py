@@ -212,6 +212,20 @@ def test_k5_micro_is_a_whole_kandinsky_of_at_most_24_mb_that_crops_as_its_pipeli
     assert sum(file.stat().st_size for file in (DEMO / "k5-micro").rglob("*") if file.is_file()) <= 24e6
 
 
+def test_k5_micro_edit_is_a_whole_kandinsky_that_edits_and_adds_at_most_20_mb(tmp_path):
+    from diffusers import Kandinsky5I2IPipeline
+
+    from pipelines.demo.micro_edit.instructions import CROP, TEMPLATE
+    from pipelines.demo.micro_edit.model import EDIT, assemble, processor
+
+    assemble(tmp_path)
+    edit = Kandinsky5I2IPipeline.from_pretrained(tmp_path, tokenizer=processor(tmp_path), local_files_only=True)
+    assert edit.transformer.config.visual_cond
+    assert (edit.prompt_template, edit.prompt_template_encode_start_idx) == (TEMPLATE, CROP)  # what it was trained with
+    folders = (EDIT, DEMO / "sources")
+    assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) <= 20e6
+
+
 def test_the_demo_recipe_is_read_by_both_stages():
     recipe = DEMO / "demo.toml"
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
