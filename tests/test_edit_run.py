@@ -22,7 +22,7 @@ from k5train.options.adapter import LoraConfig
 from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import EditConfig, ValidationConfig
-from k5train.pictures import sample
+from k5train.pictures import drawings, sample
 from k5train.pictures.drawings import drawings_for, find_edit, items_to_draw
 from k5train.training.held_out_loss import split_off
 from tests.cli import Cli
@@ -182,6 +182,8 @@ def test_a_pair_is_found_by_bytes_and_by_path_only_where_there_is_no_file(root, 
     assert find_edit(cache, wanted).source_key == "source-1"
     (drawing,) = drawings_for(cache, ValidationConfig(edits=(wanted,)))
     assert (drawing.label, drawing.settings.width, drawing.target) == ("new.png: make it blue", 64, None)
+    deep = replace(find_edit(cache, wanted), source="datasets/test/new.png")
+    assert drawings._of_edit(cache, deep, ValidationConfig()).label == "new.png: make it blue"  # as wide as a picture
     assert torch.equal(drawing.negative.prompt_embeds, cache.text("empty-0").prompt_embeds)
 
 

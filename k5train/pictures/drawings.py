@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from k5cache.shared import console
@@ -88,7 +88,8 @@ def _prompts(cache: Cache, validation: ValidationConfig) -> list[Drawing]:
 
 
 def _of_edit(cache: Cache, edit: Edit, validation: ValidationConfig) -> Drawing:
-    label, size = f"{edit.source}: {edit.prompt}", (edit.width, edit.height)
+    name = PurePath(edit.source).name  # the folders before it would not fit above a picture
+    label, size = f"{name}: {edit.prompt}", (edit.width, edit.height)
     return _pair(cache, label, size, (edit.text_key, edit.empty_key, edit.source_key), validation)
 
 
