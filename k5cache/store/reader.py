@@ -14,7 +14,9 @@ Another trainer needs no more than this::
 
 from __future__ import annotations
 
+import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +39,8 @@ from k5cache.store.shards import Shard, StoredRow
 if TYPE_CHECKING:
     import torch
 
-OPEN_SHARDS = 128  # how many shards stay open. Each takes a descriptor and about 0.3 MB; opening one takes 1 ms
+OPEN_SHARDS = 128  # how many shards stay open at most. Each takes a descriptor and about 0.3 MB; opening one takes 1 ms
+SHARE_OF_DESCRIPTORS = 4  # and of all caches at most a quarter of what the process may open: it has other files too
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Cache:
         self._num_items = manifest.index.num_rows
         self._locations = Locations(root, manifest.locations, manifest.shards)
         self._open: OrderedDict[str, Shard] = OrderedDict()
+        _CACHES.add(self)
         self._lock = threading.Lock()
 
     @property
@@ -216,9 +220,20 @@ class Cache:
         with self._lock:
             shard = self._open.pop(info.file, None) or Shard(self.root, info)
             self._open[info.file] = shard
-            if len(self._open) > OPEN_SHARDS:
+            while len(self._open) > most_open():
                 self._open.popitem(last=False)
         return shard
+
+
+def most_open() -> int:
+    """How many shards of each cache stay open, by this process's limit on open files (``ulimit -n``)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return OPEN_SHARDS
+    return max(1, min(OPEN_SHARDS, limit // SHARE_OF_DESCRIPTORS // max(1, len(_CACHES))))
+
+
+_CACHES: weakref.WeakSet[Cache] = weakref.WeakSet()  # those that are open share the limit
 
 
 def _shown(prompt: str) -> str:
