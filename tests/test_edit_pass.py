@@ -206,6 +206,9 @@ def test_instructions_of_which_nothing_survives_are_counted_and_named(toy_edit_m
     encode_texts(job_of(toy_edit_model, tmp_path), Collector(), jobs)
     said = " ".join(capsys.readouterr().err.split())
     assert "2 instructions are so short that Qwen's embedding holds nothing of them ('red', 'blue')" in said
+    encode_texts(job_of(toy_edit_model, tmp_path), Collector(), jobs[:1])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 instruction is so short that Qwen's embedding holds nothing of it ('red')" in said
 
 
 def test_a_checkpoint_without_a_vision_tower_or_a_preprocessor_is_refused_in_a_sentence(

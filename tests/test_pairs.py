@@ -247,7 +247,7 @@ def test_a_second_folder_that_cannot_be_one_is_refused(tmp_path):
         tmp_path / "bare", source_dir=sources
     )
     assert "me/cats is no folder on this machine" in refusal(Path("me/cats"), source_dir=sources)
-    assert f"None of the 1 images in {targets} has one source" in (said := refusal(targets, source_dir=sources))
+    assert f"None of the 1 images in {targets} has a source" in (said := refusal(targets, source_dir=sources))
     assert f"a.png: has no source: there is no {sources}/a.*" in said
     (tmp_path / "t.csv").write_text("image,text\ntargets/a.png,a\n")
     assert "--sources is for folders of images" in refusal(tmp_path / "t.csv", source_dir=sources)
@@ -372,6 +372,7 @@ def test_tars_hold_sources_beside_their_targets(tmp_path):
         "0.jpg": RED, "0.source.png": BLUE, "0.txt": "a", "d/1.png": RED, "d/1.source.jpg": BLUE, "d/1.txt": "b",
         "2.png": RED, "2.txt": "c", "p.v2.png": RED, "p.v2.source.png": BLUE, "p.v2.txt": "d",
         "4.png": RED, "4.source.png": BLUE, "4.source.jpg": BLUE, "4.txt": "e",
+        "d/5.source.png": BLUE, "p.v3.source.png": BLUE,
     }  # fmt: skip
     path = tar(tmp_path / "t.tar", members)
     assert pairs(path) == {
@@ -382,6 +383,8 @@ def test_tars_hold_sources_beside_their_targets(tmp_path):
     assert edits(path).read_source("t.tar/0.source.png") == BLUE
     assert skips(path) == {
         "t.tar/2.png": "has no source: there is no 2.source.* beside it",
+        "t.tar/d/5.source.png": "is a source without a target: there is no 5.* beside it",
+        "t.tar/p.v3.source.png": "is a source without a target: there is no p.v3.* beside it",
         "t.tar/4.png": "has 2 sources, 4.source.jpg and 4.source.png: keep one of them",
     }
     named = tar(tmp_path / "n.tar", {"0.in.jpg": BLUE, "0.out.jpg": RED, "0.json": '{"prompt": "go"}'})
@@ -514,7 +517,7 @@ def test_odd_shapes_of_sources_are_counted_and_named_and_an_exif_orientation_is_
     done = Cli(tmp_path)(app, "diff", *options)
     assert done.code == 0, done.err
     lines = [line.rstrip() for line in done.out.splitlines()]
-    stretched = lines.index("2 sources stretched, of another shape than their target")
+    stretched = lines.index("2 with a stretched source, of another shape than its target")
     assert lines[stretched + 1 : stretched + 3] == ["  long.png", "  lost.png"]
     on_its_side = "1 with a source that lies on its side, perhaps by a lost EXIF orientation"
     assert lines[lines.index(on_its_side) + 1] == "  lost.png"

@@ -199,7 +199,7 @@ def print_preview(preview: Preview, root: Path) -> None:
 
 def _print_sources(report: EncodeReport | Preview) -> None:
     """What is worth knowing of the sources of image-to-image."""
-    print_some("sources stretched, of another shape than their target", report.stretched, "yellow")
+    print_some("with a stretched source, of another shape than its target", report.stretched, "yellow")
     print_some("with a source that lies on its side, perhaps by a lost EXIF orientation", report.turned, "yellow")
     print_some("source and target are the same file: nothing to learn", report.same_as_target, "yellow")
 

@@ -251,8 +251,8 @@ def _warn_of_lost(lost: Sequence[str]) -> None:
     if not lost:
         return
     named = ", ".join(repr(caption[:40]) for caption in lost[:3]) + (", ..." if len(lost) > 3 else "")
-    count = "1 instruction is" if len(lost) == 1 else f"{len(lost)} instructions are"
+    count, it = ("1 instruction is", "it") if len(lost) == 1 else (f"{len(lost)} instructions are", "them")
     console.warn(
-        f"{count} so short that Qwen's embedding holds nothing of them ({named}): Kandinsky5I2IPipeline cuts an "
-        "instruction's first tokens off. Only CLIP reads them. Write them as sentences"
+        f"{count} so short that Qwen's embedding holds nothing of {it} ({named}): Kandinsky5I2IPipeline cuts an "
+        f"instruction's first tokens off. Only CLIP reads {it}. Use longer sentences"
     )

@@ -103,7 +103,7 @@ def _no_pair(targets: Path, sources: Path, lone: Sequence[Skipped], num_sources:
     if not num_sources:
         return DatasetError(f"The folder of sources {sources} has no images", _NAME_THEM)
     return DatasetError(
-        f"None of the {len(lone)} images in {targets} has one source among the {num_sources} images in {sources} "
+        f"None of the {len(lone)} images in {targets} has a source among the {num_sources} images in {sources} "
         f"({lone[0].path}: {lone[0].reason})",
         _NAME_THEM,
     )

@@ -54,6 +54,9 @@ def _source_in(row: TarRow, field: str) -> Member | str:
     found = [member for member in row.companions if member.field == field or member.stem in stems]
     if len(found) > 1:
         return has_several([member.name for member in found])
+    if not found and row.image.stem.endswith(f".{field}"):
+        target = row.image.stem.removesuffix(f".{field}").rpartition("/")[2]
+        return f"is a source without a target: there is no {target}.* beside it"
     ending = field if "." + field.rpartition(".")[2] in IMAGE_SUFFIXES else f"{field}.*"
     return found[0] if found else f"{NO_SOURCE}: there is no {row.image.key.rpartition('/')[2]}.{ending} beside it"
 
