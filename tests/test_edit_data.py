@@ -166,6 +166,7 @@ def test_caption_dropout_without_empty_instructions_is_refused_with_what_to_do(w
     with pytest.raises(RecipeError, match="without the empty instruction of each source") as caught:
         check_options(data, CONFIG)
     assert "train.caption_dropout_probability=0" in caught.value.fix
+    assert "TARGETS --sources SOURCES -o" in caught.value.fix  # pasted without sources it would be refused again
     assert "--set cache.empty_instruction=true" in caught.value.fix
 
 

@@ -175,8 +175,10 @@ def test_a_pair_is_found_by_bytes_and_by_path_only_where_there_is_no_file(root, 
     monkeypatch.chdir(tmp_path)
     wanted = EditConfig("new.png", "make it blue")
     assert find_edit(cache, wanted).text_key == "text-edit"  # a cache opens anywhere, also without the pictures
+    with pytest.raises(RecipeError, match=r"There is no picture nwe\.png"):  # prompts add could not add it
+        find_edit(cache, EditConfig("nwe.png", "make it blue"))
     Path("new.png").write_bytes(b"another picture by now")
-    with pytest.raises(CacheError, match=r"does not hold the instruction 'make it blue' for the picture new\.png"):
+    with pytest.raises(CacheError, match=r"'make it blue' for the picture new\.png, which has changed since it was"):
         find_edit(cache, wanted)
     Path("new.png").write_bytes(PICTURE)
     assert find_edit(cache, wanted).source_key == "source-1"

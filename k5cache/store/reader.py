@@ -187,8 +187,10 @@ class Cache:
         for edit in self.manifest.edits:
             if (edit.source_hash, edit.prompt) == (source_hash, prompt):
                 return edit
+        is_edited = any((edit.source, edit.prompt) == (source, prompt) for edit in self.manifest.edits)
+        since = ", which has changed since it was added" if is_edited else ""
         raise CacheError(
-            f"{self.root} does not hold the instruction {_shown(prompt)} for the picture {source}",
+            f"{self.root} does not hold the instruction {_shown(prompt)} for the picture {source}{since}",
             self._how_to_add(prompt, "--source", source),
         )
 

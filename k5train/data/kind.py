@@ -47,8 +47,8 @@ def check_options(data: Mixture, config: TrainConfig) -> None:
     if kind == "i2i" and config.caption_dropout_probability:
         for source in data.sources:
             if source.cache.columns("empty_key").column(0).null_count:
-                again = command("k5cache", "encode", "TARGETS", "-o", source.cache.root, "--set",
-                                "cache.empty_instruction=true")  # fmt: skip
+                again = command("k5cache", "encode", "TARGETS", "--sources", "SOURCES", "-o", source.cache.root,
+                                "--set", "cache.empty_instruction=true")  # fmt: skip
                 raise RecipeError(
                     f"train.caption_dropout_probability is {config.caption_dropout_probability:g}, and "
                     f"{source.cache.root} was encoded without the empty instruction of each source",

@@ -65,7 +65,7 @@ def find_edit(cache: Cache, wanted: EditConfig) -> Edit:
 
     Raises:
         CacheError: the pair is not in the cache; says how to add it.
-        RecipeError: the picture cannot be read.
+        RecipeError: there is no such picture, or it cannot be read.
     """
     path, edits = Path(wanted.source), cache.manifest.edits
     if path.is_file():
@@ -76,6 +76,12 @@ def find_edit(cache: Cache, wanted: EditConfig) -> Edit:
         found = next((e for e in edits if e.prompt == wanted.prompt and e.source_hash in hashes), None)
     else:  # a cache opens anywhere, also without the pictures
         found = next((e for e in edits if (e.source, e.prompt) == (wanted.source, wanted.prompt)), None)
+    if found is None and not path.is_file():
+        raise RecipeError(
+            f"There is no picture {path}, and {cache.root} holds no pair of this name with the instruction"
+            f" {wanted.prompt!r}",
+            "Give the path of a picture",
+        )
     return found or cache.edit("", wanted.prompt, wanted.source)  # which raises
 
 
@@ -109,8 +115,9 @@ def _pair(
     settings = _settings(validation, *size)
     if settings.guidance_scale > 1 and empty is None:
         again = console.command(
-            "k5cache", "encode", "TARGETS", "-o", cache.root, "--set", "cache.empty_instruction=true"
-        )
+            "k5cache", "encode", "TARGETS", "--sources", "SOURCES", "-o", cache.root, "--set",
+            "cache.empty_instruction=true",
+        )  # fmt: skip
         raise RecipeError(
             f"train.validation.guidance_scale is {settings.guidance_scale:g}, and {cache.root} was encoded without the"
             " empty instruction of each source, which guidance leads away from",
