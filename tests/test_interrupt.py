@@ -26,6 +26,7 @@ from k5cache.store.manifest import read_manifest
 from k5cache.store.shards import ShardWriter
 from k5cache.upkeep.verify import verify_cache
 from k5train.cli import app
+from k5train.commands.sample import sample
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import ValidationConfig
 from k5train.runs.folder import Run
@@ -256,3 +257,14 @@ def test_a_signal_during_the_imports_of_a_command_line_is_answered(package, monk
 def test_both_commands_begin_where_ctrl_c_is_answered():
     document = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
     assert document["project"]["scripts"] == {"k5cache": "k5cache.__main__:main", "k5train": "k5train.__main__:main"}
+
+
+def test_a_signal_during_the_imports_of_sample_says_that_no_picture_was_written(monkeypatch, tmp_path):
+    class Interrupted:
+        @property
+        def open_run(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "k5train.runs.folder", Interrupted())
+    with pytest.raises(KeyboardInterrupt, match="Stopped: no picture was written"):
+        sample(tmp_path)

@@ -30,29 +30,29 @@ def sample(
     options: Set = None,
 ) -> None:
     """Draw more pictures with a run's LoRA, and the base model's beside them."""
-    from k5cache.shared.checkpoint import check_known
-    from k5cache.shared.recipe import parse
-    from k5train.options.train import TrainConfig
-    from k5train.runs.folder import open_run
-    from k5train.runs.recipe import read_recipe
-    from k5train.training.more_pictures import resample
+    with interrupt.saying("Stopped: no picture was written"):  # during the imports too, which take seconds
+        from k5cache.shared.checkpoint import check_known
+        from k5cache.shared.recipe import parse
+        from k5train.options.train import TrainConfig
+        from k5train.runs.folder import open_run
+        from k5train.runs.recipe import read_recipe
+        from k5train.training.more_pictures import resample
 
-    opened, model_config, config, cache = open_run(run)
-    document = read_recipe(opened.root, options or [])
-    if sources and not prompts:
-        raise RecipeError("--source is given without a prompt", "Say what to do with the picture: --prompt PROMPT")
-    if sources:
-        edits = [{"source": str(source), "prompt": prompt} for source in sources for prompt in prompts or []]
-        document.give("train.validation.edits", edits, "--source")
-    elif prompts:
-        document.give("train.validation.prompts", prompts, "--prompt")
-    if seed is not None:
-        document.give("train.validation.seed", seed, f"--seed {seed}")
-    (changed,) = parse(document, {"train": TrainConfig})
-    config = replace(config, validation=changed.validation, memory=changed.memory)
-    pinned = ["--revision", model_config.revision] if model_config.revision else []
-    download = console.command("hf", "download", model_config.source, *pinned)
-    check_known(model_config, opened.root, f"If you trust it: {download}")
-    with interrupt.saying("Stopped: no picture was written"):
+        opened, model_config, config, cache = open_run(run)
+        document = read_recipe(opened.root, options or [])
+        if sources and not prompts:
+            raise RecipeError("--source is given without a prompt", "Say what to do with the picture: --prompt PROMPT")
+        if sources:
+            edits = [{"source": str(source), "prompt": prompt} for source in sources for prompt in prompts or []]
+            document.give("train.validation.edits", edits, "--source")
+        elif prompts:
+            document.give("train.validation.prompts", prompts, "--prompt")
+        if seed is not None:
+            document.give("train.validation.seed", seed, f"--seed {seed}")
+        (changed,) = parse(document, {"train": TrainConfig})
+        config = replace(config, validation=changed.validation, memory=changed.memory)
+        pinned = ["--revision", model_config.revision] if model_config.revision else []
+        download = console.command("hf", "download", model_config.source, *pinned)
+        check_known(model_config, opened.root, f"If you trust it: {download}")
         grid = resample(opened, model_config, config, cache, step, out)
     console.out.print(f"Wrote {grid}", markup=False)
