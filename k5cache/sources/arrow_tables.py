@@ -306,4 +306,6 @@ def _errors(file: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise DatasetError(f"{file.name} cannot be read: {reason}", "Repair it, or use another source") from None
+        again = "write it again without dictionaries or compression, " if isinstance(error, TooLarge) else ""
+        fix = f"Repair it, {again}or use another source"
+        raise DatasetError(f"{file.name} cannot be read: {reason}", fix) from None
