@@ -237,6 +237,16 @@ def tried(monkeypatch) -> list[str]:
     return seen
 
 
+def test_the_pictures_of_a_pair_that_is_skipped_for_its_text_are_not_encoded(tmp_path, toy_edit_model):
+    shop = EditShop(tmp_path, toy_edit_model)
+    shop.put_pair("long.png", "fox " * 5000, seed=1)
+    shop.put_pair("good.png", seed=2)
+    done = shop.encode()
+    assert [skip.path for skip in done.skipped] == ["long.png"]
+    assert (done.num_items, done.num_latents) == (1, 2)
+    assert sum(shard.num_rows for shard in shop.cache.manifest.shards if shard.kind == "latents") == 2
+
+
 def test_a_source_that_changes_during_the_encode_is_not_stored_as_what_it_was(three, monkeypatch):
     three.put_source("dog.png", seed=77)
     original = update.encode_latents

@@ -36,6 +36,10 @@ _CLIP_BATCH = 64  # captions at once where batches need not be exact
 _INT8_ERROR_CAPTIONS = 4  # captions that the error of an int8 text encoder is measured on
 
 
+class PipelineFails(UnreadableImage):
+    """The source can be read, but the pipeline cannot encode it with its instruction."""
+
+
 def encode_texts(
     job: Job, sink: RowSink, text_jobs: Sequence[TextJob], failed: dict[str, UnreadableImage] | None = None
 ) -> tuple[tuple[str, int], ...]:
@@ -57,7 +61,7 @@ def encode_texts(
     sources = _sources(job) if estimate.has_sources(text_jobs) else None
     if sources:
         reasons = {text_job.key: sources.reason(text_job) for text_job in text_jobs}
-        failed.update({key: UnreadableImage(reason) for key, reason in reasons.items() if reason})
+        failed.update({key: PipelineFails(reason) for key, reason in reasons.items() if reason})
         text_jobs = in_order_of_sources([text_job for text_job in text_jobs if text_job.key not in failed])
     if not text_jobs:
         return ()

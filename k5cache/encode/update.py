@@ -7,7 +7,7 @@ the manifest names and goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.progress import Progress
@@ -17,12 +17,12 @@ from k5cache.encode.differences import refuse
 from k5cache.encode.estimate import duration, estimate, modes
 from k5cache.encode.examined import mask_reason, source_reason
 from k5cache.encode.image_pass import encode_latents, encode_masks
-from k5cache.encode.job import Job
+from k5cache.encode.job import Job, LatentJob
 from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
 from k5cache.encode.source_note import MOST_NAMED, note_left_out, take_note
-from k5cache.encode.text_pass import encode_texts
+from k5cache.encode.text_pass import PipelineFails, encode_texts
 from k5cache.shared import console
 from k5cache.shared.device import pick_device
 from k5cache.shared.errors import DatasetError
@@ -59,7 +59,7 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
     note = take_note(request.source, request.config, request.listing) if is_known else SourceNote()
     left_out = note_left_out(skipped, failed)
     is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits)
-    num_latents = sum(job.key not in encoded.failed for job in plan.latent_jobs)
+    num_latents = encoded.num_latents
     num_texts = sum(job.key not in encoded.failed_texts for job in plan.text_jobs)
     return EncodeReport(
         num_items=len(rows),
@@ -98,6 +98,8 @@ class _Encoded:
     """As in ``EncodeReport``."""
     failed_texts: dict[str, UnreadableImage] = field(default_factory=dict)
     """Text key -> why its source could not be read. Only for image-to-image."""
+    num_latents: int = 0
+    """Latents that were encoded."""
 
     def failure(self, row: IndexRow) -> Skipped | None:
         """Why the latents, the texts or the mask of this row are missing; None if they are there."""
@@ -137,8 +139,20 @@ def _run_passes(
     _announce(job, plan)
     failed_texts: dict[str, UnreadableImage] = {}
     truncated = encode_texts(job, committer, plan.text_jobs, failed_texts)
-    failed |= encode_latents(job, committer, plan.latent_jobs)
-    return _Encoded(failed, mask_paths, truncated, failed_texts)
+    latent_jobs = _wanted_latents(plan, failed_texts)
+    failed |= encode_latents(job, committer, latent_jobs)
+    num_latents = sum(latent_job.key not in failed for latent_job in latent_jobs)
+    return _Encoded(failed, mask_paths, truncated, failed_texts, num_latents)
+
+
+def _wanted_latents(plan: Plan, failed_texts: Mapping[str, UnreadableImage]) -> Sequence[LatentJob]:
+    """The latents to encode, without those of pairs that the pipeline cannot encode, which are skipped."""
+    refused = {key for key, error in failed_texts.items() if isinstance(error, PipelineFails)}
+    if not refused:
+        return plan.latent_jobs
+    keys = {key for row in plan.rows if refused.isdisjoint(row.text_keys) for key in row.latent_keys}
+    keys |= {edit.source_key for edit in plan.edits if refused.isdisjoint((edit.text_key, edit.empty_key))}
+    return [latent_job for latent_job in plan.latent_jobs if latent_job.key in keys]
 
 
 def _announce(job: Job, plan: Plan) -> None:
