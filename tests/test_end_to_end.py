@@ -193,14 +193,23 @@ def test_the_same_seed_gives_the_same_lora_whatever_ran_before(workplace, traine
 @pytest.mark.parametrize(
     "recipe", sorted((Path(__file__).parent.parent / "pipelines").glob("**/*.toml")), ids=lambda p: p.name
 )
-def test_every_recipe_on_disk_encodes_and_trains_two_steps(tmp_path, toy_model, recipe):
+def test_every_recipe_on_disk_encodes_and_trains_two_steps(tmp_path, toy_model, toy_edit_model, recipe):
+    text = recipe.read_text(encoding="utf-8")
+    edits = "i2i" in text or "[[train.validation.edits]]" in text
     (tmp_path / "set").mkdir()
-    Image.new("RGB", (64, 64), "teal").save(tmp_path / "set" / "a.png")
-    (tmp_path / "set" / "a.txt").write_text("teal", encoding="utf-8")
+    for name, colour in (("a", "teal"), ("b", "navy")):  # two, because a recipe may hold one out
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "set" / f"{name}.png")
+        (tmp_path / "set" / f"{name}.txt").write_text(f"paint all of it in {colour}", encoding="utf-8")
+        if edits:
+            Image.new("RGB", (64, 64), "olive").save(tmp_path / "set" / f"{name}.source.png")
+    if "pipelines/" in text:  # sources to draw, relative to the checkout
+        (tmp_path / "pipelines").symlink_to(Path(__file__).parent.parent / "pipelines")
+    model = toy_edit_model if edits else toy_model
     small = ["--set", "cache.resolution=64", "--set", "train.steps=2", "--set", "train.device=cpu",
-             "--set", "train.validation.num_inference_steps=1", "--set", "train.validation.width=64",
-             "--set", "train.validation.height=64", "--set", "train.memory.execution=eager"]  # fmt: skip
-    common = ["--recipe", str(recipe), "--model", str(toy_model), *small]
+             "--set", "train.validation.num_inference_steps=1", "--set", "train.memory.execution=eager"]  # fmt: skip
+    if not edits:  # a pair is drawn at the size of its source
+        small += ["--set", "train.validation.width=64", "--set", "train.validation.height=64"]
+    common = ["--recipe", str(recipe), "--model", str(model), *small]
     encoded = Cli(tmp_path)(cache_app, "encode", "set", *common)
     assert encoded.code == 0, encoded.err
     run = Cli(tmp_path)(train_app, "run", "cache/set", *common)

@@ -44,7 +44,7 @@ def empty(toy_model):
 
 @pytest.fixture
 def cli(tmp_path, empty, monkeypatch) -> Cli:
-    monkeypatch.setattr(exporting, "architecture", lambda folder: empty)  # without building it for every command
+    monkeypatch.setattr(exporting, "architecture", lambda *_: empty)  # without building it for every command
     return Cli(tmp_path)
 
 

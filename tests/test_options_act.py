@@ -172,11 +172,11 @@ def test_several_caches_are_named_on_the_command_line_or_in_the_recipe_but_not_i
     assert "names its caches in [[train.data]]" in both.err
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(13))
 def test_every_recipe_in_the_docs_is_one(number):
     text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     document = tomllib.loads(blocks[number])
     for recipe in document.get("run", [document]):  # of a sweep's list, or a recipe
         (config,) = parse({"train": recipe["train"]}, {"train": TrainConfig})

@@ -511,7 +511,7 @@ def test_what_is_nowhere_is_said_without_asking_the_hub_unless_it_may_be_a_name(
         ("t.csv", "text,text\na,b\n", "t.csv has two columns with the same name"),
         ("t.csv", b"image,text\n\xff\xfe", "t.csv is not UTF-8"),
         ("t.jsonl", '{"image": "a.png"}\n{"im', "t.jsonl line 2 is not JSON: Unterminated string"),
-        ("t.parquet", "not parquet at all", "t.parquet cannot be read: Parquet magic bytes not found"),
+        ("t.parquet", "not parquet at all", "t.parquet cannot be read: it is not a Parquet file, or was cut off"),
         ("t.tar", "not a tar" * 300, "t.tar cannot be read as a tar: it is not a tar, nor a compressed one"),
         ("t.xls", "x", "t.xls is not a table: .xls; Give files of one kind: .csv"),
         ("t.csv", "name,words\na.png,b\n", "t.csv has no column of images; its columns are name, words; Set"),

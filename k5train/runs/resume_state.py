@@ -90,7 +90,7 @@ def save_state(
         sync_folder(folder)
     older = [state for state in _states(folder) if _step(state) < progress.step]
     for state in older[:-1]:
-        _remove(state.rename(folder / f".tmp-old-{state.name}"))
+        _retire(state)
     return target
 
 
@@ -194,7 +194,7 @@ def remove_after(folder: Path, step: int) -> None:
     for state in _states(folder):
         if _step(state) > step:
             console.note(f"Going back to step {step}: the state of step {_step(state)} is removed")
-            _remove(state.rename(folder / f".tmp-old-{state.name}"))
+            _retire(state)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -208,9 +208,17 @@ def remove_states(folder: Path) -> None:
     """Remove every state of a run, for one that will not be resumed, and the folder if nothing else is in it."""
     remove_leftovers(folder)
     for state in _states(folder):
-        _remove(state.rename(folder / f".tmp-old-{state.name}"))
+        _retire(state)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _retire(state: Path) -> None:
+    """Remove a state under a name that is no state's, since a kill may come in between. Files of others keep theirs."""
+    half = state.rename(state.parent / f".tmp-old-{state.name}")
+    _remove(half)
+    if half.exists():
+        half.rename(state)
 
 
 def _remove(state: Path) -> None:
