@@ -147,14 +147,15 @@ def test_sample_draws_a_picture_that_the_cache_knows_by_its_bytes(finished, tmp_
 
 
 def test_sample_says_which_line_adds_a_pair_that_is_not_cached(finished, root, tmp_path):
-    (tmp_path / "other picture.png").write_bytes(b"other")
+    for name in ("other picture.png", "new.png"):
+        (tmp_path / name).write_bytes(b"other")
     for source, prompt, words in (
         (
             "other picture.png",
             "make it blue",
             f"k5cache prompts add {root} --source 'other picture.png' 'make it blue'",
         ),
-        ("gone.png", "make it blue", f"k5cache prompts add {root} --source gone.png 'make it blue'"),
+        ("gone.png", "make it blue", "There is no picture gone.png"),
         ("new.png", "-1 degrees", f"k5cache prompts add {root} --source new.png -- '-1 degrees'"),
     ):
         done = Cli(tmp_path)(app, "sample", str(finished), "--source", source, f"--prompt={prompt}")
