@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from k5cache.shared import console
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, unseal_if_sealed, write_sealed
-from k5train.pictures.sample import SampleSettings
 
 FILE = "drawn.json"
-UNSEALED = ("prompts", "negative_prompt", *(field.name for field in fields(SampleSettings)))
+UNSEALED = (
+    "prompts", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
+)  # fmt: skip
 """All that earlier versions wrote into it, without a checksum."""
 
 

@@ -22,7 +22,7 @@ from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml, tom
 from k5cache.shared.sealed import unseal_if_sealed, write_sealed
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
-from k5train.runs.resume_state import differences
+from k5train.runs.differences import differences
 
 FILE = "run.json"
 RECIPE = "recipe.toml"

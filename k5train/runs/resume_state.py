@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -230,26 +230,6 @@ def _remove(state: Path) -> None:
         state.rmdir()
 
 
-def differences(before: Any, now: Any, free: Iterable[str] = (), where: str = "") -> list[str]:
-    """The fields that differ between two JSON documents, a line for each: ``train.lora.rank: 8, now 16``.
-
-    Args:
-        free: dotted fields that may differ, with everything below them.
-        where: the dotted field at which the documents are.
-    """
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*before, *now])
-        names = {key: f"{where}.{key}".lstrip(".") for key in keys}
-        free = set(free)
-        return [
-            line
-            for key, name in names.items()
-            if name not in free
-            for line in differences(before.get(key), now.get(key), free, name)
-        ]
-    return [] if before == now else [f"{where}: {_shown(before)}, now {_shown(now)}"]
-
-
 def broken(path: Path, problem: Exception | str) -> RunError:
     """The error for a file of a state that has changed or cannot be read, with the command that goes on without it."""
     state, run = path.parent, path.parent.parent.parent
@@ -291,10 +271,3 @@ def _states(folder: Path) -> list[Path]:
 
 def _step(state: Path) -> int:
     return int(state.name.removeprefix("step-"))
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not set"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

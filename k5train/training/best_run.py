@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from k5cache.shared.recipe import to_dict
-from k5train.runs.resume_state import differences
+from k5train.runs.differences import differences
 from k5train.training.sweep_runs import SweepRun
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 from k5train.options.validation import ValidationConfig
 from k5train.planning.saved_plan import read_saved_plan
-from k5train.runs.resume_state import SavedState, differences
+from k5train.runs.differences import differences
+from k5train.runs.resume_state import SavedState
 
 if TYPE_CHECKING:
     from k5train.data.mixture import Mixture

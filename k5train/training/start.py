@@ -21,6 +21,7 @@ from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
+from k5train.runs.differences import differences
 from k5train.runs.folder import (
     Run,
     check_new,
@@ -31,7 +32,7 @@ from k5train.runs.folder import (
     open_run,
 )
 from k5train.runs.recipe import write_recipe
-from k5train.runs.resume_state import SavedState, differences, latest_state
+from k5train.runs.resume_state import SavedState, latest_state
 from k5train.training.identity import depends_on_the_last_step
 from k5train.training.train import Result, train
 

@@ -30,9 +30,10 @@ from k5train.pictures.references import References, read_references
 from k5train.pictures.saved import read_labels, read_pictures
 from k5train.planning.plan import largest_sizes, plan_for, plan_training
 from k5train.planning.saved_plan import SavedPlan, read_saved_plan
+from k5train.runs.differences import differences
 from k5train.runs.folder import Run, check_new, create_run, open_run
 from k5train.runs.metrics import read_metrics
-from k5train.runs.resume_state import differences, latest_state, remove_states
+from k5train.runs.resume_state import latest_state, remove_states
 from k5train.runs.written import check_recorded
 from k5train.training.base import Base, load_base
 from k5train.training.device import pick_device

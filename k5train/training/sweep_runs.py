@@ -15,7 +15,7 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document, line_of
 from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
 from k5train.options.train import TrainConfig
-from k5train.runs.resume_state import differences
+from k5train.runs.differences import differences
 from k5train.training.start import with_library
 
 # The options that decide the shared base and the caches.
