@@ -141,9 +141,10 @@ def test_sample_draws_a_picture_that_the_cache_knows_by_its_bytes(finished, tmp_
     again = Cli(tmp_path)(app, *arguments[:-1], "again.png", "--seed", "7")
     assert again.code == 0
     assert not np.array_equal(first, picture_at(tmp_path / "again.png"))
-    done = Cli(tmp_path)(app, "sample", str(finished), "-o", "pairs.png")  # the recipe's pairs, with targets
+    chosen = ("--which", "4", "--which", "ema", "--strength", "0.5", "--strength", "1")
+    done = Cli(tmp_path)(app, "sample", str(finished), *chosen, "-o", "pairs.png")  # the recipe's pairs, with targets
     assert done.code == 0, done.err
-    assert len(picture_at(tmp_path / "pairs.png")) > 4 * 192
+    assert len(picture_at(tmp_path / "pairs.png")) > 7 * 192  # source, base model, four LoRAs, target
 
 
 def test_sample_says_which_line_adds_a_pair_that_is_not_cached(finished, root, tmp_path):

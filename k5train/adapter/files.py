@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import make_folder, write_whole
+from k5cache.shared.plain import parse_json
 from k5train.adapter.attach import ADAPTER, adapted_layers, adapter_parts, add_without_values
 from k5train.adapter.keys import kind_of
 from k5train.adapter.lora_file import read_file, refuse_not_finite
@@ -81,7 +82,7 @@ def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[st
     state, metadata = read_file(path)
     if kind_of(state) in ("dora", "lokr"):
         refuse_not_finite(path, state)
-        return _load_by_diffusers(transformer, path, state)
+        return _load_by_diffusers(transformer, path, state, metadata)
     pairs = understand(path, state, metadata, linear_sizes(transformer)).pairs
     if not adapted_layers(transformer):
         _attach_with_ranks(transformer, {name: down.shape[0] for name, (down, _) in pairs.items()})
@@ -120,7 +121,7 @@ def _attach_with_ranks(transformer: Kandinsky5Transformer3DModel, ranks: Mapping
 
 
 def _load_by_diffusers(
-    transformer: Kandinsky5Transformer3DModel, path: Path, state: dict[str, Tensor]
+    transformer: Kandinsky5Transformer3DModel, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Load DoRA or LoKr into a transformer without an adapter, as a user of diffusers loads them."""
     if adapted_layers(transformer):
@@ -128,7 +129,10 @@ def _load_by_diffusers(
             f"{path} is not a plain LoRA and cannot replace the adapter that is attached",
             "Load it on a base without an adapter",
         )
-    transformer.load_lora_adapter(dict(state), prefix=PREFIX.rstrip("."), adapter_name=ADAPTER)
+    # Of a DoRA it has the strength, by which pipe.load_lora_weights goes; the call that loads LoKr never reads it.
+    text = metadata.get("lora_adapter_metadata") if kind_of(state) == "dora" else None
+    config = {"metadata": parse_json(text)} if text else {}
+    transformer.load_lora_adapter(dict(state), prefix=PREFIX.rstrip("."), adapter_name=ADAPTER, **config)
     layers = adapted_layers(transformer)
     for _, layer in layers:
         for _, parameter in adapter_parts(layer):

@@ -11,6 +11,7 @@ import typer
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RecipeError
 from k5train.commands.arguments import RunPath, Set
+from k5train.commands.lora import lora_in
 
 
 def sample(
@@ -22,14 +23,25 @@ def sample(
         list[Path] | None,
         typer.Option("--source", help="A picture to edit, for image-to-image; each --prompt is drawn on it."),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Draw with this checkpoint. Default: the finished LoRA.")] = None,
+    which: Annotated[
+        list[str] | None,
+        typer.Option("--which", help="A LoRA of the run: final, best, ema or a step. May be repeated. Default: final."),
+    ] = None,
+    strengths: Annotated[
+        list[float] | None, typer.Option("--strength", help="Draw each LoRA at this strength. May be repeated.")
+    ] = None,
+    loras: Annotated[
+        list[Path] | None,
+        typer.Option("--lora", help="A LoRA file from anywhere, or another run's folder. May be repeated."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="The same as --which STEP.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The PNG to write. Default: in the run's samples/.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: the recipe's.")] = None,
     options: Set = None,
 ) -> None:
-    """Draw more pictures with a run's LoRA, and the base model's beside them."""
+    """Draw more pictures with a run's LoRAs or others: a row for the base model, and one for each LoRA and strength."""
     with interrupt.saying("Stopped: no picture was written"):  # during the imports too, which take seconds
         from k5cache.shared.checkpoint import check_known
         from k5cache.shared.recipe import parse
@@ -37,8 +49,11 @@ def sample(
         from k5train.runs.folder import open_run
         from k5train.runs.recipe import read_recipe
         from k5train.training.more_pictures import resample
+        from k5train.training.which_loras import choose
 
         opened, model_config, config, cache = open_run(run)
+        named = [*([] if step is None else [str(step)]), *(which or [])]
+        choices = choose(opened, named, [lora_in(file)[0] for file in loras or []], strengths or [])
         document = read_recipe(opened.root, options or [])
         if sources and not prompts:
             raise RecipeError("--source is given without a prompt", "Say what to do with the picture: --prompt PROMPT")
@@ -54,5 +69,5 @@ def sample(
         pinned = ["--revision", model_config.revision] if model_config.revision else []
         download = console.command("hf", "download", model_config.source, *pinned)
         check_known(model_config, opened.root, f"If you trust it: {download}")
-        grid = resample(opened, model_config, config, cache, step, out)
+        grid = resample(opened, model_config, config, cache, choices, out)
     console.out.print(f"Wrote {grid}", markup=False)

@@ -1,19 +1,23 @@
-"""More pictures from a run: the base model's above the LoRA's, on the same noise."""
+"""More pictures from a run: the base model's above those of one or several LoRAs, on the same noise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
-from k5cache.shared.errors import RecipeError, RunError
+from k5cache.shared.errors import RecipeError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import check_file, check_writable
+from k5cache.shared.template import PIPELINES
 from k5cache.store.reader import Cache, open_cache
-from k5train.adapter import files
+from k5train.adapter.loaded import loaded, set_strength, vet
+from k5train.adapter.lora_file import pipeline_of
+from k5train.base.quantize import empty_transformer
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, Source
 from k5train.forward.load import execute, load
@@ -28,55 +32,72 @@ from k5train.runs.written import check_recorded
 from k5train.training.device import pick_device
 from k5train.training.held_out_loss import split_off
 from k5train.training.out_of_memory import when_memory_ends
+from k5train.training.which_loras import Choice
 
 
 def resample(
-    run: Run, model: ModelConfig, config: TrainConfig, cache: Path, step: int | None, out: Path | None
+    run: Run, model: ModelConfig, config: TrainConfig, cache: Path, choices: Sequence[Choice], out: Path | None
 ) -> Path:
-    """Draw the validation prompts, or pairs, with the base model and with a LoRA of ``run``.
+    """Draw the validation prompts, or pairs, with the base model and with each of some LoRAs, on the same noise.
 
     Args:
         config: the run's. ``config.validation`` says what to draw and how.
-        step: the checkpoint to draw with. None: the finished LoRA.
+        choices: the LoRAs, a row each. They are loaded and removed one after another.
         out: where to write the grid. None: a new ``samples/sample-NNN.png`` in the run.
 
     Raises:
         DoesNotFit: VRAM ran out.
         OutputError: ``out`` is not a PNG, or cannot be written. This is found before anything is loaded.
-        RunError: there is no such checkpoint, or its file has changed.
+        RunError: a LoRA cannot be read, is not of this model, or has changed since its run wrote it. This is found
+            before the transformer is loaded.
         CacheError: a prompt or a pair is not in the cache.
         RecipeError: there is nothing to draw, or what is asked for belongs to the other kind of model.
     """
     target = check_file(out, ".png") if out else None
     if target is None:
         check_writable(run.root / "samples")
-    weights = run.lora if step is None else run.checkpoint(step)
-    if not weights.is_file():
-        steps = ", ".join(map(str, run.checkpoints()))
-        raise RunError(
-            f"There is no {weights}", f"Use --step with one of: {steps}" if steps else "Train first: k5train run"
-        )
-    check_recorded(weights)
+    paths = list(dict.fromkeys(choice.path for choice in choices))
+    for path in paths:
+        check_recorded(path)
     reader = open_cache(cache)
     drawings = drawings_to_draw(reader, config)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
+    _vet(choices, folder, reader.kind)
     device = pick_device(config.device, folder)
     plan = plan_training(folder, config, device, largest_sizes(reader))
     with when_memory_ends(lambda: plan, lambda: None, console.this_command), console.progress() as bars:
         transformer = load(folder, config, device, plan)
         execute(transformer, config, device, plan)
         transformer.eval()
-        base_pictures = sample.draw(transformer, folder, drawings, bars, "base model")
-        files.load_lora(transformer, weights)
-        lora_pictures = sample.draw(transformer, folder, drawings, bars, run.name)
+        rows = [("base model", sample.draw(transformer, folder, drawings, bars, "base model"))]
+        for path in paths:
+            with loaded(transformer, path):
+                transformer.eval()
+                for choice in [choice for choice in choices if choice.path == path]:
+                    set_strength(transformer, choice.strength)
+                    # Anew for each: blocks remember the adapter that they ran with, and its strength.
+                    execute(transformer, config, device, plan, any_rank=len(paths) > 1)
+                    rows.append((choice.label, sample.draw(transformer, folder, drawings, bars, choice.label)))
         references = decode_references(folder, drawings, device)
-    label = run.name if step is None else f"step {step}"
-    rows = [*references.above, ("base", base_pictures), (label, lora_pictures), *references.below]
-    grid = sheet.grid(rows, [drawing.label for drawing in drawings])
+    grid = sheet.grid([*references.above, *rows, *references.below], [drawing.label for drawing in drawings])
     target = target or _unused(run.root / "samples")
     make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))
     return out or target
+
+
+def _vet(choices: Sequence[Choice], folder: Path, kind: str) -> None:
+    """Refuse LoRAs that cannot be loaded. Say which of them do something else than their row's label says."""
+    empty = empty_transformer(folder)
+    for path in dict.fromkeys(choice.path for choice in choices):
+        if vet(path, empty) == "dora" and any(c.strength != 1 for c in choices if c.path == path):
+            console.warn(
+                f"{path} is a DoRA: a strength scales its matrices, as in diffusers, and not its magnitudes, so that at"
+                " 0 it is not the base model"
+            )
+        pipeline = pipeline_of(path)
+        if pipeline not in (None, PIPELINES[kind]):
+            console.warn(f"{path} was trained for {pipeline}, and this model is drawn by {PIPELINES[kind]}")
 
 
 def drawings_to_draw(cache: Cache, config: TrainConfig) -> list[Drawing]:

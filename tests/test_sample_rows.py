@@ -1,0 +1,202 @@
+"""`k5train sample`: each LoRA at each strength is a row on the same noise, and what does not exist is refused first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders import KandinskyLoraLoaderMixin
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from k5train.adapter.attach import adapted_layers, add_lora, lora_parameters
+from k5train.adapter.files import save_lora
+from k5train.adapter.loaded import loaded, set_strength, vet
+from k5train.base.quantize import empty_transformer, load_transformer
+from k5train.cli import app
+from k5train.options.adapter import LoraConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.validation import ValidationConfig
+from k5train.pictures import sheet
+from k5train.runs.folder import Run
+from k5train.training import more_pictures
+from tests.cli import Cli
+from tests.parity import PROMPTS, as_the_pipeline_calls_it, reference_transformer
+from tests.runs import CONFIG, start_run
+
+DRAWN = ValidationConfig(
+    prompts=PROMPTS[:1], num_inference_steps=1, guidance_scale=1.0, width=32, height=32, before=False, split=0.34,
+    held_out_every=1, held_out_sigmas=1,
+)  # fmt: skip
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.5)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, toy_cache, toy_model) -> Path:
+    """A run of two steps with a best LoRA, an average, and a checkpoint of each step."""
+    root = tmp_path_factory.mktemp("runs") / "fox"
+    start_run(root, toy_cache("fp32"), toy_model,
+              replace(CONFIG, steps=2, checkpoint_every=1, optim=OPTIM, validation=DRAWN))  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, toy_model) -> dict[str, Path]:
+    """A LoRA, a DoRA and a LoKr of random values, as runs write them."""
+    folder = tmp_path_factory.mktemp("loras")
+    for algo in ("lora", "dora", "lokr"):
+        transformer = load_transformer(toy_model, "no_change", torch.float32, "cpu")
+        add_lora(transformer, LoraConfig(algo=algo, rank=4, targets=("qkv",)), seed=1)
+        random = torch.Generator().manual_seed(2)
+        for parameter in lora_parameters(transformer):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+        save_lora(folder / f"{algo}.safetensors", transformer)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@torch.no_grad()
+def velocity(transformer) -> torch.Tensor:
+    """What the transformer answers to fixed inputs."""
+    random = torch.Generator().manual_seed(5)
+    latents, embeds = torch.randn(1, 1, 8, 8, 16, generator=random), torch.randn(1, 7, 3584, generator=random)
+    config = transformer.config
+    embeds, pooled = embeds[..., : config.in_text_dim], torch.randn(1, config.in_text_dim2, generator=random)
+    return as_the_pipeline_calls_it(transformer, latents, torch.tensor([0.5]), embeds, pooled)
+
+
+def test_a_strength_is_that_of_diffusers_and_the_base_has_its_bits_again_afterwards(toy_model, files):
+    ours = load_transformer(toy_model, "no_change", torch.float32, "cpu").eval()
+    before, at_base = {name: t.clone() for name, t in ours.state_dict().items()}, velocity(ours)
+    for algo, path in files.items():
+        theirs = reference_transformer(toy_model, torch.float32).eval()
+        theirs.load_lora_adapter(str(path), prefix="transformer", adapter_name="mine")
+        with loaded(ours, path):
+            for strength in (0.7, 1.0, -1.5, 0.0):
+                theirs.set_adapters(["mine"], [strength])
+                set_strength(ours, strength)
+                assert torch.equal(velocity(ours), velocity(theirs)), (algo, strength)
+            assert torch.equal(velocity(ours), at_base) == (algo != "dora")  # now at 0: magnitudes are not scaled
+        after = ours.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before), algo
+
+
+def rows_of(monkeypatch) -> list[list[tuple[str, np.ndarray]]]:
+    """A list to which the rows of every grid are added that is drawn from now on."""
+    grids: list[list[tuple[str, np.ndarray]]] = []
+
+    def noting(rows, columns):
+        grids.append([(label, np.asarray(pictures[0])) for label, pictures in rows])
+        return original(rows, columns)
+
+    original = sheet.grid
+    monkeypatch.setattr(sheet, "grid", noting)
+    return grids
+
+
+def test_every_choice_is_a_row_on_the_same_noise_below_the_base_model(finished, files, tmp_path, monkeypatch):
+    grids = rows_of(monkeypatch)
+    for file in files.values():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    done = Cli(tmp_path)(
+        app, "sample", str(finished), "--which", "final", "--which", "02", "--which", "ema", "--strength", "0",
+        "--lora", "lokr.safetensors", "--lora", "dora.safetensors", "--lora", "./lokr.safetensors", "--strength", "1",
+        "-o", "out.png",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (rows,) = grids
+    names = ("final", "step 2", "EMA", "lokr", "dora")
+    assert [label for label, _ in rows] == ["base model", *(f"{name} x {x}" for name in names for x in (0, 1))]
+    pictures = dict(rows)
+    for name in names:  # at 0 all but the DoRA are the base model
+        assert np.array_equal(pictures[f"{name} x 0"], pictures["base model"]) == (name != "dora"), name
+        assert not np.array_equal(pictures[f"{name} x 1"], pictures["base model"]), name
+    assert done.err.count("is a DoRA: a strength scales its matrices") == 1
+    with Image.open(Run(finished).samples(2) / "00.png") as drawn:  # in training, by the same adapter
+        assert np.array_equal(pictures["step 2 x 1"], np.asarray(drawn))
+    assert np.array_equal(pictures["final x 1"], pictures["step 2 x 1"])
+    for arguments, labels in (
+        (("--step", "1"), ["base model", "step 1"]),
+        ((), ["base model", "final"]),
+        (("--lora", str(finished), "--strength", "0.7"), ["base model", "fox x 0.7"]),
+    ):
+        done = Cli(tmp_path)(app, "sample", str(finished), *arguments, "-o", "out.png")
+        assert done.code == 0, done.err
+        assert [label for label, _ in grids.pop()] == labels
+
+
+def test_blocks_that_run_in_our_own_forward_pass_know_which_adapter_is_on_and_how_strong(
+    finished, tmp_path, monkeypatch
+):
+    """A block remembers its adapter by its address in memory, which the next adapter may have again."""
+    grids = rows_of(monkeypatch)
+    eager = ("-o", "out.png", "--set", "train.memory.execution=eager")
+    chosen = (("--which", "1"), ("--which", "2"), ("--strength", "1"), ("--strength", "2"))
+    together, *alone = (
+        Cli(tmp_path)(app, "sample", str(finished), *(word for option in options for word in option), *eager)
+        for options in (chosen, (chosen[1], chosen[2]), (chosen[1], chosen[3]))
+    )
+    assert (together.code, *(done.code for done in alone)) == (0, 0, 0), together.err
+    rows = [picture for _, picture in grids[0]]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
+    assert [np.array_equal(rows[3], grids[1][1][1]), np.array_equal(rows[4], grids[2][1][1])] == [True, True]
+
+
+def test_a_long_label_is_wrapped_beside_its_row_and_not_the_whole_sheet():
+    square = Image.new("RGB", (64, 64), "red")
+    width = {label: sheet.grid([(label, [square])], ["a fox"]).width for label in ("x" * 20, "x" * 400, "x y " * 100)}
+    assert len({*width.values()}) <= 3
+    assert max(width.values()) < 500
+
+
+def test_what_does_not_exist_or_is_no_lora_of_the_model_is_refused_before_the_transformer_is_loaded(
+    finished, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(more_pictures, "load", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "page.safetensors").write_text("<!doctype html>")
+    state = load_file(files["dora"])
+    save_file({key.replace("transformer.", ""): t for key, t in state.items()}, tmp_path / "bare.safetensors")
+    harmful = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.megatron_core": "os"})}
+    save_file(state, tmp_path / "harmful.safetensors", metadata=harmful)
+    save_file({k: t * float("nan") for k, t in state.items()}, tmp_path / "nan.safetensors")
+    run = Run(finished)
+    for arguments, words in (
+        (("--which", "7"), f"{finished} has no LoRA of step 7 fix: Use --which with one of: final, best, ema, 1, 2"),
+        (("--step", "7"), "one of: final, best, ema, 1, 2"),
+        (("--which", "last"), "--which last names no LoRA"),
+        (("--lora", "gone.safetensors"), "There is no gone.safetensors"),
+        (("--lora", "page.safetensors"), "page.safetensors is a web page, not a LoRA"),
+        (("--lora", "bare.safetensors"), "bare.safetensors is a DoRA that diffusers does not load as it is"),
+        (("--lora", "harmful.safetensors"), "peft would do more than load a LoRA"),
+        (("--lora", "nan.safetensors"), "has NaN or infinity"),
+        (("--strength", "nan"), "A strength of nan makes no picture"),
+    ):
+        done = Cli(tmp_path)(app, "sample", str(finished), *arguments, "-o", "out.png")
+        assert done.code == 2, arguments
+        assert words in " ".join(done.err.split()), done.err
+    best = run.best.rename(tmp_path / "aside")
+    try:
+        done = Cli(tmp_path)(app, "sample", str(finished), "--which", "best")
+        assert "one of: final, ema, 1, 2" in " ".join(done.err.split())
+    finally:
+        best.rename(run.best)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_strangers_dora_acts_at_the_strength_that_its_metadata_says(toy_model, files, tmp_path):
+    config = {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["to_query", "to_key", "to_value"]}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    path = tmp_path / "stranger.safetensors"
+    save_file(load_file(files["dora"]), path, metadata=metadata)
+    assert vet(path, empty_transformer(toy_model)) == "dora"
+    ours = load_transformer(toy_model, "no_change", torch.float32, "cpu").eval()
+    theirs = reference_transformer(toy_model, torch.float32)
+    tensors, config = KandinskyLoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
+    KandinskyLoraLoaderMixin.load_lora_into_transformer(tensors, theirs, adapter_name="mine", metadata=config)
+    with loaded(ours, path):
+        assert adapted_layers(ours)[0][1].scaling["default"] == 2.0
+        assert torch.equal(velocity(ours), velocity(theirs.eval()))
