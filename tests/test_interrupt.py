@@ -151,7 +151,8 @@ def measured(tmp_path_factory, toy_cache, toy_model) -> Path:
 @pytest.mark.parametrize(
     ("owner", "name", "number", "signals", "said"),
     [
-        (HeldOutLoss, "measure", 2, [signal.SIGINT], "Stopped and saved at step 2. "),
+        # On the held-out rows and on the probe at step 0, then again at step 2.
+        (HeldOutLoss, "measure", 4, [signal.SIGINT], "Stopped and saved at step 2. "),
         (Session, "update", 3, [signal.SIGINT], "Stopped and saved at step 3. "),
         # The second signal does not wait for the end of the update, which is then neither of step 2 nor of step 3.
         (Session, "update", 3, [signal.SIGINT, signal.SIGTERM], "Stopped in the middle of step 3, which is not saved."),

@@ -68,6 +68,11 @@ class Mixture:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def first_rows(self) -> list[int]:
+        """The number of the first row of each source."""
+        return [end - len(source.cache) for end, source in zip(self._ends, self.sources, strict=True)]
+
     def locate(self, row: int) -> tuple[Source, int]:
         """The source of a row, and the number of its item there."""
         number = bisect.bisect_right(self._ends, row)
@@ -109,7 +114,7 @@ class Mixture:
     def _by_bucket(self, number: int) -> dict[Size, list[int]]:
         source = self.sources[number]
         columns = source.cache.columns("bucket_width", "bucket_height").columns
-        offset = self._ends[number] - len(source.cache)
+        offset = self.first_rows[number]
         buckets: dict[Size, list[int]] = {}
         for item, size in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
             if item not in source.split:

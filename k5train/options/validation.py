@@ -58,11 +58,16 @@ class ValidationConfig:
     prompt_library: str | None = None
     """A JSON file with more prompts: a list, or an object of names and prompts. The run's own recipe lists them all."""
     split: float = 0.0
-    """Share of the cache's rows that are held out of training, to measure the loss on them. 0: none."""
+    """Share of the images of each cache that are held out of training, to measure the loss on them. An image that is
+    held out of one cache is held out of all. 0: none."""
     held_out_every: int = 100
     """Optimizer steps between measurements of the held-out loss. 0: only before and after."""
     held_out_sigmas: int = 4
     """Number of sigmas at which each held-out row is measured, one in each equal part of 0 to 1."""
+    probe_images: int = 8
+    """Number of images that are trained on, on which the same loss is measured at the same times: what was learned,
+    beside what the held-out loss says of other images. Each measurement takes ``probe_images`` times
+    ``held_out_sigmas`` forward passes more. 0: none."""
     patience: int = 0
     """Stop early if the held-out loss does not improve in this many measurements in a row. 0: never."""
 
@@ -88,7 +93,7 @@ class ValidationConfig:
             problems.append(f"guidance_scale must be 0 or more, found {self.guidance_scale}")
         problems += [f"{name} must be 0 or more, found {value}" for name, value in
                      (("every", self.every), ("held_out_every", self.held_out_every), ("patience", self.patience),
-                      ("pairs", self.pairs))
+                      ("pairs", self.pairs), ("probe_images", self.probe_images))
                      if value < 0]  # fmt: skip
         return problems
 

@@ -20,6 +20,7 @@ from k5train.runs.resume_state import SavedState
 if TYPE_CHECKING:
     from k5train.data.mixture import Mixture
 
+SPLIT_RULE = "over all caches"  # only of runs of several caches: one cache is split in the same way by every version
 # The options of [train] that may change when a run is resumed. None of them changes the numbers of a step, except that
 # another memory plan rounds differently. ``may_change`` has the exceptions.
 FREE = (
@@ -34,7 +35,7 @@ FREE = (
     "memory",
     "trackers",
     *(f"validation.{name}" for name in ("prompts", "negative_prompt", "every", "guidance_scale", "num_inference_steps",
-      "width", "height", "seed", "before", "held_out_every", "patience", "edits", "pairs")),
+      "width", "height", "seed", "before", "held_out_every", "patience", "edits", "pairs", "probe_images")),
 )  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def identity(data: Mixture, folder: Path, config: TrainConfig) -> dict[str, Any]
             "rows": _rows(source.cache),
             "recipe": manifest.recipe,
         }
-    return {"train": to_dict(config), **caches, "transformer": fingerprint(folder, "transformer")}
+    rule = {"split": SPLIT_RULE} if config.validation.split and len(data.sources) > 1 else {}
+    return {"train": to_dict(config), **caches, **rule, "transformer": fingerprint(folder, "transformer")}
 
 
 def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
@@ -58,7 +60,14 @@ def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
         RunError: something has changed; names every field that differs.
     """
     before, now = _without_paths(saved.facts["identity"]), _without_paths(now)
+    if _has_another_split(before, now):
+        raise RunError(
+            f"The run in {saved.folder.parent.parent} was started by an earlier version, which held images out of its"
+            " first cache only. Now they are held out of every cache, so it would go on with other images",
+            "Start another run: k5train run --new, or -o OTHER. The LoRAs of this one stay",
+        )
     free = [f"train.{name}" for name in may_change(saved, now["train"])]
+    free.append("split")
     # A later encode may fill the revision in. The weights that it names are compared by their fingerprints.
     free += [f"{name}.recipe.model.revision" for name in now if name.startswith("cache")]
     different = differences(before, dict(now), free)
@@ -70,6 +79,14 @@ def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
             f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(different)}",
             "Change that back to resume the run, or start another one: k5train run --new, or -o OTHER",
         )
+
+
+def _has_another_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the same caches and share were split by another rule. A run that differs in those is refused for them."""
+    caches_before, caches_now = ([name for name in i if name.startswith("cache")] for i in (before, now))
+    shares = {i["train"]["validation"]["split"] for i in (before, now)}
+    are_same = caches_before == caches_now and len(shares) == 1
+    return are_same and before.get("split") != now.get("split")
 
 
 def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.checkpoint import read_config
@@ -36,7 +37,7 @@ from k5train.training.held_out_loss import split_off
 from k5train.training.identity import check_same, identity
 from k5train.training.loop import Loop
 from k5train.training.session import attach
-from k5train.training.validation import Validation
+from k5train.training.validation import HELD_OUT, Validation
 from k5train.training.which_plan import decide_plan
 
 
@@ -62,11 +63,20 @@ class Result:
     """From the call of ``train`` until everything was ready for the first step."""
     pipeline: str = PIPELINES["t2i"]
     """The class of diffusers that ``loads_by`` calls ``pipe``."""
+    base_held_out_loss: float | None = None
+    """Before the first step: of the base model, or of the LoRA in ``train.lora.init_lora``."""
+    held_out_loss: float | None = None
+    """After the last step. None where there is no split, or if it is not finite."""
+    ema_held_out_loss: float | None = None
+    """Of ``<name>-ema.safetensors``, after the last step."""
+    base_probe_loss: float | None = None
+    """As ``base_held_out_loss``, on images that are trained on."""
+    probe_loss: float | None = None
 
 
 def train(
     data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None,
-    accepted: Callable[[], object] | None = None, step: int | None = None,
+    accepted: Callable[[], object] | None = None, step: int | None = None, always_probe: bool = False,
 ) -> Result:  # fmt: skip
     """Train one LoRA. A run with a saved state goes on from there.
 
@@ -75,6 +85,8 @@ def train(
         base: the loaded transformer that several runs share. It is returned to its state without an adapter.
         accepted: called before the first step, when nothing more can be refused.
         step: go on from the state of this step, and remove those after it. None: from the newest.
+        always_probe: measure the loss on some images that are trained on, before the first step and after the last,
+            also without a split. A run that measured it before the first step goes on to do so.
 
     Raises:
         CacheStale: the cache does not fit the transformer.
@@ -103,7 +115,8 @@ def train(
             if (start := Path(config.lora.init_lora)).is_file():
                 check_recorded(start)
             check_start(empty_transformer(folder), config.lora)
-        validation = Validation(data, folder, config, run)
+        is_probed = always_probe or (saved is not None and HELD_OUT in saved.progress.validated)
+        validation = Validation(data, folder, config, run, is_probed)
         loader, config = open_loader(data, folder, config)
         plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
         with determinism(config.deterministic, (plan.sizes, config.lora)):
@@ -150,7 +163,9 @@ def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loade
 def _result(
     data: Mixture, run: Run, progress: Progress, config: TrainConfig, ended_by: str, seconds_to_start: float
 ) -> Result:
-    losses = [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
+    rows = read_metrics(run.metrics)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    first, last = _measured_at(0, rows), _measured_at(progress.step, rows)
     tenth = max(1, len(losses) // 10)
     return Result(
         lora=run.lora,
@@ -165,4 +180,15 @@ def _result(
         best_loss=progress.best_loss,
         seconds_to_start=seconds_to_start,
         pipeline=PIPELINES[data.first.kind],
+        base_held_out_loss=first.get("held_out_loss"),
+        held_out_loss=last.get("held_out_loss"),
+        ema_held_out_loss=last.get("ema_held_out_loss"),
+        base_probe_loss=first.get("probe_loss"),
+        probe_loss=last.get("probe_loss"),
     )
+
+
+def _measured_at(step: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The line of the last measurement at a step; nothing if none was made there."""
+    measured = [row for row in rows if row["step"] == step and ("held_out_loss" in row or "probe_loss" in row)]
+    return measured[-1] if measured else {}

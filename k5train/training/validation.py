@@ -1,4 +1,4 @@
-"""How good is the adapter so far? Pictures of the validation prompts and the held-out loss, when they are due."""
+"""How good is the adapter so far? Pictures of the validation prompts and losses on fixed rows, when they are due."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress as Bars
 
@@ -21,14 +21,14 @@ from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses
 from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.resume_state import Progress
-from k5train.training.held_out_loss import HeldOutLoss
+from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows
 from k5train.training.painter import Painter
 from k5train.training.session import Session
 
 if TYPE_CHECKING:
     from k5train.training.step import Predict
 
-
+HELD_OUT = "held_out"
 # Drawing loss.png takes 30 ms after 1,000 steps and 120 ms after 5,000 (two cores of a Xeon): too long for each step.
 CURVE_SECONDS = 10.0
 
@@ -36,21 +36,36 @@ CURVE_SECONDS = 10.0
 class Validation:
     """All validation of one run. It is made before the transformer is loaded, so that a missing prompt is found early.
 
+    Args:
+        data: from ``split_off``.
+        always_probe: measure the probe loss before the first step and after the last also without a split.
+
     Raises:
         CacheError: a prompt or a pair to draw is not in the cache.
         RecipeError: guidance needs empty instructions, and the cache has none.
     """
 
-    def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run) -> None:
+    def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run, always_probe: bool = False) -> None:
         self.config, self.run = config.validation, run
         self._curve_drawn_at = -math.inf
         held_out = data.sources[0].split
         drawings = drawings_for(data.first, self.config, held_out) if draws_any(data.first, self.config) else []
         self.painter = Painter(drawings, folder, config, run) if drawings else None
-        self.held_out_loss: HeldOutLoss | None = None
-        if self.config.split:
-            scaling_factor = read_config(folder, "vae")["scaling_factor"]
-            self.held_out_loss = HeldOutLoss(data, self.config.held_out_sigmas, scaling_factor)
+        scaling_factor = read_config(folder, "vae")["scaling_factor"]
+        of_subject, of_prior = held_out_rows(data)
+        is_probed = self.config.split or always_probe
+        rows = {
+            HELD_OUT: of_subject,
+            "held_out_prior": of_prior,
+            "probe": probe_rows(data, self.config.probe_images) if is_probed else [],
+        }
+        self.losses = {
+            name: HeldOutLoss(data, self.config.held_out_sigmas, scaling_factor, chosen)
+            for name, chosen in rows.items()
+            if chosen
+        }
+        """What is measured, by the beginning of its fields' names in metrics.jsonl."""
+        self.every = self.config.held_out_every if HELD_OUT in self.losses else 0
 
     def run_due(
         self,
@@ -67,8 +82,13 @@ class Validation:
         Args:
             save_best: called when the held-out loss is the lowest so far.
         """
-        if self.held_out_loss and _is_due("held_out", progress, self.config.held_out_every, is_last):
-            self._measure(self.held_out_loss, session, predict, progress, metrics, bars, save_best)
+        if self.losses and _is_due(HELD_OUT, progress, self.every, is_last):
+            measured = self._measured(session, predict, progress.step, bars)
+            with interrupt.deferred():  # a run that is stopped in here would measure and count once more
+                metrics.write(step=progress.step, **measured)
+                if HELD_OUT in self.losses:
+                    _keep_the_best(measured["held_out_loss"], progress, save_best)
+                progress.validated[HELD_OUT] = progress.step
         is_wanted = bool(progress.step) or self.config.before
         if self.painter and is_wanted and _is_due("pictures", progress, self.config.every, is_last):
             self._draw(self.painter, session, progress.step, metrics, bars)
@@ -76,30 +96,26 @@ class Validation:
         if is_last or time.monotonic() >= self._curve_drawn_at + CURVE_SECONDS:
             self._draw_curve()
 
-    def _measure(
-        self,
-        held_out_loss: HeldOutLoss,
-        session: Session,
-        predict: Predict,
-        progress: Progress,
-        metrics: Metrics,
-        bars: Bars,
-        save_best: Callable[[], object],
-    ) -> None:
+    def _measured(self, session: Session, predict: Predict, step: int, bars: Bars) -> dict[str, Any]:
+        """The fields of a measurement: a mean loss, and the loss in each part of the noise range, of each set of rows.
+
+        Before the first step the average is the adapter itself, so it is not measured.
+        """
         session.base.transformer.eval()
-        task = bars.add_task("held-out loss", total=held_out_loss.num_passes, unit="step", note="")
+        of_average = self.losses.get(HELD_OUT) if session.ema and step else None
+        num_passes = sum(loss.num_passes for loss in (*self.losses.values(), of_average) if loss)
+        task = bars.add_task("held-out loss" if HELD_OUT in self.losses else "probe loss", total=num_passes,
+                             unit="step", note="")  # fmt: skip
+        arguments = predict, session.base.device, partial(bars.advance, task)
+        measured: dict[str, Any] = {}
         with session.settled():
-            by_sigma = held_out_loss.measure(predict, session.base.device, partial(bars.advance, task))
+            for name, loss in self.losses.items():
+                measured |= _fields(name, loss.measure(*arguments))
+        if session.ema and of_average:
+            with session.ema.swapped():
+                measured |= _fields("ema_held_out", of_average.measure(*arguments))
         bars.remove_task(task)
-        loss = sum(by_sigma) / len(by_sigma)
-        with interrupt.deferred():  # a run that is stopped in here would measure and count once more
-            metrics.write(step=progress.step, held_out_loss=loss, held_out_by_sigma=by_sigma)
-            if progress.best_loss is None or loss < progress.best_loss:
-                save_best()
-                progress.best_loss, progress.best_step, progress.not_better = loss, progress.step, 0
-            else:
-                progress.not_better += 1
-            progress.validated["held_out"] = progress.step
+        return measured
 
     def _draw(self, painter: Painter, session: Session, step: int, metrics: Metrics, bars: Bars) -> None:
         transformer = session.base.transformer
@@ -115,6 +131,22 @@ class Validation:
         if rows:
             write_whole(self.run.curve, partial(draw_losses(rows, self.run.name).save, format="PNG"))
             self._curve_drawn_at = time.monotonic()
+
+
+def _fields(name: str, by_sigma: list[float]) -> dict[str, Any]:
+    """NaN and infinity become None within a list, as ``Metrics.write`` does outside."""
+    finite = [loss if math.isfinite(loss) else None for loss in by_sigma]
+    return {f"{name}_loss": sum(by_sigma) / len(by_sigma), f"{name}_by_sigma": finite}
+
+
+def _keep_the_best(loss: float, progress: Progress, save_best: Callable[[], object]) -> None:
+    best = progress.best_loss
+    # A run of an earlier version may have NaN for its best, and nothing is below that.
+    if math.isfinite(loss) and (best is None or not best <= loss):
+        save_best()
+        progress.best_loss, progress.best_step, progress.not_better = loss, progress.step, 0
+    else:
+        progress.not_better += 1
 
 
 def _is_due(kind: str, progress: Progress, every: int, is_last: bool) -> bool:
