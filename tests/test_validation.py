@@ -116,6 +116,16 @@ def test_the_held_out_loss_is_the_flow_matching_loss_written_out(cache, toy_mode
     assert measured == pytest.approx(expected, rel=1e-6)  # the same float32 sums in another order
 
 
+def test_the_key_of_a_measurement_tells_rows_and_sigmas_apart_and_nothing_else(run, cache):
+    def key(split: float, num_sigmas: int) -> str:
+        return HeldOutLoss(split_off(open_data(cache, CONFIG), split), num_sigmas, 1.0).key
+
+    assert key(0.2, 2) == key(0.2, 2)
+    assert len({key(0.2, 2), key(0.34, 2), key(0.2, 3)}) == 3
+    (written,) = {row["held_out_key"] for row in metrics_of(run) if "held_out_loss" in row}
+    assert len(written) == 16
+
+
 def test_metrics_hold_the_held_out_loss_by_sigma_and_the_best_lora_is_kept(run):
     rows = [row for row in metrics_of(run) if "held_out_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,6 +143,14 @@ class HeldOutLoss:
     def num_passes(self) -> int:
         """Forward passes of one measurement."""
         return len(self.rows) * self.num_sigmas
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of what is measured. Losses of two runs can be compared if it is the same in both."""
+        digest = hashlib.sha256(f"{self.num_sigmas} {self.scaling_factor}".encode())
+        for row in map(self.data.row, self.rows):
+            digest.update(f"/{row.latent_key} {row.caption_keys[0]} {row.source_key}".encode())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def measure(

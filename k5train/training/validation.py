@@ -110,7 +110,7 @@ class Validation:
         measured: dict[str, Any] = {}
         with session.settled():
             for name, loss in self.losses.items():
-                measured |= _fields(name, loss.measure(*arguments))
+                measured |= {**_fields(name, loss.measure(*arguments)), f"{name}_key": loss.key}
         if session.ema and of_average:
             with session.ema.swapped():
                 measured |= _fields("ema_held_out", of_average.measure(*arguments))
