@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from k5train.data.batch import Batch, Group
-from k5train.training.step import accumulate, train_step
+from k5train.objective import flow
+from k5train.training.step import accumulate, by_sigma, train_step
 
 NUM_ROWS = 7
 
@@ -45,7 +47,7 @@ def outcome(*batches: list[slice], weights: Tensor | None = None) -> tuple[float
         losses.append(Batch(tuple(range(count)), tuple(parts)))
     loss = accumulate(toy, losses, None, torch.device("cpu"), loss_of=train_step)  # type: ignore[arg-type]
     assert toy.weight.grad is not None
-    return loss, toy.weight.grad
+    return loss.mean, toy.weight.grad
 
 
 @pytest.mark.parametrize("weights", [None, torch.linspace(0.1, 2, NUM_ROWS)], ids=["plain", "weighted"])
@@ -71,3 +73,55 @@ def test_a_mean_of_means_would_not_be_the_same():
     _, first = outcome([slice(0, 1)])
     _, rest = outcome([slice(1, NUM_ROWS)])
     assert (0.5 * first + 0.5 * rest - gradient).norm() > 0.01 * gradient.norm()
+
+
+WEIGHTS = torch.linspace(0.1, 2, NUM_ROWS)
+MASK = torch.zeros(NUM_ROWS, 1, 4, 4, 1)
+MASK[:, :, :2] = 1
+ROLLED = torch.tensor([[0.9, 0.5]] * 2 + [[0.4, 0.4]] * 5)  # the first two rows begin at a higher sigma
+
+
+@pytest.mark.parametrize(
+    ("changes", "huber_c"),
+    [({}, None), ({"weight": WEIGHTS}, None), ({"mask": MASK}, None), ({}, 0.5), ({"path": ROLLED}, 1.0)],
+    ids=["plain", "weight", "mask", "huber", "rollout"],
+)  # fmt: skip
+def test_each_row_has_its_plain_squared_error_whatever_is_trained_on_and_gradients_keep_their_bits(changes, huber_c):
+    group = replace(a_group(slice(0, NUM_ROWS)), **changes)
+    if group.path is not None:
+        group = replace(group, sigma=group.path[:, -1])
+    batches = [
+        Batch(tuple(range(len(rows))), (replace(group, **{n: t[rows] for n, t in tensors_of(group).items()}),))
+        for rows in (torch.arange(0, 3), torch.arange(3, NUM_ROWS))
+    ]
+    passes, toys = [], (Toy(), Toy())
+
+    def predict(toy: Toy, *inputs: Tensor) -> Tensor:
+        passes.append(len(inputs[0]))
+        return toy(*inputs)
+
+    losses = accumulate(
+        partial(predict, toys[0]), batches, None, torch.device("cpu"), loss_of=partial(train_step, huber_c=huber_c)
+    )  # type: ignore[arg-type]
+    assert passes == ([2, 3, 4] if group.path is not None else [3, 4])  # the rollout of two rows, and the two batches
+    for batch in batches:
+        part = batch.groups[0]
+        torch.autograd.backward(train_step(toys[1], part, huber_c) * (len(part.sigma) / NUM_ROWS))
+    assert torch.equal(toys[0].weight.grad, toys[1].weight.grad)
+    velocity = toys[1](flow.add_noise(group.latents, group.noise, group.sigma), None, group.prompt_embeds, None)
+    expected = (velocity - (group.noise - group.latents)).square().mean((1, 2, 3, 4))
+    kept = range(2, NUM_ROWS) if group.path is not None else range(NUM_ROWS)
+    assert [sigma for sigma, _ in losses.errors] == [group.sigma[i].item() for i in kept]
+    assert [error for _, error in losses.errors] == pytest.approx([expected[i].item() for i in kept], rel=1e-6)
+
+
+def tensors_of(group: Group) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(group).items() if isinstance(value, Tensor)}
+
+
+def test_errors_are_averaged_in_equal_parts_of_sigma():
+    nan = float("nan")
+    errors = ((0.0, 1.0), (0.24, 2.0), (0.25, 7.123456789), (0.5, nan), (0.99, 3.0), (1.0, 5.0))
+    assert by_sigma(errors, 4) == [1.5, 7.12346, None, 4.0]
+    assert by_sigma(errors, 1) == [None]  # NaN is in it
+    assert by_sigma((), 2) == [None, None]

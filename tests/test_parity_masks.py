@@ -62,7 +62,7 @@ def loss_and_gradients(transformer, groups: list[Group], device="cpu", **options
     parameters = attach.lora_parameters(transformer)
     batch = Batch(tuple(range(sum(len(g.sigma) for g in groups))), tuple(groups))
     predict = partial(predict_velocity, transformer, **options)
-    loss = accumulate(predict, [batch], None, torch.device(device))  # type: ignore[arg-type]
+    loss = accumulate(predict, [batch], None, torch.device(device)).mean  # type: ignore[arg-type]
     gradients = torch.cat([p.grad.flatten() for p in parameters])
     for parameter in parameters:
         parameter.grad = None

@@ -70,7 +70,7 @@ def our_steps(model, cache, precision, dtype, steps, config, device="cpu"):
         seen.append(list(islice(batches, micro)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optim, config.steps)
-        losses.append(accumulate(predict, seen[-1], cache, torch.device(device)))
+        losses.append(accumulate(predict, seen[-1], cache, torch.device(device)).mean)
         norms.append(update(optimizer, parameters, config.optim.max_grad_norm))
     return losses, norms, get_peft_model_state_dict(transformer), start, seen
 

@@ -137,6 +137,11 @@ def loss_weights(sigma: Tensor, objective: ObjectiveConfig) -> Tensor | None:
     return None
 
 
+def row_errors(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """The mean squared error of each row, ``[B]`` float32, without any weight: what held-out losses are means of."""
+    return (predicted.float() - velocity.float()).square().flatten(1).mean(1)
+
+
 def flow_loss(
     predicted: Tensor,
     velocity: Tensor,

@@ -102,6 +102,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def curve(rows: Sequence[dict[str, Any]], name: str, part: int | None = None) -> list[tuple[float, float | None]]:
+    """A field over the steps: of every line that has it, the step and the value.
+
+    Args:
+        part: for a field that is a list, which of its values. Lines with a shorter list have none.
+
+    Returns:
+        None stands for what is no number: null, which NaN became.
+    """
+    given = [(row["step"], row[name]) for row in rows if name in row]
+    if part is not None:
+        given = [
+            (step, value[part] if isinstance(value, list) and part < len(value) else None) for step, value in given
+        ]
+    return [(step, value if isinstance(value, int | float) else None) for step, value in given]
+
+
 def check_metrics(path: Path, written: Digest | None) -> None:
     """Compare the beginning of the file with what it was when a state was saved.
 
@@ -183,9 +200,11 @@ def _damaged(path: Path, lines: Sequence[bytes]) -> RunError:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """What a tracker can draw: numbers, and the numbers of a list, each under its own name."""
+    """What a tracker can draw: numbers, and the numbers of a list, each under its own name. No row numbers."""
     flat: dict[str, float] = {}
     for name, value in values.items():
+        if name == "rows":
+            continue
         if isinstance(value, int | float):
             flat[name] = value
         elif isinstance(value, list):

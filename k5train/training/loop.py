@@ -30,14 +30,15 @@ from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate
 from k5train.training.out_of_memory import when_memory_ends
 from k5train.training.session import Session, plan_for_less
-from k5train.training.step import accumulate, train_step
+from k5train.training.step import accumulate, by_sigma, train_step
 from k5train.training.validation import Validation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from k5train.data.batch import Batch
 
+MOST_ROWS = 64  # row numbers in a line of metrics.jsonl
 LOG_LINES = 20  # of a run whose output is no terminal and so shows no progress bar
 
 
@@ -156,16 +157,19 @@ class Loop:
         asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
         waited = time.monotonic() - asked
-        loss = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
+        losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
         with interrupt.deferred():
             self.is_between_updates = False
             norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
             progress.step += 1
             self.is_between_updates = True
-            metrics.write(step=progress.step, loss=loss, grad_norm=norm, lr=rate,
-                          seconds=time.monotonic() - began, loader_seconds=waited,
+            seconds = time.monotonic() - began
+            metrics.write(step=progress.step, loss=losses.mean,
+                          loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
+                          grad_norm=norm, lr=rate, **_prodigy(optimizer), **_rows(step_batches, seconds),
+                          seconds=seconds, loader_seconds=waited,
                           **self.cost.take(), **_memory(self.device))  # fmt: skip
-        return loss
+        return losses.mean
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
         """Draw pictures and measure the held-out loss if they are due."""
@@ -254,10 +258,24 @@ class Clock:
         return time.monotonic() - self._start
 
 
+def _rows(batches: Sequence[Batch], seconds: float) -> dict[str, Any]:
+    """Which rows an update trained on. A long list is left out: the file would be as large as the LoRA."""
+    rows = [row for batch in batches for row in batch.rows]
+    named = {"rows": rows} if len(rows) <= MOST_ROWS else {}
+    return {"num_rows": len(rows), **named, "images_per_second": float(f"{len(rows) / seconds:.4g}")}
+
+
+def _prodigy(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The factor that Prodigy has found for the learning rate."""
+    return {"prodigy_d": float(group["d"])} if "d" in (group := optimizer.param_groups[0]) else {}
+
+
 def _memory(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
-    return {"peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30}
+    stats = torch.cuda.memory_stats(device)
+    peaks = {"peak_reserved_gib": "reserved_bytes.all.peak", "peak_allocated_gib": "allocated_bytes.all.peak"}
+    return {name: stats[key] / 2**30 for name, key in peaks.items()}
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +25,29 @@ padded captions add ``text_lengths=``, and TREAD adds ``routes=``."""
 ADVICE = "Check these rows with `k5cache verify`, or lower train.optim.lr"
 
 
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one update."""
+
+    mean: float
+    """Of all rows, as the recipe weights them: what the gradients are of."""
+    errors: tuple[tuple[float, float], ...] = ()
+    """Sigma and plain squared error of each row without a rollout. They can be compared between recipes."""
+
+
 def train_step(
-    predict: Predict, group: Group, huber_c: float | None = None, cost: rollout.Cost | None = None
+    predict: Predict,
+    group: Group,
+    huber_c: float | None = None,
+    cost: rollout.Cost | None = None,
+    errors: list[Tensor] | None = None,
 ) -> Tensor:
     """The flow-matching loss of one forward pass: a mean over its rows and elements, in float32.
 
     Args:
         huber_c: as in ``flow_loss``.
         cost: counts what rollouts cost.
+        errors: gets the mean squared error of the velocity of each row, ``[B]``, without weight, mask and Huber's rule.
     """
     if group.path is not None:
         noisy, target = _own_input(predict, group, cost or rollout.Cost())
@@ -44,6 +60,8 @@ def train_step(
     if group.routes:
         extra["routes"] = group.routes
     velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **extra)
+    if errors is not None:
+        errors.append(flow.row_errors(velocity.detach(), target))
     return flow.flow_loss(velocity, target, group.weight, group.mask, huber_c)
 
 
@@ -69,37 +87,56 @@ def accumulate(
     cache: Cache | Mixture,
     device: torch.device,
     loss_limit: float = 0.0,
-    loss_of: Callable[[Predict, Group], Tensor] = train_step,
-) -> float:
+    loss_of: Callable[..., Tensor] = train_step,
+) -> Losses:
     """Compute the gradients of one update. Every row has the same weight, however rows fall into batches and groups.
 
     Args:
         loss_limit: a larger loss is an error. 0: any finite loss is allowed.
         loss_of: ``train_step``, with the recipe's objective.
 
-    Returns:
-        The mean loss over the rows.
-
     Raises:
         RunError: the loss is not finite, or beyond the limit. The error names the rows, and nothing was updated.
     """
     num_rows = sum(batch.num_rows for batch in batches)
+    groups = [(batch, group) for batch in batches for group in batch.groups]
     losses: list[Tensor] = []
-    for batch in batches:
-        for group in batch.groups:
-            loss = loss_of(predict, group.to(device))
-            torch.autograd.backward(loss * (group.latents.shape[0] / num_rows))
-            losses.append(loss.detach())
+    errors: list[Tensor] = []
+    for _, group in groups:
+        loss = loss_of(predict, group.to(device), errors=errors)
+        torch.autograd.backward(loss * (group.latents.shape[0] / num_rows))
+        losses.append(loss.detach())
     # The only wait for the GPU, which has the work of the whole update by now.
-    values = iter(torch.stack(losses).tolist())
+    values = torch.cat([torch.stack(losses), *errors]).tolist()
     total = 0.0
-    for batch in batches:
-        for group in batch.groups:
-            value = next(values)
-            if not math.isfinite(value) or 0 < loss_limit < value:
-                raise exploded(f"The loss is {value:.4g}", [batch], cache)
-            total += value * (group.latents.shape[0] / num_rows)
-    return total
+    for (batch, group), value in zip(groups, values[: len(groups)], strict=True):
+        if not math.isfinite(value) or 0 < loss_limit < value:
+            raise exploded(f"The loss is {value:.4g}", [batch], cache)
+        total += value * (group.latents.shape[0] / num_rows)
+    sigmas = [sigma for _, group in groups for sigma in _trained_sigmas(group)]
+    by_row = zip(sigmas, values[len(groups) :], strict=True)
+    return Losses(total, tuple((sigma, error) for sigma, error in by_row if sigma is not None))
+
+
+def by_sigma(errors: Sequence[tuple[float, float]], count: int) -> list[float | None]:
+    """The mean error in each of ``count`` equal parts of sigma's 0 to 1, low noise first; None where it is no number.
+
+    Six digits: float32 has hardly more, and every step has a line of its own.
+    """
+    parts: list[list[float]] = [[] for _ in range(count)]
+    for sigma, error in errors:
+        parts[min(int(sigma * count), count - 1)].append(error)
+    means = [sum(part) / len(part) if part else math.nan for part in parts]
+    return [float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means]
+
+
+def _trained_sigmas(group: Group) -> list[float | None]:
+    """The sigma of each row of a group in host memory; None for a row with a rollout, which has another target."""
+    sigmas: list[float] = group.sigma.tolist()
+    if group.path is None:
+        return [*sigmas]
+    rolled = (group.path[:, 0] != group.path[:, -1]).tolist()
+    return [None if is_rolled else sigma for sigma, is_rolled in zip(sigmas, rolled, strict=True)]
 
 
 def update(

@@ -81,7 +81,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 def comparable(root: Path) -> list[dict]:
     """Lines of metrics without what depends on the process."""
-    return [{k: v for k, v in row.items() if k != "peak_reserved_gib"} for row in numbers(metrics_of(root))]
+    return [{k: v for k, v in row.items() if not k.startswith("peak_")} for row in numbers(metrics_of(root))]
 
 
 def steps_done(run: Run) -> int:
