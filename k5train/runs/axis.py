@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+ROOM = 0.06
 LOGARITHMIC_FROM = 30.0  # times from the lowest value to the highest: a curve that diverged would hide all before it
 
 
@@ -36,27 +37,27 @@ class Axis:
         """The ticks as text, all with as many decimals as tell them apart."""
         largest = max(map(abs, self.ticks), default=0.0)
         if self.is_logarithmic or not 1e-3 <= largest < 1e7:
-            return [f"{tick:.4g}" for tick in self.ticks]
+            return [_short(tick) for tick in self.ticks]
         apart = min((b - a for a, b in zip(self.ticks[:-1], self.ticks[1:], strict=True)), default=largest)
         decimals = max(0, -math.floor(math.log10(apart) + 1e-9))
         return [f"{tick:,.{decimals}f}" for tick in self.ticks]
 
 
-def axis_for(values: Sequence[float], most_ticks: int = 7, room: float = 0.06) -> Axis:
-    """Around finite ``values``, with this share of their span on each side.
+def axis_for(values: Sequence[float], most_ticks: int = 7, may_be_logarithmic: bool = True) -> Axis:
+    """Around finite ``values``, with ``ROOM`` of their span on each side.
 
     It does not start at 0, because a curve must show a held-out loss that rises from 0.412 to 0.420: a sign of
-    overfitting. It is logarithmic if the values, all above 0, span more than ``LOGARITHMIC_FROM``.
+    overfitting. It may be logarithmic if the values, all above 0, span more than ``LOGARITHMIC_FROM``.
     """
     low, high = min(values), max(values)
-    if low > 0 and high / low > LOGARITHMIC_FROM:
-        beyond = (high / low) ** room
+    if may_be_logarithmic and low > 0 and high / low > LOGARITHMIC_FROM:
+        beyond = (high / low) ** ROOM
         low, high = low / beyond, high * beyond
         return Axis(low, high, _decades(low, high, most_ticks), is_logarithmic=True)
     missing = max(0.0, max(0.05 * abs(high), 1e-9) - (high - low))
     span = high - low + missing
-    start = low - missing / 2 - room * span
-    low, high = max(0.0, start) if low >= 0 else start, high + missing / 2 + room * span
+    start = low - missing / 2 - ROOM * span
+    low, high = max(0.0, start) if low >= 0 else start, high + missing / 2 + ROOM * span
     return Axis(low, high, _ticks(low, high, most_ticks))
 
 
@@ -66,15 +67,21 @@ def steps_axis(first: float, last: float, most_ticks: int = 7) -> Axis:
     return Axis(first, last, _ticks(first, last, most_ticks, least=1.0))
 
 
-def round_up(value: float) -> float:
-    """Up to 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(max(value, 1e-300)))
-    return power * min(n for n in (1, 2, 5, 10) if n * power >= value * (1 - 1e-9))
+def _short(value: float) -> str:
+    """0.05, 300, 1e-5: at most three digits, and a power of ten where zeros would be counted."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    digits, power = f"{value:.2e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def _ticks(low: float, high: float, most: int, least: float = 0.0) -> tuple[float, ...]:
-    apart = max(round_up((high - low) / (most - 1)), least)
-    first, last = math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9)
+    """As many multiples of 1, 2 or 5 times a power of ten as fit, which are at least ``least`` apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    for apart in (n * power for n in (1, 2, 5, 10, 20)):
+        first, last = math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9)
+        if apart >= least and last - first < most:
+            break
     return tuple(apart * i for i in range(first, last + 1))
 
 

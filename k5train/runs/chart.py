@@ -18,7 +18,14 @@ WIDTH = 1200
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 """Okabe and Ito's, which people with every kind of colour blindness tell apart, with dark grey for their black."""
 INK, PALE_INK, GRID = "#1a1a1a", "#5c5c5c", "#e4e4e4"
-LEFT, RIGHT, GAP, TICKS, LINE = 66, 14, 16, 20, 17  # pixels: margins of a panel, height of its tick labels and of text
+LEFT, RIGHT, GAP, TICKS, LINE, SAMPLE = (
+    66,
+    14,
+    16,
+    20,
+    17,
+    20,
+)  # pixels: margins of a panel, heights of tick labels and text
 INSET = 6  # pixels between a panel's edge and its first and last step, so that dots there are whole
 FINE = 2  # lines are drawn at this multiple and reduced, which smooths their edges
 
@@ -53,9 +60,9 @@ class Level:
 
 @dataclass(frozen=True)
 class Mark:
-    """A ring around one point, with a text beside it."""
+    """A ring around one point, explained in the legend."""
 
-    text: str
+    name: str
     step: float
     value: float
     colour: str = INK
@@ -67,6 +74,8 @@ class Panel:
 
     title: str
     lines: Sequence[Line]
+    note: str = ""
+    """Under the title, small: what the lines are."""
     levels: Sequence[Level] = ()
     marks: Sequence[Mark] = ()
     x_label: str = ""
@@ -74,6 +83,8 @@ class Panel:
     first_step: float = 0
     last_step: float | None = None
     """Where the axis of steps ends. None: at the last point of the panel."""
+    may_be_logarithmic: bool = True
+    """Whether the axis of values becomes logarithmic where they differ by far."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Row:
 
 
 def draw_chart(title: str, rows: Sequence[Row], subtitle: str = "", width: int = WIDTH) -> Image.Image:
-    """Rows of panels under a title. Panels without a value say so."""
+    """Rows of panels under a title. Where there is no value yet, a panel says so."""
     top = 52 + (LINE + 3) * bool(subtitle)
     sheet = Image.new("RGB", (width, top + sum(row.height + GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -94,8 +105,10 @@ def draw_chart(title: str, rows: Sequence[Row], subtitle: str = "", width: int =
     draw.text((GAP, 44), fitting(subtitle, font(14), width - 2 * GAP), PALE_INK, font(14))
     for row in rows:
         each = (width - GAP) // max(1, len(row.panels))
-        for i, panel in enumerate(row.panels):
-            _draw_panel(sheet, draw, panel, (GAP + i * each, top, GAP + (i + 1) * each - GAP, top + row.height))
+        boxes = [(GAP + i * each, top, i * each + each, top + row.height) for i in range(len(row.panels))]
+        tops = [_draw_head(draw, panel, box) for panel, box in zip(row.panels, boxes, strict=True)]
+        for panel, (left, _, right, bottom) in zip(row.panels, boxes, strict=True):
+            _draw_axes(sheet, draw, panel, (left, max(tops), right, bottom))
         top += row.height + GAP
     return sheet
 
@@ -121,14 +134,47 @@ def fitting(text: str, of_font: ImageFont.FreeTypeFont, width: float) -> str:
 Box = tuple[int, int, int, int]
 
 
-def _draw_panel(sheet: Image.Image, draw: ImageDraw.ImageDraw, panel: Panel, box: Box) -> None:
-    left, top, right, bottom = box
+def _draw_head(draw: ImageDraw.ImageDraw, panel: Panel, box: Box) -> int:
+    """Title, note and legend: names beside samples of their lines, in as many rows as they need; returns its end."""
+    left, top, right, _ = box
     draw.text((left, top), fitting(panel.title, font(15), right - left), INK, font(15))
-    top = _draw_legend(draw, panel, (left, top + LINE + 6, right, bottom)) + 4
+    top += LINE + 5
+    if panel.note:
+        draw.text((left, top), fitting(panel.note, font(12), right - left), PALE_INK, font(12))
+        top += LINE
+    every: list[Line | Level | Mark] = [*panel.lines, *panel.levels, *panel.marks]
+    entries = [entry for entry in every if entry.name]
+    x = left
+    for entry in entries:
+        name = fitting(entry.name, font(13), right - left - SAMPLE - 6)
+        width = SAMPLE + 6 + int(font(13).getlength(name))
+        if x > left and x + width > right:
+            x, top = left, top + LINE
+        _draw_sample(draw, entry, x, top + 8)
+        draw.text((x + SAMPLE + 6, top), name, INK, font(13))
+        x += width + 14
+    return top + LINE * bool(entries) + 5
+
+
+def _draw_sample(draw: ImageDraw.ImageDraw, entry: Line | Level | Mark, x: int, y: int) -> None:
+    """A short piece of a line, or a ring, for the legend."""
+    if isinstance(entry, Mark):
+        draw.ellipse((x + 4, y - 6, x + 16, y + 6), outline=entry.colour, width=2)
+        return
+    if isinstance(entry, Level) or entry.is_dashed:
+        for start in range(0, SAMPLE, 8):
+            draw.line((x + start, y, x + start + 4, y), entry.colour, 2)
+        return
+    draw.line((x, y, x + SAMPLE, y), entry.colour, max(2, entry.width))
+    if entry.has_dots:
+        draw.ellipse((x + SAMPLE // 2 - 4, y - 4, x + SAMPLE // 2 + 4, y + 4), entry.colour)
+
+
+def _draw_axes(sheet: Image.Image, draw: ImageDraw.ImageDraw, panel: Panel, box: Box) -> None:
+    """A panel without its head."""
+    left, top, right, bottom = box
     bottom -= TICKS + LINE * bool(panel.x_label)
     plot = (left + LEFT, top, right - RIGHT, bottom)
-    if panel.y_label:
-        _draw_sideways(sheet, panel.y_label, (left, (top + bottom) // 2))
     curves = [_Curve.of(line) for line in panel.lines]
     values = [v for curve in curves if curve.line.is_shown_whole for v in curve.extremes()]
     values += [level.value for level in panel.levels if math.isfinite(level.value)]
@@ -137,42 +183,22 @@ def _draw_panel(sheet: Image.Image, draw: ImageDraw.ImageDraw, panel: Panel, box
         draw.text(((plot[0] + plot[2]) / 2, (top + bottom) / 2), "no value yet", PALE_INK, font(13), anchor="mm")
         return
     last = panel.last_step if panel.last_step is not None else max(c.steps.max() for c in curves if len(c.steps))
-    num_ticks = max(3, (plot[2] - plot[0]) // 75), max(3, (plot[3] - plot[1]) // 26)
-    axes = steps_axis(panel.first_step, float(last), num_ticks[0]), axis_for(values, num_ticks[1])
-    _draw_plot(sheet, panel, curves, axes, plot)
-    _draw_ticks(draw, axes, plot)
+    x_axis = steps_axis(panel.first_step, float(last), max(3, (plot[2] - plot[0]) // 75))
+    y_axis = axis_for(values, max(3, (plot[3] - plot[1]) // 26), panel.may_be_logarithmic)
+    label = panel.y_label + ", logarithmic" * y_axis.is_logarithmic if panel.y_label else ""
+    _draw_sideways(sheet, fitting(label, font(12), bottom - top), (left, (top + bottom) // 2))
+    _draw_plot(sheet, panel, curves, (x_axis, y_axis), plot)
+    _draw_ticks(draw, (x_axis, y_axis), plot)
     for mark in panel.marks:
-        _draw_mark(draw, mark, axes, plot)
+        _draw_mark(draw, mark, (x_axis, y_axis), plot)
     if panel.x_label:
         draw.text(((plot[0] + plot[2]) / 2, bottom + TICKS + 2), panel.x_label, PALE_INK, font(12), anchor="ma")
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, panel: Panel, box: Box) -> int:
-    """Names beside samples of their lines, in as many rows as they need; returns where they end."""
-    left, top, right, _ = box
-    entries: list[Line | Level] = [*panel.lines, *panel.levels]
-    named = [entry for entry in entries if entry.name]
-    x, is_first = left, True
-    for entry in named:
-        name = fitting(entry.name, font(13), right - left - 34)
-        width = 34 + int(font(13).getlength(name)) + 14
-        if not is_first and x + width - 14 > right:
-            x, top = left, top + LINE
-        middle = top + 8
-        if isinstance(entry, Level) or entry.is_dashed:
-            for start in (0, 10, 20):
-                draw.line((x + start, middle, x + start + 6, middle), entry.colour, 2)
-        else:
-            draw.line((x, middle, x + 26, middle), entry.colour, max(2, entry.width))
-            if entry.has_dots:
-                draw.ellipse((x + 9, middle - 4, x + 17, middle + 4), entry.colour)
-        draw.text((x + 32, top), name, INK, font(13))
-        x, is_first = x + width, False
-    return top + LINE * bool(named)
-
-
 def _draw_sideways(sheet: Image.Image, text: str, at: tuple[int, int]) -> None:
     """Text that is read from below, centred at the height ``at[1]``."""
+    if not text:
+        return
     size = (int(font(12).getlength(text)) + 4, LINE)
     label = Image.new("RGB", size, "white")
     ImageDraw.Draw(label).text((2, 1), text, PALE_INK, font(12))
@@ -206,7 +232,7 @@ def _draw_run(draw: ImageDraw.ImageDraw, line: Line, points: list[tuple[float, f
         _draw_dashed(draw, points, line.colour, width)
     elif len(points) > 1:
         draw.line(points, line.colour, width, joint="curve" if len(points) < 300 else None)
-    radius = FINE * (3.5 if line.has_dots and len(points) <= 100 else line.width)
+    radius = FINE * (3.5 if len(points) <= 50 else line.width)
     for x, y in points if line.has_dots or len(points) == 1 else ():
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), line.colour)
 
@@ -244,13 +270,6 @@ def _draw_mark(draw: ImageDraw.ImageDraw, mark: Mark, axes: tuple[Axis, Axis], p
     x = left + INSET + axes[0].share(mark.step) * (right - left - 2 * INSET)
     y = bottom - min(max(axes[1].share(mark.value), 0.0), 1.0) * (bottom - top)
     draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=mark.colour, width=2)
-    length = font(13).getlength(mark.text)
-    text_x = min(max(x - length / 2, left + 6), right - length)
-    below = y + 10 + LINE < bottom
-    text_y = y + 10 if below else y - 10 - LINE
-    edge = draw.textbbox((text_x, text_y), mark.text, font(13))
-    draw.rectangle((edge[0] - 3, edge[1] - 2, edge[2] + 3, edge[3] + 2), "white")
-    draw.text((text_x, text_y), mark.text, mark.colour, font(13))
 
 
 @dataclass(frozen=True)

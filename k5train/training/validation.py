@@ -18,7 +18,7 @@ from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import drawings_for, draws_any
 from k5train.runs.folder import Run
-from k5train.runs.loss_curve import draw_losses
+from k5train.runs.loss_curve import draw_losses, objective_of
 from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.resume_state import Progress
 from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from k5train.training.step import Predict
 
 HELD_OUT = "held_out"
-# Drawing loss.png takes 30 ms after 1,000 steps and 120 ms after 5,000 (two cores of a Xeon): too long for each step.
+# Drawing loss.png takes 70 ms after 1,000 steps and 150 ms after 5,000 (a core of a Xeon). It waits ten seconds, and a
+# hundred times as long as the last drawing took: at most a hundredth of a run's time.
 CURVE_SECONDS = 10.0
 
 
@@ -47,7 +48,8 @@ class Validation:
 
     def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run, always_probe: bool = False) -> None:
         self.config, self.run = config.validation, run
-        self._curve_drawn_at = -math.inf
+        self._objective = objective_of(config)
+        self._curve_due_at = -math.inf
         held_out = data.sources[0].split
         drawings = drawings_for(data.first, self.config, held_out) if draws_any(data.first, self.config) else []
         self.painter = Painter(drawings, folder, config, run) if drawings else None
@@ -93,7 +95,7 @@ class Validation:
         if self.painter and is_wanted and _is_due("pictures", progress, self.config.every, is_last):
             self._draw(self.painter, session, progress.step, metrics, bars)
             progress.validated["pictures"] = progress.step
-        if is_last or time.monotonic() >= self._curve_drawn_at + CURVE_SECONDS:
+        if is_last or time.monotonic() >= self._curve_due_at:
             self._draw_curve()
 
     def _measured(self, session: Session, predict: Predict, step: int, bars: Bars) -> dict[str, Any]:
@@ -127,10 +129,12 @@ class Validation:
 
     def _draw_curve(self) -> None:
         """Bring ``loss.png`` up to date."""
+        began = time.monotonic()
         rows = read_metrics(self.run.metrics)
         if rows:
-            write_whole(self.run.curve, partial(draw_losses(rows, self.run.name).save, format="PNG"))
-            self._curve_drawn_at = time.monotonic()
+            picture = draw_losses(rows, self.run.name, self._objective)
+            write_whole(self.run.curve, partial(picture.save, format="PNG", compress_level=1))
+            self._curve_due_at = time.monotonic() + max(CURVE_SECONDS, 100 * (time.monotonic() - began))
 
 
 def _fields(name: str, by_sigma: list[float]) -> dict[str, Any]:
