@@ -20,7 +20,7 @@ from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.data import DataConfig
 from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
-from k5train.options.removed import LORA, MEMORY, OBJECTIVE, without_removed
+from k5train.options.removed import REMOVED, without_removed
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run, create_run, open_run
@@ -200,12 +200,15 @@ def test_an_option_that_could_do_nothing_is_refused_with_the_reason_beside_all_o
 
 
 def test_recipes_of_older_runs_may_hold_the_value_that_such_an_option_always_had():
-    tables = {"objective": OBJECTIVE, "lora": LORA, "memory": MEMORY}
-    old = {table: {name: value for name, (value, _) in options.items()} for table, options in tables.items()}
+    old = {
+        "objective": {"noise_offset": 0.0}, "lora": {"init_lora_weights": "default"},
+        "memory": {"enable_model_cpu_offload": False, "group_offload_type": "block_level"},
+    }  # fmt: skip
+    assert {table: {*options} for table, options in old.items()} == REMOVED
     (config,) = parse({"train": old}, {"train": TrainConfig})
     assert config == TrainConfig()
     saved = to_dict(TrainConfig())
-    assert without_removed({**saved, **{table: {**saved[table], **old[table]} for table in tables}}) == saved
+    assert without_removed({**saved, **{table: {**saved[table], **options} for table, options in old.items()}}) == saved
 
 
 def test_a_run_of_before_they_went_opens_and_still_refuses_them_as_overrides(tmp_path):

@@ -16,6 +16,7 @@ from k5cache.shared.console import print_error
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig, prompt_library, validation_prompts
 from k5cache.shared.origins import line_of
+from k5cache.shared.other_words import WORDS
 from k5cache.shared.recipe import document_options, parse, read, to_dict, to_toml
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
@@ -56,6 +57,97 @@ def test_every_problem_is_named_at_once_with_its_line_and_the_nearest_name(tmp_p
         "--set train.seed=x: train.seed must be a whole number, found 'x'; "
         f"{path}, line 6: train.batch_size must be at least 1, found 0"
     )
+
+
+# What somebody writes, and the name that it is answered with; None where no name is like it.
+MEANT = {
+    "train.user_prompt_library='p.json'": "train.validation.prompt_library",
+    "train.optim.learning_rate=1": "train.optim.lr", "train.learning_rat=1": "train.optim.lr",
+    "learning_rate=1": "train.optim.lr", "train.lr=1": "train.optim.lr", "optim.learning_rate=1": "train.optim",
+    "train.lora_rank=8": "train.lora.rank", "lora_rank=8": "train.lora.rank", "network_dim=8": "train.lora.rank",
+    "rank=8": "train.lora.rank", "train.rank=8": "train.lora.rank", "train.lora.rnak=8": "rank",
+    "lora.rank=8": "train.lora", "train.lorra.rank=8": "lora", "train.rollout.seed=1": "train.seed",
+    "train.enable_group_offload=true": "train.memory.enable_group_offload", "train.xyzzy=1": None,
+    "resolution=512": "cache.resolution", "train.resolution=512": "cache.resolution", "flavour=x": "model.flavour",
+    "cache.steps=3": "train.steps", "train.validation.steps=3": "train.steps",
+    "prompts=['a']": "train.validation.prompts", "train.batchsize=2": "batch_size", "train.train_batch_size=1": "train.batch_size",
+    "validation_guidance=3": "train.validation.guidance_scale",
+    "train.validation_prompts=['a']": "train.validation.prompts",
+    "num_inference_steps=3": "train.rollout.num_inference_steps' or 'train.validation.num_inference_steps",
+}  # fmt: skip
+
+
+def test_a_name_that_is_none_is_answered_with_the_full_name_of_the_option_that_was_meant():
+    answers = {}
+    for option in MEANT:
+        with pytest.raises(RecipeError) as caught:
+            parse(read(None, [option]), SCHEMAS)
+        before, _, meant = caught.value.problem.partition("; did you mean ")
+        assert before.startswith(f"--set {option}: "), before
+        answers[option] = meant.removesuffix("?").strip("'") or None
+    assert answers == MEANT
+
+
+# SimpleTuner's quickstart for Kandinsky 5 Image, the values that ask for what happens here anyway.
+NOTHING_TO_SAY = """
+model_type = "lora"
+model_family = "kandinsky5-image"
+text_encoder_1_precision = "no_change"
+base_model_default_dtype = "bf16"
+group_offload_type = "block_level"
+offload_during_startup = "true"
+gradient_checkpointing = true
+[cache]
+crop = true
+text_encoder_2_precision = "no_change"
+id = "my images"
+type = "local"
+dataset_type = "image"
+disabled = false
+[train]
+lora_type = "standard"
+[train.optim]
+lr_scheduler = "constant_with_warmup"
+"""
+
+# What else it has, and what is said of it.
+SAID = {
+    "output_dir='out'": "output_dir is an option of the command here: k5train run -o RUN",
+    "cache.instance_data_dir='in'": "cache.instance_data_dir is an argument here: k5cache encode FOLDER",
+    "cache.cache_dir='in'": "k5cache encode FOLDER -o CACHE",
+    "cache.crop_aspect='square'": 'cache.crop_aspect is cache.buckets here: "square"',
+    "model_type='full'": 'model_type must be "lora"',
+    "model_flavour='t2i-lite-sft'": "did you mean 'model.flavour'?",
+    "validation_resolution='1024x1024'": "is train.validation.width and train.validation.height here",
+    "train.tread_config={routes=[]}": "did you mean 'train.tread.routes'?",
+    "train.group_offload_type='leaf_level'": "train.group_offload_type does not exist: one block is the smallest group",
+    "text_encoder_1_precision='int8'": "did you mean 'cache.text_encoder_1_precision'?",
+    "disabled=true": "disabled does not exist: leave the data out",
+    "train.optim.type='adamw'": "[train.optim] unknown key 'type'",
+    "cache.crop='square'": "cache.crop must be one of",
+}
+
+
+def test_words_of_simpletuner_that_need_nothing_here_are_accepted_and_others_are_answered(tmp_path):
+    path = write(tmp_path / "r.toml", NOTHING_TO_SAY)
+    assert parse(read(path, []), SCHEMAS) == [ModelConfig(), CacheConfig(), TrainConfig()]
+    assert parse(read(None, ["cache.crop=false"]), SCHEMAS)[1].crop == "none"
+    for option, words in SAID.items():
+        with pytest.raises(RecipeError) as caught:
+            parse(read(None, [option]), SCHEMAS)
+        assert words in caught.value.problem
+
+
+def test_every_option_that_another_trainers_word_names_is_one():
+    text = document_options(SCHEMAS)
+    tables = {table: re.findall(r"^(?:# )?(\w+) =", part, re.M) for table, part in
+              re.findall(r"^\[([\w.]+)\]\n(.*?)(?=^\[|\Z)", text, re.M | re.S)}  # fmt: skip
+    for name, word in WORDS.items():
+        assert word.option or word.why or word.harmless, name
+        assert name not in ("train", "cache", "model"), name
+        if word.option:
+            table, _, key = word.option.rpartition(".")
+            assert key in tables[table], word.option
 
 
 def test_the_line_is_where_a_value_begins_however_it_is_written():
@@ -146,7 +238,9 @@ def test_both_command_lines_check_every_table(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["steps=3"], "--set steps=3 is not table.key=value"),
+        (["steps"], "--set steps is not table.key=value"),
+        (["=3"], "--set =3 is not table.key=value"),
+        (["train..steps=3"], "--set train..steps=3 is not table.key=value"),
         (["trian.steps=3"], "unknown table 'trian'; did you mean 'train'?"),
         (["train.steps.more=3", "train.steps=1"], "train.steps must be a whole number"),
         (["train.seed=true"], "train.seed must be a whole number, found True"),

@@ -215,6 +215,7 @@ def test_values_of_a_grid_may_be_lists():
         (["train.lora.rank"], "is not option=value,value"),
         (["train.lora.rnk=8,16"], r"^--grid train.lora.rnk=8: \[train.lora\] unknown key 'rnk'; did you mean 'rank'"),
         (["cache.resolution=512,1024"], "all runs of a sweep train on the same cache and model"),
+        (["lora_rank=8,16"], "--grid lora_rank=8: unknown option 'lora_rank'; did you mean 'train.lora.rank'?"),
         (["train.lora.rank=8,8"], "are the same run"),
         (["train.mixed_precision=bf16,fp32"], "would need another base"),
         (["train.memory.activations=all,nothing"], "would need another base"),

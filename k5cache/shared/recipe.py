@@ -23,7 +23,9 @@ from typing import Any, Literal, TypeVar
 
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.origins import Document, Problem, described
+from k5cache.shared.other_words import our_value
 from k5cache.shared.plain import read_text
+from k5cache.shared.spelling import problem_of
 
 T = TypeVar("T")
 TABLES = ("model", "cache", "train")
@@ -94,11 +96,33 @@ def parse(document: Mapping[str, Any], schemas: dict[str, type[Any]]) -> list[An
         RecipeError: unknown tables and keys (with the nearest name), wrong types, values that a schema's ``check``
             refuses. All problems are named, each with the line or the option that it came from.
     """
-    problems = [Problem(name, _unknown("table", name, TABLES)) for name in document if name not in TABLES]
+    problems = _Problems(schemas)
+    for name, value in document.items():
+        if name not in TABLES:
+            kind, own = ("table", TABLES) if isinstance(value, dict) else ("option", ())
+            problems.unknown(kind, name, value, "", own)
     parsed = [_build(schema, document.get(name, {}), name, problems) for name, schema in schemas.items()]
     if problems:
         raise RecipeError(described(document, problems), "Correct that; `k5train options` lists every option")
     return parsed
+
+
+class _Problems(list[Problem]):
+    """What is wrong with a recipe so far.
+
+    Args:
+        schemas: all tables, in which a misspelt option is looked for.
+    """
+
+    def __init__(self, schemas: Mapping[str, type[Any]]) -> None:
+        super().__init__()
+        self.schemas = schemas
+
+    def unknown(self, kind: str, name: str, value: Any, where: str, own: Sequence[str]) -> None:
+        """Note a name that is no option, unless it asks for nothing."""
+        text = problem_of(kind, name, value, where, own, self.schemas)
+        if text is not None:
+            self.append(Problem(f"{where}.{name}" if where else name, text))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -168,7 +192,7 @@ def set_option(document: Document, override: str, option: str = "--set") -> None
     """
     name, equals, text = override.partition("=")
     name = name.strip()
-    if not equals or "." not in name or not all(name.split(".")):
+    if not equals or not all(name.split(".")):  # a name without a table is answered with its full one by ``parse``
         raise RecipeError(f"{option} {override} is not table.key=value", f"Write it like {option} train.steps=500")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -177,7 +201,7 @@ def set_option(document: Document, override: str, option: str = "--set") -> None
     document.give(name, value, f"{option} {override}")
 
 
-def _build(schema: type[T], table: Any, where: str, problems: list[Problem]) -> T:
+def _build(schema: type[T], table: Any, where: str, problems: _Problems) -> T:
     """A table as its dataclass, with problems added to ``problems``; then the result must not be used."""
     if not isinstance(table, dict):
         problems.append(Problem(where, f"[{where}] must be a table, found {_shown(table)}"))
@@ -186,16 +210,12 @@ def _build(schema: type[T], table: Any, where: str, problems: list[Problem]) -> 
     options = dataclasses.fields(typing.cast(Any, schema))
     names = tuple(option.name for option in options)
     values: dict[str, Any] = {}
-    removed = getattr(schema, "removed", {})
     for key, value in table.items():
-        if key in removed:
-            value_of_old_recipes, reason = removed[key]
-            if isinstance(value, bool) != isinstance(value_of_old_recipes, bool) or value != value_of_old_recipes:
-                problems.append(Problem(f"{where}.{key}", f"{where}.{key} {reason}"))
-        elif key not in names:
-            problems.append(Problem(f"{where}.{key}", f"[{where}] {_unknown('key', key, names)}"))
+        if key not in names:
+            problems.unknown("key", key, value, where, names)
         else:
-            converted = _convert(hints[key], value, f"{where}.{key}", problems)
+            name = f"{where}.{key}"
+            converted = _convert(hints[key], our_value(name, value), name, problems)
             if converted is not _BAD:
                 values[key] = converted
     required = [o.name for o in options if o.default is o.default_factory is dataclasses.MISSING]
@@ -211,7 +231,7 @@ def _build(schema: type[T], table: Any, where: str, problems: list[Problem]) -> 
     return config
 
 
-def _convert(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
+def _convert(hint: Any, value: Any, where: str, problems: _Problems) -> Any:
     """``value`` as type ``hint``; or _BAD, with a problem added to ``problems``."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -235,11 +255,11 @@ def _convert(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     return _wrong_type(hint, value, where, problems)
 
 
-def _convert_to_either(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
+def _convert_to_either(hint: Any, value: Any, where: str, problems: _Problems) -> Any:
     """The value as the first type of a union that accepts it. For ``X | None`` the problems are those with X."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     for option in options:
-        attempt: list[Problem] = []
+        attempt = _Problems(problems.schemas)
         converted = _convert(option, value, where, attempt)
         if not attempt:
             return converted
@@ -249,7 +269,7 @@ def _convert_to_either(hint: Any, value: Any, where: str, problems: list[Problem
     return _wrong_type(hint, value, where, problems)
 
 
-def _convert_to_choice(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
+def _convert_to_choice(hint: Any, value: Any, where: str, problems: _Problems) -> Any:
     choices = typing.get_args(hint)
     if value in choices and type(value) in {type(choice) for choice in choices}:
         return value
@@ -260,7 +280,7 @@ def _convert_to_choice(hint: Any, value: Any, where: str, problems: list[Problem
     return _BAD
 
 
-def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[Problem]) -> Any:
+def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: _Problems) -> Any:
     """A list as ``tuple[X, ...]``, or a list of a given length as ``tuple[X, Y]``."""
     hints = typing.get_args(hint)
     if hints[-1] is Ellipsis:
@@ -275,7 +295,7 @@ def _convert_to_tuple(hint: Any, values: list[Any], where: str, problems: list[P
     return _BAD if any(entry is _BAD for entry in entries) else tuple(entries)
 
 
-def _wrong_type(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
+def _wrong_type(hint: Any, value: Any, where: str, problems: _Problems) -> Any:
     problems.append(Problem(where, f"{where} must be {_type_name(hint)}, found {_shown(value)}"))
     return _BAD
 
@@ -296,11 +316,6 @@ def _shown(value: Any) -> str:
     except RecursionError:
         text = "something nested too deeply"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def document_options(schemas: dict[str, type[Any]]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, Literal
+from typing import Literal
 
 from k5cache.shared.model import path_problems
-from k5train.options.removed import LORA, Removed
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,6 @@ class LoraConfig:
     smaller than ``rank``."""
     decompose_factor: int = -1
     """For ``lokr``: the largest size of the first factor. -1: as square as possible, which gives the smallest file."""
-
-    removed: ClassVar[Removed] = LORA
 
     def check(self) -> list[str]:
         """What is out of range."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from k5cache.shared.console import parse_bytes
-from k5train.options.removed import MEMORY, Removed
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,6 @@ class MemoryConfig:
     """Blocks that are copied together. Two groups are on the GPU at a time with group_offload_use_stream, else one."""
     group_offload_use_stream: bool = True
     """Copy on a separate CUDA stream while blocks are computed."""
-
-    removed: ClassVar[Removed] = MEMORY
 
     def check(self) -> list[str]:
         """What is out of range, or cannot be combined."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import ClassVar, Literal
-
-from k5train.options.removed import OBJECTIVE, Removed
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,6 @@ class ObjectiveConfig:
     """For ``masked_loss``: the lowest weight that a mask may give to an area, 0 to 1."""
     prior_loss_weight: float = 1.0
     """Weight of the rows from ``[[train.data]]`` entries with ``is_regularisation_data``."""
-
-    removed: ClassVar[Removed] = OBJECTIVE
 
     def check(self) -> list[str]:
         """What is out of range."""

@@ -77,7 +77,7 @@ def _from_grid(document: Document, grid: Sequence[str]) -> list[tuple[str, Docum
         name, equals, values = line.partition("=")
         if not equals or not values:
             raise RecipeError(f"--grid {line} is not option=value,value", "Write it like --grid train.lora.rank=8,16")
-        if not name.strip().startswith("train."):
+        if name.strip().partition(".")[0] in ("model", "cache"):
             raise RecipeError(
                 f"--grid {line}: all runs of a sweep train on the same cache and model",
                 "Sweep over options of [train]: --grid train.lora.rank=8,16",
