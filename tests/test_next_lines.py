@@ -92,6 +92,16 @@ def test_an_encode_advises_the_run_of_its_recipe_model_and_options(place, encode
     assert place(train_app, *check[1:]).code == 1  # diffusers ignores kohya's keys
 
 
+def test_a_run_without_prompts_advises_how_to_draw_one(place, encoded):
+    done = place(train_app, "run", "my cache", *OPTIONS, "-o", "no prompts", "--set", "train.validation.prompts=[]")
+    assert done.code == 0, done.err
+    add, draw = advised(done)
+    for app, words in ((cache_app, add), (train_app, draw)):
+        pasted = place(app, *words[1:], *(["--device", "cpu"] if words is add else []))
+        assert pasted.code == 0, pasted.err
+    assert (place.folder / "no prompts" / "samples" / "sample-001.png").is_file()
+
+
 def test_a_recipe_that_names_its_caches_is_advised_without_another(place, encoded):
     recipe = place.folder / "own caches.toml"
     recipe.write_text(RECIPE + '[[train.data]]\ncache = "my cache"\n', encoding="utf-8")

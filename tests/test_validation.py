@@ -160,14 +160,50 @@ def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls(tmp_path, cache
     assert min(losses[result.steps], losses[result.steps - 1]) >= losses[result.best_step]
 
 
-def test_a_lora_that_was_never_better_than_the_base_is_not_called_the_best(tmp_path, capsys):
-    result = Result(tmp_path / "a.safetensors", "a call", None, 9, 0.5, 0.6, 1.0, "steps", 0, 0.4321, 1.0)
-    print_result(result)
-    shown = capsys.readouterr()
-    assert "never below the base's, 0.4321" in " ".join(shown.err.split())
-    assert "a-best" not in shown.out
-    print_result(replace(result, best_step=3))
-    assert "a-best.safetensors, step 3" in " ".join(capsys.readouterr().out.split())
+RESULT = Result(
+    Path("runs/a/a.safetensors"), "a call", Path("runs/a/samples.png"), 9, 0.5, 0.6, 1.0, "steps", 3, 0.41, 1.0,
+    base_held_out_loss=0.45, held_out_loss=0.412,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({}, None),  # it lost a twentieth of what the best gained
+        ({"held_out_loss": 0.41, "best_step": 9}, None),
+        (
+            {"held_out_loss": 0.42},
+            "ended worse than it was before: held-out loss 0.4200. Use runs/a/a-best.safetensors",
+        ),
+        ({"held_out_loss": 2.56}, "ended worse than it began: held-out loss 2.5600, 0.4500 before the first step. Use"),
+        ({"held_out_loss": None}, "is not a finite number. Use runs/a/a-best.safetensors, which has 0.4100"),
+        ({"ema_held_out_loss": 0.3}, "ended worse than it was before: held-out loss 0.4120. Use runs/a/a-ema.safet"),
+        ({"best_step": 0, "best_loss": 0.45, "held_out_loss": 0.6}, "never below the 0.4500 of before the first step"),
+        # Of an earlier version, which measured no base apart.
+        ({"best_step": 0, "base_held_out_loss": None}, "never below the 0.4100 of before the first step"),
+        ({"base_held_out_loss": None, "held_out_loss": 0.5}, "worse than it was before: held-out loss 0.5000. Use"),
+        # Nothing was held out.
+        (dict.fromkeys(("best_step", "best_loss", "base_held_out_loss", "held_out_loss")), None),
+    ],
+)
+def test_a_run_says_which_of_its_files_to_use_if_it_is_not_the_finished_lora(capsys, changes, warning):
+    print_result(replace(RESULT, **changes))
+    said = " ".join(capsys.readouterr().err.split())
+    assert (warning in said) if warning else not said
+
+
+def test_a_run_ends_by_saying_the_loss_of_the_base_the_last_step_and_the_best(capsys):
+    print_result(replace(RESULT, ema_held_out_loss=0.42, base_probe_loss=0.5, probe_loss=0.25))
+    lines = capsys.readouterr().out.splitlines()
+    assert "held out base 0.4500, final 0.4120, best 0.4100 at step 3" in lines
+    assert "best     runs/a/a-best.safetensors, step 3, held-out loss 0.4100" in lines
+    assert "EMA      runs/a/a-ema.safetensors, held-out loss 0.4200" in lines
+    assert any(line.startswith("probe    base 0.5000, final 0.2500") for line in lines)
+    nothing = dict.fromkeys(("best_step", "best_loss", "base_held_out_loss", "held_out_loss"))
+    print_result(replace(RESULT, **nothing))
+    assert "held" not in capsys.readouterr().out
+    print_result(replace(RESULT, best_step=0))
+    assert "a-best" not in capsys.readouterr().out  # the untrained adapter
 
 
 def test_validation_changes_no_bit_of_the_training(tmp_path, cache, toy_model, run):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,8 @@ from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, 
 
 if TYPE_CHECKING:
     from k5train.training.train import Result
+
+LOST_GAIN = 0.1  # a finished LoRA that lost less than this share of what the best gained is as good for most uses
 
 
 def run(
@@ -83,19 +87,79 @@ def print_result(result: Result) -> None:
     console.out.print(
         f"loads by {result.loads_by}{pipe}: diffusers has loaded it back and the numbers agree", markup=False
     )
-    if result.best_step == 0:
-        console.warn(f"The held-out loss was never below the base's, {result.best_loss:.4f}")
-    elif result.best_step is not None:
-        best = result.lora.with_name(f"{result.lora.stem}-best.safetensors")
-        console.out.print(
-            f"best     {best}, step {result.best_step}, held-out loss {result.best_loss:.4f}", markup=False
-        )
+    print_losses(result)
     if result.grid:
         console.out.print(f"pictures {result.grid}", markup=False)
-    if result.grid:
         console.next_step("Next, draw more", console.command("k5train", "sample", result.lora.parent))
-        return
-    # Without validation prompts or pairs there are none to draw again.
-    source = "PICTURE" if pipe else None
-    title = f"Next, draw a {'pair' if pipe else 'prompt'} that the cache holds"
-    console.next_step(title, console.command("k5train", "sample", result.lora.parent, source=source, prompt="PROMPT"))
+    else:
+        print_how_to_draw(result)
+
+
+def print_losses(result: Result) -> None:
+    """The held-out loss of the base, of the last step and of the best, each file, and a warning if another file than
+    the finished LoRA is the one to use."""
+    losses = {"base": result.base_held_out_loss, "final": result.held_out_loss, "best": result.best_loss}
+    measured = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+    if measured:
+        at = f" at step {result.best_step}" if result.best_loss is not None else ""
+        console.out.print(f"held out {', '.join(measured)}{at}", markup=False)
+    if result.probe_loss is not None and result.base_probe_loss is not None:
+        probe = f"base {result.base_probe_loss:.4f}, final {result.probe_loss:.4f}"
+        console.out.print(f"probe    {probe}: the same loss on images that were trained on", markup=False)
+    files = lora_files(result)
+    for name, (loss, path) in files.items():
+        step = f", step {result.best_step}" if name == "best" else ""
+        if name != "final":
+            console.out.print(f"{name:<8} {path}{step}, held-out loss {loss:.4f}", markup=False)
+    if warning := warning_of(result, files):
+        console.warn(warning)
+
+
+def lora_files(result: Result) -> dict[str, tuple[float, Path]]:
+    """The held-out loss and the file of each LoRA that a run wrote and measured. What was best before the first step
+    is no LoRA of this run."""
+    losses = {
+        "final": (result.held_out_loss, result.lora.stem),
+        "best": (result.best_loss if result.best_step else None, f"{result.lora.stem}-best"),
+        "EMA": (result.ema_held_out_loss, f"{result.lora.stem}-ema"),
+    }
+    return {
+        name: (loss, result.lora.with_name(f"{stem}.safetensors"))
+        for name, (loss, stem) in losses.items()
+        if loss is not None
+    }
+
+
+def warning_of(result: Result, files: Mapping[str, tuple[float, Path]]) -> str | None:
+    """What is wrong with the finished LoRA, by the held-out loss, and which file to use; None if nothing is."""
+    base, final = result.base_held_out_loss, result.held_out_loss
+    if base is None and result.best_step == 0:
+        base = result.best_loss
+    lowest, path = min(files.values(), default=(inf, result.lora))
+    if base is not None and lowest >= base:
+        return (
+            f"The held-out loss was never below the {base:.4f} of before the first step: no LoRA of this run is better"
+            " than what it started from"
+        )
+    use = f"Use {path}, which has {lowest:.4f}"
+    if not files:
+        return None
+    if final is None:
+        return f"The held-out loss of the finished LoRA is not a finite number. {use}"
+    if base is not None and final > base:
+        return f"The run ended worse than it began: held-out loss {final:.4f}, {base:.4f} before the first step. {use}"
+    gain = lowest / 10 if base is None else base - lowest
+    if final - lowest > LOST_GAIN * gain:
+        return f"The run ended worse than it was before: held-out loss {final:.4f}. {use}"
+    return None
+
+
+def print_how_to_draw(result: Result) -> None:
+    """A run without validation prompts or pairs has none to draw again: how to put one into its cache, and draw it."""
+    from k5train.runs.recipe import read_facts
+
+    is_pair = result.pipeline != PIPELINES["t2i"]
+    root, source = result.lora.parent, "PICTURE" if is_pair else None
+    add = console.command("k5cache", "prompts", "add", read_facts(root).cache, "PROMPT", source=source)
+    console.next_step(f"Next, put a {'pair' if is_pair else 'prompt'} into the cache", add)
+    console.next_step("and draw it", console.command("k5train", "sample", root, source=source, prompt="PROMPT"))

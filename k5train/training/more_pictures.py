@@ -107,8 +107,7 @@ def drawings_to_draw(cache: Cache, config: TrainConfig) -> list[Drawing]:
             f"{cache.root} is for image-to-image: a prompt alone says nothing of the picture that is edited",
             "Add --source PICTURE",
         )
-    data = split_off(Mixture([Source(cache)]), config.validation.split)
-    check_options(data, replace(config, caption_dropout_probability=0.0))
+    check_options(Mixture([Source(cache)]), replace(config, caption_dropout_probability=0.0))
     if not draws_any(cache, config.validation):
         if cache.kind == "i2i":
             add = console.command("k5cache", "prompts", "add", cache.root, "--source", "PICTURE", "PROMPT")
@@ -120,7 +119,16 @@ def drawings_to_draw(cache: Cache, config: TrainConfig) -> list[Drawing]:
         raise RecipeError(
             "There is no prompt to draw", f"Give one that the cache holds with --prompt; to add one to it: {add}"
         )
-    return drawings_for(cache, config.validation, data.sources[0].split)
+    return drawings_for(cache, config.validation, _held_out(cache, config))
+
+
+def _held_out(cache: Cache, config: TrainConfig) -> frozenset[int]:
+    """Items of the run's first cache that were held out of it: pairs are drawn from these first. The others of its
+    caches decide about them too, and are opened only where that matters."""
+    if cache.kind == "t2i" or config.validation.edits:
+        return frozenset()
+    others = [Source(open_cache(Path(entry.cache))) for entry in config.data[1:]]
+    return split_off(Mixture([Source(cache), *others]), config.validation.split).sources[0].split
 
 
 def _unused(folder: Path) -> Path:
