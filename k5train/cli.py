@@ -7,7 +7,7 @@ import os
 import typer
 
 from k5cache.shared import console
-from k5train.commands import base, bench, lora, options, plan, run, sample, selftest, sweep
+from k5train.commands import base, bench, compare, lora, options, plan, run, sample, selftest, sweep
 
 app = typer.Typer(
     cls=console.Commands,
@@ -22,6 +22,7 @@ app.command()(run.run)
 app.command()(run.resume)
 app.command()(sweep.sweep)
 app.command()(sample.sample)
+app.command()(compare.compare)
 app.command()(plan.plan)
 app.command()(selftest.selftest)
 app.command()(bench.bench)

@@ -58,6 +58,21 @@ def read_pictures(folder: Path, drawn: Mapping[str, Any] | None = None) -> list[
     return whole if len(whole) == len(pictures) else None
 
 
+def read_drawn(folder: Path) -> dict[str, Any] | None:
+    """What the pictures of a folder show and how they were drawn, as ``save_pictures`` was given it.
+
+    None if it has none, or that cannot be read. The pictures are not looked at.
+    """
+    try:
+        document = unseal_if_sealed(read_plain(folder / FILE), UNSEALED)
+    except (OSError, ValueError):
+        return None
+    document.pop("files", None)
+    prompts = document.get("prompts")
+    is_whole = isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)
+    return document if is_whole else None
+
+
 def read_labels(folder: Path) -> list[str]:
     """What heads the columns of the pictures of a folder. Empty if that cannot be read."""
     try:

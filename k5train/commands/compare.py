@@ -1,0 +1,58 @@
+"""``k5train compare``: runs beside each other, from their files alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k5cache.shared import console
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs, and sweeps or other folders, which stand for the runs in them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The PNG to write. Default: a new compare.png here.")
+    ] = None,
+    is_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables. Then a PNG is written only with -o.")
+    ] = False,
+) -> None:
+    """Compare runs: settings that differ, held-out losses, speed, and pictures on the same noise.
+
+    Reads only the runs' own files, so it loads no model and is done in a second, also while runs are training.
+    """
+    from k5cache.shared.files import make_folder, write_whole
+    from k5cache.shared.outputs import check_file
+    from k5train.commands.comparison_table import print_comparison
+    from k5train.pictures.compared import compare_pictures
+    from k5train.pictures.comparison import draw
+    from k5train.runs.compared import as_json
+    from k5train.runs.compared import compare as compare_runs
+
+    named = out or (None if is_json else _free_name())
+    target = check_file(named, ".png") if named else None
+    comparison = compare_runs(runs)
+    pictures = compare_pictures(comparison.runs)
+    if not is_json:
+        print_comparison(comparison, pictures)
+    if target:
+        make_folder(target.parent)
+        write_whole(target, partial(draw(comparison, pictures).save, format="PNG"))
+    if is_json:
+        console.print_json({**as_json(comparison), "pictures": pictures, "png": named})
+        return
+    console.out.print(f"Wrote {named}", markup=False)
+    if comparison.best:
+        run = comparison[comparison.best]
+        which = "best" if run.best and run.best.file and run.best.file.name.endswith("-best.safetensors") else None
+        console.next_step("Next, draw more with the best", console.command("k5train", "sample", run.root, which=which))
+
+
+def _free_name() -> Path:
+    return next(path for n in count(1) if not (path := Path(f"compare-{n}.png" if n > 1 else "compare.png")).exists())
