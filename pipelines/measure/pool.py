@@ -1,0 +1,102 @@
+"""How are many jobs done in several processes, and only those whose results are not there yet? Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from k5cache.shared.errors import OutputError
+from k5cache.shared.files import write_whole
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def do_all(
+    work: Callable[..., Any],
+    jobs: Mapping[str, tuple[Any, ...]],
+    file: Path,
+    setting: Mapping[str, Any],
+    workers: int = 1,
+    report: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Do each job, and write its result into ``file`` as soon as it is done. What the file has is not done again.
+
+    Args:
+        work: a module's own function, so that another process can import it. Its result can be JSON.
+        jobs: a name, and the arguments of ``work``.
+        setting: whatever decides the results. A file with another setting is refused.
+        workers: processes of one thread each. 1: do the jobs in this process.
+
+    Returns:
+        the result of each job, in the order of ``jobs``.
+
+    Raises:
+        OutputError: ``file`` is not from the same trial with the same setting.
+    """
+    document = read_results(file, setting)
+    results: dict[str, Any] = document["results"]
+    missing = {name: arguments for name, arguments in jobs.items() if name not in results}
+    done = _here(work, missing) if workers == 1 else _in_processes(work, missing, workers)
+    for name, result in done:
+        results[name] = result
+        write_whole(file, lambda path: path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8"))
+        report(f"{name}: {len(set(results) & set(jobs))} of {len(jobs)} done")
+    return {name: results[name] for name in jobs}
+
+
+def read_results(file: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier call with the same setting wrote, or a document without results.
+
+    Raises:
+        OutputError: ``file`` is something else.
+    """
+    setting = json.loads(json.dumps(setting))
+    if not file.exists():
+        return {"setting": setting, "results": {}}
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        is_same = document["setting"] == setting and isinstance(document["results"], dict)
+    except (ValueError, LookupError, TypeError):
+        is_same = False
+    if not is_same:
+        raise OutputError(f"{file} is not from this trial with this setting", "Give another file with -o")
+    return dict(document)
+
+
+def _here(work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+    for name, arguments in jobs.items():
+        yield name, work(*arguments)
+
+
+def _in_processes(
+    work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int
+) -> Iterator[tuple[str, Any]]:
+    fresh = multiprocessing.get_context("spawn")  # a fork of a process in which torch has computed may wait for ever
+    with _one_thread(), ProcessPoolExecutor(workers, fresh) as pool:
+        futures = {pool.submit(work, *arguments): name for name, arguments in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes that start now compute with one thread each: libraries read it when they are imported."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
