@@ -34,8 +34,8 @@ CONFIG = TrainConfig(
 )
 
 
-def start_run(root: Path, cache: Path, model: Path, config: TrainConfig) -> Result:
-    """Train in a new run at ``root``."""
+def start_run(root: Path, cache: Path | None, model: Path, config: TrainConfig) -> Result:
+    """Train in a new run at ``root``, on the caches of the recipe if none is given."""
     config = replace(config, name=root.name)
     run = create_run(root, cache, ModelConfig(path=str(model)), config)
     return train(open_data(cache, config), model, config, run)

@@ -63,7 +63,8 @@ class ValidationConfig:
     held_out_every: int = 100
     """Optimizer steps between measurements of the held-out loss. 0: only before and after."""
     held_out_sigmas: int = 4
-    """Number of sigmas at which each held-out row is measured, one in each equal part of 0 to 1."""
+    """Number of sigmas at which each held-out row is measured, one in each equal part of 0 to 1. ``metrics.jsonl`` has
+    the training loss in the same parts, with a split or without."""
     probe_images: int = 8
     """Number of images that are trained on, on which the same loss is measured at the same times: what was learned,
     beside what the held-out loss says of other images. Each measurement takes ``probe_images`` times

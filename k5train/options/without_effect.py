@@ -32,7 +32,6 @@ NEEDS = {
     "rollout.max_steps": "rollout.probability",
     "rollout.num_inference_steps": "rollout.probability",
     "rollout.min_sigma": "rollout.probability",
-    "validation.held_out_sigmas": "validation.split",
     "validation.held_out_every": "validation.split",
     "memory.group_offload_blocks_per_group": "memory.enable_group_offload",
     "memory.group_offload_use_stream": "memory.enable_group_offload",
