@@ -91,7 +91,7 @@ def test_the_table_has_base_final_and_best_and_names_the_file_that_has_the_best_
         "",
         "Held-out loss, time and memory",
         "run       steps    base   final    best  at      file     EMA  s/step  GiB",
-        "good          4  0.5000  0.4500  0.4000   2     -best  0.3900    0.62  7.5",
+        "good          4  0.5000  0.4500  0.4000   2      best  0.3900    0.62  7.5",
         "diverged      4  0.5000  2.5600  0.5000   0                      0.62  7.5",
         "stopped       2  0.5000  0.4800  0.4800   2  not kept            0.38  7.5",
         "best     good, step 2, held-out loss 0.4000, good/good-best.safetensors",
@@ -161,6 +161,13 @@ def test_the_best_is_the_final_lora_if_that_has_the_lowest_loss(tmp_path):
     assert read_record(run.root).best == read_record(run.root).final
     assert read_record(run.root).best.file == run.lora
     assert "k5train sample run\n" in Cli(tmp_path)(app, "compare", "run").out
+
+
+def test_the_loras_of_a_run_are_found_after_its_folder_was_renamed(tmp_path):
+    make(tmp_path / "before", ema=0.39).root.rename(tmp_path / "after")
+    record = read_record(tmp_path / "after")
+    files = [loss.file.name for loss in (record.final, record.best, record.ema)]
+    assert files == ["before.safetensors", "before-best.safetensors", "before-ema.safetensors"]
 
 
 def test_losses_of_other_rows_are_drawn_apart_and_no_run_is_called_the_best(tmp_path):

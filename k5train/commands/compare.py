@@ -32,7 +32,7 @@ def compare(
     from k5train.commands.comparison_table import print_comparison
     from k5train.pictures.compared import compare_pictures
     from k5train.pictures.comparison import draw
-    from k5train.runs.compared import as_json
+    from k5train.runs.compared import as_json, which
     from k5train.runs.compared import compare as compare_runs
 
     named = out or (None if is_json else _free_name())
@@ -50,8 +50,9 @@ def compare(
     console.out.print(f"Wrote {named}", markup=False)
     if comparison.best:
         run = comparison[comparison.best]
-        which = "best" if run.best and run.best.file and run.best.file.name.endswith("-best.safetensors") else None
-        console.next_step("Next, draw more with the best", console.command("k5train", "sample", run.root, which=which))
+        chosen = which(run) if run.best and run.best.file else "final"
+        more = console.command("k5train", "sample", run.root, which=None if chosen == "final" else chosen)
+        console.next_step("Next, draw more with the best", more)
 
 
 def _free_name() -> Path:

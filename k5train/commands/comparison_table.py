@@ -10,8 +10,8 @@ from rich.text import Text
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
 from k5train.pictures.compared import ComparedPictures
-from k5train.runs.compared import Comparison, remarks, shown_value, some
-from k5train.runs.record import Loss, Record
+from k5train.runs.compared import Comparison, remarks, shown_value, some, which
+from k5train.runs.record import Loss
 
 _MOST_RUNS_ACROSS = 6
 """Runs that have a column each in the table of settings. More have a row each, the best first."""
@@ -59,7 +59,7 @@ def _losses_table(comparison: Comparison) -> Table:
         "final": [_loss(run.final) for run in runs],
         "best": [_loss(run.best) for run in runs],
         "at": [str(run.best.step) if run.best else "" for run in runs],
-        "file": [_file(run) for run in runs],
+        "file": [which(run) for run in runs],
         "EMA": [_loss(run.ema) for run in runs],
         "prior": [_number(run.last("held_out_prior")) for run in runs],
         "probe": [_number(run.last("probe")) for run in runs],
@@ -123,15 +123,6 @@ def _loss(loss: Loss | None) -> str:
     if loss is None:
         return ""
     return "not finite" if loss.loss is None else f"{loss.loss:.4f}"
-
-
-def _file(run: Record) -> str:
-    """Which LoRA has the best loss: ``final``, ``-best`` or a checkpoint."""
-    if run.best is None or run.best.step == 0:
-        return ""
-    if run.best.file is None:
-        return "not kept"
-    return run.best.file.stem.removeprefix(run.root.resolve().name) or "final"
 
 
 def _number(number: float | None, decimals: int = 4) -> str:

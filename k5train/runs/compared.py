@@ -204,6 +204,17 @@ def remarks(run: Record) -> list[str]:
     return said
 
 
+def which(run: Record) -> str:
+    """The LoRA with a run's best loss, as ``k5train sample --which`` calls it. Empty if the base is better than all."""
+    if run.best is None or run.best.step == 0:
+        return ""
+    if run.best.file is None:
+        return "not kept"
+    if run.best.file.parent.name == "checkpoints":
+        return str(run.best.step)
+    return "final" if run.best == run.final else "best"
+
+
 def some(names: Sequence[str]) -> str:
     """The first few of ``names``, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
