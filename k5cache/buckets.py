@@ -42,6 +42,16 @@ class Bucket:
         return f"{self.width}x{self.height}"
 
 
+def drawn_by_pipeline(width: int, height: int) -> tuple[int, int]:
+    """The size that diffusers' pipelines draw where this one is asked for: about a megapixel, of the nearest shape.
+
+    ``Kandinsky5T2IPipeline`` and ``Kandinsky5I2IPipeline`` of diffusers 0.39 to 0.42, after ``check_inputs``.
+    """
+    if (width, height) in NATIVE_RESOLUTIONS:
+        return width, height
+    return min(NATIVE_RESOLUTIONS, key=lambda size: abs(size[0] / size[1] - width / height))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How an image becomes its bucket: resize the whole image, cut out the bucket, flip. All sizes are in pixels."""

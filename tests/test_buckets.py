@@ -6,8 +6,12 @@ import math
 import random
 from dataclasses import replace
 from fractions import Fraction
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from k5cache.buckets import (
     MAX_SIDE,
@@ -18,6 +22,7 @@ from k5cache.buckets import (
     bucket_table,
     choose_bucket,
     cover,
+    drawn_by_pipeline,
     fine_table,
     source_geometry,
     squash,
@@ -33,6 +38,29 @@ def test_the_native_resolutions_are_those_of_the_installed_pipeline():
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     pipeline = Kandinsky5T2IPipeline(**dict.fromkeys(parts), scheduler=FlowMatchEulerDiscreteScheduler())
     assert list(NATIVE_RESOLUTIONS) == [tuple(size) for size in pipeline.resolutions]
+
+
+@pytest.mark.parametrize("name", ["Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"])
+def test_the_size_that_the_pipelines_draw_is_theirs(name):
+    import diffusers
+
+    class Sized(Exception):
+        """Ends a call of the pipeline where it has chosen the size."""
+
+    def stop(*_, height: int, width: int, **__):
+        raise Sized(width, height)
+
+    pipeline = MagicMock(resolutions=[*NATIVE_RESOLUTIONS], prepare_latents=stop, guidance_scale=1.0)
+    pipeline.encode_prompt.return_value = (torch.zeros(1, 2, 4), torch.zeros(1, 4), torch.tensor([0, 2]))
+    source = {"image": Image.new("RGB", (16, 16))} if "I2I" in name else {}
+    others = np.random.default_rng(0).integers(1, 129, (100, 2)) * 16
+    for width, height in [*NATIVE_RESOLUTIONS, (512, 512), (384, 640), (704, 320), (32, 2048), *others.tolist()]:
+        with pytest.raises(Sized) as sized:
+            getattr(diffusers, name).__call__(
+                pipeline, prompt="a fox", width=width, height=height, output_type="latent", **source
+            )
+        assert drawn_by_pipeline(width, height) == sized.value.args, (width, height)
+    assert drawn_by_pipeline(512, 512) == (1024, 1024)
 
 
 def test_a_bucket_names_its_width_first_and_its_latents_rows_first():

@@ -1,4 +1,7 @@
-"""`k5train sample`: each LoRA at each strength is a row on the same noise, and what does not exist is refused first."""
+"""`k5train sample`: each LoRA at each strength is a row on the same noise, and what does not exist is refused first.
+
+The run's one prompt has a name, which a library gave it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from diffusers.loaders import KandinskyLoraLoaderMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.inside import as_file_names, name_problem
+from k5cache.shared.recipe import parse, read
 from k5train.adapter.attach import adapted_layers, add_lora, lora_parameters
 from k5train.adapter.files import save_lora
 from k5train.adapter.loaded import loaded, set_strength, vet
@@ -20,16 +26,21 @@ from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.optimizer import OptimConfig
+from k5train.options.train import TrainConfig
 from k5train.options.validation import ValidationConfig
 from k5train.pictures import sheet
+from k5train.pictures.saved import read_labels, read_pictures, save_pictures
 from k5train.runs.folder import Run
+from k5train.runs.recipe import read_recipe
 from k5train.training import more_pictures
+from k5train.training.start import with_library
 from tests.cli import Cli
 from tests.parity import PROMPTS, as_the_pipeline_calls_it, reference_transformer
 from tests.runs import CONFIG, start_run
 
+NAME = "fox? in: snow"  # as a person may call it
 DRAWN = ValidationConfig(
-    prompts=PROMPTS[:1], num_inference_steps=1, guidance_scale=1.0, width=32, height=32, before=False, split=0.34,
+    num_inference_steps=1, guidance_scale=1.0, width=32, height=32, before=False, split=0.34,
     held_out_every=1, held_out_sigmas=1,
 )  # fmt: skip
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.5)
@@ -39,8 +50,12 @@ OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.5)
 def finished(tmp_path_factory, toy_cache, toy_model) -> Path:
     """A run of two steps with a best LoRA, an average, and a checkpoint of each step."""
     root = tmp_path_factory.mktemp("runs") / "fox"
-    start_run(root, toy_cache("fp32"), toy_model,
-              replace(CONFIG, steps=2, checkpoint_every=1, optim=OPTIM, validation=DRAWN))  # fmt: skip
+    library = root.parent / "library.json"
+    library.write_text(json.dumps({NAME: PROMPTS[0]}), encoding="utf-8")
+    config = replace(CONFIG, steps=2, checkpoint_every=1, optim=OPTIM,
+                     validation=replace(DRAWN, prompt_library=str(library)))  # fmt: skip
+    start_run(root, toy_cache("fp32"), toy_model, with_library(config))
+    library.unlink()
     return root
 
 
@@ -85,6 +100,51 @@ def test_a_strength_is_that_of_diffusers_and_the_base_has_its_bits_again_afterwa
         assert all(torch.equal(after[name], before[name]) for name in before), algo
 
 
+def test_a_run_keeps_the_names_of_its_prompts_and_draws_by_them(finished, tmp_path, monkeypatch):
+    (config,) = parse(read_recipe(finished), {"train": TrainConfig})
+    assert (config.validation.prompts, config.validation.prompt_names) == (PROMPTS[:1], ("fox_ in_ snow",))
+    assert read_labels(Run(finished).samples(2)) == [f"fox_ in_ snow\n{PROMPTS[0]}"]
+    heads = []
+    monkeypatch.setattr(more_pictures.sample, "draw", lambda transformer, folder, drawings, *_: heads.append(
+        [drawing.head for drawing in drawings]) or [Image.new("RGB", (8, 8))] * len(drawings))  # fmt: skip
+    for prompts in ([], ["--prompt", PROMPTS[1], "--prompt", PROMPTS[0]]):
+        done = Cli(tmp_path)(app, "sample", str(finished), *prompts, "-o", "out.png")
+        assert done.code == 0, done.err
+        assert "Pictures are drawn at 32x32. diffusers' pipeline rounds" in done.err
+        assert "set pipe.resolutions = [(32, 32)]" in " ".join(done.err.split())
+    assert heads[::2] == [[f"fox_ in_ snow\n{PROMPTS[0]}"], [PROMPTS[1], f"fox_ in_ snow\n{PROMPTS[0]}"]]
+
+
+def test_names_of_a_library_become_file_names_that_differ_everywhere():
+    names = ["a/b", "a:b", "A_B", "", "..", "con", "COM1.x", "x" * 300, "é" * 300, "tab\there", "e\u0301", "\udce9"]
+    cleaned = as_file_names(names)
+    assert cleaned[:7] == ["a_b", "a_b-2", "A_B-3", "_", "_-2", "_con", "_COM1.x"]
+    assert cleaned[9:] == ["tab_here", "é", "_-3"]
+    assert all(name_problem(name) is None for name in cleaned)
+    assert len({name.casefold() for name in cleaned}) == len(names)
+    assert as_file_names(cleaned) == cleaned
+
+
+def test_pictures_are_the_same_whatever_they_are_called_and_names_lead_nowhere_else(tmp_path):
+    drawn = {"prompts": ["a", "b", "c"], "seed": 1}
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    for names, files in (
+        (["", "fox", "00"], ["00-2.png", "00.png", "fox.png"]),
+        (["../x", "/etc/y", "Fox"], ["Fox.png", "_etc_y.png", "_x.png"]),
+    ):
+        folder = tmp_path / names[2]
+        save_pictures(folder, pictures, {**drawn, "names": names})
+        assert sorted(path.name for path in folder.glob("*.png")) == files
+        for wanted in (drawn, {**drawn, "names": ["x", "y", "z"]}, None):
+            assert [p.tobytes() for p in read_pictures(folder, wanted)] == [p.tobytes() for p in pictures]
+    assert {path.name for path in tmp_path.iterdir()} == {"00", "Fox"}
+    with pytest.raises(RecipeError) as caught:
+        parse(read(None, ["train.validation.prompts=['a', 'b']", "train.validation.prompt_names=['con', 'x', 'X']"]),
+              {"train": TrainConfig})  # fmt: skip
+    for words in ("is a name that Windows keeps", "has a name twice", "has 3 names for 2 prompts: give one for each"):
+        assert f"train.validation.prompt_names {words}" in caught.value.problem.replace("has a name that is", "is")
+
+
 def rows_of(monkeypatch) -> list[list[tuple[str, np.ndarray]]]:
     """A list to which the rows of every grid are added that is drawn from now on."""
     grids: list[list[tuple[str, np.ndarray]]] = []
@@ -116,12 +176,11 @@ def test_every_choice_is_a_row_on_the_same_noise_below_the_base_model(finished, 
         assert np.array_equal(pictures[f"{name} x 0"], pictures["base model"]) == (name != "dora"), name
         assert not np.array_equal(pictures[f"{name} x 1"], pictures["base model"]), name
     assert done.err.count("is a DoRA: a strength scales its matrices") == 1
-    with Image.open(Run(finished).samples(2) / "00.png") as drawn:  # in training, by the same adapter
+    with Image.open(Run(finished).samples(2) / "fox_ in_ snow.png") as drawn:  # in training, by the same adapter
         assert np.array_equal(pictures["step 2 x 1"], np.asarray(drawn))
     assert np.array_equal(pictures["final x 1"], pictures["step 2 x 1"])
     for arguments, labels in (
         (("--step", "1"), ["base model", "step 1"]),
-        ((), ["base model", "final"]),
         (("--lora", str(finished), "--strength", "0.7"), ["base model", "fox x 0.7"]),
     ):
         done = Cli(tmp_path)(app, "sample", str(finished), *arguments, "-o", "out.png")

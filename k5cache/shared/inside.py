@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from k5cache.shared.errors import OutputError
 
 MOST_NAME_BYTES = 200  # file systems allow 255, and files in a run have longer names: NAME-best.safetensors
+_MOST_CLEANED_BYTES = MOST_NAME_BYTES - 20  # what tells it apart from others, and an ending, come behind it
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE | re.DOTALL)  # on Windows
 
 
@@ -74,7 +77,7 @@ def name_problem(name: str) -> str | None:
         return "is empty"
     if any(ord(character) < 32 or ord(character) == 127 for character in name):
         return f"holds a control character, found {name[:80]!r}"
-    if any(character in '/\\:*?"<>|' for character in name):
+    if _NOT_IN_NAMES.search(name):
         return f'must be the name of one folder, without / \\ : * ? " < > |, found {name[:80]!r}'
     if name[0] in ". " or name[-1] in ". ":
         return f"must not begin or end with a dot or a space, found {name[:80]!r}"
@@ -85,3 +88,27 @@ def name_problem(name: str) -> str | None:
     except UnicodeEncodeError:
         return f"is not valid text, found {name[:80]!r}"
     return f"has {num_bytes} bytes, at most {MOST_NAME_BYTES} are allowed" if num_bytes > MOST_NAME_BYTES else None
+
+
+def as_file_names(names: Iterable[str]) -> list[str]:
+    """Names that are file names on every system, each another one than those before it, also without capitals.
+
+    What cannot be in one is replaced, and a name that is there already gets a number.
+    """
+    taken: set[str] = set()
+    cleaned = []
+    for name in names:
+        base, number = _cleaned(name), 2
+        candidate = base
+        while candidate.casefold() in taken:
+            candidate, number = f"{base}-{number}", number + 1
+        taken.add(candidate.casefold())
+        cleaned.append(candidate)
+    return cleaned
+
+
+def _cleaned(name: str) -> str:
+    text = unicodedata.normalize("NFC", name.encode(errors="replace").decode())
+    text = _NOT_IN_NAMES.sub("_", text).strip(". ")
+    text = text.encode()[:_MOST_CLEANED_BYTES].decode(errors="ignore").strip(". ") or "_"
+    return f"_{text}" if _RESERVED.fullmatch(text) else text

@@ -166,7 +166,12 @@ def validation_edits(document: dict[str, Any]) -> tuple[WantedEdit, ...]:
 
 
 def prompt_library(path: Path) -> tuple[str, ...]:
-    """The prompts of a JSON file: a list of strings, or an object of names to prompts.
+    """The prompts of a JSON file. Raises as ``named_prompts``."""
+    return tuple(prompt for _, prompt in named_prompts(path))
+
+
+def named_prompts(path: Path) -> tuple[tuple[str, str], ...]:
+    """(name, prompt) of a JSON file: a list of strings, whose names are empty, or an object of names to prompts.
 
     Raises:
         RecipeError: there is no such file, or it contains something else.
@@ -178,7 +183,8 @@ def prompt_library(path: Path) -> tuple[str, ...]:
         raise RecipeError(f"train.validation.prompt_library: {path} cannot be read: {error.strerror}", fix) from error
     except ValueError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} is not JSON: {error}", fix) from error
-    prompts = list(document.values()) if isinstance(document, dict) else document
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+    entries = [("", prompt) for prompt in document] if isinstance(document, list) else None
+    entries = [*document.items()] if isinstance(document, dict) else entries
+    if entries is None or not all(isinstance(prompt, str) for _, prompt in entries):
         raise RecipeError(f"train.validation.prompt_library: {path} is not a list of prompts", fix)
-    return tuple(prompts)
+    return tuple(entries)

@@ -62,6 +62,8 @@ def sample(
             document.give("train.validation.edits", edits, "--source")
         elif prompts:
             document.give("train.validation.prompts", prompts, "--prompt")
+            names = dict(zip(config.validation.prompts, config.validation.prompt_names, strict=False))
+            document.give("train.validation.prompt_names", [names.get(prompt, "") for prompt in prompts], "--prompt")
         if seed is not None:
             document.give("train.validation.seed", seed, f"--seed {seed}")
         (changed,) = parse(document, {"train": TrainConfig})

@@ -19,6 +19,7 @@ ONLY: dict[Kind, dict[str, str]] = {
     "t2i": {
         "validation.prompts": _CAPTIONS_ALONE,
         "validation.prompt_library": _CAPTIONS_ALONE,
+        "validation.prompt_names": _CAPTIONS_ALONE,
         "validation.negative_prompt": "Leave it out: guidance leads away from the empty instruction with the source",
         "validation.width": _OF_THE_PAIR,
         "validation.height": _OF_THE_PAIR,

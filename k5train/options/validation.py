@@ -10,6 +10,7 @@ from math import inf
 from typing import Literal
 
 from k5cache.buckets import MAX_SIDE, SIDE_MULTIPLE, is_side
+from k5cache.shared.inside import name_problem
 from k5cache.shared.model import path_problems
 
 
@@ -57,6 +58,9 @@ class ValidationConfig:
     """Also draw pictures with the base model, before the first step."""
     prompt_library: str | None = None
     """A JSON file with more prompts: a list, or an object of names and prompts. The run's own recipe lists them all."""
+    prompt_names: tuple[str, ...] = ()
+    """Names of ``prompts``, in their order: they head the columns of grids and name the files of the pictures. "" is
+    none. A ``prompt_library`` that is an object of names sets them."""
     split: float = 0.0
     """Share of the images of each cache that are held out of training, to measure the loss on them. An image that is
     held out of one cache is held out of all. 0: none."""
@@ -80,6 +84,7 @@ class ValidationConfig:
             for name, side in (("width", self.width), ("height", self.height))
             if side is not None and not is_side(side)
         ]
+        problems += self._about_names()
         if self.num_inference_steps < 1:
             problems.append(f"num_inference_steps must be at least 1, found {self.num_inference_steps}")
         if not 0 <= self.split <= 0.5:
@@ -96,6 +101,19 @@ class ValidationConfig:
                      (("every", self.every), ("held_out_every", self.held_out_every), ("patience", self.patience),
                       ("pairs", self.pairs), ("probe_images", self.probe_images))
                      if value < 0]  # fmt: skip
+        return problems
+
+    def _about_names(self) -> list[str]:
+        """What is wrong with ``prompt_names``."""
+        names = [name for name in self.prompt_names if name]
+        problems = [f"prompt_names has a name that {problem}" for name in names if (problem := name_problem(name))]
+        if len({name.casefold() for name in names}) < len(names):
+            problems.append("prompt_names has a name twice: files of one name would replace each other")
+        if self.prompt_names and len(self.prompt_names) != len(self.prompts):
+            problems.append(
+                f"prompt_names has {len(self.prompt_names)} names for {len(self.prompts)} prompts: give one for each,"
+                ' "" for none, or leave it out'
+            )
         return problems
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
+from k5cache.buckets import drawn_by_pipeline
 from k5cache.shared import console
 from k5cache.shared.content import possible_hashes
 from k5cache.shared.errors import RecipeError
@@ -15,6 +16,7 @@ from k5cache.store.manifest import Edit
 from k5cache.store.reader import Cache
 from k5train.options.validation import EditConfig, ValidationConfig
 from k5train.pictures.sample import Drawing, Posterior, SampleSettings
+from k5train.pictures.saved import NAMES
 
 
 def draws_any(cache: Cache, validation: ValidationConfig) -> bool:
@@ -39,11 +41,39 @@ def drawings_for(cache: Cache, validation: ValidationConfig, held_out: Collectio
     return [_of_item(cache, item, validation) for item in items_to_draw(cache, held_out, validation.pairs)]
 
 
+def sizes_to_draw(cache: Cache, validation: ValidationConfig) -> list[tuple[int, int]]:
+    """(width, height) of what ``drawings_for`` gives, each once."""
+    if cache.kind == "t2i":
+        sizes = [_size(cache, validation)] if validation.prompts else []
+    elif validation.edits:
+        sizes = [(edit.width, edit.height) for edit in (find_edit(cache, edit) for edit in validation.edits)]
+    else:
+        rows = (cache.row(item) for item in items_to_draw(cache, (), validation.pairs))
+        sizes = [(row.bucket_width, row.bucket_height) for row in rows]
+    return list(dict.fromkeys(sizes))
+
+
+def note_sizes(cache: Cache, validation: ValidationConfig) -> None:
+    """Say where diffusers' pipeline would draw at another size than we do, and how it draws at ours."""
+    others = [(size, drawn) for size in sizes_to_draw(cache, validation) if (drawn := drawn_by_pipeline(*size)) != size]
+    if not others:
+        return
+    ours, theirs = (f"{width}x{height}" for width, height in others[0])
+    more = f" and {len(others) - 1} more size{'s' if len(others) > 2 else ''}" if len(others) > 1 else ""
+    resolutions = ", ".join(str(size) for size, _ in others[:4]) + (", ..." if len(others) > 4 else "")
+    console.note(
+        f"Pictures are drawn at {ours}{more}. diffusers' pipeline rounds every size to about a megapixel, this one to"
+        f" {theirs}; to draw as here, set pipe.resolutions = [{resolutions}]"
+    )
+
+
 def described(drawings: list[Drawing], validation: ValidationConfig) -> dict[str, Any]:
     """What is drawn, and how, as JSON. Saved beside the pictures, so that later rows of the grid are comparable."""
     labels = [drawing.label for drawing in drawings]
     if not drawings or drawings[0].source is None:
         how: dict[str, Any] = {"negative_prompt": validation.negative_prompt}
+        if any(drawing.name for drawing in drawings):
+            how[NAMES] = [drawing.name for drawing in drawings]
         return {"prompts": labels, **how, **(asdict(drawings[0].settings) if drawings else {})}
     pairs = [{"instruction": d.prompt.key, **asdict(d.settings)} for d in drawings]
     return {"prompts": labels, "pairs": pairs}
@@ -86,11 +116,20 @@ def find_edit(cache: Cache, wanted: EditConfig) -> Edit:
 
 
 def _prompts(cache: Cache, validation: ValidationConfig) -> list[Drawing]:
-    resolution = cache.manifest.recipe["selection"]["resolution"]
-    settings = _settings(validation, validation.width or resolution, validation.height or resolution)
+    settings = _settings(validation, *_size(cache, validation))
     rows = [cache.prompt(prompt) for prompt in validation.prompts]
     negative = cache.prompt(validation.negative_prompt)
-    return [Drawing(prompt, row, negative, settings) for prompt, row in zip(validation.prompts, rows, strict=True)]
+    names = validation.prompt_names or ("",) * len(rows)
+    return [
+        Drawing(prompt, row, negative, settings, name=name)
+        for prompt, row, name in zip(validation.prompts, rows, names, strict=True)
+    ]
+
+
+def _size(cache: Cache, validation: ValidationConfig) -> tuple[int, int]:
+    """Width and height of the pictures of prompts."""
+    resolution = cache.manifest.recipe["selection"]["resolution"]
+    return validation.width or resolution, validation.height or resolution
 
 
 def _of_edit(cache: Cache, edit: Edit, validation: ValidationConfig) -> Drawing:

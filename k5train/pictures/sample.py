@@ -72,6 +72,13 @@ class Drawing:
     """The picture that is edited."""
     target: Posterior | None = None
     """What the edit should become, if the cache knows it."""
+    name: str = ""
+    """What it is called, if anything."""
+
+    @property
+    def head(self) -> str:
+        """What stands above its column: its name, if it has one, in a line of its own."""
+        return f"{self.name}\n{self.label}" if self.name else self.label
 
 
 def draw(

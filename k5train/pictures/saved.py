@@ -12,10 +12,12 @@ from PIL import Image
 
 from k5cache.shared import console
 from k5cache.shared.files import make_folder, write_whole
+from k5cache.shared.inside import as_file_names
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, unseal_if_sealed, write_sealed
 
 FILE = "drawn.json"
+NAMES = "names"  # its key for what the pictures are called, by which they are neither the same nor others
 UNSEALED = (
     "prompts", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
 )  # fmt: skip
@@ -23,14 +25,14 @@ UNSEALED = (
 
 
 def save_pictures(folder: Path, pictures: Sequence[Image.Image], drawn: Mapping[str, Any]) -> None:
-    """Write pictures as ``00.png``, ``01.png`` ..., and then what they show.
+    """Write pictures as ``00.png``, ``01.png`` ..., or under their names, and then what they show.
 
     Args:
         drawn: what was drawn, and how, as JSON.
     """
     make_folder(folder)
     files = {}
-    for path, picture in zip(_paths(folder, len(pictures)), pictures, strict=True):
+    for path, picture in zip(_paths(folder, len(pictures), drawn.get(NAMES)), pictures, strict=True):
         write_whole(path, partial(picture.save, format="PNG"))
         files[path.name] = asdict(Digest.of(path))
     write_sealed(folder / FILE, {**drawn, "files": files})
@@ -45,15 +47,15 @@ def read_pictures(folder: Path, drawn: Mapping[str, Any] | None = None) -> list[
     try:
         document = unseal_if_sealed(read_plain(folder / FILE), UNSEALED)
         digests = {name: Digest.read(value) for name, value in document.pop("files", {}).items()}
-        names = [path.name for path in _paths(folder, len(document["prompts"]))]
+        paths = _paths(folder, len(document["prompts"]), document.pop(NAMES, None))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         _warn(folder / FILE)
         return None
-    if drawn is not None and document != drawn:
+    if drawn is not None and document != {key: value for key, value in drawn.items() if key != NAMES}:
         return None
-    pictures = [_read(folder / name, digests.get(name)) for name in names]
+    pictures = [_read(path, digests.get(path.name)) for path in paths]
     whole = [picture for picture in pictures if picture is not None]
     return whole if len(whole) == len(pictures) else None
 
@@ -76,7 +78,10 @@ def read_drawn(folder: Path) -> dict[str, Any] | None:
 def read_labels(folder: Path) -> list[str]:
     """What heads the columns of the pictures of a folder. Empty if that cannot be read."""
     try:
-        return [str(label) for label in unseal_if_sealed((folder / FILE).read_bytes(), UNSEALED)["prompts"]]
+        document = unseal_if_sealed((folder / FILE).read_bytes(), UNSEALED)
+        labels = [str(label) for label in document["prompts"]]
+        names = _names(document.get(NAMES), len(labels))
+        return [f"{name}\n{label}" if name else label for name, label in zip(names, labels, strict=True)]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return []
 
@@ -92,8 +97,22 @@ def _read(path: Path, digest: Digest | None) -> Image.Image | None:
     return None
 
 
-def _paths(folder: Path, count: int) -> list[Path]:
-    return [folder / f"{i:02d}.png" for i in range(count)]
+def _paths(folder: Path, count: int, names: Any) -> list[Path]:
+    """The files of some pictures.
+
+    Raises:
+        ValueError: there is another number of names.
+    """
+    stems = as_file_names(name or f"{i:02d}" for i, name in enumerate(_names(names, count)))
+    return [folder / f"{stem}.png" for stem in stems]
+
+
+def _names(names: Any, count: int) -> list[str]:
+    if names is None:
+        return [""] * count
+    if len(names) != count:
+        raise ValueError(f"{len(names)} names for {count} pictures")
+    return [str(name) for name in names]
 
 
 def _warn(path: Path) -> None:

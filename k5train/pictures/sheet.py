@@ -34,6 +34,9 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
     for column, lines in enumerate(headers):
         left = label_width + column * (cell_width + gap)
         draw.multiline_text((left, 6), "\n".join(lines), "black", font, spacing=4)
+        if "\n" in columns[column]:  # below its name, a prompt is grey
+            draw.rectangle((left, 6 + line, left + cell_width, header_height - 1), "white")
+            draw.multiline_text((left, 6 + line), "\n".join(lines[1:]), "#666666", font, spacing=4)
     for row, (lines, (_, pictures)) in enumerate(zip(labels, shown, strict=True)):
         top = header_height + row * (cell_height + gap)
         middle = top + cell_height // 2 - len(lines) * line // 2

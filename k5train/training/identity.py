@@ -34,8 +34,9 @@ FREE = (
     "device",
     "memory",
     "trackers",
-    *(f"validation.{name}" for name in ("prompts", "negative_prompt", "every", "guidance_scale", "num_inference_steps",
-      "width", "height", "seed", "before", "held_out_every", "patience", "edits", "pairs", "probe_images")),
+    *(f"validation.{name}" for name in ("prompts", "prompt_names", "negative_prompt", "every", "guidance_scale",
+      "num_inference_steps", "width", "height", "seed", "before", "held_out_every", "patience", "edits", "pairs",
+      "probe_images")),
 )  # fmt: skip
 
 

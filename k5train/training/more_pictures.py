@@ -23,7 +23,7 @@ from k5train.data.mixture import Mixture, Source
 from k5train.forward.load import execute, load
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
-from k5train.pictures.drawings import drawings_for, draws_any
+from k5train.pictures.drawings import drawings_for, draws_any, note_sizes
 from k5train.pictures.references import decode_references
 from k5train.pictures.sample import Drawing
 from k5train.planning.plan import largest_sizes, plan_training
@@ -61,6 +61,7 @@ def resample(
         check_recorded(path)
     reader = open_cache(cache)
     drawings = drawings_to_draw(reader, config)
+    note_sizes(reader, config.validation)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     _vet(choices, folder, reader.kind)
     device = pick_device(config.device, folder)
@@ -79,7 +80,7 @@ def resample(
                     execute(transformer, config, device, plan, any_rank=len(paths) > 1)
                     rows.append((choice.label, sample.draw(transformer, folder, drawings, bars, choice.label)))
         references = decode_references(folder, drawings, device)
-    grid = sheet.grid([*references.above, *rows, *references.below], [drawing.label for drawing in drawings])
+    grid = sheet.grid([*references.above, *rows, *references.below], [drawing.head for drawing in drawings])
     target = target or _unused(run.root / "samples")
     make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))

@@ -33,7 +33,7 @@ class Painter:
 
     def __init__(self, drawings: list[Drawing], folder: Path, config: TrainConfig, run: Run) -> None:
         self.folder, self.run, self.drawings = folder, run, drawings
-        self.labels = [drawing.label for drawing in drawings]
+        self.heads = [drawing.head for drawing in drawings]
         self.drawn = described(drawings, config.validation)
         """What is drawn, and how. Saved beside the pictures, so that later rows of the grid are comparable."""
 
@@ -48,7 +48,7 @@ class Painter:
             kind: the label of a second row at the same step, such as ``EMA``.
 
         Returns:
-            the pictures by what heads their columns.
+            the pictures by their names or prompts.
         """
         transformer.eval()
         folder = self.run.samples(step) / kind.lower()
@@ -61,7 +61,8 @@ class Painter:
             save_pictures(folder, pictures, self.drawn)
         self.write_grid(step, references(self.run, self.drawings, self.drawn, self.folder, transformer.device))
         ending = f" ({kind})" if kind else ""
-        return {f"{prompt}{ending}": picture for prompt, picture in zip(self.labels, pictures, strict=True)}
+        named = zip(self.drawings, pictures, strict=True)
+        return {f"{drawing.name or drawing.label}{ending}": picture for drawing, picture in named}
 
     def write_grid(self, step: int, references: References) -> None:
         """Write the grid of all rows up to ``step`` that were drawn in this way, read from disk."""
@@ -74,7 +75,7 @@ class Painter:
                 if pictures:
                     rows.append((f"step {number} {kind}".strip() if number else "base model", pictures))
         rows = [*references.above, *rows, *references.below]
-        write_whole(self.run.grid, partial(sheet.grid(rows, self.labels).save, format="PNG"))
+        write_whole(self.run.grid, partial(sheet.grid(rows, self.heads).save, format="PNG"))
 
 
 @contextmanager

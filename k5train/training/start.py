@@ -12,8 +12,8 @@ from typing import Any
 from k5cache.shared import console
 from k5cache.shared.checkpoint import check_known, model_folder
 from k5cache.shared.errors import RecipeError, RunError
-from k5cache.shared.inside import name_problem
-from k5cache.shared.model import ModelConfig, prompt_library
+from k5cache.shared.inside import as_file_names, name_problem
+from k5cache.shared.model import ModelConfig, named_prompts
 from k5cache.shared.outputs import check_writable, kind_of
 from k5cache.shared.recipe import to_dict
 from k5train.data.kind import check_options
@@ -21,6 +21,7 @@ from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
+from k5train.pictures.drawings import note_sizes
 from k5train.runs.differences import differences
 from k5train.runs.folder import (
     Run,
@@ -37,6 +38,8 @@ from k5train.training.identity import depends_on_the_last_step
 from k5train.training.train import Result, train
 
 PARTS = ("transformer", "vae", "scheduler")
+UNIMPORTANT = ("train.name", "train.validation.prompt_names")
+"""Options by which a run is not another one: earlier versions kept no names of prompts."""
 
 
 def named(caches: Sequence[Path], config: TrainConfig) -> tuple[Path | None, TrainConfig]:
@@ -84,6 +87,7 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         return train(data, model_folder(model, PARTS), replace(config, name=run.name), run)
     target = target or free_name(Path("runs"), data.first.root.resolve().name)
     check_new(target)
+    note_sizes(data.first, config.validation)
     folder = model_folder(model, PARTS)
     config = replace(config, name=name_of(target))
     with new_run(target, data.first.root, model, config) as run:
@@ -191,12 +195,19 @@ def open_data(cache: Path | None, config: TrainConfig) -> Mixture:
 
 
 def with_library(config: TrainConfig) -> TrainConfig:
-    """The recipe with the prompts of its library in it, so that a run's own recipe needs no other file."""
+    """The recipe with the prompts of its library and their names in it, so that a run's recipe needs no other file."""
     validation = config.validation
     if validation.prompt_library is None:
         return config
-    prompts = tuple(dict.fromkeys([*validation.prompts, *prompt_library(Path(validation.prompt_library))]))
-    return replace(config, validation=replace(validation, prompts=prompts, prompt_library=None))
+    own = zip(validation.prompts, validation.prompt_names or ("",) * len(validation.prompts), strict=True)
+    names: dict[str, str] = {}
+    for prompt, name in [*own, *((prompt, name) for name, prompt in named_prompts(Path(validation.prompt_library)))]:
+        names.setdefault(prompt, name)
+    cleaned = iter(as_file_names(name for name in names.values() if name))
+    prompt_names = tuple(next(cleaned) if name else "" for name in names.values())
+    changed = replace(validation, prompts=tuple(names), prompt_names=prompt_names if any(prompt_names) else (),
+                      prompt_library=None)  # fmt: skip
+    return replace(config, validation=changed)
 
 
 def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: TrainConfig) -> Run | None:
@@ -213,7 +224,7 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
         run, its_model, its_config, cache = open_run(candidate)
         if is_locked(run):
             continue
-        different = differences(_plain(its_model, its_config), _plain(model, config), ["train.name"])
+        different = differences(_plain(its_model, its_config), _plain(model, config), UNIMPORTANT)
         if not different and cache.resolve() == data.first.root.resolve():
             return run
         if out or config.name:

@@ -26,6 +26,7 @@ from k5train.adapter.targets import RankTooHigh
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
+from k5train.pictures.drawings import note_sizes
 from k5train.pictures.references import References, read_references
 from k5train.pictures.saved import read_labels, read_pictures
 from k5train.planning.plan import largest_sizes, plan_for, plan_training
@@ -37,7 +38,7 @@ from k5train.runs.resume_state import latest_state, remove_states
 from k5train.runs.written import check_recorded
 from k5train.training.base import Base, load_base
 from k5train.training.device import pick_device
-from k5train.training.start import PARTS, open_data
+from k5train.training.start import PARTS, UNIMPORTANT, open_data
 from k5train.training.sweep_runs import SweepRun
 from k5train.training.train import Result, train
 
@@ -83,7 +84,9 @@ def _sweep(
     cache: Path | None, out: Path, model: ModelConfig, folder: Path, sweep_runs: Sequence[SweepRun]
 ) -> tuple[list[Outcome], Path | None]:
     configs = [sweep_run.config for sweep_run in sweep_runs]
-    base_config = most_demanding(open_data(cache, configs[0]), folder, configs)
+    first_data = open_data(cache, configs[0])
+    note_sizes(first_data.first, configs[0].validation)
+    base_config = most_demanding(first_data, folder, configs)
     any_rank = len({(config.lora.rank, config.lora.ranks) for config in configs}) > 1
     base: Base | None = None
     first_run: Run | None = None
@@ -191,7 +194,7 @@ def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) ->
 def _check_same(root: Path, model: ModelConfig, config: TrainConfig) -> Run:
     run, its_model, its_config, _ = open_run(root)
     before = {"model": to_dict(its_model), "train": to_dict(its_config)}
-    different = differences(before, {"model": to_dict(model), "train": to_dict(config)}, ["train.name"])
+    different = differences(before, {"model": to_dict(model), "train": to_dict(config)}, UNIMPORTANT)
     if different:
         raise RunError(
             f"{root} has a run that was started differently: {'; '.join(different)}", "Give another folder with -o"
