@@ -163,7 +163,7 @@ def test_several_caches_are_named_on_the_command_line_or_in_the_recipe_but_not_i
         (done.out + done.err).split()
     )
     without = Cli(tmp_path)(app, "sample", "runs/two")
-    assert "Give one that the cache holds with --prompt" in " ".join(without.err.split())
+    assert "Draw one of the 3 that the cache holds: k5train sample runs/two --prompt " in " ".join(without.err.split())
     recipe = (tmp_path / "runs" / "two" / "recipe.toml").read_text()
     assert recipe.count("[[train.data]]") == 2
     (tmp_path / "r.toml").write_text(f"[[train.data]]\ncache = '{caches[0]}'\n")

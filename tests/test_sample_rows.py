@@ -6,6 +6,8 @@ The run's one prompt has a name, which a library gave it.
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from diffusers.loaders import KandinskyLoraLoaderMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from k5cache.cli import app as cache_app
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.inside import as_file_names, name_problem
 from k5cache.shared.recipe import parse, read
@@ -113,6 +116,26 @@ def test_a_run_keeps_the_names_of_its_prompts_and_draws_by_them(finished, tmp_pa
         assert "Pictures are drawn at 32x32. diffusers' pipeline rounds" in done.err
         assert "set pipe.resolutions = [(32, 32)]" in " ".join(done.err.split())
     assert heads[::2] == [[f"fox_ in_ snow\n{PROMPTS[0]}"], [PROMPTS[1], f"fox_ in_ snow\n{PROMPTS[0]}"]]
+
+
+def test_without_prompts_the_commands_that_are_advised_work(finished, toy_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(more_pictures.sample, "draw", lambda *_: [Image.new("RGB", (8, 8))])
+    cache = tmp_path / "cache"
+    shutil.copytree(toy_cache("fp32"), cache)
+    run = tmp_path / "my runs" / finished.name
+    shutil.copytree(finished, run)
+    (run / "run.json").write_text(json.dumps({"cache": str(cache)}), encoding="utf-8")  # as an earlier version wrote it
+    without = [f"train.validation.{name}=[]" for name in ("prompts", "prompt_names")]
+    done = Cli(tmp_path)(app, "sample", str(run), "--set", without[0], "--set", without[1])
+    assert done.code == 2
+    advice = " ".join(done.err.split()).partition("that the cache holds: ")[2]
+    held, _, rest = advice.partition(". Or add one, then draw it: ")
+    commands = [shlex.split(words.replace("PROMPT", "'a new prompt'")) for words in (held, *rest.split(" and k5train"))]
+    for program, command in zip((app, cache_app, app), commands, strict=True):
+        arguments = command[command.index("sample" if program is app else "prompts") :]
+        done = Cli(tmp_path)(program, *arguments)
+        assert done.code == 0, done.err
+    assert len(list((run / "samples").glob("sample-*.png"))) == 2
 
 
 def test_names_of_a_library_become_file_names_that_differ_everywhere():

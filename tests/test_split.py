@@ -331,5 +331,5 @@ def test_sample_draws_the_pairs_that_the_run_held_out_of_its_first_cache(tmp_pat
     held_out = data.sources[0].split
     alone = split_off(open_mixture(entries[:1]), 0.25).sources[0].split
     drawing = ValidationConfig(pairs=len(held_out), split=0.25, guidance_scale=1.0)
-    drawn = drawings_to_draw(cache, replace(CONFIG, data=entries, validation=drawing))
+    drawn = drawings_to_draw(Run(Path("run")), cache, replace(CONFIG, data=entries, validation=drawing))
     assert {int(drawing.label.partition(".")[0]) for drawing in drawn} == held_out > alone

@@ -60,7 +60,7 @@ def resample(
     for path in paths:
         check_recorded(path)
     reader = open_cache(cache)
-    drawings = drawings_to_draw(reader, config)
+    drawings = drawings_to_draw(run, reader, config)
     note_sizes(reader, config.validation)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     _vet(choices, folder, reader.kind)
@@ -101,35 +101,34 @@ def _vet(choices: Sequence[Choice], folder: Path, kind: str) -> None:
             console.warn(f"{path} was trained for {pipeline}, and this model is drawn by {PIPELINES[kind]}")
 
 
-def drawings_to_draw(cache: Cache, config: TrainConfig) -> list[Drawing]:
+def drawings_to_draw(run: Run, cache: Cache, config: TrainConfig) -> list[Drawing]:
     """What the recipe asks to draw from the run's cache. Raises what ``resample`` says."""
     if cache.kind == "i2i" and config.validation.prompts:
         raise RecipeError(
             f"{cache.root} is for image-to-image: a prompt alone says nothing of the picture that is edited",
             "Add --source PICTURE",
         )
-    check_options(Mixture([Source(cache)]), replace(config, caption_dropout_probability=0.0))
+    data = split_off(Mixture([Source(cache)]), config.validation.split)
+    check_options(data, replace(config, caption_dropout_probability=0.0))
     if not draws_any(cache, config.validation):
-        if cache.kind == "i2i":
-            add = console.command("k5cache", "prompts", "add", cache.root, "--source", "PICTURE", "PROMPT")
-            raise RecipeError(
-                "There is no pair to draw",
-                f"Give one that the cache holds with --source and --prompt; to add one to it: {add}",
-            )
-        add = console.command("k5cache", "prompts", "add", cache.root, "PROMPT")
-        raise RecipeError(
-            "There is no prompt to draw", f"Give one that the cache holds with --prompt; to add one to it: {add}"
+        raise _nothing_to_draw(run, cache)
+    return drawings_for(cache, config.validation, data.sources[0].split)
+
+
+def _nothing_to_draw(run: Run, cache: Cache) -> RecipeError:
+    """Says which prompts or pairs the cache holds, and how to add others."""
+    what, source = ("pair", ["--source", "PICTURE"]) if cache.kind == "i2i" else ("prompt", [])
+    add = console.command("k5cache", "prompts", "add", cache.root, *source, "PROMPT")
+    draw = console.command("k5train", "sample", run.root, *source, prompt="PROMPT")
+    held = [{"source": edit.source, "prompt": edit.prompt} for edit in cache.manifest.edits]
+    held = held if source else [{"prompt": prompt} for prompt in cache.manifest.prompts if prompt]
+    fix = f"Add one to the cache, then draw it: {add} and {draw}"
+    if held:
+        shortest = console.command("k5train", "sample", run.root, **min(held, key=lambda given: len(given["prompt"])))
+        fix = (
+            f"Draw one of the {len(held)} that the cache holds: {shortest}. Or add one, then draw it: {add} and {draw}"
         )
-    return drawings_for(cache, config.validation, _held_out(cache, config))
-
-
-def _held_out(cache: Cache, config: TrainConfig) -> frozenset[int]:
-    """Items of the run's first cache that were held out of it: pairs are drawn from these first. The others of its
-    caches decide about them too, and are opened only where that matters."""
-    if cache.kind == "t2i" or config.validation.edits:
-        return frozenset()
-    others = [Source(open_cache(Path(entry.cache))) for entry in config.data[1:]]
-    return split_off(Mixture([Source(cache), *others]), config.validation.split).sources[0].split
+    return RecipeError(f"There is no {what} to draw: the recipe of {run.root} names none", fix)
 
 
 def _unused(folder: Path) -> Path:
