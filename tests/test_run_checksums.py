@@ -142,7 +142,9 @@ def test_where_no_state_before_it_is_whole_none_is_offered(run):
         flip(path, path.stat().st_size - 1, 0)
     with pytest.raises(RunError, match="step-000006/ema") as refused:
         use_state(run)
-    assert refused.value.fix == f"Remove {run / 'state'} to train again from the start; saved LoRAs stay"
+    (command,) = refused.value.fix.splitlines()
+    cache = json.loads((run / "run.json").read_text())["cache"]
+    assert command == f"To train again from the start: k5train run {cache} --recipe {run}/recipe.toml --out {run}-2"
 
 
 def test_a_step_that_was_edited_is_refused_also_with_a_right_checksum(run):

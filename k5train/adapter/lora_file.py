@@ -71,11 +71,16 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def pipeline_of(path: Path) -> str | None:
     """The pipeline of diffusers that a LoRA of ours was trained for. None: it does not say, or cannot be read."""
+    return read_metadata(path).get(PIPELINE_KEY)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a LoRA's safetensors file. Empty if it has none, or cannot be read."""
     if not path.is_file():
-        return None
+        return {}
     with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get(PIPELINE_KEY)
-    return None
+        return file.metadata() or {}
+    return {}
 
 
 def _check_kind(path: Path) -> None:

@@ -120,6 +120,16 @@ def read_recipe(root: Path, options: Sequence[str] = ()) -> Document:
     return document
 
 
+def caches_of(root: Path) -> list[str]:
+    """The caches to name in a command that trains a run's recipe again. None of them if the recipe names its own."""
+    try:
+        facts = read_facts(root)
+        recipe = tomllib.loads(facts.recipe or (root / RECIPE).read_text(encoding="utf-8"))
+        return [] if recipe["train"].get("data") else [facts.cache]
+    except (RunError, OSError, ValueError, KeyError, AttributeError):
+        return ["CACHE"]
+
+
 def _check_unchanged(root: Path, text: str, options: Sequence[str]) -> None:
     given = [option.partition("=")[0].strip() for option in options]
     changes = _changes(root, text)

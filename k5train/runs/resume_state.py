@@ -26,6 +26,7 @@ from k5cache.shared.errors import RunError
 from k5cache.shared.files import make_folder, sync_file, sync_folder
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, seal, unseal
+from k5train.runs.recipe import RECIPE, caches_of
 
 FORMAT = 1
 _MOST_MANIFEST_BYTES = 64 << 20
@@ -153,7 +154,7 @@ def latest_state(folder: Path, step: int | None = None) -> SavedState | None:
         steps = ", ".join(str(_step(state)) for state in states)
         raise RunError(
             f"{folder.parent} has no state of step {step}",
-            f"Use --step with one of: {steps}" if steps else "Leave --step out: the run starts from the beginning",
+            f"Use --step with one of: {steps}" if steps else "Leave --step out",
         )
     if not chosen:
         return None
@@ -238,7 +239,8 @@ def broken(path: Path, problem: Exception | str) -> RunError:
         command = console.command("k5train", "resume", run, step=_step(earlier[-1]))
         fix = f"To go on from the state before it: {command}"
     else:
-        fix = f"Remove {state.parent} to train again from the start; saved LoRAs stay"
+        command = console.command("k5train", "run", *caches_of(run), recipe=run / RECIPE, out=f"{run}-2")
+        fix = f"To train again from the start: {command}"
     return RunError(f"{path} cannot be used: {str(problem).splitlines()[0][:200]}", fix)
 
 

@@ -32,11 +32,11 @@ def recorded(root: Path, path: Path) -> Iterator[Callable[[Path], None]]:
 
     def record(temporary: Path) -> None:
         digests.append(Digest.of(temporary))
-        known = _read_or_none(root)
+        known = _read_or_begin(root)
         _write(root, {**known, name: [*known.get(name, []), *digests]}, name)
 
     yield record
-    _write(root, {**_read_or_none(root), name: digests}, name)
+    _write(root, {**_read_or_begin(root), name: digests}, name)
 
 
 def check_recorded(path: Path) -> bool:
@@ -48,7 +48,7 @@ def check_recorded(path: Path) -> bool:
     Raises:
         RunError: it has changed, or the run's list of checksums has.
     """
-    root = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    root = _root_of(path)
     if not (root / FILE).is_file():
         return False
     digests = _read(root).get(path.relative_to(root).as_posix())
@@ -62,6 +62,23 @@ def check_recorded(path: Path) -> bool:
     return True
 
 
+def is_as_recorded(path: Path) -> bool | None:
+    """Whether a LoRA of a run is the file that the run wrote. None: there is no checksum to compare it with."""
+    root = _root_of(path)
+    digests = (_read_or_none(root) or {}).get(path.relative_to(root).as_posix())
+    return Digest.of(path) in digests if digests else None
+
+
+def recorded_files(root: Path) -> list[Path]:
+    """The LoRAs in a run's folder that are on its list. Empty if that cannot be read."""
+    return [root / name for name in _read_or_none(root) or {} if (root / name).is_file()]
+
+
+def _root_of(path: Path) -> Path:
+    """The run that a LoRA is in, if it is in one."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
 def _read(root: Path) -> _Digests:
     try:
         files = unseal(read_plain(root / FILE))["files"]
@@ -73,13 +90,20 @@ def _read(root: Path) -> _Digests:
         ) from error
 
 
-def _read_or_none(root: Path) -> _Digests:
-    """The digests known so far. A damaged list is begun anew: the run goes on and writes its LoRAs again."""
+def _read_or_none(root: Path) -> _Digests | None:
+    """The list, empty if there is none; None if it is damaged."""
     try:
         return _read(root) if (root / FILE).is_file() else {}
     except RunError:
+        return None
+
+
+def _read_or_begin(root: Path) -> _Digests:
+    """The digests known so far. A damaged list is begun anew: the run goes on and writes its LoRAs again."""
+    digests = _read_or_none(root)
+    if digests is None:
         console.warn(f"{root / FILE} is not the file that was written: it is begun anew, without the LoRAs until now")
-        return {}
+    return digests or {}
 
 
 def _write(root: Path, digests: Mapping[str, list[Digest]], new: str) -> None:

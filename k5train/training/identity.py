@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,22 @@ def check_same(saved: SavedState, now: Mapping[str, Any]) -> None:
             f"The run in {saved.folder.parent.parent} was started differently: {'; '.join(different)}",
             "Change that back to resume the run, or start another one: k5train run --new, or -o OTHER",
         )
+
+
+def is_made_by(metadata: Mapping[str, str], now: Mapping[str, Any]) -> bool:
+    """Whether the header of a LoRA, which has no checksum in its run, is that of a run, at whichever step.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is not the header that a run writes.
+    """
+    before = _without_paths({"train": json.loads(metadata["k5.recipe"])})
+    caches = [{"images": c["images"], "rows": c["rows"]} for name, c in now.items() if name.startswith("cache")]
+    free = [f"train.{name}" for name in (*FREE, "deterministic")]
+    return (
+        metadata["k5.base_fingerprint"] == now["transformer"]
+        and json.loads(metadata["k5.caches"]) == caches
+        and not differences(before["train"], _without_paths(now)["train"], free, "train")
+    )
 
 
 def _has_another_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

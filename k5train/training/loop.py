@@ -130,8 +130,8 @@ class Loop:
                 self.validate(bars, metrics, is_last=bool(reason))
                 reason = reason or self.reason_to_end()
                 if reason or (progress.step and _is_multiple(progress.step, config.checkpoint_every)):
+                    self.save_state(metrics)  # first: where there is a LoRA and no state, somebody removed the state
                     self.save_checkpoint()
-                    self.save_state(metrics)
                 if reason:
                     self.save_finished()
                     return reason

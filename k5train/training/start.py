@@ -35,6 +35,7 @@ from k5train.runs.folder import (
 from k5train.runs.recipe import write_recipe
 from k5train.runs.resume_state import SavedState, latest_state
 from k5train.training.identity import depends_on_the_last_step
+from k5train.training.overwriting import CANNOT_START_A_RUN, start_another
 from k5train.training.train import Result, train
 
 PARTS = ("transformer", "vae", "scheduler")
@@ -115,11 +116,11 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     check_options(data, config)
     config = with_library(config)
     saved = latest_state(run.state, step)
-    if step is None and run.is_finished and saved and config.epochs is None and saved.progress.step >= config.steps:
-        raise RunError(
-            f"{root} is finished, at step {saved.progress.step}", how_to_train_further(run, config, data, saved)
-        )
-    if step is None and run.is_finished and saved:
+    if step is None and run.is_finished and saved and run.lora.is_file():  # a LoRA that was deleted is written again
+        if config.epochs is None and saved.progress.step >= config.steps:
+            raise RunError(
+                f"{root} is finished, at step {saved.progress.step}", how_to_train_further(run, config, data, saved)
+            )
         check_may_go_on(run, config, saved)
     # Written before training, so that a run that is stopped again goes on with these options.
     accepted = partial(write_recipe, root, model, config)
@@ -180,13 +181,9 @@ def how_to_train_further(run: Run, config: TrainConfig, data: Mixture, saved: Sa
     if not depends_on_the_last_step(to_dict(config)):
         command = console.command("k5train", "resume", run.root, set=f"train.steps={2 * saved.progress.step}")
         return f"To train it further: {command}"
-    if config.lora.algo in ("dora", "lokr"):
+    if config.lora.algo in CANNOT_START_A_RUN:
         return "Its schedule has ended. Train another run for more steps"
-    # The schedule has ended, so a new run starts from the LoRA.
-    caches = [] if config.data else [data.first.root]
-    start, out = f"train.lora.init_lora={run.lora}", f"{run.root}-2"
-    command = console.command("k5train", "run", *caches, recipe=run.root / "recipe.toml", out=out, set=start)
-    return f"Its schedule has ended. To start another run from its LoRA: {command}"
+    return f"Its schedule has ended. {start_another(run, data, config)}"
 
 
 def open_data(cache: Path | None, config: TrainConfig) -> Mixture:

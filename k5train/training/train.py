@@ -36,6 +36,7 @@ from k5train.training.device import pick_device
 from k5train.training.held_out_loss import split_off
 from k5train.training.identity import check_same, identity
 from k5train.training.loop import Loop
+from k5train.training.overwriting import check_overwrites
 from k5train.training.session import attach
 from k5train.training.validation import HELD_OUT, Validation
 from k5train.training.which_plan import decide_plan
@@ -93,8 +94,8 @@ def train(
         RecipeError: an option belongs to the other kind of model.
         DoesNotFit: no plan fits, which is found before anything is loaded; or VRAM ran out all the same, and the LoRA
             is saved.
-        RunError: there is no GPU for a full-size model, the loss is not finite, the run was started differently, or
-            its saved state is damaged.
+        RunError: there is no GPU for a full-size model, the loss is not finite, the run was started differently, its
+            saved state is damaged or was removed, or a LoRA would be overwritten that the run did not make.
         KeyboardInterrupt: Ctrl-C. The state is saved.
     """
     called = time.monotonic()
@@ -115,6 +116,7 @@ def train(
             if (start := Path(config.lora.init_lora)).is_file():
                 check_recorded(start)
             check_start(empty_transformer(folder), config.lora)
+        check_overwrites(run, saved, data, config, run_identity)
         is_probed = always_probe or (saved is not None and HELD_OUT in saved.progress.validated)
         validation = Validation(data, folder, config, run, is_probed)
         loader, config = open_loader(data, folder, config)
