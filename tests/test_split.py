@@ -14,6 +14,7 @@ import torch
 from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.model import ModelConfig
 from k5cache.store.reader import open_cache
+from k5train.adapter.files import load_lora
 from k5train.base.quantize import load_transformer
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture, Source, open_mixture
@@ -205,6 +206,13 @@ def test_a_measurement_is_one_line_with_every_loss_and_its_parts(measured, cache
         alone = [HeldOutLoss(Mixture([source]), 2, scaling_factor) for source in sources]
         sums = [sum(loss.measure(predict, torch.device("cpu"))) / 2 * len(loss.rows) for loss in alone]
         assert first[f"{name}_loss"] == pytest.approx(sum(sums) / sum(len(loss.rows) for loss in alone), rel=1e-6)
+    # Of each file, by the file: loaded as `k5train sample` does.
+    for path, loss in ((Run(root).lora, result.held_out_loss), (Run(root).ema, result.ema_held_out_loss),
+                       (Run(root).best, result.best_loss)):  # fmt: skip
+        load_lora(transformer, path)
+        by_sigma = HeldOutLoss(data, 2, scaling_factor).measure(predict, torch.device("cpu"))
+        transformer.unload_lora()
+        assert sum(by_sigma) / 2 == pytest.approx(loss, rel=1e-6)  # float32, with alpha / rank in lora_B
 
 
 def test_measuring_changes_no_bit_of_training_and_the_bar_ends_full(tmp_path, measured, caches, toy_model, monkeypatch):
