@@ -86,6 +86,8 @@ def test_what_was_not_measured_has_no_panel_and_rows_of_earlier_versions_are_dra
     assert names_of(panels_of(old)[0][3]) == ["held out"]
     probed = [{"step": 0, "probe_loss": 0.4, "probe_by_sigma": [0.4]}, training_row(1)]
     assert [p.title for p in panels_of(probed)[0]][1:3] == ["Probe loss", "Sigma 0 to 0.5, least noise"]
+    one_part = [{"step": 0, "held_out_loss": 0.4, "held_out_by_sigma": [0.4]}, training_row(1, loss_by_sigma=[0.3])]
+    assert [p.title for p in panels_of(one_part)[0]][1:3] == ["Held-out loss", "Learning rate"]
 
 
 def test_the_rate_of_prodigy_is_drawn_as_it_acts(panels_of):

@@ -13,7 +13,7 @@ from k5cache.shared.errors import RunError
 from k5cache.shared.model import ModelConfig
 from k5train.options.validation import TrackersConfig
 from k5train.runs.folder import Run, new_run
-from k5train.runs.metrics import Metrics
+from k5train.runs.metrics import Metrics, _numbers
 from k5train.runs.trackers import check_trackers, open_trackers
 from k5train.training.start import open_data
 from k5train.training.train import train
@@ -41,6 +41,18 @@ def test_metrics_after_a_restart_have_no_step_twice_and_none_missing(tmp_path):
         {"step": 1, "loss": 0.5, "lr": 1e-4},
         {"step": 2, "loss": 0.25, "held_out_by_sigma": [0.1, 0.2]},
     ]
+
+
+def test_trackers_get_numbers_and_no_row_numbers_keys_or_nulls():
+    values = {
+        "loss": 0.5,
+        "loss_by_sigma": [0.25, None],
+        "rows": [3, 4],
+        "num_rows": 2,
+        "held_out_key": "ab",
+        "lr": None,
+    }
+    assert _numbers(values) == {"loss": 0.5, "loss_by_sigma/0": 0.25, "num_rows": 2}
 
 
 def test_a_line_that_a_crash_cut_is_dropped(tmp_path):

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from k5train.training import held_out_loss
 from k5train.training.held_out_loss import HeldOutLoss, sigmas_of, split_off, split_rows
 from k5train.training.start import open_data, with_library
 from k5train.training.train import Result
+from k5train.training.validation import Validation
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, go_on, metrics_of, start_run
 
@@ -276,3 +278,13 @@ def test_the_curve_is_drawn_after_the_first_step_and_at_the_end_but_not_after_ea
     monkeypatch.setattr("k5train.training.validation.CURVE_SECONDS", 600.0)
     start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=4))
     assert nums_rows == [1, 4]
+
+
+def test_a_curve_that_takes_long_is_drawn_less_often(tmp_path, monkeypatch):
+    validation = Validation.__new__(Validation)
+    validation.run, validation._objective = Run(tmp_path), ""
+    validation.run.metrics.write_text('{"step": 1, "loss": 0.5}\n')
+    now = iter([50.0, 50.25])  # it begins, and ends a quarter of a second later
+    monkeypatch.setattr("k5train.training.validation.time", SimpleNamespace(monotonic=lambda: next(now)))
+    validation._draw_curve()
+    assert validation._curve_due_at == 50.25 + 25

@@ -146,17 +146,20 @@ def _best(points: Sequence[Point]) -> list[Mark]:
 
 
 def _parts(rows: Sequence[dict[str, Any]], last: int) -> list[Panel]:
-    """A small panel for each part of sigma, in which training, held-out and probe loss are comparable."""
+    """A small panel for each part of sigma, in which training, held-out and probe loss are comparable.
+
+    None for a single part: over all sigmas they are not.
+    """
     fields = ("loss_by_sigma", "held_out_by_sigma", "probe_by_sigma")
     count = max((len(row[f]) for row in rows for f in fields if isinstance(row.get(f), list)), default=0)
     panels = []
-    for i in range(min(count, MOST_PARTS)):
+    for i in range(min(count, MOST_PARTS) if count > 1 else 0):
         training = smooth(curve(rows, fields[0], i), 0.1)  # there are fewer values in a part
         measured = [curve(rows, field, i) for field in fields[1:]]
         lines = [Line("training", training, TRAINING)] if training else []
         for name, points, colour in zip(("held out", "probe"), measured, (HELD_OUT, PROBE), strict=True):
             lines += [Line(name, points, colour, has_dots=len(points) <= 30)] if points else []
-        noise = {0: ", least noise", count - 1: ", most noise"}.get(i, "") if count > 1 else ""
+        noise = {0: ", least noise", count - 1: ", most noise"}.get(i, "")
         panels.append(
             Panel(f"Sigma {i / count:.3g} to {(i + 1) / count:.3g}{noise}", lines, x_label="steps",
                   y_label="" if i % PARTS_IN_A_ROW else "squared error, no weights", last_step=last)

@@ -134,7 +134,8 @@ class Validation:
         if rows:
             picture = draw_losses(rows, self.run.name, self._objective)
             write_whole(self.run.curve, partial(picture.save, format="PNG", compress_level=1))
-            self._curve_due_at = time.monotonic() + max(CURVE_SECONDS, 100 * (time.monotonic() - began))
+            ended = time.monotonic()
+            self._curve_due_at = ended + max(CURVE_SECONDS, 100 * (ended - began))
 
 
 def _fields(name: str, by_sigma: list[float]) -> dict[str, Any]:
