@@ -20,7 +20,7 @@ from k5cache.options import DEFAULT_TEXT_TOKENS
 from k5cache.shared.recipe import _option_helps, parse, read, to_dict
 from k5cache.shared.template import pipeline_source
 from k5cache.sources.table_columns import CAPTION_COLUMNS, PATH_COLUMNS
-from tests.test_readme import OTHER_PAGES, PAGES, RECIPES, ROOT, TABLES, blocks, table_under
+from tests.test_readme import LISTS, OTHER_PAGES, PAGES, RECIPES, ROOT, TABLES, blocks, table_under
 
 CHECKED_PAGES = [page for page in [*PAGES, *OTHER_PAGES] if page.name != "CHANGELOG.md"]  # it tells what was, too
 UNSET = "unset"
@@ -160,7 +160,7 @@ def texts() -> Iterator[tuple[str, str]]:
     """(where, text) of all that names options: pages, the comments that open recipes, and the help of every table."""
     for page in CHECKED_PAGES:
         yield page.name, page.read_text(encoding="utf-8")
-    for recipe in RECIPES:
+    for recipe in [*RECIPES, *LISTS]:
         comments = re.findall(r"^# ?(.*)$", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
         yield recipe.name, "\n".join(comments)
     for schema in schemas():

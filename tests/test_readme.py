@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import parse, read
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
+from k5train.training.sweep_runs import sweep_runs
 from tests.test_guards import FLOORS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 OTHER_PAGES = [ROOT / "k5cache/store/FORMAT.md", *sorted(ROOT.glob("pipelines/**/*.md"))]
-RECIPES = sorted(ROOT.glob("pipelines/**/*.toml"))
+LISTS = [ROOT / "pipelines" / "which_rate.toml"]
+"""Not recipes, but what ``k5train sweep --list`` takes."""
+RECIPES = [path for path in sorted(ROOT.glob("pipelines/**/*.toml")) if path not in LISTS]
 TABLES: dict[str, type[Any]] = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
 COMMANDS: dict[str, Any] = {
     "k5cache": typer.main.get_command(cache_app),
@@ -51,7 +55,7 @@ def shown_lines() -> Iterator[tuple[Path, str]]:
     for page in [*PAGES, *OTHER_PAGES]:
         for _, text in blocks(page):
             yield from ((page, line.strip().removeprefix("$ ")) for line in text.replace("\\\n", " ").splitlines())
-    for recipe in RECIPES:
+    for recipe in [*RECIPES, *LISTS]:
         comments = re.findall(r"^#(.*)$", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
         yield from ((recipe, comment.strip()) for comment in comments)
 
@@ -229,6 +233,16 @@ def test_every_recipe_on_disk_parses():
     for path in RECIPES:
         model, cache, train = parse(read(path, []), TABLES)
         assert (model, cache, train) != (ModelConfig(), CacheConfig(), TrainConfig()), path
+
+
+def test_the_runs_that_answer_which_rate_differ_only_in_their_rate():
+    _, runs = sweep_runs(read(None, []), [], LISTS[0])
+    assert [run.config.optim.lr for run in runs] == [3e-5, 1e-4, 3e-4, 1e-3]
+    alike = {replace(run.config, optim=replace(run.config.optim, lr=1.0)) for run in runs}
+    assert len(alike) == 1
+    (config,) = alike
+    assert config.validation.split  # or no run could be called the best
+    assert config.steps % config.validation.held_out_every == 0  # the last measurement is one of the others'
 
 
 def test_every_toml_block_of_a_page_is_toml():
