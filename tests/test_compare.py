@@ -96,6 +96,7 @@ def test_the_table_has_base_final_and_best_and_names_the_file_that_has_the_best_
         "stopped       2  0.5000  0.4800  0.4800   2  not kept            0.38  7.5",
         "best     good, step 2, held-out loss 0.4000, good/good-best.safetensors",
         "lower    the EMA of good, 0.3900, good/good-ema.safetensors",
+        "good: rose from 0.4000 at step 2 to 0.4500",
         "diverged: ended worse than the base",
         "stopped: not finished: step 2 of 2",
         "pictures of 2 runs, on the same noise",
@@ -140,7 +141,7 @@ def test_json_has_what_the_table_shows_and_writes_no_picture_unasked(three):
         "ema": {"step": 4, "loss": 0.39, "file": "good/good-ema.safetensors"},
         "probe": None, "regularisation": None, "seconds": 9.0, "seconds_per_step": 0.625, "peak_gib": 7.5,
         "curves": {"held_out": [[0, 0.5], [2, 0.4], [4, 0.45]], "ema_held_out": [[2, 0.39], [4, 0.39]]},
-        "measured_on": {"held_out": "0123"}, "remarks": [],
+        "measured_on": {"held_out": "0123"}, "remarks": ["rose from 0.4000 at step 2 to 0.4500"],
     }  # fmt: skip
     assert (diverged["best"], diverged["remarks"]) == (
         {"step": 0, "loss": 0.5, "file": None},
@@ -246,7 +247,8 @@ def test_a_sweep_stands_for_its_runs_in_the_order_of_their_numbers_and_a_run_cou
 def test_damaged_and_foreign_folders_are_named_while_the_others_are_compared(tmp_path):
     """Each folder beside a whole run, and what is said of it."""
     cut, middle, nan, link, pipe, recipe, result, facts = (
-        make(tmp_path / name) for name in ("cut", "middle", "nan", "link", "pipe", "recipe", "result", "facts")
+        make(tmp_path / name, (0.5, 0.45, 0.4))
+        for name in ("cut", "middle", "nan", "link", "pipe", "recipe", "result", "facts")
     )
     cut.metrics.write_bytes(cut.metrics.read_bytes()[:-9])
     middle.metrics.write_bytes(middle.metrics.read_bytes().replace(b'"loss"', b'"loss', 1))
@@ -260,7 +262,7 @@ def test_damaged_and_foreign_folders_are_named_while_the_others_are_compared(tmp
     (facts.root / "run.json").unlink()
     create_run(tmp_path / "zero", Path("c"), ModelConfig(), replace(CONFIG, name="zero"))
     (tmp_path / "notes").mkdir(), (tmp_path / "list.txt").touch()
-    make(tmp_path / "whole", (0.5, 0.1, 0.2))
+    make(tmp_path / "whole", (0.5, 0.2, 0.1))
     names = ["whole", *(run.name for run in (cut, middle, nan, link, pipe, recipe, result, facts)), "zero"]
     done = Cli(tmp_path)(app, "compare", *names, "notes", "list.txt", "--json", "-o", "out.png")
     assert done.code == 0
@@ -332,7 +334,7 @@ def test_a_sheet_of_thirty_runs_shows_the_best_ones_and_says_how_many_more_there
 
 
 def test_remarks_say_why_a_run_ended_early(tmp_path):
-    run = make(tmp_path / "run")
+    run = make(tmp_path / "run", (0.5, 0.45, 0.4))
     for reason, said in (("patience", "stopped early"), ("max_hours", "stopped at train.max_hours")):
         write_sealed(run.result, {"ended_by": reason, "steps": 4})
         assert remarks(read_record(run.root)) == [said]

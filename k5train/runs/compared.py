@@ -19,6 +19,7 @@ from k5cache.shared.outputs import HARMLESS, kind_of
 from k5train.runs.record import Loss, Record, read_record
 
 _MOST_NAMED = 3
+_ROSE = 1.01  # times the best: two seeds differ by about as much
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,8 @@ def remarks(run: Record) -> list[str]:
         said.append("ended worse than the base")
     elif run.best and run.best.step == 0:
         said.append("never below the base")
+    elif run.best and run.best.loss and run.final and run.final.loss and run.final.loss > _ROSE * run.best.loss:
+        said.append(f"rose from {run.best.loss:.4f} at step {run.best.step} to {run.final.loss:.4f}")
     return said
 
 
