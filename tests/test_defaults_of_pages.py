@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 import tomllib
 import typing
@@ -20,6 +21,10 @@ from k5cache.options import DEFAULT_TEXT_TOKENS
 from k5cache.shared.recipe import _option_helps, parse, read, to_dict
 from k5cache.shared.template import pipeline_source
 from k5cache.sources.table_columns import CAPTION_COLUMNS, PATH_COLUMNS
+from k5train.options.adapter import LoraConfig
+from k5train.options.optimizer import OptimConfig
+from k5train.options.rate import with_usual_rate
+from k5train.options.train import TrainConfig
 from tests.test_readme import LISTS, OTHER_PAGES, PAGES, RECIPES, ROOT, TABLES, blocks, table_under
 
 CHECKED_PAGES = [page for page in [*PAGES, *OTHER_PAGES] if page.name != "CHANGELOG.md"]  # it tells what was, too
@@ -304,7 +309,8 @@ def test_the_table_of_defaults_has_the_codes_values_the_official_ones_and_the_qu
     assert official == OFFICIAL
     assert quickstart == QUICKSTART
     # Unset, alpha is the rank (tests/test_lora.py), which is 32 too. The warm-up's numbers agree.
-    same = {name for name, value in official.items() if here[name] == value} | {"train.lora.alpha"}
+    same = {name for name, value in official.items() if here[name] == value} | {"train.lora.alpha", "train.optim.lr"}
+    assert with_usual_rate(TrainConfig()).optim.lr == OFFICIAL["train.optim.lr"]
     assert {name for name, reason in reasons.items() if reason} == set(official) - same | {"train.optim.warmup_steps"}
 
 
@@ -312,7 +318,7 @@ def test_the_block_with_the_official_values_makes_all_numbers_the_official_ones(
     section = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     section = section.split("\n## Which defaults are the official trainer's\n")[1].split("\n## ")[0]
     _, _, train = parse(tomllib.loads(re.findall(r"^```toml\n(.*?)^```", section, flags=re.M | re.S)[0]), TABLES)
-    values = {"train": to_dict(train)}
+    values = {"train": to_dict(with_usual_rate(train))}
     for name, official in OFFICIAL.items():
         value: Any = values
         for key in name.split("."):
@@ -330,8 +336,21 @@ def test_tables_whose_help_says_so_have_the_official_trainers_defaults():
         prefix = table.rpartition(".")[0] + "."
         assert sum(name.startswith(prefix) for name in OFFICIAL) >= 3
         for name, value in OFFICIAL.items():
-            if name.startswith(prefix):
+            if name.startswith(prefix) and name != "train.optim.lr":  # whose default depends on the adapter
                 assert option_named(name).default == value, name
+
+
+def test_the_table_of_rates_has_the_codes():
+    head, *rows = table_under(ROOT / "docs" / "training.md", "Optimizers and schedules")
+    columns = [re.findall(r"`(\w+)`", cell) for cell in head]
+    checked = 0
+    for names, _, *cells in rows:
+        for algos, cell in zip(columns[2:], cells, strict=True):
+            for optimizer, algo in itertools.product(re.findall(r"`(\w+)`", names), algos):
+                config = TrainConfig(lora=LoraConfig(algo=algo), optim=OptimConfig(optimizer=optimizer))
+                assert with_usual_rate(config).optim.lr == float(cell), (optimizer, algo)
+                checked += 1
+    assert checked == len(option_named("optimizer").choices) * len(option_named("algo").choices)
 
 
 def test_the_columns_that_the_help_names_as_defaults_are_those_that_are_tried():

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, Kandinsky5Transformer3DModel
 
 from k5cache.shared.console import command, parse_bytes
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.vram import CONTEXT_BYTES, left
 from k5train.adapter import attach
+from k5train.adapter.targets import linear_sizes, num_parameters
 from k5train.base import random_weights
 from k5train.base.architecture import FULL_SIZE
 from k5train.bench import steps, timing
@@ -122,6 +124,32 @@ def test_the_adapter_is_counted_as_it_is_made():
         attach.add_lora(transformer, config, seed=0)
         parameters, _ = adapter_size(SMALL, config)
         assert parameters == sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+
+
+def test_the_adapter_of_the_full_size_is_counted_as_peft_makes_it():
+    with init_empty_weights():
+        empty = Kandinsky5Transformer3DModel.from_config(FULL_SIZE)
+    sizes = linear_sizes(empty)
+    names = tuple(
+        f"visual_transformer_blocks.7.{linear}"  # one of each shape
+        for linear in ("cross_attention.to_key", "feed_forward.in_layer", "feed_forward.out_layer")
+    )
+    counts = {}
+    for algo, rank, factor in (
+        ("lora", 32, -1), ("rslora", 32, -1), ("dora", 32, -1), ("lokr", 16, -1), ("lokr", 32, -1), ("lokr", 64, -1),
+        ("lokr", 32, 1), ("lokr", 32, 4), ("lokr", 32, 30), ("lokr", 32, 2560), ("lokr", 10**5, 8),
+    ):  # fmt: skip
+        config = LoraConfig(algo=algo, rank=rank, decompose_factor=factor, targets=names)
+        with init_empty_weights():
+            attach.add_lora(empty, config, seed=0)
+        counts[algo, rank, factor] = sum(p.numel() for p in empty.parameters() if p.requires_grad)
+        empty.unload_lora()
+        counted = sum(num_parameters(sizes[name], rank, config) for name in names)
+        assert counted == counts[algo, rank, factor], (algo, rank, factor)
+    assert counts["lora", 32, -1] == 32 * (5120 + 2 * 12800)
+    assert counts["dora", 32, -1] == counts["lora", 32, -1] + 2560 + 10240 + 2560
+    assert counts["lokr", 64, -1] == (40 * 40 + 64 * 64) + 2 * (80 * 40 + 128 * 64)  # all factors whole
+    assert counts["lokr", 32, -1] == (40 * 40 + 64 * 64) + 2 * (80 * 40 + 32 * (128 + 64))  # pairs in the feed-forward
 
 
 def test_a_rank_above_a_side_of_a_matrix_is_refused_before_anything_is_allocated():

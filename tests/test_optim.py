@@ -107,14 +107,14 @@ def test_eight_bits_hold_the_states_of_adamw8bit():
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(RunError) as caught:
-        make_optimizer([torch.nn.Parameter(torch.ones(2, 2))], OptimConfig(optimizer="prodigy"))
+        make_optimizer([torch.nn.Parameter(torch.ones(2, 2))], OptimConfig(optimizer="prodigy", lr=1.0))
     assert "prodigyopt is not installed" in caught.value.problem
     assert 'pip install "kandinsky5-lora[prodigy]"' in caught.value.fix
 
 
 def test_muon_refuses_an_adapter_with_vectors():
     with pytest.raises(RunError, match="matrices only"):
-        make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(optimizer="muon"))
+        make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(optimizer="muon", lr=1e-3))
 
 
 def test_schedulefree_saves_its_average_and_trains_on():

@@ -12,6 +12,7 @@ from torch import nn
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.foreign import shown
 from k5cache.shared.patterns import Pattern, PatternProblem, Steps
+from k5train.adapter.lokr import factors_of
 from k5train.options.adapter import LoraConfig
 
 _BLOCK = r"(?:text|visual)_transformer_blocks\.\d+\."
@@ -120,17 +121,10 @@ def num_parameters(size: tuple[int, int], rank: int, config: LoraConfig) -> int:
     Args:
         size: its outputs and inputs.
     """
-    outputs, inputs = size
     if config.algo != "lokr":
+        outputs, inputs = size
         return rank * (outputs + inputs) + (outputs if config.algo == "dora" else 0)
-    from peft.tuners.lokr.layer import factorization
-
-    # peft's LoKrLayer: the second factor is whole where a pair of the rank would not be smaller.
-    (small_in, large_in), (small_out, large_out) = (
-        factorization(n, config.decompose_factor) for n in (inputs, outputs)
-    )
-    is_pair = rank < max(large_out, large_in) / 2
-    return small_out * small_in + (rank * (large_out + large_in) if is_pair else large_out * large_in)
+    return factors_of(size, rank, config.decompose_factor).num_parameters(rank)
 
 
 def _match(target: str, linears: list[str], option: str, steps: Steps) -> tuple[str, ...]:

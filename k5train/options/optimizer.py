@@ -17,9 +17,10 @@ class OptimConfig:
     optimizer: OptimizerName = "adamw"
     """``adafactor``, ``muon`` and ``adamw`` are torch's. ``adamw8bit``, ``prodigy``, ``lion`` and ``schedulefree``
     (AdamW) each need the extra of that name: pip install "kandinsky5-lora[lion]". Prodigy finds the learning rate by
-    itself: set lr = 1.0. Every lion update has exactly size lr, so use a third to a tenth of AdamW's."""
-    lr: float = 1e-4
-    """Learning rate after the warm-up."""
+    itself."""
+    lr: float | None = None
+    """Learning rate after the warm-up. None: the usual rate of the adapter and the optimizer, which for a LoRA with
+    AdamW is 1e-4. What a run trains at is in its recipe."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the averages of the gradient and of its square. ``adafactor`` has neither; ``muon`` uses the first."""
     weight_decay: float = 0.0
@@ -47,7 +48,11 @@ class OptimConfig:
         """What is out of range."""
         problems = []
         positive = (("lr", self.lr), ("eps", self.eps), ("lr_power", self.lr_power))
-        problems += [f"{name} must be above 0, found {value}" for name, value in positive if not 0 < value < inf]
+        problems += [
+            f"{name} must be above 0, found {value}"
+            for name, value in positive
+            if value is not None and not 0 < value < inf
+        ]
         if not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas must be at least 0 and below 1, found {list(self.betas)}")
         for name, value in (("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)):

@@ -57,14 +57,31 @@ def options_without_effect(config: TrainConfig) -> list[str]:
         lines.append("train.steps does nothing here: train.epochs says when to stop")
     if config.data and config.repeats != default.repeats:
         lines.append("train.repeats does nothing here: each [[train.data]] entry has its own")
-    if config.epochs is None and config.optim.warmup_steps >= config.steps > 0:
-        lines.append(
-            f"train.optim.lr is never reached: the warm-up takes {config.optim.warmup_steps} steps and the run "
-            f"{config.steps}. Use --set train.optim.warmup_steps={config.steps // 10}"
-        )
+    if config.epochs is None:
+        lines += never_reached(config, config.steps)
     has_prior = any(entry.is_regularisation_data for entry in config.data)
     if config.objective.prior_loss_weight != 1 and not has_prior:
         lines.append(
             "train.objective.prior_loss_weight does nothing here: no [[train.data]] entry has is_regularisation_data"
         )
     return lines
+
+
+def never_reached(config: TrainConfig, num_steps: int) -> list[str]:
+    """One line for each option whose value the run rises to and never has."""
+    rises = (
+        ("optim.lr", "the warm-up", "optim.warmup_steps", config.optim.warmup_steps, True),
+        (
+            "rollout.probability",
+            "its ramp",
+            "rollout.ramp_steps",
+            config.rollout.ramp_steps,
+            config.rollout.probability,
+        ),
+    )
+    return [
+        f"train.{name} is never reached: {rise} takes {count} steps and the run {num_steps}. "
+        f"Use --set train.{option}={num_steps // 10}"
+        for name, rise, option, count, is_used in rises
+        if is_used and count >= num_steps > 0
+    ]

@@ -15,6 +15,7 @@ from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import open_cache
 from k5train.base.architecture import full_size
+from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
 from k5train.planning.plan import check_ram, largest_sizes, plan_for
@@ -62,6 +63,8 @@ def plan_without_loading(
     budget = vram.budget(torch.device("cuda" if on_gpu else "cpu"), config.memory.vram)
     plan = plan_for(transformer, config, device, sizes, budget)
     rows = memory.describe(plan)
+    optim = with_usual_rate(config).optim
+    rows.append(("learning rate", f"{optim.lr:g} with {optim.optimizer}"))
     if device.type == "cpu":
         check_ram(plan, transformer, config, free := free_ram())
         rows.append(("free RAM", human_bytes(free)))

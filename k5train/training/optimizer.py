@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from k5cache.shared import console, interrupt
+from k5cache.shared import interrupt
 from k5cache.shared.errors import RunError
 from k5train.options.optimizer import OptimConfig
 
@@ -25,7 +25,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig
         RunError: it needs an extra that is not installed, or only matrices and the adapter has vectors.
     """
     weights, name = list(parameters), config.optimizer
-    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {"lr": _rate(config), "weight_decay": config.weight_decay}
     adam: dict[str, Any] = {**common, "betas": config.betas, "eps": config.eps}
     library = _extra(name) if name in EXTRAS else torch.optim
     optimizer: torch.optim.Optimizer
@@ -48,10 +48,6 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig
         case "lion":
             optimizer = library.Lion(weights, **common, betas=config.betas)
         case "prodigy":
-            if config.lr < 0.1:
-                console.warn(
-                    f"prodigy finds its own learning rate and multiplies it by lr: 1.0 is usual, found {config.lr:g}"
-                )
             optimizer = library.Prodigy(weights, **adam, safeguard_warmup=config.warmup_steps > 0)
         case "schedulefree":
             optimizer = library.AdamWScheduleFree(weights, **adam)
@@ -67,11 +63,17 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     The first update is not 0: with ``warmup_steps = 100`` it has ``lr / 100``. After warm-up the schedules are those of
     ``diffusers.optimization``; ``rex`` is Chen et al.'s (2022), ``(1 - p) / (1 - p / 2)``.
     """
+    rate = _rate(config)
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     share = _falling(min(1.0, progress), config)
-    return config.lr * (config.lr_end + (1 - config.lr_end) * share)
+    return rate * (config.lr_end + (1 - config.lr_end) * share)
+
+
+def _rate(config: OptimConfig) -> float:
+    assert config.lr is not None, "with_usual_rate gives a recipe the learning rate of its adapter"
+    return config.lr
 
 
 def _falling(progress: float, config: OptimConfig) -> float:

@@ -126,6 +126,7 @@ def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Sessio
     console.note(targets.describe(add_lora(base.transformer, start, config.seed)))
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)
+    console.note(f"{config.optim.optimizer} at a learning rate of {config.optim.lr:g}")
     ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
     execution = execute(base.transformer, config, base.device, base.plan, base.any_rank)
     session = Session(base, parameters, optimizer, ema, execution)

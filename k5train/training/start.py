@@ -19,8 +19,8 @@ from k5cache.shared.recipe import to_dict
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
+from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
-from k5train.options.without_effect import options_without_effect
 from k5train.pictures.drawings import note_sizes
 from k5train.runs.differences import differences
 from k5train.runs.folder import (
@@ -34,6 +34,7 @@ from k5train.runs.folder import (
 )
 from k5train.runs.recipe import write_recipe
 from k5train.runs.resume_state import SavedState, latest_state
+from k5train.training.cautions import cautions
 from k5train.training.identity import depends_on_the_last_step
 from k5train.training.overwriting import CANNOT_START_A_RUN, start_another
 from k5train.training.train import Result, train
@@ -77,11 +78,11 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
     target = out or (Path("runs") / config.name if config.name else None)
     if target and kind_of(target) != "run":
         check_new(target)
-    for line in options_without_effect(config):
-        console.warn(line)
     data = open_data(cache, config)
     check_options(data, config)
-    config = with_library(config)
+    config = resolved(config)
+    for line in cautions(config, data, model):
+        console.warn(line)
     run = _unfinished(data, out, model, config) if not is_new else None
     if run:
         console.note(f"{run.root} was stopped before its end: going on. --new starts another run", "bold")
@@ -114,7 +115,7 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     _check_caches_exist(root, config, cache, recorded_cache)
     data = open_data(cache or (None if config.data else recorded_cache), config)
     check_options(data, config)
-    config = with_library(config)
+    config = resolved(config)
     saved = latest_state(run.state, step)
     if step is None and run.is_finished and saved and run.lora.is_file():  # a LoRA that was deleted is written again
         if config.epochs is None and saved.progress.step >= config.steps:
@@ -189,6 +190,11 @@ def how_to_train_further(run: Run, config: TrainConfig, data: Mixture, saved: Sa
 def open_data(cache: Path | None, config: TrainConfig) -> Mixture:
     """The caches of a run: the one that the command names, or those of its recipe."""
     return open_mixture(config.data if cache is None else [DataConfig(cache=str(cache), repeats=config.repeats)])
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The recipe with what its run is to keep: the prompts of its library, and a number for the learning rate."""
+    return with_usual_rate(with_library(config))
 
 
 def with_library(config: TrainConfig) -> TrainConfig:

@@ -16,7 +16,7 @@ from k5cache.shared.origins import Document, line_of
 from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
 from k5train.options.train import TrainConfig
 from k5train.runs.differences import differences
-from k5train.training.start import with_library
+from k5train.training.start import resolved
 
 # The options that decide the shared base and the caches.
 FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
@@ -55,7 +55,7 @@ def sweep_runs(
     runs: list[SweepRun] = []
     for label, variant in variants:
         model, config, *_ = parse(variant, {"model": ModelConfig, "train": TrainConfig, **(others or {})})
-        runs.append(SweepRun(label, with_library(config)))
+        runs.append(SweepRun(label, resolved(config)))
     first = runs[0]
     for run in runs[1:]:
         different = differences(to_dict(first.config), to_dict(run.config))

@@ -22,6 +22,7 @@ from k5train.data.kind import check_options
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
 from k5train.objective.tread import check_routes
+from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import draws_any
 from k5train.pictures.sample import inference_sigmas
@@ -98,7 +99,7 @@ def train(
             saved state is damaged or was removed, or a LoRA would be overwritten that the run did not make.
         KeyboardInterrupt: Ctrl-C. The state is saved.
     """
-    called = time.monotonic()
+    called, config = time.monotonic(), with_usual_rate(config)
     device = base.device if base else pick_device(config.device, folder)
     check_fit(data.first, folder)
     check_options(data, config)

@@ -33,6 +33,7 @@ from k5train.forward.load import execute, stream_weights, streamed_blocks
 from k5train.options.data import DataConfig
 from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
+from k5train.options.rate import usual_rate
 from k5train.options.train import TrainConfig
 from k5train.planning import vram
 from k5train.planning.plan import largest_sizes, plan_for
@@ -75,7 +76,7 @@ def main(
 
 def variants(config: TrainConfig) -> dict[str, tuple[TrainConfig, str]]:
     """The runs in order: name -> settings and a note for the table."""
-    warmer = replace(config, optim=replace(config.optim, lr=2 * config.optim.lr))
+    warmer = replace(config, optim=replace(config.optim, lr=2 * usual_rate(config.lora, config.optim.optimizer)))
     rollout = RolloutConfig(probability=1.0, max_steps=1, min_sigma=1e-3)
     rank = max(1, config.lora.rank // 2)
     return {

@@ -1,0 +1,42 @@
+"""What is to be said before a run: which of its options do nothing, or something else than their values suggest?"""
+
+from __future__ import annotations
+
+from k5cache.shared.checkpoint import folder_without_weights
+from k5cache.shared.model import ModelConfig
+from k5train.adapter.lokr import lokr_warnings
+from k5train.adapter.targets import linear_sizes, match_targets
+from k5train.base.quantize import empty_transformer
+from k5train.data.batch_sizes import batch_warnings
+from k5train.data.loader import Loader
+from k5train.data.mixture import Mixture
+from k5train.options.adapter import LoraConfig
+from k5train.options.rate import rate_warnings
+from k5train.options.train import TrainConfig
+from k5train.options.without_effect import never_reached, options_without_effect
+from k5train.training.held_out_loss import split_off
+
+
+def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str]:
+    """One line for each. A run and each run of a sweep print them.
+
+    Args:
+        data: the caches of the run, whole.
+        model: only its transformer's config.json is read.
+
+    Raises:
+        RecipeError: a target of the LoRA matches nothing.
+    """
+    data = split_off(data, config.validation.split)
+    lines = [*options_without_effect(config), *rate_warnings(config)]
+    if config.epochs is not None:
+        micro_batches = Loader(data, config, scaling_factor=1.0).micro_batches(config.epochs)
+        lines += never_reached(config, -(-micro_batches // config.gradient_accumulation_steps))
+    lines += batch_warnings(data, config)
+    return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
+
+
+def _of_lokr(config: LoraConfig, model: ModelConfig) -> list[str]:
+    transformer = empty_transformer(folder_without_weights(model, ("transformer",)))
+    sizes = linear_sizes(transformer)
+    return lokr_warnings(config, {name: sizes[name] for name in match_targets(transformer, config.targets).modules})
