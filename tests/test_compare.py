@@ -96,7 +96,7 @@ def test_the_table_has_base_final_and_best_and_names_the_file_that_has_the_best_
         "stopped       2  0.5000  0.4800  0.4800   2  not kept            0.38  7.5",
         "best     good, step 2, held-out loss 0.4000, good/good-best.safetensors",
         "lower    the EMA of good, 0.3900, good/good-ema.safetensors",
-        "good: rose from 0.4000 at step 2 to 0.4500",
+        "good: ended above its best",
         "diverged: ended worse than the base",
         "stopped: not finished: step 2 of 2",
         "pictures of 2 runs, on the same noise",
@@ -141,7 +141,7 @@ def test_json_has_what_the_table_shows_and_writes_no_picture_unasked(three):
         "ema": {"step": 4, "loss": 0.39, "file": "good/good-ema.safetensors"},
         "probe": None, "regularisation": None, "seconds": 9.0, "seconds_per_step": 0.625, "peak_gib": 7.5,
         "curves": {"held_out": [[0, 0.5], [2, 0.4], [4, 0.45]], "ema_held_out": [[2, 0.39], [4, 0.39]]},
-        "measured_on": {"held_out": "0123"}, "remarks": ["rose from 0.4000 at step 2 to 0.4500"],
+        "measured_on": {"held_out": "0123"}, "remarks": ["ended above its best"],
     }  # fmt: skip
     assert (diverged["best"], diverged["remarks"]) == (
         {"step": 0, "loss": 0.5, "file": None},

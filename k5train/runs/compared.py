@@ -203,7 +203,7 @@ def remarks(run: Record) -> list[str]:
     elif run.best and run.best.step == 0:
         said.append("never below the base")
     elif run.best and run.best.loss and run.final and run.final.loss and run.final.loss > _ROSE * run.best.loss:
-        said.append(f"rose from {run.best.loss:.4f} at step {run.best.step} to {run.final.loss:.4f}")
+        said.append("ended above its best")
     return said
 
 
