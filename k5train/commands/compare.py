@@ -25,7 +25,7 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, held-out losses, speed, and pictures on the same noise.
 
-    Reads only the runs' own files, so it loads no model, takes a second or two, and may be called while runs are training.
+    Reads only the runs' own files: it loads no model, takes a second or two, and may be called while runs are training.
     """
     from k5cache.shared.files import make_folder, write_whole
     from k5cache.shared.outputs import check_file
