@@ -1,4 +1,4 @@
-"""Does the trial of learning rates train with the options that it names, and is its table what the LoRAs were judged by?"""
+"""Does the trial of learning rates train with the options that it names, and does its table hold the judged losses?"""
 
 from __future__ import annotations
 
