@@ -60,8 +60,12 @@ def encode(pictures: Path, root: Path, recipe: Recipe, prompts: Sequence[str] = 
     return root
 
 
-def train_lora(root: Path, cache: Path, recipe: Recipe) -> Path:
-    """Train the run at ``root`` as ``k5train run`` does, unless it is finished; returns its LoRA."""
+def train_lora(root: Path, cache: Path | None, recipe: Recipe) -> Path:
+    """Train the run at ``root`` as ``k5train run`` does, unless it is finished; returns its LoRA.
+
+    Args:
+        cache: None: those of the recipe.
+    """
     run = Run(root)
     if not run.is_finished:
         start(cache, recipe.train, root, recipe.model, is_new=False)
@@ -84,11 +88,21 @@ def held_out_loss(
     Args:
         lora: None: the base alone.
     """
-    rows = open_cache(cache)
-    data = Mixture([Source(rows, split=frozenset(range(len(rows))))])
-    measured = HeldOutLoss(data, num_sigmas, read_config(model_folder, "vae")["scaling_factor"])
-    transformer = with_lora(model_folder, lora, device)
-    return measured.measure(partial(predict_velocity, transformer), torch.device(device))
+    return held_out_losses(model_folder, lora, [cache], num_sigmas, device)[0]
+
+
+def held_out_losses(
+    model_folder: Path, lora: Path | None, caches: Sequence[Path], num_sigmas: int = 4, device: str = "cpu"
+) -> list[list[float]]:
+    """``held_out_loss`` on each of several caches; the transformer is loaded once."""
+    predict = partial(predict_velocity, with_lora(model_folder, lora, device))
+    scaling_factor = read_config(model_folder, "vae")["scaling_factor"]
+    losses = []
+    for cache in caches:
+        rows = open_cache(cache)
+        data = Mixture([Source(rows, split=frozenset(range(len(rows))))])
+        losses.append(HeldOutLoss(data, num_sigmas, scaling_factor).measure(predict, torch.device(device)))
+    return losses
 
 
 def draw(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FuturesTimeout
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ def do_all(
     setting: Mapping[str, Any],
     workers: int = 1,
     report: Callable[[str], object] = lambda line: None,
+    until: float = inf,
 ) -> dict[str, Any]:
     """Do each job, and write its result into ``file`` as soon as it is done. What the file has is not done again.
 
@@ -32,9 +36,10 @@ def do_all(
         jobs: a name, and the arguments of ``work``.
         setting: whatever decides the results. A file with another setting is refused.
         workers: processes of one thread each. 1: do the jobs in this process.
+        until: of ``time.monotonic``. Jobs that are not done then are given up; the same call later does them.
 
     Returns:
-        the result of each job, in the order of ``jobs``.
+        the result of each job that is done, in the order of ``jobs``.
 
     Raises:
         OutputError: ``file`` is not from the same trial with the same setting.
@@ -42,12 +47,12 @@ def do_all(
     document = read_results(file, setting)
     results: dict[str, Any] = document["results"]
     missing = {name: arguments for name, arguments in jobs.items() if name not in results}
-    done = _here(work, missing) if workers == 1 else _in_processes(work, missing, workers)
+    done = _here(work, missing, until) if workers == 1 else _in_processes(work, missing, workers, until)
     for name, result in done:
         results[name] = result
         write_whole(file, lambda path: path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8"))
         report(f"{name}: {len(set(results) & set(jobs))} of {len(jobs)} done")
-    return {name: results[name] for name in jobs}
+    return {name: results[name] for name in jobs if name in results}
 
 
 def read_results(file: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,20 +74,25 @@ def read_results(file: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
     return dict(document)
 
 
-def _here(work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+def _here(work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], until: float) -> Iterator[tuple[str, Any]]:
     for name, arguments in jobs.items():
+        if time.monotonic() >= until:
+            return
         yield name, work(*arguments)
 
 
 def _in_processes(
-    work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int
+    work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int, until: float
 ) -> Iterator[tuple[str, Any]]:
     fresh = multiprocessing.get_context("spawn")  # a fork of a process in which torch has computed may wait for ever
     with _one_thread(), ProcessPoolExecutor(workers, fresh) as pool:
         futures = {pool.submit(work, *arguments): name for name, arguments in jobs.items()}
         try:
-            for future in as_completed(futures):
+            for future in as_completed(futures, None if until == inf else max(0, until - time.monotonic())):
                 yield futures[future], future.result()
+        except FuturesTimeout:
+            for process in multiprocessing.active_children():
+                process.terminate()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
