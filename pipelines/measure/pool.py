@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -85,7 +86,7 @@ def _in_processes(
     work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int, until: float
 ) -> Iterator[tuple[str, Any]]:
     fresh = multiprocessing.get_context("spawn")  # a fork of a process in which torch has computed may wait for ever
-    with _one_thread(), ProcessPoolExecutor(workers, fresh) as pool:
+    with _one_thread(), ProcessPoolExecutor(workers, fresh, _be_quiet) as pool:
         futures = {pool.submit(work, *arguments): name for name, arguments in jobs.items()}
         try:
             for future in as_completed(futures, None if until == inf else max(0, until - time.monotonic())):
@@ -95,6 +96,11 @@ def _in_processes(
                 process.terminate()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _be_quiet() -> None:
+    """Drop a job's notes and progress, which nobody could read beside those of others. Its errors reach the caller."""
+    sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
 
 
 @contextmanager
