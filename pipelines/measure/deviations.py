@@ -24,6 +24,7 @@ from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.files import make_folder, write_whole
+from k5cache.shared.outputs import check_file
 from k5cache.shared.recipe import to_dict
 from k5train.data.batch import Batch, Group
 from k5train.data.loader import Loader
@@ -44,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "RoPE scale (1, 2, 2)": ("rope",),
     "all three": ("latents", "captions", "rope"),
 }
+NUM_PICTURES = 5  # a row: the PNG stays small enough for a page
 ROWS = {"what inference sees": "trained on what inference sees", "all three": "trained with all three deviations"}
 """The variants that are drawn, below the base, and how the picture calls them."""
 
@@ -62,7 +64,7 @@ def main(
     torch.set_num_threads(1)
     recipe = read_recipe(device, steps)
     setting = {"train": to_dict(recipe.train), "shift": SHIFT, "tokens": NUM_TOKENS, "rope_scale": ROPE_SCALE}
-    pool.read_results(out, setting)  # refuses another file before any work
+    pool.read_results(check_file(out, ".json"), setting)  # refuses another file before any work
     make_folder(out.parent)
     place = folder / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:8]
     for name in ("images", *JUDGED_ON):
@@ -175,15 +177,15 @@ def machine() -> dict[str, Any]:
 
 
 def draw(place: Path, recipe: judged.Recipe, target: Path) -> None:
-    """The prompts of the demo, drawn as inference does: by the base and with two LoRAs of the first seed."""
-    validation = recipe.train.validation
+    """Prompts of the demo, drawn as inference does: by the base and with two LoRAs of the first seed."""
+    validation, prompts = recipe.train.validation, recipe.train.validation.prompts[:NUM_PICTURES]
     loras = {"base": None, **{row: train(place, recipe, variant, 0) for variant, row in ROWS.items()}}
     paint = partial(judged.draw, Path(recipe.model.source), device=recipe.train.device)
     rows = [
-        (row, paint(lora, cache=place / "images", validation=validation, prompts=validation.prompts))
+        (row, paint(lora, cache=place / "images", validation=validation, prompts=prompts))
         for row, lora in loras.items()
     ]
-    grid = sheet.grid(rows, [prompt.split(",")[0] for prompt in validation.prompts])
+    grid = sheet.grid(rows, [prompt.split(",")[0] for prompt in prompts])
     write_whole(target, partial(grid.save, format="PNG", optimize=True))
 
 
