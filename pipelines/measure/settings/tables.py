@@ -8,11 +8,11 @@ is the mean, and behind it half the distance between the lowest and the highest.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.measure.settings.concepts import CONCEPTS
-from pipelines.measure.settings.grid import ADAPTERS, CENTRE_RATE, LONG, RATES, REGULARISED, STEPS
+from pipelines.measure.settings.grid import ADAPTERS, CENTRE_RATE, LONG, LONGEST_TREAD, RATES, REGULARISED, STEPS
 
 Results = Mapping[str, Any]
 """Of a trial's file: what was measured, by ``group=name/concept/seed``, and of the base by ``base/concept``."""
@@ -49,10 +49,10 @@ def one_option(results: Results) -> str:
         (f"batch 4, {STEPS // 2} steps", "batch=4", str(STEPS // 2)),
         ("batch 4", "batch=4", str(STEPS)),
         ("rollout 0.2", "rollout=0.2", str(STEPS)),
+        ("TREAD 0.5, ramp_down 0.5", "TREAD=0.5 with a ramp", str(STEPS)),
         ("TREAD 0.5", "TREAD=0.5", str(STEPS)),
+        (f"TREAD 0.5, {LONGEST_TREAD} steps", "TREAD=0.5", str(LONGEST_TREAD)),
     ]
-    if step := equal_time(results):
-        lines.append((f"TREAD 0.5, {step} steps: as long as the centre", "TREAD=0.5", step))
     return both(results, "setting", lines)
 
 
@@ -114,17 +114,6 @@ def time_ratios(results: Results, setting: str, concept: str) -> list[float]:
     centre = runs(results, CENTRE, concept)
     of_setting = runs(results, setting, concept)
     return [run["seconds_per_step"] / centre[s]["seconds_per_step"] for s, run in of_setting.items() if s in centre]
-
-
-def equal_time(results: Results) -> str | None:
-    """The measured step of TREAD's runs that took most nearly as long as the centre's ``STEPS``; None without runs."""
-    ratios = [ratio for concept in CONCEPTS for ratio in time_ratios(results, "TREAD=0.5", concept)]
-    steps = {s for c in CONCEPTS for run in runs(results, "TREAD=0.5", c).values() for s in run["measured"]}
-    if not ratios or not steps:
-        return None
-    wanted = STEPS / statistics.median(ratios)
-    distance: Callable[[str], float] = lambda step: abs(int(step) - wanted)  # noqa: E731
-    return min(sorted(steps), key=distance)
 
 
 def spread(values: Sequence[float]) -> str:
