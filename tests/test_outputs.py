@@ -351,7 +351,7 @@ def test_a_sweep_checks_the_folders_of_all_its_runs_before_the_first_begins(tmp_
     assert tree(tmp_path) == before
     shutil.rmtree(tmp_path / "out" / "rank=4")
     create_run(tmp_path / "out" / "rank=4", tmp_path / "cache" / "a", *CONFIG)
-    refused(Cli(tmp_path)(train_app, *sweep), "train.lora.rank: 32, now 4\n  fix: Give another folder")
+    refused(Cli(tmp_path)(train_app, *sweep), "out/rank=4 has a run that was started differently: ")
     assert not (tmp_path / "out" / "rank=2").exists()
     put(tmp_path / "runs.toml", '[[run]]\nname = "samples.png"\n')
     refused(Cli(tmp_path)(train_app, "sweep", "cache/a", "--list", "runs.toml"), "cannot be called samples.png")

@@ -21,6 +21,7 @@ from k5train.pictures.saved import read_pictures, save_pictures
 from k5train.runs import written
 from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics, check_metrics, read_metrics
+from k5train.runs.record import UNSEALED_RESULT
 from k5train.runs.resume_state import latest_state
 from k5train.runs.written import check_recorded
 from k5train.training.session import Session
@@ -310,13 +311,12 @@ def test_a_sweep_names_a_finished_run_whose_lora_has_changed(tmp_path, cache, to
     flip(lora, lora.stat().st_size - 1, 3)
     result = tmp_path / "sweep" / "b" / "result.json"
     result.write_text(re.sub(r'"last_loss": (\d)', r'"last_loss": 1\1', result.read_text()), encoding="utf-8")
-    outcomes, _ = sweep(cache, tmp_path / "sweep", model, runs)
+    outcomes = sweep(cache, tmp_path / "sweep", model, runs).outcomes
     assert "a.safetensors is not the file that the run wrote" in outcomes[0].problem
-    assert "result.json is not what the run wrote: remove it" in outcomes[1].problem
-    document = json.loads(result.read_text())
-    del document["sha256"]
+    assert "result.json is not the file that was written. To train it again, move" in outcomes[1].problem
+    document = {name: value for name, value in json.loads(result.read_text()).items() if name in UNSEALED_RESULT}
     result.write_text(json.dumps(document), encoding="utf-8")  # as an earlier version wrote it
-    outcomes, _ = sweep(cache, tmp_path / "sweep", model, runs)
+    outcomes = sweep(cache, tmp_path / "sweep", model, runs).outcomes
     assert outcomes[1].last_loss == document["last_loss"]
 
 

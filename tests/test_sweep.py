@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from k5train.base import quantize
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
+from k5train.runs.outcomes import read_outcomes
 from k5train.runs.resume_state import Progress, save_state
 from k5train.training import session
-from k5train.training.best_run import Best, best_run
 from k5train.training.start import open_data
-from k5train.training.sweep import Outcome, most_demanding
+from k5train.training.sweep import most_demanding
 from k5train.training.sweep_runs import sweep_runs
 from tests.cli import Cli
 from tests.parity import PROMPTS
@@ -88,17 +87,17 @@ def test_each_run_is_the_run_alone_bit_for_bit(tmp_path, swept, toy_cache, toy_m
 
 
 def test_a_run_whose_loss_explodes_is_marked_and_the_others_go_on(swept):
-    rows = {row["label"]: row for row in json.loads((swept[0] / "sweep.json").read_text())}
+    rows = {row.label: row for row in read_outcomes(swept[0])}
     assert list(rows) == ["rank=2,lr=1e-2", "rank=2,lr=1e5", "rank=4,lr=1e-2", "rank=4,lr=1e5"]
-    assert "nothing was updated" in rows["rank=2,lr=1e5"]["problem"]
-    assert rows["rank=4,lr=1e-2"]["problem"] is None
-    assert rows["rank=4,lr=1e-2"]["steps"] == 3
+    assert "nothing was updated" in rows["rank=2,lr=1e5"].problem
+    assert rows["rank=4,lr=1e-2"].problem is None
+    assert rows["rank=4,lr=1e-2"].steps == 3
     assert "rank=4,lr=1e-2" in swept[2].out
 
 
 def test_a_second_run_starts_in_under_three_seconds(swept):
-    rows = json.loads((swept[0] / "sweep.json").read_text())
-    assert rows[2]["seconds_to_start"] < 3  # the toy, nothing loaded again; 0.1 s where the machine is free
+    rows = read_outcomes(swept[0])
+    assert rows[2].seconds_to_start < 3  # the toy, nothing loaded again; 0.1 s where the machine is free
 
 
 def test_pictures_stand_under_each_other_on_the_same_noise(swept):
@@ -113,12 +112,12 @@ def test_pictures_stand_under_each_other_on_the_same_noise(swept):
 
 def test_a_run_that_exploded_has_no_row_of_pictures_and_says_how_far_it_came(swept):
     out, _, done = swept
-    rows = {row["label"]: row for row in json.loads((out / "sweep.json").read_text())}
-    assert rows["rank=2,lr=1e5"]["steps"] == 2  # after two updates the loss was not finite
+    rows = {row.label: row for row in read_outcomes(out)}
+    assert rows["rank=2,lr=1e5"].steps == 2  # after two updates the loss was not finite
     with Image.open(out / "samples.png") as grid, Image.open(out / "rank=2,lr=1e-2" / "samples.png") as single:
         cell = single.height / 2  # base model and step 3; headers are less than a cell
         assert 2.4 * cell < grid.height < 3.4 * cell  # base model and two runs, not four
-    assert "k5train sample out/rank=" in done.out
+    assert "Next, see their settings and curves: k5train compare out" in done.out
 
 
 def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy_model):
@@ -129,7 +128,7 @@ def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy
 
 
 def test_a_sweep_that_is_stopped_in_its_first_run_is_a_sweep_already(tmp_path, toy_cache, toy_model, monkeypatch):
-    def stop(*args: object) -> None:
+    def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("k5train.training.sweep.train", stop)
@@ -156,10 +155,10 @@ name = "well"
 """)
     done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--list", "runs.toml", "-o", "out")
     assert done.code == 0, done.err
-    rows = {row["label"]: row for row in json.loads((tmp_path / "out" / "sweep.json").read_text())}
-    assert "which train.lora.targets does not" in rows["other_modules"]["problem"]
-    assert "matches no module" in rows["nothing_to_adapt"]["problem"]
-    assert [row["steps"] for row in rows.values()] == [0, 0, 3]
+    rows = {row.label: row for row in read_outcomes(tmp_path / "out")}
+    assert "which train.lora.targets does not" in rows["other_modules"].problem
+    assert "matches no module" in rows["nothing_to_adapt"].problem
+    assert [row.steps for row in rows.values()] == [0, 0, 3]
     assert (tmp_path / "out" / "well" / "well.safetensors").is_file()
 
 
@@ -235,51 +234,3 @@ def test_a_problem_in_a_list_is_named_with_its_run(tmp_path):
 def test_both_a_grid_and_a_list_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="not both"):
         sweep_runs(Document(), ["train.steps=1,2"], Path("runs.toml"))
-
-
-# Which run is the best
-
-
-def outcomes_of(runs, losses, held_out=None) -> list[Outcome]:
-    return [
-        Outcome(run.label, "", 3, last_loss=loss, best_loss=held_out[i] if held_out else None, problem=None)
-        for i, (run, loss) in enumerate(zip(runs, losses, strict=True))
-    ]
-
-
-@pytest.mark.parametrize(
-    "grid",
-    [
-        "train.objective.weighting=none,bell", "train.objective.loss_type=l2,huber", "train.objective.huber_c=1,2",
-        "train.objective.sigma_sampling=sigmoid,uniform", "train.objective.masked_loss=false,true",
-        "train.flow_schedule_shift=1.0,3.0", "train.caption_dropout_probability=0.1,0.5", "train.seed=1,2",
-        "train.tread.routes=[],[{selection_ratio=0.5,start_layer_idx=0,end_layer_idx=1}]",
-        "train.rollout.probability=0,0.5", "train.lora.dropout=0.0,0.1", "train.caption_choice=random,first",
-    ],
-)  # fmt: skip
-def test_runs_whose_losses_measure_different_things_are_compared_by_a_held_out_loss_or_not_at_all(grid):
-    _, runs = sweep_runs(Document(), [grid], None)
-    option = grid.partition("=")[0]
-    best = best_run(runs, outcomes_of(runs, [0.1, 0.2]))
-    assert best.label is None
-    assert best.reason.startswith(f"The losses of these runs cannot be compared: {option} changes what they measure")
-    _, runs = sweep_runs(Document({"train": {"validation": {"split": 0.1}}}), [grid], None)
-    assert best_run(runs, outcomes_of(runs, [0.1, 0.2], [0.4, 0.3])) == Best(runs[1].label, "held-out loss")
-
-
-def test_runs_that_differ_in_rank_are_compared_by_their_losses_but_never_a_held_out_one_with_another():
-    _, runs = sweep_runs(Document(), ["train.lora.rank=8,16,32"], None)
-    assert best_run(runs, outcomes_of(runs, [0.3, 0.2, 0.4])) == Best("rank=16", "loss")
-    assert best_run(runs, outcomes_of(runs, [0.3, 0.2, 0.4], [0.1, None, 0.05])) == Best("rank=16", "loss")
-    exploded = replace(outcomes_of(runs, [0.3, 0.2, 0.4])[1], problem="the loss is not finite")
-    outcomes = outcomes_of(runs, [0.3, 0.2, 0.4])
-    assert best_run(runs, [outcomes[0], exploded, outcomes[2]]) == Best("rank=8", "loss")
-
-
-def test_held_out_losses_of_other_splits_or_sigmas_are_not_compared():
-    document = Document({"train": {"validation": {"split": 0.1}}})
-    _, runs = sweep_runs(document, ["train.validation.split=0.1,0.2"], None)
-    best = best_run(runs, outcomes_of(runs, [0.3, 0.2], [0.1, 0.2]))
-    assert (best.label, best.reason.endswith("--set train.validation.split=0.1 for all runs")) == (None, True)
-    _, runs = sweep_runs(document, ["train.validation.held_out_sigmas=4,8"], None)
-    assert best_run(runs, outcomes_of(runs, [0.3, 0.2], [0.1, 0.2])) == Best("held_out_sigmas=8", "loss")

@@ -83,7 +83,7 @@ def _lines(comparison: Comparison, pictures: ComparedPictures) -> list[str]:
         assert run.best is not None
         file = run.best.file or "the LoRA of that step was not kept"
         lines.append(f"best     {run.name}, step {run.best.step}, held-out loss {_loss(run.best)}, {file}")
-        lines += _averages(comparison, run.best)
+        lines += averages(comparison, run.best)
     else:
         lines.append(comparison.reason)
     lines += _by_remark(comparison)
@@ -105,7 +105,7 @@ def _by_remark(comparison: Comparison) -> list[str]:
     return [f"{some(about)}: {remark}" for remark, about in names.items()]
 
 
-def _averages(comparison: Comparison, best: Loss) -> list[str]:
+def averages(comparison: Comparison, best: Loss) -> list[str]:
     """The average that is lower than the best, if one is."""
     averages = [(run.ema.loss, run) for run in comparison.runs if run.ema and run.ema.loss is not None and run.ema.file]
     if not averages or best.loss is None:

@@ -13,10 +13,15 @@ from rich.text import Text
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RunError
+from k5cache.shared.foreign import shown
 from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
 
 if TYPE_CHECKING:
-    from k5train.training.sweep import Outcome
+    from collections.abc import Sequence
+
+    from k5train.runs.compared import Comparison
+    from k5train.runs.outcomes import Outcome
+    from k5train.training.sweep import Swept
 
 
 def sweep(
@@ -35,12 +40,12 @@ def sweep(
 ) -> None:
     """Train many LoRAs on one cache with the base loaded once, and compare them.
 
-    The same command again skips the finished runs and continues one that was stopped.
+    The same command again skips the finished runs and continues one that was stopped. Another grid in the same folder
+    adds its runs, and all are compared.
     """
     with interrupt.saying(f"Stopped before training began. To start again: {console.this_command()}"):
         from k5cache.options import CacheConfig
         from k5train.training import sweep as sweeping
-        from k5train.training.best_run import best_run
         from k5train.training.sweep_runs import sweep_runs
 
     document = read_document(recipe, model, options)
@@ -52,19 +57,11 @@ def sweep(
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
     with _going_on_with_the_same_command():
-        outcomes, pictures = sweeping.sweep(cache, target, model_config, runs)
-    print_sweep(outcomes)
-    if pictures:
-        console.out.print(f"pictures {pictures}", markup=False)
-    if all(outcome.problem for outcome in outcomes):
+        swept = sweeping.sweep(cache, target, model_config, runs)
+    print_sweep(swept)
+    labels = {sweep_run.label for sweep_run in runs}
+    if all(outcome.problem for outcome in swept.outcomes if outcome.label in labels):
         raise RunError("No run was finished", "Their problems are above; often a lower train.optim.lr helps")
-    best = best_run(runs, outcomes)
-    if best.label is None:
-        console.warn(best.reason)
-        return
-    console.out.print(f"best     {best.label}, by its {best.by}", markup=False)
-    if pictures:
-        console.next_step("Next, draw more with the best", console.command("k5train", "sample", target / best.label))
 
 
 @contextmanager
@@ -78,15 +75,63 @@ def _going_on_with_the_same_command() -> Iterator[None]:
         raise KeyboardInterrupt(again) from stopped
 
 
-def print_sweep(outcomes: list[Outcome]) -> None:
-    """One line for each run."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "steps", "loss", "held out", "time", "started in", "problem"):
-        table.add_column(column, overflow="fold")
-    for outcome in outcomes:
-        losses = [f"{loss:.4f}" if loss is not None else "" for loss in (outcome.last_loss, outcome.best_loss)]
-        seconds = (outcome.seconds, outcome.seconds_to_start)
-        times = [console.human_seconds(s) if s is not None else "" for s in seconds]
-        cells = [outcome.label, str(outcome.steps), *losses, *times, outcome.problem or ""]
-        table.add_row(*(Text(cell) for cell in cells))
-    console.out.print(table)
+def print_sweep(swept: Swept) -> None:
+    """A line for each run, then the best of them, its file, and how to draw it."""
+    console.out.print(_table(swept.outcomes))
+    for outcome in swept.outcomes:
+        for said in [outcome.problem] if outcome.problem else outcome.remarks:
+            console.out.print(Text(shown(f"{outcome.label}: {said}")))
+    if swept.comparison:
+        _print_best(swept.comparison, swept.grids)
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    """A column only for what at least one run has."""
+    columns: dict[str, list[str]] = {
+        "steps": [str(outcome.steps) for outcome in outcomes],
+        "base": [_loss(outcome.base_loss) for outcome in outcomes],
+        "final": [_loss(outcome.final_loss) for outcome in outcomes],
+        "best": [_loss(outcome.best_loss) for outcome in outcomes],
+        "at": ["" if outcome.best_step is None else str(outcome.best_step) for outcome in outcomes],
+        "EMA": [_loss(outcome.ema_loss) for outcome in outcomes],
+        "probe base": ["" if outcome.base_loss else _loss(outcome.base_probe_loss) for outcome in outcomes],
+        "probe": [_loss(outcome.probe_loss) for outcome in outcomes],
+        "time": ["" if outcome.seconds is None else console.human_seconds(outcome.seconds) for outcome in outcomes],
+    }
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    table = console.table("Held-out loss, and the loss on images that were trained on (probe)", "run", *kept,
+                          numbers=tuple(kept))  # fmt: skip
+    for column in table.columns[1:]:
+        column.no_wrap = True  # a narrow terminal folds the names
+    for outcome, cells in zip(outcomes, zip(*kept.values(), strict=True), strict=True):
+        table.add_row(shown(outcome.label), *cells)
+    return table
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _print_best(comparison: Comparison, grids: Sequence[Path]) -> None:
+    """The best run and its file; or why no run is called the best."""
+    from k5train.commands.comparison_table import averages
+    from k5train.runs.compared import which
+
+    for grid in grids:
+        console.out.print(f"pictures {grid}, after the last step of each run", markup=False)
+    if comparison.best is None:
+        console.warn(comparison.reason)
+        folder = comparison.runs[0].root.parent
+        console.next_step("Next, see their settings and curves", console.command("k5train", "compare", folder))
+        return
+    best = comparison[comparison.best]
+    assert best.best is not None
+    chosen, file = which(best), best.best.file or "the LoRA of that step was not kept"
+    loss = f"held-out loss {_loss(best.best.loss)}"
+    console.out.print(f"best     {best.name}, step {best.best.step}, {loss}, {file}", markup=False)
+    for line in averages(comparison, best.best):
+        console.out.print(line, markup=False)
+    if grids and best.best.file:
+        is_final = chosen == "final"
+        draw = console.command("k5train", "sample", best.root, which=None if is_final else chosen)
+        console.next_step("Next, draw more with the best" if is_final else "Next, draw the best itself", draw)

@@ -19,7 +19,7 @@ from k5train.runs.metrics import read_metrics
 
 MEASURED = ("held_out", "ema_held_out", "held_out_prior", "probe")
 """What is measured on the same triples at every measurement: metrics.jsonl has ``<name>_loss``."""
-_RESULT = (
+UNSEALED_RESULT = (
     "lora", "loads_by", "grid", "steps", "first_loss", "last_loss", "seconds", "ended_by", "best_step", "best_loss",
     "seconds_to_start", "pipeline",
 )  # fmt: skip
@@ -88,10 +88,10 @@ class Record:
 
     @property
     def ended_worse_than_base(self) -> bool:
-        """Whether the last held-out loss is above the first, or not finite."""
+        """Whether the last held-out loss is above the first in the digits that are shown, or not finite."""
         if self.base is None or self.final is None or self.base.loss is None:
             return False
-        return self.final.loss is None or self.final.loss > self.base.loss
+        return self.final.loss is None or round(self.final.loss, 4) > round(self.base.loss, 4)
 
 
 def read_record(root: Path) -> Record:
@@ -158,7 +158,7 @@ def _with_result(record: Record, run: Run) -> tuple[Record, dict[str, Any]]:
     if not run.is_finished:
         return record, {}
     try:
-        result = unseal_if_sealed(read_plain(run.result), _RESULT)
+        result = unseal_if_sealed(read_plain(run.result), UNSEALED_RESULT)
     except (OSError, ValueError):
         problem = f"{run.result} is not the file that was written"
         return replace(record, problems=(*record.problems, problem), is_finished=True), {}

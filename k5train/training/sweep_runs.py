@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document, line_of
 from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
 from k5train.options.train import TrainConfig
+from k5train.options.without_effect import options_without_effect
+from k5train.runs.compared import some
 from k5train.runs.differences import differences
 from k5train.training.start import resolved
 
@@ -68,7 +71,34 @@ def sweep_runs(
     for a, b in itertools.combinations(runs, 2):
         if a.label == b.label or a.config == b.config:
             raise RecipeError(f"{a.label} and {b.label} are the same run", "Leave one of them out")
+    for axis in grid:
+        _check_has_effect(axis, runs)
     return model, runs
+
+
+def _check_has_effect(axis: str, runs: Sequence[SweepRun]) -> None:
+    """Refuse a line of the grid whose option does nothing in all runs: each LoRA would be trained several times.
+
+    Where it does something in some of them, ``warnings_of`` names the others.
+    """
+    name = axis.partition("=")[0].strip()
+    value_in = attrgetter(name.removeprefix("train."))
+    changed = [run for run in runs if value_in(run.config) != value_in(TrainConfig())]
+    said = [[line for line in options_without_effect(run.config) if line.startswith(f"{name} does nothing")]
+            for run in changed]  # fmt: skip
+    if said and all(said):
+        raise RecipeError(
+            f"--grid {axis} trains the same LoRA again: {said[0][0]}", "Leave it out, or --set the option it belongs to"
+        )
+
+
+def warnings_of(runs: Sequence[SweepRun], lines_of: Callable[[SweepRun], Sequence[str]]) -> list[str]:
+    """What `k5train run` would say before each run, once each: of all runs, or with the names of some."""
+    labels: dict[str, list[str]] = {}
+    for run in runs:
+        for line in lines_of(run):
+            labels.setdefault(line, []).append(run.label)
+    return [line if len(of) == len(runs) else f"{some(of)}: {line}" for line, of in labels.items()]
 
 
 def _from_grid(document: Document, grid: Sequence[str]) -> list[tuple[str, Document]]:

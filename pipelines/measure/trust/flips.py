@@ -172,10 +172,9 @@ def _recipe(root: Path, path: Path) -> str | None:
 
 
 def _result(root: Path, path: Path) -> str | None:
-    from k5train.runs.folder import Run
-    from k5train.training import sweep
+    from k5train.training.sweep_folder import outcome_of
 
-    return sweep._outcome("four", Run(root / "runs" / "four")).problem
+    return outcome_of(root / "runs" / "four").problem
 
 
 def _lora(root: Path, path: Path) -> str | None:
