@@ -170,6 +170,8 @@ REFUSED = {
     "a transformer": ({f"{QUERY}.weight": torch.ones(128, 128)}, None, "is not a LoRA: none of its 1 tensors"),
     "nothing": ({}, None, "has no tensors"),
 }  # fmt: skip
+ONLY_EXPORTED = {"DoRA", "DoRA, kohya's", "LoKr"}
+"""They are no LoRAs, and can be exported as what they are (tests/test_other_kinds.py)."""
 NOT_OF_THIS_MODEL = {"text encoders only", "Flux", "SDXL", "a VAE", "a transformer", "nothing"}
 
 
@@ -204,7 +206,7 @@ def test_a_file_that_can_be_read_is_exported_with_its_strength_and_offered_that_
         assert torch.equal(loaded[f"{module}.lora_B.weight"], up * strength)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ONLY_EXPORTED])
 def test_a_file_that_cannot_be_read_is_refused_by_all_in_the_same_words(tmp_path, cli, empty, name):
     tensors, metadata, words = REFUSED[name]
     save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
@@ -222,6 +224,19 @@ def test_a_file_that_cannot_be_read_is_refused_by_all_in_the_same_words(tmp_path
     assert checked.code == (2 if name in NOT_OF_THIS_MODEL else 1)
     assert problem in checked.out + checked.err
     assert "k5train export" not in checked.out
+
+
+def test_a_file_of_another_kind_of_adapter_is_not_merged_nor_started_from(tmp_path, cli, empty):
+    for name in ONLY_EXPORTED:
+        tensors, metadata, words = REFUSED[name]
+        save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
+        merged = cli(app, "merge", "a.safetensors", "a.safetensors", "-o", "b.safetensors")
+        assert (merged.code, words in merged.err, "as a LoRA node of its own" in merged.err) == (2, True, True)
+        with pytest.raises(RunError, match=words):
+            read_pairs(tmp_path / "a.safetensors", linear_sizes(empty))
+        checked = cli(app, "check-lora", "a.safetensors")
+        assert (checked.code, words in checked.out) == (1, True)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_the_strengths_of_both_programs_are_told_where_they_differ(tmp_path, cli):

@@ -1,4 +1,4 @@
-"""How is a LoRA file written for other programs: with other keys, in 16 bits, or several merged into one?"""
+"""How is an adapter's file written for other programs: with other keys, in 16 bits, or several merged into one?"""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from k5cache.shared.kind import Kind
 from k5cache.shared.outputs import check_file
 from k5cache.shared.template import PIPELINES
 from k5train.adapter.files import PREFIX
-from k5train.adapter.lora_file import largest, pipeline_of
-from k5train.adapter.pairs import Pair, read_lora, silent_in
+from k5train.adapter.keys import kind_of
+from k5train.adapter.lora_file import EXPORTED_KEY, largest, pipeline_of, read_file, refuse_not_finite
+from k5train.adapter.other_kinds import Format, dora_for, lokr_for
+from k5train.adapter.pairs import Lora, Pair, Sizes, silent_in, understand
 from k5train.adapter.targets import linear_sizes
 from k5train.base.architecture import full_size
 from k5train.base.quantize import empty_transformer
 
-Format = Literal["diffusers", "kohya"]
 Number = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Number, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,21 +44,43 @@ class Written:
 
 
 def export(source: Path, target: Path, form: Format, number: Number, folder: Path | None) -> Written:
-    """Write a LoRA from any trainer with other keys and the same metadata.
+    """Write a LoRA from any trainer, or a DoRA or a LoKr, with other keys and the same metadata.
 
     Args:
-        form: ``diffusers`` (ComfyUI loads it too), or ``kohya``.
-        folder: the checkpoint, for its modules. None: Kandinsky 5 Image Lite's.
+        form: ``diffusers`` (ComfyUI loads it too, except a DoRA), or ``kohya``.
+        folder: the checkpoint, for its modules, and its weights for a DoRA with kohya's keys. None: Kandinsky 5 Image
+            Lite's.
 
     Raises:
-        RunError: the file cannot be read as a LoRA of this model, its values do not fit ``number``, or ``target``
-            exists.
+        RunError: the file cannot be read as an adapter of this model, its values do not fit ``number``, ``target``
+            exists, or a DoRA's base is needed.
     """
     check_target(target)
-    lora = read_lora(source, linear_sizes(architecture(folder, source)))
-    metadata = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}  # folded in now
-    write(target, lora.pairs, form, number, metadata)
+    sizes = linear_sizes(architecture(folder, source))
+    state, metadata = read_file(source)
+    kind = kind_of(state)
+    if kind in ("dora", "lokr"):
+        tensors = (
+            dora_for(form, source, state, metadata, sizes, folder)
+            if kind == "dora"
+            else lokr_for(form, source, state, sizes)
+        )
+        modules = {key.rpartition(".lokr_" if kind == "lokr" else ".lora_")[0] for key in tensors} - {""}
+        # Magnitudes and strengths stay in float32: they are few, and an alpha may be odd and above 256.
+        rounded = {
+            key: tensor if tensor.ndim < 2 or key.endswith("dora_scale") else _rounded(key, tensor, number)
+            for key, tensor in tensors.items()
+        }
+        _save(target, rounded, {**_told(metadata), EXPORTED_KEY: form})
+        return Written(len(modules), 0, ())
+    lora = understand(source, state, metadata, sizes)
+    write(target, lora.pairs, form, number, _told(lora.metadata))
     return Written(len(lora.pairs), len(lora.silent), lora.left_out)
+
+
+def _told(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of an export: without the strength, which is folded into a matrix now."""
+    return {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}
 
 
 def merge(
@@ -79,12 +102,26 @@ def merge(
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise RunError(f"A weight of {bad[0]} makes every value of the LoRA useless", "Give finite numbers by --weight")
     sizes = linear_sizes(architecture(folder, sources[0]))
-    loras = [read_lora(source, sizes) for source in sources]
+    loras = [_read_to_merge(source, sizes) for source in sources]
     pairs = side_by_side([lora.pairs for lora in loras], weights)
     names = ", ".join(f"{source.name} x {weight:g}" for source, weight in zip(sources, weights, strict=True))
     write(target, pairs, form, number, {"software": "kandinsky5-lora", "k5.merged": names,
                                         "modelspec.title": target.stem})  # fmt: skip
     return Written(len(pairs), len(silent_in(pairs)), tuple(key for lora in loras for key in lora.left_out))
+
+
+def _read_to_merge(source: Path, sizes: Sizes) -> Lora:
+    state, metadata = read_file(source)
+    refuse_not_finite(source, state)
+    kind, names = kind_of(state), {"dora": "DoRA", "lokr": "LoKr"}
+    if kind in names:
+        why = "it scales the rows of the base's weights" if kind == "dora" else "its products have nearly full rank"
+        raise RunError(
+            f"{source} is a {names[kind]}, which no LoRA does exactly: {why}",
+            "Load it beside the others, each at its strength: in ComfyUI as a LoRA node of its own"
+            + (", in diffusers by pipe.set_adapters" if kind == "dora" else ""),
+        )
+    return understand(source, state, metadata, sizes)
 
 
 def side_by_side(loras: Sequence[Mapping[str, Pair]], weights: Sequence[float]) -> dict[str, Pair]:
@@ -108,7 +145,10 @@ def write(target: Path, pairs: Mapping[str, Pair], form: Format, number: Number,
     Raises:
         RunError: a value does not fit ``number``.
     """
-    state = state_of(pairs, form, number)
+    _save(target, state_of(pairs, form, number), metadata)
+
+
+def _save(target: Path, state: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     make_folder(target.parent)
     write_whole(target, lambda path: save_file(state, path, metadata={"format": "pt", **metadata}))
 

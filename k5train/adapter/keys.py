@@ -1,7 +1,8 @@
 """Which module and matrix does a key of a LoRA file mean?
 
 Four families of keys are read: diffusers' and ours (``transformer.``), ComfyUI's (``diffusion_model.``), peft's
-(``base_model.model.``) or bare module names, and kohya's (``lora_unet_`` and underscores, ``lora_down``, ``alpha``).
+(``base_model.model.``) or bare module names, and kohya's (``lora_unet_``, for which LyCORIS has ``lycoris_``, and
+underscores, ``lora_down``, ``alpha``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "module.")
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 
 # What torch.compile and FSDP put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")

@@ -16,6 +16,7 @@ from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
 
 PIPELINE_KEY = "k5.pipeline"  # in the metadata of a LoRA for image-to-image: the class of diffusers that it is for
+EXPORTED_KEY = "k5.exported"  # in the metadata of a DoRA or a LoKr that was exported: the family of its keys
 
 # A key of an adapter, of whatever kind and for whatever model.
 _ADAPTER_KEY = re.compile(r"lora|lokr_|hada_|oft_|dora_scale|\.diff(_b)?$")

@@ -22,7 +22,8 @@ Sizes = Mapping[str, tuple[int, int]]
 
 _OTHER_KINDS = {
     "dora": ("a DoRA, whose magnitudes a plain LoRA cannot hold",
-             "Use it as it is: diffusers reads them as lora_magnitude_vector, ComfyUI as dora_scale"),
+             "Use it as it is in diffusers, which reads lora_magnitude_vector; for ComfyUI, which reads dora_scale, run"
+             " `k5train export FILE --model DIR`"),
     "lokr": ("a LoKr, whose products are not pairs of matrices",
              "Use it as it is, in ComfyUI or by pipe.transformer.load_lora_adapter(FILE, prefix=\"transformer\")"),
     "loha": ("a LoHa, whose products are not pairs of matrices", "Use it as it is, in ComfyUI"),

@@ -37,7 +37,10 @@ def export(
     number: Number = "fp32",
     model: Folder = None,
 ) -> None:
-    """Write a LoRA with the keys of another program, or in 16 bits."""
+    """Write a LoRA, a DoRA or a LoKr with the keys of another program, or in 16 bits.
+
+    ComfyUI reads a DoRA's magnitudes only from kohya's keys, and they depend on the base: give --model DIR.
+    """
     from k5train.adapter.export import export as export_lora
 
     file, _ = lora_in(file)
@@ -62,7 +65,8 @@ def merge(
     number: Number = "fp32",
     model: Folder = None,
 ) -> None:
-    """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs."""
+    """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs. Of LoRAs only: no LoRA
+    does exactly what a DoRA or a LoKr does."""
     from k5train.adapter.export import merge as merge_loras
 
     files = [lora_in(file)[0] for file in files]
@@ -165,8 +169,13 @@ def print_report(report: Report, model: Path | None) -> None:
 
 def findings(report: Report) -> list[str]:
     """What is to be known of a file besides who loads it: why it is refused, where it is silent, what differs."""
+    from k5train.adapter.lora_file import EXPORTED_KEY
+
     lines = []
-    if report.refusal:
+    form = report.metadata.get(EXPORTED_KEY)
+    if form == "kohya" and report.kind in ("dora", "lokr"):
+        lines.append("k5train export wrote it for ComfyUI. For diffusers, give the file that it was exported from")
+    elif report.refusal:
         lines.append(f"{report.refusal.problem}. {report.refusal.fix}")
     if report.lora and (silent := report.lora.silent):
         many = len(silent) == len(report.lora.pairs)
@@ -180,7 +189,22 @@ def findings(report: Report) -> list[str]:
         if report.lora:
             said.append(f"the file says {strength_in(report.lora.strengths[m] for m in different)}")
         lines.append(f"The strengths differ at {len(different)} modules: {', '.join(said)}")
+        lines += why_strengths_differ(report)
     return lines
+
+
+def why_strengths_differ(report: Report) -> list[str]:
+    """What the strength in diffusers comes from, and how much stronger or weaker ComfyUI applies the file."""
+    by_name = {program.name: program.strengths for program in report.programs}
+    diffusers, comfyui = by_name.get("diffusers", {}), by_name.get("ComfyUI", {})
+    ratios = [comfyui[m] / diffusers[m] for m in report.differing if m in comfyui and diffusers.get(m)]
+    if "lora_adapter_metadata" not in report.metadata or not ratios:
+        return []
+    return [
+        "diffusers multiplies by the alpha / rank of the file's lora_adapter_metadata,"
+        f" {strength_in(diffusers.values())}."
+        f" ComfyUI does not read that, so its strength is {strength_in(ratios)} of diffusers'"
+    ]
 
 
 def _verdict(program: Program) -> str:
