@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from k5cache.shared.errors import RunError
+from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.model import ModelConfig
 from k5train.options.data import DataConfig
 from k5train.runs.folder import Run
@@ -93,6 +93,14 @@ def test_all_settings_are_run_with_one_seed_before_the_next_and_the_longest_firs
     assert len({job.key for job in jobs}) == len(jobs) == 2 * (3 * 22 + 2)
     assert all(a.seed <= b.seed for a, b in pairwise(jobs))
     assert all(grid.cost(a.setting) >= grid.cost(b.setting) for a, b in pairwise(jobs) if a.seed == b.seed)
+
+
+def test_a_group_that_does_not_exist_is_refused_with_the_names_of_those_that_do(monkeypatch):
+    monkeypatch.setattr(command.torch, "set_num_threads", lambda count: None)
+    with pytest.raises(
+        RecipeError, match="no group of settings called ranks\nGive one of: rate, trigger, rank, targets"
+    ):
+        command.main(only="ranks")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from k5cache.shared import console
+from k5cache.shared.errors import RecipeError
 from k5cache.shared.files import write_json
 from pipelines.measure import command_line, pool
 from pipelines.measure.settings import pictures, tables, trial
@@ -30,6 +31,9 @@ def main(
     until = time.monotonic() + 60 * minutes
     torch.set_num_threads(1)
     settings = tuple(shortened(s, share) for s in SETTINGS if not only or s.group == only)
+    if not settings:
+        groups = ", ".join(dict.fromkeys(s.group for s in SETTINGS))
+        raise RecipeError(f"There is no group of settings called {only}", f"Give one of: {groups}")
     with tempfile.TemporaryDirectory(prefix="k5-settings-") as folder:
         file = out or Path(folder) / "settings.json"
         place = trial.prepare(Path(folder))
