@@ -179,7 +179,7 @@ def test_what_is_missing_or_damaged_of_a_finished_run_is_named_and_its_lora_stay
 
 def test_a_kill_at_any_time_leaves_a_sweep_that_goes_on(tmp_path, cache, toy_model, monkeypatch):
     """In the first run before it saved a state, between two runs, and before a finished run's states are removed."""
-    config = replace(CONFIG, steps=2, checkpoint_every=250, optim=OptimConfig(lr=1e-2, warmup_steps=0))
+    config = replace(CONFIG, steps=1, checkpoint_every=250, optim=OptimConfig(lr=1e-2, warmup_steps=0))
     runs = [SweepRun(name, replace(config, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
     out, model = tmp_path / "out", ModelConfig(path=str(toy_model))
     for where in ("loop.Loop.save_state", "sweep.remove_states", "sweep.write_outcomes"):
@@ -190,7 +190,7 @@ def test_a_kill_at_any_time_leaves_a_sweep_that_goes_on(tmp_path, cache, toy_mod
     assert {path.name for path in (out / "a").glob("*.safetensors")} == {"a.safetensors"}
     swept = sweep(cache, out, model, runs)
     assert [(outcome.label, outcome.steps, outcome.problem) for outcome in swept.outcomes] == [
-        ("a", 2, None), ("b", 2, None)]  # fmt: skip
+        ("a", 1, None), ("b", 1, None)]  # fmt: skip
     assert not list(out.glob("*/state"))
 
 
