@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from k5train.runs.axis import axis_for, steps_axis
-from k5train.runs.chart import COLOURS, FINE, WIDTH, Level, Line, Mark, Panel, Row, _thinned, draw_chart, fitting, font
+from k5train.runs.chart import COLOURS, FINE, WIDTH, Level, Line, Mark, Panel, Row, _thinned, draw_chart
 
 
 def pixels_of(picture: Image.Image, colour: str) -> np.ndarray:
@@ -91,10 +91,3 @@ def test_many_points_keep_the_lowest_and_the_highest_of_each_column_of_pixels():
     for column in range(200):
         of_column = y[(x / FINE).astype(int) == column]
         assert sorted(points[2 * column : 2 * column + 2, 1]) == [of_column.min(), of_column.max()]
-
-
-def test_text_that_is_too_long_is_cut():
-    assert fitting("short", font(12), 100) == "short"
-    cut = fitting("a run with a very long name", font(12), 100)
-    assert cut.endswith(" ...")
-    assert font(12).getlength(cut) <= 100

@@ -152,23 +152,13 @@ def test_show_pales_what_a_mask_leaves_out(tmp_path):
     sheet = np.asarray(show.contact_sheet([show.Shown(row, ("a",), grey, mask)], columns=1).convert("L"))
     assert {*np.unique(sheet[12 : 12 + show.CELL, 12 : 12 + 192])} == {100}
     assert {*np.unique(sheet[12 : 12 + show.CELL, 12 + 192 : 12 + 256])} == {round(100 + 0.8 * 155)}
-    assert show._labels(show.Shown(row, ("a",), grey, mask), show.load_font(13))[1][0].endswith(", mask 75%")
+    assert show._labels(show.Shown(row, ("a",), grey, mask))[1][0].endswith(", mask 75%")
 
 
 def test_collecting_a_cache_that_is_not_there_makes_no_folder(tmp_path):
     done = Cli(tmp_path)(app, "gc", "cache/none")
     assert (done.code, [*tmp_path.iterdir()]) == (2, [])
     assert "cache/none is not a cache: it does not exist" in done.err
-
-
-def test_long_captions_are_wrapped_and_cut_with_dots_in_any_script():
-    font = show.load_font(13)
-    for text in ("word " * 200, "語" * 400, "a" * 900):
-        lines = show.wrap(text, font, 256, 4)
-        assert len(lines) == 4
-        assert lines[-1].endswith("...")
-        assert all(font.getlength(line.removesuffix("...")) <= 256 for line in lines)
-    assert show.wrap("two words", font, 256, 4) == ["two words"]
 
 
 def test_another_vae_is_not_asked_to_decode(shop, tmp_path):

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageStat
+from PIL import Image, ImageDraw, ImageStat
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
 
@@ -19,6 +19,7 @@ from k5cache.shared.device import pick_device
 from k5cache.shared.errors import OutputError
 from k5cache.shared.files import new_file
 from k5cache.shared.fingerprint import fingerprint
+from k5cache.shared.fonts import Font, font_for, wrap, write
 from k5cache.shared.model import ModelConfig
 from k5cache.store.index import IndexRow
 from k5cache.store.reader import Cache
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 SOFTWARE = "k5cache show"  # in the PNG: a sheet may be drawn over an older one of the same cache
 CELL = 256  # pixels of the longer side of a picture in the sheet
 LINES = 4  # of caption under a picture
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
-"""Looked for on the system, because Pillow's own font has Latin letters only."""
+FONT_SIZE = 13
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 def contact_sheet(shown: Sequence[Shown], columns: int | None = None) -> Image.Image:
     """A grid of pictures, each above its path, bucket and captions. Sources are on the left of their targets."""
-    font, line, gap = load_font(13), 17, 12
+    line, gap = 17, 12
     side_by_side = 2 if any(item.source for item in shown) else 1
     cell_width = side_by_side * CELL + (side_by_side - 1) * gap
     columns = columns or min(len(shown), max(2, round((len(shown) / side_by_side) ** 0.5)))
-    labels = [_labels(item, font, cell_width) for item in shown]
+    labels = [_labels(item, cell_width) for item in shown]
     cell_height = CELL + line * max(map(len, labels)) + 2 * gap
     num_rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, num_rows * cell_height + gap), "white")
@@ -147,7 +147,7 @@ def contact_sheet(shown: Sequence[Shown], columns: int | None = None) -> Image.I
             middle = left + number * (CELL + gap) + (CELL - picture.width) // 2
             sheet.paste(picture, (middle, top + CELL - picture.height))
         for number, (text, colour) in enumerate(labels[i]):
-            draw.text((left, top + CELL + 4 + number * line), text, colour, font)
+            write(draw, (left, top + CELL + 4 + number * line), [text], colour, font_for(text, FONT_SIZE), line)
     return sheet
 
 
@@ -158,16 +158,6 @@ def _fitted(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of the system with many scripts, or Pillow's own, which has Latin letters only."""
-    for name in FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
-
-
 def _under_mask(item: Shown) -> Image.Image:
     """The picture, paler where its mask leaves it out."""
     if item.mask is None:
@@ -176,45 +166,20 @@ def _under_mask(item: Shown) -> Image.Image:
     return Image.composite(item.picture, pale, item.mask.resize(item.picture.size, Image.Resampling.NEAREST))
 
 
-def _labels(
-    item: Shown, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int = CELL
-) -> list[tuple[str, str]]:
+def _labels(item: Shown, width: int = CELL) -> list[tuple[str, str]]:
     """(text, colour) of each line under a picture."""
     row = item.row
     kind = f"{row.bucket_width}x{row.bucket_height} of {row.width}x{row.height}{', flipped' if row.flipped else ''}"
     kind += f", mask {ImageStat.Stat(item.mask).mean[0] / 255:.0%}" if item.mask else ""
     more = f" (and {len(item.captions) - 1} more)" if len(item.captions) > 1 else ""
-    caption = wrap((item.captions[0] or "(empty caption)") + more, font, width, LINES)
+    text = (item.captions[0] or "(empty caption)") + more
+    caption = wrap(text, font_for(text, FONT_SIZE), width, LINES)
     names = f"{row.source_path} -> {row.path}" if item.source else row.path
-    return [(_fit(names, font, width), "#666"), (kind, "#06c"), *((text, "black") for text in caption)]
+    names = _fit(names, font_for(names, FONT_SIZE), width)
+    return [(names, "#666"), (kind, "#06c"), *((line, "black") for line in caption)]
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """``text`` in at most ``most`` lines of at most ``width`` pixels; a longer text ends in dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        pieces = _pieces(word, font, width)
-        lines += pieces if lines[-1] else [pieces[0], *pieces[1:]]
-        if not lines[0]:
-            lines = lines[1:]
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-3] + "..."]
-
-
-def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A word cut into pieces that fit a line: a text in a script without spaces is one word."""
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
-
-
-def _fit(path: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int = CELL) -> str:
+def _fit(path: str, font: Font, width: int = CELL) -> str:
     """``path``, or its end if all of it is too long."""
     if font.getlength(path) <= width:
         return path

@@ -150,11 +150,10 @@ def _about_pictures(pictures: ComparedPictures, rows: Sequence[PictureRow]) -> l
 
 
 def _written(lines: Sequence[str], width: int) -> Image.Image:
-    font = chart.font(14)
     strip = Image.new("RGB", (width, 22 * len(lines) + 8), "white")
     pen = ImageDraw.Draw(strip)
     for i, line in enumerate(lines):
-        pen.text((chart.GAP, 22 * i), chart.fitting(line, font, width - 2 * chart.GAP), chart.INK, font)
+        chart.written(pen, (chart.GAP, 22 * i), line, width - 2 * chart.GAP, 14)
     return strip
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from k5cache.shared.fonts import Font, fitting, font_for, write
 from k5train.runs.axis import Axis, axis_for, steps_axis
 
 WIDTH = 1200
@@ -101,8 +101,8 @@ def draw_chart(title: str, rows: Sequence[Row], subtitle: str = "", width: int =
     top = 52 + (LINE + 3) * bool(subtitle)
     sheet = Image.new("RGB", (width, top + sum(row.height + GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 14), fitting(title, font(22), width - 2 * GAP), INK, font(22))
-    draw.text((GAP, 44), fitting(subtitle, font(14), width - 2 * GAP), PALE_INK, font(14))
+    written(draw, (GAP, 14), title, width - 2 * GAP, 22)
+    written(draw, (GAP, 44), subtitle, width - 2 * GAP, 14, PALE_INK)
     for row in rows:
         each = (width - GAP) // max(1, len(row.panels))
         boxes = [(GAP + i * each, top, i * each + each, top + row.height) for i in range(len(row.panels))]
@@ -113,22 +113,17 @@ def draw_chart(title: str, rows: Sequence[Row], subtitle: str = "", width: int =
     return sheet
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, so that a chart is the same on every machine."""
-    loaded = _FONTS.get(size) or ImageFont.load_default(size)
-    assert isinstance(loaded, ImageFont.FreeTypeFont)  # Pillow's wheels always have FreeType
-    return _FONTS.setdefault(size, loaded)
+def font(size: int) -> Font:
+    """The font of numbers and of what we write ourselves, the same on every machine."""
+    return font_for("", size)
 
 
-_FONTS: dict[int, ImageFont.FreeTypeFont] = {}
-
-
-def fitting(text: str, of_font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut at the end if it is wider than ``width`` pixels."""
-    if of_font.getlength(text) <= width:
-        return text
-    fits = bisect_right(range(len(text)), width, key=lambda length: of_font.getlength(f"{text[:length]} ..."))
-    return f"{text[: max(0, fits - 1)].rstrip()} ..."
+def written(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, width: float, size: int, colour: str = INK
+) -> None:
+    """Draw a text in one line, cut if it is wider than ``width`` pixels."""
+    of_font = font_for(text, size)
+    write(draw, at, [fitting(text, of_font, width)], colour, of_font, LINE)
 
 
 Box = tuple[int, int, int, int]
@@ -137,21 +132,21 @@ Box = tuple[int, int, int, int]
 def _draw_head(draw: ImageDraw.ImageDraw, panel: Panel, box: Box) -> int:
     """Title, note and legend: names beside samples of their lines, in as many rows as they need; returns its end."""
     left, top, right, _ = box
-    draw.text((left, top), fitting(panel.title, font(15), right - left), INK, font(15))
+    written(draw, (left, top), panel.title, right - left, 15)
     top += LINE + 5
     if panel.note:
-        draw.text((left, top), fitting(panel.note, font(12), right - left), PALE_INK, font(12))
+        written(draw, (left, top), panel.note, right - left, 12, PALE_INK)
         top += LINE
     every: list[Line | Level | Mark] = [*panel.lines, *panel.levels, *panel.marks]
     entries = [entry for entry in every if entry.name]
     x = left
     for entry in entries:
-        name = fitting(entry.name, font(13), right - left - SAMPLE - 6)
-        width = SAMPLE + 6 + int(font(13).getlength(name))
+        of_font, most = font_for(entry.name, 13), right - left - SAMPLE - 6
+        width = SAMPLE + 6 + int(of_font.getlength(fitting(entry.name, of_font, most)))
         if x > left and x + width > right:
             x, top = left, top + LINE
         _draw_sample(draw, entry, x, top + 8)
-        draw.text((x + SAMPLE + 6, top), name, INK, font(13))
+        written(draw, (x + SAMPLE + 6, top), entry.name, most, 13)
         x += width + 14
     return top + LINE * bool(entries) + 5
 
