@@ -223,6 +223,8 @@ def test_blocks_that_run_in_our_own_forward_pass_know_which_adapter_is_on_and_ho
         for options in (chosen, (chosen[1], chosen[2]), (chosen[1], chosen[3]))
     )
     assert (together.code, *(done.code for done in alone)) == (0, 0, 0), together.err
+    warned = ["A strength of 2 changes the model more" in done.err for done in (together, *alone)]
+    assert warned == [True, False, True]
     rows = [picture for _, picture in grids[0]]
     assert all(not np.array_equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
     assert [np.array_equal(rows[3], grids[1][1][1]), np.array_equal(rows[4], grids[2][1][1])] == [True, True]

@@ -216,7 +216,7 @@ def test_batches_that_a_bucket_cannot_fill_are_named(options, buckets, said):
 def test_a_run_says_it_at_its_start(toy_model, toy_cache, tmp_path, monkeypatch, capsys):
     """Of what the recipe says alone, of its buckets, its epochs and its model, before anything is downloaded."""
     options = ["objective.huber_c=0.5", "epochs=1", "batch_size=50", "gradient_accumulation_steps=50", "lora.algo=lokr",
-               "lora.rank=900", "optim.lr=1e-4"]  # fmt: skip
+               "lora.rank=900", "optim.lr=1e-4", "flow_schedule_shift=9", "validation.guidance_scale=7"]  # fmt: skip
     (config,) = parse(read(None, [f"train.{option}" for option in options]), {"train": TrainConfig})
     monkeypatch.setattr("k5train.training.start.model_folder", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -229,6 +229,8 @@ def test_a_run_says_it_at_its_start(toy_model, toy_cache, tmp_path, monkeypatch,
         "train.batch_size is 50, but",
         "gradient_accumulation_steps is 50, but an epoch has",
         "train.lora.rank does nothing here",
+        "train.flow_schedule_shift is 9: ",
+        "train.validation.guidance_scale is 7: ",
     ):
         assert line in said
-    assert said.count("warning: ") == 6
+    assert said.count("warning: ") == 8

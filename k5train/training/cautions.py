@@ -1,4 +1,4 @@
-"""What is to be said before a run: which of its options do nothing, or something else than their values suggest?"""
+"""What is to be said before a run: which of its options do nothing, harm, or do else than their values suggest?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from k5train.data.batch_sizes import batch_warnings
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
 from k5train.options.adapter import LoraConfig
+from k5train.options.extremes import extreme_values
 from k5train.options.rate import rate_warnings
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import never_reached, options_without_effect
@@ -28,7 +29,7 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str
         RecipeError: a target of the LoRA matches nothing.
     """
     data = split_off(data, config.validation.split)
-    lines = [*options_without_effect(config), *rate_warnings(config)]
+    lines = [*options_without_effect(config), *rate_warnings(config), *extreme_values(config)]
     if config.epochs is not None:
         micro_batches = Loader(data, config, scaling_factor=1.0).micro_batches(config.epochs)
         lines += never_reached(config, -(-micro_batches // config.gradient_accumulation_steps))

@@ -21,6 +21,7 @@ from k5train.base.quantize import empty_transformer
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, Source
 from k5train.forward.load import execute, load
+from k5train.options.extremes import guidance_warnings, strength_warnings
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
 from k5train.pictures.drawings import drawings_for, draws_any, note_sizes
@@ -62,6 +63,8 @@ def resample(
     reader = open_cache(cache)
     drawings = drawings_to_draw(run, reader, config)
     note_sizes(reader, config.validation)
+    for line in [*guidance_warnings(config.validation), *strength_warnings([choice.strength for choice in choices])]:
+        console.warn(line)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     _vet(choices, folder, reader.kind)
     device = pick_device(config.device, folder)
