@@ -13,10 +13,10 @@ import pytest
 from tests import micro_edit
 from tests.runs import start_run
 
-# Shares of the base's loss, each with the values measured. The tests train with seed 0.
+# Shares of the base's loss, each with the values measured. The tests train with the default seed.
 BRIEF, BRIEF_MARGIN = 10, 0.97  # seeds 0 and 1: 0.944, 0.944
-STEPS, MARGIN = 60, 0.9  # seeds 0 and 1: 0.864, 0.862
-SWAPPED = 1.05  # the base: 1.094; after 60 steps, seeds 0 and 1: 1.104, 1.101
+STEPS, MARGIN = 40, 0.91  # seeds 0 to 2: 0.889, 0.891, 0.886
+SWAPPED = 1.05  # the base: 1.094; after 40 steps, seeds 0 to 2: 1.105, 1.103, 1.107
 
 
 @pytest.fixture(scope="module")
