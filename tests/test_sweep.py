@@ -17,6 +17,7 @@ from k5train.base import quantize
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
+from k5train.runs.compared import compare, remarks
 from k5train.runs.outcomes import read_outcomes
 from k5train.runs.resume_state import Progress, save_state
 from k5train.training import session
@@ -118,6 +119,12 @@ def test_a_run_that_exploded_has_no_row_of_pictures_and_says_how_far_it_came(swe
         cell = single.height / 2  # base model and step 3; headers are less than a cell
         assert 2.4 * cell < grid.height < 3.4 * cell  # base model and two runs, not four
     assert "Next, see their settings and curves: k5train compare out" in done.out
+
+
+def test_compare_says_why_a_run_of_a_sweep_ended(swept):
+    of_loss = remarks(compare([swept[0]])["rank=2,lr=1e5"])
+    assert "nothing was updated" in of_loss[0]
+    assert of_loss[1] == "not finished: step 2 of 3"
 
 
 def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy_model):

@@ -162,7 +162,7 @@ def test_what_is_missing_or_damaged_of_a_finished_run_is_named_and_its_lora_stay
     (out / "lr=0.3" / "lr=0.3.safetensors").unlink()
     kept = (out / "lr=0.03" / "lr=0.03.safetensors").read_bytes()
     done = add(again, cache, "--grid", "train.optim.lr=0.03,1e-9")
-    assert "sweep.json is not the file that was written: it is written again from the runs in out" in done.err
+    assert "sweep.json is not the file that was written: how the runs ended is read from their own folders" in done.err
     assert "Loading the transformer" not in done.err
     problems = {outcome.label: outcome.problem for outcome in read_outcomes(out)}
     assert problems == {

@@ -16,6 +16,7 @@ from typing import Any
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5cache.shared.outputs import HARMLESS, kind_of
+from k5train.runs.outcomes import read_outcomes
 from k5train.runs.record import Loss, Record, read_record
 
 _MOST_NAMED = 3
@@ -70,9 +71,21 @@ def compare(folders: Sequence[Path]) -> Comparison:
     Raises:
         RunError: one of the folders does not exist, or there is no run among them.
     """
-    runs = _named([read_record(root) for root in find_runs(folders)])
+    runs = _named(_with_reasons([read_record(root) for root in find_runs(folders)]))
     best, reason = _best_of(runs)
     return Comparison(runs, _settings(runs), _groups(runs, "held_out"), _groups(runs, "probe"), best, reason)
+
+
+def _with_reasons(runs: Sequence[Record]) -> list[Record]:
+    """The records, with the errors that ended runs of sweeps, which only the sweep's own file has."""
+    sweeps = dict.fromkeys(run.root.parent for run in runs if not run.is_finished)
+    outcomes = {folder / outcome.label: outcome for folder in sweeps for outcome in read_outcomes(folder)}
+    return [
+        replace(run, problems=(*run.problems, outcome.error))
+        if not run.is_finished and (outcome := outcomes.get(run.root)) and outcome.error
+        else run
+        for run in runs
+    ]
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:

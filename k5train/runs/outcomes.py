@@ -15,6 +15,7 @@ from k5cache.shared.sealed import unseal, write_sealed
 FILE = "sweep.json"
 """With it a folder is a sweep's. Without a seal, an earlier version wrote it: a list with one table for each run."""
 FORMAT = 1
+NOT_FINISHED = "not finished"  # how the problem of a run that was stopped begins
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Outcome:
     remarks: tuple[str, ...] = ()
     """What a person should know of its ending, such as that it is worse than its base."""
 
+    @property
+    def error(self) -> str | None:
+        """What ended it before its last step. None if it was only stopped."""
+        return None if self.problem is None or self.problem.startswith(NOT_FINISHED) else self.problem
+
 
 _NAMES = {field.name for field in fields(Outcome)}
 _NUMBERS = {field.name for field in fields(Outcome) if "float" in str(field.type) or "int" in str(field.type)}
@@ -72,7 +78,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
         rows = json.loads(raw) if raw.lstrip()[:1] == b"[" else unseal(raw)["runs"]
         return [_outcome(row) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        console.warn(f"{path} is not the file that was written: it is written again from the runs in {folder}")
+        console.warn(f"{path} is not the file that was written: how the runs ended is read from their own folders")
         return []
 
 

@@ -25,7 +25,7 @@ from k5train.pictures.saved import read_pictures
 from k5train.runs.compared import remarks
 from k5train.runs.differences import differences
 from k5train.runs.folder import Run, check_new, open_run
-from k5train.runs.outcomes import FILE, Outcome, read_outcomes
+from k5train.runs.outcomes import FILE, NOT_FINISHED, Outcome, read_outcomes
 from k5train.runs.record import UNSEALED_RESULT, Loss, Record, read_record
 from k5train.runs.written import check_recorded
 from k5train.training.sweep_runs import FIXED, SweepRun
@@ -131,7 +131,7 @@ def outcomes_before(out: Path, labels: Sequence[str]) -> dict[str, Outcome]:
 def _brought_up_to_date(root: Path, known: Outcome | None) -> Outcome:
     if known and not root.is_dir():
         return replace(known, problem=known.problem or f"{root} is not there any more")
-    return outcome_of(root, known.problem if known and not Run(root).is_finished else None)
+    return outcome_of(root, known.error if known and not Run(root).is_finished else None)
 
 
 def outcome_of(root: Path, problem: str | None = None) -> Outcome:
@@ -161,13 +161,15 @@ def outcome_of(root: Path, problem: str | None = None) -> Outcome:
         seconds=record.seconds,
         seconds_to_start=result.get("seconds_to_start"),
         problem=problem or own or _problem_of(run, record),
-        remarks=tuple(remark for remark in remarks(replace(record, problems=())) if not remark.startswith("not fin")),
+        remarks=tuple(
+            remark for remark in remarks(replace(record, problems=())) if not remark.startswith(NOT_FINISHED)
+        ),
     )
 
 
 def _problem_of(run: Run, record: Record) -> str | None:
     if not run.is_finished:
-        return f"not finished: step {record.steps} of {record.settings.get('train.steps', '?')}"
+        return f"{NOT_FINISHED}: step {record.steps} of {record.settings.get('train.steps', '?')}"
     if not run.lora.is_file():
         return f"{run.lora} is not there"
     try:
