@@ -97,7 +97,7 @@ def _train_all(
                 _train(data, folder, sweep_run.config, run, base)
             except (RunError, RecipeError, DoesNotFit) as error:
                 problem = error.problem
-                console.warn(f"{sweep_run.label}: {problem}")
+                console.warn(f"{sweep_run.label}: {problem}. {error.fix}")
         outcome = outcomes[sweep_run.label] = outcome_of(run.root, problem)
         if not outcome.problem:
             remove_states(run.state)  # three times the size of the LoRA. Also what a kill kept of a finished run
