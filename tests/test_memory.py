@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -124,6 +125,50 @@ def test_the_adapter_is_counted_as_it_is_made():
         attach.add_lora(transformer, config, seed=0)
         parameters, _ = adapter_size(SMALL, config)
         assert parameters == sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+
+
+class Kept:
+    """A tensor that a graph keeps: it lives as long as its place in the graph."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_a_block_that_runs_as_pefts_modules_keeps_what_the_planner_counts():
+    arch, text = architecture(SMALL), torch.randn(1, 24, 256, dtype=torch.bfloat16).requires_grad_()
+    for lora in (
+        LoraConfig(algo="dora", rank=4), LoraConfig(algo="dora", rank=4, targets=("qkv",)),
+        LoraConfig(algo="lokr", rank=4), LoraConfig(algo="lokr", rank=4, targets=("qkv",)),
+    ):  # fmt: skip
+        transformer = random_weights.random_transformer(SMALL, "int8-quanto", CPU)
+        attach.add_lora(transformer, lora, seed=0)
+        transformer.train()
+        for tokens in (192, 768):
+            work = work_for(SMALL, TrainConfig(lora=lora), (tokens, 24), compiled=False)
+            x = torch.randn(1, tokens, 256, dtype=torch.bfloat16).requires_grad_()
+            rest = (text, torch.randn(1, 32), torch.randn(1, tokens, 1, 64, 2, 2))
+            known = {t.untyped_storage().data_ptr() for t in [*transformer.parameters(), *transformer.buffers(), *rest]}
+            alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+            def note(tensor: torch.Tensor, alive=alive) -> Kept:
+                alive.add(kept := Kept(tensor))
+                return kept
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept.tensor):
+                out = transformer.visual_transformer_blocks[0](x, *rest, None)
+            storages = [box.tensor.untyped_storage() for box in alive]
+            by_place = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            kept = sum(size for place, size in by_place.items() if place not in known)
+            del out
+            assert kept < memory.kept_bytes("all", arch, work) < 1.25 * kept, (lora.algo, lora.targets, tokens)
+            lean = memory.kept_bytes("selective", arch, work)
+            assert lean == memory.kept_bytes("nothing", arch, work) == x.nbytes  # such a block is recomputed whole
+    assert set(make_plan(arch, work, None).levels) == {"all"}
+    full = work_for(FULL_SIZE, TrainConfig(lora=LoraConfig(algo="lokr")), (4096, 256), compiled=False)
+    for cap in (20, 48):
+        plan = make_plan(FULL, full, cap * GIB)
+        assert set(plan.levels) == {"nothing", "all"}
+        assert 0.9 * cap < gib(plan) < cap
 
 
 def test_the_adapter_of_the_full_size_is_counted_as_peft_makes_it():

@@ -94,13 +94,13 @@ def test_every_name_and_value_is_one():
         # A rate of AdamW's for a LoRA, and what is usual instead.
         (["lora.algo=lokr", "optim.lr=1e-4"], "train.optim.lr is 0.0001, at which a LoKr hardly learns. Leave it out"),
         (["optim.optimizer=lion", "optim.lr=1e-4"], "every update of Lion. Leave it out for 3.3e-05"),
-        (["optim.optimizer=muon", "optim.lr=1e-4"], "a fifth of its size. Leave it out for 0.0005"),
+        (["optim.optimizer=muon", "optim.lr=5e-5"], "a fifth of its size. Leave it out for 0.00025"),
         (["optim.optimizer=prodigy", "optim.lr=1e-4"], "it finds by it. Leave it out for 1, which"),
-        (["lora.algo=rslora", "optim.lr=1e-4"], "scaled by 5.66: it changes the model about as a LoRA does at 0.00057. "
-         "Use --set train.optim.lr=1.8e-05, which is as a LoRA at 0.0001"),
+        (["lora.algo=rslora", "optim.lr=1e-4"], "scaled by 5.66: it changes the model about as a LoRA does at 0.0004. "
+         "Use --set train.optim.lr=2.5e-05, which is as a LoRA at 0.0001"),
         # The rate is the usual one, and alpha makes it four times as strong.
         (["lora.algo=rslora", "lora.rank=16", "lora.alpha=64"], "scaled by 16: it changes the model about as a LoRA "
-         "does at 0.0004. Use --set train.optim.lr=6.3e-06"),
+         "does at 0.0004. Use --set train.optim.lr=8.9e-06"),
     ],
 )  # fmt: skip
 def test_a_rate_of_another_adapter_or_optimizer_is_named(options, said):
@@ -115,9 +115,9 @@ def test_a_rate_of_another_adapter_or_optimizer_is_named(options, said):
 
 def test_each_adapter_and_optimizer_has_its_usual_rate_and_a_number_stays():
     expected = {
-        ("lora", "adamw"): 1e-4, ("dora", "adamw"): 1e-4, ("rslora", "adamw"): 1.8e-5, ("lokr", "adamw"): 2e-3,
+        ("lora", "adamw"): 1e-4, ("dora", "adamw"): 1e-4, ("rslora", "adamw"): 2.5e-5, ("lokr", "adamw"): 1e-3,
         ("lora", "adamw8bit"): 1e-4, ("lora", "schedulefree"): 1e-4, ("lora", "adafactor"): 1e-4,
-        ("lora", "lion"): 3.3e-5, ("lokr", "lion"): 6.7e-4, ("lora", "muon"): 5e-4, ("rslora", "muon"): 8.8e-5,
+        ("lora", "lion"): 3.3e-5, ("lokr", "lion"): 3.3e-4, ("lora", "muon"): 2.5e-4, ("rslora", "muon"): 6.3e-5,
         ("lora", "prodigy"): 1.0, ("lokr", "prodigy"): 1.0,
     }  # fmt: skip
     for (algo, optimizer), rate in expected.items():
@@ -127,12 +127,13 @@ def test_each_adapter_and_optimizer_has_its_usual_rate_and_a_number_stays():
         chosen = replace(config, optim=replace(config.optim, lr=7e-3))
         assert with_usual_rate(chosen) is chosen
     high = TrainConfig(lora=LoraConfig(algo="rslora", rank=100))
-    assert with_usual_rate(high).optim.lr == 1e-5  # a LoRA of rank 100, divided by 10
+    assert with_usual_rate(high).optim.lr == 1.4e-5  # a LoRA's, divided by 0.7 * 10
+    assert with_usual_rate(replace(high, lora=LoraConfig(algo="rslora", rank=1))).optim.lr == 1e-4
 
 
 def test_runs_of_a_grid_have_rates_of_their_own():
     _, runs = sweep_runs(read(None, []), ["train.lora.algo=lora,lokr", "train.optim.optimizer=adamw,lion"], None)
-    assert [run.config.optim.lr for run in runs] == [1e-4, 3.3e-5, 2e-3, 6.7e-4]
+    assert [run.config.optim.lr for run in runs] == [1e-4, 3.3e-5, 1e-3, 3.3e-4]
     _, runs = sweep_runs(read(None, ["train.lora.algo=lokr"]), ["train.optim.lr=1e-4,3e-3"], None)
     assert [run.config.optim.lr for run in runs] == [1e-4, 3e-3]
     _, runs = sweep_runs(read(None, ["train.optim.lr=5e-4"]), ["train.lora.algo=lora,lokr"], None)

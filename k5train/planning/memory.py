@@ -78,6 +78,18 @@ class Architecture:
         return (9 * self.num_visual_blocks + 6 * self.num_text_blocks) * self.model_dim * per_row
 
 
+class AsModules(NamedTuple):
+    """What a visual block's adapters keep where blocks run as peft's modules: all of it, or nothing of the block."""
+
+    per_token: int
+    """Bytes for each token of the picture."""
+    per_text_token: int
+    weights: int
+    """Bytes of whole matrices, whatever the number of tokens."""
+    passing: int
+    """Bytes that the largest of its linears needs for a moment, whatever the number of tokens."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One forward and backward pass, the largest of a run."""
@@ -97,6 +109,8 @@ class Work:
     """The parameter and its gradient in float32, and the optimizer's state, which is 8 bytes in AdamW."""
     condition_channels: int = 0
     """Channels of the source's latents and mask, for image-to-image."""
+    as_modules: AsModules | None = None
+    """Of DoRA and LoKr, whose blocks keep everything at level "all" and nothing at the others."""
     token_shares: tuple[float, ...] = ()
     """Share of the picture's tokens that goes through each visual block. Empty without TREAD: all of them."""
 
@@ -158,7 +172,7 @@ def kept_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
     row = tokens * arch.model_dim * size
     logsumexp = tokens * (arch.model_dim // arch.head_dim) * 4
     kept = row  # the block's input
-    if level == "nothing":
+    if level == "nothing" or (work.as_modules and level != "all"):
         return kept
     kept += row + logsumexp
     if level == "attention":
@@ -169,6 +183,9 @@ def kept_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
     kept += tokens * work.adapters_width * size
     if level in ("matmuls", "all"):
         kept += tokens * arch.ff_dim * size
+    if work.as_modules:
+        kept += tokens * work.as_modules.per_token + work.as_modules.weights
+        kept += work.batch_size * work.num_text_tokens * work.as_modules.per_text_token
     if level == "all":
         kept += int(_EXTRA_ROWS["compiled" if work.compiled else "eager"] * row)
     return kept
@@ -204,13 +221,15 @@ def _work_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
     """Bytes that the backward pass of one block needs at its peak, besides what was kept."""
     size, tokens = work.bytes_per_element, work.batch_size * work.num_tokens
     row, hidden = tokens * arch.model_dim * size, tokens * arch.ff_dim * size
-    again = max(0, kept_bytes("matmuls", arch, work) - kept_bytes(level, arch, work))
+    whole = kept_bytes("all" if work.as_modules else "matmuls", arch, work)
+    again = max(0, whole - kept_bytes(level, arch, work))
     # The peak is in the feed-forward: the hidden layer's gradient, the residuals, and the weight as it is multiplied.
     weight = arch.model_dim * arch.ff_dim * (1 if work.precision == "int8-dynamic" else size)
     weight = 0 if work.precision == "no_change" else weight
     quantized = hidden // size if work.precision == "int8-dynamic" else 0
     unfused = 0 if work.compiled else 2 * hidden + 12 * row  # float32 copies, which a compiled block never writes
-    return again + hidden + 5 * row + unfused + weight + quantized
+    passing = work.as_modules.passing if work.as_modules else 0
+    return again + hidden + 5 * row + unfused + weight + quantized + passing
 
 
 def make_plan(
@@ -284,7 +303,8 @@ class _Planner:
         """The plan that climbs the ladder as far as it fits. None: the lowest rung does not fit."""
         best: Plan | None = None
         count = self.arch.num_visual_blocks
-        for lower, upper in itertools.pairwise(LEVELS):
+        ladder: tuple[LevelName, ...] = ("nothing", "all") if self.work.as_modules else tuple(LEVELS)
+        for lower, upper in itertools.pairwise(ladder):
             for raised in range(count + 1):
                 candidate = self.plan(_mixed(lower, upper, raised, count), streaming)
                 if not self.fits(candidate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from k5train.options.memory import MemoryConfig
 from k5train.options.objective import RouteConfig
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
-from k5train.planning.memory import Architecture, Plan, Streaming, Work
+from k5train.planning.memory import Architecture, AsModules, Plan, Streaming, Work
 from k5train.planning.vram import check_bfloat16
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def work_for(
         compiled=compiled,
         bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
         condition_channels=transformer_config["in_visual_dim"] + 1 if transformer_config.get("visual_cond") else 0,
+        as_modules=as_modules(transformer_config, config.lora, DTYPES[config.mixed_precision].itemsize),
         token_shares=token_shares(config.tread.routes, transformer_config["num_visual_blocks"]) if is_routed else (),
     )
 
@@ -120,14 +122,42 @@ def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> t
     Raises:
         RecipeError: a target matches nothing, or a rank is above a side of its module's matrix.
     """
-    with init_empty_weights():
-        transformer = Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
+    transformer = _without_weights(transformer_config)
     ranks = targets.module_ranks(transformer, config, targets.match_targets(transformer, config.targets))
     sizes = targets.linear_sizes(transformer)
     parameters = sum(targets.num_parameters(sizes[name], rank, config) for name, rank in ranks.items())
     blocks = max(1, len(transformer.visual_transformer_blocks))
     in_blocks = sum(rank for name, rank in ranks.items() if name.startswith("visual_transformer_blocks."))
     return parameters, -(-in_blocks // blocks)
+
+
+def as_modules(transformer_config: Mapping[str, Any], config: LoraConfig, element: int) -> AsModules | None:
+    """What peft's modules of a DoRA or a LoKr keep in a visual block; ``tests/test_memory.py`` counts it.
+
+    Both multiply in float32 and keep their input as that. A LoKr also keeps the change of each weight, a whole matrix.
+    A DoRA keeps its output and the base's, and makes the change from an identity matrix, to take the norms of its rows.
+    """
+    if config.algo not in ("dora", "lokr"):
+        return None
+    transformer, is_dora = _without_weights(transformer_config), config.algo == "dora"
+    sizes, passing = targets.linear_sizes(transformer), [0]
+    kept = {"token": 0, "text token": 0, "weights": 0}
+    for name in targets.match_targets(transformer, config.targets).modules:
+        if not name.startswith("visual_transformer_blocks."):
+            continue
+        outputs, inputs = sizes[name]
+        of = "text token" if re.search(r"cross_attention\.to_(?:key|value)$", name) else "token"
+        kept[of] += (4 if element < 4 else 0) * inputs + is_dora * (element + 4) * outputs
+        kept["weights"] += 0 if is_dora else 4 * outputs * inputs
+        passing.append(4 * (inputs**2 + 3 * outputs * inputs if is_dora else 2 * outputs * inputs))
+    blocks = max(1, len(transformer.visual_transformer_blocks))
+    token, text_token, weights = (-(-count // blocks) for count in kept.values())
+    return AsModules(token, text_token, weights, max(passing))
+
+
+def _without_weights(transformer_config: Mapping[str, Any]) -> Kandinsky5Transformer3DModel:
+    with init_empty_weights():
+        return Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
 
 
 def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:
