@@ -7,7 +7,7 @@ import os
 import typer
 
 from k5cache.shared import console
-from k5train.commands import base, bench, compare, lora, options, plan, run, sample, selftest, sweep
+from k5train.commands import base, bench, compare, import_, lora, options, plan, run, sample, selftest, sweep
 
 app = typer.Typer(
     cls=console.Commands,
@@ -27,6 +27,7 @@ app.command()(plan.plan)
 app.command()(selftest.selftest)
 app.command()(bench.bench)
 app.command()(options.options)
+app.command("import")(import_.import_)
 app.command()(lora.export)
 app.command()(lora.merge)
 app.command("check-lora")(lora.check_lora)

@@ -164,7 +164,9 @@ def claims(sentence: str) -> list[tuple[str, Any]]:
 def texts() -> Iterator[tuple[str, str]]:
     """(where, text) of all that names options: pages, the comments that open recipes, and the help of every table."""
     for page in CHECKED_PAGES:
-        yield page.name, page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        # Its tables list the keys of other trainers, some of which are called default; tests/test_moving.py holds them.
+        yield page.name, text.partition("\n## SimpleTuner: ")[0] if page.name == "moving_over.md" else text
     for recipe in [*RECIPES, *LISTS]:
         comments = re.findall(r"^# ?(.*)$", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
         yield recipe.name, "\n".join(comments)

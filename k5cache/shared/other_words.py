@@ -26,6 +26,8 @@ class Word:
     """A phrase after the word, about every other value. Empty: that it is called ``option`` here."""
     tables: tuple[str, ...] | None = None
     """The tables in which it means this; empty is the recipe itself. None: in all."""
+    because: str = ""
+    """A sentence on why a harmless value needs nothing. Empty: it asks for what happens here anyway."""
 
     def asks_nothing(self, value: Any) -> bool:
         """Whether a value changes nothing here."""
@@ -40,8 +42,8 @@ def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-def _not_needed(*names: str) -> dict[str, Word]:
-    return dict.fromkeys(names, Word(harmless=(ANYTHING,)))
+def _not_needed(because: str, *names: str) -> dict[str, Word]:
+    return dict.fromkeys(names, Word(harmless=(ANYTHING,), because=because))
 
 
 def _called(option: str, *names: str) -> dict[str, Word]:
@@ -75,9 +77,12 @@ WORDS: Mapping[str, Word] = {
         "does not exist: stage 2 never loads two models at once. enable_group_offload moves weights block by block",
     ),
     **_called("train.memory.vram", "blocks_to_swap"),
+    **_not_needed("stage 1 loads one encoder at a time, and training loads none", "offload_during_startup"),
+    **_not_needed("the plan says what is computed again", "gradient_checkpointing", "gradient_checkpointing_interval"),
+    **_not_needed("the base is quantised once, tensor by tensor", "quantize_via"),
     **_not_needed(
-        "offload_during_startup", "gradient_checkpointing", "gradient_checkpointing_interval", "quantize_via",
-        "fused_qkv_projections", "allow_tf32", "attention_mechanism", "sdpa", "xformers",
+        "the kernels are chosen by the card", "fused_qkv_projections", "allow_tf32", "attention_mechanism", "sdpa",
+        "xformers",
     ),
     # The adapter
     "lora_type": Word("train.lora.algo", ("standard",)),
@@ -137,11 +142,20 @@ WORDS: Mapping[str, Word] = {
     **_called("train.validation.split", "eval_split", "validation_split"),
     # The data
     **_not_needed(
-        "write_batch_size", "vae_batch_size", "vae_cache_ondemand", "compress_disk_cache", "disable_benchmark",
-        "preserve_data_backend_cache", "enable_bucket", "aspect_bucket_rounding", "aspect_bucket_alignment",
-        "max_workers", "dataloader_prefetch", "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs",
+        "stage 1 encodes everything into the cache", "write_batch_size", "vae_batch_size", "vae_cache_ondemand",
+        "compress_disk_cache", "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs",
+    ),
+    **_not_needed(
+        "k5cache encode names what has changed and encodes only that", "preserve_data_backend_cache",
         "override_dataset_config",
     ),
+    **_not_needed(
+        "images always go into the sizes that the model was trained at", "enable_bucket", "aspect_bucket_rounding",
+        "aspect_bucket_alignment",
+    ),
+    **_not_needed("rows are read ahead without being asked", "max_workers", "dataloader_prefetch"),
+    **_not_needed("the base model's pictures are the first row of a grid: train.validation.before",
+                  "disable_benchmark"),
     "id": Word(None, (ANYTHING,), tables=_DATA),
     "default": Word(None, (ANYTHING,), tables=_DATA),
     "type": Word(None, ("local",), "does not exist: k5cache encode takes folders, tables, tars and datasets of the hub",
