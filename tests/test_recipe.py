@@ -74,6 +74,7 @@ MEANT = {
     "train.train_batch_size=1": "train.batch_size",
     "validation_guidance=3": "train.validation.guidance_scale",
     "train.validation_prompts=['a']": "train.validation.prompts",
+    "[/red]=1": None, "train.xyzzy[b]=1": None, "train.lora.rnak[0]=1": "rank",  # brackets that are no place in a list
     "num_inference_steps=3": "train.rollout.num_inference_steps' or 'train.validation.num_inference_steps",
 }  # fmt: skip
 

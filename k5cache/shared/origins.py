@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from k5cache.shared.errors import RecipeError
 
 Keys = tuple[str | int, ...]
+_INDEXED = re.compile(r"(.+)\[([0-9]{1,9})\]", re.DOTALL)  # an entry of a list; a user's own key may have brackets too
 _MOST_LINES = 1000  # of a recipe in which lines are found: the time grows with their square, here to 2 s
 
 
@@ -127,7 +129,8 @@ def _has(values: Any, keys: Keys) -> bool:
 
 def _keys(name: str) -> Keys:
     """``train.data[0].cache`` -> ``("train", "data", 0, "cache")``."""
-    parts = (part.partition("[") for part in name.split("."))
-    return tuple(
-        key for before, _, index in parts for key in ((before, int(index.rstrip("]"))) if index else (before,))
-    )
+    keys: list[str | int] = []
+    for part in name.split("."):
+        indexed = _INDEXED.fullmatch(part)
+        keys += [indexed[1], int(indexed[2])] if indexed else [part]
+    return tuple(keys)
