@@ -189,7 +189,10 @@ def test_runs_of_versions_without_keys_are_compared_only_on_one_cache_with_one_s
     for name, cache in (("a", "cache/x"), ("b", "cache/x"), ("c", "cache/y")):
         run = make(tmp_path / name, cache=cache)
         run.metrics.write_text(run.metrics.read_text().replace(', "held_out_key": "0123"', ""))
-    assert compared(tmp_path).groups == (("a", "b"), ("c",))
+    make(tmp_path / "later", cache="cache/x")
+    comparison = compared(tmp_path)
+    assert comparison.groups == (("a", "b"), ("c",), ("later",))
+    assert "because earlier versions did not record what they measured on" in comparison.reason
 
 
 def test_without_a_split_no_run_is_called_the_best_and_the_lowest_probe_is_named(tmp_path):
@@ -260,10 +263,11 @@ def test_damaged_and_foreign_folders_are_named_while_the_others_are_compared(tmp
     text.write_text(text.read_text().replace("rank = 32", "rank = 33"))
     result.result.write_text("{")
     (facts.root / "run.json").unlink()
+    make(tmp_path / "lost").metrics.unlink()
     create_run(tmp_path / "zero", Path("c"), ModelConfig(), replace(CONFIG, name="zero"))
     (tmp_path / "notes").mkdir(), (tmp_path / "list.txt").touch()
     make(tmp_path / "whole", (0.5, 0.2, 0.1))
-    names = ["whole", *(run.name for run in (cut, middle, nan, link, pipe, recipe, result, facts)), "zero"]
+    names = ["whole", *(run.name for run in (cut, middle, nan, link, pipe, recipe, result, facts)), "lost", "zero"]
     done = Cli(tmp_path)(app, "compare", *names, "notes", "list.txt", "--json", "-o", "out.png")
     assert done.code == 0
     assert done.err.splitlines() == [
@@ -281,6 +285,7 @@ def test_damaged_and_foreign_folders_are_named_while_the_others_are_compared(tmp
         "recipe": ["recipe/recipe.toml was changed since the run began: train.lora.rank: 32, now 33"],
         "result": ["result/result.json is not the file that was written"],
         "facts": ["facts is not a run: it has no recipe.toml and run.json"],
+        "lost": ["There is no longer a file or folder lost/metrics.jsonl"],
         "zero": ["not finished: step 0 of 4"],
     }
     by_name = {run["name"]: run for run in document["runs"]}

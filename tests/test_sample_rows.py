@@ -253,6 +253,7 @@ def test_what_does_not_exist_or_is_no_lora_of_the_model_is_refused_before_the_tr
         (("--step", "7"), "one of: final, best, ema, 1, 2"),
         (("--which", "last"), "--which last names no LoRA"),
         (("--lora", "gone.safetensors"), "There is no gone.safetensors"),
+        (("--lora", "."), ". is neither a LoRA nor a run"),
         (("--lora", "page.safetensors"), "page.safetensors is a web page, not a LoRA"),
         (("--lora", "bare.safetensors"), "bare.safetensors is a DoRA that diffusers does not load as it is"),
         (("--lora", "harmful.safetensors"), "peft would do more than load a LoRA"),
@@ -262,6 +263,12 @@ def test_what_does_not_exist_or_is_no_lora_of_the_model_is_refused_before_the_tr
         done = Cli(tmp_path)(app, "sample", str(finished), *arguments, "-o", "out.png")
         assert done.code == 2, arguments
         assert words in " ".join(done.err.split()), done.err
+    elsewhere = tmp_path / finished.name
+    shutil.copytree(finished, elsewhere)
+    (elsewhere / "run.json").write_text(json.dumps({"cache": "cache/of another folder"}), encoding="utf-8")
+    done = Cli(tmp_path)(app, "sample", elsewhere.name, "-o", "out.png")
+    words = f"If it has moved: k5train sample {elsewhere.name} --cache PATH"
+    assert (done.code, words in " ".join(done.err.split())) == (2, True), done.err
     best = run.best.rename(tmp_path / "aside")
     try:
         done = Cli(tmp_path)(app, "sample", str(finished), "--which", "best")

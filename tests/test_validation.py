@@ -238,7 +238,13 @@ def test_a_prompt_library_is_a_list_or_names_and_joins_the_prompts(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [(None, "cannot be read"), ("[1]", "is not a list of prompts"), ("{", "is not JSON")]
+    ("text", "problem"),
+    [
+        (None, "cannot be read"),
+        ("[1]", "is not a list of prompts"),
+        ("{", "is not JSON"),
+        ('{"a": "x", "b": "y", "a": "z"}', "has 2 prompts named 'a'"),
+    ],
 )
 def test_a_prompt_library_that_is_none_is_refused(tmp_path, text, problem):
     if text is not None:

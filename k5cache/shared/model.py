@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from k5cache.shared.errors import RecipeError
-from k5cache.shared.plain import read_json
+from k5cache.shared.plain import parse_json, read_text
 
 Flavour = Literal["t2i-lite-sft", "t2i-lite-pretrain", "i2i-lite-sft", "i2i-lite-pretrain"]
 FLAVOURS: dict[str, str] = {
@@ -178,13 +179,19 @@ def named_prompts(path: Path) -> tuple[tuple[str, str], ...]:
     """
     fix = 'Write it like ["a red bicycle"] or {"bicycle": "a red bicycle"}'
     try:
-        document = read_json(path)
+        document = parse_json(read_text(path), tuple)  # an object as pairs: a dictionary would hide equal names
     except OSError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} cannot be read: {error.strerror}", fix) from error
     except ValueError as error:
         raise RecipeError(f"train.validation.prompt_library: {path} is not JSON: {error}", fix) from error
     entries = [("", prompt) for prompt in document] if isinstance(document, list) else None
-    entries = [*document.items()] if isinstance(document, dict) else entries
+    entries = [*document] if isinstance(document, tuple) else entries
     if entries is None or not all(isinstance(prompt, str) for _, prompt in entries):
         raise RecipeError(f"train.validation.prompt_library: {path} is not a list of prompts", fix)
+    often = Counter(name for name, _ in entries if name)
+    if twice := [name for name, count in often.items() if count > 1]:
+        raise RecipeError(
+            f"train.validation.prompt_library: {path} has {often[twice[0]]} prompts named {twice[0]!r}",
+            "Give each a name of its own",
+        )
     return tuple(entries)

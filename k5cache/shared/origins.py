@@ -57,7 +57,7 @@ class Document(dict[str, Any]):
                 raise RecipeError(f"{origin}: {key} is a value, not a table", "Write it like --set train.lora.rank=32")
             table = inner
         table[keys[-1]] = value
-        self.given.append((tuple(keys), origin))
+        self.given.append((_keys(name), origin))
 
     def origin(self, name: str) -> tuple[str, int | None]:
         """Where the value of this name came from: an option or a file, and the line in that file.

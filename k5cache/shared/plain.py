@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,15 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_TEXT_BYTES) -> str:
     return read_plain(path, most).decode("utf-8-sig")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, of which every error is a ValueError with a sentence: also of deep nesting and long numbers."""
+def parse_json(text: str | bytes, as_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """``json.loads``, of which every error is a ValueError with a sentence: also of deep nesting and long numbers.
+
+    Args:
+        as_object: what becomes of an object, given its keys and values. None: a dictionary, in which the last of equal
+            keys counts.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=as_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console, interrupt
-from k5cache.shared.errors import RecipeError
+from k5cache.shared.errors import RecipeError, RunError
 from k5train.commands.arguments import RunPath, Set
 from k5train.commands.lora import lora_in
 
@@ -34,6 +34,7 @@ def sample(
         list[Path] | None,
         typer.Option("--lora", help="A LoRA file from anywhere, or another run's folder. May be repeated."),
     ] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Where the cache is now, if it has moved.")] = None,
     step: Annotated[int | None, typer.Option(help="The same as --which STEP.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The PNG to write. Default: in the run's samples/.")
@@ -44,6 +45,7 @@ def sample(
     """Draw more pictures with a run's LoRAs or others: a row for the base model, and one for each LoRA and strength."""
     with interrupt.saying("Stopped: no picture was written"):  # during the imports too, which take seconds
         from k5cache.shared.checkpoint import check_known
+        from k5cache.shared.model import ModelConfig
         from k5cache.shared.recipe import parse
         from k5train.options.train import TrainConfig
         from k5train.runs.folder import open_run
@@ -51,7 +53,10 @@ def sample(
         from k5train.training.more_pictures import resample
         from k5train.training.which_loras import choose
 
-        opened, model_config, config, cache = open_run(run)
+        opened, _, config, recorded_cache = open_run(run)
+        if cache is None and not recorded_cache.exists():
+            moved = console.command("k5train", "sample", run, cache="PATH")
+            raise RunError(f"{run} was trained on {recorded_cache}, which is not there", f"If it has moved: {moved}")
         named = [*([] if step is None else [str(step)]), *(which or [])]
         choices = choose(opened, named, [lora_in(file)[0] for file in loras or []], strengths or [])
         document = read_recipe(opened.root, options or [])
@@ -66,10 +71,11 @@ def sample(
             document.give("train.validation.prompt_names", [names.get(prompt, "") for prompt in prompts], "--prompt")
         if seed is not None:
             document.give("train.validation.seed", seed, f"--seed {seed}")
-        (changed,) = parse(document, {"train": TrainConfig})
+        model_config, changed = parse(document, {"model": ModelConfig, "train": TrainConfig})
         config = replace(config, validation=changed.validation, memory=changed.memory)
-        pinned = ["--revision", model_config.revision] if model_config.revision else []
-        download = console.command("hf", "download", model_config.source, *pinned)
-        check_known(model_config, opened.root, f"If you trust it: {download}")
-        grid = resample(opened, model_config, config, cache, choices, out)
+        if not any(option.startswith("model.") for option in options or []):
+            pinned = ["--revision", model_config.revision] if model_config.revision else []
+            download = console.command("hf", "download", model_config.source, *pinned)
+            check_known(model_config, opened.root, f"If you trust it: {download}")
+        grid = resample(opened, model_config, config, cache or recorded_cache, choices, out)
     console.out.print(f"Wrote {grid}", markup=False)

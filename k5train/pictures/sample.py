@@ -181,11 +181,20 @@ def decode(folder: Path, latents: Sequence[Tensor], device: torch.device) -> lis
     fit_decoding(vae, height, width, left(device))
     processor = VaeImageProcessor(vae_scale_factor=8)
     pictures: list[Image.Image] = []
+    num_spoilt = 0
     for latent in latents:
         # These are the strides of the pipeline's own view: with others a convolution changes 1 pixel in 20,000 by 1.
         channels_first = latent[0, 0].permute(2, 0, 1).unsqueeze(0).to(device, torch.float32)
         pixels = vae.decode(channels_first / vae.config.scaling_factor).sample
+        if pixels.isnan().any():
+            num_spoilt += 1
+            pixels = pixels.nan_to_num(-1.0)  # black
         pictures += processor.postprocess(pixels, output_type="pil")
+    if num_spoilt:
+        console.warn(
+            f"{num_spoilt} of {len(latents)} pictures have pixels that are no numbers, which are drawn black: the LoRA"
+            " has diverged, or its strength is far too high"
+        )
     del vae
     gc.collect()
     if device.type == "cuda":

@@ -17,7 +17,7 @@ from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5cache.shared.outputs import HARMLESS, kind_of
 from k5train.runs.outcomes import read_outcomes
-from k5train.runs.record import Loss, Record, read_record
+from k5train.runs.record import UNRECORDED, Loss, Record, read_record
 
 _MOST_NAMED = 3
 _ROSE = 1.01  # times the best: two seeds differ by about as much
@@ -181,10 +181,13 @@ def _best_of(runs: Sequence[Record]) -> tuple[str | None, str]:
             f"loss, train them with --set train.validation.split=0.1{lowest}"
         )
     if len(groups) > 1:
-        return None, (
-            "No run is called the best, because the held-out losses were not measured on the same images in the same "
-            f"way: {'; '.join(f'{number}. {some(group)}' for number, group in enumerate(groups, 1))}"
-        )
+        what = "the held-out losses were not measured on the same images in the same way"
+        if any(run.keys["held_out"].startswith(UNRECORDED) for run in trained):
+            what = (
+                "earlier versions did not record what they measured on, so that not all held-out losses can be compared"
+            )
+        listed = "; ".join(f"{number}. {some(group)}" for number, group in enumerate(groups, 1))
+        return None, f"No run is called the best, because {what}: {listed}"
     measured = [(run.best.loss, run) for run in trained if run.best and run.best.loss is not None and run.best.step]
     if not measured:
         return None, "No run is called the best: no held-out loss was below the base's"

@@ -25,6 +25,8 @@ UNSEALED_RESULT = (
 )  # fmt: skip
 """All that earlier versions wrote into result.json, without a checksum."""
 _MOST_STEPS = 10**12
+UNRECORDED = "not recorded: "
+"""With this begins the key of held-out losses that an earlier version measured."""
 
 Point = tuple[int, float | None]
 """A step and a loss; None if the loss was not finite."""
@@ -106,7 +108,7 @@ def read_record(root: Path) -> Record:
         record = replace(record, problems=(_problem(error),))
     record, result = _with_result(record, run)
     try:
-        rows = read_metrics(run.metrics) if run.metrics.is_file() else []
+        rows = read_metrics(run.metrics) if run.metrics.exists() or run.is_finished else []
     except (K5Error, OSError) as error:
         return replace(record, problems=(*record.problems, _problem(error)))
     record = replace(record, seconds=_number(result.get("seconds")))
@@ -218,7 +220,7 @@ def _curve(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[Point, ...]:
 def _unrecorded_key(settings: Mapping[str, Any]) -> str:
     """What stands for the key of the held-out rows, which earlier versions did not write: what decided about them."""
     names = ("cache", "train.data", "train.validation.split", "train.validation.held_out_sigmas")
-    return "not recorded: " + ", ".join(str(settings.get(name)) for name in names)
+    return UNRECORDED + ", ".join(str(settings.get(name)) for name in names)
 
 
 def _number(value: Any) -> float | None:

@@ -42,7 +42,8 @@ def choose(run: Run, which: Sequence[str], files: Sequence[Path], strengths: Seq
     labelled = [_of_run(run, name, there) for name in (which or ([] if files else ["final"]))]
     for file in files:
         if not os.path.isfile(file):  # noqa: PTH113 (False for a name that the system does not allow)
-            raise RunError(f"There is no {file}", "Give the .safetensors file of a LoRA")
+            problem = f"{file} is neither a LoRA nor a run" if os.path.isdir(file) else f"There is no {file}"  # noqa: PTH112
+            raise RunError(problem, "Give the .safetensors file of a LoRA, or the folder of a finished run")
     labelled += zip(_labels(files), files, strict=True)
     choices: dict[tuple[Path, float], Choice] = {}
     for label, path in labelled:
