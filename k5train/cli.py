@@ -7,7 +7,7 @@ import os
 import typer
 
 from k5cache.shared import console
-from k5train.commands import base, bench, compare, import_, lora, options, plan, run, sample, selftest, sweep
+from k5train.commands import base, bench, compare, doctor, import_, lora, options, plan, run, sample, selftest, sweep
 
 app = typer.Typer(
     cls=console.Commands,
@@ -24,6 +24,7 @@ app.command()(sweep.sweep)
 app.command()(sample.sample)
 app.command()(compare.compare)
 app.command()(plan.plan)
+app.command()(doctor.doctor)
 app.command()(selftest.selftest)
 app.command()(bench.bench)
 app.command()(options.options)

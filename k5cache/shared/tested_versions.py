@@ -1,0 +1,28 @@
+"""With which versions of its dependencies is this project tested? As in constraints.txt, which a wheel lacks."""
+
+TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "diffusers": "0.42.1",
+    "peft": "0.21.2",
+    "optimum-quanto": "0.2.7",
+    "safetensors": "0.8.0",
+    "huggingface_hub": "2.4.0",
+    "accelerate": "1.15.0",
+    "pyarrow": "26.0.1",
+    "datasets": "5.2.0",
+    "pillow": "13.0.0",
+    "numpy": "2.4.6",
+    "ftfy": "6.3.1",
+    "xxhash": "4.1.0",
+    "pyyaml": "6.0.4",
+    "typer": "0.29.2",
+    "rich": "15.0.0",
+    "filelock": "4.2.11",
+    "bitsandbytes": "0.50.2",
+    "lion-pytorch": "0.2.5",
+    "prodigyopt": "1.1.2",
+    "schedulefree": "1.4.1",
+    "tensorboard": "2.21.0",
+    "wandb": "0.31.0",
+}
