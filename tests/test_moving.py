@@ -390,6 +390,23 @@ def test_a_dataset_config_of_sd_scripts_becomes_a_cache_a_subset(home):
     assert {row.key for row in third} >= {"resolution", "batch_size", "image_dir", "flip_aug", "keep_tokens"}
 
 
+def test_a_training_folder_of_sd_scripts_has_its_repeats_in_the_names_of_its_folders(home):
+    for name in ("10_sks cat", "2_sks dog", "notes"):
+        (home / "imgs" / name).mkdir(parents=True)
+    write("imgs/2_sks dog/a.txt", "a dog")
+    config = '[network]\nnetwork_dim = 4\nnetwork_alpha = 0\n[train]\ntrain_data_dir = "imgs"\nresolution = "768,768"\n'
+    moved = turn(write("k.toml", config))
+    assert [entry["repeats"] for entry in values_of(moved)["train"]["data"]] == [10, 2]
+    assert values_of(moved)["cache"] == {"resolution": 768}
+    cat, dog, _ = map(shlex.split, moved.commands)
+    assert cat[2:3] == ["imgs/10_sks cat"]
+    assert 'cache.instance_prompt="sks cat"' in cat
+    assert "--set" not in dog
+    assert said(moved)["train_data_dir"] == "taken over: 2 caches: see the data below"
+    prompts = write("p.txt", "# mine\na cat --w 832 --d 1\n\na dog\n")
+    assert values_of(turn(Path("k.toml"), prompts=prompts))["train"]["validation"]["prompts"] == ["a cat", "a dog"]
+
+
 # ai-toolkit's config/examples/train_lora_flux_24gb.yaml.
 AI_TOOLKIT = """
 ---
@@ -500,6 +517,7 @@ def test_credentials_are_neither_shown_nor_written(home):
 BAD: dict[str, tuple[str | bytes, str]] = {
     "no.json": ("{", "no.json is not JSON"), "list.json": ("[{}]", "list.json is a list"),
     "text.json": ('"x"', "text.json is no config"), "deep.json": ('{"a":' + "[" * 100_000, "nested too deeply"),
+    "half of a letter.json": ('{"seed": "\\ud800"}', "is not Unicode"),
     "twice.json": ('{"a": 1, "a": 2}', "has the key a twice"), "big.json": (b" " * (2 << 20), "at most"),
     "spelt.json": ('{"--seed": 1, "seed": 2}', "has the key seed twice, in two spellings"),
     "nobody.json": ('{"a": 1}', "has no key of SimpleTuner"), "bytes.json": (b"\xff\xfe{", "is not UTF-8"),

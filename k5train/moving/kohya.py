@@ -5,6 +5,7 @@ The meanings are those of the public documentation of both.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from k5cache.shared.errors import RecipeError
 from k5train.moving import simpletuner_keys as keys
 from k5train.moving.draft import Draft, Entry, flag, number, text
 from k5train.moving.kohya_data import take_datasets
-from k5train.moving.read import locate, read
+from k5train.moving.read import locate, read, subfolders
 from k5train.moving.rules import Rules, apply, many, needless, special, takes, takes_choice, unsupported, words
 
 _SCHEDULES = {"constant_with_warmup": "constant"} | {
@@ -271,7 +272,7 @@ def take(draft: Draft, config: Path, values: Mapping[str, Any], data: Path | Non
     if path is not None:
         tables = read(path)
     if not tables and ("train_data_dir" in flat or "reg_data_dir" in flat):
-        tables = _plain_folders(flat)
+        tables = _plain_folders(draft, str(config), flat)
     elif not tables:
         for key, value in defaults.items():
             draft.say(Entry(str(config), key, value), "not supported", "it is about data: give that with --data")
@@ -289,10 +290,20 @@ def _settle_shift(draft: Draft, flat: Mapping[str, Any]) -> None:
         draft.put("train.objective.sigma_sampling", "uniform", "timestep_sampling = sigma")
 
 
-def _plain_folders(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``train_data_dir`` and ``reg_data_dir`` as the datasets that they are."""
-    subsets = [{"image_dir": flat["train_data_dir"]}] if "train_data_dir" in flat else []
-    subsets += [{"image_dir": flat["reg_data_dir"], "is_reg": True}] if "reg_data_dir" in flat else []
+def _plain_folders(draft: Draft, where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``train_data_dir`` and ``reg_data_dir`` as the datasets that they are: each folder ``10_a cat`` in them is a
+    subset with 10 repeats, whose images are of "a cat" if they have no captions."""
+    subsets: list[dict[str, Any]] = []
+    for key in ("train_data_dir", "reg_data_dir"):
+        if not flat.get(key):
+            continue
+        entry = Entry(where, key, flat[key])
+        root = locate(text(entry), draft.config) or Path(text(entry)).expanduser()
+        named = [(path, re.match(r"(\d{1,6})_(.+)", path.name)) for path in subfolders(root)]
+        parts = [{"image_dir": str(p), "num_repeats": int(m[1]), "class_tokens": m[2]} for p, m in named if m]
+        own = parts or [{"image_dir": str(root)}]
+        subsets += [{**part, **({"is_reg": True} if key == "reg_data_dir" else {})} for part in own]
+        draft.say(entry, "taken over", f"{len(own)} cache{'s' if parts[1:] else ''}: see the data below")
     return {"datasets": [{"subsets": subsets}]}
 
 

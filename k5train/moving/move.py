@@ -9,7 +9,7 @@ from typing import Any, Literal
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import named_prompts
 from k5train.moving import ai_toolkit, kohya, simpletuner
-from k5train.moving.draft import CacheDraft, Draft, Entry, Schemas
+from k5train.moving.draft import Draft, Entry, Schemas
 from k5train.moving.read import locate, read
 from k5train.moving.rules import apply
 from k5train.moving.simpletuner_data import GLOBAL, take_backends
@@ -118,7 +118,6 @@ def _take_data(draft: Draft, config: Path, values: Mapping[str, Any], data: Path
     if entry.value:
         draft.say(entry, "taken over", f"instead of it, --data {data}" if data else "read: see its rows")
     if not (data or entry.value):
-        draft.cache = CacheDraft("my_images", "datasets/my_images")
         for key, value in defaults.items():
             draft.say(Entry(str(config), key, value), "not supported", "it is about data: give that with --data")
         return

@@ -21,6 +21,7 @@ _MOST_BYTES = 1 << 20
 _MOST_VALUES = 20_000  # a YAML alias may stand for as many as it likes
 _ENV = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _ARGUMENT = re.compile(r"(?:^|\s)--[A-Za-z]")
 
 
@@ -186,8 +187,18 @@ def _checked(values: Any) -> Any:
         if count > _MOST_VALUES:
             raise _Malformed(f"has more than {_MOST_VALUES:,} values")
         value = rest.pop()
-        rest += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise _Malformed("has text that is not Unicode: a lone surrogate")
+        rest += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return values
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name; none if it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except (OSError, ValueError):
+        return []
 
 
 def locate(name: str, config: Path) -> Path | None:

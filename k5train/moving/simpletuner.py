@@ -52,6 +52,7 @@ RULES: Rules = {
     "pretrained_model_name_or_path": special("`model.path`, or `model.flavour` for a published one", keys.take_model),
     "revision": takes("model.revision"),
     "variant": needless("the checkpoint has one variant"),
+    "base_dir": needless("paths of an env file have it filled in"),
     **many(unsupported("the parts of a checkpoint stay together: model.path"),
             "pretrained_transformer_model_name_or_path", "pretrained_transformer_subfolder",
             "pretrained_vae_model_name_or_path"),

@@ -23,7 +23,7 @@ _MADE = "# Made by `k5train import` of"
 _CORE = {
     "train.steps": "train.epochs", "train.batch_size": "", "train.lora.rank": "", "train.lora.targets": "",
     "train.optim.lr": "", "train.flow_schedule_shift": "", "train.caption_dropout_probability": "",
-    "train.base_model_precision": "",
+    "train.base_model_precision": "", "train.optim.warmup_steps": "",
 }  # fmt: skip
 """Options whose default a person should know of -> the option that stands in for it."""
 
@@ -61,7 +61,7 @@ def moved(draft: Draft, trainer: str, config: Path, recipe: Path) -> Moved:
         raise RecipeError(f"{config} cannot be taken over: {error.problem}", "Correct it there") from None
     whole = dict(zip(draft.schemas, map(to_dict, configs), strict=True))
     defaults = {
-        option: _look_up(whole, option)
+        option: _look_up(whole, option) or "unset"
         for option, other in _CORE.items()
         if option not in draft.taken and other not in draft.taken
     }
@@ -182,7 +182,7 @@ def _look_up(tables: Mapping[str, Any], option: str) -> Any:
 
 def _commands(draft: Draft, recipe: Path) -> Iterator[str]:
     common = _common(draft.caches)
-    for cache in draft.caches or [CacheDraft("cache/my_images", "datasets/my_images")]:
+    for cache in draft.caches or [CacheDraft("cache/my_images", "FOLDER")]:
         own = {key: value for key, value in cache.options.items() if key not in common}
         overrides = [f"cache.{key}={toml_value(value)}" for key, value in own.items()]
         options: dict[str, Any] = {"sources": cache.sources, "recipe": recipe, "set": overrides, "out": cache.name}
@@ -237,7 +237,8 @@ def _emit(name: str, table: Mapping[str, Any], keys: Mapping[str, str]) -> Itera
         yield from ("", f"[{name}]")
     for key, value in plain.items():
         there = keys.get(f"{name}.{key}")
-        comment = f"  # {shown(there, 80)}" if there and there != key else ""
+        is_other = there and there != key and not there.startswith("(")
+        comment = f"  # {shown(str(there), 80)}" if is_other else ""
         yield f"{key} = {toml_value(value)}{comment}"
     for key, entries in arrays.items():
         for entry in entries:
