@@ -547,16 +547,16 @@ BAD: dict[str, tuple[str | bytes, str]] = {
 
 
 def test_bad_files_end_with_two_lines_and_write_nothing(home):
-    cli = Cli(home)
     for name, (content, words) in BAD.items():
         Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(RecipeError) as caught:
+            turn(Path(name))
+        assert words in str(caught.value), name
+        assert len(str(caught.value).splitlines()) == 2, name
+    cli = Cli(home)
+    for name in ("no.json", "gone.json", ".", "/dev/zero", "a\0b"):
         done = cli(app, "import", name)
-        assert done.code == 2, (name, done)
-        assert words in done.err, (name, done.err)
-        assert len(done.err.splitlines()) == 2, (name, done.err)
-        assert "Traceback" not in done.err
-    for arguments in (("gone.json",), (".",), ("/dev/zero",), ("a\0b",)):
-        assert cli(app, "import", *arguments).code == 2
+        assert (done.code, len(done.err.splitlines()), "Traceback" in done.err) == (2, 2, False), (name, done)
     assert not Path("imported.toml").exists()
 
 
