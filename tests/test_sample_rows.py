@@ -291,3 +291,15 @@ def test_a_strangers_dora_acts_at_the_strength_that_its_metadata_says(toy_model,
     with loaded(ours, path):
         assert adapted_layers(ours)[0][1].scaling["default"] == 2.0
         assert torch.equal(velocity(ours), velocity(theirs.eval()))
+
+
+@pytest.mark.parametrize(("step", "warnings"), [("0", 1), ("1", 0)])
+def test_a_best_of_before_the_first_step_is_said_to_be_none(tmp_path, monkeypatch, step, warnings):
+    path = tmp_path / "r-best.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"k5.step": step})
+    said: list[str] = []
+    monkeypatch.setattr(more_pictures, "empty_transformer", lambda folder: None)
+    monkeypatch.setattr(more_pictures, "vet", lambda path, empty: "lora")
+    monkeypatch.setattr(more_pictures.console, "warn", said.append)
+    more_pictures._vet([more_pictures.Choice("best", path, 1.0)], tmp_path, "t2i")
+    assert [line.endswith("the run never found a better one") for line in said] == [True] * warnings

@@ -26,7 +26,7 @@ from k5train.runs.folder import Run, create_run, open_run
 from k5train.training import loop, validation
 from k5train.training import train as training
 from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows, split_off, split_rows
-from k5train.training.more_pictures import drawings_to_draw
+from k5train.training.more_pictures import drawings_to_draw, held_out_items
 from k5train.training.train import Result, train
 from tests.edit_training import make_pairs
 from tests.runs import CONFIG, metrics_of, numbers, same, state_of
@@ -338,6 +338,9 @@ def test_sample_draws_the_pairs_that_the_run_held_out_of_its_first_cache(tmp_pat
     data = split_off(open_mixture(entries), 0.25)
     held_out = data.sources[0].split
     alone = split_off(open_mixture(entries[:1]), 0.25).sources[0].split
-    drawing = ValidationConfig(pairs=len(held_out), split=0.25, guidance_scale=1.0)
-    drawn = drawings_to_draw(Run(Path("run")), cache, replace(CONFIG, data=entries, validation=drawing))
+    config = replace(
+        CONFIG, data=entries, validation=ValidationConfig(pairs=len(held_out), split=0.25, guidance_scale=1.0)
+    )
+    assert held_out_items(cache, config) == held_out
+    drawn = drawings_to_draw(Run(Path("run")), cache, config)
     assert {int(drawing.label.partition(".")[0]) for drawing in drawn} == held_out > alone

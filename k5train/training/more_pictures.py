@@ -16,7 +16,7 @@ from k5cache.shared.outputs import check_file, check_writable
 from k5cache.shared.template import PIPELINES
 from k5cache.store.reader import Cache, open_cache
 from k5train.adapter.loaded import loaded, set_strength, vet
-from k5train.adapter.lora_file import pipeline_of
+from k5train.adapter.lora_file import pipeline_of, read_metadata
 from k5train.base.quantize import empty_transformer
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, Source
@@ -99,6 +99,8 @@ def _vet(choices: Sequence[Choice], folder: Path, kind: str) -> None:
                 f"{path} is a DoRA: a strength scales its matrices, as in diffusers, and not its magnitudes, so that at"
                 " 0 it is not the base model"
             )
+        if read_metadata(path).get("k5.step") == "0":
+            console.warn(f"{path} has the adapter of before the first step: the run never found a better one")
         pipeline = pipeline_of(path)
         if pipeline not in (None, PIPELINES[kind]):
             console.warn(f"{path} was trained for {pipeline}, and this model is drawn by {PIPELINES[kind]}")
@@ -111,11 +113,19 @@ def drawings_to_draw(run: Run, cache: Cache, config: TrainConfig) -> list[Drawin
             f"{cache.root} is for image-to-image: a prompt alone says nothing of the picture that is edited",
             "Add --source PICTURE",
         )
-    data = split_off(Mixture([Source(cache)]), config.validation.split)
-    check_options(data, replace(config, caption_dropout_probability=0.0))
+    check_options(Mixture([Source(cache)]), replace(config, caption_dropout_probability=0.0))
     if not draws_any(cache, config.validation):
         raise _nothing_to_draw(run, cache)
-    return drawings_for(cache, config.validation, data.sources[0].split)
+    return drawings_for(cache, config.validation, held_out_items(cache, config))
+
+
+def held_out_items(cache: Cache, config: TrainConfig) -> frozenset[int]:
+    """Items of the run's first cache that were held out of it: pairs are drawn from these first. The others of its
+    caches decide about them too, and are opened only where that matters."""
+    if cache.kind == "t2i" or config.validation.edits:
+        return frozenset()
+    others = [Source(open_cache(Path(entry.cache))) for entry in config.data[1:]]
+    return split_off(Mixture([Source(cache), *others]), config.validation.split).sources[0].split
 
 
 def _nothing_to_draw(run: Run, cache: Cache) -> RecipeError:
