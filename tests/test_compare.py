@@ -167,8 +167,8 @@ def test_the_best_is_the_final_lora_if_that_has_the_lowest_loss(tmp_path):
 def test_the_loras_of_a_run_are_found_after_its_folder_was_renamed(tmp_path):
     make(tmp_path / "before", ema=0.39).root.rename(tmp_path / "after")
     record = read_record(tmp_path / "after")
-    files = [loss.file.name for loss in (record.final, record.best, record.ema)]
-    assert files == ["before.safetensors", "before-best.safetensors", "before-ema.safetensors"]
+    files = [record.lora.name, *(loss.file.name for loss in (record.final, record.best, record.ema))]
+    assert files == ["before.safetensors", "before.safetensors", "before-best.safetensors", "before-ema.safetensors"]
 
 
 def test_losses_of_other_rows_are_drawn_apart_and_no_run_is_called_the_best(tmp_path):

@@ -141,6 +141,7 @@ def test_runs_are_added_to_a_sweep_and_nothing_of_before_is_lost(again, cache):
     refused = add(again, cache, "--grid", "train.optim.lr=0.03,2", "--set", "train.steps=7")
     assert refused.code == 2
     assert "out/lr=0.03 has a run that was started differently: train.steps: 6, now 7" in refused.err
+    assert "fix: Give these options the values that they had, or another folder" in refused.err
     assert not (out / "lr=2").exists()
 
 
@@ -175,6 +176,13 @@ def test_what_is_missing_or_damaged_of_a_finished_run_is_named_and_its_lora_stay
     shutil.rmtree(out / "lr=0.3")
     add(again, cache, "--grid", "train.optim.lr=1e-9")
     assert [outcome.label for outcome in read_outcomes(out)] == ["lr=0.3", "lr=0.03", "lr=1e-9"]
+
+
+def test_a_finished_run_whose_folder_was_renamed_is_as_good_as_before(tmp_path, swept):
+    before = swept[0] / "out" / "lr=0.03"
+    renamed = outcome_of(shutil.copytree(before, tmp_path / "mine"))
+    assert (renamed.label, renamed.lora, renamed.problem) == ("mine", "mine/lr=0.03.safetensors", None)
+    assert renamed.final_loss == outcome_of(before).final_loss
 
 
 def test_a_kill_at_any_time_leaves_a_sweep_that_goes_on(tmp_path, cache, toy_model, monkeypatch):

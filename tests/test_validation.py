@@ -179,7 +179,11 @@ RESULT = Result(
         ),
         ({"held_out_loss": 2.56}, "ended worse than it began: held-out loss 2.5600, 0.4500 before the first step. Use"),
         ({"held_out_loss": None}, "is not a finite number. Use runs/a/a-best.safetensors, which has 0.4100"),
-        ({"ema_held_out_loss": 0.3}, "ended worse than it was before: held-out loss 0.4120. Use runs/a/a-ema.safet"),
+        ({"ema_held_out_loss": 0.3}, "ended worse than its average: held-out loss 0.4120. Use runs/a/a-ema"),
+        (
+            {"ema_held_out_loss": 0.4, "held_out_loss": 0.43},
+            "ended worse than it was before: held-out loss 0.4300. Use runs/a/a-ema.safetensors, which has 0.4000",
+        ),
         ({"best_step": 0, "best_loss": 0.45, "held_out_loss": 0.6}, "never below the 0.4500 of before the first step"),
         # Of an earlier version, which measured no base apart.
         ({"best_step": 0, "base_held_out_loss": None}, "never below the 0.4100 of before the first step"),

@@ -149,9 +149,11 @@ def warning_of(result: Result, files: Mapping[str, tuple[float, Path]]) -> str |
     if base is not None and final > base:
         return f"The run ended worse than it began: held-out loss {final:.4f}, {base:.4f} before the first step. {use}"
     gain = lowest / 10 if base is None else base - lowest
-    if final - lowest > LOST_GAIN * gain:
-        return f"The run ended worse than it was before: held-out loss {final:.4f}. {use}"
-    return None
+    if final - lowest <= LOST_GAIN * gain:
+        return None
+    is_best = final - min(loss for name, (loss, _) in files.items() if name != "EMA") <= LOST_GAIN * gain
+    than = "its average" if is_best else "it was before"
+    return f"The run ended worse than {than}: held-out loss {final:.4f}. {use}"
 
 
 def print_how_to_draw(result: Result) -> None:

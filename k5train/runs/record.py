@@ -52,6 +52,8 @@ class Record:
     problems: tuple[str, ...] = ()
     is_ours: bool = True
     """False if a link in it leads out of it, or it holds a pipe: then nothing in it is read."""
+    lora: Path | None = None
+    """Where the finished LoRA is, or will be. None if nothing is read."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name -> value of every option, with defaults, and ``cache``."""
     is_finished: bool = False
@@ -107,12 +109,13 @@ def read_record(root: Path) -> Record:
     except (K5Error, OSError) as error:
         record = replace(record, problems=(_problem(error),))
     record, result = _with_result(record, run)
+    files = _Files.of(run, result)
+    record = replace(record, lora=files.lora, seconds=_number(result.get("seconds")))
     try:
         rows = read_metrics(run.metrics) if run.metrics.exists() or run.is_finished else []
     except (K5Error, OSError) as error:
         return replace(record, problems=(*record.problems, _problem(error)))
-    record = replace(record, seconds=_number(result.get("seconds")))
-    return _with_metrics(record, _Files.of(run, result), [row for row in rows if row["step"] < _MOST_STEPS])
+    return _with_metrics(record, files, [row for row in rows if row["step"] < _MOST_STEPS])
 
 
 @dataclass(frozen=True)

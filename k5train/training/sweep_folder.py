@@ -87,7 +87,7 @@ def open_same(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) 
     if different:
         raise RunError(
             f"{root} has a run that was started differently: {'; '.join(different)}",
-            "Give another folder with -o, or these runs other names with --list",
+            "Give these options the values that they had, or another folder with -o, or other names with --list",
         )
     return run
 
@@ -147,7 +147,7 @@ def outcome_of(root: Path, problem: str | None = None) -> Outcome:
         own += f". To train it again, move {root} away"
     return Outcome(
         root.name,
-        _below(root.parent, run.lora),
+        _below(root.parent, _lora_of(run, record)),
         record.steps,
         last_loss=result.get("last_loss"),
         base_loss=_loss(record.base),
@@ -170,13 +170,19 @@ def outcome_of(root: Path, problem: str | None = None) -> Outcome:
 def _problem_of(run: Run, record: Record) -> str | None:
     if not run.is_finished:
         return f"{NOT_FINISHED}: step {record.steps} of {record.settings.get('train.steps', '?')}"
-    if not run.lora.is_file():
-        return f"{run.lora} is not there"
+    lora = _lora_of(run, record)
+    if not lora.is_file():
+        return f"{lora} is not there"
     try:
-        check_recorded(run.lora)
+        check_recorded(lora)
     except RunError as error:
         return error.problem
     return None
+
+
+def _lora_of(run: Run, record: Record) -> Path:
+    """The finished LoRA, which has the name that the run's folder had when it ended."""
+    return record.lora or run.lora
 
 
 def _result(run: Run) -> Mapping[str, float]:
