@@ -266,7 +266,7 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
             sweep(cache, out, model, runs)
     assert document_of(out / "rank=2")["plan"]["levels"] == list(plans[0].levels)
     free(PLENTY)
-    rows, _ = sweep(cache, out, model, runs)
+    rows = sweep(cache, out, model, runs).outcomes
     assert [row.problem for row in rows] == [None, None]
     assert [plan.levels for plan in plans] == [plans[0].levels] * 3
     assert plans[0].levels != ALL

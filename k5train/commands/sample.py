@@ -50,15 +50,10 @@ def sample(
         from k5train.options.train import TrainConfig
         from k5train.runs.folder import open_run
         from k5train.runs.recipe import read_recipe
-        from k5train.training.more_pictures import resample
+        from k5train.training.more_pictures import check_out, resample
         from k5train.training.which_loras import choose
 
         opened, _, config, recorded_cache = open_run(run)
-        if cache is None and not recorded_cache.exists():
-            moved = console.command("k5train", "sample", run, cache="PATH")
-            raise RunError(f"{run} was trained on {recorded_cache}, which is not there", f"If it has moved: {moved}")
-        named = [*([] if step is None else [str(step)]), *(which or [])]
-        choices = choose(opened, named, [lora_in(file)[0] for file in loras or []], strengths or [])
         document = read_recipe(opened.root, options or [])
         if sources and not prompts:
             raise RecipeError("--source is given without a prompt", "Say what to do with the picture: --prompt PROMPT")
@@ -73,6 +68,12 @@ def sample(
             document.give("train.validation.seed", seed, f"--seed {seed}")
         model_config, changed = parse(document, {"model": ModelConfig, "train": TrainConfig})
         config = replace(config, validation=changed.validation, memory=changed.memory)
+        check_out(opened, out)
+        if cache is None and not recorded_cache.exists():
+            moved = console.command("k5train", "sample", run, cache="PATH")
+            raise RunError(f"{run} was trained on {recorded_cache}, which is not there", f"If it has moved: {moved}")
+        named = [*([] if step is None else [str(step)]), *(which or [])]
+        choices = choose(opened, named, [lora_in(file)[0] for file in loras or []], strengths or [])
         if not any(option.startswith("model.") for option in options or []):
             pinned = ["--revision", model_config.revision] if model_config.revision else []
             download = console.command("hf", "download", model_config.source, *pinned)

@@ -54,9 +54,7 @@ def resample(
         CacheError: a prompt or a pair is not in the cache.
         RecipeError: there is nothing to draw, or what is asked for belongs to the other kind of model.
     """
-    target = check_file(out, ".png") if out else None
-    if target is None:
-        check_writable(run.root / "samples")
+    target = check_out(run, out)
     paths = list(dict.fromkeys(choice.path for choice in choices))
     for path in paths:
         check_recorded(path)
@@ -88,6 +86,18 @@ def resample(
     make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))
     return out or target
+
+
+def check_out(run: Run, out: Path | None) -> Path | None:
+    """Refuse a file that is not a PNG or cannot be written. Without a file, the run's samples are where it will be.
+
+    Raises:
+        OutputError: says why not.
+    """
+    if out is None:
+        check_writable(run.root / "samples")
+        return None
+    return check_file(out, ".png")
 
 
 def _vet(choices: Sequence[Choice], folder: Path, kind: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -98,11 +99,11 @@ def make(task: Task) -> dict[str, Any]:
         return {"measured": {"0": losses(place, task.concept, None)}}
     trained = place.cache(job.concept, "trained")
     config = recipe(job, trained, place.cache("", "class"), PROMPTS[job.concept])
-    console.err.quiet = True  # of a hundred runs, every tenth step would be shown
     run = Run(place.run(job))
     try:
-        # If the recipe names several caches, there is none to give.
-        judged.train_lora(run.root, None if config.data else trained, replace(RECIPE, train=config))
+        with mock.patch.object(console.err, "quiet", True):  # of a hundred runs, every tenth step would be shown
+            # If the recipe names several caches, there is none to give.
+            judged.train_lora(run.root, None if config.data else trained, replace(RECIPE, train=config))
     except K5Error as error:  # such as a loss that explodes
         return {"error": error.problem, "measured": {}}
     files = {str(step): run.checkpoint(step) for step in job.setting.measured_at}
