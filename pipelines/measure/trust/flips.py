@@ -279,6 +279,10 @@ def _step_again(place: Place, root: Path, path: Path, expected: dict[str, Any]) 
 
 def _lora_again(place: Place, root: Path, path: Path, expected: dict[str, Any]) -> None:
     _refused(root, path, "k5train", "check-lora", str(path.relative_to(root)), "--model", str(place.model))
+    said = _refused(root, path, "k5train", "resume", "runs/four", "--step", "3")  # would write over it
+    if f"mv {path.relative_to(root)} " not in said:
+        raise Wrong("lost", f"the refusal does not say how to keep {path.name}: {said[-800:]}")
+    path.rename(path.with_name(f"{path.name}.kept"))
     _step_again(place, root, path, expected)
 
 
