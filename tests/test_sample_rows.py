@@ -34,6 +34,7 @@ from k5train.options.validation import ValidationConfig
 from k5train.pictures import sheet
 from k5train.pictures.saved import read_labels, read_pictures, save_pictures
 from k5train.runs.folder import Run
+from k5train.runs.metrics import read_metrics
 from k5train.runs.recipe import read_recipe
 from k5train.training import more_pictures
 from k5train.training.start import with_library
@@ -303,3 +304,25 @@ def test_a_best_of_before_the_first_step_is_said_to_be_none(tmp_path, monkeypatc
     monkeypatch.setattr(more_pictures.console, "warn", said.append)
     more_pictures._vet([more_pictures.Choice("best", path, 1.0)], tmp_path, "t2i")
     assert [line.endswith("the run never found a better one") for line in said] == [True] * warnings
+
+
+def test_each_row_is_measured_as_the_run_measured_its_loras(finished, tmp_path):
+    measured = {row["step"]: row for row in read_metrics(Run(finished).metrics) if "held_out_loss" in row}
+    expected = {
+        "base model": measured[0]["held_out_loss"],
+        "final": measured[2]["held_out_loss"],
+        "best": min(row["held_out_loss"] for row in measured.values()),
+        "EMA": measured[2]["ema_held_out_loss"],
+        "step 1": measured[1]["held_out_loss"],
+    }
+    which = [word for name in ("final", "best", "ema", "1") for word in ("--which", name)]
+    done = Cli(tmp_path)(
+        app, "sample", str(finished), *which, "--measure", "-o", "out.png", "--set", "train.validation.split=0.5"
+    )
+    assert done.code == 0, done.err
+    lines = [line.rsplit(maxsplit=1) for line in done.out.splitlines()]
+    assert lines[0] == ["row         held-out", "loss"]
+    assert {line[0]: line[1] for line in lines if line and line[0] in expected} == {
+        name: f"{loss:.4f}" for name, loss in expected.items()
+    }
+    assert len(set(expected.values())) >= 4

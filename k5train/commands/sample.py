@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RecipeError, RunError
@@ -40,6 +42,14 @@ def sample(
         Path | None, typer.Option("--out", "-o", help="The PNG to write. Default: in the run's samples/.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: the recipe's.")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Also measure each row's loss on the images that the run held out, or else on its probe: one forward "
+            "pass for each image and sigma.",
+        ),
+    ] = False,
     options: Set = None,
 ) -> None:
     """Draw more pictures with a run's LoRAs or others: a row for the base model, and one for each LoRA and strength."""
@@ -67,6 +77,7 @@ def sample(
         if seed is not None:
             document.give("train.validation.seed", seed, f"--seed {seed}")
         model_config, changed = parse(document, {"model": ModelConfig, "train": TrainConfig})
+        measured = config if measure else None
         config = replace(config, validation=changed.validation, memory=changed.memory)
         check_out(opened, out)
         if cache is None and not recorded_cache.exists():
@@ -78,5 +89,14 @@ def sample(
             pinned = ["--revision", model_config.revision] if model_config.revision else []
             download = console.command("hf", "download", model_config.source, *pinned)
             check_known(model_config, opened.root, f"If you trust it: {download}")
-        grid = resample(opened, model_config, config, cache or recorded_cache, choices, out)
-    console.out.print(f"Wrote {grid}", markup=False)
+        drawn = resample(opened, model_config, config, cache or recorded_cache, choices, out, measured)
+    if measured:
+        _print_losses(drawn.losses, "held-out loss" if measured.validation.split else "probe loss")
+    console.out.print(f"Wrote {drawn.grid}", markup=False)
+
+
+def _print_losses(losses: Sequence[tuple[str, float]], name: str) -> None:
+    table = console.table("", "row", name, numbers=(name,))
+    for label, loss in losses:
+        table.add_row(Text(label), f"{loss:.4f}")
+    console.out.print(table)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from k5cache.shared import console
-from k5cache.shared.checkpoint import model_folder
+from k5cache.shared.checkpoint import model_folder, read_config
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.model import ModelConfig
@@ -19,8 +21,10 @@ from k5train.adapter.loaded import loaded, set_strength, vet
 from k5train.adapter.lora_file import pipeline_of, read_metadata
 from k5train.base.quantize import empty_transformer
 from k5train.data.kind import check_options
-from k5train.data.mixture import Mixture, Source
+from k5train.data.mixture import Mixture, Source, open_mixture
 from k5train.forward.load import execute, load
+from k5train.forward.predict_velocity import predict_velocity
+from k5train.options.data import DataConfig
 from k5train.options.extremes import guidance_warnings, strength_warnings
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
@@ -31,20 +35,32 @@ from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run
 from k5train.runs.written import check_recorded
 from k5train.training.device import pick_device
-from k5train.training.held_out_loss import split_off
+from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows, split_off
 from k5train.training.out_of_memory import when_memory_ends
 from k5train.training.which_loras import Choice
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """What ``resample`` leaves."""
+
+    grid: Path
+    """The picture that was written."""
+    losses: tuple[tuple[str, float], ...] = ()
+    """The label and the loss of each row, in the grid's order. Empty if none was measured."""
+
+
 def resample(
-    run: Run, model: ModelConfig, config: TrainConfig, cache: Path, choices: Sequence[Choice], out: Path | None
-) -> Path:
+    run: Run, model: ModelConfig, config: TrainConfig, cache: Path, choices: Sequence[Choice], out: Path | None,
+    measured: TrainConfig | None = None,
+) -> Resampled:  # fmt: skip
     """Draw the validation prompts, or pairs, with the base model and with each of some LoRAs, on the same noise.
 
     Args:
         config: the run's. ``config.validation`` says what to draw and how.
         choices: the LoRAs, a row each. They are loaded and removed one after another.
         out: where to write the grid. None: a new ``samples/sample-NNN.png`` in the run.
+        measured: the run's recipe, to measure each row's loss as the run did. None: no losses.
 
     Raises:
         DoesNotFit: VRAM ran out.
@@ -60,18 +76,28 @@ def resample(
         check_recorded(path)
     reader = open_cache(cache)
     drawings = drawings_to_draw(run, reader, config)
+    losses: list[tuple[str, float]] = []
     note_sizes(reader, config.validation)
     for line in [*guidance_warnings(config.validation), *strength_warnings([choice.strength for choice in choices])]:
         console.warn(line)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
     _vet(choices, folder, reader.kind)
+    measurement = measurement_of(reader, measured, folder) if measured else None
     device = pick_device(config.device, folder)
     plan = plan_training(folder, config, device, largest_sizes(reader))
     with when_memory_ends(lambda: plan, lambda: None, console.this_command), console.progress() as bars:
         transformer = load(folder, config, device, plan)
         execute(transformer, config, device, plan)
         transformer.eval()
-        rows = [("base model", sample.draw(transformer, folder, drawings, bars, "base model"))]
+        rows: list[tuple[str, list[Image.Image]]] = []
+
+        def add_row(label: str) -> None:
+            rows.append((label, sample.draw(transformer, folder, drawings, bars, label)))
+            if measurement:
+                by_sigma = measurement.measure(partial(predict_velocity, transformer), device)
+                losses.append((label, sum(by_sigma) / len(by_sigma)))
+
+        add_row("base model")
         for path in paths:
             with loaded(transformer, path):
                 transformer.eval()
@@ -79,13 +105,37 @@ def resample(
                     set_strength(transformer, choice.strength)
                     # Anew for each: blocks remember the adapter that they ran with, and its strength.
                     execute(transformer, config, device, plan, any_rank=len(paths) > 1)
-                    rows.append((choice.label, sample.draw(transformer, folder, drawings, bars, choice.label)))
+                    add_row(choice.label)
         references = decode_references(folder, drawings, device)
     grid = sheet.grid([*references.above, *rows, *references.below], [drawing.head for drawing in drawings])
     target = target or _unused(run.root / "samples")
     make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))
-    return out or target
+    return Resampled(out or target, tuple(losses))
+
+
+def measurement_of(cache: Cache, config: TrainConfig, folder: Path) -> HeldOutLoss:
+    """What a run measured its LoRAs by: its held-out loss or, without a split, its probe loss.
+
+    Args:
+        cache: the run's first, which may have moved.
+        config: the run's own recipe.
+
+    Raises:
+        RecipeError: it has neither images that are held out nor any for a probe.
+        CacheError: another cache of the run is not there.
+    """
+    first, *others = config.data or (DataConfig(cache=""),)
+    entries = [replace(first, cache=str(cache.root)), *others]
+    data = split_off(open_mixture(entries), config.validation.split)
+    rows = held_out_rows(data)[0] or probe_rows(data, config.validation.probe_images)
+    if not rows:
+        raise RecipeError(
+            "There is nothing to measure on: the run holds no images out, and train.validation.probe_images is 0",
+            "Leave --measure out",
+        )
+    scaling_factor = read_config(folder, "vae")["scaling_factor"]
+    return HeldOutLoss(data, config.validation.held_out_sigmas, scaling_factor, rows)
 
 
 def check_out(run: Run, out: Path | None) -> Path | None:
