@@ -521,6 +521,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "twice.json": ('{"a": 1, "a": 2}', "has the key a twice"), "big.json": (b" " * (2 << 20), "at most"),
     "spelt.json": ('{"--seed": 1, "seed": 2}', "has the key seed twice, in two spellings"),
     "nobody.json": ('{"a": 1}', "has no key of SimpleTuner"), "bytes.json": (b"\xff\xfe{", "is not UTF-8"),
+    "ours.toml": ("[train]\nsteps = 5\n", "is a recipe of k5train already"),
     "empty.env": ("# nothing\n", "is empty"), "twice.env": ("SEED=1\nSEED=2\n", "has the key SEED twice"),
     "quote.env": ("SEED='1\n", "has a quote that does not end"), "twice.toml": ("a = 1\na = 2\n", "is not TOML"),
     "twice.yaml": ("job: x\njob: y\n", "has the key job twice"), "no.yaml": ("a: [1\nb: }", "at line"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from k5train.moving.read import locate, read
 from k5train.moving.rules import apply
 from k5train.moving.simpletuner_data import GLOBAL, take_backends
 from k5train.moving.target import Moved, moved
+from k5train.options.train import TrainConfig
 
 Trainer = Literal["simpletuner", "kohya", "ai-toolkit"]
 TRAINERS: dict[Trainer, str] = {"simpletuner": "SimpleTuner", "kohya": "kohya", "ai-toolkit": "ai-toolkit"}
@@ -65,6 +67,10 @@ def recognised(config: Path, values: Mapping[str, Any]) -> Trainer:
         RecipeError: nobody's that is known.
     """
     inner = values.get("config")
+    ours = values.get("train")
+    options = {field.name for field in fields(TrainConfig)}  # kohya's files may have a table of that name too
+    if values.keys() <= {"model", "cache", "train"} and isinstance(ours, dict) and ours.keys() <= options:
+        raise RecipeError(f"{config} is a recipe of k5train already", f"Use it: --recipe {config}")
     if "job" in values or (isinstance(inner, dict) and "process" in inner):
         return "ai-toolkit"
     if isinstance(values.get("datasets"), list) or isinstance(values.get("general"), dict):

@@ -50,11 +50,11 @@ def _curves(comparison: Comparison, width: int) -> Image.Image:
     colours = {run.name: chart.COLOURS[i] for i, run in enumerate(chosen)}
     held_out = _panels(comparison, "held_out", comparison.groups, colours)
     probes = _panels(comparison, "probe", comparison.probe_groups, colours)
-    panels = held_out or [chart.Panel("held-out loss: no run held images out", ())]
-    if len(panels) + len(probes) <= MOST_PANELS:
-        rows = [chart.Row([*panels, *probes], 380)]
+    if len(held_out) + len(probes) <= MOST_PANELS:
+        kinds = [([*held_out, *probes], 380)]
     else:
-        rows = [chart.Row(panels, 380), *([chart.Row(probes, 300)] if probes else [])]
+        kinds = [(held_out, 380), (probes, 300)]
+    rows = [chart.Row(panels, height) for panels, height in kinds if panels]
     return chart.draw_chart(_title(comparison), rows, _subtitle(comparison), width)
 
 
