@@ -258,6 +258,19 @@ def test_the_shift_follows_the_recipe_or_the_bucket(caches):
         torch.testing.assert_close(c.sigma, flow.shift_sigmas(a.sigma, flow.auto_shift(tokens)))
 
 
+def test_sigmas_stay_in_the_range_of_the_recipe_with_strata_and_rollouts_too(caches):
+    cache = open_cache(caches[0])
+    objective = ObjectiveConfig(sigma_min=0.6, sigma_max=0.8, stratified_sigmas=True)
+    config = replace(CONFIG, objective=objective, rollout=RolloutConfig(probability=0.5), flow_schedule_shift=3.0)
+    loader = Loader(cache, config, SCALE, torch.linspace(1, 0, 51))
+    sigmas = torch.cat([g.sigma for micro in range(20) for g in loader.batch(micro).groups])
+    assert 0.6 <= sigmas.min() < 0.65
+    assert 0.75 < sigmas.max() <= 0.8
+    with pytest.raises(RecipeError, match="No sigma of the 50 steps on which a rollout ends is in"):
+        Loader(cache, replace(config, objective=ObjectiveConfig(sigma_min=0.505, sigma_max=0.51)), SCALE,
+               torch.linspace(1, 0, 51))  # fmt: skip
+
+
 def test_regularisation_rows_weigh_their_share_and_the_weighting_multiplies_it(caches):
     mixture = open_mixture(entries(caches, {}, {"is_regularisation_data": True}))
     objective = ObjectiveConfig(prior_loss_weight=0.25, weighting="cosmap")

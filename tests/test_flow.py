@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
+from k5cache.shared.errors import RecipeError
 from k5train.objective import flow
 from k5train.options.objective import ObjectiveConfig
 
@@ -129,6 +130,48 @@ def test_even_the_ends_of_the_unit_interval_give_sigmas_inside_it(sampling):
     values = flow.sigma_quantile(torch.tensor([0.0, 1.0]), ObjectiveConfig(sigma_sampling=sampling))
     assert 0 < values[0] < 0.01
     assert 0.99 < values[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "shift"),
+    [
+        ({}, 1.0), ({"sigmoid_scale": 1.7}, 3.0), ({"sigma_sampling": "uniform"}, 1.0),
+        ({"sigma_sampling": "logit_normal", "logit_mean": 0.4}, 0.5), ({"sigma_sampling": "mode"}, 2.0),
+        ({"sigma_sampling": "beta", "beta_schedule_beta": 0.7}, 3.0),
+    ],
+)  # fmt: skip
+def test_a_range_of_sigma_leaves_the_shifted_distribution_without_what_is_outside(options, shift):
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    objective = ObjectiveConfig(**options, sigma_min=0.3, sigma_max=0.85)
+    all_of_them = flow.shift_sigmas(flow.sigma_quantile(u, objective), shift)
+    inside = all_of_them[(all_of_them >= 0.3) & (all_of_them <= 0.85)].sort().values
+    drawn = flow.draw_sigma((torch.arange(len(inside), dtype=torch.float64) + 0.5) / len(inside), objective, shift)
+    # Two neighbours among the 100,000 are half as far apart, where the density is lowest.
+    torch.testing.assert_close(drawn.sort().values, inside, rtol=0, atol=2e-4)
+    assert (drawn.min() >= 0.3).item()
+    assert (drawn.max() <= 0.85).item()
+
+
+def test_a_range_of_uniform_sigmas_is_a_line_and_the_whole_range_changes_no_bit():
+    u = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    objective = ObjectiveConfig(sigma_sampling="uniform", sigma_min=0.2, sigma_max=0.6)
+    assert flow.draw_sigma(u, objective, 1.0).tolist() == pytest.approx([0.2, 0.3, 0.6], abs=1e-6)
+    upper = flow.draw_sigma(u, ObjectiveConfig(sigma_sampling="uniform", sigma_min=0.5), 1.0)
+    assert upper.tolist() == pytest.approx([0.5, 0.625, 1.0], abs=1e-6)
+    usual = flow.shift_sigmas(flow.sigma_quantile(u, ObjectiveConfig()), 3.0)
+    assert torch.equal(flow.draw_sigma(u, ObjectiveConfig(), 3.0), usual)
+
+
+def test_a_range_that_a_distribution_does_not_reach_is_refused():
+    flow.check_range(ObjectiveConfig(sigma_min=0.95), 1.0)
+    with pytest.raises(RecipeError, match="fewer than 1 in 100,000 sigmas are in sigma_min"):
+        flow.check_range(ObjectiveConfig(sigma_min=0.995), 1.0)
+    flow.check_range(ObjectiveConfig(sigma_min=0.995), 6.0)  # the range is of what the shift gives
+    assert ObjectiveConfig(sigma_min=0.5, sigma_max=0.5).check() == [
+        "sigma_min and sigma_max must be 0 to 1, the first below the second, found 0.5 and 0.5"
+    ]
+    for bad in ({"sigma_min": -0.1}, {"sigma_max": 1.1}, {"sigma_min": math.nan}):
+        assert len(ObjectiveConfig(**bad).check()) == 1, bad
 
 
 def test_the_automatic_shift_is_flux_s_own():

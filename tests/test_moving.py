@@ -325,7 +325,7 @@ accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 \
     --learning_rate 1e-4 --optimizer_type AdamW8Bit --optimizer_args "weight_decay=0.001" "betas=(0.9,0.95)" \
     --max_grad_norm 1.0 --lr_scheduler constant_with_warmup --lr_warmup_steps 100 \
     --network_module networks.lora_kandinsky --network_dim 16 --network_alpha 8 \
-    --timestep_sampling shift --discrete_flow_shift 5.0 \
+    --timestep_sampling shift --discrete_flow_shift 5.0 --min_timestep 0 --max_timestep 875 \
     --output_dir path/to/output --output_name k5_lora --save_every_n_epochs 1 --max_train_epochs 50
 """
 
@@ -340,8 +340,10 @@ def test_a_command_line_of_musubi_tuner_becomes_a_recipe(home):
             "name": "k5_lora", "epochs": 50, "repeats": 2, "flow_schedule_shift": 5.0,
             "lora": {"rank": 16, "alpha": 8.0},
             "optim": {"optimizer": "adamw8bit", "lr": 1e-4, "weight_decay": 0.001},
+            "objective": {"sigma_max": 0.875},
         },
     }  # fmt: skip
+    assert said(moved)["min_timestep"] == "not needed: this is what happens here anyway"
     assert said(moved)["fp8_base"].startswith("not supported: the base is int8 or bf16")
     assert said(moved)["dit"].startswith("not needed: the checkpoint is model.flavour")
     assert moved.commands[-1] == "k5train run cache/my_images --recipe my.toml --out path/to/output"

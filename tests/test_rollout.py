@@ -99,6 +99,13 @@ def test_a_path_ends_at_the_nearest_grid_point_after_1_to_k_steps():
     assert all(p[-1] == 0.2 for p in paths(20, sigma=0.11))  # never at 0, where nothing is left to learn
 
 
+def test_a_path_ends_within_the_range_of_sigma():
+    config, generator = RolloutConfig(probability=1.0), torch.Generator().manual_seed(0)
+    ends = [rollout.draw_path(0.52, GRID, config, 0, generator, bounds)[-1].item() for bounds in ((0, 1), (0.3, 0.55))]
+    assert ends == pytest.approx([0.6, 0.4])
+    assert rollout.ends_in(GRID, (0.3, 0.65)).tolist() == [False, False, True, True, False, False]
+
+
 def test_low_sigmas_are_left_alone():
     assert paths(5, sigma=0.05) == [[0.05, 0.05, 0.05]] * 5
 

@@ -73,6 +73,7 @@ def test_an_option_without_what_it_belongs_to_is_named(idle, what, acting):
         (["rollout.probability=0.1", "rollout.ramp_steps=1000"],
          "train.rollout.probability is never reached: its ramp takes 1000 steps and the run 1000. "
          "Use --set train.rollout.ramp_steps=100"),
+        (["rollout.probability=0.1", "objective.sigma_max=0.05"], "train.rollout.probability does nothing here"),
     ],
 )  # fmt: skip
 def test_numbers_that_another_number_makes_idle_are_named(options, said):

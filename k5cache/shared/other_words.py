@@ -112,6 +112,8 @@ WORDS: Mapping[str, Word] = {
     **_called("train.objective.sigma_sampling", "timestep_sampling", "weighting_scheme", "flow_schedule_type"),
     **_called("train.objective.sigmoid_scale", "flow_sigmoid_scale"),
     **_called("train.objective.snr_gamma", "min_snr_gamma"),
+    "min_timestep": Word("train.objective.sigma_min", (0,)),
+    "max_timestep": Word("train.objective.sigma_max", (1000,)),
     "tread_config": Word("train.tread.routes"),
     "noise_offset": Word(
         None,

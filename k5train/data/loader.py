@@ -35,7 +35,7 @@ class Loader:
         inference_sigmas: the scheduler's, from 1 down to 0. Rollouts step along them.
 
     Raises:
-        RecipeError: an option needs masks, and no row has one.
+        RecipeError: an option needs masks, and no row has one; or next to no sigma is in the range asked for.
     """
 
     def __init__(
@@ -52,9 +52,29 @@ class Loader:
                     f"train.{name} is set, and the cache holds no masks",
                     "Put cat.mask.png beside cat.png, white in the area that counts, and encode again",
                 )
+        self._check_sigmas()
         self._epochs: dict[int, list[list[int]]] = {}
         self._ends = [0]  # micro-batches before each epoch
         self._slices: tuple[int, list[int], list[int]] = (-1, [], [])  # step, sizes of its micro-batches, slice by row
+
+    def _check_sigmas(self) -> None:
+        """Refuse a range of sigmas that the distribution or the rollouts never reach."""
+        objective = self.config.objective
+        self._range = (objective.sigma_min, objective.sigma_max)
+        if self._range == (0.0, 1.0):
+            return
+        for width, height in self.data.pools:
+            flow.check_range(objective, self._shift(width // 16 * (height // 16)))
+        if self.inference_sigmas is not None and not rollout.ends_in(self.inference_sigmas, self._range).any():
+            raise RecipeError(
+                f"No sigma of the {self.config.rollout.num_inference_steps} steps on which a rollout ends is in"
+                f" train.objective.sigma_min = {objective.sigma_min:g} to sigma_max = {objective.sigma_max:g}",
+                "Widen the range, or raise train.rollout.num_inference_steps",
+            )
+
+    def _shift(self, num_tokens: int) -> float:
+        is_auto = self.config.objective.flow_schedule_auto_shift
+        return flow.auto_shift(num_tokens) if is_auto else self.config.flow_schedule_shift
 
     def rows_of(self, micro: int) -> list[int]:
         """Rows of micro-batch ``micro``, counted from the start of the run."""
@@ -109,14 +129,13 @@ class Loader:
         if objective.stratified_sigmas:
             u = self._stratified(u, micro, place)
         num_tokens = latents.shape[0] * latents.shape[1] // 4
-        shift = flow.auto_shift(num_tokens) if objective.flow_schedule_auto_shift else config.flow_schedule_shift
-        sigma = flow.shift_sigmas(flow.sigma_quantile(u, objective), shift)
+        sigma = flow.draw_sigma(u, objective, self._shift(num_tokens))
         path = None
         if config.rollout.probability:
             assert self.inference_sigmas is not None, "rollout needs the scheduler's sigmas"
             of_rollout = _generator(config.seed, "rollout", micro, place)
             step = self._step(micro)
-            path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, step, of_rollout)
+            path = rollout.draw_path(sigma.item(), self.inference_sigmas, config.rollout, step, of_rollout, self._range)
             sigma = path[-1:]
         condition = self._condition(source.cache, row.source_key, micro, place) if row.source_key else None
         mask = None

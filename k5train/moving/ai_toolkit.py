@@ -146,6 +146,8 @@ RULES: Rules = {
                                                           "fp32": "fp32"}),
     "train.noise_scheduler": unsupported("this model is trained by flow matching", "flowmatch"),
     "train.timestep_type": special("`train.objective.sigma_sampling`", _timesteps),
+    **many(unsupported("a range of noise is train.objective.sigma_min to sigma_max", 0, 999, 1000),
+           "train.min_denoising_steps", "train.max_denoising_steps"),
     "train.loss_type": takes_choice("train.objective.loss_type", {"mse": "l2"}),
     "train.content_or_style": unsupported("train.objective and flow_schedule_shift say which noise", "balanced"),
     "train.linear_timesteps": unsupported('weights by noise are train.objective.weighting: "bell"', False),

@@ -15,7 +15,7 @@ from k5train.moving import simpletuner_keys as keys
 from k5train.moving.draft import Draft, Entry, flag, number, text
 from k5train.moving.kohya_data import take_datasets
 from k5train.moving.read import locate, read, subfolders
-from k5train.moving.rules import Rules, apply, many, needless, special, takes, takes_choice, unsupported, words
+from k5train.moving.rules import SAME, Rules, apply, many, needless, special, takes, takes_choice, unsupported, words
 
 _SCHEDULES = {"constant_with_warmup": "constant"} | {
     name: name for name in ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex")
@@ -104,6 +104,15 @@ def _timesteps(draft: Draft, entry: Entry) -> None:
         draft.say(
             entry, "not supported", "train.objective.sigma_sampling has sigmoid, uniform, logit_normal, mode, beta"
         )
+
+
+def _timestep(draft: Draft, entry: Entry) -> None:
+    end = entry.key[:3]
+    note = "the distribution keeps its shape in the range, as with preserve_distribution_shape"
+    if number(entry) == {"min": 0, "max": 1000}[end]:
+        draft.say(entry, "not needed", SAME)
+    else:
+        draft.take(entry, f"train.objective.sigma_{end}", number(entry) / 1000, note)
 
 
 def _scheme(draft: Draft, entry: Entry) -> None:
@@ -208,7 +217,9 @@ RULES: Rules = {
     "min_snr_gamma": unsupported('min-SNR is train.objective.weighting = "min_snr" with snr_gamma', 0),
     "prior_loss_weight": takes("train.objective.prior_loss_weight"),
     "masked_loss": special("`train.objective.masked_loss`", _masked),
-    **many(unsupported("noise is drawn over the whole range of sigma", 0, 1000), "min_timestep", "max_timestep"),
+    "min_timestep": special("`train.objective.sigma_min`, a thousandth of it", _timestep),
+    "max_timestep": special("`train.objective.sigma_max`, a thousandth of it", _timestep),
+    "preserve_distribution_shape": needless("a range of sigma always keeps the distribution's shape"),
     **many(unsupported("it belongs to other models", 0, False, 1), "multires_noise_iterations",
            "multires_noise_discount", "ip_noise_gamma", "adaptive_noise_scale", "zero_terminal_snr", "clip_skip",
            "guidance_scale", "scale_v_pred_loss_like_noise_pred", "debiased_estimation_loss"),

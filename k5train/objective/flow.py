@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k5cache.shared.errors import RecipeError
 from k5train.options.objective import ObjectiveConfig
 
 
@@ -90,6 +91,53 @@ def auto_shift(num_tokens: int) -> float:
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
     """``s * sigma / (1 + (s - 1) * sigma)``. 0 and 1 stay; a shift above 1 moves all others towards noise."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def draw_sigma(u: Tensor, objective: ObjectiveConfig, shift: float) -> Tensor:
+    """A row's sigma: the quantile ``u`` of the shifted distribution, of which only sigma_min to sigma_max is left.
+
+    Args:
+        u: any shape, 0 to 1, float64.
+
+    Returns:
+        float32, like ``u``.
+    """
+    lowest, highest = objective.sigma_min, objective.sigma_max
+    if (lowest, highest) == (0.0, 1.0):
+        return shift_sigmas(sigma_quantile(u, objective), shift)
+    first, last = share_of_range(objective, shift)
+    return shift_sigmas(sigma_quantile(first + u * (last - first), objective), shift).clamp(lowest, highest)
+
+
+@functools.lru_cache(maxsize=64)
+def share_of_range(objective: ObjectiveConfig, shift: float) -> tuple[float, float]:
+    """The shares of all sigmas that are below sigma_min and below sigma_max, after the shift.
+
+    Found by halving, because only quantiles have a formula for every distribution.
+    """
+    ends = torch.tensor([objective.sigma_min, objective.sigma_max], dtype=torch.float64)
+    low, high = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for _ in range(53):  # the bits of float64
+        middle = (low + high) / 2
+        is_below = shift_sigmas(sigma_quantile(middle, objective).double(), shift) < ends
+        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+    first, last = ((low + high) / 2).tolist()
+    return (first if objective.sigma_min > 0 else 0.0), (last if objective.sigma_max < 1 else 1.0)
+
+
+def check_range(objective: ObjectiveConfig, shift: float) -> None:
+    """Refuse a range of sigmas in which the distribution has next to none.
+
+    Raises:
+        RecipeError: fewer than 1 in 100,000 are in it.
+    """
+    first, last = share_of_range(objective, shift)
+    if last - first < 1e-5:
+        raise RecipeError(
+            f'With train.objective.sigma_sampling = "{objective.sigma_sampling}" and a shift of {shift:g}, fewer than 1'
+            f" in 100,000 sigmas are in sigma_min = {objective.sigma_min:g} to sigma_max = {objective.sigma_max:g}",
+            "Widen the range, or use --set train.objective.sigma_sampling=uniform",
+        )
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

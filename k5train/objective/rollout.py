@@ -53,13 +53,15 @@ class Cost:
 
 
 def draw_path(
-    sigma: float, grid: Tensor, config: RolloutConfig, step: int, generator: torch.Generator
+    sigma: float, grid: Tensor, config: RolloutConfig, step: int, generator: torch.Generator,
+    bounds: tuple[float, float] = (0, 1),
 ) -> Tensor:  # fmt: skip
     """One row's path at update ``step`` (0 is the first).
 
     Args:
         sigma: as drawn for the row. A row with a rollout ends at the nearest point of the grid instead.
         grid: the inference sigmas, from 1 down to 0.
+        bounds: the lowest and the highest sigma at which a path may end.
 
     Returns:
         ``[max_steps + 1]`` float32.
@@ -68,11 +70,21 @@ def draw_path(
     ramp = min(1.0, (step + 1) / config.ramp_steps) if config.ramp_steps else 1.0
     if chance >= config.probability * ramp or sigma < config.min_sigma:
         return torch.full((config.max_steps + 1,), sigma)
-    inner = grid[1:-1]  # no step leads to the first point, and at the last there is nothing to learn
-    end = 1 + int((inner - sigma).abs().argmin())
+    distance = torch.where(ends_in(grid, bounds), (grid - sigma).abs(), torch.inf)
+    end = int(distance.argmin())
     start = max(0, end - 1 - int(share * config.max_steps))
     path = grid[start : end + 1].float()
     return torch.cat([path[:1].expand(config.max_steps + 1 - len(path)), path])
+
+
+def ends_in(grid: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Which points of the grid a path may end at: bool, like ``grid``.
+
+    No step leads to the first point, and at the last there is nothing to learn.
+    """
+    allowed = (grid >= bounds[0]) & (grid <= bounds[1])
+    allowed[[0, -1]] = False
+    return allowed
 
 
 @torch.no_grad()

@@ -30,6 +30,12 @@ class ObjectiveConfig:
     """For ``beta``, the first shape: a larger one trains more on noisy inputs."""
     beta_schedule_beta: float = 2.0
     """For ``beta``, the second shape: a larger one trains more on clean inputs."""
+    sigma_min: float = 0.0
+    """The lowest sigma that is drawn, after the shift. What is left of the distribution keeps its shape. From 0.5 on a
+    LoRA learns composition and colours, and hardly texture."""
+    sigma_max: float = 1.0
+    """The highest sigma that is drawn, after the shift. Up to 0.5 a LoRA learns texture and details, and hardly
+    composition."""
     flow_schedule_auto_shift: bool = False
     """Derive the shift from the number of tokens of each bucket, by Flux's rule, instead of ``flow_schedule_shift``:
     1.88 at 512x512, 3.16 at 1024x1024."""
@@ -63,6 +69,11 @@ class ObjectiveConfig:
             problems.append(f"logit_mean must be a number, found {self.logit_mean}")
         if not -1 <= self.mode_scale <= 1.75:  # beyond, sigma no longer falls with u (SD3, section 3.1)
             problems.append(f"mode_scale must be -1 to 1.75, found {self.mode_scale}")
+        if not 0 <= self.sigma_min < self.sigma_max <= 1:
+            problems.append(
+                f"sigma_min and sigma_max must be 0 to 1, the first below the second, found {self.sigma_min} and"
+                f" {self.sigma_max}"
+            )
         if not 0 <= self.unmasked_weight <= 1:
             problems.append(f"unmasked_weight must be 0 to 1, found {self.unmasked_weight}")
         if not 0 <= self.prior_loss_weight < inf:

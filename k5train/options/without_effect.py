@@ -59,6 +59,10 @@ def options_without_effect(config: TrainConfig) -> list[str]:
         lines.append("train.repeats does nothing here: each [[train.data]] entry has its own")
     if config.epochs is None:
         lines += never_reached(config, config.steps)
+    if config.rollout.probability and config.objective.sigma_max < config.rollout.min_sigma:
+        lines.append(
+            "train.rollout.probability does nothing here: train.objective.sigma_max is below train.rollout.min_sigma"
+        )
     has_prior = any(entry.is_regularisation_data for entry in config.data)
     if config.objective.prior_loss_weight != 1 and not has_prior:
         lines.append(
