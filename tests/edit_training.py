@@ -75,7 +75,7 @@ def make_pairs(root: Path, model: Path, with_empty: bool = True, buckets: Sequen
     """A cache of pairs of random numbers that fits the toy model. Item i has 1 + i % 2 instructions of 9 + i tokens and
     more, its source's empty instruction has 5 tokens, and the manifest has one pair to draw: ``PICTURE``, made blue."""
     generator = torch.Generator().manual_seed(1)
-    text_recipe = {part: fingerprint(model, part) for part in ENCODER_PARTS if part != "vae"}
+    text_recipe = {part: fingerprint(model, part, with_vision=True) for part in ENCODER_PARTS if part != "vae"}
     template = installed_template("i2i")
     recipe = {
         "model": {"source": str(model), "flavour": "i2i-lite-sft"},

@@ -57,7 +57,8 @@ class Hub:
             raise self.problem
         files = [path for path in self.model.rglob("*") if path.is_file()] if files_metadata else ()
         siblings = [
-            SimpleNamespace(rfilename=str(path.relative_to(self.model)), size=path.stat().st_size) for path in files
+            SimpleNamespace(rfilename=str(path.relative_to(self.model)), size=path.stat().st_size, lfs=None, blob_id="")
+            for path in files
         ]
         return SimpleNamespace(sha=self.commit, siblings=siblings)
 
@@ -83,8 +84,7 @@ def connected(hub_of_one_model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The hub, put in the place of the real one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.model_info", hub_of_one_model.model_info)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub_of_one_model.snapshot_download)
+    monkeypatch.setattr("k5cache.shared.hub.api", lambda: hub_of_one_model)
     return hub_of_one_model
 
 
@@ -97,7 +97,9 @@ def test_a_snapshot_that_is_whole_and_the_newest_costs_one_question_and_no_downl
 def test_a_revision_that_moved_is_downloaded(hub):
     hub.commit = NEWER
     assert model_folder(MODEL, PARTS) == hub.snapshots / NEWER
-    assert hub.downloads == [["model_index.json", "transformer/config.json", "transformer/*", "vae/*", "scheduler/*"]]
+    small = ["model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae")]
+    assert hub.downloads == [small, [*small[:2], weights[0], small[2], weights[1], small[3]]]
 
 
 def test_a_pinned_commit_that_is_here_is_not_asked_for(hub):
@@ -181,7 +183,7 @@ def test_a_run_that_names_a_model_trains_that_and_not_the_caches_revision(hub, p
     done = pinned(app, "run", "cache/set", "--model", "someone/toy", *TINY)
     assert done.code == 0, done.err
     assert "revision" not in (pinned.folder / "runs" / "set" / "recipe.toml").read_text(encoding="utf-8")
-    assert (hub.asked, len(hub.downloads)) == (1, 1)
+    assert (hub.asked, len(hub.downloads)) == (1, 2)
 
 
 def test_the_revision_is_shown_and_is_in_the_command_that_trains(pinned):
@@ -248,25 +250,26 @@ def nothing_here(hub, tmp_path) -> Cli:
 
 
 def test_plan_and_diff_download_configs_alone_and_say_how_large_the_rest_is(hub, nothing_here):
-    ours = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
-    size = sum(p.stat().st_size for part in ours for p in (hub.model / part).rglob("*") if p.is_file())
+    rest = [
+        hub.model / part / name
+        for part, name in (
+            ("text_encoder", "model.safetensors"), ("tokenizer", "tokenizer.json"),
+            ("text_encoder_2", "model.safetensors"), ("tokenizer_2", "tokenizer.json"),
+            ("vae", "diffusion_pytorch_model.safetensors"),
+        )
+    ]  # fmt: skip
+    parts = ", ".join(f"{path.parent.name} {human_bytes(path.stat().st_size)}" for path in rest)
+    size = human_bytes(sum(path.stat().st_size for path in rest))
     for command in ("plan", "diff"):
         done = nothing_here(cache_app, command, "images", "--model", "someone/toy", "--set", "cache.resolution=64")
         assert done.code == 0, done.err
-        said = f"Using someone/toy will download {human_bytes(size)} first: it is not on this machine"
-        assert said in done.err
+        assert f"Using someone/toy will download {size} ({parts}) first: it is not on this machine" in done.err
         here = sorted(str(p.relative_to(hub.here)) for p in hub.here.rglob("*") if p.is_file())
         assert here == [
             "model_index.json", "text_encoder/config.json", "text_encoder_2/config.json",
             "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json", "transformer/config.json",
             "vae/config.json",
         ]  # fmt: skip
-        size = sum(
-            p.stat().st_size
-            for part in ours
-            for p in (hub.model / part).rglob("*")
-            if p.is_file() and str(p.relative_to(hub.model)) not in here
-        )
     assert hub.asked == 2
     done = nothing_here(app, "plan", "--model", "someone/toy")
     assert done.code == 0, done.err

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from k5cache.encode import differences
@@ -85,7 +86,11 @@ class EncodeReport:
 
 
 def build_recipe(
-    model: ModelConfig, config: CacheConfig, folder: Path, assumed: Mapping[str, Any] | None = None
+    model: ModelConfig,
+    config: CacheConfig,
+    folder: Path,
+    cached: Mapping[str, Any] = MappingProxyType({}),
+    is_preview: bool = False,
 ) -> dict[str, Any]:
     """Everything that changes the numbers in a cache, as plain values for its manifest.
 
@@ -95,19 +100,24 @@ def build_recipe(
     ``differences`` does not compare it.
 
     Args:
-        assumed: a recipe whose fingerprints are taken for parts that are not in ``folder``. None: that is an error.
+        cached: the recipe of the cache that is there already.
+        is_preview: take its fingerprints for parts that are not in ``folder``, which are else an error.
     """
-
-    def identity(table: str, part: str, read: Callable[[Path, str], Any] = fingerprint.fingerprint) -> Any:
-        try:
-            return read(folder, part)
-        except (ModelError, OSError):
-            if assumed is None:
-                raise
-            return assumed.get(table, {}).get(part, "not downloaded")
 
     kind = kind_of_model(model, folder)
     is_i2i = kind == "i2i"
+
+    def weights(folder: Path, part: str) -> str:
+        return fingerprint.fingerprint(folder, part, is_i2i, str(cached.get("text", {}).get(part) or ""))
+
+    def identity(table: str, part: str, read: Callable[[Path, str], Any] = weights) -> Any:
+        try:
+            return read(folder, part)
+        except (ModelError, OSError):
+            if not is_preview:
+                raise
+            return cached.get(table, {}).get(part, "not downloaded")
+
     template = prompt_template(kind)
     vae = read_config(folder, "vae")
     return {
@@ -230,8 +240,7 @@ def read_request(
         CacheStale: the cache was encoded for the other kind of model.
         CacheCorrupt: the manifest is damaged.
     """
-    assumed = manifest_of(root, {}).recipe if is_preview else None
-    recipe = build_recipe(model, config, folder, assumed)
+    recipe = build_recipe(model, config, folder, manifest_of(root, {}).recipe, is_preview)
     kind = kind_of_recipe(recipe)
     check_options(config, kind, model)
     drawn.check(kind)

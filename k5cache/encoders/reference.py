@@ -141,7 +141,9 @@ def _loaded_qwen(folder: Path, device: str, dtype: torch.dtype) -> Iterator[Any]
             index = {name: int(name.partition(":")[2] or 0) if name != "cpu" else "cpu" for name in free}
             room = {index[name]: int(ROOM * count) for name, count in free.items()}
             options |= {"device_map": "auto", "max_memory": room, "offload_folder": spill}
-        with handed_over(folder, "text_encoder", Path(spill)) as only, no_progress_bar():
+        # It reports the lm_head and the vision tower where they were not downloaded; nothing here uses them.
+        quiet = silent("transformers.modeling_utils")
+        with handed_over(folder, "text_encoder", Path(spill)) as only, no_progress_bar(), quiet:
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 only, local_files_only=True, trust_remote_code=False, **options
             )

@@ -18,12 +18,11 @@ from k5cache.encoders.vision_plan import BATCH_PATCHES
 from k5cache.encoders.weights import Weights
 from k5cache.encoders.with_picture import Seen
 from k5cache.shared.checkpoint import read_config
+from k5cache.shared.part_files import VISION_PREFIXES
 
 if TYPE_CHECKING:
     import torch
 
-# Where the tower lives in a file: published Qwen2.5-VL, saved by newer versions.
-_PREFIXES = ("visual.", "model.visual.")
 # The library hands all windows at once to an attention that has "flash" in its name, and else one after another.
 _ATTENTION = "k5_flash_windows"
 
@@ -79,7 +78,7 @@ def check_tower(folder: Path) -> None:
 
 def _checked(folder: Path, dtype: torch.dtype) -> tuple[Weights, Any]:
     """The tower's weights, none missing or misshapen, and the tower itself on the meta device."""
-    weights = Weights(folder, _PREFIXES, "patch_embed.proj.weight", "vision tower, which image-to-image needs")
+    weights = Weights(folder, VISION_PREFIXES, "patch_embed.proj.weight", "vision tower, which image-to-image needs")
     model = empty_tower(folder, dtype)
     weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
     return weights, model

@@ -88,7 +88,7 @@ def reencode(
     folder = model_folder(model, ENCODER_PARTS)
     recipe = cache.manifest.recipe
     config = config_of(recipe)
-    if differing := differences(recipe, build_recipe(model, config, folder), ("text", "latents")):
+    if differing := differences(recipe, build_recipe(model, config, folder, recipe), ("text", "latents")):
         raise refuse_model(cache.root, model.source, differing, "Name the model that made it with --model DIR")
     generator = random.Random(seed)
     keys = generator.sample(sorted(cache.text_lengths()), min(count, len(cache.text_lengths())))

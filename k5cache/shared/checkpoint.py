@@ -1,4 +1,5 @@
-"""Where is a checkpoint? In a folder in the diffusers layout, or in a hub repository, of which only parts are fetched.
+"""Where is a checkpoint? In a folder in the diffusers layout, or in a hub repository, of which only what is used is
+fetched (``download.py``).
 
 One short request asks the hub which commit a revision is. What is complete on this machine is not downloaded again. If
 the hub cannot be reached, the downloaded copy is used, and a note says so.
@@ -10,18 +11,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import download, hub
 from k5cache.shared.config_sizes import size_problems
-from k5cache.shared.console import human_bytes, note
+from k5cache.shared.console import note
 from k5cache.shared.errors import ModelError
 from k5cache.shared.model import FLAVOURS, ModelConfig
 from k5cache.shared.part_files import config_name, has_weights, weight_files
 from k5cache.shared.parts import check_parts
 from k5cache.shared.plain import read_json, read_text
-from k5cache.shared.preprocessor import FILES
 
 ENCODER_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
-_SMALL_FILES = ("model_index.json", "transformer/config.json")  # the second says whether the model edits images
 
 
 def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
@@ -35,7 +35,7 @@ def model_folder(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     _check(folder, parts)
     for part in parts:
         if has_weights(part):
-            weight_files(folder, part)
+            weight_files(folder, part, shows_pictures(folder))
     return folder
 
 
@@ -72,6 +72,18 @@ def check_known(model: ModelConfig, named_by: Path, fix: str) -> None:
     )
 
 
+def shows_pictures(folder: Path) -> bool:
+    """Whether the model shows Qwen a picture, so that its vision tower is needed; also if nothing says that it does
+    not."""
+    is_there = (folder / "transformer" / "config.json").is_file()
+    return not is_there or bool(read_config(folder, "transformer").get("visual_cond"))
+
+
+def has_part(folder: Path, part: str) -> bool:
+    """Whether a part is in a folder with all of its files. A plan fetches configs alone."""
+    return not _missing_file(folder, (part,))
+
+
 def _local_folder(model: ModelConfig) -> Path | None:
     """The folder that the model names; None if it names a repository."""
     folder = Path(model.source).expanduser()
@@ -98,24 +110,18 @@ def _check(folder: Path, parts: tuple[str, ...]) -> None:
 
 
 def folder_on_disk(model: ModelConfig, parts: tuple[str, ...]) -> Path | None:
-    """The folder as it is on this machine, without asking the hub for a newer one. None if a part is missing."""
+    """The folder as it is on this machine, without asking the hub for a newer one. None if a file that is used is
+    missing."""
     folder: Path | None = Path(model.source).expanduser()
     if folder and not folder.is_dir():
         folder = _downloaded(model.source, model.revision)
-    if folder is None or not all((folder / part / config_name(part)).is_file() for part in parts):
-        return None
-    return folder
+    return folder if folder and not _missing_file(folder, parts) else None
 
 
 def _downloaded(repo: str, revision: str | None) -> Path | None:
-    """The snapshot of a repository in the hub's cache on this machine.
-
-    The layout is documented (huggingface_hub, "Understand caching"): ``models--owner--name/refs/<branch>`` contains the
-    commit, and ``snapshots/<commit>`` the files. ``snapshot_download`` returns the same folder but asks the hub first.
-    """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    home = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    """The snapshot of a repository in the hub's cache on this machine. ``snapshot_download`` returns the same folder
+    but asks the hub first."""
+    home = hub.home_of(repo)
     revision = revision or "main"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:  # a cache or a run may name it
         return None
@@ -148,48 +154,36 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
 
 def _from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
     """The snapshot of the revision that the hub has now. If the hub cannot be reached, the one on this machine."""
-    from huggingface_hub import model_info, snapshot_download
-
     snapshot = _downloaded(repo, revision)
     missing = _missing_file(snapshot, parts) if snapshot else ""
     try:
-        if snapshot and not missing:
-            commit = revision if revision == snapshot.name else model_info(repo, revision=revision, timeout=10).sha
-            if commit == snapshot.name:
-                return snapshot
-        wanted = [*_SMALL_FILES, *(f"{part}/*" for part in parts)]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except _unreachable() as error:
+        if snapshot and not missing and revision == snapshot.name:
+            return snapshot
+        remote = download.read_remote(repo, revision)
+        if snapshot and not missing and remote.commit == snapshot.name:
+            return snapshot
+        return download.fetch(remote, parts, shows_pictures)
+    except hub.unreachable() as error:
         return _without_the_hub(repo, snapshot, missing, error)
 
 
 def _configs_from_hub(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:
     """The snapshot on this machine if it is complete; else one with configs. Notes what remains to be downloaded."""
-    from huggingface_hub import model_info, snapshot_download
-
     snapshot = _downloaded(repo, revision)
     missing = _missing_file(snapshot, parts) if snapshot else ""
     if snapshot and not missing and revision == snapshot.name:
         return snapshot
     try:
-        info = model_info(repo, revision=revision, timeout=10, files_metadata=True)
-        if snapshot and not missing and info.sha == snapshot.name:
+        remote = download.read_remote(repo, revision)
+        if snapshot and not missing and remote.commit == snapshot.name:
             return snapshot
-        here = snapshot if snapshot and info.sha == snapshot.name else None
-        absent = [
-            file.size or 0
-            for file in info.siblings or ()
-            if file.rfilename.split("/")[0] in parts and not (here and (here / file.rfilename).is_file())
-        ]
         is_newer = snapshot is not None and not missing
-        reason = f"the hub has a newer revision, {str(info.sha)[:8]}" if is_newer else "it is not on this machine"
-        note(f"Using {repo} will download {human_bytes(sum(absent))} first: {reason}. Only its configs are read now")
-        if snapshot and not missing:
-            return snapshot
-        wanted = [*_SMALL_FILES, *(f"{part}/{config_name(part)}" for part in parts)]
-        wanted += FILES if "tokenizer" in parts else ()  # how the text encoder is shown a picture
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except _unreachable() as error:
+        folder = snapshot if snapshot and is_newer else download.fetch_small(remote, parts)
+        reason = f"the hub has a newer revision, {remote.commit[:8]}" if is_newer else "it is not on this machine"
+        size = download.sizes(remote, download.needed(remote, parts, folder, shows_pictures(folder)))
+        note(f"Using {repo} will download {size} first: {reason}. Only its configs are read now")
+        return folder
+    except hub.unreachable() as error:
         if snapshot and all((snapshot / part / config_name(part)).is_file() for part in parts):
             missing = ""  # configs are enough
         return _without_the_hub(repo, snapshot, missing, error)
@@ -199,7 +193,7 @@ def _without_the_hub(repo: str, snapshot: Path | None, missing: str, error: Exce
     """The snapshot on this machine, if it has what is needed, with a note unless the user asked to be offline."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    reason = hub.reason_of(error)
     if snapshot and not missing:
         if not HF_HUB_OFFLINE:
             note(
@@ -214,15 +208,6 @@ def _without_the_hub(repo: str, snapshot: Path | None, missing: str, error: Exce
     ) from error
 
 
-def _unreachable() -> tuple[type[Exception], ...]:
-    """What is raised if the hub or the repository cannot be reached."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
-    http_error: Any = HfHubHTTPError.__mro__[1]
-    return (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
-
-
 def _missing_file(folder: Path, parts: tuple[str, ...]) -> str:
     """The first file that is missing, because a download was interrupted or was of other parts; "" if none is.
 
@@ -234,7 +219,7 @@ def _missing_file(folder: Path, parts: tuple[str, ...]) -> str:
             return f"{part}/{config.name}"
         if has_weights(part):
             try:
-                weight_files(folder, part)
+                weight_files(folder, part, shows_pictures(folder))
             except ModelError:
                 return f"a weight file of {part}"
     return ""

@@ -40,6 +40,10 @@ class ModelError(K5Error):
     """A checkpoint is missing, incomplete or of another architecture."""
 
 
+class HubError(K5Error):
+    """The hub cannot be reached, or refuses what it is asked."""
+
+
 class CacheError(K5Error):
     """A folder is not a cache, or the cache cannot be used here."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.shared.checkpoint import read_config
-from k5cache.shared.part_files import StoredTensor, stored_tensors, tokenizer_files
+from k5cache.shared.part_files import StoredTensor, has_weights, stored_tensors, tokenizer_files
 from k5cache.shared.plain import read_plain
 
 WHOLE_BELOW = 64 * 2**20
@@ -24,10 +24,11 @@ _MOST_VOCABULARY_BYTES = 256 << 20  # of a file of a tokenizer; Qwen's has 11 MB
 _IRRELEVANT = frozenset({"torch_dtype", "dtype", "name_or_path", "processor_class", "chat_template", "architectures"})
 
 
-def fingerprint(folder: Path, part: str) -> str:
+def fingerprint(folder: Path, part: str, with_vision: bool = False, cached: str = "") -> str:
     """A hash that identifies one part of a checkpoint (``text_encoder``, ``vae``, ``tokenizer``, ...): 32 hex digits.
 
-    For weights it covers the config without names and versions, and the name, dtype, shape and bytes of each tensor. A
+    For weights it covers the config without names and versions, and the name, dtype, shape and bytes of each tensor
+    that is used (``part_files.is_used``): not the lm_head, and the vision tower only if ``with_vision``. A
     part under 64 MiB is read completely. In a larger part, eight pages of 4 KiB are sampled evenly from each tensor,
     and a tensor under 32 KiB is read completely. It does not matter how the tensors are spread over files.
 
@@ -38,18 +39,29 @@ def fingerprint(folder: Path, part: str) -> str:
 
     For a tokenizer it covers the files that decide ids, and for anything else (``scheduler``) the config.
 
+    Args:
+        with_vision: whether the vision tower of the text encoder is used.
+        cached: the fingerprint that a cache has. The first caches have one of every tensor, used or not; if this is
+            such a one, and every tensor is as it was, it is returned.
+
     Raises:
         ModelError: a file is missing, damaged or cut short.
     """
+    of_used = _fingerprint(folder, part, stored_tensors(folder, part, with_vision) if has_weights(part) else [])
+    if part == "text_encoder" and cached and cached != of_used:
+        of_all = _fingerprint(folder, part, stored_tensors(folder, part, with_vision, unused=True))
+        return cached if of_all == cached else of_used
+    return of_used
+
+
+def _fingerprint(folder: Path, part: str, tensors: list[StoredTensor]) -> str:
     digest = hashlib.sha256()
     _feed(digest, _canonical(read_config(folder, part)))
     if part.startswith("tokenizer"):
         for path in tokenizer_files(folder, part):
             _feed(digest, path.name.encode(), read_plain(path, _MOST_VOCABULARY_BYTES))
-    elif part != "scheduler":
-        tensors = stored_tensors(folder, part)
-        for tensor, sampled in zip(tensors, _sample(tensors), strict=True):
-            _feed(digest, json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode(), sampled)
+    for tensor, sampled in zip(tensors, _sample(tensors), strict=True):
+        _feed(digest, json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode(), sampled)
     return digest.hexdigest()[:32]
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import fnmatch
 import glob
 import posixpath
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from k5cache.options import CacheConfig
-from k5cache.shared import plain
+from k5cache.shared import hub, plain
 from k5cache.shared.console import note
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.kind import Kind
@@ -59,19 +57,18 @@ class _Repository:
     """A dataset on the hub, at its newest commit; or as it was downloaded, if the hub cannot be reached."""
 
     def __init__(self, name: str) -> None:
-        from huggingface_hub import dataset_info
         from huggingface_hub.constants import HF_HUB_OFFLINE
         from huggingface_hub.errors import RepositoryNotFoundError
 
         self._name = name
         self._downloaded: Path | None = None
         try:
-            info = dataset_info(name, timeout=10)
+            info = hub.api().dataset_info(name, timeout=10)
             self._commit = info.sha
             self.names = [file.rfilename for file in info.siblings or []]
             """Of all its files."""
-        except _unreachable() as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        except hub.unreachable() as error:
+            reason = hub.reason_of(error)
             snapshot = _snapshot(name)
             if snapshot is None or isinstance(error, RepositoryNotFoundError):
                 raise DatasetError(
@@ -95,35 +92,19 @@ class _Repository:
                     "Check the network and try again; what is here already is not downloaded again",
                 )
             return self._downloaded
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        if not sys.stderr.isatty():
-            disable_progress_bars()
         try:
             patterns = _patterns(names, self.names)
-            return Path(
-                snapshot_download(self._name, repo_type="dataset", revision=self._commit, allow_patterns=patterns)
+            folder = hub.api().snapshot_download(
+                self._name, repo_type="dataset", revision=self._commit, allow_patterns=patterns
             )
-        except _unreachable() as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise DatasetError(f"{self._name} cannot be downloaded: {reason}", _FIX) from None
-
-
-def _unreachable() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
-    http_error: Any = HfHubHTTPError.__mro__[1]
-    return http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError
+            return Path(str(folder))
+        except hub.unreachable() as error:
+            raise DatasetError(f"{self._name} cannot be downloaded: {hub.reason_of(error)}", _FIX) from None
 
 
 def _snapshot(name: str) -> Path | None:
-    """What was downloaded last of a dataset (huggingface_hub, "Understand caching")."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    home = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
-    snapshots = [path for path in (home / "snapshots").glob("*") if path.is_dir()]
+    """What was downloaded last of a dataset."""
+    snapshots = [path for path in (hub.home_of(name, "dataset") / "snapshots").glob("*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 

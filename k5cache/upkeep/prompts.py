@@ -97,7 +97,7 @@ def job_of(
     """
     config = config_of(manifest.recipe)
     folder = model_folder(model, ENCODER_PARTS)
-    if differing := differences(manifest.recipe, build_recipe(model, config, folder), tables):
+    if differing := differences(manifest.recipe, build_recipe(model, config, folder, manifest.recipe), tables):
         fix = "Name the model that made it with --model DIR, or encode its captions again with --update"
         raise refuse_model(root, model.source, differing, fix)
     return Job(Path, root, folder, config, pick_device(device), bars)

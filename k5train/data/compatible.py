@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.buckets import MAX_TEXT_TOKENS, Bucket, is_side
-from k5cache.shared.checkpoint import ENCODER_PARTS, read_config
+from k5cache.shared.checkpoint import ENCODER_PARTS, has_part, read_config
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.fingerprint import fingerprint
@@ -40,7 +40,7 @@ def check_encoders(cache: Cache, folder: Path) -> None:
     different = [
         f"{_REASONS[part]} (part {part})"
         for part in ENCODER_PARTS
-        if (cached := _cached(recipe, part)) and (folder / part).is_dir() and fingerprint(folder, part) != cached
+        if (cached := _cached(recipe, part)) and _differs(folder, part, cached, kind_of_recipe(recipe))
     ]
     if different:
         again = command("k5cache", "encode", "SOURCE", "-o", cache.root, "--update", model=folder)
@@ -48,6 +48,12 @@ def check_encoders(cache: Cache, folder: Path) -> None:
             f"{cache.root} does not belong to the model in {folder}: {'; '.join(different)}",
             f"Train with the model that encoded it ({model_name(recipe)}), or encode with this one: {again}",
         )
+
+
+def _differs(folder: Path, part: str, cached: str, kind: Kind) -> bool:
+    """Whether a part is here, and is another. A plan leaves configs without weights, and a training machine may lack
+    the text encoder's vision tower."""
+    return has_part(folder, part) and fingerprint(folder, part, kind == "i2i", cached) != cached
 
 
 def _check_kind(cache: Cache, folder: Path) -> None:

@@ -29,7 +29,7 @@ def judge_hub(hub: Hub) -> Check:
     here = "The model is on this machine." if hub.has_model else "The model is not on this machine yet."
     if hub.is_folder:
         mark: Mark = "good" if hub.has_model else "does not work"
-        meaning = "It holds the transformer." if hub.has_model else "It has no transformer/config.json."
+        meaning = "It holds the transformer." if hub.has_model else "It lacks the transformer, or a file of it."
         return Check("hub", mark, "not asked: the model is a folder", meaning)
     if hub.offline:
         found = f"offline mode: {hub.offline} is set"

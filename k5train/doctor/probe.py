@@ -171,15 +171,16 @@ def _hub(repo: str) -> Iterator[Facts]:
     from huggingface_hub import get_token, model_info
     from huggingface_hub.errors import HfHubHTTPError
 
-    token = get_token()
-    yield {"has_token": bool(token)}
+    from k5cache.shared.hub import without_tokens
+
+    yield {"has_token": bool(get_token())}
     try:
         yield {"commit": model_info(repo, timeout=5).sha}
     except Exception as error:  # no route, no name, a proxy, a certificate: the reason is the answer
         response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
         reason = reason_of(error)
         yield {"status": getattr(response, "status_code", None)}
-        yield {"problem": reason.replace(token, "(token)") if token else reason}
+        yield {"problem": without_tokens(reason)}
 
 
 _PROBES: dict[str, Callable[..., Iterator[Facts]]] = {"torch": _torch, "kernels": _kernels, "plan": _plan, "hub": _hub}

@@ -16,9 +16,15 @@ from k5cache.shared.host_memory import free_ram
 from k5cache.shared.model import ModelConfig
 from k5train.doctor.check import Check, environment
 
-# Bytes. The repository: "The model: facts" in docs/architecture.md. The prepared base: the planner's weights. A row of
-# a cache at 1024x1024 with 256 tokens, and the RAM of a run with mapped files: docs/measurements.md.
-HUB_BYTES = 35_700_000_000
+# Bytes. What is fetched of each part of a published model: "The model: facts" in docs/architecture.md. The prepared
+# base: the planner's weights. A row of a cache at 1024x1024 with 256 tokens, and the RAM of a run with mapped files:
+# docs/measurements.md.
+HUB_BYTES = {
+    "transformer": 12_040_000_000,
+    "text_encoder": 15_500_000_000,
+    "text_encoder_2": 1_710_000_000,
+    "vae": 340_000_000,
+}
 BASE_BYTES = 6_650_000_000
 ROW_BYTES = 2_940_000
 RUN_RAM = 22 * 2**30 // 10
@@ -40,12 +46,12 @@ def read_volumes(model: ModelConfig) -> list[Volume]:
     """The disks of this folder's datasets, caches and runs, of K5_HOME and of the hub's downloads."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    needs_model = folder_on_disk(model, ("transformer",)) is None
+    absent = sum(size for part, size in HUB_BYTES.items() if folder_on_disk(model, (part,)) is None)
     needs_base = not any((k5_home() / "base").glob("*"))
     places = [
         *((name, Path(name), 0) for name in ("datasets", "cache", "runs")),
         ("K5_HOME", k5_home(), BASE_BYTES if needs_base else 0),
-        ("hub downloads", Path(HF_HUB_CACHE), HUB_BYTES if needs_model else 0),
+        ("hub downloads", Path(HF_HUB_CACHE), absent),
     ]
     volumes: dict[int, Volume] = {}
     for name, path, needed in places:

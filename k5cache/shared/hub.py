@@ -1,0 +1,106 @@
+"""The hub of models and datasets: who asks it, and what does an answer that refuses mean? One edge for both tools.
+
+Login, tokens, proxies and the folder of downloads are those of huggingface_hub. No token is read, shown or kept here,
+except to take it out of what a server or a library says.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k5cache.shared.errors import HubError
+from k5cache.shared.foreign import shown
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REPOSITORY = re.compile(r"(?![.-])(?!.*(?:\.\.|--))[\w.-]+/(?![.-])[\w.-]+(?<![.-])", re.ASCII)
+"""``owner/name``."""
+_TOKEN = re.compile(r"\b(?:hf|api)_[A-Za-z0-9]{8,}|\bBearer\s+\S+|(?<=://)[^/\s@]+@")
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
+
+
+def api() -> HfApi:
+    """The client, for the endpoint that the environment names now. Imported late: it takes 0.3 s."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi()
+
+
+def home_of(repo: str, kind: str = "model") -> Path:
+    """Where the hub's client keeps what it downloaded of a repository.
+
+    The layout is documented (huggingface_hub, "Understand caching"): ``refs/<branch>`` contains the commit,
+    ``snapshots/<commit>`` the files, which are links to ``blobs/<hash>``.
+    """
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
+
+
+def unreachable() -> tuple[type[Exception], ...]:
+    """What is raised if the hub or the repository cannot be reached, or refuses."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # The base class of everything that the client's httpx raises: no route, no name, a timeout, a proxy.
+    http_error: Any = HfHubHTTPError.__mro__[1]
+    return (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, ConnectionError)
+
+
+def reason_of(error: Exception) -> str:
+    """Why the hub did not do what it was asked, in one line without credentials."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return without_tokens(shown(lines[0] if lines else type(error).__name__))[:160]
+
+
+def without_tokens(text: str) -> str:
+    """``text`` without this user's token, and without what has the shape of one."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return _TOKEN.sub("(token)", text.replace(token, "(token)") if token else text)
+
+
+@contextmanager
+def answering(what: str) -> Iterator[None]:
+    """``with answering("push cache/cats to me/cats"):`` turns a hub that is away or refuses into two lines.
+
+    Raises:
+        HubError: the hub cannot be reached, this user may not do this, or there is no such repository.
+    """
+    try:
+        yield
+    except _refusals() as error:
+        raise HubError(f"Cannot {what}: {reason_of(error)}", _fix_of(error)) from None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    return (*unreachable(), LocalTokenNotFoundError)
+
+
+def _fix_of(error: Exception) -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled) or (HF_HUB_OFFLINE and status is None):
+        return "Offline mode is set: unset HF_HUB_OFFLINE and try again"
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return f"{_LOG_IN}, with a token that may do this"
+    if status == 403:
+        return "Use a token with the right to write to this owner (`hf auth login`), or name a repository of your own"
+    if status == 404:
+        return f"Check the name of the repository; a private one is only shown to who may read it. {_LOG_IN}"
+    if isinstance(error, HFValidationError):
+        return "Write the repository as owner/name"
+    return "Check the network and try again; what has arrived already is not sent again"
