@@ -18,14 +18,22 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_every_feature_is_a_run_of_its_own_on_one_base():
+@pytest.mark.parametrize(
+    "kinds", [pytest.param(("plain", "rollout"), marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.long)]
+)
+def test_every_feature_is_a_run_of_its_own_on_one_base(monkeypatch, kinds):
     config = TrainConfig(lora=LoraConfig(rank=2, targets=("qkv",)), optim=OptimConfig(warmup_steps=0))
+    every = features.variants
+
+    def some(config: TrainConfig) -> dict[str, tuple[TrainConfig, str]]:
+        return {name: run for name, run in every(config).items() if kinds is None or name.startswith(kinds)}
+
+    monkeypatch.setattr(features, "variants", some)
     lines: list[str] = []
     results = features.time_features(
         torch.device("cpu"), model=SMALL, side=64, config=config, num_steps=SETTLING + 2, report=lines.append
     )
-    assert [f.name for f in results] == ["bare step, fixed inputs", *features.variants(config)]
+    assert [f.name for f in results] == ["bare step, fixed inputs", *some(config)]
     assert len(lines) == len(results)
     assert all(f.milliseconds > 0 for f in results)
     assert all(f.waited is not None and 0 <= f.waited < 1 for f in results[1:])
