@@ -18,8 +18,9 @@ from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan
 from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.resume_state import latest_state
+from k5train.training.result import Result
 from k5train.training.start import open_data
-from k5train.training.train import Result, train
+from k5train.training.train import train
 
 # Three buckets, four lengths of caption (tests/parity.py); everything that could carry state from step to step is on.
 CONFIG = TrainConfig(

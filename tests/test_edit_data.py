@@ -15,10 +15,11 @@ from k5train.data.compatible import check_fit
 from k5train.data.kind import check_options
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture, Source, open_mixture
+from k5train.data.split import split_off
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.options.validation import EditConfig, ValidationConfig
-from k5train.training.held_out_loss import HeldOutLoss, split_off
+from k5train.training.held_out_loss import HeldOutLoss
 from k5train.training.identity import check_same, identity
 from k5train.training.step import train_step
 from tests.edit_training import make_pairs

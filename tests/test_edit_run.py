@@ -14,17 +14,17 @@ from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import CacheError, RecipeError
 from k5cache.store.reader import open_cache
 from k5train.adapter import attach, export, files
-from k5train.adapter.lora_file import PIPELINE_KEY, pipeline_of
+from k5train.adapter.header import PIPELINE_KEY, pipeline_of
 from k5train.base.quantize import load_transformer
 from k5train.cli import app
 from k5train.data.mixture import Mixture, Source
+from k5train.data.split import split_off
 from k5train.options.adapter import LoraConfig
 from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import EditConfig, ValidationConfig
 from k5train.pictures import drawings, sample
 from k5train.pictures.drawings import drawings_for, find_edit, items_to_draw
-from k5train.training.held_out_loss import split_off
 from tests.cli import Cli
 from tests.edit_training import PICTURE, make_pairs
 from tests.parity import with_strength

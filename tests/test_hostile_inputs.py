@@ -107,8 +107,8 @@ def alarm(seconds: int, what: object):
 @pytest.fixture(scope="module")
 def imported():
     """What the commands import takes long on a busy machine."""
-    for module in ("k5train.training.sweep", "k5train.adapter.export", "k5train.planning.without_loading"):
-        importlib.import_module(module)
+    for module in ("training.shared_base", "training.carry_out", "training.picture_rows", "adapter.export"):
+        importlib.import_module(f"k5train.{module}")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from k5train.commands.sample import sample
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import ValidationConfig
 from k5train.runs.folder import Run
-from k5train.training import loop, train
+from k5train.training import carry_out, loop
 from k5train.training.held_out_loss import HeldOutLoss
 from k5train.training.session import Session
 from tests.cli import Cli, Done
@@ -190,7 +190,7 @@ def test_a_run_that_is_stopped_after_its_last_step_does_not_say_that_training_ne
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "compare_saved", stopped)
+    monkeypatch.setattr(carry_out, "compare_saved", stopped)
     with pytest.raises(KeyboardInterrupt, match=r"^Stopped after the last step\. .* k5train check-lora .*safetensors"):
         start_run(tmp_path / "run", toy_cache("fp32"), toy_model, replace(CONFIG, steps=1))
     assert Run(tmp_path / "run").is_finished

@@ -10,10 +10,11 @@ import torch
 import k5cache
 from k5cache.shared.checkpoint import read_config
 from k5train.data.mixture import Mixture, Source
+from k5train.data.split import split_off
 from k5train.forward.predict_velocity import predict_velocity
 from k5train.runs.folder import Run
 from k5train.runs.metrics import read_metrics
-from k5train.training.held_out_loss import HeldOutLoss, split_off
+from k5train.training.held_out_loss import HeldOutLoss
 from pipelines.measure import judged
 from tests import micro
 

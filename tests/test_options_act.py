@@ -16,6 +16,7 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import parse, read, to_dict
 from k5cache.store.reader import open_cache
 from k5train.data.mixture import open_mixture
+from k5train.data.split import split_off
 from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.data import DataConfig
 from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
@@ -27,7 +28,6 @@ from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.recipe import read_recipe
 from k5train.training.base import load_base
-from k5train.training.held_out_loss import split_off
 from k5train.training.train import train
 from tests.cli import Cli
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from k5cache.shared.errors import ModelError, OutputError, RunError
 from k5cache.shared.home import make_home
 from k5train.base import prepared
-from k5train.base.prepared import list_bases, load_prepared, prepare, prepared_path, remove
+from k5train.base.prepared import load_prepared, prepare, prepared_path
+from k5train.base.prepared_files import list_bases, remove
 from k5train.base.quantize import finish, load_transformer
 
 CPU = torch.device("cpu")
@@ -114,7 +115,7 @@ def test_every_flipped_bit_is_found(toy_model, count):
         position = chance.randrange(text) if i % 2 else chance.randrange(text, size)
         bit = chance.randrange(8)
         flip(path, position, bit)
-        with pytest.raises(prepared._Damaged):
+        with pytest.raises(prepared.Damaged):
             prepared._fill(empty, path, CPU, lambda *_: False)
         flip(path, position, bit)
     load_prepared(toy_model, torch.bfloat16, CPU)

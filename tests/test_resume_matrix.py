@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     tmp_path, caches, base, toy_model, monkeypatch, algo, optimizer, averages, two_caches, split
 ):
     pytest.importorskip(EXTRAS.get(optimizer, "torch"))
-    monkeypatch.setattr("k5train.training.train.compare_saved", lambda *args: None)  # test_lora_files.py has it
+    monkeypatch.setattr("k5train.training.carry_out.compare_saved", lambda *args: None)  # test_lora_files.py has it
     config = config_of(algo, optimizer, averages, split, caches if two_caches else caches[:1])
     data = open_data(None, config)
 

@@ -36,7 +36,7 @@ from k5train.pictures.saved import read_labels, read_pictures, save_pictures
 from k5train.runs.folder import Run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.recipe import read_recipe
-from k5train.training import more_pictures
+from k5train.training import picture_rows
 from k5train.training.start import with_library
 from tests.cli import Cli
 from tests.parity import PROMPTS, as_the_pipeline_calls_it, reference_transformer
@@ -109,7 +109,7 @@ def test_a_run_keeps_the_names_of_its_prompts_and_draws_by_them(finished, tmp_pa
     assert (config.validation.prompts, config.validation.prompt_names) == (PROMPTS[:1], ("fox_ in_ snow",))
     assert read_labels(Run(finished).samples(2)) == [f"fox_ in_ snow\n{PROMPTS[0]}"]
     heads = []
-    monkeypatch.setattr(more_pictures.sample, "draw", lambda transformer, folder, drawings, *_: heads.append(
+    monkeypatch.setattr(picture_rows.sample, "draw", lambda transformer, folder, drawings, *_: heads.append(
         [drawing.head for drawing in drawings]) or [Image.new("RGB", (8, 8))] * len(drawings))  # fmt: skip
     for prompts in ([], ["--prompt", PROMPTS[1], "--prompt", PROMPTS[0]]):
         done = Cli(tmp_path)(app, "sample", str(finished), *prompts, "-o", "out.png")
@@ -120,7 +120,7 @@ def test_a_run_keeps_the_names_of_its_prompts_and_draws_by_them(finished, tmp_pa
 
 
 def test_without_prompts_the_commands_that_are_advised_work(finished, toy_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(more_pictures.sample, "draw", lambda *_: [Image.new("RGB", (8, 8))])
+    monkeypatch.setattr(picture_rows.sample, "draw", lambda *_: [Image.new("RGB", (8, 8))])
     cache = tmp_path / "cache"
     shutil.copytree(toy_cache("fp32"), cache)
     run = tmp_path / "my runs" / finished.name
@@ -241,7 +241,7 @@ def test_a_long_label_is_wrapped_beside_its_row_and_not_the_whole_sheet():
 def test_what_does_not_exist_or_is_no_lora_of_the_model_is_refused_before_the_transformer_is_loaded(
     finished, files, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(more_pictures, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(picture_rows, "load", lambda *_: pytest.fail("it was loaded"))
     (tmp_path / "page.safetensors").write_text("<!doctype html>")
     state = load_file(files["dora"])
     save_file({key.replace("transformer.", ""): t for key, t in state.items()}, tmp_path / "bare.safetensors")
@@ -299,10 +299,10 @@ def test_a_best_of_before_the_first_step_is_said_to_be_none(tmp_path, monkeypatc
     path = tmp_path / "r-best.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"k5.step": step})
     said: list[str] = []
-    monkeypatch.setattr(more_pictures, "empty_transformer", lambda folder: None)
-    monkeypatch.setattr(more_pictures, "vet", lambda path, empty: "lora")
-    monkeypatch.setattr(more_pictures.console, "warn", said.append)
-    more_pictures._vet([more_pictures.Choice("best", path, 1.0)], tmp_path, "t2i")
+    monkeypatch.setattr(picture_rows, "empty_transformer", lambda folder: None)
+    monkeypatch.setattr(picture_rows, "vet", lambda path, empty: "lora")
+    monkeypatch.setattr(picture_rows.console, "warn", said.append)
+    picture_rows._vet([picture_rows.Choice("best", path, 1.0)], tmp_path, "t2i")
     assert [line.endswith("the run never found a better one") for line in said] == [True] * warnings
 
 

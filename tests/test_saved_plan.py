@@ -21,7 +21,7 @@ from k5train.planning import memory, vram
 from k5train.planning.memory import Plan, Streaming
 from k5train.planning.saved_plan import SavedPlan
 from k5train.runs.resume_state import latest_state
-from k5train.training import train as train_file
+from k5train.training import carry_out
 from k5train.training.sweep import sweep
 from k5train.training.sweep_runs import SweepRun
 from k5train.training.which_plan import plan_on_shared_base
@@ -178,13 +178,13 @@ def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
     assert document["plan"]["sizes"] == [18, 14]
     document["plan"]["sizes"] = [20, 30]  # as of a larger picture, which no row names any more
     path.write_bytes(seal(document))
-    kernels_for, determinism = [], train_file.determinism
+    kernels_for, determinism = [], carry_out.determinism
 
     def noting(is_on, compiled_for):
         kernels_for.append(compiled_for)
         return determinism(is_on, compiled_for)
 
-    monkeypatch.setattr(train_file, "determinism", noting)
+    monkeypatch.setattr(carry_out, "determinism", noting)
     go_on(tmp_path / "run", steps=4)
     assert plans[1].sizes == (20, 30)
     assert kernels_for == [((20, 30), EXACT.lora)]
@@ -260,7 +260,7 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_file, "_result", crash)  # the last state is saved, the run is not finished
+        patched.setattr(carry_out, "_result", crash)  # the last state is saved, the run is not finished
         free(SOME)
         with pytest.raises(Stop):
             sweep(cache, out, model, runs)

@@ -18,6 +18,7 @@ from k5train.adapter.files import load_lora
 from k5train.base.quantize import load_transformer
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture, Source, open_mixture
+from k5train.data.split import held_out_rows, probe_rows, split_off, split_rows
 from k5train.forward.predict_velocity import predict_velocity
 from k5train.options.data import DataConfig
 from k5train.options.optimizer import OptimConfig
@@ -25,9 +26,10 @@ from k5train.options.validation import ValidationConfig
 from k5train.runs.folder import Run, create_run, open_run
 from k5train.training import loop, validation
 from k5train.training import train as training
-from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows, split_off, split_rows
+from k5train.training.held_out_loss import HeldOutLoss
 from k5train.training.more_pictures import drawings_to_draw, held_out_items
-from k5train.training.train import Result, train
+from k5train.training.result import Result
+from k5train.training.train import train
 from tests.edit_training import make_pairs
 from tests.runs import CONFIG, metrics_of, numbers, same, state_of
 from tests.workshop import Workshop

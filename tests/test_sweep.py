@@ -21,8 +21,8 @@ from k5train.runs.compared import compare, remarks
 from k5train.runs.outcomes import read_outcomes
 from k5train.runs.resume_state import Progress, save_state
 from k5train.training import session
+from k5train.training.shared_base import most_demanding
 from k5train.training.start import open_data
-from k5train.training.sweep import most_demanding
 from k5train.training.sweep_runs import sweep_runs
 from tests.cli import Cli
 from tests.parity import PROMPTS
@@ -139,7 +139,7 @@ def test_a_sweep_that_is_stopped_in_its_first_run_is_a_sweep_already(tmp_path, t
         raise KeyboardInterrupt
 
     monkeypatch.setattr("k5train.training.sweep.train", stop)
-    monkeypatch.setattr("k5train.training.sweep.load_base", lambda *args: None)
+    monkeypatch.setattr("k5train.training.shared_base.load_base", lambda *args: None)
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
     sweep = ("sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.lora.rank=2,4", "-o", "out")
     assert [Cli(tmp_path)(app, *sweep).code for _ in range(2)] == [130, 130]

@@ -133,7 +133,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra_before_anything
     with pytest.raises(RunError, match="names wandb, which is not installed") as caught:
         check_trackers(TrackersConfig(use=("tensorboard", "wandb")))
     assert 'pip install "kandinsky5-lora[wandb]"' in caught.value.fix
-    monkeypatch.setattr("k5train.training.train.load_base", None)
+    monkeypatch.setattr("k5train.training.carry_out.load_base", None)
     config = replace(CONFIG, trackers=TrackersConfig(use=("wandb",)))
     with pytest.raises(RunError, match="names wandb"):
         start_run(tmp_path / "run", toy_cache("fp32"), toy_model, config)

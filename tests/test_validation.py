@@ -20,6 +20,7 @@ from k5cache.shared.model import prompt_library, validation_prompts
 from k5train.base.quantize import load_transformer
 from k5train.commands.run import print_result
 from k5train.data.loader import Loader
+from k5train.data.split import split_off, split_rows
 from k5train.forward.predict_velocity import predict_velocity
 from k5train.options.optimizer import OptimConfig
 from k5train.options.train import TrainConfig
@@ -27,9 +28,9 @@ from k5train.options.validation import ValidationConfig
 from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses
 from k5train.training import held_out_loss
-from k5train.training.held_out_loss import HeldOutLoss, sigmas_of, split_off, split_rows
+from k5train.training.held_out_loss import HeldOutLoss, sigmas_of
+from k5train.training.result import Result
 from k5train.training.start import open_data, with_library
-from k5train.training.train import Result
 from k5train.training.validation import Validation
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, go_on, metrics_of, start_run

@@ -32,6 +32,7 @@ from k5cache.shared.command_line import command as command
 from k5cache.shared.command_line import this_command as this_command
 from k5cache.shared.errors import K5Error
 from k5cache.shared.foreign import Terminal
+from k5cache.shared.loading import announced
 
 out = Terminal()
 err = Terminal(stderr=True)
@@ -47,7 +48,7 @@ def run(app: Callable[[], object]) -> NoReturn:
     """
     quiet_libraries()
     try:
-        with interrupt.installed(), _output_arrives():
+        with interrupt.installed(), _output_arrives(), announced(note):
             app()
     except K5Error as error:
         print_error(error.problem, error.fix)

@@ -14,14 +14,15 @@ from diffusers import Kandinsky5Transformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from k5cache.shared.errors import ModelError, RunError
+from k5cache.shared.errors import RunError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.kind import Kind
-from k5cache.shared.outputs import check_file
 from k5cache.shared.template import PIPELINES
+from k5train.adapter.checks import check_model_folder, check_target, check_weights
 from k5train.adapter.files import PREFIX
+from k5train.adapter.header import EXPORTED_KEY, pipeline_of
 from k5train.adapter.keys import kind_of
-from k5train.adapter.lora_file import EXPORTED_KEY, largest, pipeline_of, read_file, refuse_not_finite
+from k5train.adapter.lora_file import largest, read_file, refuse_not_finite
 from k5train.adapter.other_kinds import Format, dora_for, lokr_for
 from k5train.adapter.pairs import Lora, Pair, Sizes, silent_in, understand
 from k5train.adapter.targets import linear_sizes
@@ -95,12 +96,7 @@ def merge(
             ``number``, or ``target`` exists.
     """
     check_target(target)
-    if len(weights) != len(sources):
-        raise RunError(
-            f"There are {len(sources)} files and {len(weights)} weights", "Give one --weight for each file, in order"
-        )
-    if bad := [weight for weight in weights if not math.isfinite(weight)]:
-        raise RunError(f"A weight of {bad[0]} makes every value of the LoRA useless", "Give finite numbers by --weight")
+    check_weights(len(sources), weights)
     sizes = linear_sizes(architecture(folder, sources[0]))
     loras = [_read_to_merge(source, sizes) for source in sources]
     pairs = side_by_side([lora.pairs for lora in loras], weights)
@@ -153,18 +149,6 @@ def _save(target: Path, state: dict[str, Tensor], metadata: Mapping[str, str]) -
     write_whole(target, lambda path: save_file(state, path, metadata={"format": "pt", **metadata}))
 
 
-def check_target(target: Path) -> None:
-    """Refuse a file that cannot be written, before any work. A file that is there already is never replaced.
-
-    Raises:
-        OutputError: it cannot be written.
-        RunError: it exists.
-    """
-    if target.is_file():
-        raise RunError(f"{target} already exists", "Give another name with -o")
-    check_file(target)
-
-
 def state_of(pairs: Mapping[str, Pair], form: Format, number: Number) -> dict[str, Tensor]:
     """Pairs under the keys of one family. kohya's ``alpha`` is the rank, as the strength is already in ``lora_up``.
 
@@ -205,10 +189,8 @@ def architecture(folder: Path | None, file: Path | None = None) -> Kandinsky5Tra
     Raises:
         ModelError: there is no such folder, or no transformer of Kandinsky 5 Image in it.
     """
+    check_model_folder(folder)
     if folder is not None:
-        if not (folder / "transformer" / "config.json").is_file():
-            problem = f"{folder} has no transformer/config.json" if folder.is_dir() else f"There is no folder {folder}"
-            raise ModelError(problem, "Give a model folder with --model, or leave it out for Kandinsky 5 Image Lite")
         return empty_transformer(folder)
     with init_empty_weights():
         kind: Kind = "i2i" if file and pipeline_of(file) == PIPELINES["i2i"] else "t2i"

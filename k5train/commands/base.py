@@ -17,15 +17,16 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
     """Quantise the transformer once, into a file. A run does this by itself when it first needs the file."""
     model_config, config = read_recipe(recipe, model, options)
 
-    import torch
-
     from k5cache.shared.checkpoint import model_folder
     from k5cache.shared.model import ModelConfig
+
+    folder = model_folder(model_config or ModelConfig(), ("transformer",))
+    import torch  # only now: a model that is missing is named at once
+
     from k5train.base.architecture import DTYPES
     from k5train.base.prepared import prepare
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = model_folder(model_config or ModelConfig(), ("transformer",))
     path = prepare(folder, DTYPES[config.mixed_precision], device)
     console.out.print(str(path), markup=False)
 
@@ -33,7 +34,7 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
 @base.command(name="list")
 def list_() -> None:
     """List the prepared bases: file, size, number format, and the checkpoint that each was made from."""
-    from k5train.base.prepared import home, list_bases
+    from k5train.base.prepared_files import home, list_bases
 
     bases = list_bases()
     if not bases:
@@ -49,7 +50,7 @@ def list_() -> None:
 @base.command()
 def rm(name: Annotated[str, typer.Argument(help="The file's name, or the beginning of it.")]) -> None:
     """Remove one prepared base. It is made again when it is needed."""
-    from k5train.base.prepared import remove
+    from k5train.base.prepared_files import remove
 
     removed = remove(name)
     console.out.print(f"Removed {removed.path} ({console.human_bytes(removed.num_bytes)})", markup=False)

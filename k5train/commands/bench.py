@@ -28,6 +28,7 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
     """Time training steps of a full-size transformer with random weights on this card. Downloads nothing."""
+    device = gpu_to_measure(out)
     import torch
 
     from k5train.bench import timing
@@ -35,7 +36,6 @@ def bench(
     from k5train.bench.steps import COLUMNS, as_json, beside_t2i, table_rows, time_cases, within
     from k5train.planning import vram
 
-    device = gpu_to_measure(out)
     wanted = EDITS if i2i else (*MUST_REACH, *SIZES)
     cases = within(vram.budget(device, None), wanted)
     if quick:
@@ -62,12 +62,12 @@ def gpu_to_measure(out: Path | None) -> torch.device:
         RunError: torch sees no GPU, or ``out`` lies in a folder that does not exist.
         OutputError: ``out`` cannot be written.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RunError(f"torch {torch.__version__} sees no GPU", "Run this on the machine where you mean to train")
     if out is not None and not out.parent.is_dir():
         raise RunError(f"There is no folder {out.parent} to write the numbers to", f"Run: mkdir -p {out.parent}")
     if out is not None:
         check_file(out)
+    import torch  # only now, as it takes seconds
+
+    if not torch.cuda.is_available():
+        raise RunError(f"torch {torch.__version__} sees no GPU", "Run this on the machine where you mean to train")
     return torch.device("cuda")

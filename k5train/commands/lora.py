@@ -41,10 +41,16 @@ def export(
 
     ComfyUI reads a DoRA's magnitudes only from kohya's keys, and they depend on the base: give --model DIR.
     """
-    from k5train.adapter.export import export as export_lora
+    from k5train.adapter.checks import check_model_folder, check_target
+    from k5train.adapter.header import check_kind
 
     file, _ = lora_in(file)
     target = out or file.with_name(f"{file.stem}-{form}{'' if number == 'fp32' else '-' + number}.safetensors")
+    check_target(target)
+    check_model_folder(model)
+    check_kind(file)
+    from k5train.adapter.export import export as export_lora  # torch is imported here, which takes seconds
+
     written = export_lora(file, target, form, number, model)
     console.out.print(f"Wrote {target}: {written.num_modules} modules, {form} keys, {number}", markup=False)
     _say_what_is_missing(written)
@@ -67,10 +73,19 @@ def merge(
 ) -> None:
     """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs. Of LoRAs only: no LoRA
     does exactly what a DoRA or a LoKr does."""
-    from k5train.adapter.export import merge as merge_loras
+    from k5train.adapter.checks import check_model_folder, check_target, check_weights
+    from k5train.adapter.header import check_kind
 
     files = [lora_in(file)[0] for file in files]
-    written = merge_loras(files, weights or [1.0] * len(files), out, form, number, model)
+    weights = weights or [1.0] * len(files)
+    check_target(out)
+    check_weights(len(files), weights)
+    check_model_folder(model)
+    for file in files:
+        check_kind(file)
+    from k5train.adapter.export import merge as merge_loras  # torch is imported here, which takes seconds
+
+    written = merge_loras(files, weights, out, form, number, model)
     console.out.print(f"Wrote {out}: {written.num_modules} modules from {len(files)} files", markup=False)
     _say_what_is_missing(written)
     console.next_step("Next, see which programs load it", _check_command(out, model))
@@ -81,10 +96,15 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
 
     Exit code 1 unless both load all of them alike; 2 if it is not a LoRA of this model.
     """
-    from k5train.adapter.export import architecture
-    from k5train.adapter.who_loads import check_lora as check
+    from k5train.adapter.checks import check_model_folder
+    from k5train.adapter.header import check_kind
 
     file, is_compared = lora_in(file)
+    check_model_folder(model)
+    check_kind(file)
+    from k5train.adapter.export import architecture  # torch is imported here, which takes seconds
+    from k5train.adapter.who_loads import check_lora as check
+
     report = check(file, architecture(model, file))
     print_report(report, model)
     if is_compared:
@@ -136,7 +156,7 @@ def _say_what_is_missing(written: Written) -> None:
 
 def print_report(report: Report, model: Path | None) -> None:
     """What each program would load, and what to do if one would ignore keys."""
-    from k5train.adapter.lora_file import PIPELINE_KEY
+    from k5train.adapter.header import PIPELINE_KEY
     from k5train.adapter.pairs import OtherSize
     from k5train.adapter.who_loads import BY_TRANSFORMER
 
@@ -169,7 +189,7 @@ def print_report(report: Report, model: Path | None) -> None:
 
 def findings(report: Report) -> list[str]:
     """What is to be known of a file besides who loads it: why it is refused, where it is silent, what differs."""
-    from k5train.adapter.lora_file import EXPORTED_KEY
+    from k5train.adapter.header import EXPORTED_KEY
 
     lines = []
     form = report.metadata.get(EXPORTED_KEY)

@@ -15,7 +15,7 @@ from k5cache.shared.template import PIPELINES
 from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, model_of_cache, read_recipe
 
 if TYPE_CHECKING:
-    from k5train.training.train import Result
+    from k5train.training.result import Result
 
 LOST_GAIN = 0.1  # a finished LoRA that lost less than this share of what the best gained is as good for most uses
 
@@ -41,7 +41,7 @@ def run(
     model_config, config = read_recipe(recipe, model, options)
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
     with _before_the_first_step():
-        from k5train.training.start import named, start  # torch is imported here, which takes seconds
+        from k5train.training.start import named, start
 
         chosen = model_config or model_of_cache(caches[0] if caches else Path(config.data[0].cache))
         result = start(*named(caches, config), out, chosen, is_new)

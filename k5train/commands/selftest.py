@@ -30,8 +30,6 @@ def selftest(
     from k5cache.shared.model import ModelConfig
     from k5cache.shared.selftest_model import only_cache, toy_model
     from k5cache.store.reader import open_cache
-    from k5train.exact.selftest import selftest as run
-    from k5train.training.device import pick_device
 
     root = cache or (None if model else only_cache())
     model_config, config = read_recipe(recipe, model, options)
@@ -41,6 +39,9 @@ def selftest(
         if not model_config:
             model_config = model_of_cache(root) if root else ModelConfig(path=str(stack.enter_context(toy_model())))
         folder = model_folder(model_config, ("transformer", "vae", "scheduler"))
+        from k5train.exact.selftest import selftest as run  # torch is imported here, which takes seconds
+        from k5train.training.device import pick_device
+
         comparisons = run(opened, folder, config, pick_device(config.device, folder))
     if as_json:
         console.print_json(comparisons)

@@ -84,9 +84,14 @@ def check_fit(cache: Cache, folder: Path) -> None:
             transformer, or the installed diffusers has another template.
         CacheError: another program made the cache.
     """
+    check_manifest(cache, folder)
+    check_widths(cache, folder)
+
+
+def check_manifest(cache: Cache, folder: Path) -> None:
+    """What ``check_fit`` finds without reading a row, and so without torch. Raises what it says."""
     check_template(cache)
     check_encoders(cache, folder)
-    config = read_config(folder, "transformer")
     if not isinstance(cache.manifest.recipe.get("selection", {}).get("resolution"), int):
         raise CacheError(
             f"{cache.root} was not made by `k5cache encode`: its recipe has no selection.resolution",
@@ -99,6 +104,11 @@ def check_fit(cache: Cache, folder: Path) -> None:
             f"{cache.root} has rows without a source: it was not made by `k5cache encode`",
             f"Encode pairs into a new cache: {again}",
         )
+
+
+def check_widths(cache: Cache, folder: Path) -> None:
+    """What ``check_fit`` finds in a row. Raises what it says."""
+    config = read_config(folder, "transformer")
     text = cache.prompt("") if cache.kind == "t2i" else cache.text(cache.row(0).caption_keys[0])
     widths = {"in_text_dim": text.prompt_embeds.shape[-1], "in_text_dim2": text.pooled.shape[-1]}
     for name, width in widths.items():

@@ -1,4 +1,4 @@
-"""Do the options of a recipe belong to the kind of its caches, text-to-image or image-to-image?"""
+"""Do the options of a recipe belong to its caches: to their kind, text-to-image or image-to-image, and their masks?"""
 
 from __future__ import annotations
 
@@ -55,3 +55,20 @@ def check_options(data: Mixture, config: TrainConfig) -> None:
                     f"{source.cache.root} was encoded without the empty instruction of each source",
                     f"Set train.caption_dropout_probability=0, or encode it too: {again}",
                 )
+
+
+def check_masks(data: Mixture, config: TrainConfig) -> None:
+    """Refuse options that need masks where no row has one.
+
+    Raises:
+        RecipeError: names the option and what to do.
+    """
+    for name, is_set in (
+        ("objective.masked_loss", config.objective.masked_loss),
+        ("tread.keep_masked", bool(config.tread.routes) and config.tread.keep_masked),
+    ):
+        if is_set and not data.has_masks():
+            raise RecipeError(
+                f"train.{name} is set, and the cache holds no masks",
+                "Put cat.mask.png beside cat.png, white in the area that counts, and encode again",
+            )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from k5cache.shared.errors import RecipeError
 from k5train.data.batch import Batch, Group, concatenate, pad
-from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches
+from k5train.data.kind import check_masks
+from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches, num_micro_batches
 from k5train.forward.condition import condition_of, no_source
 from k5train.objective import flow, rollout, tread
 
@@ -43,15 +44,7 @@ class Loader:
     ) -> None:
         self.data = data if isinstance(data, Mixture) else Mixture([Source(data, config.repeats)])
         self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
-        for name, is_set in (
-            ("objective.masked_loss", config.objective.masked_loss),
-            ("tread.keep_masked", bool(config.tread.routes) and config.tread.keep_masked),
-        ):
-            if is_set and not self.data.has_masks():
-                raise RecipeError(
-                    f"train.{name} is set, and the cache holds no masks",
-                    "Put cat.mask.png beside cat.png, white in the area that counts, and encode again",
-                )
+        check_masks(self.data, config)
         self._check_sigmas()
         self._epochs: dict[int, list[list[int]]] = {}
         self._ends = [0]  # micro-batches before each epoch
@@ -87,7 +80,7 @@ class Loader:
 
     def micro_batches(self, epochs: int) -> int:
         """How many micro-batches the first ``epochs`` epochs have."""
-        return sum(num_batches(self.data.pools, self.config.batch_size, epoch) for epoch in range(epochs))
+        return num_micro_batches(self.data, self.config.batch_size, epochs)
 
     def batch(self, micro: int) -> Batch:
         """Read micro-batch ``micro`` from the cache and draw its noise.

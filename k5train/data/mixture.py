@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.store.reader import Cache, open_cache
 from k5train.options.data import DataConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from k5cache.store.index import IndexRow
 
 Size = tuple[int, int]
@@ -153,6 +153,11 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
     return mixture
 
 
+def num_micro_batches(data: Mixture, batch_size: int, epochs: int) -> int:
+    """How many micro-batches the first ``epochs`` epochs have."""
+    return sum(num_batches(data.pools, batch_size, epoch) for epoch in range(epochs))
+
+
 def num_batches(pools: Mapping[Size, Sequence[Pool]], batch_size: int, epoch: int) -> int:
     """Number of batches in an epoch. Without weights it is the same for all epochs."""
     return sum(-(-sum(p.count(epoch) for p in parts) // batch_size) for parts in pools.values())
@@ -171,6 +176,8 @@ def epoch_batches(
     Returns:
         Lists of rows. The rows of one list share a bucket.
     """
+    import torch
+
     batches: list[list[int]] = []
     for parts in pools.values():
         rows: list[int] = []

@@ -16,7 +16,7 @@ from k5train.data.loader import Loader
 from k5train.forward.condition import condition_of
 from k5train.objective import flow
 from k5train.options.train import TrainConfig
-from k5train.pictures.sample import Posterior, SampleSettings
+from k5train.pictures.drawing import Posterior, SampleSettings
 
 STEPS, GUIDANCE = 2, 5.0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from k5cache.shared.handed_over import handed_over
 from k5train.base.quantize import INT8_MODULES
 from k5train.exact.case import Case
-from k5train.pictures.sample import Posterior
+from k5train.pictures.drawing import Posterior
 
 
 def as_the_pipeline_calls_it(

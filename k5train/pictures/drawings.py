@@ -15,7 +15,7 @@ from k5cache.shared.errors import RecipeError
 from k5cache.store.manifest import Edit
 from k5cache.store.reader import Cache
 from k5train.options.validation import EditConfig, ValidationConfig
-from k5train.pictures.sample import Drawing, Posterior, SampleSettings
+from k5train.pictures.drawing import Drawing, Posterior, SampleSettings
 from k5train.pictures.saved import NAMES
 
 

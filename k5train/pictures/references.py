@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from k5train.pictures.sample import Drawing, decode
+from k5train.pictures.drawing import Drawing
+from k5train.pictures.sample import decode
 from k5train.pictures.saved import read_pictures, save_pictures
 from k5train.runs.folder import Run
 

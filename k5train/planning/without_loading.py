@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from k5cache.shared.checkpoint import folder_without_weights, read_config
 from k5cache.shared.console import human_bytes
 from k5cache.shared.host_memory import free_ram
@@ -14,11 +12,9 @@ from k5cache.shared.kind import LONG_NAMES, Kind
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import open_cache
-from k5train.base.architecture import full_size
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
-from k5train.planning import memory, vram
-from k5train.planning.plan import check_ram, largest_sizes, plan_for
+from k5train.planning import memory
 
 
 @dataclass(frozen=True)
@@ -49,14 +45,20 @@ def plan_without_loading(
         DoesNotFit: no plan fits.
     """
     opened = open_cache(cache) if cache else None
-    sizes = largest_sizes(opened) if opened else (num_tokens, num_text_tokens)
     kind = opened.kind if opened else kind
     if opened and not model:
         encoded_for = model_of(opened.manifest.recipe)
         model = encoded_for if encoded_for.path and Path(encoded_for.path).is_dir() else None
-    transformer = (
-        read_config(folder_without_weights(model, ("transformer",)), "transformer") if model else full_size(kind)
-    )
+    named = read_config(folder_without_weights(model, ("transformer",)), "transformer") if model else None
+
+    import torch  # only now: what is missing is said at once
+
+    from k5train.base.architecture import full_size
+    from k5train.planning import vram
+    from k5train.planning.plan import check_ram, largest_sizes, plan_for
+
+    transformer = named or full_size(kind)
+    sizes = largest_sizes(opened) if opened else (num_tokens, num_text_tokens)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     # An imagined card runs compiled, as a real one would.
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")

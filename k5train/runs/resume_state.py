@@ -14,11 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from k5cache.shared import console
 from k5cache.shared.disk_errors import named
@@ -27,6 +23,9 @@ from k5cache.shared.files import make_folder, sync_file, sync_folder
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, seal, unseal
 from k5train.runs.recipe import RECIPE, caches_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 _MOST_MANIFEST_BYTES = 64 << 20
@@ -69,6 +68,8 @@ def save_state(
         facts: what else is saved, as JSON: the run's identity, the optimizer's groups and the plan of a deterministic
             run.
     """
+    from safetensors.torch import save_file
+
     make_folder(folder)
     target = folder / f"step-{progress.step:06d}"
     remove_leftovers(folder)
@@ -122,6 +123,9 @@ class SavedState:
         Raises:
             RunError: the file has changed or cannot be read.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         path = self.folder / f"{part}.safetensors"
         if part not in self.facts["parts"]:
             return {}

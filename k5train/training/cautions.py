@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from k5cache.shared.checkpoint import folder_without_weights
 from k5cache.shared.model import ModelConfig
-from k5train.adapter.lokr import lokr_warnings
-from k5train.adapter.targets import linear_sizes, match_targets
-from k5train.base.quantize import empty_transformer
 from k5train.data.batch_sizes import batch_warnings
-from k5train.data.loader import Loader
-from k5train.data.mixture import Mixture
+from k5train.data.mixture import Mixture, num_micro_batches
+from k5train.data.split import split_off
 from k5train.options.adapter import LoraConfig
 from k5train.options.extremes import extreme_values
 from k5train.options.rate import rate_warnings
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import never_reached, options_without_effect
-from k5train.training.held_out_loss import split_off
 
 
 def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str]:
@@ -31,13 +27,17 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str
     data = split_off(data, config.validation.split)
     lines = [*options_without_effect(config), *rate_warnings(config), *extreme_values(config)]
     if config.epochs is not None:
-        micro_batches = Loader(data, config, scaling_factor=1.0).micro_batches(config.epochs)
+        micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
         lines += never_reached(config, -(-micro_batches // config.gradient_accumulation_steps))
     lines += batch_warnings(data, config)
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
 
 
 def _of_lokr(config: LoraConfig, model: ModelConfig) -> list[str]:
+    from k5train.adapter.lokr import lokr_warnings  # torch and peft, which only a LoKr needs before its checks
+    from k5train.adapter.targets import linear_sizes, match_targets
+    from k5train.base.quantize import empty_transformer
+
     transformer = empty_transformer(folder_without_weights(model, ("transformer",)))
     sizes = linear_sizes(transformer)
     return lokr_warnings(config, {name: sizes[name] for name in match_targets(transformer, config.targets).modules})

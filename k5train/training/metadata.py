@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from k5cache.shared.template import PIPELINES
-from k5train.adapter.lora_file import PIPELINE_KEY
+from k5train.adapter.header import PIPELINE_KEY
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import Run

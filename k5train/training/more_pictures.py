@@ -7,36 +7,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder, read_config
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import check_file, check_writable
-from k5cache.shared.template import PIPELINES
 from k5cache.store.reader import Cache, open_cache
-from k5train.adapter.loaded import loaded, set_strength, vet
-from k5train.adapter.lora_file import pipeline_of, read_metadata
-from k5train.base.quantize import empty_transformer
+from k5train.adapter.header import check_kind
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, Source, open_mixture
-from k5train.forward.load import execute, load
-from k5train.forward.predict_velocity import predict_velocity
+from k5train.data.split import Measured, held_out_rows, probe_rows, split_off
 from k5train.options.data import DataConfig
 from k5train.options.extremes import guidance_warnings, strength_warnings
 from k5train.options.train import TrainConfig
-from k5train.pictures import sample, sheet
+from k5train.pictures.drawing import Drawing
 from k5train.pictures.drawings import drawings_for, draws_any, note_sizes
-from k5train.pictures.references import decode_references
-from k5train.pictures.sample import Drawing
-from k5train.planning.plan import largest_sizes, plan_training
 from k5train.runs.folder import Run
 from k5train.runs.written import check_recorded
-from k5train.training.device import pick_device
-from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows, split_off
-from k5train.training.out_of_memory import when_memory_ends
 from k5train.training.which_loras import Choice
 
 
@@ -76,45 +64,23 @@ def resample(
         check_recorded(path)
     reader = open_cache(cache)
     drawings = drawings_to_draw(run, reader, config)
-    losses: list[tuple[str, float]] = []
     note_sizes(reader, config.validation)
     for line in [*guidance_warnings(config.validation), *strength_warnings([choice.strength for choice in choices])]:
         console.warn(line)
     folder = model_folder(model, ("transformer", "vae", "scheduler"))
-    _vet(choices, folder, reader.kind)
+    for path in paths:
+        check_kind(path)
     measurement = measurement_of(reader, measured, folder) if measured else None
-    device = pick_device(config.device, folder)
-    plan = plan_training(folder, config, device, largest_sizes(reader))
-    with when_memory_ends(lambda: plan, lambda: None, console.this_command), console.progress() as bars:
-        transformer = load(folder, config, device, plan)
-        execute(transformer, config, device, plan)
-        transformer.eval()
-        rows: list[tuple[str, list[Image.Image]]] = []
+    from k5train.training.picture_rows import draw_rows  # torch is imported here, which takes seconds
 
-        def add_row(label: str) -> None:
-            rows.append((label, sample.draw(transformer, folder, drawings, bars, label)))
-            if measurement:
-                by_sigma = measurement.measure(partial(predict_velocity, transformer), device)
-                losses.append((label, sum(by_sigma) / len(by_sigma)))
-
-        add_row("base model")
-        for path in paths:
-            with loaded(transformer, path):
-                transformer.eval()
-                for choice in [choice for choice in choices if choice.path == path]:
-                    set_strength(transformer, choice.strength)
-                    # Anew for each: blocks remember the adapter that they ran with, and its strength.
-                    execute(transformer, config, device, plan, any_rank=len(paths) > 1)
-                    add_row(choice.label)
-        references = decode_references(folder, drawings, device)
-    grid = sheet.grid([*references.above, *rows, *references.below], [drawing.head for drawing in drawings])
+    grid, losses = draw_rows(folder, config, reader, drawings, choices, measurement)
     target = target or _unused(run.root / "samples")
     make_folder(target.parent)
     write_whole(target, partial(grid.save, format="PNG"))
-    return Resampled(out or target, tuple(losses))
+    return Resampled(out or target, losses)
 
 
-def measurement_of(cache: Cache, config: TrainConfig, folder: Path) -> HeldOutLoss:
+def measurement_of(cache: Cache, config: TrainConfig, folder: Path) -> Measured:
     """What a run measured its LoRAs by: its held-out loss or, without a split, its probe loss.
 
     Args:
@@ -135,7 +101,7 @@ def measurement_of(cache: Cache, config: TrainConfig, folder: Path) -> HeldOutLo
             "Leave --measure out",
         )
     scaling_factor = read_config(folder, "vae")["scaling_factor"]
-    return HeldOutLoss(data, config.validation.held_out_sigmas, scaling_factor, rows)
+    return Measured(data, rows, config.validation.held_out_sigmas, scaling_factor)
 
 
 def check_out(run: Run, out: Path | None) -> Path | None:
@@ -148,22 +114,6 @@ def check_out(run: Run, out: Path | None) -> Path | None:
         check_writable(run.root / "samples")
         return None
     return check_file(out, ".png")
-
-
-def _vet(choices: Sequence[Choice], folder: Path, kind: str) -> None:
-    """Refuse LoRAs that cannot be loaded. Say which of them do something else than their row's label says."""
-    empty = empty_transformer(folder)
-    for path in dict.fromkeys(choice.path for choice in choices):
-        if vet(path, empty) == "dora" and any(c.strength != 1 for c in choices if c.path == path):
-            console.warn(
-                f"{path} is a DoRA: a strength scales its matrices, as in diffusers, and not its magnitudes, so that at"
-                " 0 it is not the base model"
-            )
-        if read_metadata(path).get("k5.step") == "0":
-            console.warn(f"{path} has the adapter of before the first step: the run never found a better one")
-        pipeline = pipeline_of(path)
-        if pipeline not in (None, PIPELINES[kind]):
-            console.warn(f"{path} was trained for {pipeline}, and this model is drawn by {PIPELINES[kind]}")
 
 
 def drawings_to_draw(run: Run, cache: Cache, config: TrainConfig) -> list[Drawing]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from k5cache.shared import console
 from k5cache.shared.errors import K5Error, RunError
-from k5train.adapter.lora_file import read_metadata
+from k5train.adapter.header import read_metadata
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import Run

@@ -14,9 +14,9 @@ from rich.progress import Progress as Bars
 from k5cache.shared.files import write_whole
 from k5train.options.train import TrainConfig
 from k5train.pictures import sample, sheet
+from k5train.pictures.drawing import Drawing
 from k5train.pictures.drawings import described
 from k5train.pictures.references import References, references
-from k5train.pictures.sample import Drawing
 from k5train.pictures.saved import read_pictures, save_pictures
 from k5train.runs.folder import Run
 

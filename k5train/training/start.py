@@ -37,7 +37,8 @@ from k5train.runs.resume_state import SavedState, latest_state
 from k5train.training.cautions import cautions
 from k5train.training.identity import depends_on_the_last_step
 from k5train.training.overwriting import CANNOT_START_A_RUN, start_another
-from k5train.training.train import Result, train
+from k5train.training.result import Result
+from k5train.training.train import train
 
 PARTS = ("transformer", "vae", "scheduler")
 UNIMPORTANT = ("train.name", "train.validation.prompt_names")

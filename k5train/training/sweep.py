@@ -8,32 +8,31 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k5cache.shared import console
-from k5cache.shared.checkpoint import model_folder, read_config
+from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.files import make_folder
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import kind_of
-from k5train.adapter.targets import RankTooHigh
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import note_sizes
-from k5train.planning.plan import largest_sizes, plan_for, plan_training
-from k5train.planning.saved_plan import SavedPlan, read_saved_plan
 from k5train.runs.compared import Comparison, compare
 from k5train.runs.folder import Run, create_run
 from k5train.runs.outcomes import FILE, Outcome, write_outcomes
 from k5train.runs.resume_state import latest_state, remove_states
-from k5train.training.base import Base, load_base
 from k5train.training.cautions import cautions
-from k5train.training.device import pick_device
 from k5train.training.overwriting import check_beginning
 from k5train.training.start import PARTS, open_data
 from k5train.training.sweep_folder import check_out, draw_grids, open_same, outcome_of, outcomes_before, runs_in
 from k5train.training.sweep_runs import SweepRun, warnings_of
 from k5train.training.train import train
+
+if TYPE_CHECKING:
+    from k5train.training.shared_base import SharedBase
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,9 @@ def _train_all(
         write_outcomes(out, list(outcomes.values()))
     data = open_data(cache, configs[0])
     note_sizes(data.first, configs[0].validation)
-    base = _SharedBase(out, folder, most_demanding(data, folder, configs), sweep_runs)
+    from k5train.training.shared_base import SharedBase, most_demanding  # torch is imported here
+
+    base = SharedBase(out, folder, most_demanding(data, folder, configs), sweep_runs)
     for number, sweep_run in enumerate(sweep_runs, 1):
         console.note(f"Run {number} of {len(sweep_runs)}: {sweep_run.label}", "bold")
         data = open_data(cache, sweep_run.config)
@@ -110,32 +111,12 @@ def _is_to_be_trained(run: Run) -> bool:
     return not run.is_finished or (not run.lora.is_file() and latest_state(run.state) is not None)
 
 
-def _train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: _SharedBase) -> None:
+def _train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: SharedBase) -> None:
     if latest_state(run.state) is None:
         check_beginning(run, data, config)  # as train does, but before the base is loaded
     if not run.samples(0).exists():
         _copy_base_pictures(run)
     train(data, folder, replace(config, name=run.name), run, base.load(data), always_probe=True)
-
-
-class _SharedBase:
-    """The transformer that all runs are trained on, loaded for the first one that is trained."""
-
-    def __init__(self, out: Path, folder: Path, config: TrainConfig, sweep_runs: Sequence[SweepRun]) -> None:
-        self.out, self.folder, self.config, self.sweep_runs = out, folder, config, sweep_runs
-        self._base: Base | None = None
-
-    def load(self, data: Mixture) -> Base:
-        """Load it unless it is loaded."""
-        if self._base is None:
-            configs = [sweep_run.config for sweep_run in self.sweep_runs]
-            any_rank = len({(config.lora.rank, config.lora.ranks) for config in configs}) > 1
-            device = pick_device(self.config.device, self.folder)
-            sizes = largest_sizes(*(source.cache for source in data.sources))
-            saved = _saved_plan(self.out, self.sweep_runs)
-            plan = plan_training(self.folder, self.config, device, sizes, saved)
-            self._base = load_base(self.folder, self.config, device, plan, any_rank)
-        return self._base
 
 
 @contextmanager
@@ -149,34 +130,6 @@ def _locked(out: Path) -> Iterator[None]:
                 f"{out} is being written by {error.owner}", "Wait for it, or give another folder with -o"
             ) from None
         yield
-
-
-def most_demanding(data: Mixture, folder: Path, configs: Sequence[TrainConfig]) -> TrainConfig:
-    """The run that needs most memory. The shared base is planned for it.
-
-    Raises:
-        RankTooHigh: a run's rank is above a side of a matrix.
-    """
-    sizes = largest_sizes(*(source.cache for source in data.sources))
-    device, transformer = pick_device(configs[0].device, folder), read_config(folder, "transformer")
-
-    def demand(config: TrainConfig) -> tuple[bool, int]:
-        try:
-            peak = plan_for(transformer, config, device, sizes, None).peak
-        except RankTooHigh:  # a slip in the grid: refused before hours are spent on the other runs
-            raise
-        except RecipeError:  # a target that matches nothing: that run reports it when its turn comes
-            return False, 0
-        return config.lora.algo in ("dora", "lokr"), peak  # their blocks are not compiled, and keep more
-
-    return max(configs, key=demand)
-
-
-def _saved_plan(out: Path, sweep_runs: Sequence[SweepRun]) -> SavedPlan | None:
-    """The plan of an unfinished run that must go on with it. The other runs then use it too, on the same base."""
-    unfinished = [(run, s.config) for s in sweep_runs if not (run := Run(out / s.label)).is_finished]
-    saved_plans = (read_saved_plan(latest_state(run.state), config.deterministic) for run, config in unfinished)
-    return next((saved_plan for saved_plan in saved_plans if saved_plan), None)
 
 
 def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) -> Run:

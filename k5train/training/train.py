@@ -1,79 +1,31 @@
-"""One run, from the checks before anything is loaded to the finished LoRA and its result."""
+"""One run, from the checks before anything is loaded to its result. The checks need no torch: they are made at once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from k5cache.shared import console, interrupt
-from k5cache.shared.checkpoint import read_config
-from k5cache.shared.disk_errors import named
-from k5cache.shared.sealed import write_sealed
-from k5cache.shared.template import PIPELINES
-from k5train.adapter.attach import check_start
-from k5train.adapter.who_loads import call_for, compare_saved
-from k5train.base.quantize import empty_transformer
-from k5train.data.compatible import check_fit
-from k5train.data.kind import check_options
-from k5train.data.loader import Loader
+from k5cache.shared.device import check_name
+from k5train.adapter.header import check_kind
+from k5train.data.compatible import check_manifest, check_widths
+from k5train.data.kind import check_masks, check_options
 from k5train.data.mixture import Mixture
-from k5train.objective.tread import check_routes
+from k5train.data.split import split_off
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
-from k5train.pictures.drawings import draws_any
-from k5train.pictures.sample import inference_sigmas
 from k5train.runs.folder import Run, lock_run, remove_leftovers
-from k5train.runs.metrics import check_metrics, read_metrics
-from k5train.runs.resume_state import Progress, latest_state, remove_after
+from k5train.runs.metrics import check_metrics
+from k5train.runs.resume_state import latest_state
 from k5train.runs.trackers import check_trackers
 from k5train.runs.written import check_recorded
-from k5train.training.base import Base, load_base
-from k5train.training.determinism import determinism
-from k5train.training.device import pick_device
-from k5train.training.held_out_loss import split_off
 from k5train.training.identity import check_same, identity
-from k5train.training.loop import Loop
 from k5train.training.overwriting import check_overwrites
-from k5train.training.session import attach
-from k5train.training.validation import HELD_OUT, Validation
-from k5train.training.which_plan import decide_plan
+from k5train.training.result import Result
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run leaves behind."""
-
-    lora: Path
-    loads_by: str
-    """How diffusers loads it. The saved file was loaded that way and compared."""
-    grid: Path | None
-    steps: int
-    first_loss: float
-    last_loss: float
-    """Mean over the first and over the last tenth of the steps, because the loss of one step jumps with its sigma."""
-    seconds: float
-    ended_by: str
-    """``steps``, ``max_hours`` or ``patience``."""
-    best_step: int | None
-    best_loss: float | None
-    """The lowest held-out loss and its step. The LoRA of that step is ``<name>-best.safetensors``."""
-    seconds_to_start: float
-    """From the call of ``train`` until everything was ready for the first step."""
-    pipeline: str = PIPELINES["t2i"]
-    """The class of diffusers that ``loads_by`` calls ``pipe``."""
-    base_held_out_loss: float | None = None
-    """Before the first step: of the base model, or of the LoRA in ``train.lora.init_lora``."""
-    held_out_loss: float | None = None
-    """After the last step. None where there is no split, or if it is not finite."""
-    ema_held_out_loss: float | None = None
-    """Of ``<name>-ema.safetensors``, after the last step."""
-    base_probe_loss: float | None = None
-    """As ``base_held_out_loss``, on images that are trained on."""
-    probe_loss: float | None = None
+if TYPE_CHECKING:
+    from k5train.training.base import Base
 
 
 def train(
@@ -100,9 +52,10 @@ def train(
         KeyboardInterrupt: Ctrl-C. The state is saved.
     """
     called, config = time.monotonic(), with_usual_rate(config)
-    device = base.device if base else pick_device(config.device, folder)
-    check_fit(data.first, folder)
+    check_name(config.device, "train.device=")
+    check_manifest(data.first, folder)
     check_options(data, config)
+    check_masks(data, config)
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
     with lock_run(run):
@@ -116,82 +69,9 @@ def train(
         elif config.lora.init_lora:
             if (start := Path(config.lora.init_lora)).is_file():
                 check_recorded(start)
-            check_start(empty_transformer(folder), config.lora)
+            check_kind(start)
         check_overwrites(run, saved, data, config, run_identity)
-        is_probed = always_probe or (saved is not None and HELD_OUT in saved.progress.validated)
-        validation = Validation(data, folder, config, run, is_probed)
-        loader, config = open_loader(data, folder, config)
-        plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
-        with determinism(config.deterministic, (plan.sizes, config.lora)):
-            base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
-            with closing(attach(base, config, saved)) as session:
-                # Whatever is refused before this line leaves a finished run as it is.
-                run.result.unlink(missing_ok=True)
-                if accepted:
-                    accepted()
-                progress = replace(saved.progress) if saved else Progress()
-                if saved:
-                    remove_after(run.state, progress.step)
-                    console.note(f"Going on from step {progress.step}")
-                loop = Loop(data, config, run, session, loader, validation, progress, run_identity)
-                with named(run.root):
-                    ended_by = loop.run_to_end()
-                    check = console.command("k5train", "check-lora", run.lora, model=folder)
-                    with interrupt.saying(f"Stopped after the last step. To see what loads the LoRA: {check}"):
-                        with interrupt.deferred():
-                            result = _result(data, run, progress, config, ended_by, loop.ready - called)
-                            names = {"lora": result.lora.name, "grid": result.grid.name if result.grid else None}
-                            write_sealed(run.result, {**asdict(result), **names})
-                        with session.settled():
-                            empty, call = empty_transformer(folder), call_for(config.lora.algo)
-                            compare_saved(run.lora, base.transformer, empty, call)
-    return result
+        check_widths(data.first, folder)  # imports torch, as every line from here on
+        from k5train.training.carry_out import carry_out
 
-
-def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:
-    """The batches of a run, and its recipe with ``epochs`` translated to ``steps``.
-
-    Raises:
-        RecipeError: a TREAD route does not fit the transformer, or the recipe uses masks and the cache has none.
-    """
-    check_routes(config.tread.routes, read_config(folder, "transformer")["num_visual_blocks"])
-    scaling_factor = read_config(folder, "vae")["scaling_factor"]
-    if config.epochs is not None:
-        micro_batches = Loader(data, config, scaling_factor).micro_batches(config.epochs)
-        config = replace(config, steps=-(-micro_batches // config.gradient_accumulation_steps))
-    grid = inference_sigmas(folder, config.rollout.num_inference_steps) if config.rollout.probability else None
-    return Loader(data, config, scaling_factor, grid), config
-
-
-def _result(
-    data: Mixture, run: Run, progress: Progress, config: TrainConfig, ended_by: str, seconds_to_start: float
-) -> Result:
-    rows = read_metrics(run.metrics)
-    losses = [row["loss"] for row in rows if "loss" in row]
-    first, last = _measured_at(0, rows), _measured_at(progress.step, rows)
-    tenth = max(1, len(losses) // 10)
-    return Result(
-        lora=run.lora,
-        loads_by=call_for(config.lora.algo),
-        grid=run.grid if draws_any(data.first, config.validation) else None,
-        steps=progress.step,
-        first_loss=sum(losses[:tenth]) / tenth,
-        last_loss=sum(losses[-tenth:]) / tenth,
-        seconds=progress.seconds,
-        ended_by=ended_by,
-        best_step=progress.best_step,
-        best_loss=progress.best_loss,
-        seconds_to_start=seconds_to_start,
-        pipeline=PIPELINES[data.first.kind],
-        base_held_out_loss=first.get("held_out_loss"),
-        held_out_loss=last.get("held_out_loss"),
-        ema_held_out_loss=last.get("ema_held_out_loss"),
-        base_probe_loss=first.get("probe_loss"),
-        probe_loss=last.get("probe_loss"),
-    )
-
-
-def _measured_at(step: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The line of the last measurement at a step; nothing if none was made there."""
-    measured = [row for row in rows if row["step"] == step and ("held_out_loss" in row or "probe_loss" in row)]
-    return measured[-1] if measured else {}
+        return carry_out(data, folder, config, run, run_identity, saved, called, base, accepted, always_probe)

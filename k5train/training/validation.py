@@ -15,13 +15,14 @@ from k5cache.shared import interrupt
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.files import write_whole
 from k5train.data.mixture import Mixture
+from k5train.data.split import held_out_rows, probe_rows
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import drawings_for, draws_any
 from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses, objective_of
 from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.resume_state import Progress
-from k5train.training.held_out_loss import HeldOutLoss, held_out_rows, probe_rows
+from k5train.training.held_out_loss import HeldOutLoss
 from k5train.training.painter import Painter
 from k5train.training.session import Session
 

@@ -191,11 +191,12 @@ def _base(root: Path, path: Path) -> str | None:
     import torch
 
     from k5train.base import prepared
+    from k5train.base.prepared_files import Damaged
     from k5train.base.quantize import empty_transformer
 
     try:
         prepared._fill(empty_transformer(_model_of(root)), path, torch.device("cpu"), lambda *_: False)
-    except prepared._Damaged as damage:
+    except Damaged as damage:
         return f"{path}: {damage}"
     return None
 

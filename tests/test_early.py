@@ -1,0 +1,146 @@
+"""What a user reads first: a refusal before any large library is imported, or the name of the library."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from k5cache.cli import app as cache_app
+from k5cache.shared import loading
+from k5train.cli import app as train_app
+
+# Runs the command lines on stdin, each as a user would, in one process. An import of a large library ends a command.
+RUNNER = """
+import json, shlex, sys
+from pathlib import Path
+sys.path.insert(0, ROOT)
+from k5cache.shared import console, loading
+
+def end(line):
+    raise AssertionError(line)
+
+console.announced = lambda say: loading.announced(end)
+from k5cache.cli import app as cache_app
+from k5train.cli import app as train_app
+from tests.cli import Cli
+ends = []
+for line in json.load(sys.stdin):
+    program, *words = shlex.split(line)
+    try:
+        done = Cli(Path.cwd())({"k5cache": cache_app, "k5train": train_app}[program], *words)
+        ends.append([done.code, done.out, done.err])
+    except AssertionError as error:
+        ends.append([None, "", str(error)])
+print(json.dumps(ends))
+"""
+
+# Each command line, and a part of what it is refused for. Every command that can be refused has one.
+REFUSED = {
+    "k5cache encode nosuch": "There is no folder nosuch",
+    "k5cache encode images --device gpu": "--device gpu is not a device",
+    "k5cache plan nosuch": "There is no folder nosuch",
+    "k5cache diff nosuch": "There is no folder nosuch",
+    "k5cache info nosuch": "nosuch is not a cache",
+    "k5cache verify nosuch": "nosuch is not a cache",
+    "k5cache show nosuch": "nosuch is not a cache",
+    "k5cache gc nosuch": "nosuch is not a cache",
+    "k5cache merge nosuch other -o merged": "nosuch is not a cache",
+    "k5cache selftest nosuch": "nosuch is not a cache",
+    "k5cache bench": "There is nothing to measure",
+    "k5cache prompts add nosuch fox": "nosuch is not a cache",
+    "k5train run nosuch": "nosuch is not a cache",
+    "k5train run toy --model nosuch": "There is no model folder nosuch",
+    "k5train run toy -o images": "images",
+    "k5train run toy --set train.optim.lr=fast": "train.optim.lr",
+    "k5train run toy --set train.objective.masked_loss=true": "the cache holds no masks",
+    "k5train run toy --set train.device=gpu": "train.device must be one of",
+    "k5train run toy --set train.lora.init_lora=nosuch": "There is no nosuch",
+    "k5train run toy --set train.validation.pairs=2": "only for image-to-image",
+    "k5train resume nosuch": "nosuch is not a run",
+    "k5train sweep nosuch --grid train.lora.rank=1,2": "nosuch is not a cache",
+    "k5train sweep toy": "A sweep needs a grid or a list",
+    "k5train sample nosuch": "nosuch is not a run",
+    "k5train compare nosuch": "There is no nosuch",
+    "k5train plan nosuch": "nosuch is not a cache",
+    "k5train plan --vram lots": "lots",
+    "k5train selftest nosuch": "nosuch is not a cache",
+    "k5train bench -o nosuch/numbers.json": "There is no folder nosuch",
+    "k5train import nosuch": "nosuch",
+    "k5train export nosuch": "There is no nosuch",
+    "k5train export page.safetensors": "is a web page",
+    "k5train merge nosuch other -o merged": "There is no nosuch",
+    "k5train check-lora nosuch": "There is no nosuch",
+    "k5train base prepare --model nosuch": "There is no model folder nosuch",
+    "k5train base rm nosuch": "nosuch",
+    "k5train doctor --vram lots": "--vram lots is not an amount of memory",
+}
+NEVER_REFUSED = {"k5cache options", "k5train options", "k5train base list"}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory, toy_cache, toy_model) -> dict[str, tuple[int | None, str, str]]:
+    """How each command line ends where no large library can be imported."""
+    folder = tmp_path_factory.mktemp("early")
+    (folder / "images").mkdir()
+    (folder / "images" / "mine.txt").touch()
+    (folder / "toy").symlink_to(toy_cache("fp32"))
+    (folder / "page.safetensors").write_text("<!doctype html>", encoding="utf-8")
+    model = shlex.quote(str(toy_model))
+    lines = [*REFUSED, *sorted(NEVER_REFUSED), "k5train plan --vram 12GB", f"k5train run toy --model {model}"]
+    given = [line if "--model" in line or "run toy" not in line else f"{line} --model {model}" for line in lines]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER.replace("ROOT", repr(str(Path(__file__).parent.parent)))],
+        input=json.dumps(given), capture_output=True, text=True, cwd=folder, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(zip([line.replace(model, "MODEL") for line in lines], json.loads(done.stdout), strict=True))
+
+
+def test_every_command_refuses_a_wrong_argument_before_a_large_library_is_imported(ends):
+    wrong = {
+        line: ends[line] for line, problem in REFUSED.items() if ends[line][0] != 2 or problem not in ends[line][2]
+    }
+    assert wrong == {}
+    assert not any("Loading" in ends[line][2] for line in REFUSED)
+    assert not {line: ends[line] for line in NEVER_REFUSED if ends[line][0] != 0}
+
+
+def test_every_command_has_a_wrong_argument_above():
+    def names(command: object, above: str) -> list[str]:
+        inner = getattr(command, "commands", None)
+        return [n for name, c in inner.items() for n in names(c, f"{above} {name}")] if inner else [above]
+
+    commands = [
+        *names(typer.main.get_command(cache_app), "k5cache"),
+        *names(typer.main.get_command(train_app), "k5train"),
+    ]
+    tried = [*REFUSED, *NEVER_REFUSED]
+    assert not [name for name in commands if not any(f"{line} ".startswith(f"{name} ") for line in tried)]
+
+
+def test_a_command_that_passes_its_checks_names_the_library_that_it_loads(ends):
+    for line in ("k5train plan --vram 12GB", "k5train run toy --model MODEL"):
+        code, _, err = ends[line]
+        assert (code, err) == (None, "Loading torch ..."), line
+
+
+def test_the_first_large_library_is_named_as_its_import_begins(tmp_path, monkeypatch):
+    for name in ("large_one", "large_two"):
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(loading, "SLOW", ("large_one", "large_two"))
+    said: list[str] = []
+    for _ in range(2):
+        with loading.announced(said.append):
+            assert importlib.util.find_spec("large_one")
+            assert not said or "large_one" in sys.modules
+            import large_one  # noqa: F401
+            import large_two  # noqa: F401
+    assert said == ["Loading large_one ..."]
