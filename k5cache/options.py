@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,10 +14,19 @@ from k5cache.shared.model import path_problems
 
 Precision = Literal["bf16", "fp16", "fp32"]
 TextPrecision = Literal["bf16", "fp16", "fp32", "int8"]
+CaptionLines = Literal["each", "whole", "first"]
 _SELECTION = (
     *("resolution", "buckets", "crop", "flip", "minimum_image_size", "no_upscale"),
     *("caption_strategy", "instance_prompt", "trigger", "caption_column", "image_column", "split", "dataset_config"),
 )
+
+_SELECTION_IF_SET = (
+    *("source_column", "caption_extension", "caption_lines", "caption_prefix", "caption_suffix"),
+    *("shuffle_tags", "keep_tokens", "wildcards", "caption_variants"),
+)
+"""Options that came later: a recipe has them only if they are set, so that older caches are not stale."""
+_SUFFIX = re.compile(r"\.?\w[\w-]{0,30}")
+_MOST_VARIANTS = 100
 
 _ONLY_I2I = ("source_dir", "source_column", "source_view", "empty_instruction")
 
@@ -43,15 +53,41 @@ class CacheConfig:
     no_upscale: bool = False
     """Skip images smaller than their bucket, and report them. Otherwise they are enlarged, and reported."""
     caption_strategy: Literal["textfile", "filename", "instanceprompt", "metadata"] = "textfile"
-    """Where captions come from. ``textfile``: ``name.txt`` beside ``name.jpg``, with one caption per line; each step
-    draws one. ``filename``: the image's name, with ``_`` and ``-`` as spaces. ``instanceprompt``: ``instance_prompt``
-    for every image. ``metadata``: ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name``, as
-    `datasets` defines it. In tables, tars and datasets, ``textfile`` and ``metadata`` both mean ``caption_column``."""
+    """Where captions come from. ``textfile``: a file beside the image, ``name.txt`` for ``name.jpg``; see
+    ``caption_extension`` and ``caption_lines``. ``filename``: the image's name, with ``_`` and ``-`` as spaces.
+    ``instanceprompt``: ``instance_prompt`` for every image. ``metadata``: ``metadata.jsonl``, ``.csv`` or ``.parquet``
+    with a column ``file_name``, as `datasets` defines it. In tables, tars and datasets, ``textfile`` and ``metadata``
+    both mean ``caption_column``."""
+    caption_extension: str | None = None
+    """The suffix of the caption files beside the images: ``caption`` for ``name.caption``. Without it, that is
+    ``.txt``, where there is none ``.caption``, and else a ``.json`` with a field ``caption``, ``text``, ``captions`` or
+    ``prompt``, or the one that ``caption_column`` names. Of a tar, the files beside the images too."""
+    caption_lines: CaptionLines = "each"
+    """What the lines of a caption file are. ``each``: every line is a caption, and each step draws one. ``whole``: the
+    file is one caption, line breaks count as spaces. ``first``: only the first line is used."""
     instance_prompt: str | None = None
     """The caption of every image, for ``caption_strategy = "instanceprompt"``."""
     trigger: str | None = None
     """Text before every caption, followed by ``, `` unless it ends in a space: ``sks`` gives ``sks, a cat``. For
     image-to-image it comes last, ``make it red, sks``: the pipeline cuts an instruction's first tokens off."""
+    caption_prefix: str | None = None
+    """Text before every caption and behind ``trigger``, followed by ``, `` unless it ends in a space or a mark such as
+    ``:``. ``a photo of `` with a space at its end gives ``a photo of a cat``."""
+    caption_suffix: str | None = None
+    """Text behind every caption, after ``, `` unless it begins with a space or a mark, or the caption ends in a mark.
+    ``trigger`` of image-to-image comes behind it."""
+    shuffle_tags: bool = False
+    """Encode each caption in several orders of its tags, the parts between commas: as written, and in other orders,
+    ``caption_variants`` in all. Each step draws one. Trigger, prefix and suffix keep their places. Only for captions
+    that are lists of tags."""
+    keep_tokens: int = 0
+    """For ``shuffle_tags``: this many tags at the beginning keep their places."""
+    wildcards: bool = False
+    """Replace ``{a|b|c}`` in captions by one of its parts, drawn at random ``caption_variants`` times for each caption.
+    Groups may contain groups; braces without ``|`` are text, and so are ``\\{``, ``\\|`` and ``\\}``."""
+    caption_variants: int = 4
+    """The most rows that one caption becomes by ``shuffle_tags`` and ``wildcards``, 1 to 100. Stage 2 has no text
+    encoder, so they are drawn when the cache is encoded; the same caption always gives the same ones."""
     caption_column: str | None = None
     """For a table, tar or dataset: the column with the caption or a list of captions; ``json.caption`` means a field of
     a column. The default is ``text``, ``caption``, ``captions``, ``prompt`` or ``txt``, whichever exists."""
@@ -116,8 +152,16 @@ class CacheConfig:
     @property
     def selection(self) -> dict[str, Any]:
         """The options that decide which rows a cache has, with which crops and captions, for the manifest's recipe."""
-        column = {} if self.source_column is None else {"source_column": self.source_column}
-        return {name: getattr(self, name) for name in _SELECTION} | column
+        later = {f.name: f.default for f in fields(self) if f.name in _SELECTION_IF_SET}
+        set_now = {name: getattr(self, name) for name, default in later.items() if getattr(self, name) != default}
+        if self.caption_suffixes is not None:
+            set_now["caption_extension"] = self.caption_suffixes[0][1:]
+        return {name: getattr(self, name) for name in _SELECTION} | set_now
+
+    @property
+    def caption_suffixes(self) -> tuple[str, ...] | None:
+        """``caption_extension`` as the suffix of a file, in lower case with its dot; None if it is not set."""
+        return None if self.caption_extension is None else (f".{self.caption_extension.lstrip('.').lower()}",)
 
     def check(self) -> list[str]:
         """What is out of range, one phrase per option."""
@@ -132,6 +176,7 @@ class CacheConfig:
             problems.append(f"minimum_image_size must be 0 or more, found {self.minimum_image_size}")
         if (self.caption_strategy == "instanceprompt") != bool((self.instance_prompt or "").strip()):
             problems.append('instance_prompt and caption_strategy = "instanceprompt" need each other')
+        problems += self._caption_problems()
         if self.source_dir is not None and self.source_column is not None:
             problems.append("source_dir and source_column both say where the sources are: set one of them")
         if self.source_dir is not None:
@@ -140,6 +185,16 @@ class CacheConfig:
             problems.append(f"max_sequence_length must be 1 to {MAX_TEXT_TOKENS}, found {self.max_sequence_length}")
         if self.shard_mb < 1:
             problems.append(f"shard_mb must be at least 1, found {self.shard_mb}")
+        return problems
+
+    def _caption_problems(self) -> list[str]:
+        problems = []
+        if self.caption_extension is not None and not _SUFFIX.fullmatch(self.caption_extension):
+            problems.append(f"caption_extension must be one suffix such as caption, found {self.caption_extension!r}")
+        if self.keep_tokens < 0:
+            problems.append(f"keep_tokens must be 0 or more, found {self.keep_tokens}")
+        if not 1 <= self.caption_variants <= _MOST_VARIANTS:
+            problems.append(f"caption_variants must be 1 to {_MOST_VARIANTS}, found {self.caption_variants}")
         return problems
 
 

@@ -78,9 +78,9 @@ def test_text_files_without_an_image_are_named_where_captions_are_text_files(tmp
 @pytest.mark.parametrize(
     ("beside", "reason"),
     [
-        ("cat.caption", "missing caption cat.txt: rename cat.caption"),
+        ("cat.tags", "missing caption cat.txt, and cat.tags is not read: set cache.caption_extension to tags"),
         ("cat.jpg.txt", "missing caption cat.txt: rename cat.jpg.txt"),
-        ("cat.json", "missing caption cat.txt"),
+        ("cat.json", "missing caption cat.txt, and caption cat.json is not JSON"),
     ],
 )
 def test_a_missing_caption_that_is_there_under_another_name_is_named(tmp_path, beside, reason):
@@ -149,7 +149,10 @@ def test_the_summary_counts_what_is_skipped_by_reason_and_files_of_several_capti
         shop.put(f"{i}.png", caption, seed=i)
     put(shop.source, *(f"sub/a{i}.png" for i in range(7)), *(f"n{i}.txt" for i in range(2)), "cat.psd", "@eaDir/x.jpg")
     arguments = ["images", "-o", "cache", "--model", str(toy_model), "--set", "cache.resolution=64"]
-    several = "2 caption files have several lines: each line is a caption of its own, and each step draws one"
+    several = (
+        "2 caption files have several lines: each line is a caption of its own, and each step draws one. For one"
+        " caption a file, set cache.caption_lines to whole"
+    )
     summary = [
         "11 skipped",
         "  sub/a0.png: missing caption a0.txt",

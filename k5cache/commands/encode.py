@@ -119,6 +119,7 @@ def plan(
     for row in rows(estimate):
         table.add_row(*row)
     console.out.print(table)
+    print_notices(request.listing.num_multiline, request.listing.notices)
     arguments = {"sources": sources, "recipe": recipe, "model": model, "set": options, "vram": vram}
     arguments["device"] = None if device == "auto" else device
     console.next_step("Next, encode", console.command("k5cache", "encode", source, "-o", root, **arguments))
@@ -174,7 +175,7 @@ def print_report(report: EncodeReport, root: Path) -> None:
     _print_changes(report.added, report.changed, report.renamed, report.removed, report.reused_latents)
     print_some("damaged and encoded again", report.repaired, "yellow")
     print_skipped(report.skipped)
-    _print_multiline(report.num_multiline)
+    print_notices(report.num_multiline, report.notices)
     cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
     print_some("truncated captions", cut, "yellow")
     print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
@@ -191,7 +192,7 @@ def print_preview(preview: Preview, root: Path) -> None:
     console.out.print(table)
     _print_changes(preview.added, preview.changed, preview.renamed, preview.removed, preview.reused_latents)
     print_skipped(preview.skipped)
-    _print_multiline(preview.num_multiline)
+    print_notices(preview.num_multiline, preview.notices)
     print_some("upscaled, smaller than their bucket", preview.upscaled, "yellow")
     _print_sources(preview)
     print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in preview.flawed], "yellow")
@@ -204,13 +205,17 @@ def _print_sources(report: EncodeReport | Preview) -> None:
     print_some("source and target are the same file: nothing to learn", report.same_as_target, "yellow")
 
 
-def _print_multiline(count: int) -> None:
-    """Tell who wrote one caption in several lines what became of it."""
-    if count:
-        have = "1 caption file has" if count == 1 else f"{count} caption files have"
+def print_notices(num_multiline: int, notices: Sequence[str]) -> None:
+    """Tell who wrote one caption in several lines what became of it, and how captions came about."""
+    if num_multiline:
+        have = "1 caption file has" if num_multiline == 1 else f"{num_multiline} caption files have"
         console.out.print(
-            f"{have} several lines: each line is a caption of its own, and each step draws one", markup=False
+            f"{have} several lines: each line is a caption of its own, and each step draws one. For one caption a file,"
+            " set cache.caption_lines to whole",
+            markup=False,
         )
+    for notice in notices:
+        console.out.print(notice, markup=False)
 
 
 def _print_changes(

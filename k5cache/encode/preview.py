@@ -35,7 +35,8 @@ class Preview:
     skipped: tuple[Skipped, ...] = ()
     upscaled: tuple[str, ...] = ()
     num_multiline: int = 0
-    """As in ``find.Source``."""
+    """As in ``find.Source``, and the next."""
+    notices: tuple[str, ...] = ()
     stretched: tuple[str, ...] = ()
     """As in ``EncodeReport``, and the next two."""
     turned: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ def preview_encode(request: ListedRequest, rehash: bool, bars: Progress | None) 
         skipped=plan.skipped,
         upscaled=plan.upscaled,
         num_multiline=request.listing.num_multiline,
+        notices=request.listing.notices,
         stretched=plan.stretched,
         turned=plan.turned,
         same_as_target=plan.same_as_target,

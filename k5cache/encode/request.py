@@ -68,6 +68,8 @@ class EncodeReport:
     upscaled: tuple[str, ...] = ()
     num_multiline: int = 0
     """As in ``find.Source``; 0 if there was nothing to do."""
+    notices: tuple[str, ...] = ()
+    """As in ``find.Source``; none if there was nothing to do."""
     stretched: tuple[str, ...] = ()
     """Images whose source has another shape and is stretched to theirs. Only for image-to-image, as the next two."""
     turned: tuple[str, ...] = ()

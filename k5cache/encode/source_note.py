@@ -63,10 +63,11 @@ def is_untouched(source: Path, config: CacheConfig, note: SourceNote) -> bool:
 
 def _stats(source: Path, config: CacheConfig) -> FolderStats | None:
     """The stats of all files that a listing depends on."""
-    stats = read_stats(source)
+    suffixes = config.caption_suffixes or ()
+    stats = read_stats(source, suffixes)
     if config.source_dir is None or stats is None:
         return stats
-    of_sources = read_stats(Path(config.source_dir).expanduser())
+    of_sources = read_stats(Path(config.source_dir).expanduser(), suffixes)
     return of_sources and joined(stats, of_sources)
 
 

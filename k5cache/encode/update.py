@@ -78,6 +78,7 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
         turned=plan.turned,
         same_as_target=plan.same_as_target,
         num_multiline=request.listing.num_multiline,
+        notices=request.listing.notices,
         flawed=tuple(image for image in plan.flawed if image.path not in unreadable),
         repaired=repaired,
         num_buckets=len({(row.bucket_width, row.bucket_height) for row in rows}),

@@ -13,7 +13,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.kind import Kind
 from k5cache.sources import folder, metadata, source_folder
-from k5cache.sources.captions import with_trigger
+from k5cache.sources.finished import finished, notices_of_files
 from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem, UnreadableImage
 from k5cache.sources.paired_folder import scan_pairs
 from k5cache.sources.pairs import NO_SOURCE
@@ -49,6 +49,8 @@ class Source:
     """For image-to-image, a source by its ``path`` (``SourceItem.source``). Otherwise as ``read``."""
     kind: Kind = "t2i"
     """For image-to-image, every item has a source."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the captions came about, one sentence each."""
 
 
 def find(source: Path, config: CacheConfig, kind: Kind = "t2i") -> Source:
@@ -61,11 +63,15 @@ def find(source: Path, config: CacheConfig, kind: Kind = "t2i") -> Source:
     Raises:
         DatasetError: nothing is there, or no image can be used.
     """
-    trigger, config = (config.trigger, replace(config, trigger=None)) if kind == "i2i" else (None, config)
+    if config.caption_suffixes is not None and not IMAGE_SUFFIXES.isdisjoint(config.caption_suffixes):
+        raise DatasetError(
+            f"cache.caption_extension = {config.caption_extension} is the suffix of pictures",
+            "Set it to that of the caption files, such as txt",
+        )
     images = _images_of_folder(source, config, kind) if source.is_dir() else None
     images = images or _from_tables(source, config, kind)
-    if trigger:
-        images = replace(images, items=[replace(i, captions=with_trigger(i.captions, trigger)) for i in images.items])
+    items, empty, notices = finished(images.items, config, kind)
+    images = replace(images, items=items, skipped=[*images.skipped, *empty], notices=(*images.notices, *notices))
     if not images.items and any(skip.reason.startswith(NO_SOURCE) for skip in images.skipped):
         raise _no_pair(source, images.skipped, config)
     if not images.items:
@@ -85,13 +91,15 @@ def _images_of_folder(source: Path, config: CacheConfig, kind: Kind) -> Source |
     from_metadata = config.caption_strategy == "metadata"
     sources = source_folder.folder_of_sources(config, source)
     files = metadata.metadata_files(source, sources) if from_metadata else []
+    scanned = None
     read_source = _reader(sources or source)
     if files:
         has_column = kind == "i2i" and not sources
         items, skipped, _, of_rows = metadata.find_items(source, files, config, has_column, leave_out=sources)
         read_source = of_rows if has_column else read_source
     else:
-        scanned = scan_pairs(source) if kind == "i2i" and not sources else folder.scan(source, leave_out=sources)
+        is_in_pairs, suffixes = kind == "i2i" and not sources, config.caption_suffixes
+        scanned = scan_pairs(source, suffixes) if is_in_pairs else folder.scan(source, sources, suffixes)
         items, skipped = folder.find_items(source, config, scanned)
     if not items and not folder.scan(source).images and _has_tables(source):
         return None
@@ -106,9 +114,8 @@ def _images_of_folder(source: Path, config: CacheConfig, kind: Kind) -> Source |
             f"cache.source_column = {config.source_column!r} is for tables, and {source} is a folder of images",
             f"Leave it out: {LAYOUTS}",
         )
-    from_texts = config.caption_strategy == "textfile"
-    multiline = {item.path.rpartition(".")[0] for item in items if from_texts and len(item.captions) > 1}
-    return Source(items, skipped, _reader(source), not from_metadata, len(multiline), read_source, kind)
+    notices, num_multiline = notices_of_files(items, scanned.images if scanned else [], config)
+    return Source(items, skipped, _reader(source), not from_metadata, num_multiline, read_source, kind, notices)
 
 
 def _reader(folder: Path) -> Callable[[str], Content]:
@@ -138,7 +145,7 @@ def _from_tables(source: Path, config: CacheConfig, kind: Kind) -> Source:
             f"--sources is for folders of images, and {source} {there_is_none}",
             "Leave it out, and name the column with the sources: --set cache.source_column=NAME",
         )
-    from k5cache.sources import table_items, tables
+    from k5cache.sources import table_columns, table_items, tables
 
     if source.is_dir():
         table = tables.load_folder(source, config)
@@ -149,7 +156,9 @@ def _from_tables(source: Path, config: CacheConfig, kind: Kind) -> Source:
 
         table = load_hub(name, config, kind)
     items, skipped, read, read_source = table_items.find_items(table, config, kind)
-    return Source(items, skipped, read, read_source=read_source, kind=kind)
+    has_lines = table_columns.has_lines(table, config, kind == "i2i")
+    num_multiline = sum(len(item.captions) > 1 for item in items) if has_lines else 0
+    return Source(items, skipped, read, num_multiline=num_multiline, read_source=read_source, kind=kind)
 
 
 def _matching(pattern: Path) -> list[Path]:

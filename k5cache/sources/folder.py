@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 from collections import deque
@@ -11,14 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from k5cache.options import CacheConfig
-from k5cache.shared.inside import is_inside
-from k5cache.shared.plain import MOST_TEXT_BYTES, UnfitFile, read_plain
-from k5cache.sources.captions import Captions, finish, from_lines, without_source
-from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PictureFile, Skipped, SourceItem, stat_numbers
+from k5cache.sources.caption_files import OTHER_SUFFIXES, SUFFIXES, read_captions
+from k5cache.sources.captions import Captions, without_source
+from k5cache.sources.items import (
+    IMAGE_SUFFIXES,
+    NAMED_SUFFIXES,
+    PictureFile,
+    Skipped,
+    SourceItem,
+    printable,
+    stat_numbers,
+)
 from k5cache.sources.pairs import MARK
 
 MASK_SUFFIXES = frozenset({".png", ".webp"})
-CAPTION_SUFFIXES = frozenset({".caption", ".cap", ".tags"})  # of other trainers; only named
 SYSTEM_FOLDERS = frozenset(
     {
         *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),  # Synology and QNAP
@@ -42,13 +47,15 @@ class ImageEntry:
     """Relative to the source, with forward slashes."""
     entry: os.DirEntry[str]
     text: str | None
-    """The file of captions beside it."""
+    """The file of captions beside it, the first by the order of suffixes."""
     mask: tuple[str, os.DirEntry[str]] | None
     """The mask beside it: its path relative to the source, and its entry."""
     hint: str = ""
     """If there is no file of captions: what may be meant to be one."""
     source: tuple[str, os.DirEntry[str]] | None = None
     """In a folder of pairs, its source: as ``mask``."""
+    other_text: str = ""
+    """The suffix of another file of captions beside it, which is not read."""
     title: str = ""
     """What captions from file names are made of, if that is not ``path``."""
 
@@ -61,7 +68,11 @@ class Scan:
     skipped: list[Skipped] = field(default_factory=list)
     """Pictures, masks and folders that cannot be used."""
     lone_texts: list[Skipped] = field(default_factory=list)
-    """Text files without an image."""
+    """Caption files without an image."""
+    lone_json: list[Skipped] = field(default_factory=list)
+    """JSON files without an image, which are many things; not named."""
+    suffixes: tuple[str, ...] = SUFFIXES
+    """Of caption files, in the order of preference."""
 
 
 def find_items(
@@ -69,9 +80,9 @@ def find_items(
 ) -> tuple[list[SourceItem], list[Skipped]]:
     """List the images under ``source`` that have a caption, and those that cannot be used. No image is opened.
 
-    The captions of ``cat.jpg`` are in ``cat.txt`` beside it, one a line, and ``cat.png`` shares them; other strategies
-    need no file. Its mask is ``cat.mask.png`` or ``cat.mask.webp``. Hidden files and folders are skipped. Links are
-    followed, but each folder is entered only once.
+    The captions of ``cat.jpg`` are in ``cat.txt`` beside it, one a line, and ``cat.png`` shares them; without it in
+    ``cat.caption`` or ``cat.json``. Other strategies need no file. Its mask is ``cat.mask.png`` or ``cat.mask.webp``.
+    Hidden files and folders are skipped. Links are followed, but each folder is entered only once.
 
     Args:
         scanned: what ``source`` holds, if it was scanned before.
@@ -80,7 +91,7 @@ def find_items(
         both sorted by path.
     """
     items: list[SourceItem] = []
-    scanned = scanned or scan(source)
+    scanned = scanned or scan(source, suffixes=config.caption_suffixes)
     skipped = scanned.skipped + (scanned.lone_texts if config.caption_strategy == "textfile" else [])
     texts: dict[str, Captions | OSError] = {}
     for image in scanned.images:
@@ -88,13 +99,13 @@ def find_items(
         if captions is None:
             stem = image.path.rpartition(".")[0]
             if stem not in texts:
-                texts[stem] = _captions_of(source, image, stem.rpartition("/")[2])
+                texts[stem] = _captions_of(source, image, scanned.suffixes[0], config)
             captions = texts[stem]
         if isinstance(captions, OSError):
             reason = f"its caption file cannot be read ({captions.strerror})"
             item: SourceItem | Skipped = Skipped(printable(image.path), reason, is_lasting=False)
         else:
-            item = item_of(image, finish(captions, config))
+            item = item_of(image, captions)
         if isinstance(item, Skipped):
             skipped.append(item)
         else:
@@ -102,15 +113,16 @@ def find_items(
     return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
 
 
-def scan(source: Path, leave_out: Path | None = None) -> Scan:
+def scan(source: Path, leave_out: Path | None = None, suffixes: tuple[str, ...] | None = None) -> Scan:
     """Every image under ``source``, and what cannot be used and looks as if it should be. Opens nothing.
 
     Args:
         leave_out: a folder that is not entered.
+        suffixes: of caption files, in the order of preference. None: the usual ones.
     """
-    scanned = Scan()
+    scanned = Scan(suffixes=suffixes or SUFFIXES)
     for entries, prefix in walk(source, scanned.skipped, scanned.skipped, leave_out):
-        _sort_out(_Folder(prefix, entries), scanned)
+        _sort_out(_Folder(prefix, entries, scanned.suffixes), scanned)
     return scanned
 
 
@@ -123,12 +135,13 @@ def files(source: Path, leave_out: Path | None = None) -> Iterator[Path]:
 class _Folder:
     """The files of one folder by their kinds. A stem is a name without its last suffix."""
 
-    def __init__(self, prefix: str, entries: list[os.DirEntry[str]]) -> None:
+    def __init__(self, prefix: str, entries: list[os.DirEntry[str]], suffixes: tuple[str, ...]) -> None:
         self.prefix = prefix
+        by_suffix: dict[str, dict[str, os.DirEntry[str]]] = {suffix: {} for suffix in reversed(suffixes)}
         self.images: list[tuple[str, os.DirEntry[str]]] = []
-        self.texts: dict[str, os.DirEntry[str]] = {}
         self.masks: dict[str, list[os.DirEntry[str]]] = {}
         self.other_captions: dict[str, str] = {}
+        """Stem -> suffix of a file of captions that is not read."""
         self.others: dict[str, tuple[str, str]] = {}
         """Stem -> name and suffix of a file of another kind."""
         for entry in entries:
@@ -138,12 +151,18 @@ class _Folder:
                 self.masks.setdefault(stem[: -len(".mask")], []).append(entry)
             elif suffix in IMAGE_SUFFIXES:
                 self.images.append((stem, entry))
-            elif suffix == ".txt":
-                self.texts[stem] = entry
-            elif suffix in CAPTION_SUFFIXES:
-                self.other_captions[stem] = entry.name
+            elif suffix in by_suffix:
+                by_suffix[suffix][stem] = entry
+            elif suffix in OTHER_SUFFIXES:
+                self.other_captions[stem] = suffix
             else:
                 self.others[stem] = (entry.name, suffix)
+        self.texts: dict[str, os.DirEntry[str]] = {}
+        """Stem -> the file of captions, of several the one with the suffix that is preferred."""
+        for suffix, texts in by_suffix.items():
+            if suffix == ".caption":
+                self.other_captions |= dict.fromkeys(texts, suffix)
+            self.texts |= texts
 
     def path(self, name: str) -> str:
         return self.prefix + name
@@ -160,7 +179,9 @@ def _sort_out(listed: _Folder, scanned: Scan) -> None:
         text, masks = listed.texts.get(stem), listed.masks.get(stem)
         mask = (listed.path(masks[0].name), masks[0]) if masks else None
         hint = "" if text else _hint(stem, entry.name, stems, listed)
-        scanned.images.append(ImageEntry(listed.path(entry.name), entry, text.path if text else None, mask, hint))
+        other = listed.other_captions.get(stem, "") if text and not text.name.lower().endswith(".caption") else ""
+        path, file = listed.path(entry.name), text.path if text else None
+        scanned.images.append(ImageEntry(path, entry, file, mask, hint, other_text=other))
     for stem, masks in listed.masks.items():
         reason = "is a second mask of its image" if stem in stems else "is a mask without an image beside it"
         unused = masks[1:] if stem in stems else masks
@@ -172,7 +193,10 @@ def _sort_out(listed: _Folder, scanned: Scan) -> None:
         name, suffix = listed.others.get(stem, ("", ""))
         if suffix not in NAMED_SUFFIXES:  # else its picture is named
             reason = f"is beside {printable(name)}, which is not an image" if name else "is a caption without an image"
-            scanned.lone_texts.append(Skipped(printable(listed.path(listed.texts[stem].name)), reason))
+            text_name = listed.texts[stem].name
+            is_any_json = text_name.lower().endswith(".json") and len(scanned.suffixes) > 1
+            lone = scanned.lone_json if is_any_json else scanned.lone_texts
+            lone.append(Skipped(printable(listed.path(text_name)), reason))
 
 
 def _not_an_image(stem: str, name: str, stems: set[str], texts: Mapping[str, object]) -> str:
@@ -188,9 +212,10 @@ def _not_an_image(stem: str, name: str, stems: set[str], texts: Mapping[str, obj
 def _hint(stem: str, name: str, stems: set[str], listed: _Folder) -> str:
     """What an image without a caption file may be, or where its caption may be."""
     text = listed.texts.get(name)  # cat.jpg.txt
-    similar = text.name if text else listed.other_captions.get(stem)
-    if similar:
-        return f": rename {printable(similar)}"
+    if text:
+        return f": rename {printable(text.name)}"
+    if suffix := listed.other_captions.get(stem):
+        return f", and {printable(stem)}{suffix} is not read: set cache.caption_extension to {suffix[1:]}"
     if stem.lower().endswith(MARK) and stem[: -len(MARK)] in stems:
         return ", unless it is the source of a pair for image-to-image"
     other = re.fullmatch(r"(.+)[-_]mask", stem, re.IGNORECASE | re.DOTALL)
@@ -292,56 +317,19 @@ def _file_item(entry: os.DirEntry[str], path: str, captions: Captions) -> Source
     return SourceItem(path, *stat_numbers(status), captions)
 
 
-def _captions_of(source: Path, image: ImageEntry, stem: str) -> Captions | OSError:
-    """``_read_captions``, but not through a link to some other file of this machine.
+def _captions_of(source: Path, image: ImageEntry, suffix: str, config: CacheConfig) -> Captions | OSError:
+    """What is in the caption file beside an image; or, as a string, why there is no caption.
 
-    A stranger's ``cat.txt`` could be a link to a private file, whose lines would become captions. A link is followed
-    within the folder (or the hub's snapshot), and to the caption of the picture that the image itself is a link to.
+    Args:
+        suffix: that the file should have.
     """
-    if image.text is not None and Path(image.text).is_symlink():
-        target = Path(image.text).resolve()
-        picture = Path(image.entry.path).resolve()
-        if target != picture.with_suffix(".txt") and not is_inside(_reach_of(source), target) and target.exists():
-            return f"caption {printable(stem)}.txt is a link that leads out of the folder: copy the file instead"
-    return _read_captions(image, stem)
-
-
-def _reach_of(source: Path) -> Path:
-    """The folder in which links are followed: ``source``, or the repository that it is a snapshot of in hub's cache."""
-    source = source.resolve()
-    snapshots = next((parent for parent in source.parents if parent.name == "snapshots"), None)
-    return snapshots.parent if snapshots and (snapshots.parent / "blobs").is_dir() else source
-
-
-def _read_captions(image: ImageEntry, stem: str) -> Captions | OSError:
-    """The lines of a caption file without blank ones; or, as a string, why there is no caption."""
+    missing = f"missing caption {printable(os.path.splitext(image.entry.name)[0])}{suffix}"  # noqa: PTH122
     if image.text is None:
-        return f"missing caption {printable(stem)}.txt{image.hint}"
-    name = printable(os.path.basename(image.text))  # noqa: PTH119 (pathlib takes long for 10,000 files)
-    try:
-        # An encode with nothing to do reads 10,000 of them: pathlib, a buffer or a BOM codec would double its time.
-        data = read_plain(image.text, MOST_TEXT_BYTES)
-    except UnfitFile as error:
-        return f"caption {name} cannot be read: {error.strerror}"
-    except OSError as error:
-        return error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # also how UTF-32 begins
-        return f"caption {name} is UTF-16, not UTF-8: save it as UTF-8"
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return f"caption {name} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}): save it as UTF-8"
-    if "\0" in text:  # UTF-16 without a byte order mark decodes like this
-        return f"caption {name} is not UTF-8 but perhaps UTF-16: save it as UTF-8"
-    return from_lines(text)
+        return f"{missing}{image.hint}"
+    captions = read_captions(source, image.text, image.entry.path, config)
+    is_instead = isinstance(captions, str) and image.text.lower().endswith(".json") and suffix != ".json"
+    return f"{missing}, and {captions}" if is_instead else captions
 
 
 def _file_id(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-def printable(path: str) -> str:
-    """Replace the lone surrogates of a file name that is not UTF-8: they can be neither printed nor stored."""
-    return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

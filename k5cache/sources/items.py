@@ -125,3 +125,8 @@ class Skipped:
     reason: str
     is_lasting: bool = True
     """Whether it stays so until a file changes. A folder or a file that cannot be read may be readable next time."""
+
+
+def printable(path: str) -> str:
+    """Replace the lone surrogates of a file name that is not UTF-8: they can be neither printed nor stored."""
+    return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 
 from k5cache.options import CacheConfig
-from k5cache.sources.captions import Captions, Unusable, finish, from_cell, from_lines, without_source
+from k5cache.sources.captions import Captions, Unusable, from_cell, from_text, without_source
 from k5cache.sources.items import IMAGE_SUFFIXES
 from k5cache.sources.rows import is_images, is_struct_of_text, is_text
 from k5cache.sources.tables import Table
+from k5cache.sources.tars import Tar
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 PATH_COLUMNS = ("image", "file_name", "image_path", "path", "filename")
@@ -95,15 +96,21 @@ def captions_of_rows(
         DatasetError: no column has captions, or several have.
     """
     if config.caption_strategy in ("filename", "instanceprompt"):
-        from_names = [without_source(name, config) for name in names]
-        return [finish(captions or "empty caption", config) for captions in from_names]
-    columns = CAPTION_COLUMNS + (INSTRUCTION_COLUMNS if are_instructions else ())
-    column = _caption_column(table, config.caption_column, columns)
+        return [without_source(name, config) or "empty caption" for name in names]
+    column = _caption_column(table, config, are_instructions)
     name, *fields = [column] if column in table.schema.names else column.split(".")
     cells = _caption_cells(table, name, fields)
-    if name == "txt":  # of a tar: the text of a caption file, as beside an image in a folder
-        return [finish(from_lines(cell) if isinstance(cell, str) else from_cell(cell), config) for cell in cells]
-    return [finish(from_cell(cell), config) for cell in cells]
+    if has_lines(table, config, are_instructions):
+        return [from_text(cell, config.caption_lines) if isinstance(cell, str) else from_cell(cell) for cell in cells]
+    return [from_cell(cell) for cell in cells]
+
+
+def has_lines(table: Table, config: CacheConfig, are_instructions: bool) -> bool:
+    """Whether captions are the text of a tar's caption files, which have lines as those in a folder."""
+    if config.caption_strategy in ("filename", "instanceprompt"):
+        return False
+    column = _caption_column(table, config, are_instructions)
+    return column == "txt" or (config.caption_column is None and f".{column}" in (config.caption_suffixes or ()))
 
 
 def _no_images(table: Table, column: str, kind: pa.DataType) -> Exception:
@@ -111,10 +118,13 @@ def _no_images(table: Table, column: str, kind: pa.DataType) -> Exception:
     return table.refuse(f"has no images in {column} but {content}", "cache.image_column to a column of images")
 
 
-def _caption_column(table: Table, option: str | None, columns: Sequence[str]) -> str:
-    """``cache.caption_column`` if it is set, else the one column that is named like captions."""
-    if option is not None:
-        return option
+def _caption_column(table: Table, config: CacheConfig, are_instructions: bool) -> str:
+    """``cache.caption_column``, or ``caption_extension`` of a tar, or else the one column named like captions."""
+    if config.caption_column is not None:
+        return config.caption_column
+    if config.caption_suffixes is not None and isinstance(table.pieces[0].rows, Tar):
+        return config.caption_suffixes[0][1:]
+    columns = CAPTION_COLUMNS + (INSTRUCTION_COLUMNS if are_instructions else ())
     names = [name for name in columns if name in table.schema.names]
     if len(names) != 1:
         problem = f"has captions in {' and '.join(names)}" if names else "has no column of captions"

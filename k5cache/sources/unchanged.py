@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import stat
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache.sources.folder import CAPTION_SUFFIXES, MASK_SUFFIXES, walk
+from k5cache.sources.caption_files import OTHER_SUFFIXES, SUFFIXES
+from k5cache.sources.folder import MASK_SUFFIXES, walk
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PICTURE_DECODER, Skipped, fitting_ns
 
-_SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | CAPTION_SUFFIXES | NAMED_SUFFIXES.keys() | {".txt"}
+_SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | OTHER_SUFFIXES | NAMED_SUFFIXES.keys() | {*SUFFIXES}
 SETTLED_NS = 2_000_000_000
 """Nanoseconds. A file that is read sooner than this after a write may be written again within the same tick of the file
 system's clock, which no stat shows: FAT ticks every 2 s, ext4 every 4 ms."""
@@ -27,11 +29,14 @@ class FolderStats:
     """Nanoseconds since the epoch: when the last of them was written or otherwise changed."""
 
 
-def read_stats(source: Path) -> FolderStats | None:
+def read_stats(source: Path, suffixes: Collection[str] = ()) -> FolderStats | None:
     """The stats of every image, mask and text file below ``source``: 0.15 s for 10,000 images with captions.
 
     They include ctime, which no program can set, so an edit that puts size and mtime back is noticed. A harmless
     change, such as a new link or other permissions, is noticed too; the captions are then read and are the same.
+
+    Args:
+        suffixes: of caption files, besides the usual ones.
 
     Returns:
         None if a stat cannot decide: there is no folder, or a broken link, a pipe, or a folder that cannot be read.
@@ -39,12 +44,13 @@ def read_stats(source: Path) -> FolderStats | None:
     if not source.is_dir():
         return None
     sha256 = hashlib.sha256(bytes([PICTURE_DECODER]))
+    wanted = _SUFFIXES.union(suffixes)
     newest, unreadable, passed_over = 0, list[Skipped](), list[Skipped]()
     for files, prefix in walk(source, unreadable, passed_over):
         names, numbers, kinds = [prefix], array("q"), set()
         for entry in files:
             name = entry.name
-            if name[name.rfind(".") :].lower() in _SUFFIXES:
+            if name[name.rfind(".") :].lower() in wanted:
                 try:
                     status = entry.stat()
                 except OSError:
