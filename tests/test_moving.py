@@ -14,9 +14,10 @@ import pytest
 
 from k5cache.cli import app as cache_app
 from k5cache.options import CacheConfig
+from k5cache.shared import option_list
 from k5cache.shared.errors import OutputError, RecipeError
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.recipe import document_options, parse, read, to_dict
+from k5cache.shared.recipe import parse, read, to_dict
 from k5train.cli import app
 from k5train.moving import ai_toolkit, kohya, kohya_data, simpletuner, simpletuner_data
 from k5train.moving.move import move
@@ -627,7 +628,7 @@ def test_every_option_that_a_rule_names_is_one():
         for name in re.findall(r"\b(?:train|cache|model)\.[a-z_.0-9]*[a-z0-9]\b", rule.says)
     }
     assert len(named) > 60
-    options = document_options(SCHEMAS)
+    options = option_list.as_toml(SCHEMAS)
     tables = dict(re.findall(r"^\[([\w.]+)\]\n(.*?)(?=^\[|\Z)", options, re.M | re.S))
     for name in named - {"train.objective", "train.data"}:
         table, _, key = name.rpartition(".")

@@ -12,12 +12,13 @@ import pytest
 
 from k5cache.cli import app as cache_app
 from k5cache.options import CacheConfig
+from k5cache.shared import option_list
 from k5cache.shared.console import print_error
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig, prompt_library, validation_prompts
 from k5cache.shared.origins import line_of
 from k5cache.shared.other_words import WORDS
-from k5cache.shared.recipe import document_options, parse, read, to_dict, to_toml
+from k5cache.shared.recipe import parse, read, to_dict, to_toml
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
 from tests.cli import Cli
@@ -141,7 +142,7 @@ def test_words_of_simpletuner_that_need_nothing_here_are_accepted_and_others_are
 
 
 def test_every_option_that_another_trainers_word_names_is_one():
-    text = document_options(SCHEMAS)
+    text = option_list.as_toml(SCHEMAS)
     tables = {table: re.findall(r"^(?:# )?(\w+) =", part, re.M) for table, part in
               re.findall(r"^\[([\w.]+)\]\n(.*?)(?=^\[|\Z)", text, re.M | re.S)}  # fmt: skip
     for name, word in WORDS.items():
@@ -287,7 +288,7 @@ def test_a_resolved_recipe_reads_back_to_the_same_options(tmp_path):
 
 
 def test_the_option_list_is_a_recipe_of_the_defaults_and_every_option_has_help():
-    text = document_options(SCHEMAS)
+    text = option_list.as_toml(SCHEMAS)
     assert parse(tomllib.loads(text), SCHEMAS) == [ModelConfig(), CacheConfig(), TrainConfig()]
     lines = text.splitlines()
     for above, line in itertools.pairwise(lines):

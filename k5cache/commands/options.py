@@ -8,7 +8,7 @@ from k5cache.shared import console
 def options() -> None:
     """List every option of [model] and [cache] with its default, as a recipe to copy from."""
     from k5cache.options import CacheConfig
+    from k5cache.shared import option_list
     from k5cache.shared.model import ModelConfig
-    from k5cache.shared.recipe import document_options
 
-    console.out.print(document_options({"model": ModelConfig, "cache": CacheConfig}), markup=False)
+    console.out.print(option_list.as_toml({"model": ModelConfig, "cache": CacheConfig}), markup=False, soft_wrap=True)

@@ -5,15 +5,11 @@ A schema is a frozen dataclass. This file turns TOML tables into schemas and bac
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
 import json
 import os
 import re
-import textwrap
 import tomllib
 import types
 import typing
@@ -316,40 +312,3 @@ def _shown(value: Any) -> str:
     except RecursionError:
         text = "something nested too deeply"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def document_options(schemas: dict[str, type[Any]]) -> str:
-    """Every option with its default and its help, as TOML text to copy from. Options without a default are comments."""
-    lines: list[str] = []
-    for name, schema in schemas.items():
-        _document(schema, name, lines)
-    return "\n".join(lines).strip()
-
-
-def _document(schema: type[Any], name: str, lines: list[str]) -> None:
-    helps, hints = _option_helps(schema), typing.get_type_hints(schema)
-    lines += ["", f"# --- {(schema.__doc__ or '').strip()}", f"[{name}]"]
-    inner: list[tuple[str, type[Any]]] = []
-    default = schema()
-    for option in dataclasses.fields(schema):
-        value = getattr(default, option.name)
-        if dataclasses.is_dataclass(hints[option.name]):
-            inner.append((option.name, typing.cast(type[Any], hints[option.name])))
-            continue
-        plain = list(value) if isinstance(value, tuple) else value
-        lines += [f"# {help_line}" for help_line in textwrap.wrap(helps.get(option.name, ""), 110)]
-        lines.append(f"# {option.name} =" if value is None else f"{option.name} = {toml_value(plain)}")
-    for key, table in inner:
-        _document(table, f"{name}.{key}", lines)
-
-
-def _option_helps(schema: type[Any]) -> dict[str, str]:
-    """The docstring under each option of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    helps: dict[str, str] = {}
-    for option, text in itertools.pairwise(body.body):
-        if isinstance(option, ast.AnnAssign) and isinstance(option.target, ast.Name) and isinstance(text, ast.Expr):
-            assert isinstance(text.value, ast.Constant)
-            helps[option.target.id] = " ".join(str(text.value.value).split())
-    return helps
