@@ -3,36 +3,79 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Annotated
 
 import typer
 
-from k5cache.shared import console
+from k5cache.shared import console, help
 from k5train.commands import base, bench, compare, doctor, import_, lora, options, plan, run, sample, selftest, sweep
+
+TRAIN = "Train"
+LOOK = "Look at what was trained"
+PREPARE = "Prepare a run"
+FILES = "LoRA files"
+MACHINE = "This machine"
 
 app = typer.Typer(
     cls=console.Commands,
     help="Train a Kandinsky 5 Image LoRA from a cache, on the card you have.",
+    epilog=help.examples(
+        "k5cache encode datasets/cats           # first: images to a cache",
+        "k5train run cache/cats                 # then: the cache to a LoRA",
+        "k5train run --help                     # options and more examples",
+    ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+add = partial(help.add, app)
 
-app.command()(run.run)
-app.command()(run.resume)
-app.command()(sweep.sweep)
-app.command()(sample.sample)
-app.command()(compare.compare)
-app.command()(plan.plan)
-app.command()(doctor.doctor)
-app.command()(selftest.selftest)
-app.command()(bench.bench)
-app.command()(options.options)
-app.command("import")(import_.import_)
-app.command()(lora.export)
-app.command()(lora.merge)
-app.command("check-lora")(lora.check_lora)
-app.add_typer(base.base, name="base")
+
+@app.callback()
+def k5train(version: Annotated[bool, help.version_option("k5train")] = False) -> None:
+    """What is given before the command."""
+
+
+add(
+    TRAIN,
+    run.run,
+    "k5train run cache/cats",
+    "k5train run cache/cats --recipe my.toml -o runs/cats",
+    "k5train run cache/cats --set train.lora.rank=16 --vram 12GB",
+    "k5train run cache/cats cache/dogs",
+)
+add(TRAIN, run.resume, "k5train resume runs/cats", "k5train resume runs/cats --set train.steps=4000")
+add(
+    TRAIN,
+    sweep.sweep,
+    "k5train sweep cache/cats --grid train.lora.rank=8,16,32",
+    "k5train sweep cache/cats --list rates.toml",
+)
+add(
+    LOOK,
+    sample.sample,
+    "k5train sample runs/cats",
+    'k5train sample runs/cats --prompt "a cat on a roof" --strength 0.7',
+    "k5train sample runs/cats --which best --which final --measure",
+)
+add(LOOK, compare.compare, "k5train compare runs/cats runs/cats-2", "k5train compare sweeps/cats -o cats.png")
+add(PREPARE, plan.plan, "k5train plan cache/cats", "k5train plan --vram 12GB --resolution 768")
+add(PREPARE, options.options, "k5train options > my.toml")
+add(
+    PREPARE,
+    import_.import_,
+    "k5train import config/config.json",
+    "k5train import dataset.toml --from kohya -o cats.toml",
+    name="import",
+)
+add(FILES, lora.export, "k5train export runs/cats", "k5train export cats.safetensors --format kohya --dtype fp16")
+add(FILES, lora.merge, "k5train merge runs/cats style.safetensors -w 1 -w 0.5 -o both.safetensors")
+add(FILES, lora.check_lora, "k5train check-lora cats.safetensors", name="check-lora")
+add(MACHINE, doctor.doctor, "k5train doctor", "k5train doctor --vram 12GB --json")
+app.add_typer(base.base, name="base", rich_help_panel=MACHINE)
+add(MACHINE, selftest.selftest, "k5train selftest", "k5train selftest cache/cats")
+add(MACHINE, bench.bench, "k5train bench --quick")
 
 
 def main() -> None:

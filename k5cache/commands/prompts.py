@@ -9,15 +9,22 @@ import typer
 
 from k5cache.commands.arguments import CachePath, Device, Json, Model, Wait, model_of_cache
 from k5cache.commands.listing import print_some, shorten
-from k5cache.shared import console, interrupt
+from k5cache.shared import console, help, interrupt
 
 if TYPE_CHECKING:
     from k5cache.upkeep.prompts import Added
 
-prompts = typer.Typer(help="Prompts that a cache holds for validation and sampling.", no_args_is_help=True)
+prompts = typer.Typer(
+    cls=help.Grouped, help="Prompts that a cache holds for validation and sampling.", no_args_is_help=True
+)
 
 
-@prompts.command()
+@prompts.command(
+    epilog=help.examples(
+        'k5cache prompts add cache/cats "a cat on a roof"',
+        'k5cache prompts add cache/edits "make it night" --source day.jpg',
+    )
+)
 def add(
     cache: CachePath,
     prompts: Annotated[list[str], typer.Argument(help="One or more, each in quotes.")],

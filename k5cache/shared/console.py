@@ -25,13 +25,13 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
 
 from k5cache.shared import disk_errors, interrupt
 from k5cache.shared.command_line import command as command
 from k5cache.shared.command_line import this_command as this_command
 from k5cache.shared.errors import K5Error
 from k5cache.shared.foreign import Terminal
+from k5cache.shared.help import Grouped
 from k5cache.shared.loading import announced
 
 out = Terminal()
@@ -65,7 +65,7 @@ def run(app: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
-class Commands(TyperGroup):
+class Commands(Grouped):
     """A group of commands that ends with one line if it is stopped. typer's own groups end without a word."""
 
     farewell = "Stopped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.shared import console
-from k5cache.shared.errors import CacheError
+from k5cache.shared.errors import CacheError, RecipeError
 
 if TYPE_CHECKING:
     from k5cache.shared.model import ModelConfig
@@ -19,7 +20,37 @@ if TYPE_CHECKING:
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        "--vram", help="Plan for a card of this size, such as 12GB, whichever card is there: train.memory.vram."
+    ),
+]
 RunPath = Annotated[Path, typer.Argument(help="A folder made by `k5train run`.")]
+
+
+def with_vram(options: list[str] | None, vram: str | None) -> list[str]:
+    """``--set`` with ``--vram`` in it, so that a run's recipe keeps it.
+
+    Raises:
+        RecipeError: it is not an amount of memory.
+    """
+    if vram is None:
+        return options or []
+    check_vram(vram)
+    return [*(options or []), f"train.memory.vram={json.dumps(vram)}"]
+
+
+def check_vram(vram: str) -> None:
+    """Refuse a ``--vram`` that is not an amount of memory.
+
+    Raises:
+        RecipeError: says how to write one.
+    """
+    try:
+        console.parse_bytes(vram)
+    except ValueError:
+        raise RecipeError(f"--vram {vram} is not an amount of memory", "Give one such as --vram 12GB") from None
 
 
 def read_document(recipe: Path | None, model: str | None, options: list[str] | None) -> Document:

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from k5cache.shared import console
+from k5cache.shared import console, help
 from k5train.commands.arguments import Model, Recipe, Set, read_recipe
 
-base = typer.Typer(help="The int8 base models on disk, under K5_HOME (~/.cache/k5).", no_args_is_help=True)
+base = typer.Typer(
+    cls=help.Grouped, help="The int8 base models on disk, under K5_HOME (~/.cache/k5).", no_args_is_help=True
+)
 
 
-@base.command()
+@base.command(epilog=help.examples("k5train base prepare", "k5train base prepare --model models/k5"))
 def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> None:
     """Quantise the transformer once, into a file. A run does this by itself when it first needs the file."""
     model_config, config = read_recipe(recipe, model, options)
@@ -31,7 +33,7 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
     console.out.print(str(path), markup=False)
 
 
-@base.command(name="list")
+@base.command(name="list", epilog=help.examples("k5train base list"))
 def list_() -> None:
     """List the prepared bases: file, size, number format, and the checkpoint that each was made from."""
     from k5train.base.prepared_files import home, list_bases
@@ -47,7 +49,7 @@ def list_() -> None:
     console.out.print(table)
 
 
-@base.command()
+@base.command(epilog=help.examples("k5train base rm 5f0c"))
 def rm(name: Annotated[str, typer.Argument(help="The file's name, or the beginning of it.")]) -> None:
     """Remove one prepared base. It is made again when it is needed."""
     from k5train.base.prepared_files import remove

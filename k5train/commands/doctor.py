@@ -10,10 +10,9 @@ import typer
 from rich.text import Text
 
 from k5cache.shared import console
-from k5cache.shared.errors import RecipeError
 from k5cache.shared.foreign import shown
 from k5cache.shared.model import ModelConfig
-from k5train.commands.arguments import Model
+from k5train.commands.arguments import Model, check_vram
 from k5train.doctor.check import Check
 
 _STYLES = {"good": "green", "look at this": "yellow", "does not work": "bold red"}
@@ -31,7 +30,7 @@ def doctor(
     Exits with 0 if training would work, and with 1 if something does not work.
     """
     if vram is not None:
-        _check_vram(vram)
+        check_vram(vram)
     if not as_json:
         console.out.print("Checking this machine", style="bold")
     from k5train.doctor.examine import steps
@@ -51,13 +50,6 @@ def doctor(
     else:
         console.next_step("Training would work here. Next, encode your images", "k5cache encode datasets/my_images")
     raise typer.Exit(1 if bad else 0)
-
-
-def _check_vram(vram: str) -> None:
-    try:
-        console.parse_bytes(vram)
-    except ValueError:
-        raise RecipeError(f"--vram {vram} is not an amount of memory", "Give one such as --vram 12GB") from None
 
 
 def _activity(activity: str) -> AbstractContextManager[object]:

@@ -12,7 +12,17 @@ import typer
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.template import PIPELINES
-from k5train.commands.arguments import Model, Recipe, RunPath, Set, find_cache, model_of_cache, read_recipe
+from k5train.commands.arguments import (
+    Model,
+    Recipe,
+    RunPath,
+    Set,
+    Vram,
+    find_cache,
+    model_of_cache,
+    read_recipe,
+    with_vram,
+)
 
 if TYPE_CHECKING:
     from k5train.training.result import Result
@@ -32,13 +42,14 @@ def run(
     is_new: Annotated[
         bool, typer.Option("--new", help="Start a new run, even if this command was stopped before.")
     ] = False,
+    vram: Vram = None,
     options: Set = None,
 ) -> None:
     """Train a LoRA on a cache. Loads the transformer only, never a text encoder.
 
     After a crash or Ctrl-C, the same command continues where the run stopped.
     """
-    model_config, config = read_recipe(recipe, model, options)
+    model_config, config = read_recipe(recipe, model, with_vram(options, vram))
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
     with _before_the_first_step():
         from k5train.training.start import named, start
@@ -54,13 +65,14 @@ def resume(
     step: Annotated[
         int | None, typer.Option(help="Go on from the state of this step. Default: the newest; the last two are kept.")
     ] = None,
+    vram: Vram = None,
     options: Set = None,
 ) -> None:
     """Continue a run that was stopped, exactly as if it had not stopped, or train a finished one for more steps."""
     with _before_the_first_step():
         from k5train.training import start
 
-        result = start.resume(run, options or [], cache, step)
+        result = start.resume(run, with_vram(options, vram), cache, step)
     print_result(result)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RunError
 from k5cache.shared.foreign import shown
-from k5train.commands.arguments import Model, Recipe, Set, find_cache, model_of_cache, read_document
+from k5train.commands.arguments import Model, Recipe, Set, Vram, find_cache, model_of_cache, read_document, with_vram
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: sweeps/<name of CACHE>.")] = None,
     recipe: Recipe = None,
     model: Model = None,
+    vram: Vram = None,
     options: Set = None,
 ) -> None:
     """Train many LoRAs on one cache with the base loaded once, and compare them.
@@ -48,7 +49,7 @@ def sweep(
         from k5train.training import sweep as sweeping
         from k5train.training.sweep_runs import sweep_runs
 
-    document = read_document(recipe, model, options)
+    document = read_document(recipe, model, with_vram(options, vram))
     model_config, runs = sweep_runs(document, grid or [], listed, {"cache": CacheConfig})
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
