@@ -174,7 +174,7 @@ def print_report(report: EncodeReport, root: Path) -> None:
         )
     _print_changes(report.added, report.changed, report.renamed, report.removed, report.reused_latents)
     print_some("damaged and encoded again", report.repaired, "yellow")
-    print_skipped(report.skipped)
+    print_skipped(report.skipped, root)
     print_notices(report.num_multiline, report.notices)
     cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
     print_some("truncated captions", cut, "yellow")

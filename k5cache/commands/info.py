@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from k5cache.commands.arguments import CachePath, Json, suggest_training
-from k5cache.commands.listing import shorten
+from k5cache.commands.listing import print_skipped, print_some, shorten
 from k5cache.shared import console
 from k5cache.shared.kind import LONG_NAMES
+from k5cache.sources.items import Skipped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,10 @@ def info(cache: CachePath, as_json: Json = False) -> None:
         return
     console.out.print(_bucket_table(opened))
     console.out.print(_fact_table(opened))
+    left_out = opened.manifest.left_out
+    print_skipped([Skipped(path, reason) for path, reason in left_out.skipped], cache)
+    cut = [f"{shorten(caption)} (last {count} characters)" for _, count, caption in left_out.truncated]
+    print_some("truncated captions", cut, "yellow")
     suggest_training(cache, opened.manifest)
 
 
@@ -46,6 +51,8 @@ def info_json(cache: Cache) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": sum(shard.num_bytes for shard in manifest.shards),
         "prompts": list(manifest.prompts),
+        "skipped": [list(pair) for pair in manifest.left_out.skipped],
+        "truncated": [[caption, count] for _, count, caption in manifest.left_out.truncated],
         **({"edits": [[edit.source, edit.prompt] for edit in manifest.edits]} if cache.kind == "i2i" else {}),
         "recipe": manifest.recipe,
         "created_by": manifest.created_by,

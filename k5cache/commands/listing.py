@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
 from k5cache.sources.items import Skipped
+from k5cache.store.skipped import NAME, is_ours
 
 MOST = 5  # entries of a list that are printed; the count is always given
 _REASONS = 8  # for which something is skipped
@@ -27,8 +28,12 @@ def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST)
             console.out.print(Text(f"  and {len(entries) - most} more"))
 
 
-def print_skipped(skipped: Sequence[Skipped]) -> None:
-    """Print what cannot be used by its reasons: of each the first entry, and how many more there are and which."""
+def print_skipped(skipped: Sequence[Skipped], root: Path | None = None) -> None:
+    """Print what cannot be used by its reasons: of each the first entry, and how many more there are and which.
+
+    Args:
+        root: the cache that may have a file of all of them.
+    """
     groups: dict[str, list[Skipped]] = {}
     for skip in skipped:
         groups.setdefault(_kind(skip), []).append(skip)
@@ -42,6 +47,8 @@ def print_skipped(skipped: Sequence[Skipped]) -> None:
             console.out.print(Text(f"    and {len(others)} more for this reason: {names}"))
     if rest := sum(map(len, by_size[_REASONS:])):
         console.out.print(Text(f"  and {rest} more"))
+    if groups and root and is_ours(root):
+        console.out.print(Text(f"  all of them: {shown(str(root / NAME))}"))
 
 
 def _kind(skip: Skipped) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
+from k5cache.encode.job import TextJob
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.template import version
@@ -18,6 +19,7 @@ from k5cache.sources.items import PICTURE_DECODER, Skipped
 from k5cache.sources.unchanged import FolderStats, is_settled, joined, read_stats
 from k5cache.store.manifest import LeftOut, SourceNote
 
+_MOST_SHOWN = 80  # characters of a caption that was cut off
 MOST_NAMED = 10_000
 """Files in the source that cannot be used and are kept in the manifest: 1 MB. With more, each encode looks at them."""
 
@@ -41,10 +43,30 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
     return SourceNote(note.listing, stats.digest) if is_same else note
 
 
-def note_left_out(skipped: Sequence[Skipped], failed: Mapping[str, str]) -> LeftOut:
+def note_left_out(
+    skipped: Sequence[Skipped], failed: Mapping[str, str], truncated: Sequence[tuple[str, int, str]] = ()
+) -> LeftOut:
     """What the manifest keeps of what could not be used."""
     named = tuple((skip.path, skip.reason) for skip in skipped[:MOST_NAMED])
-    return LeftOut(named, dict(failed), decoders() if named or failed else "")
+    return LeftOut(named, dict(failed), decoders() if named or failed else "", tuple(truncated[:MOST_NAMED]))
+
+
+def note_truncated(
+    before: LeftOut,
+    truncated: Sequence[tuple[str, int]],
+    text_jobs: Sequence[TextJob],
+    needed: Set[str] | None = None,
+) -> tuple[tuple[str, int, str], ...]:
+    """``LeftOut.truncated`` after an encode.
+
+    Args:
+        truncated: (cleaned caption, how many of its last characters were cut off) of ``text_jobs``.
+        needed: the text keys of all items, prompts and pairs to draw. None: those before are still needed.
+    """
+    cut = dict(truncated)
+    now = {job.key: (job.key, cut[job.caption], job.caption[:_MOST_SHOWN]) for job in text_jobs if job.caption in cut}
+    known = {entry[0]: entry for entry in before.truncated} | now
+    return tuple(entry for key, entry in known.items() if needed is None or key in needed)
 
 
 def decoders() -> str:

@@ -21,7 +21,7 @@ from k5cache.encode.job import Job, LatentJob
 from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
-from k5cache.encode.source_note import MOST_NAMED, note_left_out, take_note
+from k5cache.encode.source_note import MOST_NAMED, note_left_out, note_truncated, take_note
 from k5cache.encode.text_pass import PipelineFails, encode_texts
 from k5cache.shared import console
 from k5cache.shared.device import pick_device
@@ -29,6 +29,7 @@ from k5cache.shared.errors import DatasetError
 from k5cache.sources.items import Skipped, UnreadableImage
 from k5cache.store.index import IndexRow
 from k5cache.store.manifest import Edit, LeftOut, SourceNote, require_files
+from k5cache.store.skipped import write_skipped
 
 
 def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progress) -> EncodeReport:
@@ -38,7 +39,9 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
     manifest, repaired = drop_damaged(request.root, request.manifest) if options.repair else (request.manifest, ())
     require_files(request.root, manifest)
     if options.repair:
-        manifest = replace(manifest, left_out=LeftOut())  # images that could not be read are tried again
+        manifest = replace(
+            manifest, left_out=LeftOut(truncated=manifest.left_out.truncated)
+        )  # images that could not be read are tried again
     request = replace(request, manifest=manifest)
     committer = Committer(request.root, manifest, request.config.shard_mb * 2**20)
     plan = plan_request(request, committer, options.rehash, bars)
@@ -57,7 +60,11 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
     # What the system could not read may be readable next time: the source is then looked at again.
     is_known = len(skipped) <= MOST_NAMED and all(s.is_lasting for s in {*skipped} - {*request.listing.skipped})
     note = take_note(request.source, request.config, request.listing) if is_known else SourceNote()
-    left_out = note_left_out(skipped, failed)
+    needed = {key for row in rows for key in row.text_keys} | {key for edit in edits for key in edit.text_keys}
+    needed |= {*plan.prompts.values(), *manifest.prompts.values()}
+    cut = note_truncated(manifest.left_out, encoded.truncated, plan.text_jobs, needed)
+    left_out = note_left_out(skipped, failed, cut)
+    write_skipped(request.root, ((skip.path, skip.reason) for skip in skipped))
     is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits)
     num_latents = encoded.num_latents
     num_texts = sum(job.key not in encoded.failed_texts for job in plan.text_jobs)

@@ -6,7 +6,6 @@ The lock of a cache is here too, because whoever writes the manifest must have i
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -93,6 +92,8 @@ class LeftOut:
     """Key of latents or of a mask -> why the image or mask of these bytes cannot be decoded."""
     decoders: str = ""
     """The versions of what tried to decode them: others may succeed."""
+    truncated: tuple[tuple[str, int, str], ...] = ()
+    """(text key, number of characters, beginning of the caption) of captions whose last characters were cut off."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,8 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     document = asdict(manifest) | {"source": str(manifest.source), "format": manifest.format}
     if manifest.kind == "t2i":
         del document["edits"]  # format 1 has none
+    if not manifest.left_out.truncated:  # caches from before it was noted have no such key
+        del document["left_out"]["truncated"]
     return document
 
 
@@ -371,13 +374,13 @@ def _edit(document: object) -> Edit:
 
 
 def _left_out(document: object) -> LeftOut:
-    value = {"skipped": [], "failed": {}, "decoders": "", **values.mapping(document, "left_out")}
-    skipped = value["skipped"]
-    is_pairs = isinstance(skipped, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in skipped)
-    if not is_pairs or not all(isinstance(text, str) for text in (value["decoders"], *itertools.chain(*skipped))):
+    value = {"skipped": [], "failed": {}, "decoders": "", "truncated": [], **values.mapping(document, "left_out")}
+    skipped, truncated = value["skipped"], value["truncated"]
+    is_sound = values.are_lists_of(skipped, str, str) and values.are_lists_of(truncated, str, int, str)
+    if not is_sound or not isinstance(value["decoders"], str):
         values.wrong("left_out", value)
     failed = values.strings(value, "failed")
-    return LeftOut(tuple((path, reason) for path, reason in skipped), failed, value["decoders"])
+    return LeftOut(tuple(map(tuple, skipped)), failed, value["decoders"], tuple(map(tuple, truncated)))
 
 
 def _table(document: object, prefix: str) -> IndexInfo | None:

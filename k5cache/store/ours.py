@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.shared import outputs
-from k5cache.store import files
+from k5cache.store import files, skipped
 from k5cache.store.footer import footer_of
 
 FILE = "manifest.json"
@@ -43,8 +43,9 @@ def unnamed_files(root: Path, named: set[str]) -> Unnamed:
     """Look at every file in the folder of a cache. Files of our names that are not in ``named`` are read."""
     ours: list[str] = []
     foreign: list[str] = []
+    known = {FILE, LOCK, *named, *([skipped.NAME] if skipped.is_ours(root) else [])}
     for name in _names(root):
-        if name not in named and name not in (FILE, LOCK):
+        if name not in known:
             (ours if _is_proven(root, name) else foreign).append(name)
     return Unnamed(tuple(sorted(ours)), tuple(sorted(foreign)))
 

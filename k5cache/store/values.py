@@ -58,3 +58,10 @@ def count(document: dict[str, Any], key: str, limit: int) -> int:
 def wrong(name: str, value: object) -> NoReturn:
     """Raise the ValueError for a value."""
     raise ValueError(f"{name} is {repr(value)[:80]}")
+
+
+def are_lists_of(entries: object, *types: type) -> bool:
+    """Whether it is a list of lists with values of these types."""
+    return isinstance(entries, list) and all(
+        isinstance(entry, list) and tuple(map(type, entry)) == types for entry in entries
+    )

@@ -14,6 +14,7 @@ from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import no_sources
 from k5cache.encode.plan import Plan, make_plan
 from k5cache.encode.request import config_of
+from k5cache.encode.source_note import note_truncated
 from k5cache.encode.text_pass import encode_texts
 from k5cache.encode.wanted import ExaminedEdit, Probes, Stored, Wanted, no_source
 from k5cache.shared.command_line import command
@@ -66,9 +67,10 @@ def add_edits(
         plan = _plan(manifest, edits.examined, stored)
         truncated = _encode(root, manifest, committer, plan, edits.examined, model, device, bars)
         known = {(edit.source_hash, edit.prompt): edit for edit in (*manifest.edits, *plan.edits)}
+        cut = note_truncated(manifest.left_out, truncated, plan.text_jobs)
+        left_out = replace(manifest.left_out, truncated=cut)
         committer.index(
-            *(rows, {}, manifest.recipe, manifest.created_by, manifest.source, manifest.left_out),
-            tuple(known.values()),
+            *(rows, {}, manifest.recipe, manifest.created_by, manifest.source, left_out), tuple(known.values())
         )
     new = {job.key for job in plan.text_jobs}
     encoded = tuple(edit.prompt for edit in plan.edits if edit.text_key in new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import Progress
@@ -13,6 +13,7 @@ from k5cache.encode.differences import differences, refuse_model, table_of
 from k5cache.encode.job import Job, TextJob
 from k5cache.encode.keys import text_key
 from k5cache.encode.request import build_recipe, config_of
+from k5cache.encode.source_note import note_truncated
 from k5cache.encode.text_pass import encode_texts
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.command_line import command
@@ -77,9 +78,9 @@ def add_prompts(
             job = job_of(root, manifest, model, device, bars, ("text",))
             truncated = encode_texts(job, committer, list(text_jobs.values()))
         rows = index_rows(read_index(root, index, manifest.format))
-        committer.index(
-            rows, keys, manifest.recipe, manifest.created_by, manifest.source, manifest.left_out, manifest.edits
-        )
+        cut = note_truncated(manifest.left_out, truncated, list(text_jobs.values()))
+        left_out = replace(manifest.left_out, truncated=cut)
+        committer.index(rows, keys, manifest.recipe, manifest.created_by, manifest.source, left_out, manifest.edits)
     encoded = tuple(raw for raw, key in keys.items() if key in text_jobs)
     return Added(encoded, tuple(raw for raw in keys if raw not in encoded), truncated)
 
