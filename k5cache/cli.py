@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from k5cache.commands import bench, encode, gc, info, merge, options, prompts, selftest, show, verify
+from k5cache.commands import bench, encode, gc, info, merge, options, prompts, push, selftest, show, verify
 from k5cache.shared import console, help
 
 MAKE = "Make a cache"
 LOOK = "Look into a cache"
 CHANGE = "Change a cache"
+HUB = "The hub"
 MACHINE = "This machine"
 
 app = typer.Typer(
@@ -53,6 +54,8 @@ add(LOOK, verify.verify, "k5cache verify cache/cats", "k5cache verify cache/cats
 app.add_typer(prompts.prompts, name="prompts", rich_help_panel=CHANGE)
 add(CHANGE, merge.merge, "k5cache merge cache/cats cache/dogs -o cache/pets")
 add(CHANGE, gc.gc, "k5cache gc cache/cats --dry-run", "k5cache gc cache/cats")
+add(HUB, push.push, "k5cache push cache/cats cats", "k5cache push cache/cats owner/cats --public")
+add(HUB, push.pull, "k5cache pull owner/cats", "k5cache pull owner/cats cache/my_cats")
 add(MACHINE, selftest.selftest, "k5cache selftest", "k5cache selftest cache/cats --source datasets/cats")
 add(MACHINE, bench.bench, "k5cache bench --store")
 

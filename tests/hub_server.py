@@ -114,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"name": "me", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
         elif path == "/api/repos/create":
             self._create()
+        elif path == "/api/validate-yaml":
+            self._send(200, {"warnings": [], "errors": []})
         elif path.startswith("/blobs/"):
             self.hub.blobs[path.removeprefix("/blobs/")] = self._body
             self._send(200, {})
@@ -132,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         if key in self.hub.repositories:
             self._send(409, {"error": "You already created this repo", "url": f"{self.hub.url}/{name}"})
             return
-        repository = self.hub.repositories[key] = Repository(private=bool(asked.get("private")))
+        repository = self.hub.repositories[key] = Repository(
+            private=bool(asked.get("private")) or asked.get("visibility") == "private"
+        )
         repository.put({".gitattributes": b""})
         self._send(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 

@@ -61,7 +61,7 @@ def test_an_encoder_that_computes_something_else_is_named_with_the_caption_and_t
     monkeypatch.setattr(clip, "encode_pooled", wrong)
     done = Cli(cache.parent.parent)(cache_app, "selftest", "cache/pictures", "--device", "cpu")
     assert done.code == 1
-    assert "The first difference: pooled of 14 captions: 'fox' at [1] is" in done.out
+    assert "The first difference: pooled of 15 captions: 'fox' at [1] is" in done.out
     assert "cached pooled" in done.out  # all lines are printed, and what is stored is still right
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 REPOSITORY = re.compile(r"(?![.-])(?!.*(?:\.\.|--))[\w.-]+/(?![.-])[\w.-]+(?<![.-])", re.ASCII)
 """``owner/name``."""
 _TOKEN = re.compile(r"\b(?:hf|api)_[A-Za-z0-9]{8,}|\bBearer\s+\S+|(?<=://)[^/\s@]+@")
+_UPLOAD = re.compile(r"Error while uploading|Data processing error|Xet")
+"""How the RuntimeErrors of an upload begin, by LFS and by xet."""
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -80,6 +82,11 @@ def answering(what: str) -> Iterator[None]:
         yield
     except _refusals() as error:
         raise HubError(f"Cannot {what}: {reason_of(error)}", _fix_of(error)) from None
+    except RuntimeError as error:  # so an upload ends if a file of it is refused, or its connection is lost
+        cause = error.__cause__ if isinstance(error.__cause__, _refusals()) else None
+        if cause is None and not _UPLOAD.match(str(error)):
+            raise
+        raise HubError(f"Cannot {what}: {reason_of(cause or error)}", _fix_of(cause or error)) from None
 
 
 def _refusals() -> tuple[type[Exception], ...]:
