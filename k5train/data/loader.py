@@ -42,7 +42,11 @@ class Loader:
     def __init__(
         self, data: Mixture | Cache, config: TrainConfig, scaling_factor: float, inference_sigmas: Tensor | None = None
     ) -> None:
-        self.data = data if isinstance(data, Mixture) else Mixture([Source(data, config.repeats)])
+        self.data = (
+            data
+            if isinstance(data, Mixture)
+            else Mixture([Source(data, config.repeats, repeats_by_folder=config.repeats_by_folder)])
+        )
         self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
         check_masks(self.data, config)
         self._check_sigmas()

@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.errors import CacheError, CacheStale, RecipeError
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.store.reader import Cache, open_cache
+from k5train.data.folder_repeats import folder_repeats, used_never
 from k5train.options.data import DataConfig
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ class Source:
     is_regularisation_data: bool = False
     split: frozenset[int] = frozenset()
     """Items of the cache that are not trained on: the validation split."""
+    repeats_by_folder: bool = False
+    """Whether ``repeats`` is multiplied by the number in the name of an image's folder."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows of one source in one bucket."""
+    """The rows of one source in one bucket, all used equally often."""
 
     rows: list[int]
     rate: float
@@ -96,30 +99,40 @@ class Mixture:
 
     @cached_property
     def pools(self) -> dict[Size, list[Pool]]:
-        """Bucket -> the pool of each source that has rows in it."""
-        by_source = [self._by_bucket(number) for number in range(len(self.sources))]
-        sizes = [sum(map(len, buckets.values())) for buckets in by_source]
+        """Bucket -> the pools of each source that has rows in it."""
+        by_source = [self._groups(number) for number in range(len(self.sources))]
+        sizes = [sum(len(rows) * often for (_, often), rows in groups.items()) for groups in by_source]
         totals = [float(size * source.repeats) for size, source in zip(sizes, self.sources, strict=True)]
         weights = [s.weight or 0.0 for s in self.sources]
         if sum(weights):
             totals = [sum(totals) * weight / sum(weights) for weight in weights]
         pools: dict[Size, list[Pool]] = {}
         number = 0
-        for buckets, size, total in zip(by_source, sizes, totals, strict=True):
-            for bucket, rows in buckets.items():
-                pools.setdefault(bucket, []).append(Pool(rows, total / size * len(rows), number * _GOLDEN % 1))
+        for groups, size, total in zip(by_source, sizes, totals, strict=True):
+            for (bucket, often), rows in groups.items():
+                rate = total / size * len(rows) * often
+                pools.setdefault(bucket, []).append(Pool(rows, rate, number * _GOLDEN % 1))
                 number += 1
         return dict(sorted(pools.items()))
 
-    def _by_bucket(self, number: int) -> dict[Size, list[int]]:
+    def paths(self) -> list[str]:
+        """The path of every row of the caches whose repeats are in the names of folders."""
+        caches = [source.cache for source in self.sources if source.repeats_by_folder]
+        return [path for cache in caches for path in cache.columns("path").column(0).to_pylist()]
+
+    def _groups(self, number: int) -> dict[tuple[Size, int], list[int]]:
+        """(bucket, how often by the folder's name) -> the rows of a source."""
         source = self.sources[number]
         columns = source.cache.columns("bucket_width", "bucket_height").columns
+        sizes = zip(*(column.to_pylist() for column in columns), strict=True)
+        paths = source.cache.columns("path").column(0).to_pylist() if source.repeats_by_folder else ()
         offset = self.first_rows[number]
-        buckets: dict[Size, list[int]] = {}
-        for item, size in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
+        groups: dict[tuple[Size, int], list[int]] = {}
+        for item, size in enumerate(sizes):
             if item not in source.split:
-                buckets.setdefault(size, []).append(offset + item)
-        return buckets
+                often = folder_repeats(paths[item]) if paths else 1
+                groups.setdefault((size, often), []).append(offset + item)
+        return groups
 
 
 def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
@@ -127,10 +140,22 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
 
     Raises:
         CacheError: a cache cannot be opened, or all are empty.
+        RecipeError: the name of a folder says that its images are never used.
         CacheStale: they were made by different encoders; names the fields.
     """
-    sources = [Source(open_cache(Path(e.cache)), e.repeats, e.weight, e.is_regularisation_data) for e in entries]
+    sources = [
+        Source(
+            open_cache(Path(e.cache)), e.repeats, e.weight, e.is_regularisation_data,
+            repeats_by_folder=e.repeats_by_folder,
+        )
+        for e in entries
+    ]  # fmt: skip
     mixture = Mixture(sources)
+    if never := used_never(mixture.paths()):
+        raise RecipeError(
+            f"repeats_by_folder is set, and the folder of {never[0]} says 0 times",
+            "Rename the folder and encode again, which encodes no image anew; or set repeats_by_folder=false",
+        )
     if not len(mixture):
         raise CacheError(f"{mixture.first.root} holds no images", "Encode some first: k5cache encode SOURCE")
     for other in sources[1:]:

@@ -19,6 +19,8 @@ class DataConfig:
     proportion to its size."""
     repeats: int = 1
     """How often each of its images is used in one epoch."""
+    repeats_by_folder: bool = False
+    """As ``train.repeats_by_folder``."""
     is_regularisation_data: bool = False
     """Whether the images show the class and not the subject: their errors are multiplied by ``prior_loss_weight``."""
 

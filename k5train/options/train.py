@@ -35,6 +35,10 @@ class TrainConfig:
     """Micro-batches of one optimizer update."""
     repeats: int = 1
     """How often each image is used in one epoch."""
+    repeats_by_folder: bool = False
+    """Multiply ``repeats`` by the number with which the name of an image's folder begins, as in kohya's trainers:
+    images in ``10_cat`` are used 10 times, those in a folder without a number once. SOURCE of the encode was the folder
+    above."""
     caption_dropout_probability: float = 0.1
     """Share of the rows that are trained with the empty prompt, so that guidance keeps working."""
     source_dropout_probability: float = 0.0
@@ -66,7 +70,7 @@ class TrainConfig:
     an uninterrupted one; this may be slower. A CPU always gives the same bits."""
     data: tuple[DataConfig, ...] = ()
     """``[[train.data]]`` entries instead of CACHE arguments, with ``cache``, ``weight`` (share of the rows),
-    ``repeats`` and ``is_regularisation_data`` (weighted by ``objective.prior_loss_weight``)."""
+    ``repeats``, ``repeats_by_folder`` and ``is_regularisation_data`` (weighted by ``objective.prior_loss_weight``)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -55,8 +55,9 @@ def options_without_effect(config: TrainConfig) -> list[str]:
     ]
     if config.epochs is not None and config.steps != default.steps:
         lines.append("train.steps does nothing here: train.epochs says when to stop")
-    if config.data and config.repeats != default.repeats:
-        lines.append("train.repeats does nothing here: each [[train.data]] entry has its own")
+    for name in ("repeats", "repeats_by_folder"):
+        if config.data and getattr(config, name) != getattr(default, name):
+            lines.append(f"train.{name} does nothing here: each [[train.data]] entry has its own")
     if config.epochs is None:
         lines += never_reached(config, config.steps)
     if config.rollout.probability and config.objective.sigma_max < config.rollout.min_sigma:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from k5cache.shared.checkpoint import folder_without_weights
 from k5cache.shared.model import ModelConfig
 from k5train.data.batch_sizes import batch_warnings
+from k5train.data.folder_repeats import described
 from k5train.data.mixture import Mixture, num_micro_batches
 from k5train.data.split import split_off
 from k5train.options.adapter import LoraConfig
@@ -29,8 +30,17 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str
     if config.epochs is not None:
         micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
         lines += never_reached(config, -(-micro_batches // config.gradient_accumulation_steps))
-    lines += batch_warnings(data, config)
+    lines += batch_warnings(data, config) + _of_folders(data)
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
+
+
+def _of_folders(data: Mixture) -> list[str]:
+    """What the names of folders say, where they are asked for."""
+    if not any(source.repeats_by_folder for source in data.sources):
+        return []
+    if images := described(data.paths()):
+        return [f"By the names of their folders, an epoch has {images}"]
+    return ["repeats_by_folder does nothing here: no image is in a folder with a name such as 10_cat"]
 
 
 def _of_lokr(config: LoraConfig, model: ModelConfig) -> list[str]:

@@ -57,7 +57,7 @@ def named(caches: Sequence[Path], config: TrainConfig) -> tuple[Path | None, Tra
         )
     if len(caches) <= 1:
         return (caches[0] if caches else None), config
-    return None, replace(config, data=tuple(DataConfig(cache=str(c), repeats=config.repeats) for c in caches))
+    return None, replace(config, data=tuple(_entry(cache, config) for cache in caches))
 
 
 def start(cache: Path | None, config: TrainConfig, out: Path | None, model: ModelConfig, is_new: bool) -> Result:
@@ -190,7 +190,11 @@ def how_to_train_further(run: Run, config: TrainConfig, data: Mixture, saved: Sa
 
 def open_data(cache: Path | None, config: TrainConfig) -> Mixture:
     """The caches of a run: the one that the command names, or those of its recipe."""
-    return open_mixture(config.data if cache is None else [DataConfig(cache=str(cache), repeats=config.repeats)])
+    return open_mixture(config.data if cache is None else [_entry(cache, config)])
+
+
+def _entry(cache: Path, config: TrainConfig) -> DataConfig:
+    return DataConfig(cache=str(cache), repeats=config.repeats, repeats_by_folder=config.repeats_by_folder)
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
