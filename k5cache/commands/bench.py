@@ -37,7 +37,8 @@ def bench(
     if store:
         from k5cache.bench import reading
 
-        store_bench = reading.bench_store(folder=folder)
+        with console.working("measuring reads"):
+            store_bench = reading.bench_store(folder=folder)
         results["store"] = reading.as_json(store_bench)
         if not as_json:
             reading.print_bench(store_bench)
@@ -45,7 +46,8 @@ def bench(
         from k5cache.bench import encoding
         from k5cache.shared.device import pick_device
 
-        measurements = encoding.bench(pick_device(device), vram_bytes(vram), folder)
+        with console.working("measuring encoders"):
+            measurements = encoding.bench(pick_device(device), vram_bytes(vram), folder)
         results["encoders"] = encoding.as_json(measurements)
         if not as_json:
             encoding.print_bench(measurements)
@@ -54,7 +56,8 @@ def bench(
         from k5cache.bench.pairs import bench_pairs
         from k5cache.shared.device import pick_device
 
-        of_pairs = bench_pairs(pick_device(device), folder)
+        with console.working("measuring pairs"):
+            of_pairs = bench_pairs(pick_device(device), folder)
         results["pairs"] = encoding.as_json(of_pairs)
         if not as_json:
             encoding.print_bench(of_pairs, "Pairs of image-to-image, random weights of full size")

@@ -109,8 +109,9 @@ def plan(
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
-    request = read_listed_request(source, root, model_config, cache_config, drawn, encode_options)
     with console.progress() as bars:
+        with console.doing(bars, "looking at the images and the model"):
+            request = read_listed_request(source, root, model_config, cache_config, drawn, encode_options)
         estimate = estimate_encode(request, encode_options, bars)
     if as_json:
         console.print_json(estimate)
@@ -145,8 +146,9 @@ def diff(
     root = out or Path("cache") / default_name(source)
     check_root(root, reads=[source])
     preview_options = EncodeOptions(update=True, is_preview=True)
-    request = read_listed_request(source, root, model_config, cache_config, drawn, preview_options)
     with console.progress() as bars:
+        with console.doing(bars, "looking at the images and the model"):
+            request = read_listed_request(source, root, model_config, cache_config, drawn, preview_options)
         preview = preview_encode(request, rehash, bars)
     if as_json:
         console.print_json(preview)

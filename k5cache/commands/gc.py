@@ -29,7 +29,8 @@ def gc(
     """
     from k5cache.upkeep.gc import collect
 
-    collected = collect(cache, dry_run, wait)
+    with console.working("looking for rows that nothing names" if dry_run else "deleting what nothing names"):
+        collected = collect(cache, dry_run, wait)
     if as_json:
         console.print_json(collected)
     else:

@@ -24,7 +24,8 @@ def merge(
     from k5cache.store.manifest import read_manifest
     from k5cache.upkeep.merge import merge_caches
 
-    merged = merge_caches(caches, out)
+    with console.working(f"merging {len(caches)} caches"):
+        merged = merge_caches(caches, out)
     if as_json:
         console.print_json(merged)
         return

@@ -14,15 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +25,10 @@ from k5cache.shared.errors import K5Error
 from k5cache.shared.foreign import Terminal
 from k5cache.shared.help import Grouped
 from k5cache.shared.loading import announced
+from k5cache.shared.progress import Bars, Lines
+from k5cache.shared.progress import doing as doing
+from k5cache.shared.units import human_bytes as human_bytes
+from k5cache.shared.units import human_seconds as human_seconds
 
 out = Terminal()
 err = Terminal(stderr=True)
@@ -163,59 +159,16 @@ def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return rich_table
 
 
-class _Rate(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        unit = task.fields.get("unit", "")
-        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}", style="dim")
-
-
-class _Count(MofNCompleteColumn):
-    """Empty for a task that counts nothing."""
-
-    def render(self, task: Task) -> Text:
-        return Text("") if task.total is None and not task.completed else super().render(task)
-
-
 def progress() -> Progress:
-    """A progress display with a rate and the time left. Give each task ``unit="image"``."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28),
-        _Count(),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
-        console=err,
-        transient=not err.is_terminal,
-        refresh_per_second=4,
-    )
+    """A progress display on stderr: bars, or a line a minute where there is no terminal. See ``shared/progress.py``."""
+    return Bars(err) if err.is_terminal and not err.is_dumb_terminal else Lines(note)
 
 
 @contextmanager
-def doing(bars: Progress | None, activity: str) -> Iterator[None]:
-    """Show ``activity`` beside a spinner while the block runs."""
-    task = bars.add_task(activity, total=None, unit="", note="") if bars else None
-    try:
+def working(activity: str) -> Iterator[None]:
+    """Show ``activity`` while the block runs, which has no progress display of its own."""
+    with progress() as bars, doing(bars, activity):
         yield
-    finally:
-        if bars and task is not None:
-            bars.remove_task(task)
-
-
-def human_bytes(num_bytes: float) -> str:
-    """``1536`` -> ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def parse_bytes(text: str) -> int:
@@ -230,12 +183,3 @@ def parse_bytes(text: str) -> int:
     if not 0 < number < 1e6 or number * (unit or 2**30) < 1:
         raise ValueError(text)
     return int(number * (unit or 2**30))
-
-
-def human_seconds(seconds: float) -> str:
-    """``75`` -> ``1 min 15 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -29,7 +29,8 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
     from k5train.base.prepared import prepare
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = prepare(folder, DTYPES[config.mixed_precision], device)
+    with console.working("quantising the transformer"):
+        path = prepare(folder, DTYPES[config.mixed_precision], device)
     console.out.print(str(path), markup=False)
 
 

@@ -40,10 +40,11 @@ def bench(
     cases = within(vram.budget(device, None), wanted)
     if quick:
         cases = tuple(dict.fromkeys(replace(case, cap_gib=None) for case in EDITS)) if i2i else QUICK
-    ceiling = timing.matmul_ceiling(device)
-    results = time_cases(
-        cases, device, baseline=(EDITS[1] if i2i else MUST_REACH[0]) if baseline else None, num_steps=steps
-    )
+    with console.working("timing steps"):
+        ceiling = timing.matmul_ceiling(device)
+        results = time_cases(
+            cases, device, baseline=(EDITS[1] if i2i else MUST_REACH[0]) if baseline else None, num_steps=steps
+        )
     title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {ceiling:.0f} TFLOP/s bf16 matmul"
     table = console.table(title, *COLUMNS, numbers=COLUMNS[1:5])
     for row in table_rows(results, ceiling):

@@ -42,7 +42,8 @@ def selftest(
         from k5train.exact.selftest import selftest as run  # torch is imported here, which takes seconds
         from k5train.training.device import pick_device
 
-        comparisons = run(opened, folder, config, pick_device(config.device, folder))
+        with console.working("comparing with diffusers"):
+            comparisons = run(opened, folder, config, pick_device(config.device, folder))
     if as_json:
         console.print_json(comparisons)
         is_passed = not any(comparison.is_failed for comparison in comparisons)

@@ -41,4 +41,5 @@ def load_base(folder: Path, config: TrainConfig, device: torch.device, plan: Pla
     """
     console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
     announce(plan)
-    return Base(load(folder, config, device, plan), device, plan, any_rank)
+    with console.working("loading the transformer"):
+        return Base(load(folder, config, device, plan), device, plan, any_rank)

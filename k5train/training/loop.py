@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from k5train.data.batch import Batch
 
 MOST_ROWS = 64  # row numbers in a line of metrics.jsonl
-LOG_LINES = 20  # of a run whose output is no terminal and so shows no progress bar
 
 
 class Loop:
@@ -84,7 +83,8 @@ class Loop:
             ),  # fmt: skip
         ):
             try:
-                self.warm_up()
+                with console.doing(bars, "preparing the first step"):
+                    self.warm_up()
                 self.ready = time.monotonic()
                 return self.steps(bars, metrics)
             except KeyboardInterrupt as stopped:
@@ -138,8 +138,6 @@ class Loop:
                 self.losses.append(self.step(batches, metrics))
                 mean = _tail_mean(self.losses)
                 bars.update(task, advance=1, note=f"loss {mean:.4f}")
-                if not console.err.is_terminal and _is_multiple(progress.step, max(1, config.steps // LOG_LINES)):
-                    console.note(f"step {progress.step}/{config.steps}, loss {mean:.4f}")
         finally:
             batches.close()
 

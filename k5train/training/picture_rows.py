@@ -47,7 +47,8 @@ def draw_rows(
     plan = plan_training(folder, config, device, largest_sizes(cache))
     losses: list[tuple[str, float]] = []
     with when_memory_ends(lambda: plan, lambda: None, console.this_command), console.progress() as bars:
-        transformer = load(folder, config, device, plan)
+        with console.doing(bars, "loading the transformer"):
+            transformer = load(folder, config, device, plan)
         execute(transformer, config, device, plan)
         transformer.eval()
         rows: list[tuple[str, list[Image.Image]]] = []
