@@ -18,7 +18,8 @@ from k5train.cli import app as train_app
 
 # Runs the command lines on stdin, each as a user would, in one process. An import of a large library ends a command.
 RUNNER = """
-import json, shlex, sys
+import json, os, shlex, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 sys.path.insert(0, ROOT)
 from k5cache.shared import console, loading
@@ -55,6 +56,8 @@ REFUSED = {
     "k5cache selftest nosuch": "nosuch is not a cache",
     "k5cache bench": "There is nothing to measure",
     "k5cache prompts add nosuch fox": "nosuch is not a cache",
+    "k5cache push nosuch me/cats": "nosuch is not a cache",
+    "k5cache pull me/cats images": "images",
     "k5train run nosuch": "nosuch is not a cache",
     "k5train run toy --model nosuch": "There is no model folder nosuch",
     "k5train run toy -o images": "images",
