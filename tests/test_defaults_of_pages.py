@@ -18,7 +18,8 @@ from typing import Any, Literal
 import pytest
 
 from k5cache.options import DEFAULT_TEXT_TOKENS
-from k5cache.shared.recipe import _option_helps, parse, read, to_dict
+from k5cache.shared.option_list import _helps
+from k5cache.shared.recipe import parse, read, to_dict
 from k5cache.shared.template import pipeline_source
 from k5cache.sources.table_columns import CAPTION_COLUMNS, PATH_COLUMNS
 from k5train.options.adapter import LoraConfig
@@ -171,7 +172,7 @@ def texts() -> Iterator[tuple[str, str]]:
         comments = re.findall(r"^# ?(.*)$", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
         yield recipe.name, "\n".join(comments)
     for schema in schemas():
-        yield schema.__name__, "\n\n".join([(schema.__doc__ or "").split("\n")[0], *_option_helps(schema).values()])
+        yield schema.__name__, "\n\n".join([(schema.__doc__ or "").split("\n")[0], *_helps(schema).values()])
 
 
 def schemas() -> list[type[Any]]:
@@ -356,7 +357,7 @@ def test_the_table_of_rates_has_the_codes():
 
 
 def test_the_columns_that_the_help_names_as_defaults_are_those_that_are_tried():
-    helps = _option_helps(TABLES["cache"])
+    helps = _helps(TABLES["cache"])
     for option, columns in (("caption_column", CAPTION_COLUMNS), ("image_column", PATH_COLUMNS)):
         listing = helps[option].split("The default is")[1]
         assert tuple(re.findall(r"``(\w+)``", listing)) == columns
@@ -376,5 +377,5 @@ def test_what_the_pages_say_of_the_pipelines_defaults_is_in_the_installed_pipeli
     pages = {page.name: " ".join(page.read_text(encoding="utf-8").split()) for page in CHECKED_PAGES}
     assert "the pipeline draws with guidance 3.5 and 50 steps" in pages["training.md"]
     assert "the pipeline: guidance 3.5, 50 steps" in pages["architecture.md"]
-    help_of_tokens = _option_helps(TABLES["cache"])["max_sequence_length"]
+    help_of_tokens = _helps(TABLES["cache"])["max_sequence_length"]
     assert help_of_tokens.endswith("as many as the pipeline takes: 512, and 1024 for image-to-image.")

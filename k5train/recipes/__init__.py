@@ -1,0 +1,1 @@
+"""Recipes, composed from answers; those in ``pipelines/`` are written by this."""

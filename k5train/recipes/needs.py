@@ -1,0 +1,60 @@
+"""What does a recipe need? Measured where it was, else predicted; ``needs.json`` has both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from k5train.recipes.values import Value
+
+_OF_MEMORY = {
+    "model.flavour": "t2i-lite-sft", "cache.resolution": 1024, "train.base_model_precision": "int8-quanto",
+    "train.lora.rank": 32, "train.lora.targets": ["official"], "train.memory.vram": None,
+    "train.memory.enable_group_offload": False, "train.tread.routes": [],
+}  # fmt: skip
+"""The options of a recipe that decide what a step needs, and what they are without a line."""
+TEXT_TOKENS = {"t2i": 512, "i2i": 836}
+"""Of the longest caption that the pipeline takes, and for ``i2i`` the same with a source at 1024x1024."""
+
+
+def kind_of_work(values: Iterable[Value]) -> str:
+    """What recipes have in common that need the same memory and the same time a step."""
+    given = {value.option: value.value for value in values}
+    parts = {option: given.get(option, other) for option, other in _OF_MEMORY.items()}
+    offload = " offload" if parts["train.memory.enable_group_offload"] else ""
+    tread = " tread" if parts["train.tread.routes"] else ""
+    return (
+        f"{parts['model.flavour'][:3]} {parts['cache.resolution']} px {parts['train.base_model_precision']} "
+        f"r{parts['train.lora.rank']} {'+'.join(parts['train.lora.targets'])} on {parts['train.memory.vram']}"
+        f"{offload}{tread}"
+    )
+
+
+@cache
+def _known() -> dict[str, dict[str, Any]]:
+    text = resources.files("k5train.recipes").joinpath("needs.json").read_text(encoding="utf-8")
+    known: dict[str, dict[str, Any]] = json.loads(text)
+    return known
+
+
+def needs_of(values: Iterable[Value]) -> str:
+    """A paragraph on memory and time."""
+    values = list(values)
+    known = _known().get(kind_of_work(values))
+    kind = next((str(value.value)[:3] for value in values if value.option == "model.flavour"), "t2i")
+    if known is None:
+        return "What it needs: `k5train plan` says it for your cache and card, before anything is loaded."
+    predicted = f"a peak of {known['predicted']} with a caption of {TEXT_TOKENS[kind]} tokens; {known['blocks']}"
+    text = f"What it needs, as `k5train plan` predicts it: {predicted}."
+    if measured := known.get("measured"):
+        return (
+            f"{text} Measured on one {measured['card']} with random weights, where torch was not allowed more than a "
+            f"card of this size gives it: {measured['reserved']}, {measured['milliseconds']} ms a step. Slower cards "
+            "take several times as long; `k5train bench` times yours."
+        )
+    return (
+        f"{text} That is a prediction and was not measured with this recipe; `k5train bench` times steps on your card."
+    )

@@ -1,0 +1,113 @@
+"""The packaged recipes are what their answers compose, and each holds to the options and its sources."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k5cache.options import CacheConfig
+from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import ModelConfig
+from k5cache.shared.recipe import parse, to_dict
+from k5train.options.extremes import extreme_values
+from k5train.options.rate import rate_warnings
+from k5train.options.train import TrainConfig
+from k5train.options.without_effect import options_without_effect
+from k5train.recipes.amounts import between_looks, split_for, usual_steps
+from k5train.recipes.answers import Answers
+from k5train.recipes.compose import compose
+from k5train.recipes.listed import PACKAGED
+from tests.test_defaults_of_pages import OFFICIAL, QUICKSTART
+
+FOLDER = Path(__file__).parent.parent / "pipelines"
+SCHEMAS = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
+
+
+def values_of(text: str) -> dict[str, Any]:
+    """Every option that a recipe sets, by its whole name, as our own parser reads it."""
+    tables = tomllib.loads(text)
+    whole = dict(zip(SCHEMAS, map(to_dict, parse(tables, SCHEMAS)), strict=True))
+
+    def flat(table: dict[str, Any], read: dict[str, Any], name: str) -> dict[str, Any]:
+        values = {}
+        for key, value in table.items():
+            inner = isinstance(value, dict)
+            values |= flat(value, read[key], f"{name}{key}.") if inner else {f"{name}{key}": read[key]}
+        return values
+
+    return flat(tables, whole, "")
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGED))
+def test_a_packaged_recipe_is_what_its_answers_compose_and_needs_no_warning(name):
+    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    assert text == PACKAGED[name].text, "Run: python -m k5train.recipes.write pipelines"
+    train = parse(tomllib.loads(text), SCHEMAS)[2]
+    assert [*options_without_effect(train), *rate_warnings(train), *extreme_values(train)] == []
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_every_value_of_a_packaged_recipe_has_a_comment_that_says_why():
+    for name, recipe in PACKAGED.items():
+        body = "\n" + recipe.text.split("\n# Regularisation data")[0]
+        for match in re.finditer(r"\n([^\n]*)\n(\w+) = ", body):
+            assert match[1].startswith("# "), f"{name}: {match[2]}"
+
+
+def test_the_official_recipe_has_the_official_values():
+    values = values_of(PACKAGED["official"].text)
+    assert {name: values[name] for name in OFFICIAL} == OFFICIAL
+    assert values["train.lora.targets"] == ["official"]
+
+
+def test_the_recipe_of_simpletuners_quickstart_has_its_values():
+    values = values_of(PACKAGED["simpletuner"].text)
+    assert {name: values[name] for name in QUICKSTART} == QUICKSTART
+
+
+def test_steps_for_some_numbers_of_images():
+    assert [usual_steps("style", n) for n in (1, 20, 300, 1000)] == [200, 500, 1900, 3500]
+    assert [usual_steps("character", n) for n in (20, 300)] == [800, 3100]
+    assert usual_steps("style", 3000, num_rows=4) == 3000  # half of the 6,000 of one row
+    assert [between_looks(steps) for steps in (200, 500, 1900, 3100)] == [50, 50, 250, 400]
+    assert [split_for(n) for n in (10, 20, 300, 3000)] == [0.0, 0.1, 0.05, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"goal": "styles"}, "goal must be one of style, character, object, edit, found 'styles'"),
+        ({"goal": "edit"}, "flavour must be an i2i flavour for goal edit, found t2i-lite-sft"),
+        ({"flavour": "sft"}, "flavour must be one of t2i-lite-sft, t2i-lite-pretrain, i2i-lite-sft, i2i-lite-pretrain"),
+        ({"vram": "much"}, "vram must be the size of a card such as \"12GB\", found 'much'"),
+        ({"num_images": 0}, "num_images must be at least 1, found 0"),
+        ({"caption_strategy": "txt"}, "caption_strategy must be one of textfile, filename, instanceprompt, metadata"),
+        ({"caption_strategy": "instanceprompt"}, "instance_prompt and caption_strategy"),
+        ({"source": " "}, "source is empty"),
+        ({"goal": "edit", "flavour": "i2i-lite-sft", "prompts": ("a cat",)}, "prompts must be empty for goal edit"),
+    ],
+)
+def test_answers_that_cannot_be_are_named(wrong, said):
+    with pytest.raises(RecipeError, match=f"^{re.escape(said)}"):
+        compose(Answers(**wrong))
+
+
+def test_a_recipe_of_odd_answers_says_what_was_answered():
+    answers = Answers(
+        goal="object", vram="10 GB", num_images=12, trigger='ohwx "mug"', prompts=("a\\b\u007f [x] #", "Кот\n# x = 1"),
+        source="my 'own' pictures", cache="cache/ö", recipe="my recipe.toml",
+        caption_strategy="instanceprompt", instance_prompt="a # mug",
+    )  # fmt: skip
+    text = compose(answers)
+    values = values_of(text)
+    assert values["train.validation.prompts"] == list(answers.prompts)
+    assert values["cache.trigger"] == answers.trigger
+    assert values["cache.instance_prompt"] == "a # mug"
+    assert values["train.memory.vram"] == "10 GB"
+    assert "train.validation.split" not in values
+    assert values["train.steps"] == 500
+    assert "k5cache encode 'my '\"'\"'own'\"'\"' pictures' --recipe 'my recipe.toml' -o 'cache/ö'\n" in text
