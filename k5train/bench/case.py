@@ -105,13 +105,14 @@ def tread_of(case: Case) -> TreadConfig:
     return TreadConfig(routes=(RouteConfig(case.tread, *TREAD_BLOCKS),) if case.tread else ())
 
 
-def routes_for(case: Case, device: torch.device) -> tuple[routing.Route, ...]:
-    """The case's TREAD route, with tokens drawn for each row."""
-    if not case.tread:
+def routes_for(case: Case, device: torch.device, config: TreadConfig | None = None) -> tuple[routing.Route, ...]:
+    """The TREAD routes of the case, or of ``config``, with tokens drawn for each row."""
+    config = config or tread_of(case)
+    if not config.routes:
         return ()
     generator = torch.Generator().manual_seed(4)
     rows = [tread.token_scores((case.side // 16) ** 2, generator) for _ in range(case.batch_size)]
-    routes = tread.choose(torch.stack(rows)[:, None], tread_of(case), 0, 1)
+    routes = tread.choose(torch.stack(rows)[:, None], config, 0, 1)
     return tuple(replace(route, kept=route.kept.to(device)) for route in routes)
 
 

@@ -63,11 +63,11 @@ def time_cases(
     if baseline:
         measurements.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up, baseline)))
     measurements += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
-    results = [_measure_or_warn(name, measure) for name, measure in measurements]
+    results = [measure_or_warn(name, measure) for name, measure in measurements]
     return [result for result in results if result is not None]
 
 
-def _measure_or_warn(name: str, measure: Callable[[], Measured]) -> Measured | None:
+def measure_or_warn(name: str, measure: Callable[[], Measured]) -> Measured | None:
     """What ``measure`` returns, also reported in a line; None if it fails, with a warning that names the reason."""
     try:
         result = measure()
@@ -93,7 +93,6 @@ def time_case(
     case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2
 ) -> Measured:
     """Plan a case, put random weights where the plan wants them, and time the steps."""
-    config = case.config(config)
     train = TrainConfig(
         batch_size=case.batch_size,
         base_model_precision=case.precision,
@@ -102,6 +101,14 @@ def time_case(
         memory=MemoryConfig(execution=case.execution),  # type: ignore[arg-type]
         tread=tread_of(case),
     )
+    return time_recipe(train, case, device, config, num_steps, num_warm_up)
+
+
+def time_recipe(
+    train: TrainConfig, case: Case, device: torch.device, config: dict[str, Any], num_steps: int, num_warm_up: int
+) -> Measured:
+    """Time the steps of any recipe that adapts, quantises and routes as ``train`` says, on the inputs of a case."""
+    config = case.config(config)
     sizes = ((case.side // 16) ** 2, case.num_text_tokens)
     budget = int(case.cap_gib * 2**30) if case.cap_gib else vram.budget(device, None)
     if case.cap_gib:
@@ -133,7 +140,7 @@ def _time_plan(
     attach.add_lora(transformer, train.lora, seed=0)
     execution = execute(transformer, train, device, plan)
     inputs, condition = inputs_for(case, config, device), condition_for(case, config, device)
-    step = make_step(transformer, inputs, routes_for(case, device), condition)
+    step = make_step(transformer, inputs, routes_for(case, device, train.tread), condition)
     timing = time_steps(step, execution, device, num_steps, num_warm_up)
     operations = flops(architecture(config), work_for(config, train, sizes, compiled=True))
     blocks = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]

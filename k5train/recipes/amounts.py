@@ -51,4 +51,4 @@ def rank_for(answers: Answers) -> int:
         return 16
     if answers.num_images >= MANY and (answers.gigabytes or 0) >= 16:
         return 64
-    return 16 if answers.goal == "object" else 32
+    return 32

@@ -40,7 +40,7 @@ def compose(answers: Answers, preset: str | None = None) -> str:
     """
     if problems := answers.check():
         raise RecipeError("; ".join(problems), "Correct that answer")
-    values = _OTHERS[preset](answers) if preset else values_for(answers)
+    values = values_of(answers, preset)
     opening = _OTHERS[preset].__doc__ or "" if preset else _title(answers)
     lines = [*_wrapped(opening), "#", *(f"#   {line}" for line in commands(answers)), "#"]
     for paragraph in (_how_to_change(answers), needs_of(values), _about_steps(answers)):
@@ -50,6 +50,11 @@ def compose(answers: Answers, preset: str | None = None) -> str:
     if answers.goal in ("character", "object") and not preset:
         lines += ["", *_REGULARISATION]
     return "\n".join(lines) + "\n"
+
+
+def values_of(answers: Answers, preset: str | None = None) -> list[Value]:
+    """The values of a recipe, ours or those of another trainer."""
+    return _OTHERS[preset](answers) if preset else values_for(answers)
 
 
 _WHAT_IS_UNSET = "`k5train options` lists every option with its help; those that are not set here stay as it says."

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from k5train.recipes.answers import Answers, Goal
-from k5train.recipes.compose import compose
+from k5train.recipes.compose import compose, values_of
+from k5train.recipes.values import Value
 
 FEW, MANY = 300, 3000
 """Images of the packaged recipes: a few hundred, a few thousand."""
@@ -33,6 +34,11 @@ class Packaged:
     def text(self) -> str:
         """The whole file."""
         return compose(self.answers, self.preset)
+
+    @property
+    def values(self) -> list[Value]:
+        """Every option that it sets."""
+        return values_of(self.answers, self.preset)
 
 
 def _answers(name: str, goal: Goal, card: str, num_images: int = FEW) -> Answers:

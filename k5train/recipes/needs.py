@@ -34,26 +34,27 @@ def kind_of_work(values: Iterable[Value]) -> str:
 
 
 @cache
-def _known() -> dict[str, dict[str, Any]]:
+def known() -> dict[str, dict[str, Any]]:
+    """The numbers of each kind of work."""
     text = resources.files("k5train.recipes").joinpath("needs.json").read_text(encoding="utf-8")
-    known: dict[str, dict[str, Any]] = json.loads(text)
-    return known
+    document: dict[str, dict[str, Any]] = json.loads(text)
+    return document
 
 
 def needs_of(values: Iterable[Value]) -> str:
     """A paragraph on memory and time."""
     values = list(values)
-    known = _known().get(kind_of_work(values))
+    numbers = known().get(kind_of_work(values))
     kind = next((str(value.value)[:3] for value in values if value.option == "model.flavour"), "t2i")
-    if known is None:
+    if numbers is None:
         return "What it needs: `k5train plan` says it for your cache and card, before anything is loaded."
-    predicted = f"a peak of {known['predicted']} with a caption of {TEXT_TOKENS[kind]} tokens; {known['blocks']}"
+    predicted = f"a peak of {numbers['predicted']} with a caption of {TEXT_TOKENS[kind]} tokens; {numbers['blocks']}"
     text = f"What it needs, as `k5train plan` predicts it: {predicted}."
-    if measured := known.get("measured"):
+    if measured := numbers.get("measured"):
         return (
             f"{text} Measured on one {measured['card']} with random weights, where torch was not allowed more than a "
-            f"card of this size gives it: {measured['reserved']}, {measured['milliseconds']} ms a step. Slower cards "
-            "take several times as long; `k5train bench` times yours."
+            f"card of this size gives it: {measured['reserved']}, {measured['milliseconds']} ms a step of one "
+            "row. Slower cards take several times as long; `k5train bench` times yours."
         )
     return (
         f"{text} That is a prediction and was not measured with this recipe; `k5train bench` times steps on your card."

@@ -138,13 +138,6 @@ def _adapter(answers: Answers) -> Iterator[Value]:
     several = " For thousands of images, a lower one is safer than a higher one." if answers.num_images >= MANY else ""
     yield Value("train.optim.lr", 1e-4, f"The official trainer's. {_why_rate(answers)}{several}")
     yield Value("train.optim.warmup_steps", 100, "The official trainer's. Fewer let the first updates jump.")
-    if answers.num_images >= MANY:
-        yield Value(
-            "train.optim.ema_decay",
-            0.999,
-            "Also saves an average of the LoRA over about the last 1,000 updates. At high rates it was better than the "
-            f"last update, at 1e-4 much the same: {ON_MICRO}.",
-        )
 
 
 def _why_rate(answers: Answers) -> str:
