@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console, help
-from k5train.commands import base, bench, compare, doctor, import_, lora, options, plan, run, sample, selftest, sweep
+from k5train.commands import (
+    base,
+    bench,
+    compare,
+    doctor,
+    import_,
+    lora,
+    options,
+    plan,
+    push,
+    run,
+    sample,
+    selftest,
+    sweep,
+)
 
 TRAIN = "Train"
 LOOK = "Look at what was trained"
@@ -72,6 +86,7 @@ add(
 add(FILES, lora.export, "k5train export runs/cats", "k5train export cats.safetensors --format kohya --dtype fp16")
 add(FILES, lora.merge, "k5train merge runs/cats style.safetensors -w 1 -w 0.5 -o both.safetensors")
 add(FILES, lora.check_lora, "k5train check-lora cats.safetensors", name="check-lora")
+add(FILES, push.push, "k5train push runs/cats", "k5train push runs/cats owner/cats --which best --public")
 add(MACHINE, doctor.doctor, "k5train doctor", "k5train doctor --vram 12GB --json")
 app.add_typer(base.base, name="base", rich_help_panel=MACHINE)
 add(MACHINE, selftest.selftest, "k5train selftest", "k5train selftest cache/cats")

@@ -173,4 +173,4 @@ def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub, tmp_path, monke
         assert TOKEN not in str(caught.value)
         assert "\n" not in caught.value.problem
     error = ValueError(f"bad header Authorization: Bearer {TOKEN} to https://me:secret@host/x\nmore")
-    assert reason_of(error) == "bad header Authorization: (token) to https://(token)host/x"
+    assert reason_of(error) == "bad header Authorization: (hidden) to https://(hidden)@host/x"

@@ -21,6 +21,7 @@ from rich.text import Text
 from k5cache.shared import disk_errors, interrupt
 from k5cache.shared.command_line import command as command
 from k5cache.shared.command_line import this_command as this_command
+from k5cache.shared.credentials import without_credentials
 from k5cache.shared.errors import K5Error
 from k5cache.shared.foreign import Terminal
 from k5cache.shared.help import Grouped
@@ -114,6 +115,7 @@ _WINDOWS_PATH = re.compile(r"(?<![\w/])([A-Za-z]):[\\/]")
 
 def print_error(problem: str, fix: str) -> None:
     """Two lines on stderr, and a third about a Windows path where there is no Windows. Nothing is read as markup."""
+    problem, fix = without_credentials(problem), without_credentials(fix)  # a library may repeat what it was given
     err.print(Text.assemble(("error: ", "bold red"), problem))
     err.print(Text.assemble(("  fix: ", "bold"), fix))
     path = _WINDOWS_PATH.search(problem)

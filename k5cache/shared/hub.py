@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.shared.credentials import without_credentials
 from k5cache.shared.errors import HubError
 from k5cache.shared.foreign import shown
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = re.compile(r"(?![.-])(?!.*(?:\.\.|--))[\w.-]+/(?![.-])[\w.-]+(?<![.-])", re.ASCII)
 """``owner/name``."""
-_TOKEN = re.compile(r"\b(?:hf|api)_[A-Za-z0-9]{8,}|\bBearer\s+\S+|(?<=://)[^/\s@]+@")
 _UPLOAD = re.compile(r"Error while uploading|Data processing error|Xet")
 """How the RuntimeErrors of an upload begin, by LFS and by xet."""
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
@@ -64,11 +64,10 @@ def reason_of(error: Exception) -> str:
 
 
 def without_tokens(text: str) -> str:
-    """``text`` without this user's token, and without what has the shape of one."""
+    """``text`` without this user's token and other credentials, and without what has the shape of one."""
     from huggingface_hub import get_token
 
-    token = get_token()
-    return _TOKEN.sub("(token)", text.replace(token, "(token)") if token else text)
+    return without_credentials(text, get_token())
 
 
 @contextmanager

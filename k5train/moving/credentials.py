@@ -6,18 +6,15 @@ import json
 import re
 from typing import Any
 
+from k5cache.shared.credentials import HIDDEN as HIDDEN
+from k5cache.shared.credentials import SHAPES
 from k5cache.shared.foreign import shown
 
 _KEYS = re.compile(
     r"(^|[_.-])token$|api[_-]?key|secret|passw|credential|access[_-]?key|private[_-]?key|webhook|publishing_config",
     re.IGNORECASE,
 )
-_VALUES = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|://[^/\s:@]+:[^/\s@]+@|\bwandb_v1_\w{16,}"
-)
 _HEX = re.compile(r"\b[0-9a-f]{40}\b")  # a key of wandb, and a git commit: that is a value of ``revision``
-HIDDEN = "(hidden)"
 _MOST = 60
 
 
@@ -30,7 +27,7 @@ def is_credential(key: str, value: Any) -> bool:
     if isinstance(value, list):
         return any(is_credential(key, entry) for entry in value)
     text = str(value)
-    return bool(_VALUES.search(text) or (_HEX.search(text) and "revision" not in key))
+    return bool(SHAPES.search(text) or (_HEX.search(text) and "revision" not in key))
 
 
 def safe(key: str, value: Any) -> str:

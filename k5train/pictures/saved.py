@@ -60,6 +60,15 @@ def read_pictures(folder: Path, drawn: Mapping[str, Any] | None = None) -> list[
     return whole if len(whole) == len(pictures) else None
 
 
+def picture_files(folder: Path) -> list[tuple[Path, str]]:
+    """The files of a folder's pictures, each with its prompt. Empty if there are none, or if one has changed."""
+    if read_pictures(folder) is None:
+        return []
+    document = unseal_if_sealed(read_plain(folder / FILE), UNSEALED)
+    prompts = [str(prompt) for prompt in document["prompts"]]
+    return list(zip(_paths(folder, len(prompts), document.get(NAMES)), prompts, strict=True))
+
+
 def read_drawn(folder: Path) -> dict[str, Any] | None:
     """What the pictures of a folder show and how they were drawn, as ``save_pictures`` was given it.
 

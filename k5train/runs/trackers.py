@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from k5cache.shared.credentials import without_credentials
 from k5cache.shared.errors import RunError
 from k5train.options.validation import TrackersConfig
 from k5train.runs.folder import Run
@@ -110,7 +111,7 @@ class _Wandb:
             )  # fmt: skip
         except wandb.Error as error:  # no key, a wrong key, or no network
             raise RunError(
-                f"wandb does not start: {str(error).splitlines()[0]}",
+                f"wandb does not start: {without_credentials(str(error).splitlines()[0])}",
                 "Run: wandb login, or keep it on this machine: --set train.trackers.offline=true",
             ) from error
         id_file.parent.mkdir(exist_ok=True)

@@ -25,7 +25,8 @@ def metadata(data: Mixture, config: TrainConfig, identity: dict[str, Any], run: 
     """
     caches = [{"images": c["images"], "rows": c["rows"]} for name, c in identity.items() if name.startswith("cache")]
     model = data.first.manifest.recipe["model"]["source"]
-    side = data.first.manifest.recipe["selection"]["resolution"]
+    selection = data.first.manifest.recipe["selection"]
+    side, trigger = selection["resolution"], selection.get("trigger")
     versions = {name: version(name) for name in ("kandinsky5-lora", "torch", "diffusers", "peft")}
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -34,6 +35,7 @@ def metadata(data: Mixture, config: TrainConfig, identity: dict[str, Any], run: 
         "modelspec.title": run.name,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{side}x{side}",
+        **({"modelspec.trigger_phrase": str(trigger)} if trigger else {}),
         "software": "kandinsky5-lora",
         "k5.base_model": str(model),
         "k5.base_fingerprint": identity["transformer"],

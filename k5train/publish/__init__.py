@@ -1,0 +1,1 @@
+"""How does a run's LoRA get to the hub, and what does its page say?"""
