@@ -13,6 +13,7 @@ from k5train.commands import (
     base,
     bench,
     compare,
+    configure,
     doctor,
     import_,
     lora,
@@ -35,7 +36,8 @@ app = typer.Typer(
     cls=console.Commands,
     help="Train a Kandinsky 5 Image LoRA from a cache, on the card you have.",
     epilog=help.examples(
-        "k5cache encode datasets/cats           # first: images to a cache",
+        "k5train configure datasets/cats        # first: a few questions make a recipe",
+        "k5cache encode datasets/cats           # then: images to a cache",
         "k5train run cache/cats                 # then: the cache to a LoRA",
         "k5train run --help                     # options and more examples",
     ),
@@ -74,6 +76,13 @@ add(
     "k5train sample runs/cats --which best --which final --measure",
 )
 add(LOOK, compare.compare, "k5train compare runs/cats runs/cats-2", "k5train compare sweeps/cats -o cats.png")
+add(
+    PREPARE,
+    configure.configure,
+    "k5train configure datasets/cats",
+    'k5train configure datasets/cats --goal character --trigger "ohwx cat" --yes',
+    "k5train configure cats.toml            # again, from the answers of that recipe",
+)
 add(PREPARE, plan.plan, "k5train plan cache/cats", "k5train plan --vram 12GB --resolution 768")
 add(PREPARE, options.options, "k5train options > my.toml")
 add(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from k5cache.shared import console
 
@@ -28,9 +29,10 @@ class Cli:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, app: Callable[..., object], *arguments: str) -> Done:
+    def __call__(self, app: Callable[..., object], *arguments: str, stdin: TextIO | None = None) -> Done:
+        """``stdin``: what the user types or pipes in; None: nothing."""
         out, err = io.StringIO(), io.StringIO()
-        with _inside(self.folder), _consoles(out, err), _argv(arguments):
+        with _inside(self.folder), _reading(stdin or io.StringIO()), _consoles(out, err), _argv(arguments):
             code = 0
             try:
                 console.run(app)
@@ -47,6 +49,15 @@ def _inside(folder: Path):
         yield
     finally:
         os.chdir(before)
+
+
+@contextmanager
+def _reading(stdin: TextIO):
+    before, sys.stdin = sys.stdin, stdin
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 @contextmanager

@@ -75,6 +75,8 @@ REFUSED = {
     "k5train plan --vram lots": "lots",
     "k5train selftest nosuch": "nosuch is not a cache",
     "k5train bench -o nosuch/numbers.json": "There is no folder nosuch",
+    "k5train configure nowhere": "There is no folder or file nowhere",
+    "k5train configure images": "images has no image",
     "k5train import nosuch": "nosuch",
     "k5train export nosuch": "There is no nosuch",
     "k5train export page.safetensors": "is a web page",

@@ -99,6 +99,9 @@ def put_pictures(root: Path, toy_model: Path, toy_edit_model: Path) -> None:
             (root / folder / f"{name}.txt").write_text(caption, encoding="utf-8")
         for folder in ("datasets/before", "sources"):
             picture(root / folder / f"{name}.png", "olive")
+    for number in ("001", "002"):
+        picture(root / "datasets" / "my_cat" / f"{number}.jpg", "teal")
+        (root / "datasets" / "my_cat" / f"{number}.txt").write_text("sits on a red sofa", encoding="utf-8")
     for suffix, colour in (("_start.png", "olive"), ("_end.png", "teal")):
         picture(root / "pairs" / f"cat{suffix}", colour)
     (root / "pairs" / "cat.txt").write_text("paint it", encoding="utf-8")

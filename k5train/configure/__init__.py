@@ -1,0 +1,1 @@
+"""Questions whose answers become a recipe: ``k5train configure``."""
