@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.other_systems import ATTRIBUTES, MODULES, OTHERWISE
+
 ROOT = Path(__file__).parent.parent
 MOST_LINES = 400
 
@@ -131,6 +133,20 @@ def test_nothing_imports_torchvision_or_reads_pickles():
         assert not {name.split(".")[0] for name in imports_of(path)} & {"torchvision", "pickle", "dill", "joblib"}, path
         if path != ROOT / "k5cache" / "bench" / "reading.py":  # measures what others do, .pt files among them
             assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_only_one_file_names_what_other_systems_lack():
+    for path in {*CACHE, *TRAINER} - {ROOT / "k5cache/shared/system.py"}:
+        assert not {name.split(".")[0] for name in imports_of(path)} & {*MODULES}, path
+        names = {
+            (node.value.id, node.attr)
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        used = [f"{module}.{name}" for module, name in names if name in ATTRIBUTES.get(module, "").split()]
+        assert not used + sorted(names & OTHERWISE), path
+        # Without O_BINARY, Windows changes the bytes of a file that is opened by a number.
+        assert ("os", "open") not in names or path.name == "console.py", path
 
 
 @pytest.mark.parametrize("module", ["k5cache.cli", "k5train.cli"])

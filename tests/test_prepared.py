@@ -196,7 +196,7 @@ def test_what_another_user_owns_is_not_used(toy_model, k5_home, monkeypatch, wha
 @pytest.mark.parametrize("what", ["home", "base", "file"])
 def test_what_others_can_write_is_not_used(toy_model, k5_home, monkeypatch, what):
     path = prepare(toy_model, torch.bfloat16, CPU)
-    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    monkeypatch.setattr("k5cache.shared.system.is_private_group", lambda group: False)
     chosen = {"home": k5_home, "base": path.parent, "file": path}[what]
     usual = chosen.stat().st_mode & 0o777
     for mode, who in ((0o777, "every user"), (0o775, "its group")):
@@ -204,14 +204,14 @@ def test_what_others_can_write_is_not_used(toy_model, k5_home, monkeypatch, what
         with pytest.raises(RunError, match=f"{chosen} can be written by {who}") as refused:
             load_prepared(toy_model, torch.bfloat16, CPU)
         assert f"chmod -R go-w {k5_home}" in refused.value.fix
-    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: True)
+    monkeypatch.setattr("k5cache.shared.system.is_private_group", lambda group: True)
     load_prepared(toy_model, torch.bfloat16, CPU)
     chosen.chmod(usual | 0o1022 if what != "file" else usual)  # sticky: nobody can replace what others own
     load_prepared(toy_model, torch.bfloat16, CPU)
 
 
 def test_what_is_made_under_a_wide_umask_can_be_used_again(toy_model, k5_home, monkeypatch):
-    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    monkeypatch.setattr("k5cache.shared.system.is_private_group", lambda group: False)
     before = os.umask(0)
     try:
         path = prepare(toy_model, torch.bfloat16, CPU)
@@ -238,7 +238,7 @@ def test_headers_that_another_user_could_have_compiled_are_not_used(tmp_path, mo
     from k5train.forward.compile import set_up_compiler
 
     monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(tmp_path / "torchinductor_me"))
-    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    monkeypatch.setattr("k5cache.shared.system.is_private_group", lambda group: False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     for where in ("torchinductor_me", "torchinductor_me/precompiled_headers"):
         with inductor.patch(cpp_cache_precompile_headers=True):
@@ -251,7 +251,7 @@ def test_headers_that_another_user_could_have_compiled_are_not_used(tmp_path, mo
 
 
 def test_compiled_code_that_others_could_have_written_is_not_used(k5_home, monkeypatch):
-    monkeypatch.setattr("k5cache.shared.home._is_own_group", lambda group: False)
+    monkeypatch.setattr("k5cache.shared.system.is_private_group", lambda group: False)
     (k5_home / "compiled" / "ab").mkdir(parents=True)
     kernel = k5_home / "compiled" / "ab" / "kernel.so"
     kernel.touch()

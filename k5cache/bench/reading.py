@@ -9,7 +9,6 @@ machine does not count. Nothing here is pickled but the ``.pt`` baseline.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from k5cache.shared import console
+from k5cache.shared import console, system
 from k5cache.store.index import IndexRow, with_index
 from k5cache.store.manifest import Manifest, lock, write_manifest
 from k5cache.store.reader import open_cache
@@ -311,16 +310,12 @@ def _one_core() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     torch.set_num_threads(1)
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
     try:
-        yield
+        with system.on_one_core():
+            yield
     finally:
         torch.set_num_threads(threads)
-        if cores:
-            os.sched_setaffinity(0, cores)
 
 
 def _machine() -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k5cache.bench.measurements import Measurements, Sizes
-from k5cache.bench.tools import collect, peak_vram, reset_peak, rss, timed, watched
+from k5cache.bench.tools import collect, peak_vram, reset_peak, timed, watched
 from k5cache.encoders import memory_plan
 from k5cache.encoders.random_model import as_pipeline
 from k5cache.shared.console import human_bytes
+from k5cache.shared.system import resident_bytes
 from k5cache.shared.vram import limit_to_card
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def measure_resident(
     measurements.add(
         "loading the text layers",
         f"{seconds:.1f} s",
-        f"{num_bytes / seconds / 1e9:.1f} GB/s, {human_bytes(rss())} of host memory in use",
+        f"{num_bytes / seconds / 1e9:.1f} GB/s, {human_bytes(resident_bytes())} of host memory in use",
         load_seconds=seconds,
     )
     baseline_captions = captions[: sizes.num_baseline]

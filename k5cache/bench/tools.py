@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k5cache.shared import system
 from k5cache.shared.vram import release
 
 if TYPE_CHECKING:
@@ -73,11 +72,11 @@ class Memory:
 @contextmanager
 def watched() -> Iterator[Memory]:
     """Measure the process's largest resident set, 50 times a second."""
-    memory, is_over = Memory(rss()), threading.Event()
+    memory, is_over = Memory(system.resident_bytes()), threading.Event()
 
     def look() -> None:
         while not is_over.wait(0.02):
-            memory.peak = max(memory.peak, rss())
+            memory.peak = max(memory.peak, system.resident_bytes())
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -86,10 +85,4 @@ def watched() -> Iterator[Memory]:
     finally:
         is_over.set()
         thread.join()
-        memory.peak = max(memory.peak, rss())
-
-
-def rss() -> int:
-    """Bytes of this process that are in RAM, mapped files included."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        memory.peak = max(memory.peak, system.resident_bytes())

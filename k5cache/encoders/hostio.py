@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from k5cache.shared import system
 from k5cache.shared.errors import ModelError
 from k5cache.shared.part_files import StoredTensor
 from k5cache.store.tensors import torch_dtype
@@ -135,7 +136,7 @@ class _Reader:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         for tensor in group:
             if tensor.path not in self._files:
-                self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[tensor.path] = system.open_bytes(tensor.path)
         return [
             self._pool.submit(self._piece, tensor, at, buffer[start + at :][: min(PIECE_BYTES, tensor.num_bytes - at)])
             for tensor, start in zip(group, starts, strict=True)
@@ -161,7 +162,7 @@ class _Reader:
         rest = memoryview(cast(Any, memory.numpy()))
         offset = tensor.start + at
         while rest:
-            count = os.preadv(self._files[tensor.path], [rest], offset)
+            count = system.read_into(self._files[tensor.path], [rest], offset)
             if not count:
                 raise ModelError(f"{tensor.path} was cut short while it was read", "Download the model again")
             rest, offset = rest[count:], offset + count

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import system
 from k5cache.shared.disk_errors import named
 
 TEMPORARY = ".tmp-"
@@ -34,7 +35,7 @@ class NewFile:
         self.parts: list[Any] = []  # more hashes to update; the owner replaces them for each part of the file
         self.closed = False  # Arrow asks for it, and writes a footer even into a file that is discarded
         self._is_pending = True
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
+        self._fd = system.open_bytes(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def write(self, data: bytes) -> int:
         """Append ``data``. Does nothing after ``discard``."""
@@ -101,7 +102,9 @@ def make_folder(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable, if its file system can: some network and FUSE mounts refuse."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = system.open_to_sync(folder)
+    if fd is None:
+        return
     try:
         with named(folder):
             os.fsync(fd)
@@ -114,8 +117,13 @@ def sync_folder(folder: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make a file durable that a library has written."""
-    with named(path), path.open("rb") as file:
-        os.fsync(file.fileno())
+    fd = system.open_to_sync(path)
+    assert fd is not None, f"{path} is a folder"
+    try:
+        with named(path):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -154,10 +162,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
     remaining = []
     for path in folder.iterdir():
         match = _LEFTOVER.fullmatch(path.name)
-        if match and name in (None, match[2]) and not _is_alive(int(match[1])):
+        if match and name in (None, match[2]) and not system.is_another_process(int(match[1])):
             _remove(path, match[2])
             with suppress(FileNotFoundError):
-                remaining += [path] if path.lstat().st_uid != os.geteuid() else []
+                remaining += [path] if system.is_anothers(path.lstat()) else []
     return remaining
 
 
@@ -174,17 +182,4 @@ def _remove(folder: Path, name: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as an indented JSON file, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether another process with this number is running."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it belongs to another user
-        pass
-    return True
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import system
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.part_files import StoredTensor, has_weights, stored_tensors, tokenizer_files
 from k5cache.shared.plain import read_plain
@@ -90,21 +91,21 @@ def _canonical(config: dict[str, Any]) -> bytes:
 def _sample(tensors: list[StoredTensor]) -> list[bytes]:
     """The sampled bytes of each tensor, or in a small part the sha256 of all of its bytes."""
     is_small = sum(t.num_bytes for t in tensors) < WHOLE_BELOW
-    files = {path: os.open(path, os.O_RDONLY) for path in {t.path for t in tensors}}
+    files = {path: system.open_bytes(path) for path in {t.path for t in tensors}}
 
     def read(tensor: StoredTensor) -> bytes:
         descriptor, size = files[tensor.path], tensor.num_bytes
         if is_small:
-            return hashlib.sha256(os.pread(descriptor, size, tensor.start)).digest()
+            return hashlib.sha256(system.read_at(descriptor, size, tensor.start)).digest()
         if size <= NUM_PROBES * PROBE_BYTES:
-            return os.pread(descriptor, size, tensor.start)
+            return system.read_at(descriptor, size, tensor.start)
         starts = [(size - PROBE_BYTES) * i // (NUM_PROBES - 1) for i in range(NUM_PROBES)]
-        return b"".join(os.pread(descriptor, PROBE_BYTES, tensor.start + at) for at in starts)
+        return b"".join(system.read_at(descriptor, PROBE_BYTES, tensor.start + at) for at in starts)
 
     try:
         for descriptor in files.values():
-            if hasattr(os, "posix_fadvise") and not is_small:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # read-ahead would read 128 KiB per probe
+            if not is_small:
+                system.read_at_random(descriptor)
         if is_small:
             return [read(tensor) for tensor in tensors]
         from concurrent.futures import ThreadPoolExecutor  # imported here because it takes 10 ms

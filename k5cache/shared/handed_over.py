@@ -7,11 +7,13 @@ vocabulary that a config names. In a folder of links to the files that ``part_fi
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from k5cache.shared import system
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import ModelError
 from k5cache.shared.part_files import (
@@ -39,10 +41,7 @@ def handed_over(folder: Path, part: str, inside: Path | None = None) -> Iterator
         ModelError: a file is missing, or the library cannot load the part; in its own words.
     """
     with ExitStack() as stack:
-        if inside is None:
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="k5-"))
-        else:
-            temporary = tempfile.mkdtemp(prefix="k5-", dir=inside)
+        temporary = stack.enter_context(_temporary()) if inside is None else tempfile.mkdtemp(prefix="k5-", dir=inside)
         only = Path(temporary)
         _link(folder, part, only)
         try:
@@ -56,6 +55,11 @@ def handed_over(folder: Path, part: str, inside: Path | None = None) -> Iterator
                 f"{folder / part} cannot be loaded: {words.replace(temporary, str(folder / part))}",
                 "Download the model again",
             ) from error
+
+
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    # Windows does not delete what is mapped; its own cleaning of temporary files does that later.
+    return tempfile.TemporaryDirectory(prefix="k5-", ignore_cleanup_errors=os.name == "nt")
 
 
 def _link(folder: Path, part: str, only: Path) -> None:
@@ -73,7 +77,7 @@ def _link(folder: Path, part: str, only: Path) -> None:
             del files[config.name]
             (only / config.name).write_text(json.dumps(kept), encoding="utf-8")
     for link, path in files.items():
-        (only / link).symlink_to(path.resolve())
+        system.stand_in(only / link, path.resolve())
 
 
 def _weights(folder: Path, part: str, only: Path) -> dict[str, Path]:

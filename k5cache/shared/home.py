@@ -10,6 +10,7 @@ import os
 import stat
 from pathlib import Path
 
+from k5cache.shared import system
 from k5cache.shared.errors import OutputError, RunError
 
 
@@ -41,7 +42,7 @@ def make_home(name: str, mode: int = 0o755) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise _not_writable(folder)
     info = folder.stat()
-    if stat.S_IMODE(info.st_mode) & ~mode & 0o777 and info.st_uid == os.geteuid():
+    if stat.S_IMODE(info.st_mode) & ~mode & 0o777 and info.st_uid == system.user_id():
         for path in folder.rglob("*") if mode == 0o700 else ():  # others could have written these until now
             check_trusted(path)
         folder.chmod(mode)
@@ -57,42 +58,25 @@ def _not_writable(folder: Path) -> OutputError:
 def check_trusted(path: Path) -> None:
     """Refuse a file or folder that another user could have written.
 
+    On Windows this is not known, and nothing is refused: a folder of a user's profile is closed to others there.
+
     Raises:
         RunError: another user owns it, or others may write it; says which.
     """
-    info = path.stat()
-    if info.st_uid not in (0, os.geteuid()):
+    info, user = path.stat(), system.user_id()
+    if user is None:
+        return
+    if info.st_uid not in (0, user):
         raise RunError(
-            f"{path} belongs to {_user(info.st_uid)}, and what lies there is used without a further check",
+            f"{path} belongs to {system.user_name(info.st_uid)}, and what lies there is used without a further check",
             "Set K5_HOME to a folder of your own",
         )
     who = "every user" if info.st_mode & stat.S_IWOTH else "its group" if info.st_mode & stat.S_IWGRP else ""
     is_sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX  # nobody can replace what others own
-    if who == "its group" and _is_own_group(info.st_gid):
+    if who == "its group" and system.is_private_group(info.st_gid):
         who = ""
     if who and not is_sticky:
         raise RunError(
             f"{path} can be written by {who}, and what lies there is used without a further check",
             f"Set K5_HOME to a folder of your own, or, if nobody has changed it: chmod -R go-w {k5_home()}",
         )
-
-
-def _is_own_group(group: int) -> bool:
-    """Whether a group is this user's private one, which many systems make for each user, with a umask of 002."""
-    import grp
-    import pwd
-
-    try:
-        user, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
-    except KeyError:
-        return False
-    return user.pw_gid == group and members.gr_name == user.pw_name and not set(members.gr_mem) - {user.pw_name}
-
-
-def _user(number: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from k5cache.shared import system
 
 
 def free_ram(root: Path = Path("/")) -> int:
@@ -17,7 +18,7 @@ def free_ram(root: Path = Path("/")) -> int:
     for line in meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, *_container_room(root))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return system.available_ram()
 
 
 def _container_room(root: Path) -> Iterator[int]:

@@ -7,7 +7,6 @@ prints it.
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import sys
 import threading
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from k5cache.shared import system
 
 
 class _State:
@@ -33,7 +34,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _again_if_dropped(report: Callable[[Any], object], dropped: Any) -> None:
     """Send an interrupt again that came in a finalizer, where Python drops it. Imports run thousands of them."""
     if isinstance(dropped.exc_value, KeyboardInterrupt):
-        timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        timer = threading.Timer(0.01, system.interrupt)
         timer.daemon = True
         timer.start()
     else:

@@ -1,8 +1,7 @@
-"""How does only one process at a time write a folder? With a lock that the kernel frees when its process ends."""
+"""How does only one process at a time write a folder? With a lock that the system frees when its process ends."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -11,7 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
+
+from k5cache.shared import system
 from k5cache.shared.disk_errors import named
+
+_OWNER_AT = 1  # Windows locks byte 0, and lets nobody else read it
+_MOST_OWNER_BYTES = 4096
 
 
 class Locked(Exception):
@@ -27,40 +32,34 @@ class Locked(Exception):
 def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
     """Have an exclusive lock on the file ``path`` until the end of the block. The file is created if it does not exist.
 
-    It says who has the lock, as JSON: pid, host and since. It stays when the lock is released.
+    After a space, it says who has the lock, as JSON: pid, host and since. It stays when the lock is released.
 
     Raises:
         Locked: another process had the lock for all of ``wait_seconds``.
         OSError: the file cannot be opened or written; a symbolic link is not followed.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)  # less the umask
+    fd = system.open_bytes(path, os.O_RDWR | os.O_CREAT, is_followed=False)
     try:
         deadline = time.monotonic() + wait_seconds
-        while not _try_lock(fd):
+        while not lock_descriptor(fd, blocking=False):
             if time.monotonic() >= deadline:
                 raise Locked(_owner(fd))
             time.sleep(0.05)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         with named(path):
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, b" " * _OWNER_AT + json.dumps(owner).encode())
         yield
         os.ftruncate(fd, 0)
     finally:
-        os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        os.close(fd)  # which frees the lock
 
 
 def _owner(fd: int) -> str:
     try:
-        owner = json.loads(os.pread(fd, 4096, 0))
+        owner = json.loads(system.read_at(fd, _MOST_OWNER_BYTES, _OWNER_AT))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):  # it has the lock but has not written yet who it is
         return "another process"

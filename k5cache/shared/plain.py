@@ -15,6 +15,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import system
+
 MOST_TEXT_BYTES = 4 << 20
 """Of a recipe, a config, the captions of one image, a list of prompts: a thousand times what people write."""
 
@@ -42,7 +44,7 @@ def open_plain(path: str | os.PathLike[str], most: int | None = None) -> Buffere
 
 def _descriptor(path: str | os.PathLike[str], most: int | None) -> tuple[int, int]:
     """An open file descriptor of a plain file, and the file's size."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    fd = system.open_bytes(path, may_wait=False)
     status = os.fstat(fd)
     problem = ""
     if not stat.S_ISREG(status.st_mode):

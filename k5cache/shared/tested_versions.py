@@ -19,6 +19,7 @@ TESTED = {
     "typer": "0.29.2",
     "rich": "15.0.0",
     "filelock": "4.2.11",
+    "psutil": "7.2.2",
     "bitsandbytes": "0.50.2",
     "lion-pytorch": "0.2.5",
     "prodigyopt": "1.1.2",

@@ -9,6 +9,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from k5cache.shared import system
 from k5cache.shared.command_line import command
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheCorrupt, CacheError
@@ -54,7 +55,7 @@ def open_inside(root: Path, file: str, num_bytes: int | None = None) -> int:
         )
     try:
         with named(path):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
+            fd = system.open_bytes(path, may_wait=False)
     except (FileNotFoundError, NotADirectoryError):
         raise corrupt(root, f"{path} is missing") from None
     status = os.fstat(fd)

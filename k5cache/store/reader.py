@@ -14,7 +14,6 @@ Another trainer needs no more than this::
 
 from __future__ import annotations
 
-import resource
 import threading
 import weakref
 from collections import OrderedDict
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from k5cache.shared import system
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.kind import Kind
@@ -229,8 +229,8 @@ class Cache:
 
 def most_open() -> int:
     """How many shards of each cache stay open, by this process's limit on open files (``ulimit -n``)."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
+    limit = system.most_open_files()
+    if limit is None:
         return OPEN_SHARDS
     return max(1, min(OPEN_SHARDS, limit // SHARE_OF_DESCRIPTORS // max(1, len(_CACHES))))
 

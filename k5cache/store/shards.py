@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from k5cache.shared import system
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import NewFile
@@ -248,7 +249,7 @@ class Shard:
             else:
                 buffers.append(bytearray(column.value_bytes))
         with named(self.path):
-            num_read = os.preadv(self._fd, buffers, layout.begin)
+            num_read = system.read_into(self._fd, buffers, layout.begin)
         digest = xxhash.xxh3_64()
         for buffer in buffers:
             digest.update(buffer)
@@ -287,14 +288,14 @@ class Shard:
 
     def _read_footer(self) -> bytes:
         size = self.info.num_bytes
-        tail = os.pread(self._fd, 8, max(size - 8, 0))
+        tail = system.read_at(self._fd, 8, max(size - 8, 0))
         length = int.from_bytes(tail[:4], "little") + 8
-        if tail[4:] != b"PAR1" or length + 4 > size or os.pread(self._fd, 4, 0) != b"PAR1":
+        if tail[4:] != b"PAR1" or length + 4 > size or system.read_at(self._fd, 4, 0) != b"PAR1":
             raise files.corrupt(self.root, f"{self.path} is not a Parquet file")
         self._footer_start = size - length
         if length > MAX_FOOTER_BYTES:
             raise self._refused(f"its footer has {length} bytes")
-        footer = os.pread(self._fd, length, self._footer_start)
+        footer = system.read_at(self._fd, length, self._footer_start)
         if hashlib.sha256(footer).hexdigest() != self.info.footer_sha256:
             raise files.corrupt(self.root, f"{self.path}: its footer is not the one that was written")
         return footer

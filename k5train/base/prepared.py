@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from k5cache.shared import console
+from k5cache.shared import console, system
 from k5cache.shared.errors import OutputError
 from k5cache.shared.files import remove_leftovers, write_whole
 from k5cache.shared.fingerprint import fingerprint
@@ -201,7 +200,7 @@ def _read(file: Opened, device_of: Callable[[str], torch.device]) -> Iterator[tu
         host = torch.empty(end - start, dtype=torch.uint8)
         view, done = host.numpy().data, 0
         while done < end - start:
-            count = os.preadv(file.descriptor, [view[done:]], 8 + HEADER_BYTES + start + done)
+            count = system.read_into(file.descriptor, [view[done:]], 8 + HEADER_BYTES + start + done)
             if count == 0:
                 raise Damaged(f"{name} is cut short")
             done += count

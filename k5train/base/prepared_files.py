@@ -15,6 +15,7 @@ from typing import Any
 
 import xxhash
 
+from k5cache.shared import system
 from k5cache.shared.errors import ModelError
 from k5cache.shared.home import k5_home
 
@@ -88,7 +89,7 @@ def opened(path: Path) -> Iterator[Opened]:
     Raises:
         Damaged: it has changed, or is of a version that saved no checksum of it; or the file has another length.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = system.open_bytes(path)
     try:
         raw = b"".join(iter(lambda: os.read(descriptor, 8 + HEADER_BYTES - os.lseek(descriptor, 0, os.SEEK_CUR)), b""))
         if raw[: CHECKSUM.start] != struct.pack("<Q", HEADER_BYTES) + _BEGIN:

@@ -56,7 +56,7 @@ def import_(
     result = move(config, data, prompts, trainer, out, schemas)
     target = check_target(out, result.text)
     make_folder(target.parent)
-    write_whole(target, lambda path: path.write_text(result.text, encoding="utf-8"))
+    write_whole(target, lambda path: path.write_text(result.text, encoding="utf-8", newline="\n"))
     if is_json:
         console.print_json({"recipe": out, "trainer": result.trainer, "keys": result.rows, "defaults": result.defaults,
                             "commands": result.commands})  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import system
 from k5cache.shared.checkpoint import folder_on_disk
 from k5cache.shared.model import ModelConfig
 from k5train.doctor import card, compiler, hub, packages, probe, room, torch_build
@@ -50,7 +51,7 @@ def steps(vram: str | None = None, model: ModelConfig | None = None) -> list[Ste
         ),
         "extras": lambda: packages.judge_extras(facts.requirements, facts.installed),
         "RAM": lambda: room.judge_ram(*room.read_ram()),
-        "open files": lambda: room.judge_open_files(room.read_open_files()),
+        "open files": lambda: room.judge_open_files(system.most_open_files()),
         "K5_HOME": room.judge_home,
         "disk": lambda: room.judge_disk(room.read_volumes(facts.model)),
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import system
 from k5train.doctor.check import reason_of
 
 Facts = dict[str, Any]
@@ -38,7 +38,7 @@ def ask(name: str, *arguments: str, seconds: float, env: dict[str, str] | None =
         except subprocess.TimeoutExpired:
             problem = f"no answer within {seconds:g} s"
         finally:
-            _end(process)
+            system.end_with_children(process)
         out.seek(0)
         return facts_of(out.read()), problem
 
@@ -56,17 +56,6 @@ def facts_of(output: bytes) -> Facts:
 def _last_line(text: bytes) -> str:
     lines = text.decode("utf-8", "replace").strip().splitlines()
     return lines[-1][:200] if lines else ""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the probe and what it started, if it still runs."""
-    if process.poll() is not None:
-        return
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
 
 
 def _torch() -> Iterator[Facts]:

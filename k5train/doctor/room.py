@@ -109,16 +109,6 @@ def judge_ram(free: int, outside: int | None) -> Check:
     return Check("RAM", "good", found, "Enough for a run, and for weights that a small card streams.")
 
 
-def read_open_files() -> int | None:
-    """How many files a process may have open; None where the system sets no such limit."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
 def judge_open_files(limit: int | None) -> Check:
     """Whether a cache of many shards can be read."""
     if limit is None:

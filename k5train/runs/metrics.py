@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from k5cache.shared import console
+from k5cache.shared import console, system
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import write_whole
@@ -44,7 +44,7 @@ class Metrics:
         self.path, self.trackers = path, trackers
         kept = _cut(path, step, written)
         self._digest, self._num_bytes = hashlib.sha256(kept), len(kept)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._fd = system.open_bytes(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, is_followed=False)
 
     def write(self, *, step: int, **values: Any) -> None:
         """Append one line. Floats keep all their digits; NaN and infinity, which JSON does not have, become null."""

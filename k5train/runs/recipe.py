@@ -88,7 +88,7 @@ def _text(model: ModelConfig, config: TrainConfig) -> str:
 
 
 def _write_text(root: Path, text: str) -> None:
-    write_whole(root / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(root / RECIPE, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def _write_facts(root: Path, facts: Facts) -> None:

@@ -1,0 +1,199 @@
+"""What do other systems lack of what Linux has? All that is not the same on Windows and macOS is in this file.
+
+Every function works where the call of Linux is missing, with the least that its callers need. Which calls are missing
+is asked when they are needed, never at import. Locks are in ``lock.py``: the library filelock makes them everywhere.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_SEEKING = threading.Lock()
+"""Without ``pread``, threads that read one file share its position."""
+
+
+def open_bytes(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, is_followed: bool = True, may_wait: bool = True
+) -> int:
+    """Open a file for its bytes as they are; no child process inherits it. A new file has mode 666 less the umask.
+
+    Args:
+        is_followed: False to refuse a symbolic link.
+        may_wait: False so that a pipe does not block until somebody writes to it.
+
+    Returns:
+        a file descriptor, which the caller closes.
+
+    Raises:
+        OSError: as ``os.open``; ``ELOOP`` for a link that is not followed.
+    """
+    flags |= _flag("O_CLOEXEC") | _flag("O_BINARY")  # O_BINARY: Windows would write \r\n for \n
+    if not may_wait:
+        flags |= _flag("O_NONBLOCK") | _flag("O_NOCTTY")
+    if not is_followed:
+        flags |= _flag("O_NOFOLLOW")
+        if not _flag("O_NOFOLLOW") and os.path.islink(path):  # noqa: PTH114 (path may be a string)
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    return os.open(path, flags, 0o666)
+
+
+def _flag(name: str) -> int:
+    """One of ``os.O_...``; 0 on a system that does not have it."""
+    return int(getattr(os, name, 0))
+
+
+def read_at(fd: int, num_bytes: int, at: int) -> bytes:
+    """Up to ``num_bytes`` of an open file from ``at`` on; several threads may read one file."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, num_bytes, at)
+    with _SEEKING:
+        os.lseek(fd, at, os.SEEK_SET)
+        return os.read(fd, num_bytes)
+
+
+def read_into(fd: int, buffers: Sequence[Any], at: int) -> int:
+    """Fill buffers one after another from ``at`` on; returns the bytes read, which may be fewer. Threads as above."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, buffers, at)
+    memories = [memoryview(buffer).cast("B") for buffer in buffers]
+    rest = data = memoryview(read_at(fd, sum(memory.nbytes for memory in memories), at))
+    for memory in memories:
+        part, rest = rest[: memory.nbytes], rest[memory.nbytes :]
+        memory[: part.nbytes] = part
+    return data.nbytes
+
+
+def read_at_random(fd: int) -> None:
+    """Tell the system that an open file is read in few places: else Linux reads 128 KiB around each."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def open_to_sync(path: Path) -> int | None:
+    """Open a file or a folder so that ``os.fsync`` can make it durable.
+
+    Returns:
+        a file descriptor, which the caller closes. None for a folder on Windows, which cannot be opened there; its file
+        system journals renames by itself.
+    """
+    if hasattr(os, "O_DIRECTORY"):
+        return open_bytes(path)
+    return None if path.is_dir() else open_bytes(path, os.O_RDWR)  # Windows refuses to sync what was opened to be read
+
+
+def user_id() -> int | None:
+    """The number of this process's user; None on Windows, whose files do not tell their owner by a number."""
+    return os.geteuid() if hasattr(os, "geteuid") else None
+
+
+def is_anothers(status: os.stat_result) -> bool:
+    """Whether a file belongs to another user. False where that is not known."""
+    user = user_id()
+    return user is not None and status.st_uid != user
+
+
+def user_name(number: int) -> str:
+    """What a user is called."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
+
+
+def is_private_group(group: int) -> bool:
+    """Whether a group is this user's private one, which many systems make for each user, with a umask of 002."""
+    try:
+        import grp
+        import pwd
+
+        user, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except (ImportError, KeyError):
+        return False
+    return user.pw_gid == group and members.gr_name == user.pw_name and not set(members.gr_mem) - {user.pw_name}
+
+
+def is_another_process(pid: int) -> bool:
+    """Whether another process than this one is running with this number, of any user."""
+    import psutil  # os.kill(pid, 0) asks this on Linux, and sends Ctrl-C on Windows
+
+    return pid != os.getpid() and bool(psutil.pid_exists(pid))
+
+
+def interrupt() -> None:
+    """Do what Ctrl-C does to this process, from any of its threads."""
+    if os.name == "nt":
+        _thread.interrupt_main()  # there, os.kill ends the process
+    else:
+        os.kill(os.getpid(), signal.SIGINT)  # ends a call that waits, too
+
+
+def end_with_children(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started with ``start_new_session=True``, and what it started where that can be done."""
+    if process.poll() is not None:
+        return
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def most_open_files() -> int | None:
+    """How many files this process may have open; None where no such limit is set."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def available_ram() -> int:
+    """Bytes of host memory that can be used without swapping. It knows no container's limit."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in RAM, mapped files included."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Run on one core until the end of the block, where a process can choose. What it was is restored."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def stand_in(path: Path, target: Path) -> None:
+    """Make ``path`` another name of the file ``target``: a link, or a copy where there can be none.
+
+    Windows allows symbolic links only to administrators and in its developer mode, and hard links on one disk.
+    """
+    for make in (path.symlink_to, path.hardlink_to):
+        with suppress(OSError, NotImplementedError):
+            make(target)
+            return
+    shutil.copyfile(target, path)
