@@ -11,8 +11,12 @@ from typing import Literal
 
 from k5cache.shared.errors import OutputError
 
-Kind = Literal["cache", "run", "sweep"]
+Kind = Literal["cache", "run", "sweep", "merged checkpoint"]
 """What a command makes in a folder."""
+
+MERGED: Kind = "merged checkpoint"
+MERGED_FILE = "k5_merge.json"
+"""In a merged checkpoint: of what it was made."""
 
 HARMLESS = re.compile(
     r"\.DS_Store|\._.*|\.localized|desktop\.ini|[Tt]humbs\.db|\.directory|@eaDir"  # file managers and a NAS
@@ -36,6 +40,8 @@ def kind_of(folder: Path) -> Kind | None:
         return "cache" if is_ours or (folder / ".lock").is_file() else None
     if (folder / "run.json").is_file() and (folder / "recipe.toml").is_file():
         return "run"
+    if (folder / MERGED_FILE).is_file():
+        return MERGED
     return "sweep" if (folder / "sweep.json").is_file() else None
 
 

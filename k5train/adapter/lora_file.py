@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,12 +28,29 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         RunError: it cannot be read, is another kind of file, or has no key of an adapter.
     """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+
+
+def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The keys and the metadata of a LoRA's file, without its tensors. Raises as ``read_file``."""
+    with _opened(path) as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+def read_some(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Some of its tensors. Their pages leave the memory with them. Raises as ``read_file``."""
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in keys}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         check_kind(path)
         with named(path), safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            check_is_adapter(path, keys)
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            check_is_adapter(path, list(file.keys()))
+            yield file
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise RunError(

@@ -11,7 +11,7 @@ Its rules, from ``comfy/weight_adapter``, for a weight ``W`` and ``delta``, the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -46,15 +46,9 @@ def dora_for(
         RunError: it is unclear, or ComfyUI's magnitudes are asked for and the base is not there, or another one.
     """
     refuse_not_finite(path, state)
-    magnitudes = {key: tensor for key, tensor in state.items() if key.endswith(f".{MAGNITUDE}")}
-    if any(key.endswith(".dora_scale") for key in state):
-        raise RunError(
-            f"{path} has dora_scale, whose meaning depends on the program that wrote it",
-            "Give the file that it was exported from, which has lora_magnitude_vector",
-        )
-    lora = understand(path, {key: tensor for key, tensor in state.items() if key not in magnitudes}, metadata, sizes)
-    names = flat_names(sizes)
-    by_module = {meaning_of(f"{key.removesuffix(MAGNITUDE)}alpha", names).module: t for key, t in magnitudes.items()}
+    magnitudes, matrices = magnitudes_of(path, state, sizes)
+    lora = understand(path, {key: state[key] for key in matrices}, metadata, sizes)
+    by_module = {module: state[key] for module, key in magnitudes.items()}
     if by_module.keys() != lora.pairs.keys() or any(t.numel() != sizes[name][0] for name, t in by_module.items()):
         raise RunError(f"{path} does not have one magnitude for each output of each module", "Give a whole DoRA file")
     result: dict[str, Tensor] = {}
@@ -71,6 +65,23 @@ def dora_for(
         result |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.dora_scale": scale[:, None]}
         result[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))
     return result
+
+
+def magnitudes_of(path: Path, keys: Iterable[str], sizes: Sizes) -> tuple[dict[str, str], list[str]]:
+    """A DoRA's keys: module -> that of its magnitudes, and those of its matrices.
+
+    Raises:
+        RunError: its magnitudes are ComfyUI's.
+    """
+    keys, names = list(keys), flat_names(sizes)
+    if any(key.endswith(".dora_scale") for key in keys):
+        raise RunError(
+            f"{path} has dora_scale, whose meaning depends on the program that wrote it",
+            "Give the file that it was exported from, which has lora_magnitude_vector",
+        )
+    magnitudes = [key for key in keys if key.endswith(f".{MAGNITUDE}")]
+    by_module = {meaning_of(f"{key.removesuffix(MAGNITUDE)}alpha", names).module: key for key in magnitudes}
+    return by_module, [key for key in keys if key not in set(magnitudes)]
 
 
 def lokr_for(form: Format, path: Path, state: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
@@ -103,19 +114,36 @@ def lokr_for(form: Format, path: Path, state: Mapping[str, Tensor], sizes: Sizes
 
 def _factors(path: Path, state: Mapping[str, Tensor], sizes: Sizes) -> dict[str, dict[str, Tensor]]:
     """Module -> part -> its tensor in float32."""
-    names = flat_names(sizes)
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
+    for module, parts in factor_keys(path, state, sizes).items():
+        for part, key in parts.items():
+            if state[key].ndim != (0 if part == "alpha" else 2):
+                raise _not_of_a_lokr(path, key)
+            factors.setdefault(module, {})[part] = state[key].float()
+    return factors
+
+
+def factor_keys(path: Path, keys: Iterable[str], sizes: Sizes) -> dict[str, dict[str, str]]:
+    """A LoKr's keys: module -> part -> its key.
+
+    Raises:
+        RunError: one is none of a LoKr of this model, or a module is there twice.
+    """
+    names = flat_names(sizes)
+    factors: dict[str, dict[str, str]] = {}
+    for key in keys:
         part = match["part"] if (match := _FACTOR.search(key)) else "alpha" if key.endswith(".alpha") else ""
         meaning = meaning_of(f"{key.removesuffix(part)}alpha", names) if part else None
-        if meaning is None or not meaning.exists or tensor.ndim != (0 if part == "alpha" else 2):
-            raise RunError(
-                f"{path} has the key {key}, which is not a LoKr's of this model", "Give a LoKr of this model"
-            )
+        if meaning is None or not meaning.exists:
+            raise _not_of_a_lokr(path, key)
         if part in factors.setdefault(meaning.module, {}):
             raise RunError(f"{path} has {meaning.module} under two names", "Save the LoKr again where it comes from")
-        factors[meaning.module][part] = tensor.float()
+        factors[meaning.module][part] = key
     return factors
+
+
+def _not_of_a_lokr(path: Path, key: str) -> RunError:
+    return RunError(f"{path} has the key {key}, which is not a LoKr's of this model", "Give a LoKr of this model")
 
 
 def _shape(parts: Mapping[str, Tensor], factor: str) -> tuple[int, int] | None:
@@ -129,6 +157,21 @@ def _shape(parts: Mapping[str, Tensor], factor: str) -> tuple[int, int] | None:
     return left.shape[0], right.shape[1]
 
 
+def check_base(path: Path, metadata: Mapping[str, str], base: str, folder: Path) -> None:
+    """Refuse a base that a DoRA was not trained on: its magnitudes are those of that base's rows.
+
+    Args:
+        base: the fingerprint of the transformer in ``folder``.
+
+    Raises:
+        RunError: it was trained on another one, as its metadata say.
+    """
+    if metadata.get("k5.base_fingerprint") not in (None, base):
+        raise RunError(
+            f"{path} was trained on another base than {folder}", "Give the model folder that it was trained on"
+        )
+
+
 def _weights(path: Path, metadata: Mapping[str, str], folder: Path | None) -> Callable[[str], Tensor]:
     """The weight of a module in the checkpoint that a DoRA was trained on."""
     if folder is None:
@@ -137,11 +180,7 @@ def _weights(path: Path, metadata: Mapping[str, str], folder: Path | None) -> Ca
             "Give the model folder that it was trained on: --model DIR",
         )
     files = weight_files(folder, "transformer")
-    trained_on = metadata.get("k5.base_fingerprint")
-    if trained_on and trained_on != fingerprint(folder, "transformer"):
-        raise RunError(
-            f"{path} was trained on another base than {folder}", "Give the model folder that it was trained on"
-        )
+    check_base(path, metadata, fingerprint(folder, "transformer"), folder)
     places: dict[str, Path] = {}
     for file in files:
         with named(file), safe_open(file, framework="pt") as opened:

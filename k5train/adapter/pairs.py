@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,15 +85,8 @@ def read_pairs(path: Path, sizes: Sizes) -> dict[str, Pair]:
 def understand(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], sizes: Sizes) -> Lora:
     """What the tensors of a LoRA file mean; ``read_lora`` after the file is read, with the same errors."""
     refuse_not_finite(path, state)
-    kind = kind_of(state)
-    if kind in _OTHER_KINDS:
-        problem, fix = _OTHER_KINDS[kind]
-        raise RunError(f"{path} is {problem}", fix)
-    names = flat_names(sizes)
-    meanings = {key: meaning_of(key, names) for key in state}
-    _refuse_other_models(path, meanings)
-    _refuse_unclear(path, meanings)
-    keys = _keys_by_module(path, meanings)
+    refuse_kind(path, state)
+    keys, left_out = keys_by_module(path, state, sizes)
     config = peft_config(path, state, metadata)
     pairs, strengths = {}, {}
     for module, parts in keys.items():
@@ -110,8 +103,33 @@ def understand(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
                 _SAVE_AGAIN,
             )
         pairs[module] = (down, folded)
-    left_out = tuple(key for key, meaning in meanings.items() if meaning.part == "text encoder")
     return Lora(pairs, strengths, left_out, dict(metadata))
+
+
+def refuse_kind(path: Path, keys: Iterable[str]) -> None:
+    """Refuse an adapter of another kind, by its keys.
+
+    Raises:
+        RunError: it is no plain LoRA.
+    """
+    kind = kind_of(keys)
+    if kind in _OTHER_KINDS:
+        problem, fix = _OTHER_KINDS[kind]
+        raise RunError(f"{path} is {problem}", fix)
+
+
+def keys_by_module(path: Path, keys: Iterable[str], sizes: Sizes) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
+    """Module -> part -> the key in the file; and the keys of text encoders.
+
+    Raises:
+        RunError: a key is none of a plain LoRA of this model, or what it means is not clear.
+    """
+    names = flat_names(sizes)
+    meanings = {key: meaning_of(key, names) for key in keys}
+    _refuse_other_models(path, meanings)
+    _refuse_unclear(path, meanings)
+    left_out = tuple(key for key, meaning in meanings.items() if meaning.part == "text encoder")
+    return _keys_by_module(path, meanings), left_out
 
 
 def _overflows(down: Tensor, up: Tensor) -> bool:

@@ -16,6 +16,7 @@ from k5cache.shared.foreign import shown
 if TYPE_CHECKING:
     from k5train.adapter.comfyui import Program
     from k5train.adapter.export import Written
+    from k5train.adapter.into_base import Merged
     from k5train.adapter.who_loads import Report
 
 LoraPath = Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, from any trainer, or a run's folder.")]
@@ -25,9 +26,8 @@ Folder = Annotated[
 Form = Annotated[
     Literal["diffusers", "kohya"], typer.Option("--format", help="diffusers (ComfyUI loads it too) or kohya.")
 ]
-Number = Annotated[
-    Literal["fp32", "bf16", "fp16"], typer.Option("--dtype", help="fp32, or bf16 and fp16 for half the size.")
-]
+DType = Literal["fp32", "bf16", "fp16"]
+Number = Annotated[DType, typer.Option("--dtype", help="fp32, or bf16 and fp16 for half the size.")]
 
 
 def export(
@@ -62,33 +62,112 @@ def export(
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Two or more LoRA files, or folders of runs.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="LoRA files or folders of runs: two or more, or one for --into-base.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; the new folder with --into-base.")],
     weights: Annotated[
         list[float] | None, typer.Option("--weight", "-w", help="Strength of each file, in order. Default: 1 each.")
     ] = None,
-    form: Form = "diffusers",
-    number: Number = "fp32",
+    into_base: Annotated[
+        str | None,
+        typer.Option(
+            "--into-base",
+            metavar="DIR",
+            help="Add them to the weights of this model, a folder or a repository, and write a whole checkpoint.",
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["diffusers", "kohya"] | None,
+        typer.Option("--format", help="diffusers (ComfyUI loads it too, the default) or kohya."),
+    ] = None,
+    number: Annotated[
+        DType | None,
+        typer.Option("--dtype", help="fp32, bf16 or fp16. Default: fp32; with --into-base what the base has."),
+    ] = None,
     model: Folder = None,
 ) -> None:
-    """Write one LoRA that does exactly what several do together. Its rank is the sum of theirs. Of LoRAs only: no LoRA
-    does exactly what a DoRA or a LoKr does."""
+    """Write one LoRA that does exactly what several do together, or a whole checkpoint that has them in its weights.
+
+    The rank of one LoRA is the sum of theirs; no LoRA does exactly what a DoRA or a LoKr does. A checkpoint
+    (--into-base) takes all three kinds.
+    """
     from k5train.adapter.checks import check_model_folder, check_target, check_weights
     from k5train.adapter.header import check_kind
 
     files = [lora_in(file)[0] for file in files]
     weights = weights or [1.0] * len(files)
-    check_target(out)
     check_weights(len(files), weights)
+    if into_base is not None:
+        _merge_into_base(files, weights, into_base, out, number, {"--format": form, "--model": model})
+        return
+    check_target(out)
     check_model_folder(model)
     for file in files:
         check_kind(file)
     from k5train.adapter.export import merge as merge_loras  # torch is imported here, which takes seconds
 
-    written = merge_loras(files, weights, out, form, number, model)
+    written = merge_loras(files, weights, out, form or "diffusers", number or "fp32", model)
     console.out.print(f"Wrote {out}: {written.num_modules} modules from {len(files)} files", markup=False)
     _say_what_is_missing(written)
     console.next_step("Next, see which programs load it", _check_command(out, model))
+
+
+def _merge_into_base(
+    files: list[Path], weights: list[float], base: str, out: Path, number: DType | None, others: dict[str, object]
+) -> None:
+    from k5cache.shared import interrupt
+    from k5cache.shared.checkpoint import model_folder
+    from k5cache.shared.errors import RunError
+    from k5cache.shared.model import FLAVOURS, ModelConfig
+    from k5cache.shared.outputs import MERGED, check_folder
+    from k5train.adapter.header import check_kind
+
+    if given := [name for name, value in others.items() if value is not None]:
+        raise RunError(
+            f"{given[0]} is about LoRA files, and --into-base writes a checkpoint",
+            f"Leave {given[0]} out, or --into-base",
+        )
+    check_folder(out, MERGED)
+    for file in files:
+        check_kind(file)
+    folder = model_folder(ModelConfig(path=FLAVOURS.get(base, base)), ("transformer",))
+    from k5train.adapter.export import DTYPES  # torch is imported here, which takes seconds
+    from k5train.adapter.into_base import merge_into_base
+
+    again = "Stopped. What is written stays: run the same command again to go on"
+    with console.progress() as bars, interrupt.saying(again):
+        task = bars.add_task(f"merging into {out.name}", total=None, unit="tensor", note="")
+        merged = merge_into_base(
+            files, weights, folder, out, DTYPES[number] if number else None,
+            lambda done, total: bars.update(task, completed=done, total=total),
+        )  # fmt: skip
+    print_merged(merged, out, folder)
+
+
+def print_merged(merged: Merged, out: Path, base: Path) -> None:
+    """What a merged checkpoint holds, what was lost by rounding, and how to load it."""
+    if merged.was_there:
+        console.out.print(f"{out} is this merge already: nothing was written", markup=False)
+    else:
+        size = console.human_bytes(merged.num_bytes)
+        console.out.print(f"Wrote {out}: {merged.num_modules} modules of {base} changed, {size}", markup=False)
+    for path in merged.other_base:
+        console.warn(f"{path} was trained on another base than {base}: the pictures may differ from those of its run")
+    if merged.lost:
+        console.note(
+            f"Rounding to 16 bits loses {merged.lost:.1%} of the change (root mean square). --dtype fp32 keeps it, in"
+            " twice the size"
+        )
+    if merged.left_out:
+        console.note(f"{len(merged.left_out)} keys of text encoders are left out: the checkpoint's stay as they are")
+    where = f'"{out}", torch_dtype=torch.bfloat16'
+    if merged.is_pipeline and merged.parts:
+        console.note(f"Beside the transformer are the base's own {', '.join(merged.parts)}")
+        console.next_step("In diffusers, load it by", f"DiffusionPipeline.from_pretrained({where})")
+    else:
+        call = f'Kandinsky5Transformer3DModel.from_pretrained({where}, subfolder="transformer")'
+        console.next_step("In diffusers, load the transformer by", call)
 
 
 def check_lora(file: LoraPath, model: Folder = None) -> None:
