@@ -84,7 +84,7 @@ def connected(hub_of_one_model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The hub, put in the place of the real one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("k5cache.shared.hub.api", lambda: hub_of_one_model)
+    monkeypatch.setattr("k5cache.shared.hub.api", lambda quiet=False: hub_of_one_model)
     return hub_of_one_model
 
 

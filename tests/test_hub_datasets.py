@@ -60,7 +60,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
     of_one_dataset = Hub(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("k5cache.shared.hub.api", lambda: of_one_dataset)
+    monkeypatch.setattr("k5cache.shared.hub.api", lambda quiet=False: of_one_dataset)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return of_one_dataset

@@ -172,5 +172,7 @@ def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub, tmp_path, monke
             model_folder(MODEL, ENCODER_PARTS)
         assert TOKEN not in str(caught.value)
         assert "\n" not in caught.value.problem
+    odd = ValueError("404 Client Error. (Request ID: Root=1-2)\n\nRepository Not Found for url: http://x.\nCheck it.")
+    assert reason_of(odd) == "404 Client Error: Repository Not Found for url: http://x."
     error = ValueError(f"bad header Authorization: Bearer {TOKEN} to https://me:secret@host/x\nmore")
     assert reason_of(error) == "bad header Authorization: (hidden) to https://(hidden)@host/x"

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -23,6 +24,7 @@ from k5train.options.validation import TrackersConfig, ValidationConfig
 from k5train.pictures.saved import save_pictures
 from k5train.publish.card import Facts, call_for, card
 from k5train.runs.folder import Run
+from k5train.training.metadata import metadata
 from tests.cli import Cli
 from tests.hub_server import TOKEN, Hub, Repository, point_client_at, serving
 from tests.parity import PROMPTS
@@ -172,6 +174,22 @@ def test_a_page_of_an_edit_model_and_of_a_lokr_says_how_they_load_and_odd_words_
     assert call_for(FACTS) in page
     assert "load_lora_adapter" in call_for(FACTS)
     assert "from diffusers import Kandinsky5I2IPipeline" in page
+    assert "ComfyUI leaves a DoRA's magnitudes out" in card(replace(FACTS, algo="dora"))
+
+
+def test_the_trigger_of_a_cache_is_in_the_lora_and_on_its_page(hub, run, cli):
+    with safe_open(run / "fox.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert "modelspec.trigger_phrase" not in header
+    recipe = {"model": {"source": "x"}, "selection": {"resolution": 64, "trigger": "ohwx cat"}}
+    data = SimpleNamespace(first=SimpleNamespace(manifest=SimpleNamespace(recipe=recipe), kind="t2i"))
+    identity = {"transformer": "ab", "train": {}}
+    header = metadata(data, CONFIG, identity, Run(run), 7)
+    save_file(load_file(run / "fox.safetensors"), run / "checkpoints" / "step-000007.safetensors", header)
+    assert cli(app, "push", "fox", "--which", "7").code == 0
+    page = hub.repositories[REPO].files["README.md"].decode()
+    assert "Use `ohwx cat` in the prompt." in page
+    assert ModelCard(page).data.instance_prompt == "ohwx cat"
 
 
 def test_what_is_a_credential_is_hidden_wherever_it_comes_from(tmp_path, monkeypatch, capsys):

@@ -241,7 +241,7 @@ def hub(tmp_path, toy_model, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
     api = SimpleNamespace(snapshot_download=snapshot_download, model_info=model_info)
-    monkeypatch.setattr("k5cache.shared.hub.api", lambda: api)
+    monkeypatch.setattr("k5cache.shared.hub.api", lambda quiet=False: api)
     return state
 
 

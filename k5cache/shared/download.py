@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from k5cache.shared import hub
+from k5cache.shared import console, hub
 from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import HubError
 from k5cache.shared.part_files import needed_files, small_files
@@ -66,7 +68,27 @@ def fetch(remote: Remote, parts: Sequence[str], shows_pictures: Callable[[Path],
         note(f"Downloading {sizes(remote, names)} of {remote.repo}")
     # Of an earlier commit, and the same: it costs nothing. The first caches know a text encoder by all of its files.
     kept = [name for name in _weights(remote, parts) if not _absent_bytes(remote, name)]
-    return _fetch(remote, [*_ALWAYS, *names, *kept])
+    with _shown(remote, sum(absent.values())):
+        return _fetch(remote, [*_ALWAYS, *names, *kept])
+
+
+@contextmanager
+def _shown(remote: Remote, num_bytes: int) -> Iterator[None]:
+    """A line a minute where there is no terminal, on which the hub's client draws bars."""
+    if sys.stderr.isatty() or not num_bytes:
+        yield
+        return
+    blobs = hub.home_of(remote.repo) / "blobs"
+
+    def arrived() -> int:
+        with suppress(OSError):  # a file gets its name meanwhile
+            return sum(path.stat().st_size for path in blobs.iterdir())
+        return 0
+
+    with console.progress() as bars:
+        task = bars.add_task(f"downloading {remote.repo}", total=num_bytes, unit="byte", note="")
+        with hub.counted(arrived, lambda more: bars.advance(task, more)):
+            yield
 
 
 def _weights(remote: Remote, parts: Sequence[str]) -> list[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from k5cache.shared.credentials import without_credentials
@@ -22,17 +23,23 @@ if TYPE_CHECKING:
 
 REPOSITORY = re.compile(r"(?![.-])(?!.*(?:\.\.|--))[\w.-]+/(?![.-])[\w.-]+(?<![.-])", re.ASCII)
 """``owner/name``."""
+_REQUEST_ID = re.compile(r"\s*\(Request ID: [^)]*\)")
+_ONLY_A_CODE = re.compile(r"\d{3} (Client|Server) Error\.?")
 _UPLOAD = re.compile(r"Error while uploading|Data processing error|Xet")
 """How the RuntimeErrors of an upload begin, by LFS and by xet."""
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
-def api() -> HfApi:
-    """The client, for the endpoint that the environment names now. Imported late: it takes 0.3 s."""
+def api(quiet: bool = False) -> HfApi:
+    """The client, for the endpoint that the environment names now. Imported late: it takes 0.3 s.
+
+    Args:
+        quiet: without its own progress bars, which only a terminal gets in any case.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     return HfApi()
 
@@ -48,6 +55,28 @@ def home_of(repo: str, kind: str = "model") -> Path:
     return Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
 
 
+@contextmanager
+def counted(count: Callable[[], int], show: Callable[[int], object], seconds: float = 1.0) -> Iterator[None]:
+    """While the block runs, ``show`` every second by how much ``count`` has grown since it was last asked."""
+    ended = Event()
+    before = count()
+
+    def watch() -> None:
+        nonlocal before
+        while not ended.wait(seconds):
+            now = count()
+            show(max(0, now - before))
+            before = max(now, before)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def unreachable() -> tuple[type[Exception], ...]:
     """What is raised if the hub or the repository cannot be reached, or refuses."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -59,8 +88,11 @@ def unreachable() -> tuple[type[Exception], ...]:
 
 def reason_of(error: Exception) -> str:
     """Why the hub did not do what it was asked, in one line without credentials."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_tokens(shown(lines[0] if lines else type(error).__name__))[:160]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = _REQUEST_ID.sub("", lines[0])
+    if _ONLY_A_CODE.fullmatch(reason) and len(lines) > 1:  # what it means is in the next line
+        reason = f"{reason.rstrip('.')}: {lines[1]}"
+    return without_tokens(shown(reason))[:240]
 
 
 def without_tokens(text: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RepoKind = Literal["model", "dataset"]
 Content = Path | bytes
 _BATCH_FILES = 100
-_BATCH_BYTES = 8 << 30
+_BATCH_BYTES = 1 << 30
 _GITS_OWN = frozenset({".gitattributes"})
 
 
@@ -56,8 +56,10 @@ def full_name(repo: str) -> str:
     Raises:
         HubError: it is no name of a repository, or nobody is logged in.
     """
-    with hub.answering(f"use {repo}"):
-        name = repo if "/" in repo else f"{hub.api().whoami()['name']}/{repo}"
+    name = repo
+    if "/" not in repo:
+        with hub.answering("ask the hub who you are"):
+            name = f"{hub.api().whoami()['name']}/{repo}"
     if not hub.REPOSITORY.fullmatch(name):
         raise HubError(
             f"{repo} is not a name of a repository",
@@ -135,7 +137,7 @@ def send(
             operations += [CommitOperationDelete(name) for name in deleted]
         if operations:
             part = f" ({number} of {len(batches)})" if len(batches) > 1 else ""
-            hub.api().create_commit(
+            hub.api(quiet=True).create_commit(
                 destination.repo, operations, commit_message=message + part, repo_type=destination.kind
             )
         advance(sum(map(num_bytes, batch.values())))

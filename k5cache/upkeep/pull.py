@@ -18,7 +18,7 @@ from k5cache.shared.files import new_file
 from k5cache.store import files
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, lock, read_manifest
 from k5cache.store.ours import FILE, check_root
-from k5cache.upkeep.push import remote_manifest
+from k5cache.upkeep.remote import remote_manifest
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,14 @@ def _is_here(root: Path, file: ShardInfo | IndexInfo, advance: Callable[[int], N
         os.close(fd)
 
 
+def size_of(path: Path) -> int:
+    """The bytes of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _fetch(
     repo: str,
     commit: str,
@@ -129,17 +137,24 @@ def _fetch(
         )
     here = total - size
     note(f"Fetching {human_bytes(size)} of {repo}" + (f", {human_bytes(here)} is here" if here else ""))
+    parts = root / ".cache" / "huggingface" / "download"  # where its client writes until a file is whole
+
+    def arrived() -> int:
+        paths = [*(root / file.file for file in absent), *parts.rglob("*.incomplete")]
+        return sum(size_of(path) for path in paths)
+
     damaged = [file.file for file in absent if (root / file.file).exists()]
-    for names in (damaged, [file.file for file in absent if file.file not in damaged]):
-        if names:
-            hub.api().snapshot_download(
-                repo,
-                repo_type="dataset",
-                revision=commit,
-                local_dir=root,
-                allow_patterns=[glob.escape(name) for name in names],
-                force_download=names is damaged,  # its client takes what it once fetched for whole
-            )
+    with hub.counted(arrived, lambda num_bytes: advance("fetching", num_bytes, size)):
+        for names in (damaged, [file.file for file in absent if file.file not in damaged]):
+            if names:
+                hub.api(quiet=True).snapshot_download(
+                    repo,
+                    repo_type="dataset",
+                    revision=commit,
+                    local_dir=root,
+                    allow_patterns=[glob.escape(name) for name in names],
+                    force_download=names is damaged,  # its client takes what it once fetched for whole
+                )
     for file in absent:
         if not _is_here(root, file, lambda read: advance("checking", read, total)):
             (root / file.file).unlink(missing_ok=True)  # it was fetched a moment ago

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import CacheCorrupt, CacheError, HubError
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.model import FLAVOURS
-from k5cache.store import files
-from k5cache.store.manifest import Manifest, read_manifest
+from k5cache.store.manifest import Manifest
 from k5cache.store.ours import FILE, SHARD_FILE, TABLE_FILE
 from k5cache.upkeep.finished import finished_index
-from k5cache.upkeep.verify import verify_cache
+from k5cache.upkeep.remote import manifest_with_bytes, remote_manifest
 
 PAGE = "README.md"
 MARK = "<!-- Written by `k5cache push`, which replaces this page. Remove this line to keep your own. -->"
@@ -59,12 +57,14 @@ def push_cache(
         CacheError: it is not finished, or changed meanwhile.
         HubError: the hub refuses, or the repository holds something else.
     """
-    raw, manifest = _read(root)
+    raw, manifest = manifest_with_bytes(root)
     index = finished_index(root, manifest)
     repo = upload.full_name(repo)
     with hub.answering(f"push {root} to {repo}"):
         destination = upload.look_at(repo, "dataset", is_public)
         _check_contents(destination, manifest, root)
+        from k5cache.upkeep.verify import verify_cache  # with torch: what the hub refuses is said before
+
         total = sum(shard.num_bytes for shard in manifest.shards)
         verified = verify_cache(root, lambda read: advance("verifying", read, total))
         if verified.problems:
@@ -81,6 +81,7 @@ def push_cache(
             destination = upload.make(destination)
         if to_send:
             there = sum(upload.num_bytes(content) for content in named.values()) - size
+            advance("sending", 0, size)
             note(f"Sending {human_bytes(size)} to {repo}" + (f", {human_bytes(there)} is there" if there else ""))
         try:
             if to_send:
@@ -94,30 +95,6 @@ def push_cache(
     num_bytes = size + sum(map(upload.num_bytes, last.values()))
     count = len(to_send) + len(last)
     return Pushed(repo, destination.url, destination.is_public, index.num_rows, count, num_bytes, num_there, deleted)
-
-
-def remote_manifest(repo: str, commit: str | None) -> tuple[bytes, Manifest]:
-    """The manifest of a cache on the hub, with its bytes.
-
-    Raises:
-        HubError: what is there is not a cache that this version reads.
-    """
-    with tempfile.TemporaryDirectory(prefix="k5-") as folder:
-        hub.api().hf_hub_download(repo, FILE, repo_type="dataset", revision=commit, local_dir=folder)
-        try:
-            return _read(Path(folder))
-        except CacheError as error:
-            raise HubError(f"{repo}: {error.problem.replace(folder, repo)}", "Name a cache that was pushed") from None
-
-
-def _read(root: Path) -> tuple[bytes, Manifest]:
-    """A manifest and its bytes. If another process replaces it meanwhile, they are read again."""
-    while True:
-        manifest = read_manifest(root)
-        with os.fdopen(files.open_inside(root, FILE), "rb") as file:
-            raw = file.read()
-        if read_manifest(root) == manifest:
-            return raw, manifest
 
 
 def _is_ours(name: str) -> bool:

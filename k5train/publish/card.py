@@ -86,7 +86,13 @@ pipe = {facts.pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to
 image = pipe({arguments}, guidance_scale={guidance}).image[0]
 ```
 
-For ComfyUI, put [{facts.file}]({facts.file}?download=true) into `models/loras`."""
+{_for_comfyui(facts)}"""
+
+
+def _for_comfyui(facts: Facts) -> str:
+    if facts.algo == "dora":
+        return "ComfyUI leaves a DoRA's magnitudes out: export the file first, with `k5train export FILE --model DIR`."
+    return f"For ComfyUI, put [{facts.file}]({facts.file}?download=true) into `models/loras`."
 
 
 def call_for(facts: Facts) -> str:

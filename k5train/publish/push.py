@@ -135,6 +135,7 @@ def push(parcel: Parcel, is_public: bool = False, advance: Callable[[str, int, i
         size = sum(map(upload.num_bytes, to_send.values()))
         if to_send:
             destination = upload.make(destination)
+            advance("sending", 0, size)
             note(f"Sending {human_bytes(size)} to {repo}")
             title = f"{parcel.lora.stem}, by k5train push"
             upload.send(destination, to_send, title, advance=lambda sent: advance("sending", sent, size))
