@@ -26,12 +26,13 @@ WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/"
 ADA = Card("RTX 4070", 12 * GIB, 11 * GIB, (8, 9), has_bf16=True)
 TURING = Card("RTX 2070", 8 * GIB, 7 * GIB, (7, 5), has_bf16=False)
 BLACKWELL = Card("RTX 5090", 32 * GIB, 31 * GIB, (12, 0), has_bf16=True)
+RX_7900 = Card("RX 7900 XTX", 24 * GIB, 23 * GIB, (11, 0), has_bf16=True, arch="gfx1100")
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 PC = Machine("Linux", "RTX 4070", "550.54.15")
 SEEN = Torch("2.13.0+cu126", "12.6", None, (ADA,), CU126)
 BLIND = Torch("2.13.0+cu130", "13.0", None, (), (), "the driver is too old")
 FOR_CPUS = Torch("2.13.0+cpu")
-ROCM = Torch("2.13.0+rocm7", None, "7.0", (Card("RX 7900 XTX", 24 * GIB, 23 * GIB, (11, 0), True),), ("gfx1100",))
+ROCM = Torch("2.13.0+rocm7", None, "7.0", (RX_7900,), ("gfx90a", "gfx1100"))
 RTX_50 = Machine("Linux", "RTX 5090", "580.65")
 RADEON = Machine("Linux", amd="an AMD card")
 ALL = Compiler("3.4", "/usr/bin/gcc", has_headers=True)
@@ -57,7 +58,21 @@ MACHINES: list[tuple[str, Check, str, str, tuple[str, ...]]] = [
      "does not work", "no kernels for the RTX 5090, of compute capability 12.0",
      ("pip uninstall -y torch", WHEELS + "cu130")),
     ("a card that runs its generation's code", torch_build.judge_torch(SEEN, PC), "good", "right kind", ()),
-    ("ROCm", torch_build.judge_torch(ROCM, RADEON), "look at this", "not been tried", ()),
+    ("ROCm", torch_build.judge_torch(ROCM, RADEON), "look at this", "Nothing was tried on AMD cards",
+     ("k5train selftest CACHE",)),
+    ("an AMD card that ROCm's torch was not built for",
+     torch_build.judge_torch(Torch("2.13.0+rocm7", None, "7.0", (RX_7900,), ("gfx90a",)), RADEON), "does not work",
+     "no kernels for the RX 7900 XTX, of gfx1100",
+     ("pip uninstall -y torch", "# then the command for ROCm from https://pytorch.org/get-started/locally")),
+    ("an AMD card by its architecture", card.judge_gpu(ROCM, RADEON), "good", "23.0 GiB free, gfx1100", ()),
+    ("an AMD card that torch does not see", card.judge_gpu(Torch("2.13", None, "7.0", (), (), "no device"), RADEON),
+     "does not work", "--device /dev/kfd", ()),
+    ("AMD's int8", card.judge_int8(ROCM, {"int8": True, "int_mm": False}), "good", "our kernel runs on them",
+     ("--set train.base_model_precision=int8-dynamic",)),
+    ("AMD without int8", card.judge_int8(ROCM, {"int8": False, "int_mm": False}), "good", "has no int8 matmul", ()),
+    ("AMD's flash attention", card.judge_attention(ROCM, {"flash": True, "cudnn": True}), "good", "uses flash", ()),
+    ("AMD without attention", card.judge_attention(ROCM, {"flash": False}), "look at this", "experimental",
+     ("export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1",)),
     ("a driver too old", torch_build.judge_driver(BLIND, PC), "does not work", "for CUDA up to 12.4",
      ("pip uninstall -y torch", WHEELS + "cu126")),
     ("a driver far too old", torch_build.judge_driver(SEEN, Machine("Linux", "GTX 1080", "470.82")), "does not work",

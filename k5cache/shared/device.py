@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
+from k5cache.shared import console
 from k5cache.shared.errors import K5Error
 
 
 def check_name(name: str, option: str = "--device ") -> str:
     """``name`` if it is auto, cpu, cuda or cuda:N; torch is not imported."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
-        raise K5Error(f"{option}{name} is not a device", "Use auto, cuda, cuda:1 or cpu")
+        amd = "; AMD cards are called cuda too" if name.partition(":")[0].lower() in ("hip", "rocm", "amd") else ""
+        raise K5Error(f"{option}{name} is not a device", f"Use auto, cuda, cuda:1 or cpu{amd}")
     return name
+
+
+def is_rocm() -> bool:
+    """Whether torch is built for AMD cards. It calls them cuda too."""
+    import torch
+
+    return getattr(torch.version, "hip", None) is not None
 
 
 def pick_device(name: str, option: str = "--device ") -> str:
@@ -26,13 +36,24 @@ def pick_device(name: str, option: str = "--device ") -> str:
     import torch
 
     if check_name(name, option) == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name != "cpu" and not count:
         raise K5Error(
-            f"{option}{name}: torch {torch.__version__} sees no CUDA GPU",
-            f"Use {option}cpu, or install torch for CUDA",
+            f"{option}{name}: torch {torch.__version__} sees no GPU",
+            f"Use {option}cpu, or install torch's build for your card: k5train doctor says which",
         )
     if name.startswith("cuda:") and int(name[5:]) >= count:
         raise K5Error(f"{option}{name}: there are {count} GPUs, from cuda:0", "Use one of them")
+    if name != "cpu" and is_rocm():
+        _warn_of_amd(torch.cuda.get_device_name(name))
     return name
+
+
+@functools.cache
+def _warn_of_amd(card: str) -> None:
+    """Once in a process."""
+    console.warn(
+        f"{card} is an AMD card, on which nothing was tried. k5cache selftest and k5train selftest compare what it "
+        "computes with diffusers"
+    )

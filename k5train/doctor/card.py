@@ -11,6 +11,7 @@ from k5train.doctor.machine import Machine
 from k5train.doctor.torch_build import Torch
 
 _MUCH_IN_USE = 2 * 2**30  # a desktop takes less
+_EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 _INT8 = "train.base_model_precision=int8-dynamic"
 
 
@@ -19,10 +20,7 @@ def judge_gpu(torch: Torch, machine: Machine) -> Check:
     if not torch.cards:
         return _no_gpu(torch, machine)
     card, *others = torch.cards
-    found = (
-        f"{card.name}, {human_bytes(card.total)} of VRAM, {human_bytes(card.free)} free, "
-        f"compute capability {card.capability[0]}.{card.capability[1]}"
-    )
+    found = f"{card.name}, {human_bytes(card.total)} of VRAM, {human_bytes(card.free)} free, {card.kind}"
     if card.total - card.free > _MUCH_IN_USE:
         meaning = f"Other programs use {human_bytes(card.total - card.free)}. A run is planned for what is free."
         return Check("GPU", "look at this", found, meaning, () if torch.hip else ("nvidia-smi",))
@@ -41,7 +39,8 @@ def _no_gpu(torch: Torch, machine: Machine) -> Check:
         )  # fmt: skip
     if card:
         why = f": {torch.problem}" if torch.problem and torch.version else ""
-        mends = "torch and driver above say what to mend; in a container, give it the GPU (docker run --gpus all)."
+        gives = "--gpus all" if machine.nvidia else "--device /dev/kfd --device /dev/dri"
+        mends = f"torch and driver above say what to mend; in a container, give it the GPU (docker run {gives})."
         return Check("GPU", "does not work", f"{card}, which torch does not see{why}", f"The lines on {mends}")
     apple = " Apple's GPUs are not supported." if machine.system == "Darwin" else ""
     meaning = (
@@ -71,10 +70,12 @@ def judge_int8(torch: Torch, facts: Mapping[str, Any]) -> Check:
         return Check("int8", "good", "no GPU to ask", "The default, int8-quanto, needs no int8 tensor cores.")
     card = torch.cards[0]
     default = "Keep the default, int8-quanto, which holds int8 weights and multiplies in bf16."
-    if card.capability < (8, 0) or torch.hip:
+    if card.capability < (8, 0) and not torch.hip:
         return Check("int8", "good", f"{card.name} has no int8 tensor cores that are used here", default)
     if "int8" not in facts:
         return Check("int8", "look at this", "the int8 kernel was not tried", default)
+    if not facts["int8"] and not facts.get("int_mm", True):
+        return Check("int8", "good", f"{card.name} has no int8 matmul that is used here", default)
     if not facts["int8"]:
         slow = "int8-dynamic would use a slower matmul of torch's."
         return Check("int8", "look at this", "the kernel for int8 tensor cores does not run", f"{slow} {default}")
@@ -92,10 +93,14 @@ def judge_attention(torch: Torch, facts: Mapping[str, Any]) -> Check:
     working = [name for key, name in names.items() if facts.get(key)]
     found = f"{', '.join(working)}" if working else "no fused kernel runs"
     # As forward/execute.py chooses.
-    best = "cuDNN's" if facts.get("cudnn") and torch.cards[0].capability[0] in (9, 10) else ""
+    knows_cudnn = not torch.hip and torch.cards[0].capability[0] in (9, 10)
+    best = "cuDNN's" if facts.get("cudnn") and knows_cudnn else ""
     best = best or ("flash" if facts.get("flash") else "")
     if best:
         return Check("attention", "good", found, f"Training uses {best}.")
+    if torch.hip:
+        meaning = "Attention is slower. For some AMD cards torch has kernels that it calls experimental:"
+        return Check("attention", "look at this", found, meaning, (environment(_EXPERIMENTAL, "1"),))
     slower = "Attention is slower" + ("." if working else ", and needs more memory than the plan says.")
     return Check("attention", "look at this", found, f"{slower} A newer torch may have a kernel for this card.")
 

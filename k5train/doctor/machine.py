@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
 
 
 def _hidden_by(environ: os._Environ[str]) -> str:
-    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if environ.get(name) is not None and environ[name].strip() in ("", "-1", "NoDevFiles"):
             return f"{name}={environ[name]!r}"
     return ""

@@ -78,12 +78,14 @@ def _card(index: int) -> Facts:
     import torch
 
     free, total = torch.cuda.mem_get_info(index)
+    arch = getattr(torch.cuda.get_device_properties(index), "gcnArchName", "")  # gfx90a:sramecc+:xnack-
     return {
         "name": torch.cuda.get_device_name(index),
         "total": total,
         "free": free,
         "capability": list(torch.cuda.get_device_capability(index)),
         "has_bf16": torch.cuda.is_bf16_supported(False),
+        "arch": arch.partition(":")[0] if getattr(torch.version, "hip", None) else "",
     }
 
 
@@ -95,7 +97,8 @@ def _kernels() -> Iterator[Facts]:
     yield {"compile": _compile_problem(device)}
     from k5train.forward import attention, ops
 
-    yield {"int8": ops.kernel_works(device), "scaling": ops.scaling_works(device)}
+    yield {"int8": ops.kernel_works(device), "int_mm": ops.int_mm_works(device)}
+    yield {"scaling": ops.scaling_works(device)}
     yield {"flash": attention.attention_works(device, cudnn=False)}
     yield {"cudnn": attention.attention_works(device, cudnn=True)}
     yield {"efficient": _efficient_works(device)}

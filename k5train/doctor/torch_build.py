@@ -31,6 +31,13 @@ class Card:
     free: int
     capability: tuple[int, int]
     has_bf16: bool
+    arch: str = ""
+    """An AMD card's architecture, such as gfx1100; "" for others."""
+
+    @property
+    def kind(self) -> str:
+        """What a build of torch must have kernels for."""
+        return self.arch or f"compute capability {_dotted(self.capability)}"
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,12 @@ def judge_torch(torch: Torch, machine: Machine) -> Check:
         return Check("torch", "does not work", found, meaning, install(machine))
     if torch.cuda and machine.amd and not machine.nvidia:
         return Check("torch", "does not work", found, f"This build cannot use {machine.amd}.", install(machine))
-    if (card := next(iter(torch.cards), None)) and not _has_kernels_for(card.capability, torch.arch_list):
-        meaning = f"This build has no kernels for the {card.name}, of compute capability {_dotted(card.capability)}."
+    if (card := next(iter(torch.cards), None)) and not _has_kernels_for(card, torch.arch_list):
+        meaning = f"This build has no kernels for the {card.name}, of {card.kind}."
         return Check("torch", "does not work", found, meaning, install(machine, card.capability))
     if torch.hip:
-        return Check("torch", "look at this", found, "Training on AMD cards has not been tried by us.")
+        meaning = "Nothing was tried on AMD cards. This compares one with diffusers:"
+        return Check("torch", "look at this", found, meaning, ("k5train selftest CACHE",))
     if torch.is_for_cpus:
         return Check("torch", "good", found, "Right for a machine without a GPU, such as one for the demo.")
     return Check("torch", "good", found, "The right kind of build for this card." if torch.cards else "")
@@ -120,13 +128,16 @@ def install(machine: Machine, capability: tuple[int, int] = (0, 0)) -> tuple[str
     return ("pip uninstall -y torch", f"pip install torch --index-url https://download.pytorch.org/whl/{build}")
 
 
-def _has_kernels_for(capability: tuple[int, int], arch_list: tuple[str, ...]) -> bool:
+def _has_kernels_for(card: Card, arch_list: tuple[str, ...]) -> bool:
     """Whether a build has machine code for a card, of its own generation, or code that its driver can compile."""
+    if card.arch:
+        return not arch_list or card.arch in arch_list
+    capability = card.capability
     for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(arch_list)):
         built = (int(number[:-1]), int(number[-1]))
         if built <= capability and (kind == "compute" or built[0] == capability[0]):
             return True
-    return not any(arch.startswith("sm_") for arch in arch_list)  # ROCm's names, or none known
+    return not any(arch.startswith("sm_") for arch in arch_list)  # none known
 
 
 def judge_driver(torch: Torch, machine: Machine) -> Check:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k5cache.shared.device import is_rocm
+
 _aten: Any = torch.ops.aten
 _library: Any = torch.library.Library("k5", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -45,7 +47,8 @@ def _attention_backward(
     if not on_gpu:
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, logsumexp, 0.0, False)
     else:
-        none = query.new_empty(2, dtype=torch.uint64)  # the generator's state, read only for dropout
+        # The generator's state, read only for dropout.
+        none = query.new_empty(2, dtype=torch.int64 if is_rocm() else torch.uint64)
         if cudnn:
             grads = _aten._scaled_dot_product_cudnn_attention_backward(
                 *tensors, logsumexp, none, none, None, None, None, *sizes, 0.0, False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from k5cache.shared import console
+from k5cache.shared.device import is_rocm
 from k5cache.shared.errors import K5Error, RunError
 from k5train.forward import ops
 from k5train.forward.attention import attention_works
@@ -224,15 +225,17 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
     """
     if device.type != "cuda":
         return Modes(int8_dynamic=precision == "int8-dynamic", cudnn=False)
-    capability = torch.cuda.get_device_capability(device)
+    capability, on_amd = torch.cuda.get_device_capability(device), is_rocm()
     if precision == "int8-dynamic":
-        if capability < (8, 0):
+        is_old = capability < (8, 0) and not on_amd  # AMD's numbers mean other cards
+        kernel = not is_old and ops.kernel_works(device)
+        if not kernel and (is_old or not ops.int_mm_works(device)):
             raise RunError(
                 f"{torch.cuda.get_device_name(device)} has no int8 tensor cores that can be used here",
                 "Use --set train.base_model_precision=int8-quanto",
             )
-        if not ops.kernel_works(device):
+        if not kernel:
             console.note("The int8 kernel does not run here: using torch._int_mm, which is slower")
     # Flash attention as torch ships it is written for Ampere; cuDNN's knows Hopper and Blackwell.
-    cudnn = capability[0] in (9, 10) and attention_works(device, cudnn=True)
+    cudnn = not on_amd and capability[0] in (9, 10) and attention_works(device, cudnn=True)
     return Modes(precision == "int8-dynamic", cudnn, flash=attention_works(device, cudnn=False))

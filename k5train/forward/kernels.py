@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from k5cache.shared.device import is_rocm
+from k5train.forward.tiles import tile_for
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _int8_matmul(  # type: ignore[no-untyped-def]
@@ -139,17 +142,9 @@ def _launch(
         compiled[grid](*tensors, *numbers)
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by compute capability: the largest that ptxas compiles without spilling
-# registers (250 of 255 on sm_90, 166 on sm_89). Timed only on an H200: 0.91 PFLOP/s over all int8 matmuls of a step at
-# 1024x1024, where a bf16 matmul reaches 0.81.
-LARGE = {9: (128, 256, 128, 8, 3), 8: (128, 128, 64, 8, 3)}
-OTHER_LARGE = (128, 128, 64, 8, 3)
-SMALL = (64, 64, 128, 4, 4)  # for captions: with large tiles, their few hundred rows leave most multiprocessors idle
-
-
 @functools.cache
-def _large(device: torch.device) -> tuple[int, int, int, int, int]:
-    return LARGE.get(torch.cuda.get_device_capability(device)[0], OTHER_LARGE)
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def int8_matmul(
@@ -175,7 +170,7 @@ def int8_matmul(
     rows, inner = a.shape
     columns = b.shape[0]
     if tile is None:
-        tile = SMALL if rows <= 512 else _large(a.device)
+        tile = tile_for(rows, _capability(a.device), is_rocm())
     block_m, block_n, block_k, warps, stages = tile
     segment = columns // segments
     if segments > 1 and segment % block_n:  # a tile must not span two adapters

@@ -146,7 +146,8 @@ def _exact(
     segments: int,
 ) -> Tensor:
     """The same with torch alone: on integer tensor cores if cuBLAS takes the shapes, otherwise in float64."""
-    if a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+    takes_shapes = a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    if a.is_cuda and takes_shapes and int_mm_works(a.device):
         out = torch._int_mm(a, b.t()).float()
     else:
         out = (a.double() @ b.double().t()).float()  # sums of 10,240 products of int8 are exact in float64
@@ -180,6 +181,17 @@ def _(g: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _(a: Tensor, a_scale: Tensor, b: Tensor, *rest: Any) -> Tensor:
     dtype, transpose_b = rest[-3:-1]
     return a.new_empty(a.shape[0], b.shape[1 if transpose_b else 0], dtype=dtype)
+
+
+@functools.cache
+def int_mm_works(device: torch.device) -> bool:
+    """Whether ``torch._int_mm`` runs and is exact on a small case: not every card and build of torch has it."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randint(-127, 128, (32, 64), device=device, dtype=torch.int8, generator=generator) for _ in "ab")
+    try:
+        return torch.equal(torch._int_mm(a, b.t()).double(), a.double() @ b.double().t())
+    except RuntimeError:
+        return False
 
 
 @functools.cache
