@@ -26,8 +26,12 @@ from k5train.configure import card, implied
 from k5train.configure.ask import is_yes, one_of
 from k5train.configure.interview import Given
 from k5train.configure.read_back import answers_of, edits, flat
-from k5train.configure.written import compose_from
+from k5train.configure.written import answers_from, compose_from
+from k5train.options.train import TrainConfig
 from k5train.planning.without_loading import PlanText, plan_without_loading
+from k5train.recipes.listed import PACKAGED
+from k5train.recipes.needs import kind_of_work
+from k5train.recipes.values import values_for
 from tests.cli import Cli, Done
 from tests.test_readme import ROOT, blocks, command_of
 
@@ -246,12 +250,12 @@ def test_a_recipe_that_was_edited_by_hand_is_replaced_only_if_its_owner_says_so(
     assert edited != place.text()
     for text, said in (
         (edited, f"train.steps = 77 instead of {steps}"),
-        (f"{edited[0]}{place.text()}", "its comments"),
+        (f"{place.text()}# mine\n", "its comments"),
     ):
         (place.folder / "my pics.toml").write_text(text, encoding="utf-8")
         done = place.run("my pics.toml", "-y")
         assert done.code == 2
-        assert f"warning: my pics.toml was edited by hand since it was written: {said}" in done.err
+        assert f"but edited by hand or another recipe: {said}" in done.err
         assert "-o 'my pics-2.toml'" in done.err
         assert place.text() == text
     done = place.type_in("my pics.toml", keys="\n\n\n\n\n\n\n\n")
@@ -314,6 +318,9 @@ def test_the_answers_of_a_recipe_are_those_that_it_was_composed_of():
         assert compose_from(told) == text
         assert {name: told.get(name) for name in whole} == whole
         assert edits(text, text) == []
+    for name, recipe in PACKAGED.items():
+        if recipe.preset is None:
+            assert compose_from(answers_of(recipe.text)) == recipe.text, name
 
 
 def test_the_quickstart_shows_what_is_asked(place):
@@ -385,3 +392,16 @@ def test_the_longest_caption_is_planned_for():
     assert implied.text_tokens(["a fox"], "t2i", 1024) == 64
     assert implied.text_tokens(["x" * 9000], "t2i", 1024) == implied.text_tokens([], "t2i", 1024) == 512
     assert implied.text_tokens(["a fox"], "i2i", 512) == 64 + 81  # a quarter of the 324 tokens of a source at 1024
+
+
+def test_the_time_is_that_of_a_measurement_or_not_known(monkeypatch):
+    answers = {"goal": "style", "num_images": 20, "vram": "12GB"}
+    train = TrainConfig(steps=1200, batch_size=2, gradient_accumulation_steps=3, repeats=4)
+    assert implied.length(train, 20) == "1,200 steps of 6 rows: each of 20 images 90 times"
+    monkeypatch.setattr(implied, "known", dict)
+    assert "k5train bench" in implied.time(answers, train)
+    kind = kind_of_work(values_for(answers_from(answers)))
+    assert kind == "t2i 1024 px int8-quanto r32 official on 12GB"
+    measured = {kind: {"measured": {"milliseconds": 500, "card": "NVIDIA H100"}}}
+    monkeypatch.setattr(implied, "known", lambda: measured)
+    assert implied.time(answers, train).startswith("1 h 0 min for the steps on one NVIDIA H100; ")

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from k5cache.options import CacheConfig
+from k5cache.shared.console import human_seconds
 from k5cache.shared.kind import Kind
 from k5cache.shared.model import ModelConfig
+from k5train.configure.written import answers_from
 from k5train.options.train import TrainConfig
 from k5train.planning.without_loading import PlanText, plan_without_loading
+from k5train.recipes.needs import kind_of_work, known
+from k5train.recipes.values import values_for
 
 _LETTERS_OF_TOKEN = 3  # of English captions one token has 4 to 5 letters, of Russian ones about 3
 _LEAST_TOKENS, _MOST_TOKENS = 64, 512
@@ -27,7 +31,8 @@ def implied(answers: Mapping[str, Any], model: ModelConfig, cache: CacheConfig, 
     num_text_tokens = text_tokens(answers["captions"], kind, cache.resolution)
     own = model if model.path else None  # the shapes of a published one are known
     plan = plan_without_loading(None, train, own, num_tokens, num_text_tokens, kind)
-    return PlanText(plan.title, [*plan.rows, *_length(train, int(answers["num_images"]))])
+    rows = [*plan.rows, ("length", length(train, int(answers["num_images"]))), ("time", time(answers, train))]
+    return PlanText(plan.title, rows)
 
 
 def text_tokens(captions: Iterable[str], kind: Kind, resolution: int) -> int:
@@ -37,9 +42,21 @@ def text_tokens(captions: Iterable[str], kind: Kind, resolution: int) -> int:
     return tokens + (round(_TOKENS_OF_SOURCE * (resolution / 1024) ** 2) if kind == "i2i" else 0)
 
 
-def _length(train: TrainConfig, num_images: int) -> list[tuple[str, str]]:
+def length(train: TrainConfig, num_images: int) -> str:
+    """How many steps, and how often each image is seen."""
     rows_of_step = train.batch_size * train.gradient_accumulation_steps
-    if train.epochs is not None:
-        return [("length", f"{train.epochs} passes over {num_images} images")]
     passes = train.steps * rows_of_step / (num_images * train.repeats)
-    return [("length", f"{train.steps} steps of {rows_of_step}: each of {num_images} images {passes:.3g} times")]
+    of = "1 row" if rows_of_step == 1 else f"{rows_of_step} rows"
+    return f"{train.steps:,} steps of {of}: each of {num_images:,} images {passes:.3g} times"
+
+
+def time(answers: Mapping[str, Any], train: TrainConfig) -> str:
+    """How long the steps take, from what was measured of such a recipe on a known card."""
+    numbers = known().get(kind_of_work(values_for(answers_from(answers))), {}).get("measured")
+    if not numbers:
+        return "not known before it is measured: `k5train bench` times a step on the machine that trains"
+    rows = train.steps * train.batch_size * train.gradient_accumulation_steps
+    return (
+        f"{human_seconds(rows * numbers['milliseconds'] / 1000)} for the steps on one {numbers['card']}; "
+        "other cards take several times as long, and `k5train bench` times yours"
+    )

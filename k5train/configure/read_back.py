@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _COMMAND = re.compile(r"^#\s*(k5(?:cache|train) .*)$", re.MULTILINE)
+_TITLE = re.compile(
+    r"\A# A LoRA for an? (style|character|object|edit)\b[^\0]{0,300}?from\s(?:#\s)?about\s(?:#\s)?(\d+)"
+)
 _VALUES = {
     "flavour": "model.flavour", "vram": "train.memory.vram", "trigger": "cache.trigger",
     "caption_strategy": "cache.caption_strategy", "instance_prompt": "cache.instance_prompt",
@@ -28,6 +31,8 @@ def answers_of(text: str) -> dict[str, Any]:
     """
     values = flat(tomllib.loads(text))
     answers: dict[str, Any] = {"trigger": ""}
+    if title := _TITLE.search(text):
+        answers |= {"goal": title[1], "num_images": int(title[2].replace(",", ""))}
     for command in _commands(text):
         words, options = _split(command)
         if words[:2] == ["k5cache", "encode"]:

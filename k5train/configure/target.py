@@ -65,7 +65,7 @@ def read_target(path: Path) -> Target:
         return Target(path)
     fix = f"Choose another name: {command('-o', path.with_name(f'{path.stem}-2.toml'))}"
     try:
-        text = read_text(real, _MOST_BYTES)
+        text = read_text(real, _MOST_BYTES).replace("\r\n", "\n")  # as editors of Windows save it
         tables = tomllib.loads(text)
     except OSError as error:
         raise OutputError(f"{path} is there and cannot be read: {error.strerror}", fix) from None
@@ -91,7 +91,7 @@ def settle(target: Target, compose: Callable[[Mapping[str, Any]], str], asker: A
     if edited is None:
         return target
     what = "; ".join(edited[:_MOST_NAMED]) or "its comments"
-    console.warn(f"{target.path} was edited by hand since it was written: {what}")
+    console.warn(f"{target.path} is not as this command writes it, but edited by hand or another recipe: {what}")
     if may_overwrite:
         return target
     other = next(
@@ -100,7 +100,7 @@ def settle(target: Target, compose: Callable[[Mapping[str, Any]], str], asker: A
     )  # fmt: skip
     if not asker.is_terminal:
         raise OutputError(
-            f"{target.path} was edited by hand, and these edits would be lost",
+            f"{target.path} was edited by hand or is another recipe, and that would be lost",
             f"Write another file with {command('-o', other)}, or replace this one with --overwrite",
         )
     help = (f"If not, {other} is written, and {target.path} stays as it is.",)

@@ -20,8 +20,13 @@ def compose_from(answers: Mapping[str, Any]) -> str:
     Args:
         answers: by their names in ``Answers``; what is missing has its default.
     """
+    return compose(answers_from(answers))
+
+
+def answers_from(answers: Mapping[str, Any]) -> Answers:
+    """Answers by their names, as what recipes are composed of."""
     names = {field.name for field in fields(Answers)}
-    return compose(Answers(**{name: value for name, value in answers.items() if name in names}))
+    return Answers(**{name: value for name, value in answers.items() if name in names})
 
 
 def cache_of(source: Path, offered: Mapping[str, Any]) -> str:
