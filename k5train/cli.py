@@ -20,6 +20,7 @@ from k5train.commands import (
     options,
     plan,
     push,
+    recipes,
     run,
     sample,
     selftest,
@@ -84,6 +85,12 @@ add(
     "k5train configure cats.toml            # again, from the answers of that recipe",
 )
 add(PREPARE, plan.plan, "k5train plan cache/cats", "k5train plan --vram 12GB --resolution 768")
+add(
+    PREPARE,
+    recipes.recipes,
+    "k5train recipes",
+    "k5train recipes style-16gb -o my.toml",
+)
 add(PREPARE, options.options, "k5train options > my.toml")
 add(
     PREPARE,

@@ -78,6 +78,7 @@ REFUSED = {
     "k5train configure nowhere": "There is no folder or file nowhere",
     "k5train configure images": "images has no image",
     "k5train import nosuch": "nosuch",
+    "k5train recipes nosuch": "There is no recipe nosuch",
     "k5train export nosuch": "There is no nosuch",
     "k5train export page.safetensors": "is a web page",
     "k5train merge nosuch other -o merged": "There is no nosuch",

@@ -89,10 +89,9 @@ def put_pictures(root: Path, toy_model: Path, toy_edit_model: Path) -> None:
     (root / "pipelines").mkdir()
     for path in (ROOT / "pipelines").iterdir():
         (root / "pipelines" / path.name).symlink_to(path)
-    rates = root / "pipelines" / "which_rate.toml"
-    text = re.sub(r"(?m)^(train\.steps) = \d+", r"\1 = 2", rates.read_text(encoding="utf-8"))
-    rates.unlink()
-    rates.write_text(text, encoding="utf-8")
+    rates = (ROOT / "pipelines" / "which-rate.toml").read_text(encoding="utf-8")
+    # A file of this name has priority over the packaged list.
+    (root / "which-rate").write_text(re.sub(r"(?m)^(train\.steps) = \d+", r"\1 = 2", rates), encoding="utf-8")
     for name, colour in (("cat", "teal"), ("dog", "navy")):
         for folder, caption in (("datasets/my_images", f"a {name}"), ("datasets/after", "paint it"), ("targets", "x")):
             picture(root / folder / f"{name}.png", colour)

@@ -29,7 +29,7 @@ from tests.test_guards import FLOORS
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 OTHER_PAGES = [ROOT / "k5cache/store/FORMAT.md", *sorted(ROOT.glob("pipelines/**/*.md"))]
-LISTS = [ROOT / "pipelines" / "which_rate.toml"]
+LISTS = [ROOT / "pipelines" / "which-rate.toml"]
 """Not recipes, but what ``k5train sweep --list`` takes."""
 RECIPES = [path for path in sorted(ROOT.glob("pipelines/**/*.toml")) if path not in LISTS]
 TABLES: dict[str, type[Any]] = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}

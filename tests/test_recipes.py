@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,11 @@ from typing import Any
 import pytest
 
 from k5cache.options import CacheConfig
+from k5cache.shared import packaged
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.recipe import parse, to_dict
+from k5cache.shared.recipe import parse, read, to_dict
+from k5train.cli import app as train_app
 from k5train.options.extremes import extreme_values
 from k5train.options.rate import rate_warnings
 from k5train.options.train import TrainConfig
@@ -21,6 +26,8 @@ from k5train.recipes.amounts import between_looks, split_for, usual_steps
 from k5train.recipes.answers import Answers
 from k5train.recipes.compose import compose
 from k5train.recipes.listed import PACKAGED
+from k5train.training.sweep_runs import sweep_runs
+from tests.cli import Cli
 from tests.test_defaults_of_pages import OFFICIAL, QUICKSTART
 
 FOLDER = Path(__file__).parent.parent / "pipelines"
@@ -111,3 +118,88 @@ def test_a_recipe_of_odd_answers_says_what_was_answered():
     assert "train.validation.split" not in values
     assert values["train.steps"] == 500
     assert "k5cache encode 'my '\"'\"'own'\"'\"' pictures' --recipe 'my recipe.toml' -o 'cache/ö'\n" in text
+
+
+def test_a_packaged_recipe_is_taken_by_its_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    packaged_one, said = packaged.located(Path("style-16gb"))
+    assert (packaged_one, said) == (FOLDER / "style-16gb.toml", "")
+    assert read(Path("style-16gb"), []) == read(FOLDER / "style-16gb.toml", [])
+    (tmp_path / "style-12gb").mkdir()  # a folder is no recipe
+    assert packaged.located(Path("style-12gb")) == (FOLDER / "style-12gb.toml", "")
+    Path("style-16gb.toml").write_text("[train]\nsteps = 7\n", encoding="utf-8")
+    assert read(Path("style-16gb.toml"), []) == {"train": {"steps": 7}}
+    assert read(Path("style-16gb"), [])["train"]["steps"] == 1900
+    assert "packaged recipe style-16gb, not the file style-16gb.toml" in " ".join(capsys.readouterr().err.split())
+    Path("style-16gb").write_text("[train]\nsteps = 8\n", encoding="utf-8")
+    assert read(Path("style-16gb"), []) == {"train": {"steps": 8}}
+    assert "Using the file style-16gb, not the packaged" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("stile-16gb", "Give the path of a .toml file, or a name that `k5train recipes` lists (such as style-16gb"),
+        ("official.toml", "There is a packaged recipe of that name: --recipe official"),
+        ("pipelines/quick_512.toml", "(such as quick-512"),
+        ("\0", "Give the path of a .toml file, or a name that `k5train recipes` lists"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_answered_with_what_there_is(tmp_path, monkeypatch, given, fix):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as error:
+        read(Path(given), [])
+    assert fix in error.value.fix
+
+
+def test_the_list_of_rates_is_taken_by_its_name():
+    _, by_name = sweep_runs(read(None, []), [], Path("which-rate"))
+    _, by_path = sweep_runs(read(None, []), [], FOLDER / "which-rate.toml")
+    assert by_name == by_path
+    assert set(packaged.names()) == {*PACKAGED, *packaged.LISTS}
+
+
+def test_the_command_lists_prints_and_writes_recipes(tmp_path):
+    cli = Cli(tmp_path)
+    listed = cli(train_app, "recipes")
+    assert listed.code == 0
+    assert all(name in listed.out for name in packaged.names())
+    written = cli(train_app, "recipes", "object-12gb", "-o", "cups/my cup.toml")
+    assert written.code == 0
+    assert (
+        "k5cache encode datasets/my_images --recipe 'cups/my cup.toml' -o cache/my_images" in written.out + written.err
+    )
+    text = (tmp_path / "cups" / "my cup.toml").read_text(encoding="utf-8")
+    assert values_of(text) == values_of(PACKAGED["object-12gb"].text)
+    printed = cli(train_app, "recipes", "object-12gb")
+    assert printed.out == text.replace("'cups/my cup.toml'", "my.toml")
+    assert printed.out.isascii()  # any encoding of a redirected output writes the same
+    again = cli(train_app, "recipes", "object-12gb", "-o", "cups/my cup.toml")
+    assert again.code == 0  # the same text
+    other = cli(train_app, "recipes", "object-16gb", "-o", "cups/my cup.toml")
+    assert (other.code, "-o 'cups/my cup-2.toml'" in other.err) == (2, True)
+    assert (tmp_path / "cups" / "my cup.toml").read_text(encoding="utf-8") == text
+    rates = cli(train_app, "recipes", "which-rate")
+    assert rates.out == (FOLDER / "which-rate.toml").read_text(encoding="utf-8")
+    unknown = cli(train_app, "recipes", "rates")
+    assert (unknown.code, "There is no recipe rates" in unknown.err) == (2, True)
+
+
+def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "k5cache/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(FOLDER.parent / name, tmp_path / name)
+    for name in ("k5cache/shared", "k5train/recipes"):
+        shutil.copytree(FOLDER.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pipelines").mkdir()
+    for path in FOLDER.glob("*.toml"):
+        shutil.copy(path, tmp_path / "pipelines")
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "lib"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = tmp_path / "lib" / "k5cache" / "shared"
+    assert {path.stem for path in (library / "recipes").iterdir()} == set(packaged.names())
+    assert (tmp_path / "lib" / "k5train" / "recipes" / "needs.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packaged, "_HERE", library)
+        assert packaged.path("official") == library / "recipes" / "official.toml"

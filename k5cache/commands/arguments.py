@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from k5cache.shared.model import Drawn, ModelConfig
     from k5cache.store.manifest import Manifest
 
-Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
+Recipe = Annotated[
+    Path | None,
+    typer.Option("--recipe", "-r", help="A TOML recipe: a file, or one of the names that `k5train recipes` lists."),
+]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.")]

@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.origins import Document, Problem, described
 from k5cache.shared.other_words import our_value
+from k5cache.shared.packaged import advice, located
 from k5cache.shared.plain import read_text
 from k5cache.shared.spelling import problem_of
 
@@ -35,7 +37,7 @@ def read(path: Path | None, overrides: Sequence[str]) -> Document:
     """Read a recipe and apply ``--set table.key=value`` to it.
 
     Args:
-        path: a TOML file. None means all defaults.
+        path: a TOML file, or the name of a packaged recipe. None means all defaults.
         overrides: ``table.key=value``. The value is read as TOML, or as a plain string if it is not TOML.
 
     Raises:
@@ -43,10 +45,11 @@ def read(path: Path | None, overrides: Sequence[str]) -> Document:
     """
     document = Document()
     if path is not None:
+        path, said = located(path)
+        if said:
+            console.note(said)
         if not os.path.exists(path):  # noqa: PTH110 (False for a name that the system does not allow)
-            raise RecipeError(
-                f"There is no recipe {path}", "Give the path of a .toml file, for example one in pipelines/"
-            )
+            raise RecipeError(f"There is no recipe {path}", advice(path))
         document = Document(*read_toml(path, "Correct that line; see https://toml.io"))
     for override in overrides:
         set_option(document, override)

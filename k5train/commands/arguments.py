@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from k5cache.shared.origins import Document
     from k5train.options.train import TrainConfig
 
-Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="A TOML recipe, for example one in pipelines/.")]
+Recipe = Annotated[
+    Path | None,
+    typer.Option("--recipe", "-r", help="A TOML recipe: a file, or one of the names that `k5train recipes` lists."),
+]
 Model = Annotated[str | None, typer.Option("--model", help="A folder in the diffusers layout, or a hub repository.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one option: table.key=value. May be repeated.")]
 Vram = Annotated[

@@ -16,7 +16,7 @@ from k5train.options.train import TrainConfig
 from k5train.recipes.amounts import SHOWN, rows_of_update, usual_steps
 from k5train.recipes.answers import Answers
 from k5train.recipes.needs import needs_of
-from k5train.recipes.others import official, simpletuner
+from k5train.recipes.others import official, quick, simpletuner
 from k5train.recipes.values import Value, values_for
 
 _WIDTH = 116
@@ -26,7 +26,7 @@ _TITLES = {
     "object": "A LoRA for an object: one thing.",
     "edit": "A LoRA for an edit, image-to-image: what is done to a picture, taught by pairs before and after.",
 }
-_OTHERS = {"official": official, "simpletuner": simpletuner}
+_OTHERS = {"official": official, "simpletuner": simpletuner, "quick": quick}
 
 
 def compose(answers: Answers, preset: str | None = None) -> str:
@@ -42,7 +42,7 @@ def compose(answers: Answers, preset: str | None = None) -> str:
         raise RecipeError("; ".join(problems), "Correct that answer")
     values = values_of(answers, preset)
     opening = _OTHERS[preset].__doc__ or "" if preset else _title(answers)
-    lines = [*_wrapped(opening), "#", *(f"#   {line}" for line in commands(answers)), "#"]
+    lines = [*_wrapped(opening), "#", *(f"#   {line}" for line in commands(answers, preset)), "#"]
     for paragraph in (_how_to_change(answers), needs_of(values), _about_steps(answers)):
         lines += [*_wrapped(paragraph), "#"]
     lines += [*_table_of_steps(answers), "#", *_wrapped(_WHAT_IS_UNSET)]
@@ -73,12 +73,12 @@ _REGULARISATION = """\
 # is_regularisation_data = true""".splitlines()
 
 
-def commands(answers: Answers) -> list[str]:
+def commands(answers: Answers, preset: str | None = None) -> list[str]:
     """The commands that use the recipe, to copy."""
     recipe = answers.recipe
     encode = command("k5cache", "encode", answers.source, sources=answers.sources, recipe=recipe)
     lines = [f"{encode} {command('-o', answers.cache)}", command("k5train", "run", answers.cache, recipe=recipe)]
-    if recipe.endswith(".toml"):  # one of the user's own: configure offers its answers again
+    if recipe.endswith(".toml") and preset is None:  # one of the user's own: configure offers its answers again
         asked: dict[str, Any] = {"goal": answers.goal, "images": answers.num_images, "sources": answers.sources}
         lines.append(command("k5train", "configure", answers.source, **asked, out=recipe))
     return [shown(line, 4000) for line in lines]

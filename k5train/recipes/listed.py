@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from k5train.recipes.answers import Answers, Goal
 from k5train.recipes.compose import compose, values_of
+from k5train.recipes.needs import peak_of
 from k5train.recipes.values import Value
 
 FEW, MANY = 300, 3000
@@ -34,6 +35,10 @@ class Packaged:
     def text(self) -> str:
         """The whole file."""
         return compose(self.answers, self.preset)
+
+    def as_file(self, path: str) -> str:
+        """The same as a file of the user's own, which its commands name."""
+        return compose(replace(self.answers, recipe=path), self.preset)
 
     @property
     def values(self) -> list[Value]:
@@ -65,12 +70,31 @@ def _packaged() -> dict[str, Packaged]:
             name = f"{goal}-{card.lower()}"
             recipes[name] = Packaged(_answers(name, goal, card))
         for card in CARDS_OF_MANY:
-            name = f"{goal}-{card.lower()}-thousands"
+            name = f"{goal}-{card.lower()}-many"
             recipes[name] = Packaged(_answers(name, goal, card, MANY))
     recipes["official"] = Packaged(_answers("official", "style", "24GB"), "official")
     recipes["simpletuner"] = Packaged(_answers("simpletuner", "style", "16GB"), "simpletuner")
+    recipes["quick-512"] = Packaged(_answers("quick-512", "style", "8GB", 40), "quick")
     return recipes
 
 
 PACKAGED = _packaged()
 """The name of each, without ``.toml`` -> what it is made of."""
+
+
+_TEACHES = {
+    "official": "anything, with the official trainer's settings",
+    "simpletuner": "anything, with those of SimpleTuner's quickstart",
+    "quick": "a first try at 512 pixels",
+}
+
+
+def row_of(name: str) -> list[str]:
+    """A packaged recipe as a row of a table: name, what it teaches, images, steps, peak of VRAM."""
+    recipe = PACKAGED[name]
+    steps = next(value.value for value in recipe.values if value.option == "train.steps")
+    teaches = _TEACHES[recipe.preset] if recipe.preset else f"{_ARTICLES[recipe.answers.goal]} {recipe.answers.goal}"
+    return [name, teaches, f"{recipe.answers.num_images:,}", f"{steps:,}", peak_of(recipe.values)]
+
+
+_ARTICLES: Mapping[Goal, str] = {"style": "a", "character": "a", "object": "an", "edit": "an"}

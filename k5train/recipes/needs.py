@@ -41,6 +41,14 @@ def known() -> dict[str, dict[str, Any]]:
     return document
 
 
+def peak_of(values: Iterable[Value]) -> str:
+    """The most VRAM that torch reserved, or will."""
+    numbers = known().get(kind_of_work(values), {})
+    if measured := numbers.get("measured"):
+        return f"{measured['reserved']}, measured"
+    return f"{numbers['predicted']}, predicted" if numbers else ""
+
+
 def needs_of(values: Iterable[Value]) -> str:
     """A paragraph on memory and time."""
     values = list(values)

@@ -34,7 +34,7 @@ def values_for(answers: Answers) -> list[Value]:
     ]
 
 
-def model_and_cache(answers: Answers) -> Iterator[Value]:
+def model_and_cache(answers: Answers, resolution: int = 1024) -> Iterator[Value]:
     """``[model]`` and ``[cache]``."""
     other = answers.flavour.replace("sft", "pretrain") if "sft" in answers.flavour else ""
     yield Value(
@@ -47,9 +47,9 @@ def model_and_cache(answers: Answers) -> Iterator[Value]:
     )
     yield Value(
         "cache.resolution",
-        1024,
-        "The size that the model was trained at. At 768 a step takes about half as long, and at 512 a quarter, and the "
-        "LoRA learns less of fine details.",
+        resolution,
+        "The model was trained at 1024. At 768 a step takes about half as long, and at 512 a quarter, and the LoRA "
+        "learns less of fine details.",
     )
     if answers.caption_strategy != "textfile":
         yield Value("cache.caption_strategy", answers.caption_strategy, "Where the captions come from.")

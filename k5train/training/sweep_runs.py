@@ -11,9 +11,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document, line_of
+from k5cache.shared.packaged import located
 from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
@@ -125,6 +127,9 @@ def _from_grid(document: Document, grid: Sequence[str]) -> list[tuple[str, Docum
 def _from_list(document: Document, listed: Path | None) -> list[tuple[str, Document]]:
     assert listed is not None
     fix = 'Write [[run]] tables, each with name = "..." and options as in a recipe: train.lora.rank = 8'
+    listed, said = located(listed)
+    if said:
+        console.note(said)
     contents, _, text = read_toml(listed, fix)
     tables = contents.get("run")
     if set(contents) != {"run"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
