@@ -37,10 +37,10 @@ app = typer.Typer(
     cls=console.Commands,
     help="Train a Kandinsky 5 Image LoRA from a cache, on the card you have.",
     epilog=help.examples(
-        "k5train configure datasets/cats        # first: a few questions make a recipe",
-        "k5cache encode datasets/cats           # then: images to a cache",
-        "k5train run cache/cats                 # then: the cache to a LoRA",
-        "k5train run --help                     # options and more examples",
+        "k5train configure datasets/cats    # a few questions make a recipe",
+        "k5cache encode datasets/cats       # then: images to a cache",
+        "k5train run cache/cats             # then: the cache to a LoRA",
+        "k5train run --help                 # options and more examples",
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -82,7 +82,7 @@ add(
     configure.configure,
     "k5train configure datasets/cats",
     'k5train configure datasets/cats --goal character --trigger "ohwx cat" --yes',
-    "k5train configure cats.toml            # again, from the answers of that recipe",
+    "k5train configure cats.toml     # again, from the answers of that recipe",
 )
 add(PREPARE, plan.plan, "k5train plan cache/cats", "k5train plan --vram 12GB --resolution 768")
 add(
@@ -100,7 +100,12 @@ add(
     name="import",
 )
 add(FILES, lora.export, "k5train export runs/cats", "k5train export cats.safetensors --format kohya --dtype fp16")
-add(FILES, lora.merge, "k5train merge runs/cats style.safetensors -w 1 -w 0.5 -o both.safetensors")
+add(
+    FILES,
+    lora.merge,
+    "k5train merge runs/cats style.safetensors -w 1 -w 0.5 -o both.safetensors",
+    "k5train merge runs/cats --into-base models/k5 -o models/k5-cats",
+)
 add(FILES, lora.check_lora, "k5train check-lora cats.safetensors", name="check-lora")
 add(FILES, push.push, "k5train push runs/cats", "k5train push runs/cats owner/cats --which best --public")
 add(MACHINE, doctor.doctor, "k5train doctor", "k5train doctor --vram 12GB --json")

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-MOST_EXAMPLE = 74
+MOST_EXAMPLE = 76
 """Characters of an example: with its indent it fits in 80 columns, so that no terminal breaks it."""
 _PACKAGES = ("torch", "transformers", "diffusers", "peft")
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
