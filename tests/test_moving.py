@@ -218,6 +218,9 @@ DATA: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"prepend_instance_prompt": True, "instance_prompt": "sks"}, {"trigger": "sks"}),
     ({"minimum_image_size": 512}, {"minimum_image_size": 512}),
     ({"minimum_image_size": 0.25, "resolution": 1, "resolution_type": "area"}, {"minimum_image_size": 512}),
+    ({"disable_multiline_split": True}, {"caption_lines": "whole"}), ({"caption_shuffle": {"enable": False}}, {}),
+    ({"caption_shuffle": {"enable": True, "count": 2, "position_start": 1, "seed": 4}},
+     {"shuffle_tags": True, "caption_variants": 3, "keep_tokens": 1}),
     ({"caption_strategy": "parquet", "parquet": {"path": "t.parquet", "caption_column": "c", "filename_column": "f"}},
      {"caption_strategy": "metadata", "caption_column": "c", "image_column": "f"}),
 ]  # fmt: skip
@@ -247,9 +250,9 @@ def test_several_backends_become_several_caches_and_those_left_out_are_named(hom
     values = values_of(moved)
     assert values["cache"] == {}
     assert values["train"]["data"] == [
-        {"cache": "cache/a_1", "repeats": 1, "is_regularisation_data": False},
-        {"cache": "cache/a_1-2", "repeats": 3, "is_regularisation_data": False},
-        {"cache": "cache/reg", "repeats": 1, "is_regularisation_data": True},
+        {"cache": "cache/a_1", "repeats": 1, "repeats_by_folder": False, "is_regularisation_data": False},
+        {"cache": "cache/a_1-2", "repeats": 3, "repeats_by_folder": False, "is_regularisation_data": False},
+        {"cache": "cache/reg", "repeats": 1, "repeats_by_folder": False, "is_regularisation_data": True},
     ]
     assert [shlex.split(line) for line in moved.commands] == [
         ["k5cache", "encode", "it's \"A\" картинки", "--recipe", "my.toml", "--set", "cache.resolution=512",
@@ -336,7 +339,7 @@ def test_a_command_line_of_musubi_tuner_becomes_a_recipe(home):
     moved = turn(write("train.sh", MUSUBI))
     assert values_of(moved) == {
         "model": {},
-        "cache": {"resolution": 720},
+        "cache": {"resolution": 720, "caption_lines": "whole"},
         "train": {
             "name": "k5_lora", "epochs": 50, "repeats": 2, "flow_schedule_shift": 5.0,
             "lora": {"rank": 16, "alpha": 8.0},
@@ -382,15 +385,37 @@ batch_size = 2
 def test_a_dataset_config_of_sd_scripts_becomes_a_cache_a_subset(home):
     moved = turn(write("data.toml", SD_SCRIPTS))
     values = values_of(moved)
-    assert values["cache"] == {}
+    assert values["cache"] == {"shuffle_tags": True}
     assert values["train"]["batch_size"] == 4
     assert [entry["is_regularisation_data"] for entry in values["train"]["data"]] == [False, True, False]
     assert "--set cache.resolution=768" in moved.commands[2]
     assert "--set cache.flip=true" in moved.commands[2]
     assert "--set 'cache.instance_prompt=\"hoge girl\"'" in moved.commands[0]
-    assert said(moved)["shuffle_caption"].startswith("not supported: captions are encoded as they are")
+    keeps = [re.search(r"cache.keep_tokens=(\d)", line) for line in moved.commands[:3]]
+    assert [keep[1] for keep in keeps if keep] == ["2", "2", "1"]
+    assert "--set 'cache.caption_lines=\"first\"'" in moved.commands[2]  # no instance_prompt: its captions are in files
     third = [row for row in moved.rows if row.where == "data.toml, dataset 2.1"]
     assert {row.key for row in third} >= {"resolution", "batch_size", "image_dir", "flip_aug", "keep_tokens"}
+
+
+CAPTION_KEYS: list[tuple[str, dict[str, Any]]] = [
+    ("caption_extension = '.caption'", {"caption_extension": "caption", "caption_lines": "first"}),
+    ("caption_prefix = 'sks,'\ncaption_suffix = 'at dusk'",
+     {"caption_prefix": "sks, ", "caption_suffix": " at dusk", "caption_lines": "first"}),
+    ("shuffle_caption = true\nkeep_tokens = 2", {"shuffle_tags": True, "keep_tokens": 2, "caption_lines": "first"}),
+    ("shuffle_caption = false\nkeep_tokens = 2", {"caption_lines": "first"}),
+    ("enable_wildcard = true", {"wildcards": True}),
+    ("caption_separator = ','\ncaption_separator2 = 1", {"caption_lines": "first"}),
+]  # fmt: skip
+
+
+def test_keys_about_captions_mean_the_same_here(home):
+    """sd-scripts: a prefix and a suffix stand beside a space, and without wildcards only the first line is used."""
+    for keys, expected in CAPTION_KEYS:
+        moved = turn(write("d.toml", f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "datasets/my_images"\n{keys}\n'))
+        assert values_of(moved)["cache"] == expected, keys
+        check_commands(moved)
+    assert [row.key for row in moved.rows if row.outcome == "unknown"] == ["caption_separator2"]
 
 
 def test_a_training_folder_of_sd_scripts_has_its_repeats_in_the_names_of_its_folders(home):
@@ -404,7 +429,7 @@ def test_a_training_folder_of_sd_scripts_has_its_repeats_in_the_names_of_its_fol
     cat, dog, _ = map(shlex.split, moved.commands)
     assert cat[2:3] == ["imgs/10_sks cat"]
     assert 'cache.instance_prompt="sks cat"' in cat
-    assert "--set" not in dog
+    assert [b for a, b in itertools.pairwise(dog) if a == "--set"] == ['cache.caption_lines="first"']
     assert said(moved)["train_data_dir"] == "taken over: 2 caches: see the data below"
     prompts = write("p.txt", "# mine\na cat --w 832 --d 1\n\na dog\n")
     assert values_of(turn(Path("k.toml"), prompts=prompts))["train"]["validation"]["prompts"] == ["a cat", "a dog"]
@@ -478,7 +503,7 @@ def test_a_job_of_ai_toolkit_becomes_a_recipe_and_each_resolution_a_cache(home):
     moved = turn(write("train.yaml", AI_TOOLKIT))
     assert values_of(moved) == {
         "model": {},
-        "cache": {"trigger": "p3r5on"},
+        "cache": {"caption_lines": "whole", "trigger": "p3r5on"},
         "train": {
             "name": "my_first_lora_v1", "steps": 2000, "caption_dropout_probability": 0.05,
             "checkpoints_total_limit": 4,
@@ -486,8 +511,11 @@ def test_a_job_of_ai_toolkit_becomes_a_recipe_and_each_resolution_a_cache(home):
             "optim": {"optimizer": "adamw8bit", "lr": 1e-4, "ema_decay": 0.99},
             "validation": {"prompts": ["p3r5on holding a coffee cup"], "every": 200, "width": 1024, "height": 1024,
                            "guidance_scale": 4.0, "num_inference_steps": 20},
-            "data": [{"cache": f"cache/folder-{side}", "repeats": 1, "is_regularisation_data": False}
-                     for side in (512, 768, 1024)],
+            "data": [
+                {"cache": f"cache/folder-{side}", "repeats": 1, "repeats_by_folder": False,
+                 "is_regularisation_data": False}
+                for side in (512, 768, 1024)
+            ],
         },
     }  # fmt: skip
     assert [row.key for row in moved.rows if row.outcome == "unknown"] == []

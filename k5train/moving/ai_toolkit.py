@@ -15,10 +15,12 @@ from k5cache.shared.model import FLAVOURS
 from k5train.moving import simpletuner_keys as keys
 from k5train.moving.data_keys import (
     take_flip,
+    take_keep,
     take_random_crop,
     take_rectangle,
     take_regularisation,
     take_repeats,
+    take_shuffle,
     take_side,
 )
 from k5train.moving.draft import CacheDraft, Draft, Entry, flag, number, text
@@ -203,8 +205,9 @@ DATA_RULES: Rules = {
     "control_path": KOHYA_DATA["control_directory"],
     **many(needless("stage 1 encodes everything into the cache"), "cache_latents_to_disk", "cache_latents",
            "cache_text_embeddings"),
-    **many(unsupported("captions are encoded as they are", False, 0), "shuffle_tokens", "keep_tokens",
-           "token_dropout_rate"),
+    "shuffle_tokens": special("`cache.shuffle_tags`", take_shuffle),
+    "keep_tokens": special("`cache.keep_tokens`, with shuffle_tokens", _ignored),
+    "token_dropout_rate": unsupported("no tags are left out of captions", False, 0),
     **many(unsupported("pictures are only mirrored from left to right", False), "flip_y", "augments", "random_scale"),
     **many(unsupported("masks are NAME.mask.png beside their images"), "mask_path", "mask_min_value"),
     **many(unsupported("weight in [[train.data]] is the share of an epoch's rows", 1), "network_weight",
@@ -292,6 +295,9 @@ def _take_dataset(draft: Draft, where: str, dataset: dict[str, Any]) -> None:
     missing = "" if folder else ": it is not there yet"
     draft.say(entry, "taken over", f"the argument of k5cache encode{missing}")
     apply(draft, DATA_RULES, where, dataset)
+    if dataset.get("keep_tokens") is not None:
+        take_keep(draft, Entry(where, "keep_tokens", dataset["keep_tokens"]), dataset.get("shuffle_tokens"))
+    draft.cache.options["caption_lines"] = "whole"  # ai-toolkit takes a file as one caption
     given = dataset.get("resolution")
     sides = given if isinstance(given, list) else [given]
     base = draft.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any
 
-from k5train.moving.draft import Draft, Entry, flag, number, wrong_type
+from k5train.moving.draft import Draft, Entry, flag, number, text, wrong_type
 
 _FEWEST_PIXELS = 16  # a smaller number of pixels is one of megapixels
 
@@ -78,3 +78,52 @@ def take_repeats(draft: Draft, entry: Entry, more: int = 0) -> None:
     draft.cache.repeats = int(value) + more
     note = f", because {int(value)} there is {draft.cache.repeats} passes" if more else ""
     draft.say(entry, "taken over", f"repeats = {draft.cache.repeats}{note}")
+
+
+def take_extension(draft: Draft, entry: Entry) -> None:
+    """The suffix of caption files; ``.txt`` is read anyway."""
+    suffix = text(entry).lstrip(".").lower()
+    if suffix == "txt":
+        draft.say(entry, "not needed", "this is what happens here anyway")
+    else:
+        draft.take(entry, "cache.caption_extension", suffix, is_of_cache=True)
+
+
+def take_prefix(draft: Draft, entry: Entry) -> None:
+    """Text before captions, which kohya's trainers follow with a space."""
+    draft.take(entry, "cache.caption_prefix", f"{text(entry).rstrip()} ", "with a space behind it", is_of_cache=True)
+
+
+def take_suffix(draft: Draft, entry: Entry) -> None:
+    """Text behind captions, which kohya's trainers put a space before."""
+    draft.take(entry, "cache.caption_suffix", f" {text(entry).lstrip()}", "with a space before it", is_of_cache=True)
+
+
+def take_shuffle(draft: Draft, entry: Entry) -> None:
+    """Whether tags are shuffled."""
+    if flag(entry):
+        most = draft.cache.options.get("caption_variants", 4)
+        note = f"a caption is encoded in up to {most} orders, cache.caption_variants"
+        draft.take(entry, "cache.shuffle_tags", True, note, is_of_cache=True)
+    else:
+        draft.say(entry, "not needed", "it is off")
+
+
+def take_keep(draft: Draft, entry: Entry, shuffles: Any) -> None:
+    """How many tags stay in place.
+
+    Args:
+        shuffles: the value of the key that shuffles tags.
+    """
+    if number(entry) == 0 or shuffles is None or not flag(Entry(entry.where, "shuffling", shuffles)):
+        draft.say(entry, "not needed", "no tags are shuffled")
+    else:
+        draft.take(entry, "cache.keep_tokens", entry.value, is_of_cache=True)
+
+
+def take_wildcards(draft: Draft, entry: Entry) -> None:
+    """Whether ``{a|b}`` is drawn, and a line of a file."""
+    if flag(entry):
+        draft.take(entry, "cache.wildcards", True, "and each line is a caption of its own", is_of_cache=True)
+    else:
+        draft.say(entry, "not needed", "it is off")

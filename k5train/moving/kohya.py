@@ -234,7 +234,8 @@ RULES: Rules = {
     "dataset_config": special("read, unless `--data` names another", _ignored),
     **many(special("a dataset of its own", _ignored), "train_data_dir", "reg_data_dir"),
     **many(special("of each cache; see the data below", _ignored), "resolution", "caption_extension", "flip_aug",
-           "random_crop", "shuffle_caption", "keep_tokens", "color_aug"),
+           "random_crop", "shuffle_caption", "keep_tokens", "caption_prefix", "caption_suffix", "enable_wildcard",
+           "caption_separator", "color_aug"),
     "max_token_length": needless("512 tokens of a caption are used: cache.max_sequence_length"),
     "caption_dropout_rate": takes("train.caption_dropout_probability"),
     **many(needless("images go into the sizes that the model was trained at"), "min_bucket_reso", "max_bucket_reso",
@@ -242,7 +243,7 @@ RULES: Rules = {
     "bucket_no_upscale": unsupported("cache.no_upscale skips images that would be enlarged", False),
 }  # fmt: skip
 DATA_DEFAULTS = ("resolution", "caption_extension", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens",
-                 "color_aug")  # fmt: skip
+                 "caption_prefix", "caption_suffix", "enable_wildcard", "caption_separator", "color_aug")  # fmt: skip
 _LATE = ("max_train_steps",)
 
 

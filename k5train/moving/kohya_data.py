@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from k5cache.shared.errors import RecipeError
-from k5train.moving.data_keys import take_flip, take_random_crop, take_rectangle, take_regularisation, take_repeats
+from k5train.moving.data_keys import (
+    take_extension,
+    take_flip,
+    take_keep,
+    take_prefix,
+    take_random_crop,
+    take_rectangle,
+    take_regularisation,
+    take_repeats,
+    take_shuffle,
+    take_suffix,
+    take_wildcards,
+)
 from k5train.moving.draft import CacheDraft, Draft, Entry, flag, text
 from k5train.moving.read import locate
-from k5train.moving.rules import SAME, Rules, apply, many, needless, special, unsupported
+from k5train.moving.rules import Rules, apply, many, needless, special, unsupported
 
 _FOLDERS = ("image_dir", "image_directory", "image_jsonl_file")
 
@@ -48,17 +60,6 @@ def _dropout(draft: Draft, entry: Entry) -> None:
         draft.say(entry, "not supported", f"{option} is {draft.value(option):g} for all data")
 
 
-def _extension(draft: Draft, entry: Entry) -> None:
-    if text(entry).lstrip(".").lower() == "txt":
-        draft.say(entry, "not needed", SAME)
-    else:
-        draft.say(entry, "not supported", "captions are in .txt files: rename them")
-
-
-def _prefix(draft: Draft, entry: Entry) -> None:
-    draft.take(entry, "cache.trigger", f"{text(entry).rstrip()} ", "with a space behind it", is_of_cache=True)
-
-
 def _control(draft: Draft, entry: Entry) -> None:
     draft.cache.sources = str(locate(text(entry), draft.config) or Path(text(entry)).expanduser())
     draft.say(entry, "taken over", 'k5cache encode --sources, and model.flavour = "i2i-lite-sft"')
@@ -70,12 +71,18 @@ DATA_RULES: Rules = {
     "resolution": special("`cache.resolution`, the side of a square of that area", take_rectangle),
     "num_repeats": special("`repeats`", take_repeats),
     "batch_size": special("`train.batch_size`, of the first dataset", _batch),
-    "caption_extension": special("not supported, unless it is `.txt`", _extension),
+    "caption_extension": special("`cache.caption_extension`, unless it is `.txt`", take_extension),
     "enable_bucket": special('not needed; `false` is `cache.buckets = "square"`', _bucket),
     "flip_aug": special("`cache.flip`", take_flip),
     "random_crop": special("`cache.crop`", take_random_crop),
     "is_reg": special("`is_regularisation_data` of [[train.data]]", take_regularisation),
-    "caption_prefix": special("`cache.trigger`", _prefix),
+    "caption_prefix": special("`cache.caption_prefix`", take_prefix),
+    "caption_suffix": special("`cache.caption_suffix`", take_suffix),
+    "shuffle_caption": special("`cache.shuffle_tags`", take_shuffle),
+    "keep_tokens": special("`cache.keep_tokens`, with shuffle_caption", _ignored),
+    "enable_wildcard": special("`cache.wildcards`. Without it `cache.caption_lines`: sd-scripts uses a file's first"
+                               " line, musubi-tuner all of it", take_wildcards),
+    "caption_separator": unsupported("tags are the parts between commas", ",", ", "),
     "class_tokens": special("`cache.instance_prompt`, for a folder without captions", _ignored),
     "caption_dropout_rate": special("`train.caption_dropout_probability`, of the first dataset", _dropout),
     "control_directory": special("`k5cache encode --sources`, for image-to-image", _control),
@@ -83,9 +90,9 @@ DATA_RULES: Rules = {
     **many(needless("images go into the sizes that the model was trained at"), "min_bucket_reso", "max_bucket_reso",
            "bucket_reso_steps"),
     "bucket_no_upscale": unsupported("cache.no_upscale skips images that would be enlarged", False),
-    **many(unsupported("captions are encoded as they are", False, 0, 1), "shuffle_caption", "keep_tokens",
-           "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step"),
-    **many(unsupported("captions are encoded as they are"), "caption_suffix", "caption_separator",
+    **many(unsupported("no tags are left out of captions", False, 0, 1), "caption_tag_dropout_rate",
+           "token_warmup_min", "token_warmup_step"),
+    **many(unsupported("tags are the parts between commas, and keep_tokens counts those that stay"),
            "keep_tokens_separator", "secondary_separator"),
     **many(unsupported("pictures keep their colours", False), "color_aug", "face_crop_aug_range"),
     **many(unsupported("masks are NAME.mask.png beside their images", False), "alpha_mask", "mask_directory"),
@@ -146,9 +153,20 @@ def _take(draft: Draft, where: str, dataset: dict[str, Any]) -> None:
     missing = "" if folder else ": it is not there yet"
     draft.say(Entry(where, key, name), "taken over", f"the argument of k5cache encode{missing}")
     apply(draft, DATA_RULES, where, dataset)
+    if dataset.get("keep_tokens") is not None:
+        entry = Entry(where, "keep_tokens", dataset["keep_tokens"])
+        take_keep(draft, entry, dataset.get("shuffle_caption"))
     _take_class(draft, where, dataset, source)
+    _take_lines(draft, key)
     draft.say_of_rest(where, dataset, "it has no meaning for this data")
     draft.caches.append(draft.cache)
+
+
+def _take_lines(draft: Draft, folder_key: str) -> None:
+    """What a file of several lines is: sd-scripts uses its first line, musubi-tuner all as one caption."""
+    options = draft.cache.options
+    if folder_key != "image_jsonl_file" and not options.get("wildcards") and "instance_prompt" not in options:
+        options["caption_lines"] = "first" if folder_key == "image_dir" else "whole"
 
 
 def _take_class(draft: Draft, where: str, dataset: Mapping[str, Any], folder: Path) -> None:
@@ -156,7 +174,7 @@ def _take_class(draft: Draft, where: str, dataset: Mapping[str, Any], folder: Pa
     if not dataset.get("class_tokens"):
         return
     entry = Entry(where, "class_tokens", dataset["class_tokens"])
-    if folder.is_dir() and any(folder.glob("*.txt")):
+    if folder.is_dir() and any(path.suffix.lower() in (".txt", ".caption") for path in folder.iterdir()):
         draft.say(entry, "not needed", "the folder has captions")
         return
     draft.cache.options["caption_strategy"] = "instanceprompt"

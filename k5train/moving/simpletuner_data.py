@@ -11,7 +11,14 @@ from typing import Any
 
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.foreign import shown
-from k5train.moving.data_keys import side_of_megapixels, take_area, take_regularisation, take_repeats
+from k5train.moving.data_keys import (
+    side_of_megapixels,
+    take_area,
+    take_keep,
+    take_regularisation,
+    take_repeats,
+    take_shuffle,
+)
 from k5train.moving.draft import CacheDraft, Draft, Entry, flag, number, text, wrong_type
 from k5train.moving.read import locate
 from k5train.moving.rules import (
@@ -85,15 +92,25 @@ def _probability(draft: Draft, entry: Entry) -> None:
 
 def _sequence(draft: Draft, entry: Entry) -> None:
     if flag(entry):
-        draft.say(entry, "not supported", "every line of a text file is a caption of its own here")
+        draft.take(entry, "cache.caption_lines", "whole", "a file is one caption", is_of_cache=True)
     else:
         draft.say(entry, "not needed", SAME)
 
 
 def _shuffle(draft: Draft, entry: Entry) -> None:
-    enabled = entry.value.get("enable", False) if isinstance(entry.value, dict) else entry.value
-    if flag(Entry(entry.where, entry.key, enabled)):
-        draft.say(entry, "not supported", "captions are encoded as they are")
+    """``{"enable": true, "count": 3, "position_start": 1}``, or a flag."""
+    given = entry.value if isinstance(entry.value, dict) else {"enable": entry.value}
+    if flag(Entry(entry.where, entry.key, given.get("enable", False))):
+        if given.get("count") is not None:
+            count = Entry(entry.where, f"{entry.key}.count", given["count"])
+            draft.take(count, "cache.caption_variants", number(count) + 1, "with the written order", is_of_cache=True)
+        take_shuffle(draft, Entry(entry.where, entry.key, True))
+        if given.get("position_start") is not None:
+            start = Entry(entry.where, f"{entry.key}.position_start", given["position_start"])
+            take_keep(draft, start, True)
+        for key in given.keys() - {"enable", "count", "position_start"}:
+            other = Entry(entry.where, f"{entry.key}.{key}", given[key])
+            draft.say(other, "not supported", "tags are the parts between commas, shuffled by a seed of the caption")
     else:
         draft.say(entry, "not needed", SAME)
 
@@ -124,8 +141,8 @@ DATA_RULES: Rules = {
            "is_regularization_data"),
     **many(special("`--sources` of `k5cache encode`, for image-to-image", _ignored), "conditioning_data",
            "source_dataset_id", "conditioning_type"),
-    "disable_multiline_split": special("not supported, unless it is `false`: one line is one caption", _sequence),
-    "caption_shuffle": special("not supported, unless it is off: captions are encoded as they are", _shuffle),
+    "disable_multiline_split": special('`cache.caption_lines = "whole"`, unless it is `false`', _sequence),
+    "caption_shuffle": special("`cache.shuffle_tags`, `cache.caption_variants` and `cache.keep_tokens`", _shuffle),
     "caption_column": takes_for_cache("cache.caption_column"),
     "image_column": takes_for_cache("cache.image_column"),
     "split": takes_for_cache("cache.split"),
