@@ -22,7 +22,7 @@ _SELECTION = (
 
 _SELECTION_IF_SET = (
     *("source_column", "caption_extension", "caption_lines", "caption_prefix", "caption_suffix"),
-    *("shuffle_tags", "keep_tokens", "wildcards", "caption_variants"),
+    *("shuffle_tags", "keep_tokens", "wildcards", "caption_variants", "class_word", "class_replaces"),
 )
 """Options that came later: a recipe has them only if they are set, so that older caches are not stale."""
 _SUFFIX = re.compile(r"\.?\w[\w-]{0,30}")
@@ -70,6 +70,12 @@ class CacheConfig:
     trigger: str | None = None
     """Text before every caption, followed by ``, `` unless it ends in a space: ``sks`` gives ``sks, a cat``. For
     image-to-image it comes last, ``make it red, sks``: the pipeline cuts an instruction's first tokens off."""
+    class_word: str | None = None
+    """For differential output preservation (``train.objective.preservation_weight``): the class of what is trained,
+    such as ``woman``. Each caption is encoded once more with this in the place of ``trigger``: ``woman, a portrait``
+    beside ``sks, a portrait``. This doubles the text rows."""
+    class_replaces: str | None = None
+    """What ``class_word`` replaces, where that is not ``trigger``: a word that stands in the captions as written."""
     caption_prefix: str | None = None
     """Text before every caption and behind ``trigger``, followed by ``, `` unless it ends in a space or a mark such as
     ``:``. ``a photo of `` with a space at its end gives ``a photo of a cat``."""
@@ -191,6 +197,10 @@ class CacheConfig:
         problems = []
         if self.caption_extension is not None and not _SUFFIX.fullmatch(self.caption_extension):
             problems.append(f"caption_extension must be one suffix such as caption, found {self.caption_extension!r}")
+        if self.class_word is not None and not (self.class_replaces or self.trigger or "").strip():
+            problems.append("class_word needs trigger or class_replaces, the word in the captions that it replaces")
+        if self.class_word is not None and not self.class_word.strip():
+            problems.append("class_word is empty: give the class of what is trained, such as woman")
         if self.keep_tokens < 0:
             problems.append(f"keep_tokens must be 0 or more, found {self.keep_tokens}")
         if not 1 <= self.caption_variants <= _MOST_VARIANTS:

@@ -472,6 +472,9 @@ config:
         noise_scheduler: "flowmatch"
         optimizer: "adamw8bit"
         lr: 1e-4
+        diff_output_preservation: true
+        diff_output_preservation_multiplier: 0.8
+        diff_output_preservation_class: "person"
         ema_config:
           use_ema: true
           ema_decay: 0.99
@@ -503,12 +506,13 @@ def test_a_job_of_ai_toolkit_becomes_a_recipe_and_each_resolution_a_cache(home):
     moved = turn(write("train.yaml", AI_TOOLKIT))
     assert values_of(moved) == {
         "model": {},
-        "cache": {"caption_lines": "whole", "trigger": "p3r5on"},
+        "cache": {"caption_lines": "whole", "trigger": "p3r5on", "class_word": "person"},
         "train": {
             "name": "my_first_lora_v1", "steps": 2000, "caption_dropout_probability": 0.05,
             "checkpoints_total_limit": 4,
             "lora": {"rank": 16, "alpha": 16.0},
             "optim": {"optimizer": "adamw8bit", "lr": 1e-4, "ema_decay": 0.99},
+            "objective": {"preservation_weight": 0.8},
             "validation": {"prompts": ["p3r5on holding a coffee cup"], "every": 200, "width": 1024, "height": 1024,
                            "guidance_scale": 4.0, "num_inference_steps": 20},
             "data": [
@@ -522,6 +526,11 @@ def test_a_job_of_ai_toolkit_becomes_a_recipe_and_each_resolution_a_cache(home):
     lost = {row.key for row in moved.rows if row.outcome == "not supported"}
     assert lost == {"model.name_or_path", "sample.walk_seed"}
     check_commands(moved)
+    off = turn(write("off.yaml", AI_TOOLKIT.replace("preservation: true", "preservation: false")))
+    assert "class_word" not in values_of(off)["cache"]
+    assert said(off)["train.diff_output_preservation_class"] == "not needed: this is what happens here anyway"
+    without = turn(write("without.yaml", AI_TOOLKIT.replace('trigger_word: "p3r5on"', 'trigger_word: ""')))
+    assert said(without)["train.diff_output_preservation"].startswith("not supported: it needs trigger_word")
 
 
 SECRET = "hf_" + "abcdefghijklmnopqrst"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -87,19 +87,24 @@ class Committer:
         source: SourceNote = SourceNote(),  # noqa: B008 (frozen)
         left_out: LeftOut = LeftOut(),  # noqa: B008 (frozen)
         edits: tuple[Edit, ...] = (),
+        classes: Mapping[str, str] | None = None,
     ) -> bool:
         """Write the index and name it, with the recipe that made its rows. From then on readers see these rows.
 
         Args:
             prompts: added to those that the manifest has.
             edits: all pairs to draw.
+            classes: the keys of class captions, by those of captions. None: those that the manifest has.
 
         Returns:
             False if the cache says all this already; then nothing is written.
         """
         before = self.manifest
         prompts = {**before.prompts, **prompts}
-        self.manifest = replace(before, prompts=prompts, recipe=recipe, source=source, left_out=left_out, edits=edits)
+        self.manifest = replace(
+            before, prompts=prompts, recipe=recipe, source=source, left_out=left_out, edits=edits,
+            classes=before.classes if classes is None else dict(classes),
+        )  # fmt: skip
         if (
             before.index
             and before.locations

@@ -45,6 +45,8 @@ class Plan:
     """Images that are used although their file is damaged, of those that were looked at."""
     edits: tuple[Edit, ...] = ()
     """Pairs to draw."""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """Key of a caption -> that of its class caption."""
     stretched: tuple[str, ...] = ()
     """Paths of images whose source has another shape and is stretched."""
     turned: tuple[str, ...] = ()
@@ -81,6 +83,8 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
     changes = previous.changes(rows)
     needed_texts = {key for row in rows for key in row.text_keys} | {*prompts.values()}
     needed_texts |= {key for edit in edits for key in edit.text_keys}
+    classes = {key: keys.classes[key] for row in rows for key in row.caption_keys if key in keys.classes}
+    needed_texts |= {*classes.values()}
     needed_latents = {key for row in rows for key in row.latent_keys} | {edit.source_key for edit in edits}
     return Plan(
         rows=tuple(rows),
@@ -98,6 +102,7 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
         upscaled=_paths(row for row in rows if geometry_of(row).upscaled),
         failed=failed,
         edits=edits,
+        classes=classes,
         stretched=_paths(row for row in rows if row.source_path and source_of_row(row).stretched),
         turned=_paths(row for row in rows if row.source_path and _is_turned(row)),
         same_as_target=_paths(row for row in rows if row.source_hash == row.content_hash),
@@ -138,6 +143,8 @@ class _Keys:
     def __init__(self, wanted: Wanted, stored: Set[str], texts: TextKeys) -> None:
         self._wanted, self._stored, self.texts = wanted, stored, texts
         self._recipe = canonical(wanted.latent_recipe)
+        self.classes: dict[str, str] = {}
+        """Key of a caption -> that of its class caption."""
         self.latent_jobs: dict[str, LatentJob] = {}
         """One job per key that is not stored, in the order of first use: an image that is there twice is encoded once.
         """
@@ -153,6 +160,8 @@ class _Keys:
             seen = Seen.of(item.source.path, image.source, of_source, self._wanted.source_view, source_key)
         empty = self.texts.of_empty(seen)
         caption_keys = tuple(key for key in self.texts.of_captions(item, seen) if key != empty)
+        if self._wanted.class_of:
+            self.classes |= self.texts.of_classes(item, seen, caption_keys, self._wanted.class_of)
         row = _row(image, geometry, latent_key, caption_keys)
         if not item.source or not image.source:
             return row

@@ -17,7 +17,7 @@ from k5cache.encode.request import ListedRequest
 from k5cache.encode.source_note import decoders
 from k5cache.encode.wanted import Probes, Stored, Wanted
 from k5cache.shared import console
-from k5cache.sources import images, items, masks
+from k5cache.sources import class_captions, images, items, masks
 from k5cache.store.index import index_rows, read_index
 
 
@@ -31,6 +31,7 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
         texts=committer.keys("text"),
         masks=committer.keys("masks"),
         failed={} if rehash or manifest.left_out.decoders != decoders() else manifest.left_out.failed,
+        classes=manifest.classes if _has_same_classes(request) and not texts_differ else {},
         prompts=manifest.prompts if not texts_differ and request.is_cleaned_as_before else None,
     )
     is_as_before = not request.differences and request.is_cleaned_as_before
@@ -44,6 +45,7 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
         text_recipe=request.recipe["text"],
         source_view=request.config.source_view,
         empty_instruction=request.config.empty_instruction,
+        class_of=class_captions.class_of(request.config),
         kept_edits=edits.kept,
         edits=edits.examined,
     )
@@ -72,6 +74,13 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
     plan = make_plan(wanted, stored, probes, rehash)
     progress.end()
     return replace(plan, flawed=tuple(flawed), read_source=reader(listing.read_source, edits.examined))
+
+
+def _has_same_classes(request: ListedRequest) -> bool:
+    """Whether class captions are made of captions as those of the cache were."""
+    names = ("class_word", "class_replaces", "trigger")
+    before, now = (recipe.get("selection", {}) for recipe in (request.manifest.recipe, request.recipe))
+    return request.is_cleaned_as_before and all(before.get(name) == now.get(name) for name in names)
 
 
 class _ProbeProgress:

@@ -56,6 +56,20 @@ class TextKeys:
             return keys
         return tuple(self.of(caption, seen) for caption in item.captions)
 
+    def of_classes(
+        self, item: SourceItem, seen: Seen, keys: tuple[str, ...], class_of: Callable[[str], str | None]
+    ) -> dict[str, str]:
+        """The keys of the item's class captions, by those of its captions.
+
+        Args:
+            keys: of its captions.
+        """
+        known = {key: self._stored.classes[key] for key in keys if key in self._stored.classes}
+        if len(known) == len(keys) and self._stored.texts >= {*known.values()}:
+            return known
+        pairs = ((self.of(caption, seen), class_of(caption)) for caption in item.captions)
+        return {key: self.of(text, seen) for key, text in pairs if text is not None and key in keys}
+
     def of_empty(self, seen: Seen) -> str:
         """The key of the empty instruction with this source, or of the empty prompt."""
         return self._of_cleaned("", seen) if seen.view else self.of_prompt("")

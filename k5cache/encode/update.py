@@ -61,11 +61,13 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
     is_known = len(skipped) <= MOST_NAMED and all(s.is_lasting for s in {*skipped} - {*request.listing.skipped})
     note = take_note(request.source, request.config, request.listing) if is_known else SourceNote()
     needed = {key for row in rows for key in row.text_keys} | {key for edit in edits for key in edit.text_keys}
-    needed |= {*plan.prompts.values(), *manifest.prompts.values()}
+    captions = {key for row in rows for key in row.caption_keys}
+    classes = {k: v for k, v in plan.classes.items() if k in captions and v not in encoded.failed_texts}
+    needed |= {*plan.prompts.values(), *manifest.prompts.values(), *classes.values()}
     cut = note_truncated(manifest.left_out, encoded.truncated, plan.text_jobs, needed)
     left_out = note_left_out(skipped, failed, cut)
     write_skipped(request.root, ((skip.path, skip.reason) for skip in skipped))
-    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits)
+    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits, classes)
     num_latents = encoded.num_latents
     num_texts = sum(job.key not in encoded.failed_texts for job in plan.text_jobs)
     return EncodeReport(

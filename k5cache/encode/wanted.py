@@ -55,6 +55,8 @@ class Wanted:
     """Which part of a source Qwen sees: ``CacheConfig.source_view``."""
     empty_instruction: bool = True
     """Whether each source also gets a row of the empty instruction. Only for image-to-image."""
+    class_of: Callable[[str], str | None] | None = None
+    """A caption -> its class caption, as ``class_captions.class_of``."""
     kept_edits: Sequence[Edit] = ()
     """Pairs to draw of which the cache has all rows already."""
     edits: Sequence[ExaminedEdit] = ()
@@ -73,6 +75,8 @@ class Stored:
     masks: Set[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
     """Keys of latents and masks whose image or mask is known not to be decodable -> why."""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """Key of a caption -> that of its class caption. Given only if both are still made as they were."""
     prompts: Mapping[str, str] | None = None
     """Raw prompt to text key. Given only if text recipe and cleaning are still those that made ``rows``: captions and
     prompts that did not change then keep their keys and are not cleaned."""

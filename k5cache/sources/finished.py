@@ -9,10 +9,15 @@ from dataclasses import replace
 from k5cache.options import CacheConfig
 from k5cache.shared.kind import Kind
 from k5cache.sources.captions import finish
+from k5cache.sources.class_captions import notice
 from k5cache.sources.folder import ImageEntry
 from k5cache.sources.items import Skipped, SourceItem
 
-_NEEDS = {"keep_tokens": ("shuffle_tags",), "caption_variants": ("shuffle_tags", "wildcards")}
+_NEEDS = {
+    "keep_tokens": ("shuffle_tags",),
+    "caption_variants": ("shuffle_tags", "wildcards"),
+    "class_replaces": ("class_word",),
+}
 """Options that do nothing without others."""
 
 
@@ -31,13 +36,14 @@ def finished(
         if getattr(config, name) != getattr(CacheConfig, name) and not any(getattr(config, need) for need in needs)
     ]
     if not (is_varied or config.caption_prefix or config.caption_suffix or config.trigger):
-        return items, [], notices
+        return items, [], [*notices, *notice((c for item in items for c in item.captions), config)]
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
     for item in items:  # an instance prompt is the caption of all
         if item.captions not in known:
             known[item.captions] = finish(item.captions, config, kind)
     if is_varied:
         notices.append(_of_variants(known, config))
+    notices += notice((caption for captions in known.values() for caption in captions), config)
     done = [replace(item, captions=known[item.captions]) for item in items if known[item.captions]]
     return done, [Skipped(item.path, "empty caption") for item in items if not known[item.captions]], notices
 

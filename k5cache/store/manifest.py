@@ -142,6 +142,8 @@ class Manifest:
     """What the encoder could not use. Readers do not use it."""
     edits: tuple[Edit, ...] = ()
     """Pairs to draw. Only for image-to-image."""
+    classes: dict[str, str] = field(default_factory=dict)
+    """Text key of a caption -> that of its class caption, for differential output preservation."""
 
     @property
     def kind(self) -> Kind:
@@ -271,6 +273,8 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     document = asdict(manifest) | {"source": str(manifest.source), "format": manifest.format}
     if manifest.kind == "t2i":
         del document["edits"]  # format 1 has none
+    if not manifest.classes:  # caches without any are as they were before there were any
+        del document["classes"]
     if not manifest.left_out.truncated:  # caches from before it was noted have no such key
         del document["left_out"]["truncated"]
     return document
@@ -327,6 +331,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         source=SourceNote.parse(values.match({"source": "", **document}, "source", _SOURCE)),
         left_out=_left_out(document.get("left_out", {})),
         edits=tuple(_edit(value) for value in values.items(document, "edits")) if version > 1 else (),
+        classes=values.strings({"classes": {}, **document}, "classes"),
     )
 
 

@@ -164,6 +164,14 @@ class Cache:
             raise files.corrupt(self.root, f"{self.root}, text row {key} has no {error.args[0]}") from None
         return TextRow(key, prompt_embeds, pooled, row.n_tokens or 0, row.caption or "")
 
+    def class_text(self, caption_key: str) -> TextRow | None:
+        """The class caption of a caption: the same with the class in the place of the trigger. None if it has none.
+
+        Raises the same errors as ``latents``.
+        """
+        key = self.manifest.classes.get(caption_key)
+        return None if key is None else self.text(key)
+
     def prompt(self, raw: str) -> TextRow:
         """The embeddings of a prompt, given as the user wrote it. A cache for image-to-image has none: see ``edit``.
 

@@ -80,6 +80,7 @@ def _needed_keys(manifest: Manifest, rows: Sequence[IndexRow]) -> dict[str, set[
         "text": {
             *(key for row in rows for key in row.text_keys),
             *manifest.prompts.values(),
+            *manifest.classes.values(),
             *(key for edit in manifest.edits for key in edit.text_keys),
         },
     }

@@ -74,6 +74,7 @@ def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
             prompts={raw: key for manifest in reversed(manifests) for raw, key in manifest.prompts.items()},
             created_by=manifests[0].created_by,
             edits=_merge_edits(manifests),
+            classes={key: of_class for manifest in reversed(manifests) for key, of_class in manifest.classes.items()},
         )
         write_manifest(out, with_index(out, merged, rows))
     num_bytes = sum(shard.num_bytes for shard in shards.values())

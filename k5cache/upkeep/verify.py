@@ -105,6 +105,8 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
     for raw, key in manifest.prompts.items():
         if key not in lengths:
             yield f"{root}: the prompt {raw[:80]!r} has no row"
+    if lacking := [key for pair in manifest.classes.items() for key in pair if key not in lengths]:
+        yield f"{root}: {len(lacking)} class captions, or the captions that they belong to, have no row"
     for edit in manifest.edits:
         if not all(key in lengths for key in edit.text_keys) or not locations.find("latents", edit.source_key):
             yield f"{root}: the pair to draw of {edit.source[:200]} and {edit.prompt[:80]!r} lacks a row"

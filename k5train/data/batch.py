@@ -33,6 +33,12 @@ class Group:
     text_lengths: tuple[int, ...] | None = None
     """The length of each caption, if ``prompt_embeds`` is padded at the end; the forward pass masks the padding. None:
     all have length L."""
+    class_embeds: Tensor | None = None
+    """``[B, L', 3584]``: the class captions, for differential output preservation. None: no row has one."""
+    class_pooled: Tensor | None = None
+    """``[B, 768]``."""
+    class_lengths: tuple[int, ...] | None = None
+    """As ``text_lengths``, of ``class_embeds``."""
     weight: Tensor | None = None
     """``[B]`` float32: the weight of each row's error. None: 1."""
     mask: Tensor | None = None
@@ -73,15 +79,23 @@ class Batch:
 
 def pad(members: Sequence[Group]) -> Group:
     """Groups of one bucket as one group. Captions are padded with zeros to the longest one, and ``text_lengths`` has
-    their lengths."""
-    lengths = tuple(m.prompt_embeds.shape[1] for m in members for _ in m.sigma)
+    their lengths; so are class captions, which all of the groups have or none."""
+    padded, lengths = _padded([m.prompt_embeds for m in members])
+    members = [replace(m, prompt_embeds=embeds) for m, embeds in zip(members, padded, strict=True)]
+    of_classes = [m.class_embeds for m in members if m.class_embeds is not None]
+    class_lengths = None
+    if of_classes:
+        padded, class_lengths = _padded(of_classes)
+        members = [replace(m, class_embeds=embeds) for m, embeds in zip(members, padded, strict=True)]
+    return replace(concatenate(members), text_lengths=lengths, class_lengths=class_lengths)
+
+
+def _padded(texts: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...] | None]:
+    """Texts with zeros up to the longest, and the length of each; None if they have one length."""
+    lengths = tuple(text.shape[1] for text in texts for _ in text)
     longest = max(lengths)
-    if set(lengths) == {longest}:
-        return concatenate(members)
-    padded = [
-        replace(m, prompt_embeds=F.pad(m.prompt_embeds, (0, 0, 0, longest - m.prompt_embeds.shape[1]))) for m in members
-    ]
-    return replace(concatenate(padded), text_lengths=lengths)
+    padded = [F.pad(text, (0, 0, 0, longest - text.shape[1])) if text.shape[1] < longest else text for text in texts]
+    return padded, None if set(lengths) == {longest} else lengths
 
 
 def concatenate(members: Sequence[Group]) -> Group:

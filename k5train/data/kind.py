@@ -57,6 +57,31 @@ def check_options(data: Mixture, config: TrainConfig) -> None:
                 )
 
 
+def check_classes(data: Mixture, config: TrainConfig) -> None:
+    """Refuse differential output preservation where a cache has no class captions. Regularisation data need none.
+
+    Raises:
+        RecipeError: names the cache and what to do.
+    """
+    if not config.objective.preservation_weight:
+        return
+    trained_on = [source for source in data.sources if not source.is_regularisation_data]
+    for source in trained_on:
+        if not source.cache.manifest.classes:
+            again = command("k5cache", "encode", "SOURCE", "-o", source.cache.root, "--set", "cache.trigger=WORD",
+                            "--set", "cache.class_word=CLASS", "--update")  # fmt: skip
+            raise RecipeError(
+                f"train.objective.preservation_weight is set, and {source.cache.root} holds no class captions",
+                f"Encode them: {again}",
+            )
+    if not trained_on:
+        raise RecipeError(
+            "train.objective.preservation_weight is set, and all caches are regularisation data, of which nothing is"
+            " preserved",
+            "Leave it out, or add a cache of what is to be learned",
+        )
+
+
 def check_masks(data: Mixture, config: TrainConfig) -> None:
     """Refuse options that need masks where no row has one.
 

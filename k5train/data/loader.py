@@ -15,7 +15,7 @@ from torch import Tensor
 
 from k5cache.shared.errors import RecipeError
 from k5train.data.batch import Batch, Group, concatenate, pad
-from k5train.data.kind import check_masks
+from k5train.data.kind import check_classes, check_masks
 from k5train.data.mixture import Mixture, Source, epoch_batches, num_batches, num_micro_batches
 from k5train.forward.condition import condition_of, no_source
 from k5train.objective import flow, rollout, tread
@@ -49,6 +49,7 @@ class Loader:
         )
         self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
         check_masks(self.data, config)
+        check_classes(self.data, config)
         self._check_sigmas()
         self._epochs: dict[int, list[list[int]]] = {}
         self._ends = [0]  # micro-batches before each epoch
@@ -94,13 +95,14 @@ class Loader:
         """
         rows = self.rows_of(micro)
         drawn = [self._draw(row, micro, place) for place, row in enumerate(rows)]
-        if self.config.unequal_captions == "mask":
-            groups = [pad(drawn)]
-        else:
-            by_length: dict[int, list[Group]] = {}
-            for group in drawn:
-                by_length.setdefault(group.prompt_embeds.shape[1], []).append(group)
-            groups = [concatenate(members) for _, members in sorted(by_length.items())]
+        is_padded = self.config.unequal_captions == "mask"
+        alike: dict[tuple[int, ...], list[Group]] = {}
+        for group in drawn:
+            num_class_tokens = 0 if group.class_embeds is None else group.class_embeds.shape[1]
+            lengths = (group.prompt_embeds.shape[1], num_class_tokens)
+            alike.setdefault((min(num_class_tokens, 1),) if is_padded else lengths, []).append(group)
+        join = pad if is_padded else concatenate
+        groups = [join(members) for _, members in sorted(alike.items())]
         return Batch(tuple(rows), tuple(self._route(group, micro) for group in groups))
 
     def _epoch(self, epoch: int) -> list[list[int]]:
@@ -121,7 +123,7 @@ class Loader:
         # One generator for each row, used in a fixed order: sigma, dropout, caption, posterior, noise.
         generator = _generator(config.seed, "row", micro, place)
         u = torch.rand(1, generator=generator, dtype=torch.float64)
-        text = self._text(source.cache, row, generator)
+        text, of_class = self._text(source, row, generator)
         latents, noise = self._latents(source.cache, row, generator)
         if objective.stratified_sigmas:
             u = self._stratified(u, micro, place)
@@ -144,6 +146,8 @@ class Loader:
             sigma=sigma,
             prompt_embeds=text.prompt_embeds[None],
             pooled_projections=text.pooled[None],
+            class_embeds=of_class.prompt_embeds[None] if of_class else None,
+            class_pooled=of_class.pooled[None] if of_class else None,
             condition=None if condition is None else condition[None, None],
             weight=self._weight(sigma, source),
             mask=self._mask(mask, latents) if objective.masked_loss else None,
@@ -151,12 +155,16 @@ class Loader:
             scores=self._scores(mask, num_tokens, micro, place) if config.tread.routes else None,
         )
 
-    def _text(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> TextRow:
+    def _text(self, source: Source, row: IndexRow, generator: torch.Generator) -> tuple[TextRow, TextRow | None]:
+        """What a row is trained with, and its class caption, which dropout does not drop."""
+        cache = source.cache
         dropout, choice = torch.rand(2, generator=generator).tolist()
-        if dropout < self.config.caption_dropout_probability:
-            return cache.text(row.empty_key) if row.empty_key else cache.prompt("")
         number = 0 if self.config.caption_choice == "first" else int(choice * len(row.caption_keys))
-        return cache.text(row.caption_keys[number])
+        is_preserved = self.config.objective.preservation_weight > 0 and not source.is_regularisation_data
+        of_class = cache.class_text(row.caption_keys[number]) if is_preserved else None
+        if dropout < self.config.caption_dropout_probability:
+            return (cache.text(row.empty_key) if row.empty_key else cache.prompt("")), of_class
+        return cache.text(row.caption_keys[number]), of_class
 
     def _latents(self, cache: Cache, row: IndexRow, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         latents = self._posterior(cache, row.latent_key, generator)

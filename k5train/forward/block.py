@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from k5train.base.linear import Int8Linear
 from k5train.forward.attention import any_attention, attention, fits
 from k5train.forward.ops import linear
+from k5train.forward.without_adapter import is_without_adapter
 
 
 class Linears(NamedTuple):
@@ -198,13 +199,27 @@ def gather(block: nn.Module, dropout: bool) -> Block | None:
     return Block(first, gathered[1] if len(gathered) > 1 else None, ff_in[0], ff_out[0])
 
 
+def bare(block: Block) -> Block:
+    """The same weights without adapters."""
+
+    def strip(part: Linears) -> Linears:
+        return part._replace(downs=(), ups=(), scaling=1.0, dropout=0.0)
+
+    def of_attention(part: Attention) -> Attention:
+        projections = tuple(tuple(map(strip, parts)) for parts in part.projections)
+        return part._replace(projections=projections, out=strip(part.out))
+
+    cross = of_attention(block.cross_attention) if block.cross_attention else None
+    return Block(of_attention(block.self_attention), cross, strip(block.ff_in), strip(block.ff_out))
+
+
 def adapter_state(block: Any) -> tuple[Any, ...]:
     """What the result of ``gather`` depends on: it is equal as long as the same adapters are on."""
     attentions = [block.self_attention] + ([block.cross_attention] if hasattr(block, "cross_attention") else [])
     linears = [m for a in attentions for m in (a.to_query, a.to_key, a.to_value, a.out_layer)]
     linears += [block.feed_forward.in_layer, block.feed_forward.out_layer]
     return tuple(
-        (id(m), m.disable_adapters, m.merged, tuple(m.active_adapters)) if isinstance(m, BaseTunerLayer) else id(m)
+        (id(m), _is_off(m), m.merged, tuple(m.active_adapters)) if isinstance(m, BaseTunerLayer) else id(m)
         for m in linears
     )
 
@@ -268,13 +283,18 @@ def _linear(module: nn.Module, dropout: bool) -> Linears | None:
     if type(layer) is not LoraLinear or layer.merged or len(layer.active_adapters) != 1:
         return None
     (name,) = layer.active_adapters
-    if layer.disable_adapters or name not in layer.lora_A:
+    if _is_off(layer) or name not in layer.lora_A:
         return plain
     if layer.use_dora.get(name) or layer.lora_bias.get(name) or getattr(layer, "lora_variant", {}).get(name):
         return None
     rate = getattr(layer.lora_dropout[name], "p", 0.0) if dropout else 0.0
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     return plain._replace(downs=(down,), ups=(up,), scaling=float(layer.scaling[name]), dropout=float(rate))
+
+
+def _is_off(layer: BaseTunerLayer) -> bool:
+    """Whether a layer's adapters are off for longer than a pass of ``without_adapter``."""
+    return layer.disable_adapters and not is_without_adapter()
 
 
 def _base(module: nn.Module) -> Any:

@@ -14,13 +14,14 @@ from k5cache.shared.device import is_rocm
 from k5cache.shared.errors import K5Error, RunError
 from k5train.forward import ops
 from k5train.forward.attention import attention_works
-from k5train.forward.block import Block, Modes, adapter_state, gather
+from k5train.forward.block import Block, Modes, adapter_state, bare, gather
 from k5train.forward.compile import compile_block
 from k5train.forward.levels import run_at_level
 from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock
 from k5train.forward.predict_velocity import BlockPolicy, keep, recompute
 from k5train.forward.sizes import SizedInputs
 from k5train.forward.stream import Streamer, spread
+from k5train.forward.without_adapter import is_without_adapter
 from k5train.planning.memory import LevelName, Plan
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Gathered(NamedTuple):
 
     block: Block
     ranks: tuple[int, ...]
+    bare: Block
+    """Without the adapters."""
 
 
 class Execution:
@@ -136,10 +139,11 @@ class Execution:
             modulate: nn.Module = block.visual_modulation if is_visual else block.text_modulation
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()  # so that the first block is compiled with the others
-            args = (modulate(time), gathered.block, self.modes, level)
+            weights, ranks = (gathered.bare, ()) if is_without_adapter() else (gathered.block, gathered.ranks)
+            args = (modulate(time), weights, self.modes, level)
             if text is None or not self.is_compiled:
                 return run_at_level(x, text, rope, mask, *args)
-            return self._run_visual(SizedInputs(x, text, rope, mask), args, gathered.ranks, block.training)
+            return self._run_visual(SizedInputs(x, text, rope, mask), args, ranks, block.training)
 
         return policy
 
@@ -153,7 +157,7 @@ class Execution:
         if state not in known:
             known.clear()
             weights = gather(block, dropout=block.training)
-            known[state] = Gathered(weights, self._ranks(weights)) if weights else None
+            known[state] = Gathered(weights, self._ranks(weights), bare(weights)) if weights else None
         return known[state]
 
     def _run_visual(self, inputs: SizedInputs, args: tuple[Any, ...], ranks: tuple[int, ...], training: bool) -> Tensor:

@@ -150,6 +150,11 @@ RULES: Rules = {
     "train.timestep_type": special("`train.objective.sigma_sampling`", _timesteps),
     **many(unsupported("a range of noise is train.objective.sigma_min to sigma_max", 0, 999, 1000),
            "train.min_denoising_steps", "train.max_denoising_steps"),
+    **many(special("`train.objective.preservation_weight`", _ignored), "train.diff_output_preservation",
+           "train.diff_output_preservation_multiplier"),
+    "train.diff_output_preservation_class": special("`cache.class_word`", _ignored),
+    "train.blank_prompt_preservation": unsupported("train.objective.preservation_weight preserves a class", False),
+    "train.blank_prompt_preservation_multiplier": needless("blank_prompt_preservation says whether"),
     "train.loss_type": takes_choice("train.objective.loss_type", {"mse": "l2"}),
     "train.content_or_style": unsupported("train.objective and flow_schedule_shift say which noise", "balanced"),
     "train.linear_timesteps": unsupported('weights by noise are train.objective.weighting: "bell"', False),
@@ -160,7 +165,7 @@ RULES: Rules = {
     **many(needless("the plan says what is computed again, and stage 1 encodes the captions"),
            "train.gradient_checkpointing", "train.unload_text_encoder", "train.cache_text_embeddings",
            "train.force_first_sample"),
-    **many(unsupported("it does not exist here", False, 0), "train.diff_output_preservation",
+    **many(unsupported("it does not exist here", False, 0),
            "train.bypass_guidance_embedding", "train.noise_offset", "train.min_snr_gamma",
            "train.switch_boundary_every"),
     "model.name_or_path": special("`model.flavour`, for a Kandinsky 5.0 Image", _model),
@@ -243,6 +248,7 @@ def take(draft: Draft, config: Path, values: Mapping[str, Any]) -> None:
     _take_folder(draft, where, flat)
     _take_datasets(draft, where, datasets)
     _take_trigger(draft, where, flat.get("trigger_word"))
+    _take_preservation(draft, where, flat)
 
 
 def flattened(process: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,6 +280,30 @@ def _take_trigger(draft: Draft, where: str, trigger: Any) -> None:
     if any("[trigger]" in prompt for prompt in prompts):
         filled = [prompt.replace("[trigger]", str(trigger or "").strip()) for prompt in prompts]
         draft.put("train.validation.prompts", filled, "sample.prompts")
+
+
+def _take_preservation(draft: Draft, where: str, flat: Mapping[str, Any]) -> None:
+    """Differential output preservation: three keys, and the trigger."""
+    name = "train.diff_output_preservation"
+    whether, weight, class_ = (
+        Entry(where, key, flat.get(key)) for key in (name, f"{name}_multiplier", f"{name}_class")
+    )
+    entries = [entry for entry in (whether, weight, class_) if entry.value not in (None, "")]
+    is_on = whether.value is not None and flag(whether)
+    if not is_on or not class_.value or not flat.get("trigger_word"):
+        for entry in entries:
+            if is_on:
+                draft.say(entry, "not supported", "it needs trigger_word and diff_output_preservation_class")
+            else:
+                draft.say(entry, "not needed", SAME)
+        return
+    for cache in draft.caches:
+        if not cache.is_regularisation_data:
+            cache.options["class_word"] = text(class_)
+    draft.say(class_, "taken over", "cache.class_word, in the place of cache.trigger")
+    draft.say(whether, "taken over", "train.objective.preservation_weight")
+    given = weight if weight in entries else Entry(where, weight.key, 1.0)
+    draft.take(given, "train.objective.preservation_weight", given.value)
 
 
 def _take_datasets(draft: Draft, where: str, datasets: Any) -> None:

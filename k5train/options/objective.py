@@ -54,6 +54,10 @@ class ObjectiveConfig:
     """Average errors over the area that the cached masks cover. Rows without a mask count in full."""
     unmasked_weight: float = 0.0
     """For ``masked_loss``: the lowest weight that a mask may give to an area, 0 to 1."""
+    preservation_weight: float = 0.0
+    """Weight of differential output preservation (DOP), usually 1; 0 is without. On each row's class caption, which
+    ``cache.class_word`` encodes, the model with the LoRA must predict what it predicts without: so ``sks woman`` is
+    learned and ``woman`` stays as it was. A step then takes more than twice as long."""
     prior_loss_weight: float = 1.0
     """Weight of the rows from ``[[train.data]]`` entries with ``is_regularisation_data``."""
 
@@ -76,6 +80,8 @@ class ObjectiveConfig:
             )
         if not 0 <= self.unmasked_weight <= 1:
             problems.append(f"unmasked_weight must be 0 to 1, found {self.unmasked_weight}")
+        if not 0 <= self.preservation_weight < inf:
+            problems.append(f"preservation_weight must be 0 or more, found {self.preservation_weight}")
         if not 0 <= self.prior_loss_weight < inf:
             problems.append(f"prior_loss_weight must be 0 or more, found {self.prior_loss_weight}")
         return problems

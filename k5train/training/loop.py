@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress as Bars
+from torch import Tensor
 
 from k5cache.shared import console, interrupt
 from k5train.adapter import files
@@ -18,6 +19,8 @@ from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
 from k5train.data.prefetch import prefetch
 from k5train.forward.predict_velocity import predict_velocity
+from k5train.forward.without_adapter import adapter_layers, without_adapter
+from k5train.objective import flow
 from k5train.objective.rollout import Cost
 from k5train.options.train import TrainConfig
 from k5train.planning.saved_plan import SavedPlan, plan_facts, read_saved_plan
@@ -30,7 +33,7 @@ from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate
 from k5train.training.out_of_memory import when_memory_ends
 from k5train.training.session import Session, plan_for_less
-from k5train.training.step import accumulate, by_sigma, train_step
+from k5train.training.step import accumulate, by_sigma, preservation_loss, train_step
 from k5train.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -60,6 +63,9 @@ class Loop:
         self.cost = Cost()
         huber_c = config.objective.huber_c if config.objective.loss_type == "huber" else None
         self.loss_of = partial(train_step, huber_c=huber_c, cost=self.cost)
+        weight = config.objective.preservation_weight
+        self.preserve = (weight, self.predict_base) if weight else None
+        self.layers = adapter_layers(self.transformer) if weight else []
         self.clock = Clock(progress.seconds)
         self.losses: list[float] = []
         self.is_between_updates = True
@@ -100,6 +106,9 @@ class Loop:
 
         def step_once() -> None:
             torch.autograd.backward(train_step(self.predict, group))
+            if self.preserve and group.class_embeds is not None:
+                noisy = flow.add_noise(group.latents, group.noise, group.sigma)
+                torch.autograd.backward(preservation_loss(self.predict, self.predict_base, group, noisy))
             self.session.optimizer.zero_grad(set_to_none=True)
 
         self.transformer.train()
@@ -115,6 +124,11 @@ class Loop:
             self.session = leaner
             torch.cuda.empty_cache()
             leaner.execution.warm_up(step_once)
+
+    def predict_base(self, *inputs: Any, **extra: Any) -> Tensor:
+        """What the transformer predicts without its adapter."""
+        with without_adapter(self.layers):
+            return self.predict(*inputs, **extra)
 
     def steps(self, bars: Bars, metrics: Metrics) -> str:
         """Do what is due at this step, then take the next one, until there is a reason to end; return that."""
@@ -155,7 +169,8 @@ class Loop:
         asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
         waited = time.monotonic() - asked
-        losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of)
+        losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of,
+                            self.preserve)  # fmt: skip
         with interrupt.deferred():
             self.is_between_updates = False
             norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
@@ -163,6 +178,7 @@ class Loop:
             self.is_between_updates = True
             seconds = time.monotonic() - began
             metrics.write(step=progress.step, loss=losses.mean,
+                          **({} if losses.preservation is None else {"preservation_loss": losses.preservation}),
                           loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
                           grad_norm=norm, lr=rate, **_prodigy(optimizer), **_rows(step_batches, seconds),
                           seconds=seconds, loader_seconds=waited,

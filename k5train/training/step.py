@@ -33,6 +33,9 @@ class Losses:
     """Of all rows, as the recipe weights them: what the gradients are of."""
     errors: tuple[tuple[float, float], ...] = ()
     """Sigma and plain squared error of each row without a rollout. They can be compared between recipes."""
+    preservation: float | None = None
+    """Of differential output preservation, without its weight: a mean over the rows with a class caption. None: no
+    row has one."""
 
 
 def train_step(
@@ -41,6 +44,7 @@ def train_step(
     huber_c: float | None = None,
     cost: rollout.Cost | None = None,
     errors: list[Tensor] | None = None,
+    inputs: list[Tensor] | None = None,
 ) -> Tensor:
     """The flow-matching loss of one forward pass: a mean over its rows and elements, in float32.
 
@@ -48,21 +52,48 @@ def train_step(
         huber_c: as in ``flow_loss``.
         cost: counts what rollouts cost.
         errors: gets the mean squared error of the velocity of each row, ``[B]``, without weight, mask and Huber's rule.
+        inputs: gets the noisy latents.
     """
     if group.path is not None:
         noisy, target = _own_input(predict, group, cost or rollout.Cost())
     else:
         noisy = flow.add_noise(group.latents, group.noise, group.sigma)
         target = flow.velocity_target(group.latents, group.noise)
-    extra: dict[str, Any] = {} if group.text_lengths is None else {"text_lengths": group.text_lengths}
-    if group.condition is not None:
-        extra["condition"] = group.condition
-    if group.routes:
-        extra["routes"] = group.routes
+    if inputs is not None:
+        inputs.append(noisy)
+    extra = _extra(group, group.text_lengths)
     velocity = predict(noisy, group.sigma, group.prompt_embeds, group.pooled_projections, **extra)
     if errors is not None:
         errors.append(flow.row_errors(velocity.detach(), target))
     return flow.flow_loss(velocity, target, group.weight, group.mask, huber_c)
+
+
+def preservation_loss(predict: Predict, predict_base: Predict, group: Group, noisy: Tensor) -> Tensor:
+    """Differential output preservation: what the adapter changes on the class captions of a group, which should be 0.
+
+    The mean squared difference of two predictions on the same input, TREAD's routes included; the second has no
+    adapter and no gradient. Masks, weights and Huber's rule do not apply: all of the class is to stay as it is.
+
+    Args:
+        predict_base: the transformer without its adapter.
+        noisy: the group's noisy latents.
+    """
+    assert group.class_embeds is not None
+    assert group.class_pooled is not None
+    texts, extra = (group.class_embeds, group.class_pooled), _extra(group, group.class_lengths)
+    with torch.no_grad():
+        target = predict_base(noisy, group.sigma, *texts, **extra)
+    return flow.flow_loss(predict(noisy, group.sigma, *texts, **extra), target)
+
+
+def _extra(group: Group, lengths: tuple[int, ...] | None) -> dict[str, Any]:
+    """What ``predict`` gets of a group besides noise and text."""
+    extra: dict[str, Any] = {} if lengths is None else {"text_lengths": lengths}
+    if group.condition is not None:
+        extra["condition"] = group.condition
+    if group.routes:
+        extra["routes"] = group.routes
+    return extra
 
 
 def _own_input(predict: Predict, group: Group, cost: rollout.Cost) -> tuple[Tensor, Tensor]:
@@ -88,12 +119,14 @@ def accumulate(
     device: torch.device,
     loss_limit: float = 0.0,
     loss_of: Callable[..., Tensor] = train_step,
+    preserve: tuple[float, Predict] | None = None,
 ) -> Losses:
     """Compute the gradients of one update. Every row has the same weight, however rows fall into batches and groups.
 
     Args:
         loss_limit: a larger loss is an error. 0: any finite loss is allowed.
         loss_of: ``train_step``, with the recipe's objective.
+        preserve: the weight of ``preservation_loss`` and the transformer without its adapter.
 
     Raises:
         RunError: the loss is not finite, or beyond the limit. The error names the rows, and nothing was updated.
@@ -102,20 +135,46 @@ def accumulate(
     groups = [(batch, group) for batch in batches for group in batch.groups]
     losses: list[Tensor] = []
     errors: list[Tensor] = []
-    for _, group in groups:
-        loss = loss_of(predict, group.to(device), errors=errors)
-        torch.autograd.backward(loss * (group.latents.shape[0] / num_rows))
+    preserved: list[tuple[Batch, int, Tensor]] = []
+    for batch, group in groups:
+        count, here = group.latents.shape[0], group.to(device)
+        is_preserved = preserve is not None and here.class_embeds is not None
+        inputs: list[Tensor] = []
+        loss = loss_of(predict, here, errors=errors, **({"inputs": inputs} if is_preserved else {}))
+        torch.autograd.backward(loss * (count / num_rows))
         losses.append(loss.detach())
+        if preserve is not None and is_preserved:  # after the backward pass, so that one pass at a time takes memory
+            loss = preservation_loss(predict, preserve[1], here, inputs[0])
+            torch.autograd.backward(loss * (preserve[0] * count / num_rows))
+            preserved.append((batch, count, loss.detach()))
     # The only wait for the GPU, which has the work of the whole update by now.
-    values = torch.cat([torch.stack(losses), *errors]).tolist()
+    passes = [*losses, *(loss for _, _, loss in preserved)]
+    values = torch.cat([torch.stack(passes), *errors]).tolist()
+    of_classes, of_rows = values[len(losses) : len(passes)], values[len(passes) :]
     total = 0.0
     for (batch, group), value in zip(groups, values[: len(groups)], strict=True):
         if not math.isfinite(value) or 0 < loss_limit < value:
             raise exploded(f"The loss is {value:.4g}", [batch], cache)
         total += value * (group.latents.shape[0] / num_rows)
     sigmas = [sigma for _, group in groups for sigma in _trained_sigmas(group)]
-    by_row = zip(sigmas, values[len(groups) :], strict=True)
-    return Losses(total, tuple((sigma, error) for sigma, error in by_row if sigma is not None))
+    by_row = zip(sigmas, of_rows, strict=True)
+    row_errors = tuple((sigma, error) for sigma, error in by_row if sigma is not None)
+    return Losses(total, row_errors, _mean_preservation(preserved, of_classes, cache))
+
+
+def _mean_preservation(
+    preserved: Sequence[tuple[Batch, int, Tensor]], values: Sequence[float], cache: Cache | Mixture
+) -> float | None:
+    """The mean over rows of what was preserved; None without any.
+
+    Raises:
+        RunError: it is not finite.
+    """
+    for (batch, _, _), value in zip(preserved, values, strict=True):
+        if not math.isfinite(value):
+            raise exploded(f"The preservation loss is {value:.4g}", [batch], cache)
+    counts = [count for _, count, _ in preserved]
+    return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts) if counts else None
 
 
 def by_sigma(errors: Sequence[tuple[float, float]], count: int) -> list[float | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from k5cache.shared.device import check_name
 from k5train.adapter.header import check_kind
 from k5train.data.compatible import check_manifest, check_widths
-from k5train.data.kind import check_masks, check_options
+from k5train.data.kind import check_classes, check_masks, check_options
 from k5train.data.mixture import Mixture
 from k5train.data.split import split_off
 from k5train.options.rate import with_usual_rate
@@ -56,6 +56,7 @@ def train(
     check_manifest(data.first, folder)
     check_options(data, config)
     check_masks(data, config)
+    check_classes(data, config)
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
     with lock_run(run):
