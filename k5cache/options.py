@@ -197,8 +197,6 @@ class CacheConfig:
         problems = []
         if self.caption_extension is not None and not _SUFFIX.fullmatch(self.caption_extension):
             problems.append(f"caption_extension must be one suffix such as caption, found {self.caption_extension!r}")
-        if self.class_word is not None and not (self.class_replaces or self.trigger or "").strip():
-            problems.append("class_word needs trigger or class_replaces, the word in the captions that it replaces")
         if self.class_word is not None and not self.class_word.strip():
             problems.append("class_word is empty: give the class of what is trained, such as woman")
         if self.keep_tokens < 0:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from k5cache.store.manifest import read_manifest, write_manifest
+from k5cache.store.reader import open_cache
 from k5train.options.data import DataConfig
-from k5train.options.objective import RolloutConfig
+from k5train.options.objective import ObjectiveConfig, RolloutConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import ValidationConfig
 from k5train.training import loop
@@ -28,6 +30,7 @@ WHEN = {  # what the page says -> whether it is so in the plain run, and in the 
     SPLIT: (False, True),
     f"{SPLIT}, and in a sweep": (False, True),
     f"{SPLIT} and `ema_decay`, not at step 0": (False, True),
+    "with `preservation_weight`": (False, True),
     f"{SPLIT} and regularisation data": (False, True),
 }
 
@@ -39,11 +42,16 @@ def runs(tmp_path_factory, toy_cache, toy_model) -> tuple[list[dict], list[dict]
     root = tmp_path_factory.mktemp("metrics_page")
     cache = toy_cache("fp32")
     prior = Path(shutil.copytree(cache, root / "prior"))
+    trained_on = Path(shutil.copytree(cache, root / "trained_on"))
+    keys = open_cache(trained_on).columns("caption_keys").column(0).to_pylist()
+    classes = {key: key for of_item in keys for key in of_item}  # each caption is its own class caption
+    write_manifest(trained_on, replace(read_manifest(trained_on), classes=classes))
     plain = replace(CONFIG, steps=2, checkpoint_every=0, optim=OptimConfig(lr=1e-3))
     everything = replace(
         plain,
         steps=1,
-        data=(DataConfig(str(cache)), DataConfig(str(prior), is_regularisation_data=True)),
+        objective=ObjectiveConfig(preservation_weight=1.0),
+        data=(DataConfig(str(trained_on)), DataConfig(str(prior), is_regularisation_data=True)),
         optim=OptimConfig(optimizer="prodigy", lr=1.0, ema_decay=0.9),
         rollout=RolloutConfig(probability=1.0, min_sigma=0.0),
         validation=ValidationConfig(split=0.34, held_out_every=1, held_out_sigmas=3),

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from k5cache.encode.request import check_options
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.model import ModelConfig
 from k5cache.sources.class_captions import class_of, notice
 from k5cache.store.manifest import read_manifest
 from k5cache.store.reader import open_cache
@@ -54,9 +56,8 @@ def test_a_class_caption_has_the_class_in_the_place_of_the_trigger():
     assert class_of(CacheConfig(trigger="sks")) is None
     (line,) = notice(["sks, a", "a b", "a b"], CacheConfig(trigger="sks", class_word="cat"))
     assert line.startswith("1 of 2 captions do not have 'sks', which cache.class_word replaces, such as 'a b'")
-    assert CacheConfig(class_word="cat").check() == [
-        "class_word needs trigger or class_replaces, the word in the captions that it replaces"
-    ]
+    with pytest.raises(RecipeError, match="no word in the captions that it replaces"):
+        check_options(CacheConfig(class_word="cat"), "t2i", ModelConfig())
 
 
 @pytest.fixture(scope="module")

@@ -161,11 +161,16 @@ def _text_with_sources(config: CacheConfig, identity: Callable[..., Any]) -> dic
 
 
 def check_options(config: CacheConfig, kind: Kind, model: ModelConfig) -> None:
-    """Refuse options that act only for the other kind of model.
+    """Refuse options that act only for the other kind of model, and a class without anything that it replaces.
 
     Raises:
         RecipeError: one is set.
     """
+    if config.class_word is not None and not (config.class_replaces or config.trigger or "").strip():
+        raise RecipeError(
+            "cache.class_word is set, and there is no word in the captions that it replaces",
+            "Set cache.trigger, or cache.class_replaces to a word that stands in the captions",
+        )
     if names := config.refused_for(kind):
         options = " and ".join(f"cache.{name}" for name in names)
         raise RecipeError(
