@@ -250,3 +250,13 @@ def test_the_store_bench_measures_every_format_and_what_compression_would_save(t
     assert by_codec["none"].row == 1
     assert 0.7 < by_codec["zstd 3"].text < 0.9 < by_codec["lz4"].row
     assert len(report.targets) == 3
+
+
+def test_the_prompts_of_a_cache_are_listed_and_one_of_them_is_offered(shop):
+    done = Cli(shop.root.parent)(app, "prompts", "list", shop.root.name)
+    assert done.out.splitlines() == [
+        "a fox",
+        "Next, draw one with a run that was trained on this cache: k5train sample RUN --prompt 'a fox'",
+    ]
+    done = Cli(shop.root.parent)(app, "prompts", "list", shop.root.name, "--json")
+    assert json.loads(done.out) == {"prompts": ["a fox"], "edits": []}

@@ -502,3 +502,15 @@ def test_an_encode_of_pairs_with_nothing_to_do_imports_no_heavy_library(three):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "is up to date: 3 items" in done.stdout
+
+
+def test_the_pairs_of_a_cache_are_listed_and_where_there_are_none_the_command_that_adds_one(three):
+    words = ("prompts", "list", str(three.root))
+    none = Cli(three.root.parent)(app, *words)
+    assert none.out == f"Next, add one: k5cache prompts add {three.root} PROMPT --source PICTURE\n"
+    picture = three.sources / "cat.png"
+    with console.progress() as bars:
+        add_edits(three.root, str(picture), [LONG], ModelConfig(path=str(three.model)), "cpu", bars)
+    listed = Cli(three.root.parent)(app, *words).out.splitlines()
+    assert listed[0] == f"{picture}: {LONG}"
+    assert listed[1].endswith(f"k5train sample RUN --source {picture} --prompt '{LONG}'")

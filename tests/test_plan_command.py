@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from k5cache.cli import app as cache_app
+from k5cache.shared.errors import RunError
 from k5train.base.architecture import FULL_SIZE
 from k5train.cli import app as train_app
 from k5train.options.adapter import LoraConfig
@@ -62,6 +63,25 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(cli, toy_mod
     assert "needs" in done.err
     assert "Loading" not in done.err
     shutil.rmtree(cli.folder / "run", ignore_errors=True)
+
+
+def test_vram_is_an_option_of_the_recipe_for_run_resume_and_every_run_of_a_sweep(cli, toy_model, monkeypatch):
+    given: list[object] = []
+
+    def take(*arguments: object) -> None:
+        given.extend(arguments)
+        raise RunError("taken", "nothing")
+
+    for name in ("start.start", "start.resume", "sweep.sweep"):
+        monkeypatch.setattr(f"k5train.training.{name}", take)
+    size = ("--model", str(toy_model), "--vram", "12", "--set", "train.memory.vram=8GB")
+    assert "taken" in cli(train_app, "run", "cache", *size).err
+    assert "taken" in cli(train_app, "sweep", "cache", "--grid", "train.lora.rank=2,4", *size).err
+    assert "taken" in cli(train_app, "resume", "run", "--vram", "10GB").err
+    configs = [c for value in given for c in (value if isinstance(value, list) else [value])]
+    kept = [getattr(c, "config", c).memory.vram for c in configs if hasattr(getattr(c, "config", c), "memory")]
+    assert kept == ["12", "12", "12"]
+    assert ['train.memory.vram="10GB"'] in given
 
 
 def test_plan_needs_neither_a_cache_nor_a_model_nor_a_gpu(cli):

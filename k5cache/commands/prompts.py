@@ -10,6 +10,7 @@ import typer
 from k5cache.commands.arguments import CachePath, Device, Json, Model, Wait, model_of_cache
 from k5cache.commands.listing import print_some, shorten
 from k5cache.shared import console, help, interrupt
+from k5cache.shared.foreign import shown
 
 if TYPE_CHECKING:
     from k5cache.upkeep.prompts import Added
@@ -52,6 +53,36 @@ def add(
         console.print_json(added)
     else:
         print_added(added, cache)
+
+
+@prompts.command(
+    "list", epilog=help.examples("k5cache prompts list cache/cats", "k5cache prompts list cache/cats --json")
+)
+def list_(cache: CachePath, as_json: Json = False) -> None:
+    """List the prompts, or the pairs of a picture and an instruction, that can be drawn from a cache."""
+    from k5cache.store.manifest import read_manifest
+
+    manifest = read_manifest(cache)
+    held = [prompt for prompt in manifest.prompts if prompt]
+    if as_json:
+        edits = [{"source": edit.source, "prompt": edit.prompt} for edit in manifest.edits]
+        console.print_json({"prompts": held, "edits": edits})
+        return
+    is_i2i = manifest.kind == "i2i"
+    lines = [f"{edit.source}: {edit.prompt}" for edit in manifest.edits] if is_i2i else held
+    for line in lines:
+        console.out.print(shown(line, len(line)), markup=False)
+    add_one = console.command("k5cache", "prompts", "add", cache, "PROMPT", source="PICTURE" if is_i2i else None)
+    if not lines:
+        console.note(f"{cache} holds no {'pairs' if is_i2i else 'prompts'} to draw")
+        console.next_step("Next, add one", add_one)
+    elif is_i2i:
+        first = manifest.edits[0]
+        draw = console.command("k5train", "sample", "RUN", source=first.source, prompt=first.prompt)
+        console.next_step("Next, draw one with a run that was trained on this cache", draw)
+    else:
+        draw = console.command("k5train", "sample", "RUN", prompt=held[0])
+        console.next_step("Next, draw one with a run that was trained on this cache", draw)
 
 
 def print_added(added: Added, root: Path) -> None:
