@@ -28,17 +28,19 @@ from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from tests.test_readme import LISTS, OTHER_PAGES, PAGES, RECIPES, ROOT, TABLES, blocks, table_under
 
-CHECKED_PAGES = [page for page in [*PAGES, *OTHER_PAGES] if page.name != "CHANGELOG.md"]  # it tells what was, too
+# The changelog tells what was, too, and the page of options has the helps, which are checked as they are.
+CHECKED_PAGES = [page for page in [*PAGES, *OTHER_PAGES] if page.name not in ("CHANGELOG.md", "options.md")]
 UNSET = "unset"
 
 NO_VALUES = {
     # of all options
     "Everything has a default, so the commands work without a recipe too.",
+    "- [Which settings for what](docs/settings.md): what each option gained; [all options](docs/options.md) with their "
+    "defaults",
     "`k5train options` prints every option with its default and its help, as a recipe to copy from, and "
     "`--set train.lora.rank=16` overrides one option on the command line.",
     "Write it once, as a field of the dataclass of its table, with its default, its unit, and its help as the "
     "docstring under it.",
-    "Options that are not set here keep their defaults; `k5train options` lists them all.",
     # compared by the tests below: the table of docs/training.md, and the columns of a table of images
     "[Which defaults are the official trainer's](#which-defaults-are-the-official-trainers) compares them one by one.",
     "## Which defaults are the official trainer's",
@@ -47,6 +49,7 @@ NO_VALUES = {
     "The default is the column that contains images, or ``image``, ``file_name``, ``image_path``, ``path`` or "
     "``filename``.",
     # of a folder and of another library
+    "Its default, in your user's folder, is closed to other users.",
     "The result is a file under `K5_HOME` (`~/.cache/k5` by default) that is named by what it was made of.",
 }
 """Sentences that name no value of an option as its default."""

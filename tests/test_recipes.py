@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from k5train.recipes.answers import Answers
 from k5train.recipes.compose import compose
 from k5train.recipes.listed import PACKAGED
 from k5train.training.sweep_runs import sweep_runs
+from tests import test_moving as moving
 from tests.cli import Cli
 from tests.test_defaults_of_pages import OFFICIAL, QUICKSTART
 
@@ -38,15 +40,18 @@ def values_of(text: str) -> dict[str, Any]:
     """Every option that a recipe sets, by its whole name, as our own parser reads it."""
     tables = tomllib.loads(text)
     whole = dict(zip(SCHEMAS, map(to_dict, parse(tables, SCHEMAS)), strict=True))
+    read = flat(whole)
+    return {name: read[name] for name in flat(tables)}
 
-    def flat(table: dict[str, Any], read: dict[str, Any], name: str) -> dict[str, Any]:
-        values = {}
-        for key, value in table.items():
-            inner = isinstance(value, dict)
-            values |= flat(value, read[key], f"{name}{key}.") if inner else {f"{name}{key}": read[key]}
-        return values
 
-    return flat(tables, whole, "")
+def flat(tables: dict[str, Any], above: str = "") -> dict[str, Any]:
+    values = {}
+    for key, value in tables.items():
+        values |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return values
+
+
+DEFAULTS = flat({name: to_dict(schema()) for name, schema in SCHEMAS.items()})
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGED))
@@ -74,6 +79,18 @@ def test_the_official_recipe_has_the_official_values():
 def test_the_recipe_of_simpletuners_quickstart_has_its_values():
     values = values_of(PACKAGED["simpletuner"].text)
     assert {name: values[name] for name in QUICKSTART} == QUICKSTART
+
+
+def test_the_recipe_of_simpletuners_quickstart_is_what_import_makes_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("config.json", moving.QUICKSTART), ("multidatabackend.json", moving.BACKENDS),
+                          ("user_prompt_library.json", moving.LIBRARY)):  # fmt: skip
+        moving.write(f"config/{name}", json.dumps(content))
+    imported = values_of(moving.turn(Path("config/config.json")).text)
+    del imported["train.validation.prompt_library"]  # a file of theirs
+    packaged_one = DEFAULTS | values_of(PACKAGED["simpletuner"].text)
+    assert len(imported) > 10
+    assert {name: packaged_one[name] for name in imported} == imported
 
 
 def test_steps_for_some_numbers_of_images():
@@ -140,8 +157,8 @@ def test_a_packaged_recipe_is_taken_by_its_name_and_a_file_of_that_name_wins(tmp
     ("given", "fix"),
     [
         ("stile-16gb", "Give the path of a .toml file, or a name that `k5train recipes` lists (such as style-16gb"),
-        ("official.toml", "There is a packaged recipe of that name: --recipe official"),
-        ("pipelines/quick_512.toml", "(such as quick-512"),
+        ("official.toml", "There is a packaged one of that name: --recipe official"),
+        ("pipelines/quick_512.toml", "There is a packaged one of that name: --recipe quick-512"),
         ("\0", "Give the path of a .toml file, or a name that `k5train recipes` lists"),
     ],
 )
@@ -156,6 +173,10 @@ def test_the_list_of_rates_is_taken_by_its_name():
     _, by_name = sweep_runs(read(None, []), [], Path("which-rate"))
     _, by_path = sweep_runs(read(None, []), [], FOLDER / "which-rate.toml")
     assert by_name == by_path
+    for given, fix in (("pipelines/which_rate.toml", "name: --list which-rate"), ("rates", "(such as which-rate)")):
+        with pytest.raises(RecipeError) as error:
+            sweep_runs(read(None, []), [], Path(given))
+        assert fix in error.value.fix
     assert set(packaged.names()) == {*PACKAGED, *packaged.LISTS}
 
 

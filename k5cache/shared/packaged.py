@@ -62,11 +62,11 @@ def located(given: Path) -> tuple[Path, str]:
     return folder() / f"{name}.toml", said
 
 
-def advice(given: Path) -> str:
-    """What to do about a recipe that is not there."""
-    known = names()
-    if given.stem in known:
-        return f"There is a packaged recipe of that name: --recipe {given.stem}"
+def advice(given: Path, option: str = "--recipe") -> str:
+    """What to do about a recipe that is not there, or a list with ``option`` ``--list``."""
+    known = tuple(name for name in names() if (name in LISTS) == (option == "--list"))
+    if given.stem.replace("_", "-") in known:
+        return f"There is a packaged one of that name: {option} {given.stem.replace('_', '-')}"
     near = difflib.get_close_matches(given.stem.replace("_", "-").lower(), known, n=3, cutoff=0.5)
     meant = f" (such as {', '.join(near)})" if near else ""
     return f"Give the path of a .toml file, or a name that `k5train recipes` lists{meant}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -15,7 +16,7 @@ from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document, line_of
-from k5cache.shared.packaged import located
+from k5cache.shared.packaged import advice, located
 from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
 from k5train.options.train import TrainConfig
 from k5train.options.without_effect import options_without_effect
@@ -130,6 +131,8 @@ def _from_list(document: Document, listed: Path | None) -> list[tuple[str, Docum
     listed, said = located(listed)
     if said:
         console.note(said)
+    if not os.path.exists(listed):  # noqa: PTH110 (False for a name that the system does not allow)
+        raise RecipeError(f"There is no list {listed}", advice(listed, "--list"))
     contents, _, text = read_toml(listed, fix)
     tables = contents.get("run")
     if set(contents) != {"run"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
