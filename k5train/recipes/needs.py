@@ -56,14 +56,16 @@ def needs_of(values: Iterable[Value]) -> str:
     kind = next((str(value.value)[:3] for value in values if value.option == "model.flavour"), "t2i")
     if numbers is None:
         return "What it needs: `k5train plan` says it for your cache and card, before anything is loaded."
-    predicted = f"a peak of {numbers['predicted']} with a caption of {TEXT_TOKENS[kind]} tokens; {numbers['blocks']}"
+    text_of = "an instruction and its source" if kind == "i2i" else "a caption"
+    predicted = f"a peak of {numbers['predicted']} with {text_of} of {TEXT_TOKENS[kind]} tokens; {numbers['blocks']}"
     text = f"What it needs, as `k5train plan` predicts it: {predicted}."
     if measured := numbers.get("measured"):
         return (
             f"{text} Measured on one {measured['card']} with random weights, where torch was not allowed more than a "
             f"card of this size gives it: {measured['reserved']}, {measured['milliseconds']} ms a step of one "
-            "row. Slower cards take several times as long; `k5train bench` times yours."
+            f"row. Slower cards take several times as long; `k5train bench` times yours. {_ENCODING}"
         )
-    return (
-        f"{text} That is a prediction and was not measured with this recipe; `k5train bench` times steps on your card."
-    )
+    return f"{text} That was not measured with this recipe; `k5train bench` times steps on your card. {_ENCODING}"
+
+
+_ENCODING = "Encoding adapts to the card too: `k5cache plan` says how."
