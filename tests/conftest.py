@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from k5cache.shared import progress
+
 # Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nobody pulls the plug here, and a disk takes milliseconds for each of ten thousand calls. Tests of fsync replace it.
 os.fsync = lambda descriptor: None
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests import it from the checkout
+progress.SECONDS_TO_THE_FIRST = 60.0  # on a busy machine a test would read a line that it does not expect
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 MANY_MODULES = 100

@@ -25,6 +25,8 @@ from rich.text import Text
 from k5cache.shared.units import human_bytes, human_seconds
 
 SECONDS_A_LINE = 60.0
+SECONDS_TO_THE_FIRST = 1.0
+"""A log says at once what is being done; what is done within a second needs no line."""
 
 
 class Bars(Progress):
@@ -106,7 +108,9 @@ class Lines(Progress):
         self.stop()
 
     def _print(self) -> None:
-        while not self._ended.wait(self.seconds):
+        seconds = min(SECONDS_TO_THE_FIRST, self.seconds)
+        while not self._ended.wait(seconds):
+            seconds = self.seconds
             if line := self.line():
                 self.say(line)
 
