@@ -188,7 +188,7 @@ def _no_image(source: Path, skipped: list[Skipped], config: CacheConfig) -> Data
     examples = "; ".join(f"{s.path}: {s.reason}" for s in skipped[:3])
     problem = f"no image with a caption ({len(skipped)} skipped: {examples})" if skipped else "no image"
     suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-    fix = f"Put images ({suffixes}) there, each with a .txt caption beside it"
+    fix = f"Put images ({suffixes}) there, each with a {(config.caption_suffixes or ('.txt',))[0]} caption beside it"
     if not source.is_dir():
         fix = "Correct these rows, or use another source"
     elif use_metadata := _use_metadata(source, config):

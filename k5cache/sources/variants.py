@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 _TOKEN = re.compile(r"\\[{|}]|[{|}]|[^{|}\\]+|\\", re.DOTALL)
 _DEEPEST = 20
+_LONGEST = 50_000  # characters; the encoders take about 2,000, and millions of wildcards would take minutes
 _MISSES = 16  # draws in a row that gave nothing new, for each variant wanted: then there are no more
 Part = str | tuple["Parts", ...]
 """Text, or the options of a wildcard."""
@@ -26,6 +27,8 @@ def variants(caption: str, *, shuffle: bool, keep: int, wildcards: bool, most: i
         keep: the number of first tags that keep their places.
         wildcards: draw one of the parts of every ``{a|b|c}``.
     """
+    if len(caption) > _LONGEST:
+        return (caption,)
     parts: Parts = parse(caption) if wildcards else [caption]
     is_drawn = any(isinstance(part, tuple) for part in parts)
     if not is_drawn and not (shuffle and len(_tags(caption)) > keep + 1):
