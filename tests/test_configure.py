@@ -240,6 +240,10 @@ def test_run_again_it_offers_the_answers_of_its_own_recipe_and_those_that_were_c
     assert place.run("my pics.toml", lines="\n\n\n\n8\n").code == 0
     assert place.recipe()["cache.trigger"] == "zorb"
     assert place.recipe()["train.memory.vram"] == "8GB"
+    assert place.recipe()["train.validation.prompts"] == ["a fox", "no fox"]
+    for trigger, prompt in (("zorb", "zorb, a b"), ("quux", "quux, a b"), ("-", "quux, a b")):
+        assert place.run("my pics", "-y", "--trigger", trigger, "-o", "again.toml").code == 0
+        assert place.recipe("again.toml")["train.validation.prompts"][0] == prompt
 
 
 def test_a_recipe_that_was_edited_by_hand_is_replaced_only_if_its_owner_says_so(place):

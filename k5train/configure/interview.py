@@ -232,7 +232,7 @@ def _ask_prompts(
     begin = f"{trigger}, " if trigger and trigger not in example else ""
     usual = [f"{begin}{example}"] if example else []
     usual += [f"{trigger}, {_FURTHER[goal]}" if trigger else _FURTHER[goal], _UNRELATED]
-    defaults = offered.get("prompts") or list(dict.fromkeys(usual))
+    defaults = _renamed(offered.get("prompts", ()), offered.get("trigger"), trigger) or list(dict.fromkeys(usual))
     help = (
         "One a line; an empty line is the end. An empty line alone takes these, - alone draws none:",
         "They are encoded once into the cache; the last shows what pictures without your subject look like.",
@@ -240,6 +240,13 @@ def _ask_prompts(
     return asker.ask_lines(
         Question("What is drawn during training?", "--prompt", _check_prompt, help=help), defaults, given.prompts
     )
+
+
+def _renamed(prompts: Sequence[str], before: str | None, now: str) -> list[str]:
+    """Prompts of an earlier time with the trigger of now."""
+    if not before or not now:
+        return list(prompts)
+    return [prompt.replace(before, now) for prompt in prompts]
 
 
 def _check_prompt(answer: str) -> str:
