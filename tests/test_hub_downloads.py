@@ -166,11 +166,13 @@ def test_a_disk_without_room_is_named_before_anything_large_is_fetched(hub, tmp_
 
 def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub, tmp_path, monkeypatch):
     point_client_at(hub, tmp_path / "downloads", monkeypatch, TOKEN)
-    for status in (401, 403, 404, 500):
+    for status, fix in ((401, "Log in"), (403, "accept the terms"), (404, "Connect"), (500, "Connect")):
         hub.refuse = lambda request, status=status: status
         with pytest.raises(ModelError, match=r"someone/toy is not on this machine and cannot be downloaded") as caught:
             model_folder(MODEL, ENCODER_PARTS)
         assert TOKEN not in str(caught.value)
+        assert fix in caught.value.fix
+        assert "--model DIR" in caught.value.fix
         assert "\n" not in caught.value.problem
     odd = ValueError("404 Client Error. (Request ID: Root=1-2)\n\nRepository Not Found for url: http://x.\nCheck it.")
     assert reason_of(odd) == "404 Client Error: Repository Not Found for url: http://x."

@@ -195,7 +195,7 @@ def test_what_the_hub_refuses_is_one_problem_with_a_fix_and_without_the_token(hu
         return errors
 
     for status, fix in (
-        (401, "Log in with `hf auth login`"), (403, "Use a token with the right to write"),
+        (401, "Log in with `hf auth login`"), (403, "Use a token that may do this"),
         (404, "Check the name of"), (500, "Check the network and try again"),
     ):  # fmt: skip
         hub.refuse = lambda request, status=status: status

@@ -152,7 +152,7 @@ def test_a_dry_run_shows_the_page_and_asks_nobody_and_refusals_end_in_two_lines(
     assert (done.code, hub.requests) == (0, []), done.err
     assert "# fox" in done.out
     assert "fox.safetensors" in done.out
-    for status, fix in ((401, "Log in with"), (403, "right to write"), (500, "Check the network")):
+    for status, fix in ((401, "Log in with"), (403, "Use a token that may do this"), (500, "Check the network")):
         hub.refuse = lambda request, status=status: None if "whoami" in request else status
         done = cli(app, "push", "fox")
         lines = [line for line in done.err.splitlines() if line and not line.startswith("The page names no")]

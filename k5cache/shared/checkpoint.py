@@ -202,9 +202,10 @@ def _without_the_hub(repo: str, snapshot: Path | None, missing: str, error: Exce
             )
         return snapshot
     state = f"is incomplete on this machine ({missing} is missing)" if snapshot else "is not on this machine"
+    connect = hub.fix_of(error) if hub.is_about_login(error) else "Connect to the hub once"
     raise ModelError(
         f"The model {repo} {state} and cannot be downloaded ({reason})",
-        f"Connect to the hub once, or give a local folder with --model DIR (there is no folder {repo})",
+        f"{connect}, or give a local folder with --model DIR (there is no folder {repo})",
     ) from error
 
 

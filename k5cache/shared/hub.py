@@ -95,6 +95,11 @@ def reason_of(error: Exception) -> str:
     return without_tokens(shown(reason))[:240]
 
 
+def is_about_login(error: Exception) -> bool:
+    """Whether the hub does not know this user, or knows that the user may not do this."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+
+
 def without_tokens(text: str) -> str:
     """``text`` without this user's token and other credentials, and without what has the shape of one."""
     from huggingface_hub import get_token
@@ -112,12 +117,12 @@ def answering(what: str) -> Iterator[None]:
     try:
         yield
     except _refusals() as error:
-        raise HubError(f"Cannot {what}: {reason_of(error)}", _fix_of(error)) from None
+        raise HubError(f"Cannot {what}: {reason_of(error)}", fix_of(error)) from None
     except RuntimeError as error:  # so an upload ends if a file of it is refused, or its connection is lost
         cause = error.__cause__ if isinstance(error.__cause__, _refusals()) else None
         if cause is None and not _UPLOAD.match(str(error)):
             raise
-        raise HubError(f"Cannot {what}: {reason_of(cause or error)}", _fix_of(cause or error)) from None
+        raise HubError(f"Cannot {what}: {reason_of(cause or error)}", fix_of(cause or error)) from None
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -126,7 +131,8 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (*unreachable(), LocalTokenNotFoundError)
 
 
-def _fix_of(error: Exception) -> str:
+def fix_of(error: Exception) -> str:
+    """What a user can do about it."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -136,7 +142,7 @@ def _fix_of(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return f"{_LOG_IN}, with a token that may do this"
     if status == 403:
-        return "Use a token with the right to write to this owner (`hf auth login`), or name a repository of your own"
+        return "Use a token that may do this (`hf auth login`); of a gated repository, accept the terms on its page"
     if status == 404:
         return f"Check the name of the repository; a private one is only shown to who may read it. {_LOG_IN}"
     if isinstance(error, HFValidationError):

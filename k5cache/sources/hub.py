@@ -73,7 +73,7 @@ class _Repository:
             if snapshot is None or isinstance(error, RepositoryNotFoundError):
                 raise DatasetError(
                     f"There is no file or folder {name}, and as a dataset of the hub it cannot be loaded: {reason}",
-                    _FIX,
+                    _fix(error),
                 ) from None
             if not HF_HUB_OFFLINE:
                 note(
@@ -99,7 +99,11 @@ class _Repository:
             )
             return Path(str(folder))
         except hub.unreachable() as error:
-            raise DatasetError(f"{self._name} cannot be downloaded: {hub.reason_of(error)}", _FIX) from None
+            raise DatasetError(f"{self._name} cannot be downloaded: {hub.reason_of(error)}", _fix(error)) from None
+
+
+def _fix(error: Exception) -> str:
+    return hub.fix_of(error) if hub.is_about_login(error) else _FIX
 
 
 def _snapshot(name: str) -> Path | None:
