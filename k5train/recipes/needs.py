@@ -63,7 +63,7 @@ def needs_of(values: Iterable[Value]) -> str:
         return (
             f"{text} Measured on one {measured['card']} with random weights, where torch was not allowed more than a "
             f"card of this size gives it: {measured['reserved']}, {measured['milliseconds']} ms a step of one "
-            f"row. Slower cards take several times as long; `k5train bench` times yours. {_ENCODING}"
+            f"row. A smaller card takes longer; `k5train bench` times yours. {_ENCODING}"
         )
     return f"{text} That was not measured with this recipe; `k5train bench` times steps on your card. {_ENCODING}"
 
