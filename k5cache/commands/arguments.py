@@ -94,8 +94,9 @@ def model_of_cache(cache: Path, manifest: Manifest, model: str | None) -> ModelC
 
     from k5cache.shared.checkpoint import check_known
     from k5cache.shared.model import model_of
+    from k5cache.shared.places import model_near
 
-    encoder_model = model_of(manifest.recipe)
+    encoder_model = model_near(model_of(manifest.recipe), cache)
     if model:
         return replace(encoder_model, path=model, revision=None)
     check_known(encoder_model, cache, f"If you trust it: {console.this_command(model=encoder_model.source)}")
@@ -107,8 +108,9 @@ def suggest_training(cache: Path, manifest: Manifest) -> None:
     from dataclasses import replace
 
     from k5cache.shared.model import model_of
+    from k5cache.shared.places import model_near
 
-    model = model_of(manifest.recipe)
+    model = model_near(model_of(manifest.recipe), cache)
     if model.path and model.path.count("/") != 1 and not Path(model.path).is_dir():
         model = replace(model, path=None)  # it has moved: the run says what it needs
     # Without a path nothing is named: the run takes flavour and revision from the cache.

@@ -116,9 +116,10 @@ def model_of_cache(cache: Path) -> ModelConfig:
     """
     from k5cache.shared.checkpoint import check_known
     from k5cache.shared.model import ModelConfig, model_of
+    from k5cache.shared.places import model_near
     from k5cache.store.manifest import read_manifest
 
-    model = model_of(read_manifest(cache).recipe)
+    model = model_near(model_of(read_manifest(cache).recipe), cache)
     is_repository = model.path is None or model.path.count("/") == 1
     if not (is_repository or Path(str(model.path)).is_dir()):
         model = ModelConfig(model.flavour)

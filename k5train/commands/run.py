@@ -170,10 +170,10 @@ def warning_of(result: Result, files: Mapping[str, tuple[float, Path]]) -> str |
 
 def print_how_to_draw(result: Result) -> None:
     """A run without validation prompts or pairs has none to draw again: how to put one into its cache, and draw it."""
-    from k5train.runs.recipe import read_facts
+    from k5train.runs.recipe import cache_of, read_facts
 
     is_pair = result.pipeline != PIPELINES["t2i"]
     root, source = result.lora.parent, "PICTURE" if is_pair else None
-    add = console.command("k5cache", "prompts", "add", read_facts(root).cache, "PROMPT", source=source)
+    add = console.command("k5cache", "prompts", "add", cache_of(root, read_facts(root)), "PROMPT", source=source)
     console.next_step(f"Next, put a {'pair' if is_pair else 'prompt'} into the cache", add)
     console.next_step("and draw it", console.command("k5train", "sample", root, source=source, prompt="PROMPT"))

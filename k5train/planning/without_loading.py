@@ -10,6 +10,7 @@ from k5cache.shared.console import human_bytes
 from k5cache.shared.host_memory import free_ram
 from k5cache.shared.kind import LONG_NAMES, Kind
 from k5cache.shared.model import ModelConfig, model_of
+from k5cache.shared.places import model_near
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import open_cache
 from k5train.options.rate import with_usual_rate
@@ -47,7 +48,7 @@ def plan_without_loading(
     opened = open_cache(cache) if cache else None
     kind = opened.kind if opened else kind
     if opened and not model:
-        encoded_for = model_of(opened.manifest.recipe)
+        encoded_for = model_near(model_of(opened.manifest.recipe), opened.root)
         model = encoded_for if encoded_for.path and Path(encoded_for.path).is_dir() else None
     named = read_config(folder_without_weights(model, ("transformer",)), "transformer") if model else None
 

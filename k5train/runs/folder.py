@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from k5cache.shared import console, files, outputs
 from k5cache.shared.errors import K5Error, OutputError, RunError
@@ -19,7 +20,7 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.plain import read_json
 from k5cache.shared.recipe import parse
 from k5train.options.train import TrainConfig
-from k5train.runs.recipe import FACTS, read_facts, read_recipe, write_new
+from k5train.runs.recipe import FACTS, cache_of, read_facts, read_recipe, write_new
 
 # A folder is a run once it has recipe.toml, which is written last. If it has only these, a kill came before that. A
 # recipe.toml of the user, alone in a folder, is not among them.
@@ -34,13 +35,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, which is also its LoRA's."""
+        """The run's name, as which its LoRAs are called."""
         return name_of(self.root)
+
+    @property
+    def stem(self) -> str:
+        """What its LoRAs are called: as the run, unless its folder was renamed after some were written."""
+        for name in (self.name, *_earlier_names(self.root)):
+            if any((self.root / f"{name}{ending}.safetensors").is_file() for ending in ("", "-best", "-ema")):
+                return name
+        return self.name
 
     @property
     def lora(self) -> Path:
         """The finished LoRA."""
-        return self.root / f"{self.name}.safetensors"
+        return self.root / f"{self.stem}.safetensors"
 
     @property
     def grid(self) -> Path:
@@ -65,12 +74,12 @@ class Run:
     @property
     def best(self) -> Path:
         """The LoRA with the lowest held-out loss."""
-        return self.root / f"{self.name}-best.safetensors"
+        return self.root / f"{self.stem}-best.safetensors"
 
     @property
     def ema(self) -> Path:
         """The averaged LoRA, if the recipe has ``ema_decay``."""
-        return self.root / f"{self.name}-ema.safetensors"
+        return self.root / f"{self.stem}-ema.safetensors"
 
     @property
     def curve(self) -> Path:
@@ -108,6 +117,20 @@ class Run:
 def name_of(root: Path) -> str:
     """The name of the run in a folder, also if the folder was given as ``.`` or ``..``."""
     return root.name if root.name not in ("", "..") else root.resolve().name
+
+
+def _earlier_names(root: Path) -> Iterator[str]:
+    """What the run in a folder was called when it started, and when it ended. Nothing that cannot be read."""
+    with suppress(RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield _file_name(tomllib.loads(read_facts(root).recipe or "")["train"]["name"])
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield PurePath(_file_name(read_json(root / "result.json")["lora"])).stem
+
+
+def _file_name(name: str) -> str:
+    if PurePath(name).name != name or "\0" in name:
+        raise ValueError(f"{name} is not the name of a file")
+    return name
 
 
 def check_new(root: Path) -> None:
@@ -227,7 +250,7 @@ def open_run(root: Path, options: Sequence[str] = ()) -> tuple[Run, ModelConfig,
             f"{root} is not a run: it has no recipe.toml and run.json", "Give a folder made by `k5train run`"
         )
     model, config = parse(read_recipe(root, options), {"model": ModelConfig, "train": TrainConfig})
-    return Run(root), model, config, Path(facts.cache)
+    return Run(root), model, config, cache_of(root, facts)
 
 
 def free_name(runs: Path, name: str) -> Path:

@@ -6,17 +6,20 @@ neither obeyed nor passed over: the error names the value, and ``--set`` decides
 
 from __future__ import annotations
 
+import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from k5cache.shared import console
+from k5cache.shared import console, places
 from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.files import write_whole
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document
+from k5cache.shared.places import Place, find, is_cache, is_model, place_of
 from k5cache.shared.plain import read_plain
 from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml, toml_value
 from k5cache.shared.sealed import unseal_if_sealed, write_sealed
@@ -36,11 +39,14 @@ class Facts:
     """What ``run.json`` says of a run."""
 
     cache: str
+    """As its user wrote it."""
     versions: Mapping[str, str]
     recipe: str | None = None
     """As TOML. None: an earlier version started the run."""
     before: str | None = None
     """The recipe until now, while ``recipe.toml`` is being replaced: a kill may leave either of the two."""
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """A path in the recipe, or of the cache, as its user wrote it -> where that was. Earlier versions kept none."""
 
 
 def read_facts(root: Path) -> Facts:
@@ -55,7 +61,8 @@ def read_facts(root: Path) -> Facts:
         texts = [document["cache"], document.get("recipe", ""), document.get("before", "")]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is something else")
-        return Facts(**{"versions": {}, **document})
+        were = {named: Place(*map(_text_of, place)) for named, place in document.get("places", {}).items()}
+        return Facts(**{"versions": {}, **document, "places": were})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} is not the file that was written, so it cannot be trusted to name the run's cache and recipe",
@@ -65,26 +72,97 @@ def read_facts(root: Path) -> Facts:
 
 def write_new(root: Path, cache: Path, versions: Mapping[str, str], model: ModelConfig, config: TrainConfig) -> None:
     """Write the two files of a new run. ``recipe.toml`` is the last: with it the folder is a run."""
-    text = _text(model, config)
-    _write_facts(root, Facts(str(cache), versions, text))
+    document = _document(model, config)
+    text, paths = to_toml(document), [str(cache), *(path for path, _, _ in _paths(document))]
+    _write_facts(root, Facts(str(cache), versions, text, places=_places(root, paths, {}, {})))
     _write_text(root, text)
 
 
-def write_recipe(root: Path, model: ModelConfig, config: TrainConfig) -> None:
+def write_recipe(root: Path, model: ModelConfig, config: TrainConfig, cache: Path | None = None) -> None:
     """Make this the recipe of a run, in both files. A kill at any time leaves a run that goes on.
 
     If nothing changes, neither does ``recipe.toml``, into which its user may have written a comment.
+
+    Args:
+        config: a path in it may be where ``read_recipe`` found what the run names; the recipe keeps its name.
+        cache: where the run's cache is now. None: where it was found.
     """
-    text, facts = _text(model, config), read_facts(root)
-    if facts.recipe == text and facts.before is None and (root / RECIPE).exists() and not _changes(root, text):
+    facts, document = read_facts(root), _document(model, config)
+    before = tomllib.loads(facts.recipe) if facts.recipe else {}
+    names = {find(name, facts.places.get(name), root, is_it): name for name, is_it, _ in _paths(before)}
+    here = str(cache or cache_of(root, facts))
+    named = here if cache else facts.cache
+    paths = [here, *(path for path, _, _ in _paths(document))]
+    now = _places(root, paths, {**names, here: named}, facts.places)
+    for path, _, put in _paths(document):
+        put(names.get(path, path))
+    text = to_toml(document)
+    if (named, text, now) == (facts.cache, facts.recipe, facts.places) and (
+        facts.before is None and (root / RECIPE).exists() and not _changes(root, text)
+    ):
         return
-    _write_facts(root, Facts(facts.cache, facts.versions, text, facts.recipe))
+    _write_facts(root, Facts(named, facts.versions, text, facts.recipe, now))
     _write_text(root, text)
-    _write_facts(root, Facts(facts.cache, facts.versions, text))
+    _write_facts(root, Facts(named, facts.versions, text, places=now))
 
 
-def _text(model: ModelConfig, config: TrainConfig) -> str:
-    return to_toml({"model": to_dict(model), "train": to_dict(config)})
+def cache_of(root: Path, facts: Facts) -> Path:
+    """Where the cache of a run is now, as far as that can be found."""
+    return Path(find(facts.cache, facts.places.get(facts.cache), root, is_cache))
+
+
+def comparable(model: ModelConfig, config: TrainConfig) -> dict[str, Any]:
+    """A recipe as plain values, in which two paths to the same place are equal."""
+    document = _document(model, config)
+    for path, _, put in _paths(document):
+        put(places.comparable(path))
+    return document
+
+
+def _document(model: ModelConfig, config: TrainConfig) -> dict[str, Any]:
+    return {"model": to_dict(model), "train": to_dict(config)}
+
+
+def _places(
+    root: Path, paths: Sequence[str], names: Mapping[str, str], before: Mapping[str, Place]
+) -> dict[str, Place]:
+    """Where everything is that a run names. What is nowhere keeps the place that it had.
+
+    Args:
+        paths: from the working directory.
+        names: a path -> what the run calls it, if that is something else.
+    """
+    now = {name: place_of(path, root) or before.get(name) for path in paths for name in [names.get(path, path)]}
+    return {name: place for name, place in now.items() if place}
+
+
+def _paths(document: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[str], bool], Callable[[str], None]]]:
+    """Each path of a recipe that a run needs: itself, whether a place can be what it names, and how to replace it.
+
+    A source to draw is none of them: its pair is in the cache, by its name.
+    """
+
+    def table(values: Any, name: str) -> dict[str, Any]:
+        found = values.get(name) if isinstance(values, Mapping) else None
+        return found if isinstance(found, dict) else {}
+
+    train = document.get("train")
+    entries = train.get("data") if isinstance(train, Mapping) else None
+    holders: list[tuple[dict[str, Any], str, Callable[[str], bool]]] = [
+        (table(document, "model"), "path", is_model),
+        (table(train, "lora"), "init_lora", os.path.exists),
+    ]
+    entries = entries if isinstance(entries, list) else []
+    holders += [(entry, "cache", is_cache) for entry in entries if isinstance(entry, dict)]
+    for holder, key, is_it in holders:
+        if isinstance(holder.get(key), str):
+            yield holder[key], is_it, partial(holder.__setitem__, key)
+
+
+def _text_of(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is something else")
+    return value
 
 
 def _write_text(root: Path, text: str) -> None:
@@ -93,6 +171,7 @@ def _write_text(root: Path, text: str) -> None:
 
 def _write_facts(root: Path, facts: Facts) -> None:
     document = {name: value for name, value in vars(facts).items() if value is not None}
+    document["places"] = {named: [place.from_here, place.absolute] for named, place in facts.places.items()}
     write_sealed(root / FILE, document)
 
 
@@ -115,6 +194,8 @@ def read_recipe(root: Path, options: Sequence[str] = ()) -> Document:
             _check_unchanged(root, facts.recipe, options)
     if isinstance(document.get("train"), dict):
         document["train"] = without_removed(document["train"])
+    for named, is_it, put in _paths(document):
+        put(find(named, facts.places.get(named), root, is_it))
     for option in options:
         set_option(document, option)
     return document
@@ -125,7 +206,7 @@ def caches_of(root: Path) -> list[str]:
     try:
         facts = read_facts(root)
         recipe = tomllib.loads(facts.recipe or (root / RECIPE).read_text(encoding="utf-8"))
-        return [] if recipe["train"].get("data") else [facts.cache]
+        return [] if recipe["train"].get("data") else [str(cache_of(root, facts))]
     except (RunError, OSError, ValueError, KeyError, AttributeError):
         return ["CACHE"]
 

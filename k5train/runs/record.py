@@ -109,32 +109,12 @@ def read_record(root: Path) -> Record:
     except (K5Error, OSError) as error:
         record = replace(record, problems=(_problem(error),))
     record, result = _with_result(record, run)
-    files = _Files.of(run, result)
-    record = replace(record, lora=files.lora, seconds=_number(result.get("seconds")))
+    record = replace(record, lora=run.lora, seconds=_number(result.get("seconds")))
     try:
         rows = read_metrics(run.metrics) if run.metrics.exists() or run.is_finished else []
     except (K5Error, OSError) as error:
         return replace(record, problems=(*record.problems, _problem(error)))
-    return _with_metrics(record, files, [row for row in rows if row["step"] < _MOST_STEPS])
-
-
-@dataclass(frozen=True)
-class _Files:
-    """The LoRAs that a run may have."""
-
-    run: Run
-    lora: Path
-    best: Path
-    ema: Path
-
-    @classmethod
-    def of(cls, run: Run, result: Mapping[str, Any]) -> _Files:
-        """Called by the name that the run had when it ended: its folder may have another one by now."""
-        lora = result.get("lora")
-        if not isinstance(lora, str) or Path(lora).name != lora:
-            return cls(run, run.lora, run.best, run.ema)
-        stem = Path(lora).stem
-        return cls(run, *(run.root / f"{stem}{ending}.safetensors" for ending in ("", "-best", "-ema")))
+    return _with_metrics(record, run, [row for row in rows if row["step"] < _MOST_STEPS])
 
 
 def _settings(root: Path) -> dict[str, Any]:
@@ -171,7 +151,7 @@ def _with_result(record: Record, run: Run) -> tuple[Record, dict[str, Any]]:
     return replace(record, is_finished=True, ended_by=ended_by if isinstance(ended_by, str) else None), result
 
 
-def _with_metrics(record: Record, files: _Files, rows: Sequence[dict[str, Any]]) -> Record:
+def _with_metrics(record: Record, run: Run, rows: Sequence[dict[str, Any]]) -> Record:
     curves = {name: curve for name in MEASURED if (curve := _curve(rows, f"{name}_loss"))}
     steps = max((row["step"] for row in rows), default=0)
     keys = {name: key for name in MEASURED for row in rows if isinstance(key := row.get(f"{name}_key"), str)}
@@ -186,28 +166,28 @@ def _with_metrics(record: Record, files: _Files, rows: Sequence[dict[str, Any]])
         curves=curves,
         keys=keys,
         base=Loss(*held_out[0]) if held_out and held_out[0][0] == 0 else None,
-        final=_loss(files, record, later[-1], steps) if later else None,
-        best=_best(files, record, held_out, steps),
-        ema=Loss(*ema[-1], _there(files.ema) if ema[-1][0] == steps else None) if ema else None,
+        final=_loss(run, record, later[-1], steps) if later else None,
+        best=_best(run, record, held_out, steps),
+        ema=Loss(*ema[-1], _there(run.ema) if ema[-1][0] == steps else None) if ema else None,
         seconds_per_step=_median(_number(row.get("seconds")) for row in rows if "loss" in row),
         peak_gib=max(_numbers(row.get("peak_reserved_gib") for row in rows), default=None),
     )
 
 
-def _best(files: _Files, record: Record, curve: Sequence[Point], steps: int) -> Loss | None:
+def _best(run: Run, record: Record, curve: Sequence[Point], steps: int) -> Loss | None:
     measured = [(loss, step) for step, loss in curve if loss is not None]
     if not measured:
         return None
     loss, step = min(measured)
-    found = _loss(files, record, (step, loss), steps)
-    return found if found.file or not step else replace(found, file=_there(files.best))
+    found = _loss(run, record, (step, loss), steps)
+    return found if found.file or not step else replace(found, file=_there(run.best))
 
 
-def _loss(files: _Files, record: Record, point: Point, steps: int) -> Loss:
+def _loss(run: Run, record: Record, point: Point, steps: int) -> Loss:
     """A measurement with its file: the finished LoRA if it is of the last step, or a checkpoint."""
     step, loss = point
-    paths = [files.lora] if record.is_finished and step == steps else []
-    there = [path for path in (*paths, files.run.checkpoint(step)) if step and path.is_file()]
+    paths = [run.lora] if record.is_finished and step == steps else []
+    there = [path for path in (*paths, run.checkpoint(step)) if step and path.is_file()]
     return Loss(step, loss, there[0] if there else None)
 
 

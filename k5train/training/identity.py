@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from k5cache.shared.errors import RunError
@@ -108,13 +108,16 @@ def _has_another_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 
 
 def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without the paths of the caches, which may move. Their rows are compared.
+    """An identity without the paths of the caches, which may move, and of the LoRA that was started from only the name.
+    The rows of caches are compared.
 
     An option that the run's version did not know has its default: that is what the run did.
     """
     train = {**to_dict(TrainConfig()), **without_removed(identity["train"])}
     train["validation"] = {**to_dict(ValidationConfig()), **train["validation"]}
     train["data"] = [{k: v for k, v in entry.items() if k != "cache"} for entry in train.get("data", ())]
+    if start := train["lora"].get("init_lora"):
+        train["lora"] = {**train["lora"], "init_lora": PurePath(start).name}
     return {**identity, "train": train}
 
 

@@ -96,6 +96,6 @@ def _is_made_by(path: Path, run: Run, identity: Mapping[str, Any]) -> bool:
         return is_known
     try:
         written = read_metadata(path)
-        return written.get("modelspec.title") == run.name and is_made_by(written, identity)
+        return written.get("modelspec.title") in (run.name, run.stem) and is_made_by(written, identity)
     except (K5Error, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import check_known, model_folder
@@ -32,7 +31,7 @@ from k5train.runs.folder import (
     new_run,
     open_run,
 )
-from k5train.runs.recipe import write_recipe
+from k5train.runs.recipe import comparable, write_recipe
 from k5train.runs.resume_state import SavedState, latest_state
 from k5train.training.cautions import cautions
 from k5train.training.identity import depends_on_the_last_step
@@ -125,7 +124,7 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
             )
         check_may_go_on(run, config, saved)
     # Written before training, so that a run that is stopped again goes on with these options.
-    accepted = partial(write_recipe, root, model, config)
+    accepted = partial(write_recipe, root, model, config, cache)
     return train(data, model_folder(model, PARTS), config, run, accepted=accepted, step=step)
 
 
@@ -232,7 +231,7 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
         run, its_model, its_config, cache = open_run(candidate)
         if is_locked(run):
             continue
-        different = differences(_plain(its_model, its_config), _plain(model, config), UNIMPORTANT)
+        different = differences(comparable(its_model, its_config), comparable(model, config), UNIMPORTANT)
         if not different and cache.resolve() == data.first.root.resolve():
             return run
         if out or config.name:
@@ -243,7 +242,3 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
                 f"Resume it as it was: {as_it_was}, or give another folder with -o",
             )
     return None
-
-
-def _plain(model: ModelConfig, config: TrainConfig) -> dict[str, Any]:
-    return {"model": to_dict(model), "train": to_dict(config)}

@@ -16,7 +16,6 @@ from k5cache.shared.inside import check_inside, name_problem
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
 from k5cache.shared.plain import read_plain
-from k5cache.shared.recipe import to_dict
 from k5cache.shared.sealed import unseal_if_sealed
 from k5train.options.train import TrainConfig
 from k5train.pictures import sheet
@@ -26,6 +25,7 @@ from k5train.runs.compared import remarks
 from k5train.runs.differences import differences
 from k5train.runs.folder import Run, check_new, open_run
 from k5train.runs.outcomes import FILE, NOT_FINISHED, Outcome, read_outcomes
+from k5train.runs.recipe import comparable
 from k5train.runs.record import UNSEALED_RESULT, Loss, Record, read_record
 from k5train.runs.written import check_recorded
 from k5train.training.sweep_runs import FIXED, SweepRun
@@ -82,7 +82,7 @@ def open_same(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) 
         RunError: others did; names them.
     """
     run, its_model, its_config, its_cache = open_run(root)
-    before, now = ({"model": to_dict(m), "train": to_dict(c)} for m, c in ((its_model, its_config), (model, config)))
+    before, now = comparable(its_model, its_config), comparable(model, config)
     different = differences(before, now, ["train.name"]) + _cache_differs(its_cache, cache, config)
     if different:
         raise RunError(
@@ -97,10 +97,9 @@ def _check_same_base(root: Path, cache: Path, model: ModelConfig, config: TrainC
         _, its_model, its_config, its_cache = open_run(root)
     except K5Error:  # a damaged one is named in the table
         return
-    before, now = (
-        {"model": to_dict(m), "train": {name: value for name, value in to_dict(c).items() if name in FIXED}}
-        for m, c in ((its_model, its_config), (model, config))
-    )
+    before, now = comparable(its_model, its_config), comparable(model, config)
+    for document in (before, now):
+        document["train"] = {name: value for name, value in document["train"].items() if name in FIXED}
     free = ["train.name", "train.device", "train.memory"]
     different = differences(before, now, free) + _cache_differs(its_cache, cache, config)
     if different:
