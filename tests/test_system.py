@@ -191,7 +191,7 @@ def test_an_interrupt_and_the_end_of_a_process_work_without_signals_of_unix(monk
         system.end_with_children(sleeps)
 
 
-def test_the_lock_is_the_flock_that_earlier_versions_take_and_byte_0_is_left_to_windows(tmp_path):
+def test_the_lock_is_the_flock_that_earlier_versions_take_and_byte_0_is_left_to_windows(tmp_path, monkeypatch):
     path = tmp_path / ".lock"
     with lock.lock_file(path):
         assert path.read_bytes().startswith(b' {"pid": ')
@@ -201,3 +201,17 @@ def test_the_lock_is_the_flock_that_earlier_versions_take_and_byte_0_is_left_to_
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with pytest.raises(lock.Locked, match=r"^another process$"), lock.lock_file(path, 0.1):
             pass
+        path.write_text('{"pid": 5, "host": "earlier", "since": "today"}')
+        with pytest.raises(lock.Locked, match=r"^process 5 on earlier since today$"), lock.lock_file(path):
+            pass
+    read_at = system.read_at
+
+    def as_windows(fd: int, num_bytes: int, at: int) -> bytes:
+        if at == 0:
+            raise PermissionError(errno.EACCES, "another process has locked a portion of the file")
+        return read_at(fd, num_bytes, at)
+
+    monkeypatch.setattr(system, "read_at", as_windows)
+    owner = rf"^process {os.getpid()} on .+ since 2"
+    with lock.lock_file(path), pytest.raises(lock.Locked, match=owner), lock.lock_file(path):
+        pass

@@ -59,7 +59,11 @@ def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
 
 def _owner(fd: int) -> str:
     try:
-        owner = json.loads(system.read_at(fd, _MOST_OWNER_BYTES, _OWNER_AT))
+        text = system.read_at(fd, _MOST_OWNER_BYTES, 0)  # from 0 on, as earlier versions wrote it
+    except PermissionError:
+        text = system.read_at(fd, _MOST_OWNER_BYTES, _OWNER_AT)
+    try:
+        owner = json.loads(text)
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):  # it has the lock but has not written yet who it is
         return "another process"
