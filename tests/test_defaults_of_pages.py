@@ -35,8 +35,6 @@ UNSET = "unset"
 NO_VALUES = {
     # of all options
     "Everything has a default, so the commands work without a recipe too.",
-    "- [Which settings for what](docs/settings.md): what each option gained; [all options](docs/options.md) with their "
-    "defaults",
     "`k5train options` prints every option with its default and its help, as a recipe to copy from, and "
     "`--set train.lora.rank=16` overrides one option on the command line.",
     "Write it once, as a field of the dataclass of its table, with its default, its unit, and its help as the "
@@ -49,7 +47,6 @@ NO_VALUES = {
     "The default is the column that contains images, or ``image``, ``file_name``, ``image_path``, ``path`` or "
     "``filename``.",
     # of a folder and of another library
-    "Its default, in your user's folder, is closed to other users.",
     "The result is a file under `K5_HOME` (`~/.cache/k5` by default) that is named by what it was made of.",
 }
 """Sentences that name no value of an option as its default."""
