@@ -11,6 +11,7 @@ from k5train.recipes import needs
 from k5train.recipes.listed import PACKAGED
 from pipelines.measure import recipes
 from tests.test_measure_gradients import SMALL
+from tests.test_readme import table_under
 
 
 def test_the_recipes_say_what_the_planner_predicts_now():
@@ -57,3 +58,14 @@ def test_a_recipe_says_what_was_measured(monkeypatch):
     text = needs.needs_of(values)
     assert "Measured on one NVIDIA H100" in text
     assert "14.9 GiB, 333 ms a step of one row" in text
+
+
+def test_the_page_of_measurements_has_the_numbers_that_the_recipes_have():
+    rows = table_under(recipes.ROOT / "docs" / "measurements.md", "What the packaged recipes need")[1:]
+    stored = json.loads(recipes.NEEDS.read_text(encoding="utf-8"))
+    measured = {work: (numbers["predicted"], numbers["measured"]) for work, numbers in stored.items()
+                if "measured" in numbers}  # fmt: skip
+    assert rows == [
+        [work, predicted, numbers["reserved"], str(numbers["milliseconds"]), str(numbers["busy"])]
+        for work, (predicted, numbers) in measured.items()
+    ]
