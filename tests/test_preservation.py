@@ -22,6 +22,7 @@ from k5cache.upkeep.verify import verify_cache
 from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
 from k5train.data.batch import Batch, Group
+from k5train.data.kind import class_warnings
 from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture, Source
 from k5train.forward.predict_velocity import predict_velocity
@@ -135,6 +136,15 @@ def test_each_row_of_a_batch_has_its_own_class_caption_padded_or_in_a_group_of_i
         (group,) = loader.batch(micro).groups
         is_dog = cache.text(regularised.row(loader.rows_of(micro)[0]).caption_keys[0]).caption == "a dog"
         assert (group.class_embeds is None) == (loader.rows_of(micro)[0] >= len(cache) or is_dog)
+
+
+def test_class_captions_that_do_nothing_are_named_and_the_cost_of_those_that_do(shop, toy_cache):
+    data, plain = (Mixture([Source(open_cache(root))]) for root in (shop.root, toy_cache("fp32")))
+    (unused,) = class_warnings(data, CONFIG)
+    assert unused == "The class captions of cache do nothing here: train.objective.preservation_weight is not set"
+    (cost,) = class_warnings(data, config_with())
+    assert "about 2.3 times as long" in cost
+    assert class_warnings(plain, CONFIG) == []
 
 
 def test_preserving_without_class_captions_is_refused_with_the_command(toy_cache):

@@ -6,6 +6,7 @@ from k5cache.shared.checkpoint import folder_without_weights
 from k5cache.shared.model import ModelConfig
 from k5train.data.batch_sizes import batch_warnings
 from k5train.data.folder_repeats import described
+from k5train.data.kind import class_warnings
 from k5train.data.mixture import Mixture, num_micro_batches
 from k5train.data.split import split_off
 from k5train.options.adapter import LoraConfig
@@ -30,7 +31,7 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str
     if config.epochs is not None:
         micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
         lines += never_reached(config, -(-micro_batches // config.gradient_accumulation_steps))
-    lines += batch_warnings(data, config) + _of_folders(data)
+    lines += [*batch_warnings(data, config), *_of_folders(data), *class_warnings(data, config)]
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
 
 
