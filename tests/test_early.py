@@ -7,14 +7,19 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from k5cache.cli import app as cache_app
 from k5cache.shared import loading
+from k5cache.shared.model import ModelConfig
 from k5train.cli import app as train_app
+from k5train.options.train import TrainConfig
+from k5train.runs.folder import create_run
 
 # Runs the command lines on stdin, each as a user would, in one process. An import of a large library ends a command.
 RUNNER = """
@@ -92,6 +97,31 @@ REFUSED = {
     "k5train base rm nosuch": "nosuch",
     "k5train doctor --vram lots": "--vram lots is not an amount of memory",
 }
+# Each command that writes to an -o, and something there that is not its own.
+OTHERS = {
+    "k5cache encode pictures -o images": "images is not empty and not a cache: it holds mine.txt",
+    "k5cache plan pictures -o images": "images is not empty and not a cache: it holds mine.txt",
+    "k5cache diff pictures -o images": "images is not a",
+    "k5cache encode pictures -o run": "run is a run, not a cache",
+    "k5cache merge toy toy -o images": "images is not empty and not a cache: it holds mine.txt",
+    "k5cache show toy -o mine.png": "mine.png is there already and was not drawn by k5cache or k5train",
+    "k5train run toy -o images": "images is not empty and not a run: it holds mine.txt",
+    "k5train run toy -o toy": "toy is a cache, not a run",
+    "k5train sweep toy --grid train.lora.rank=1,2 -o images": "images is not empty and not a sweep: it holds mine.txt",
+    "k5train sweep toy --grid train.lora.rank=1,2 -o run": "run is a run, not a sweep",
+    "k5train sample run -o mine.png": "mine.png is there already and was not drawn by k5cache or k5train",
+    "k5train sample run -o images": "images cannot be written: it is a folder",
+    "k5train compare run -o mine.png": "mine.png is there already and was not drawn by k5cache or k5train",
+    "k5train export page.safetensors -o mine.png": "mine.png already exists",
+    "k5train merge page.safetensors page.safetensors -o mine.png": "mine.png already exists",
+    "k5train merge page.safetensors --into-base nosuch -o images":
+        "images is not empty and not a merged checkpoint: it holds mine.txt",
+    "k5train import config.json -o mine.toml": "mine.toml is there already, and is not of this command",
+    "k5train recipes official -o mine.toml": "mine.toml is there already",
+    "k5train configure pictures -o mine.toml --yes": "mine.toml is there and is not a recipe: it has tool",
+    "k5train bench -o mine.json": "mine.json is there already and was not written by k5train bench",
+}  # fmt: skip
+REFUSED |= OTHERS
 NEVER_REFUSED = {"k5cache options", "k5train options", "k5train base list"}
 
 
@@ -101,6 +131,12 @@ def ends(tmp_path_factory, toy_cache, toy_model) -> dict[str, tuple[int | None, 
     folder = tmp_path_factory.mktemp("early")
     (folder / "images").mkdir()
     (folder / "images" / "mine.txt").touch()
+    (folder / "pictures").mkdir()
+    for name in ("mine.png", "pictures/cat.png"):
+        Image.new("RGB", (64, 64)).save(folder / name)
+    for name, text in (("mine.json", "{}"), ("mine.toml", "[tool]\n"), ("config.json", '{"model_type": "lora"}')):
+        (folder / name).write_text(text, encoding="utf-8")
+    create_run(folder / "run", folder / "toy", ModelConfig(), TrainConfig())
     (folder / "toy").symlink_to(toy_cache("fp32"))
     (folder / "page.safetensors").write_text("<!doctype html>", encoding="utf-8")
     model = shlex.quote(str(toy_model))
@@ -111,6 +147,12 @@ def ends(tmp_path_factory, toy_cache, toy_model) -> dict[str, tuple[int | None, 
         input=json.dumps(given), capture_output=True, text=True, cwd=folder, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    there = sorted(path.name for path in folder.iterdir())
+    assert there == [
+        "config.json", "images", "mine.json", "mine.png", "mine.toml", "page.safetensors", "pictures", "run", "runs",
+        "toy",
+    ]  # fmt: skip
+    assert [path.name for path in (folder / "images").iterdir()] == ["mine.txt"]
     return dict(zip([line.replace(model, "MODEL") for line in lines], json.loads(done.stdout), strict=True))
 
 
@@ -123,17 +165,21 @@ def test_every_command_refuses_a_wrong_argument_before_a_large_library_is_import
     assert not {line: ends[line] for line in NEVER_REFUSED if ends[line][0] != 0}
 
 
-def test_every_command_has_a_wrong_argument_above():
-    def names(command: object, above: str) -> list[str]:
+def test_every_command_has_a_wrong_argument_above_and_each_that_writes_something_of_others():
+    def names(command: object, above: str) -> dict[str, bool]:
+        """The name of each command, and whether it takes an -o."""
         inner = getattr(command, "commands", None)
-        return [n for name, c in inner.items() for n in names(c, f"{above} {name}")] if inner else [above]
+        if not inner:
+            return {above: any("-o" in parameter.opts for parameter in command.params)}
+        return {n: out for name, c in inner.items() for n, out in names(c, f"{above} {name}").items()}
 
-    commands = [
-        *names(typer.main.get_command(cache_app), "k5cache"),
-        *names(typer.main.get_command(train_app), "k5train"),
-    ]
-    tried = [*REFUSED, *NEVER_REFUSED]
-    assert not [name for name in commands if not any(f"{line} ".startswith(f"{name} ") for line in tried)]
+    commands = names(typer.main.get_command(cache_app), "k5cache") | names(typer.main.get_command(train_app), "k5train")
+
+    def untried(names: Iterable[str], lines: Iterable[str]) -> list[str]:
+        return [name for name in names if not any(f"{line} ".startswith(f"{name} ") for line in lines)]
+
+    assert not untried(commands, [*REFUSED, *NEVER_REFUSED])
+    assert not untried([name for name, out in commands.items() if out], OTHERS)
 
 
 def test_a_command_that_passes_its_checks_names_the_library_that_it_loads(ends):

@@ -20,13 +20,13 @@ def show(
     seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
 ) -> None:
     """Draw a contact sheet of what will be trained on: decoded latents with bucket and caption."""
-    from k5cache.shared.outputs import check_file
+    from k5cache.shared.drawn import check_picture
     from k5cache.store.reader import open_cache
     from k5cache.upkeep.show import free_default, write_contact_sheet
 
     opened = open_cache(cache)
     path = out or free_default(cache)
-    target = check_file(path, ".png")
+    target = check_picture(path)
     with console.progress() as bars:
         model_config = model_of_cache(cache, opened.manifest, model)
         num_shown = write_contact_sheet(opened, target, count, model_config, device, bars, seed)

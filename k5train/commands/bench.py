@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.shared import console
+from k5cache.shared.drawn import check_replaceable
 from k5cache.shared.errors import RunError
 from k5cache.shared.outputs import check_file
 
 if TYPE_CHECKING:
     import torch
+
+MARK = b'"milliseconds": '
+"""In each of the first lines of the JSON that this command writes."""
 
 
 def bench(
@@ -28,6 +32,8 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
     """Time training steps of a full-size transformer with random weights on this card. Downloads nothing."""
+    if out is not None:
+        check_replaceable(check_file(out), out, lambda begins: MARK in begins, "was not written by k5train bench")
     device = gpu_to_measure(out)
     import torch
 

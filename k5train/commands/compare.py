@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +26,7 @@ def compare(
 
     Reads only the runs' own files: it loads no model, takes a second or two, and may be called while runs are training.
     """
-    from k5cache.shared.files import make_folder, write_whole
-    from k5cache.shared.outputs import check_file
+    from k5cache.shared.drawn import check_picture, write_picture
     from k5train.commands.comparison_table import print_comparison
     from k5train.pictures.compared import compare_pictures
     from k5train.pictures.comparison import draw
@@ -36,14 +34,13 @@ def compare(
     from k5train.runs.compared import compare as compare_runs
 
     named = out or (None if is_json else _free_name())
-    target = check_file(named, ".png") if named else None
+    target = check_picture(named) if named else None
     comparison = compare_runs(runs)
     pictures = compare_pictures(comparison.runs)
     if not is_json:
         print_comparison(comparison, pictures)
     if target:
-        make_folder(target.parent)
-        write_whole(target, partial(draw(comparison, pictures).save, format="PNG"))
+        write_picture(draw(comparison, pictures), target, "k5train compare")
     if is_json:
         console.print_json({**as_json(comparison), "pictures": pictures, "png": named})
         return

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder, read_config
+from k5cache.shared.drawn import check_picture, write_picture
 from k5cache.shared.errors import RecipeError
-from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.outputs import check_file, check_writable
+from k5cache.shared.outputs import check_writable
 from k5cache.store.reader import Cache, open_cache
 from k5train.adapter.header import check_kind
 from k5train.data.kind import check_options
@@ -75,8 +74,7 @@ def resample(
 
     grid, losses = draw_rows(folder, config, reader, drawings, choices, measurement)
     target = target or _unused(run.root / "samples")
-    make_folder(target.parent)
-    write_whole(target, partial(grid.save, format="PNG"))
+    write_picture(grid, target, "k5train sample")
     return Resampled(out or target, losses)
 
 
@@ -105,7 +103,9 @@ def measurement_of(cache: Cache, config: TrainConfig, folder: Path) -> Measured:
 
 
 def check_out(run: Run, out: Path | None) -> Path | None:
-    """Refuse a file that is not a PNG or cannot be written. Without a file, the run's samples are where it will be.
+    """Refuse a file that is not a PNG, cannot be written, or is a picture of someone else.
+
+    Without a file, the run's samples are where it will be.
 
     Raises:
         OutputError: says why not.
@@ -113,7 +113,7 @@ def check_out(run: Run, out: Path | None) -> Path | None:
     if out is None:
         check_writable(run.root / "samples")
         return None
-    return check_file(out, ".png")
+    return check_picture(out)
 
 
 def drawings_to_draw(run: Run, cache: Cache, config: TrainConfig) -> list[Drawing]:
