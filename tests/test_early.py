@@ -101,7 +101,7 @@ REFUSED = {
 OTHERS = {
     "k5cache encode pictures -o images": "images is not empty and not a cache: it holds mine.txt",
     "k5cache plan pictures -o images": "images is not empty and not a cache: it holds mine.txt",
-    "k5cache diff pictures -o images": "images is not a",
+    "k5cache diff pictures -o images": "images is not empty and not a cache: it holds mine.txt",
     "k5cache encode pictures -o run": "run is a run, not a cache",
     "k5cache merge toy toy -o images": "images is not empty and not a cache: it holds mine.txt",
     "k5cache show toy -o mine.png": "mine.png is there already and was not drawn by k5cache or k5train",
