@@ -129,7 +129,7 @@ def make_runs(root: Path, with_pictures: Path) -> None:
     do(cli, "k5cache encode datasets/after --sources datasets/before -o cache/my_edit")
     for name in ("my_edits", "my_pairs"):
         shutil.copytree(root / "cache" / "my_edit", root / "cache" / name)
-    for name in ("a", "b"):
+    for name in ("a", "b", "part_a", "part_b"):
         shutil.copytree(root / "cache" / "my_images", root / "cache" / name)
     do(cli, f"k5train run cache/my_images {prompts} {keep}")
     do(cli, "k5train run cache/my_images -o runs/my_dora --set train.lora.algo=dora")

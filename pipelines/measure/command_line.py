@@ -23,8 +23,9 @@ def run(command: Callable[..., None]) -> NoReturn:
 
 
 def print_table(setting: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> None:
-    """Print a table; its title names the GPU, torch and the setting."""
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {setting}"
+    """Print a table; its title names the GPU, if there is one, torch and the setting."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    title = f"{device}, torch {torch.__version__}, {setting}"
     table = console.table(title, *columns, numbers=tuple(numbers))
     for row in rows:
         table.add_row(*row)
