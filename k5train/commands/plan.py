@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from k5cache.shared.errors import RecipeError
 from k5cache.shared.kind import Kind, kind_of_flavour
 from k5cache.shared.model import validation_prompts
 from k5train.commands.arguments import Model, Recipe, Set, parse_document, read_document
+
+if TYPE_CHECKING:
+    from k5train.planning.without_loading import PlanText
 
 
 def plan(
@@ -25,11 +28,15 @@ def plan(
     i2i: Annotated[
         bool, typer.Option("--i2i", help="Plan for the published image-to-image model, without CACHE and model.")
     ] = False,
+    is_timed: Annotated[
+        bool,
+        typer.Option("--time/--no-time", help="On a GPU, time a few blocks with random weights, and count them up."),
+    ] = True,
     recipe: Recipe = None,
     model: Model = None,
     options: Set = None,
 ) -> None:
-    """Say what a run keeps, recomputes and streams in the available VRAM. Loads nothing."""
+    """Say what a run keeps, recomputes and streams in the available VRAM, and how long it takes. Loads no model."""
     document = read_document(recipe, model, options)
     if vram is not None:
         document.give("train.memory.vram", vram, f"--vram {vram}")
@@ -52,6 +59,19 @@ def plan(
 
     shown = plan_without_loading(cache, config, model_config, (resolution // 16) ** 2, text_tokens, kind)
     table = console.table(shown.title, "what", "how", numbers=())
-    for row in shown.rows:
+    for row in [*shown.rows, *([("time", _time(shown))] if is_timed else [])]:
         table.add_row(*row)
     console.out.print(table)
+
+
+def _time(shown: PlanText) -> str:
+    """What a step takes and how sure that is; or why that is not known."""
+    if shown.timed is None:
+        return "not known: there is no GPU here to time it on"
+    import torch
+
+    from k5train.bench.probe import estimate
+
+    with console.working("timing a few blocks with random weights"):
+        step = estimate(*shown.timed, torch.device("cuda"))
+    return step.describe(shown.timed.config) if step else "not known: the blocks could not be timed on this GPU"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from k5cache.shared.checkpoint import folder_without_weights, read_config
 from k5cache.shared.console import human_bytes
@@ -12,10 +15,21 @@ from k5cache.shared.kind import LONG_NAMES, Kind
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.places import model_near
 from k5cache.shared.vram import CONTEXT_BYTES
-from k5cache.store.reader import open_cache
+from k5cache.store.reader import Cache, open_cache
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from k5train.planning import memory
+from k5train.planning.memory import Plan
+from k5train.planning.time import Size
+
+
+class Timed(NamedTuple):
+    """A plan on the GPU that is here, which ``k5train/bench/probe.py``: ``estimate`` can time."""
+
+    transformer: Mapping[str, Any]
+    config: TrainConfig
+    plan: Plan
+    sizes: list[Size]
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,8 @@ class PlanText:
 
     title: str
     rows: list[tuple[str, str]]
+    timed: Timed | None = None
+    """What a probe of its time needs. None: there is no GPU."""
 
 
 def plan_without_loading(
@@ -79,4 +95,15 @@ def plan_without_loading(
         f"{card}; {edits}{sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
         f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
     )
-    return PlanText(title, rows)
+    usual = sizes_of(opened) if opened else [Size(*sizes, 1.0)]
+    return PlanText(title, rows, Timed(transformer, config, plan, usual) if on_gpu else None)
+
+
+def sizes_of(cache: Cache) -> list[Size]:
+    """The sizes of a cache's pictures, each with its share, and the middle one of its captions' lengths."""
+    rows: Counter[int] = Counter()
+    for shard in cache.manifest.shards:
+        if shard.kind == "latents" and shard.bucket:
+            rows[(shard.bucket[0] // 16) * (shard.bucket[1] // 16)] += shard.num_rows
+    lengths = sorted(cache.text_lengths().values()) or [1]
+    return [Size(tokens, lengths[len(lengths) // 2], n / rows.total()) for tokens, n in sorted(rows.items())]
