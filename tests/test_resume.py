@@ -17,14 +17,17 @@ import torch
 
 from k5cache.shared import files, interrupt
 from k5cache.shared.errors import RunError
+from k5cache.shared.recipe import to_dict
 from k5cache.shared.sealed import seal, unseal
 from k5train.cli import app
 from k5train.options.adapter import LoraConfig
+from k5train.options.data import DataConfig
 from k5train.options.objective import RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.train import ObjectiveConfig
 from k5train.runs import resume_state
 from k5train.runs.folder import Run, lock_run
+from k5train.runs.resume_state import Progress, SavedState
 from k5train.training import identity, loop, step
 from k5train.training.optimizer import make_optimizer
 from k5train.training.optimizer_state import optimizer_state, restore_optimizer
@@ -499,3 +502,22 @@ def test_a_state_is_durable_before_the_one_before_it_goes(tmp_path, monkeypatch)
         ("sync", "adapter.safetensors"), ("sync", "step.json"), ("sync", ".tmp-step-000003"),
         ("rename", "step-000003"), ("sync", "state"), ("rename", ".tmp-old-step-000001"),
     ]  # fmt: skip
+
+
+def test_a_run_whose_version_had_fewer_options_goes_on_with_their_defaults_and_with_nothing_else():
+    later = {
+        "objective": ("sigma_min", "sigma_max", "preservation_weight"),
+        "lora": ("decompose_factor",),
+        "validation": ("probe_images",),
+        "data": ("repeats_by_folder",),
+    }
+    config = replace(CONFIG, data=(DataConfig("a"),), objective=ObjectiveConfig(sigma_min=0.25))
+    before = to_dict(replace(config, objective=ObjectiveConfig()))
+    for table, names in later.items():
+        for name in names:
+            for values in before[table] if table == "data" else [before[table]]:
+                values.pop(name, None)
+    saved = SavedState(Path("runs/x/state/step-3"), Progress(3), {"identity": {"train": before}}, None)
+    identity.check_same(saved, {"train": to_dict(replace(config, objective=ObjectiveConfig()))})
+    with pytest.raises(RunError, match=r"started differently: train\.objective\.sigma_min: 0\.0, now 0\.25\n"):
+        identity.check_same(saved, {"train": to_dict(config)})

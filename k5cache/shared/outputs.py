@@ -68,7 +68,8 @@ def check_folder(
     for source in (source.resolve() for source in reads if source.is_dir()):
         if real == source or (source in real.parents and not is_there):
             where = "is the folder that" if real == source else f"is inside {source}, which"
-            example = shlex.join(["-o", str(source.with_name(f"{source.name}-{kind}"))])
+            name = f"{source.name}-{kind.partition(' ')[0]}"
+            example = shlex.join(["-o", str(source.with_name(name))])
             raise OutputError(
                 f"{path} {where} this command reads, so it cannot be a new {kind}",
                 f"Choose a folder outside it, for example {example}",

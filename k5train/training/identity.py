@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from k5cache.shared.errors import RunError
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.recipe import to_dict
+from k5train.options.data import DataConfig
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
-from k5train.options.validation import ValidationConfig
 from k5train.planning.saved_plan import read_saved_plan
 from k5train.runs.differences import differences
 from k5train.runs.resume_state import SavedState
@@ -113,12 +113,18 @@ def _without_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
 
     An option that the run's version did not know has its default: that is what the run did.
     """
-    train = {**to_dict(TrainConfig()), **without_removed(identity["train"])}
-    train["validation"] = {**to_dict(ValidationConfig()), **train["validation"]}
-    train["data"] = [{k: v for k, v in entry.items() if k != "cache"} for entry in train.get("data", ())]
+    train = _with_defaults(without_removed(identity["train"]), to_dict(TrainConfig()))
+    entry = to_dict(DataConfig(cache=""))
+    train["data"] = [{k: v for k, v in {**entry, **given}.items() if k != "cache"} for given in train.get("data", ())]
     if start := train["lora"].get("init_lora"):
         train["lora"] = {**train["lora"], "init_lora": PurePath(start).name}
     return {**identity, "train": train}
+
+
+def _with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, and the defaults of those that are not there, in tables at every depth."""
+    tables = {k: _with_defaults(v, defaults[k]) for k, v in values.items() if isinstance(v, Mapping) and k in defaults}
+    return {**defaults, **values, **tables}
 
 
 def may_change(saved: SavedState, train: Mapping[str, Any]) -> set[str]:
