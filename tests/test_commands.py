@@ -183,7 +183,9 @@ def test_prompts_are_added_to_a_finished_cache_and_its_items_stay(own):
     assert after.index.equals(before.index)
     assert verify_cache(own.root).problems == ()
     assert own.encode().is_unchanged
-    assert "1 prompts" not in cli(app, "prompts", "add", "cache", "a red fox").err
+    again = cli(app, "prompts", "add", "cache", "a red fox")
+    assert "1 prompts" not in again.err
+    assert "k5train sample RUN --prompt 'a red fox'" in again.out
 
 
 def test_a_missing_prompt_is_answered_with_the_command_that_adds_it(own):

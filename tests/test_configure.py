@@ -153,6 +153,7 @@ def test_the_end_of_the_lines_means_the_defaults_and_a_question_without_one_is_n
     done = place.run()
     assert done.code == 2
     assert "There is no answer to: Where are your images?" in done.err
+    assert "k5train configure SOURCE" in done.err
     place.put("b.png+", source="datasets/foxes")
     for answered in (place.run, lambda: place.type_in(keys="\n\x04")):
         done = answered()

@@ -141,6 +141,8 @@ MACHINES: list[tuple[str, Check, str, str, tuple[str, ...]]] = [
      "good", f"other versions of numpy 1.26.4 ({TESTED['numpy']})", ()),
     ("an optimizer that is not there", packages.judge_extras(LINES, {"wandb": "0.30"}), "good",
      "Only needed for the optimizer lion:", ('pip install "kandinsky5-lora[lion]"',)),
+    ("fonts that are not there", packages.judge_extras(['noto>=1; extra == "fonts"', 'wandb>=1; extra == "wandb"'], {}),
+     "good", "the tracker wandb and the letters of Chinese", ('pip install "kandinsky5-lora[fonts,wandb]"',)),
     ("a tracker that is too old", packages.judge_extras(LINES, {"wandb": "0.1", "lion-pytorch": "0.2"}),
      "look at this", "wandb 0.1 is not in >=0.19", ('pip install "kandinsky5-lora[wandb]"',)),
     ("a check that fails", attempt("disk", lambda: room.judge_disk([])), "look at this",

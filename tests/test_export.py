@@ -19,6 +19,7 @@ from k5train.adapter.targets import linear_sizes
 from k5train.adapter.who_loads import check_lora, load_by_diffusers
 from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
+from k5train.commands.lora import _model_of_run
 from k5train.options.adapter import LoraConfig
 from tests.cli import Cli
 from tests.runs import CONFIG, start_run
@@ -278,6 +279,7 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     assert report.kind == ("lora" if algo == "rslora" else algo)
     assert [program.name for program in report.programs if program.loads_all] == WHOLE[algo]
     assert {len(program.modules) for program in report.programs if program.loads_all} == {24}
+    assert _model_of_run(result.lora) == toy_model  # so check-lora, export and merge need no --model
 
     def changed(state, *args, **kwargs):
         last = sorted(state)[-1]

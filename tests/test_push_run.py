@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from k5cache.shared.console import print_error
 from k5cache.shared.credentials import without_credentials
-from k5cache.shared.hub import without_tokens
+from k5cache.shared.hub import fix_of, without_tokens
 from k5train.cli import app
 from k5train.options.validation import TrackersConfig, ValidationConfig
 from k5train.pictures.saved import save_pictures
@@ -160,6 +160,9 @@ def test_a_dry_run_shows_the_page_and_asks_nobody_and_refusals_end_in_two_lines(
         assert fix in lines[1]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "Offline mode is set" in cli(app, "push", "fox").err
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    assert "Offline mode is set: unset HF_HUB_OFFLINE. Log in with" in fix_of(LocalTokenNotFoundError())
 
 
 FACTS = Facts(

@@ -179,7 +179,7 @@ def print_report(report: EncodeReport, root: Path) -> None:
     print_skipped(report.skipped, root)
     print_notices(report.num_multiline, report.notices)
     cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
-    print_some("truncated captions", cut, "yellow")
+    print_some("truncated caption" if len(cut) == 1 else "truncated captions", cut, "yellow")
     print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
     _print_sources(report)
     print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in report.flawed], "yellow")

@@ -33,7 +33,7 @@ def info(cache: CachePath, as_json: Json = False) -> None:
     left_out = opened.manifest.left_out
     print_skipped([Skipped(path, reason) for path, reason in left_out.skipped], cache)
     cut = [f"{shorten(caption)} (last {count} characters)" for _, count, caption in left_out.truncated]
-    print_some("truncated captions", cut, "yellow")
+    print_some("truncated caption" if len(cut) == 1 else "truncated captions", cut, "yellow")
     suggest_training(cache, opened.manifest)
 
 

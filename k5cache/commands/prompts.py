@@ -53,6 +53,8 @@ def add(
         console.print_json(added)
     else:
         print_added(added, cache)
+        draw = console.command("k5train", "sample", "RUN", source=source, prompt=prompts[0])
+        console.next_step("Next, draw it with a run that was trained on this cache", draw)
 
 
 @prompts.command(
@@ -88,8 +90,12 @@ def list_(cache: CachePath, as_json: Json = False) -> None:
 def print_added(added: Added, root: Path) -> None:
     """Which prompts were encoded, and which were there."""
     encoded = [shorten(prompt) or "(the empty prompt)" for prompt in added.encoded]
-    print_some(f"prompts encoded into {root}", encoded, "green")
+    print_some(f"{_prompts(encoded)} encoded into {root}", encoded, "green")
     already_there = [shorten(prompt) or "(the empty prompt)" for prompt in added.already_there]
     print_some("were there already", already_there, "dim")
     cut = [f"{shorten(prompt)} (last {count} characters)" for prompt, count in added.truncated]
-    print_some("truncated prompts", cut, "yellow")
+    print_some(f"truncated {_prompts(cut)}", cut, "yellow")
+
+
+def _prompts(entries: list[str]) -> str:
+    return "prompt" if len(entries) == 1 else "prompts"

@@ -137,6 +137,8 @@ def fix_of(error: Exception) -> str:
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if HF_HUB_OFFLINE and isinstance(error, LocalTokenNotFoundError):
+        return f"Offline mode is set: unset HF_HUB_OFFLINE. {_LOG_IN}, with a token that may do this"
     if isinstance(error, OfflineModeIsEnabled) or (HF_HUB_OFFLINE and status is None):
         return "Offline mode is set: unset HF_HUB_OFFLINE and try again"
     if isinstance(error, LocalTokenNotFoundError) or status == 401:

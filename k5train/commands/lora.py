@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 LoraPath = Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, from any trainer, or a run's folder.")]
 Folder = Annotated[
-    Path | None, typer.Option("--model", help="A model folder with the architecture. Default: Kandinsky 5 Image Lite.")
+    Path | None,
+    typer.Option(
+        "--model", help="A model folder with the architecture. Default: its run's, or Kandinsky 5 Image Lite."
+    ),
 ]
 Form = Annotated[
     Literal["diffusers", "kohya"], typer.Option("--format", help="diffusers (ComfyUI loads it too) or kohya.")
@@ -49,6 +52,7 @@ def export(
     check_target(target)
     check_model_folder(model)
     check_kind(file)
+    model = model or _model_of_run(file)
     from k5train.adapter.export import export as export_lora  # torch is imported here, which takes seconds
 
     written = export_lora(file, target, form, number, model)
@@ -105,6 +109,7 @@ def merge(
     check_model_folder(model)
     for file in files:
         check_kind(file)
+    model = model or next(filter(None, map(_model_of_run, files)), None)
     from k5train.adapter.export import merge as merge_loras  # torch is imported here, which takes seconds
 
     written = merge_loras(files, weights, out, form or "diffusers", number or "fp32", model)
@@ -181,6 +186,7 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
     file, is_compared = lora_in(file)
     check_model_folder(model)
     check_kind(file)
+    model = model or _model_of_run(file)
     from k5train.adapter.export import architecture  # torch is imported here, which takes seconds
     from k5train.adapter.who_loads import check_lora as check
 
@@ -217,6 +223,20 @@ def lora_in(path: Path) -> tuple[Path, bool]:
         f"{path} is a run without a finished LoRA",
         f"Give its last checkpoint, {checkpoints[-1]}, or finish it first" if checkpoints else resume,
     )
+
+
+def _model_of_run(file: Path) -> Path | None:
+    """The model folder of the run that a LoRA lies in. None: it lies in no run, or in one of a published model."""
+    from k5cache.shared.errors import K5Error
+    from k5cache.shared.places import is_model
+    from k5train.runs.folder import open_run
+    from k5train.runs.written import root_of
+
+    try:
+        path = open_run(root_of(file))[1].path
+    except K5Error:  # not a run, or a damaged one, whose LoRA can be looked at all the same
+        return None
+    return Path(path) if path and is_model(path) else None
 
 
 def _check_command(file: Path, model: Path | None) -> str:

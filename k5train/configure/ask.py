@@ -61,7 +61,7 @@ class Asker:
             line = self._line("> ")
             answer = (line or "").strip() or question.default
             if answer is None and (line is None or not self.is_terminal):
-                raise RecipeError(f"There is no answer to: {question.text}", f"Give it with {question.option}")
+                raise RecipeError(f"There is no answer to: {question.text}", _how_to_give(question.option))
             if not self.is_terminal:
                 _echo(question, answer or "-", line)
             try:
@@ -147,6 +147,12 @@ class Asker:
     def _told(self, error: K5Error, question: Question[T], line: str | None) -> K5Error:
         where = f"Line {self.num_lines} of the answers" if line else f"The default of {question.option}"
         return RecipeError(f"{where}: {error.problem}", f"{error.fix}; or give it with {question.option}")
+
+
+def _how_to_give(option: str) -> str:
+    if option.startswith("-"):
+        return f"Give it with {option}"
+    return f"Give it behind the command: k5train configure {option}"
 
 
 def _echo(question: Question[T], answer: str, line: str | None) -> None:

@@ -18,6 +18,10 @@ DISTRIBUTION = "kandinsky5-lora"
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w.-]+)["']""")
 
 
+FONTS = "fonts"
+"""The extra that is neither an optimizer nor a tracker."""
+
+
 def installed_versions(requirements: Sequence[str]) -> dict[str, str]:
     """The version of each package that the requirements name and that is installed."""
     versions = {}
@@ -69,7 +73,7 @@ def judge_extras(requirements: Sequence[str], installed: Mapping[str, str]) -> C
         ranges = [f"{_name(extras[e])} {installed[_name(extras[e])]} is not in {_range(extras[e])}" for e in old]
         return Check("extras", "look at this", found, f"{'; '.join(ranges)}.", _install_extras(old))
     optimizers = [extra for extra in absent if extra in get_args(OptimizerName)]
-    trackers = [extra for extra in absent if extra not in optimizers]
+    trackers = [extra for extra in absent if extra not in (*optimizers, FONTS)]
     uses = [
         f"{'optimizers' if kind == 'optimizer' and len(names) > 1 else kind + 's' * (len(names) > 1)} "
         f"{', '.join(names)}"
@@ -78,6 +82,8 @@ def judge_extras(requirements: Sequence[str], installed: Mapping[str, str]) -> C
     ]
     if not absent:
         return Check("extras", "good", found, "Every optimizer and tracker can be used.")
+    if FONTS in absent:
+        uses.append("letters of Chinese, Japanese and Korean on pictures")
     meaning = f"Only needed for the {' and the '.join(uses)}:"
     return Check("extras", "good", found, meaning, _install_extras(absent))
 

@@ -57,7 +57,10 @@ def values_of(answers: Answers, preset: str | None = None) -> list[Value]:
     return _OTHERS[preset](answers) if preset else values_for(answers)
 
 
-_WHAT_IS_UNSET = "`k5train options` lists every option with its help; those that are not set here stay as it says."
+_WHAT_IS_UNSET = (
+    "`k5train options` lists every option with its help; those that are not set here stay as it says. "
+    "The pages of docs/ are in the repository of this program."
+)
 _REGULARISATION = """\
 # Regularisation data: pictures of other people or things, in half of the rows. It keeps them as they are, and the LoRA
 # then takes twice the steps: measured on k5-micro, docs/settings.md. Encode them without the trigger, take the # off

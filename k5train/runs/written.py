@@ -48,7 +48,7 @@ def check_recorded(path: Path) -> bool:
     Raises:
         RunError: it has changed, or the run's list of checksums has.
     """
-    root = _root_of(path)
+    root = root_of(path)
     if not (root / FILE).is_file():
         return False
     digests = _read(root).get(path.relative_to(root).as_posix())
@@ -64,7 +64,7 @@ def check_recorded(path: Path) -> bool:
 
 def is_as_recorded(path: Path) -> bool | None:
     """Whether a LoRA of a run is the file that the run wrote. None: there is no checksum to compare it with."""
-    root = _root_of(path)
+    root = root_of(path)
     digests = (_read_or_none(root) or {}).get(path.relative_to(root).as_posix())
     return Digest.of(path) in digests if digests else None
 
@@ -74,7 +74,7 @@ def recorded_files(root: Path) -> list[Path]:
     return [root / name for name in _read_or_none(root) or {} if (root / name).is_file()]
 
 
-def _root_of(path: Path) -> Path:
+def root_of(path: Path) -> Path:
     """The run that a LoRA is in, if it is in one."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 

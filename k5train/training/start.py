@@ -89,6 +89,8 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         return train(data, model_folder(model, PARTS), replace(config, name=run.name), run)
     target = target or free_name(Path("runs"), data.first.root.resolve().name)
     check_new(target)
+    if not out and not config.name and target.name != data.first.root.resolve().name:
+        console.note(f"This run goes to {target}: {target.with_name(data.first.root.resolve().name)} is there already")
     note_sizes(data.first, config.validation)
     folder = model_folder(model, PARTS)
     config = replace(config, name=name_of(target))
