@@ -404,7 +404,7 @@ def test_the_time_is_that_of_a_measurement_or_not_known(monkeypatch):
     train = TrainConfig(steps=1200, batch_size=2, gradient_accumulation_steps=3, repeats=4)
     assert implied.length(train, 20) == "1,200 steps of 6 rows: each of 20 images 90 times"
     monkeypatch.setattr(implied, "known", dict)
-    assert "k5train bench" in implied.time(answers, train)
+    assert "k5train plan" in implied.time(answers, train)
     kind = kind_of_work(values_for(answers_from(answers)))
     assert kind == "t2i 1024 px int8-quanto r32 official on 12GB"
     measured = {kind: {"measured": {"milliseconds": 500, "card": "NVIDIA H100"}}}

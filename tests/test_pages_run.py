@@ -27,10 +27,17 @@ TRAIN = (
     "train.validation.num_inference_steps=1", "train.validation.before=false", "train.validation.every=0",
 )  # fmt: skip
 KEEPS = ("train.validation.split=0.5", "train.validation.held_out_every=1", "train.optim.ema_decay=0.9")
-PROMPTS = ("a lighthouse on a cliff at dusk", "a red bicycle")
+PROMPTS = (
+    "a lighthouse on a cliff at dusk",
+    "a portrait of an old fisherman",
+    "a red bicycle leaning against a brick wall",
+)
 NOT_HERE = {
     "k5train bench": "times a GPU",
     "k5cache bench": "times a GPU",
+    "k5cache push": "asks the hub",
+    "k5cache pull": "asks the hub",
+    "k5train push": "asks the hub",
 }
 """Commands that are not run, and why."""
 DRAWN = "►"  # in a picture of the two stages, not a command
@@ -47,7 +54,7 @@ def shrunk(words: list[str]) -> list[str]:
     edits = any(part in line for part in ("edit", "pairs", "source", "i2i"))
     if "--model" in words:
         words[words.index("--model") + 1] = "toy"
-    elif "--model" in names:
+    elif "--model" in names and "--into-base" not in words:
         words += ["--model", "toy_edit" if edits else "toy"]
     if "--device" in names:
         words += ["--device", "cpu"]
@@ -86,6 +93,7 @@ def put_pictures(root: Path, toy_model: Path, toy_edit_model: Path) -> None:
     root.mkdir(exist_ok=True)
     (root / "toy").symlink_to(toy_model)
     (root / "toy_edit").symlink_to(toy_edit_model)
+    (root / "DIR").symlink_to(toy_model)
     (root / "pipelines").mkdir()
     for path in (ROOT / "pipelines").iterdir():
         (root / "pipelines" / path.name).symlink_to(path)
@@ -93,7 +101,12 @@ def put_pictures(root: Path, toy_model: Path, toy_edit_model: Path) -> None:
     # A file of this name has priority over the packaged list.
     (root / "which-rate").write_text(re.sub(r"(?m)^(train\.steps) = \d+", r"\1 = 2", rates), encoding="utf-8")
     for name, colour in (("cat", "teal"), ("dog", "navy")):
-        for folder, caption in (("datasets/my_images", f"a {name}"), ("datasets/after", "paint it"), ("targets", "x")):
+        for folder, caption in (
+            ("datasets/my_images", f"a {name}"),
+            ("datasets/her", "a sks woman"),
+            ("datasets/after", "paint it"),
+            ("targets", "x"),
+        ):
             picture(root / folder / f"{name}.png", colour)
             (root / folder / f"{name}.txt").write_text(caption, encoding="utf-8")
         for folder in ("datasets/before", "sources"):

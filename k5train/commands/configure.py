@@ -77,12 +77,13 @@ def _show_plan(text: str, answers: Mapping[str, Any]) -> None:
     from k5cache.options import CacheConfig
     from k5cache.shared.model import ModelConfig
     from k5cache.shared.recipe import parse
+    from k5train.commands.time_row import time_of
     from k5train.configure.implied import implied
     from k5train.options.train import TrainConfig
 
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
     shown = implied(answers, *parse(tomllib.loads(text), schemas))
     table = console.table(shown.title, "what", "how")
-    for row in shown.rows:
-        table.add_row(*row)
+    for what, how in shown.rows:
+        table.add_row(what, time_of(shown.timed) if what == "time" and shown.timed else how)
     console.out.print(table)

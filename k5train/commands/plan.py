@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from k5cache.shared.errors import RecipeError
 from k5cache.shared.kind import Kind, kind_of_flavour
 from k5cache.shared.model import validation_prompts
 from k5train.commands.arguments import Model, Recipe, Set, parse_document, read_document
-
-if TYPE_CHECKING:
-    from k5train.planning.without_loading import PlanText
 
 
 def plan(
@@ -55,23 +52,11 @@ def plan(
             f"--text-tokens {text_tokens} is not a length that the model takes", f"Give 1 to {MAX_TEXT_TOKENS}"
         )
 
+    from k5train.commands.time_row import time_of
     from k5train.planning.without_loading import plan_without_loading
 
     shown = plan_without_loading(cache, config, model_config, (resolution // 16) ** 2, text_tokens, kind)
     table = console.table(shown.title, "what", "how", numbers=())
-    for row in [*shown.rows, *([("time", _time(shown))] if is_timed else [])]:
+    for row in [*shown.rows, *([("time", time_of(shown.timed))] if is_timed else [])]:
         table.add_row(*row)
     console.out.print(table)
-
-
-def _time(shown: PlanText) -> str:
-    """What a step takes and how sure that is; or why that is not known."""
-    if shown.timed is None:
-        return "not known: there is no GPU here to time it on"
-    import torch
-
-    from k5train.bench.probe import estimate
-
-    with console.working("timing a few blocks with random weights"):
-        step = estimate(*shown.timed, torch.device("cuda"))
-    return step.describe(shown.timed.config) if step else "not known: the blocks could not be timed on this GPU"

@@ -32,7 +32,7 @@ def implied(answers: Mapping[str, Any], model: ModelConfig, cache: CacheConfig, 
     own = model if model.path else None  # the shapes of a published one are known
     plan = plan_without_loading(None, train, own, num_tokens, num_text_tokens, kind)
     rows = [*plan.rows, ("length", length(train, int(answers["num_images"]))), ("time", time(answers, train))]
-    return PlanText(plan.title, rows)
+    return PlanText(plan.title, rows, plan.timed)
 
 
 def text_tokens(captions: Iterable[str], kind: Kind, resolution: int) -> int:
@@ -54,9 +54,9 @@ def time(answers: Mapping[str, Any], train: TrainConfig) -> str:
     """How long the steps take, from what was measured of such a recipe on a known card."""
     numbers = known().get(kind_of_work(values_for(answers_from(answers))), {}).get("measured")
     if not numbers:
-        return "not known before it is measured: `k5train bench` times a step on the machine that trains"
+        return "not known: `k5train plan` times a step on a machine with a GPU"
     rows = train.steps * train.batch_size * train.gradient_accumulation_steps
     return (
         f"{human_seconds(rows * numbers['milliseconds'] / 1000)} for the steps on one {numbers['card']}; "
-        "other cards take several times as long, and `k5train bench` times yours"
+        "smaller cards take longer, and `k5train plan` times a step on a machine with a GPU"
     )
