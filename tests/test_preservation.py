@@ -143,7 +143,7 @@ def test_class_captions_that_do_nothing_are_named_and_the_cost_of_those_that_do(
     (unused,) = class_warnings(data, CONFIG)
     assert unused == "The class captions of cache do nothing here: train.objective.preservation_weight is not set"
     (cost,) = class_warnings(data, config_with())
-    assert "about 2.3 times as long" in cost
+    assert "about 2.2 times as long" in cost
     assert class_warnings(plain, CONFIG) == []
 
 

@@ -87,7 +87,7 @@ def class_warnings(data: Mixture, config: TrainConfig) -> list[str]:
     if config.objective.preservation_weight:
         return [
             "train.objective.preservation_weight takes two forward passes and a backward pass more for each row: a step"
-            " takes about 2.3 times as long, in the memory of the plan"
+            " takes about 2.2 times as long, in the memory of the plan"
         ]
     unused = [source.cache.root.name for source in data.sources if source.cache.manifest.classes]
     return [
