@@ -197,6 +197,8 @@ def test_a_wrong_option_is_refused_with_a_way_out_and_nothing_is_written(place):
     done = place.run("my pics", "--captions", "filename", "--vram", "2GB", "-y")
     assert done.code == 2
     assert "  fix: Use a GPU with at least" in done.err
+    done = place.run("my pics", "--captions", "filename", "--vram", "4GB", "-y")
+    assert "for 512: k5train recipes quick-512" in done.err
     done = place.run(lines="my pics\nsong\n")
     assert "error: Line 2 of the answers: 'song' is none of style" in done.err
     assert "or give it with --goal" in done.err

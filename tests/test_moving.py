@@ -623,6 +623,8 @@ def test_a_recipe_is_replaced_only_if_nobody_has_edited_it(home):
     cli, config = Cli(home), write("config/config.json", json.dumps(QUICKSTART))
     first = cli(app, "import", str(config), "-o", "my.toml")
     assert (first.code, first.err.count("error")) == (0, 0)
+    for option in ("gradient_accumulation_steps", "train.validation.prompt_library", "train.base_model_precision"):
+        assert option in first.out, "a name is cut within a word"
     before = Path("my.toml").read_text(encoding="utf-8")
     write("config/config.json", json.dumps({**QUICKSTART, "seed": 7}))
     assert cli(app, "import", str(config), "-o", "my.toml").code == 0

@@ -15,6 +15,7 @@ from k5cache.shared.origins import Document
 from k5cache.shared.outputs import kind_of
 from k5train.base import quantize
 from k5train.cli import app
+from k5train.commands.sweep import overruled
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
 from k5train.runs.compared import compare, remarks
@@ -160,8 +161,14 @@ train.lora.targets = ["nonesuch"]
 [[run]]
 name = "well"
 """)
-    done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--list", "runs.toml", "-o", "out")
+    done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--list", "runs.toml", "-o", "out",
+                         "--set", "train.lora.alpha=7", "--set", 'train.lora.targets=["qkv"]')  # fmt: skip
     assert done.code == 0, done.err
+    assert "does nothing: the" not in done.err  # some run has each
+    asked = replace(CONFIG, steps=2)
+    assert overruled(["train.steps=2", "cache.flip=true"], asked, [replace(CONFIG, steps=150)] * 2) == [
+        "--set train.steps=2 does nothing: the grid or the list sets train.steps for every run"
+    ]
     rows = {row.label: row for row in read_outcomes(tmp_path / "out")}
     assert "which train.lora.targets does not" in rows["other_modules"].problem
     assert "matches no module" in rows["nothing_to_adapt"].problem

@@ -75,6 +75,7 @@ def configure(
 def _show_plan(text: str, answers: Mapping[str, Any]) -> None:
     """The plan of a recipe, which is checked as both stages check it."""
     from k5cache.options import CacheConfig
+    from k5cache.shared.errors import DoesNotFit
     from k5cache.shared.model import ModelConfig
     from k5cache.shared.recipe import parse
     from k5train.commands.time_row import time_of
@@ -82,7 +83,13 @@ def _show_plan(text: str, answers: Mapping[str, Any]) -> None:
     from k5train.options.train import TrainConfig
 
     schemas = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
-    shown = implied(answers, *parse(tomllib.loads(text), schemas))
+    try:
+        shown = implied(answers, *parse(tomllib.loads(text), schemas))
+    except DoesNotFit as error:
+        if "cache.resolution" not in error.fix:
+            raise
+        smaller = "The recipes written here are for 1024 pixels; for 512: k5train recipes quick-512 -o my.toml"
+        raise DoesNotFit(error.problem, f"{error.fix}. {smaller}") from None
     table = console.table(shown.title, "what", "how")
     for what, how in shown.rows:
         table.add_row(what, time_of(shown.timed) if what == "time" and shown.timed else how)

@@ -68,9 +68,14 @@ def import_(
     console.next_step("then train", result.commands[-1])
 
 
+_WIDTHS = (len("gradient_accumulation_steps"), 16, len("train.gradient_accumulation_steps"))
+
+
 def _print(result: Moved) -> None:
     for where in dict.fromkeys(row.where for row in result.rows):
         table = console.table(where, "key", "there", "here")
+        # At 80 columns the names of options stay whole, to be copied: fewer would be cut within a word.
+        table.columns[0].min_width, table.columns[1].max_width, table.columns[2].min_width = _WIDTHS
         for row in result.rows:
             if row.where == where:
                 is_lost = row.outcome in ("not supported", "unknown")

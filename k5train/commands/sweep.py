@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +15,22 @@ from rich.text import Text
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RunError
 from k5cache.shared.foreign import shown
-from k5train.commands.arguments import Model, Recipe, Set, Vram, find_cache, model_of_cache, read_document, with_vram
+from k5train.commands.arguments import (
+    Model,
+    Recipe,
+    Set,
+    Vram,
+    find_cache,
+    model_of_cache,
+    parse_document,
+    read_document,
+    with_vram,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from k5train.options.train import TrainConfig
     from k5train.runs.compared import Comparison
     from k5train.runs.outcomes import Outcome
     from k5train.training.sweep import Swept
@@ -47,10 +59,13 @@ def sweep(
     with interrupt.saying(f"Stopped before training began. To start again: {console.this_command()}"):
         from k5cache.options import CacheConfig
         from k5train.training import sweep as sweeping
+        from k5train.training.start import resolved
         from k5train.training.sweep_runs import sweep_runs
 
     document = read_document(recipe, model, with_vram(options, vram))
     model_config, runs = sweep_runs(document, grid or [], listed, {"cache": CacheConfig})
+    for line in overruled(options or [], resolved(parse_document(document)[1]), [run.config for run in runs]):
+        console.warn(line)
     if cache is None and not runs[0].config.data:
         cache = find_cache(Path("cache"))
     if not document.get("model"):
@@ -63,6 +78,17 @@ def sweep(
     labels = {sweep_run.label for sweep_run in runs}
     if all(outcome.problem for outcome in swept.outcomes if outcome.label in labels):
         raise RunError("No run was finished", "Their problems are above; often a lower train.optim.lr helps")
+
+
+def overruled(options: Sequence[str], asked: TrainConfig, configs: Sequence[TrainConfig]) -> list[str]:
+    """Which ``--set train.x=y`` no run has, because the grid or the list sets the option too."""
+    lines = []
+    for option in options:
+        name = option.partition("=")[0].strip()
+        value_in = attrgetter(name.removeprefix("train."))
+        if name.startswith("train.") and all(value_in(config) != value_in(asked) for config in configs):
+            lines.append(f"--set {option} does nothing: the grid or the list sets {name} for every run")
+    return lines
 
 
 @contextmanager
