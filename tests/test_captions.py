@@ -192,12 +192,16 @@ def test_a_wildcard_becomes_its_parts_and_other_braces_are_text(caption, texts):
     assert of(caption) == (caption,)
 
 
-def test_there_are_at_most_as_many_as_asked_for_and_they_are_drawn_evenly():
+def test_there_are_at_most_as_many_as_asked_for_and_they_are_drawn_evenly(monkeypatch):
     assert len(of("{a|b|c|d|e|f|g|h}", wildcards=True, most=3)) == 3
     first = Counter(of(f"{i} {{a|b|c}}", wildcards=True, most=1)[0][-1] for i in range(600))
     assert all(150 < count < 250 for count in first.values())  # 200 +- 4 standard deviations
     assert of("{a|b}, " * 600_000, wildcards=True, shuffle=True) == ("{a|b}, " * 600_000,)  # no caption; in no time
     assert of("{" * 20_000 + "|" + "}" * 20_000, wildcards=True)[0].startswith("{{{")
+    draws = []
+    monkeypatch.setattr("k5cache.sources.variants._drawn", lambda parts, rng: draws.append(parts) or "a")
+    assert of("{a|a}" * 1000, wildcards=True, most=100) == ("a",)  # 1,600 times would take seconds
+    assert len(draws) == 1_000_000 // 5001
 
 
 def test_the_same_caption_always_becomes_the_same_texts():

@@ -171,6 +171,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(made, toy_m
         merge_into_base([made["lora"][0]], [1e6], toy_model, tmp_path / "new", torch.float16)
     assert not list((tmp_path / "new").rglob("*.safetensors"))
     assert merge_into_base([made["lora"][0]], [1.0], toy_model, tmp_path / "new", torch.float16).lost > 0
+    assert 0 < merge_into_base([made["lora"][0]], [1e30], toy_model, tmp_path / "far", torch.bfloat16).lost < 0.01
 
 
 def test_the_command_says_what_it_wrote_and_how_to_load_it(made, toy_model, tmp_path):
@@ -191,3 +192,10 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(made, toy_model, tmp_
         refused = cli(app, "merge", path, *arguments)
         assert (refused.code, words in " ".join(refused.err.split())) == (2, True), refused.err
     assert not (tmp_path / "x").exists()
+    refused = cli(app, "merge", path, "--into-base", str(tmp_path), "-o", "x")
+    assert "in the diffusers layout with --into-base DIR" in " ".join(refused.err.split())
+    (file,) = (tmp_path / "merged" / "transformer").glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])  # a copy that was cut short
+    assert "Wrote merged" in cli(app, "merge", path, "--into-base", str(toy_model), "-o", "merged").out
+    assert file.read_bytes() == whole

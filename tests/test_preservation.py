@@ -59,6 +59,8 @@ def test_a_class_caption_has_the_class_in_the_place_of_the_trigger():
     assert line.startswith("1 of 2 captions do not have 'sks', which cache.class_word replaces, such as 'a b'")
     with pytest.raises(RecipeError, match="no word in the captions that it replaces"):
         check_options(CacheConfig(class_word="cat"), "t2i", ModelConfig())
+    with pytest.raises(RecipeError, match=r"caption_extension is \.PNG, which is the suffix of images"):
+        check_options(CacheConfig(caption_extension=".PNG"), "t2i", ModelConfig())
 
 
 @pytest.fixture(scope="module")

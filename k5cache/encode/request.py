@@ -161,7 +161,8 @@ def _text_with_sources(config: CacheConfig, identity: Callable[..., Any]) -> dic
 
 
 def check_options(config: CacheConfig, kind: Kind, model: ModelConfig) -> None:
-    """Refuse options that act only for the other kind of model, and a class without anything that it replaces.
+    """Refuse options that act only for the other kind of model, a class without anything that it replaces, and captions
+    in files of images.
 
     Raises:
         RecipeError: one is set.
@@ -170,6 +171,11 @@ def check_options(config: CacheConfig, kind: Kind, model: ModelConfig) -> None:
         raise RecipeError(
             "cache.class_word is set, and there is no word in the captions that it replaces",
             "Set cache.trigger, or cache.class_replaces to a word that stands in the captions",
+        )
+    if config.caption_suffixes and config.caption_suffixes[0] in items.IMAGE_SUFFIXES:
+        raise RecipeError(
+            f"cache.caption_extension is {config.caption_extension}, which is the suffix of images",
+            "Give that of the caption files beside them, such as txt",
         )
     if names := config.refused_for(kind):
         options = " and ".join(f"cache.{name}" for name in names)

@@ -14,6 +14,7 @@ _TOKEN = re.compile(r"\\[{|}]|[{|}]|[^{|}\\]+|\\", re.DOTALL)
 _DEEPEST = 20
 _LONGEST = 50_000  # characters; the encoders take about 2,000, and millions of wildcards would take minutes
 _MISSES = 16  # draws in a row that gave nothing new, for each variant wanted: then there are no more
+_MOST_DRAWN = 1_000_000  # characters of one caption in all draws: else 50,000 of a{b|b} that never differ take 30 s
 Part = str | tuple["Parts", ...]
 """Text, or the options of a wildcard."""
 Parts = list[Part]
@@ -36,8 +37,10 @@ def variants(caption: str, *, shuffle: bool, keep: int, wildcards: bool, most: i
     digest = hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
     rng = random.Random(int.from_bytes(digest[:8], "little"))
     texts: dict[str, None] = {}
-    misses = 0
-    while len(texts) < most and misses < _MISSES * most:
+    misses = draws = 0
+    most_draws = _MOST_DRAWN // (len(caption) + 1)
+    while len(texts) < most and misses < _MISSES * most and draws < most_draws:
+        draws += 1
         text = _drawn(parts, rng)
         if shuffle and texts:
             text = _shuffled(text, keep, rng)

@@ -110,7 +110,7 @@ def merge_into_base(
             check_base(adapter.path, adapter.metadata, mark, base)
         check_tensors(adapter)
     identity = _identity(adapters, mark, dtype)
-    was_there = _begin(out, identity)
+    was_there = _begin(out, identity) and all(_is_written(out / "transformer" / s.name, s, dtype) for s in shards)
     num_bytes = sum(_num_bytes(t, dtype) for shard in shards for t in shard.tensors)
     report = Merged(
         num_modules=len({module for adapter in adapters for module in adapter.keys}),
@@ -201,7 +201,7 @@ def _write_transformer(
     make_folder(folder)
     for shard in shards:
         path = folder / shard.name
-        if path.is_file():  # files appear whole, so this one is what it would become
+        if _is_written(path, shard, dtype):
             done += len(shard.tensors)
             continue
         with new_file(path) as file:
@@ -224,6 +224,12 @@ def _header(shard: _Shard, dtype: torch.dtype | None) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _is_written(path: Path, shard: _Shard, dtype: torch.dtype | None) -> bool:
+    """Whether a file is what it would become. It appeared whole, but a copy of the folder may have cut it short."""
+    num_bytes = len(_header(shard, dtype)) + sum(_num_bytes(tensor, dtype) for tensor in shard.tensors)
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def _num_bytes(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
@@ -272,13 +278,18 @@ class _Rounding:
 
     def add(self, rounded: Tensor, exact: Tensor, change: Tensor) -> None:
         """Count one weight."""
-        self._lost += (rounded.float() - exact).square_().sum().item()
-        self._change += change.square().sum().item()
+        self._lost += _norm(rounded.float() - exact) ** 2
+        self._change += _norm(change) ** 2
 
     @property
     def share(self) -> float:
         """The root of the squares of what was lost, as a share of that of the change."""
         return math.sqrt(self._lost / self._change) if self._change else 0.0
+
+
+def _norm(values: Tensor) -> float:
+    """The root of the sum of squares; in float32 the square of 1e20 is infinite."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def _others(base: Path) -> dict[str, list[Path]]:
@@ -327,7 +338,8 @@ def _check_room(out: Path, base: Path, shards: Sequence[_Shard], dtype: torch.dt
     is_one_disk = there.stat().st_dev == base.stat().st_dev
     needed = sum(
         _num_bytes(tensor, dtype)
-        for shard in shards if not (out / "transformer" / shard.name).is_file() for tensor in shard.tensors
+        for shard in shards if not _is_written(out / "transformer" / shard.name, shard, dtype)
+        for tensor in shard.tensors
     )  # fmt: skip
     for part, files in _others(base).items():
         sizes = [file.stat().st_size for file in files if not (out / part / file.name).exists()]

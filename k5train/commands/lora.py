@@ -123,7 +123,7 @@ def _merge_into_base(
 ) -> None:
     from k5cache.shared import interrupt
     from k5cache.shared.checkpoint import model_folder
-    from k5cache.shared.errors import RunError
+    from k5cache.shared.errors import ModelError, RunError
     from k5cache.shared.model import FLAVOURS, ModelConfig
     from k5cache.shared.outputs import MERGED, check_folder
     from k5train.adapter.header import check_kind
@@ -136,7 +136,10 @@ def _merge_into_base(
     check_folder(out, MERGED)
     for file in files:
         check_kind(file)
-    folder = model_folder(ModelConfig(path=FLAVOURS.get(base, base)), ("transformer",))
+    try:
+        folder = model_folder(ModelConfig(path=FLAVOURS.get(base, base)), ("transformer",))
+    except ModelError as error:
+        raise ModelError(error.problem, error.fix.replace("--model DIR", "--into-base DIR")) from error
     from k5train.adapter.export import DTYPES  # torch is imported here, which takes seconds
     from k5train.adapter.into_base import merge_into_base
 
