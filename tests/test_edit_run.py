@@ -79,10 +79,14 @@ def test_the_grid_has_sources_above_and_targets_below_what_was_drawn(finished, r
 
 def test_a_run_on_pairs_says_how_its_lora_loads_and_how_to_draw_more(finished, root, toy_edit_model, tmp_path):
     options = ("--set", "train.base_model_precision=no_change", "--set", "train.validation.pairs=0")
+    taken = tmp_path / "runs" / root.name
+    taken.mkdir(parents=True)
     done = Cli(tmp_path)(app, "run", str(root), "--model", str(toy_edit_model), "--set", "train.steps=1", *options)
     assert done.code == 0, done.err
+    assert f"This run goes to runs/{root.name}-2: runs/{root.name} is there already" in done.err
+    assert list(taken.iterdir()) == []
     assert "of a Kandinsky5I2IPipeline: diffusers has loaded it back" in done.out
-    assert "k5train sample runs/toy_pairs --source PICTURE --prompt PROMPT" in done.out + done.err
+    assert "k5train sample runs/toy_pairs-2 --source PICTURE --prompt PROMPT" in done.out + done.err
 
 
 def test_a_lora_for_pairs_names_its_pipeline_also_after_export_and_its_wider_first_matrix_is_known(
