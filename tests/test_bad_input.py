@@ -91,7 +91,7 @@ def test_a_caption_of_2000_words_is_cut_and_reported(cli, toy_model):
     picture(cli.folder / "set" / "long.png", caption="word " * 2000)
     done = cli(cache_app, "encode", "set", *small(toy_model))
     assert done.code == 0, done.err
-    assert "1 truncated captions" in done.out
+    assert "1 truncated caption" in done.out
     assert cli(cache_app, "info", "cache/set").code == 0
     lengths = k5cache.open(cli.folder / "cache" / "set").text_lengths()
     assert max(lengths.values()) <= 512

@@ -28,7 +28,7 @@ ZSTD = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(500, marks=pytest.mark.few), pytest.param(3_000, marks=pytest.mark.slow)]
+    "count", [pytest.param(500, marks=pytest.mark.few), pytest.param(1_500, marks=pytest.mark.slow)]
 )
 def test_every_table_with_a_changed_byte_ends_in_a_sentence_or_an_honest_read(tmp_path: Path, count: int) -> None:
     command = [sys.executable, "-m", "tests.hostile_tables", str(tmp_path), "0", str(count)]

@@ -19,6 +19,7 @@ from pipelines.measure import judged
 from tests import micro
 
 
+@pytest.mark.long
 def test_a_run_is_judged_by_the_held_out_loss_that_it_reports_itself_but_over_all_rows(once, tmp_path):
     cache = micro.cache(once, "held_out")
     options = ["train.steps=1", "train.device=cpu", "train.checkpoint_every=0", "train.validation.prompts=[]"]

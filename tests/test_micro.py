@@ -76,14 +76,14 @@ def test_a_base_in_bfloat16_and_the_int8_base_agree_about_the_lora(once, lora, h
     assert loss == pytest.approx(held_out_after, rel=0.003)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_rollout_learns_the_style_too(once, held_out_before, tmp_path):
     chosen = micro.config("train.rollout.probability=0.3", "train.rollout.max_steps=2", steps=12)
     lora = micro.train_lora(tmp_path / "lora", micro.cache(once, "images"), chosen)
     assert micro.loss(micro.cache(once, "held_out"), lora) < WITH_ROLLOUT * held_out_before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_tread_learns_the_style_too(once, held_out_before, tmp_path):
     # The loss is measured without routes: what was learned on routed tokens has to work in the whole model.
     route = "train.tread.routes=[{selection_ratio=0.25, start_layer_idx=2, end_layer_idx=3}]"

@@ -35,13 +35,12 @@ def train_lora(once, model: Path, root: Path, steps: int) -> Path:
     return Path(start_run(root, micro_edit.cache(once, "images"), model, micro_edit.config(steps)).lora)
 
 
-@pytest.mark.few
 def test_a_few_steps_on_30_pairs_lower_the_loss_on_things_they_did_not_see(once, model, before, tmp_path):
     lora = train_lora(once, model, tmp_path / "lora", BRIEF)
     assert micro_edit.loss(model, micro_edit.cache(once, "held_out"), lora) < BRIEF_MARGIN * before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lora_on_30_pairs_learns_the_style_and_draws_what_is_in_the_source(once, model, before, tmp_path):
     lora, held_out = train_lora(once, model, tmp_path / "lora", STEPS), micro_edit.cache(once, "held_out")
     after = micro_edit.loss(model, held_out, lora)

@@ -358,7 +358,7 @@ weight = 1.0
     (tmp_path / "b").rename(tmp_path / "c")
     told = cli(app, "resume", "run")
     assert told.code == 2
-    assert "run was trained on b, which is not there" in told.err
+    assert f"run was trained on {tmp_path / 'b'}, which is not there" in told.err
     command = shlex.split(told.err.split("fill in PATH: ")[1])
     assert command[:3] == ["k5train", "resume", "run"]
     done = cli(app, *(word.replace("PATH", "c") for word in command[1:]))

@@ -35,7 +35,7 @@ def test_skips_are_in_a_file_and_in_info_with_the_captions_that_were_cut(tmp_pat
     text = " ".join(cli(app, "info", "cache").out.split())
     assert "2 skipped lone.txt: is a caption without an image" in text
     assert "all of them: cache/skipped.csv" in text
-    assert "1 truncated captions word word" in text
+    assert "1 truncated caption word word" in text
     facts = json.loads(cli(app, "info", "cache", "--json").out)
     assert sorted(facts["skipped"]) == all_skips
     (cut,) = facts["truncated"]
