@@ -99,7 +99,7 @@ def test_no_op_of_a_compiled_block_draws_random_numbers(toy_model, level, monkey
     assert random_ops(toy_model, level, Modes(int8_dynamic=False, cudnn=False), monkeypatch) == set()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchs_own_attention_would(toy_model, monkeypatch):
     plain = Modes(int8_dynamic=False, cudnn=False, flash=False)
     assert any("attention" in name for name in random_ops(toy_model, "attention", plain, monkeypatch))

@@ -14,6 +14,8 @@ from k5cache.bench.pairs import bench_pairs
 from k5cache.encoders.random_model import FULL_CLIP, FULL_TEXT, FULL_VAE, FULL_VISION, PREPROCESSOR, write_model
 from pipelines.demo.make_checkpoint import IMAGE_PROCESSOR
 
+pytestmark = pytest.mark.long
+
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**FULL_TEXT, **TINY, "num_key_value_heads": 2,
         "rope_parameters": {**FULL_TEXT["rope_parameters"], "mrope_section": [2, 3, 3]}}  # fmt: skip

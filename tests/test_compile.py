@@ -92,7 +92,7 @@ def test_what_is_compiled_is_kept_where_the_base_is(tmp_path, monkeypatch):
 INT8 = PLAIN._replace(int8_dynamic=True)
 
 
-@pytest.mark.slow  # g++ takes 20 s
+@pytest.mark.long  # g++ takes 20 s
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_traced_block_is_found_again_and_not_taken_for_another(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -106,9 +106,7 @@ def test_each_of_1400_rows_with_a_flipped_bit_is_named_by_verify_and_not_given_t
     assert count == 1400
 
 
-@pytest.mark.parametrize(
-    "flips_per_part", [pytest.param(10, marks=pytest.mark.few), pytest.param(100, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("flips_per_part", [10, pytest.param(100, marks=pytest.mark.long)])
 def test_each_flipped_bit_outside_the_rows_is_found_by_verify_and_by_a_run(tmp_path, flips_per_part):
     make_cache(tmp_path)
     read_everything(tmp_path)

@@ -35,8 +35,8 @@ UNSET = "unset"
 NO_VALUES = {
     # of all options
     "Everything has a default, so the commands work without a recipe too.",
-    "`k5train options` prints every option with its default and its help, as a recipe to copy from, and "
-    "`--set train.lora.rank=16` overrides one option on the command line.",
+    "`k5train options` prints every option with its default and its help, as a recipe to copy from; "
+    "[a page](options.md) has them as tables.",
     "Write it once, as a field of the dataclass of its table, with its default, its unit, and its help as the "
     "docstring under it.",
     # compared by the tests below: the table of docs/training.md, and the columns of a table of images

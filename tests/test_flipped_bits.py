@@ -40,9 +40,7 @@ def test_every_file_with_data_of_ours_is_among_them(whole):
 
 
 @pytest.mark.parametrize("row", [flips.CACHES, flips.STATES, flips.LORAS, flips.BASES])
-@pytest.mark.parametrize(
-    "count", [20, pytest.param(60, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
 def test_a_flipped_bit_of_any_file_is_named_before_the_file_is_used(whole, row, count):
     chance = random.Random(count)
     tried = 0

@@ -175,7 +175,7 @@ def test_a_trial_of_a_few_is_also_made_in_full():
                     trials += 1
                 elif any("mark.few" in mark for mark in marks):
                     assert "@pytest.mark.slow" in path.read_text(encoding="utf-8"), path.name
-    assert trials >= 3
+    assert trials >= 1
 
 
 def test_every_file_says_first_which_question_it_answers():

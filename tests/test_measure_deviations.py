@@ -17,6 +17,8 @@ from k5train.forward.predict_velocity import rotary
 from pipelines.measure import deviations, judged
 from tests import micro
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def cache(once):

@@ -19,7 +19,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    "kinds", [pytest.param(("plain", "rollout"), marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.long)]
+    "kinds", [pytest.param(("plain", "rollout"), marks=pytest.mark.long), pytest.param(None, marks=pytest.mark.long)]
 )
 def test_every_feature_is_a_run_of_its_own_on_one_base(monkeypatch, kinds):
     config = TrainConfig(lora=LoraConfig(rank=2, targets=("qkv",)), optim=OptimConfig(warmup_steps=0))

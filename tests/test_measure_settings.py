@@ -21,6 +21,8 @@ from pipelines.measure import judged
 from pipelines.measure.settings import __main__ as command
 from pipelines.measure.settings import concepts, grid, pictures, tables, trial
 
+pytestmark = pytest.mark.long
+
 # Of the pixels of a concept's first training picture; drawn and looked at with Pillow 13.
 PIXELS = {"lines": "5db2343c32ee730d", "mosaic": "480fbda25c5a3fca", "creature": "93a8f561afc94e50"}
 CAPTIONS = {

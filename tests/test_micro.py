@@ -47,28 +47,27 @@ def held_out_after(once, lora) -> float:
     return micro.loss(micro.cache(once, "held_out"), lora)
 
 
-@pytest.mark.few
 def test_a_few_steps_lower_the_loss_of_a_new_style_on_things_they_did_not_see(once, held_out_before, tmp_path):
     lora = micro.train_lora(tmp_path / "lora", micro.cache(once, "images"), micro.config(steps=BRIEF))
     assert micro.loss(micro.cache(once, "held_out"), lora) < BRIEF_MARGIN * held_out_before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_base_draws_its_own_styles_better_than_one_it_never_saw(known_before, held_out_before):
     assert known_before < 0.95 * held_out_before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lora_lowers_the_loss_of_a_new_style_on_things_it_was_not_trained_on(held_out_before, held_out_after):
     assert held_out_after < MARGIN * held_out_before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_bases_own_styles_do_not_collapse(once, lora, known_before):
     assert micro.loss(micro.cache(once, "known"), lora) < COLLAPSE * known_before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_base_in_bfloat16_and_the_int8_base_agree_about_the_lora(once, lora, held_out_after):
     bfloat16 = {"precision": "no_change", "dtype": torch.bfloat16}
     # Measured: 0.01 to 0.06 % apart, with LoRAs and without.

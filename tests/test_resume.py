@@ -115,9 +115,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize(
-    "most_kills", [pytest.param(3, marks=pytest.mark.few), pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("most_kills", [3, pytest.param(8, marks=pytest.mark.long)])
 def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(
     tmp_path, whole, cache, toy_model, most_kills
 ):
