@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from k5train.runs.axis import axis_for, steps_axis
-from k5train.runs.chart import COLOURS, FINE, WIDTH, Level, Line, Mark, Panel, Row, _thinned, draw_chart
+from k5train.runs.chart import FINE, WIDTH, draw_chart
+from k5train.runs.panels import COLOURS, Level, Line, Mark, Panel, Row
+from k5train.runs.plot import thinned
 
 
 def pixels_of(picture: Image.Image, colour: str) -> np.ndarray:
@@ -86,7 +88,7 @@ def test_levels_and_marks_are_in_the_panel_and_the_axis_covers_levels():
 def test_many_points_keep_the_lowest_and_the_highest_of_each_column_of_pixels():
     y = np.random.default_rng(0).random(50_000)
     x = np.linspace(0, 2 * FINE * 100, 50_000, endpoint=False)
-    points = np.array(_thinned(x, y, 2 * FINE * 100))
+    points = np.array(thinned(x, y, 2 * FINE * 100, FINE))
     assert len(points) == 2 * 2 * 100
     for column in range(200):
         of_column = y[(x / FINE).astype(int) == column]

@@ -19,9 +19,10 @@ from k5train.cli import app
 from k5train.options.train import TrainConfig
 from k5train.options.validation import ValidationConfig
 from k5train.pictures.compared import compare_pictures
-from k5train.pictures.comparison import MOST_LINES, _curves, _lines, draw
+from k5train.pictures.comparison import _curves, draw
 from k5train.pictures.saved import save_pictures
 from k5train.runs.compared import Comparison, compare, remarks
+from k5train.runs.compared_panels import MOST_LINES, lines_of
 from k5train.runs.folder import Run, create_run
 from k5train.runs.metrics import Metrics
 from k5train.runs.record import read_record
@@ -327,7 +328,7 @@ def test_a_sheet_of_thirty_runs_shows_the_best_ones_and_says_how_many_more_there
     comparison = compared(tmp_path)
     best = [f"run-{i}" for i in range(29, 22, -1)]
     assert [run.name for run in comparison.ranked()[:MOST_LINES]] == best
-    lines = _lines(comparison.runs, "held_out", dict.fromkeys(best, "#000000"))
+    lines = lines_of(comparison.runs, "held_out", dict.fromkeys(best, "#000000"))
     assert len(lines) == 30
     assert [line.name for line in lines if line.name] == ["23 more", *sorted(best)]
     sheet = draw(comparison, compare_pictures(comparison.runs))

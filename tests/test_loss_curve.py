@@ -8,10 +8,10 @@ import pytest
 
 from k5train.options.objective import ObjectiveConfig
 from k5train.options.train import TrainConfig
-from k5train.runs import loss_curve
-from k5train.runs.chart import Panel
-from k5train.runs.loss_curve import draw_losses, objective_of, smooth
+from k5train.runs.loss_curve import draw_losses
+from k5train.runs.loss_panels import loss_rows, objective_of, smooth, summary
 from k5train.runs.metrics import curve
+from k5train.runs.panels import Panel
 
 
 def training_row(step: int, **values) -> dict:
@@ -32,27 +32,16 @@ MEASURED = [
 ]
 
 
-@pytest.fixture
-def panels_of(monkeypatch):
-    """The panels that are drawn of rows, in order, and the line under the title."""
-
-    def panels(rows: list[dict], objective: str = "") -> tuple[list[Panel], str]:
-        drawn = []
-        monkeypatch.setattr(
-            loss_curve, "draw_chart", lambda title, sheet, subtitle, width: drawn.append((sheet, subtitle))
-        )
-        draw_losses(rows, "title", objective)
-        ((sheet, subtitle),) = drawn
-        return [panel for row in sheet for panel in row.panels], subtitle
-
-    return panels  # fmt: skip
+def panels_of(rows: list[dict], objective: str = "") -> tuple[list[Panel], str]:
+    """The panels of rows, in order, and the line under the title."""
+    return [panel for row in loss_rows(rows, objective) for panel in row.panels], summary(rows)
 
 
 def names_of(panel: Panel) -> list[str]:
     return [line.name for line in panel.lines]
 
 
-def test_training_and_measured_losses_share_an_axis_only_within_a_part_of_sigma(panels_of):
+def test_training_and_measured_losses_share_an_axis_only_within_a_part_of_sigma():
     panels, _ = panels_of(MEASURED)
     titles = ["Training loss", "Held-out loss and probe loss", "Held-out loss of regularisation data",
               "Sigma 0 to 0.5, least noise", "Sigma 0.5 to 1, most noise", "Learning rate",
@@ -66,7 +55,7 @@ def test_training_and_measured_losses_share_an_axis_only_within_a_part_of_sigma(
     assert {panel.last_step for panel in panels} == {20}
 
 
-def test_the_base_is_a_level_the_best_is_marked_and_a_value_that_is_missing_is_a_gap(panels_of):
+def test_the_base_is_a_level_the_best_is_marked_and_a_value_that_is_missing_is_a_gap():
     panels, summary = panels_of(MEASURED)
     assert [(level.name, level.value) for level in panels[1].levels] == [("base (dashed)", 0.45), ("", 0.5)]
     (best,) = panels[1].marks
@@ -77,7 +66,7 @@ def test_the_base_is_a_level_the_best_is_marked_and_a_value_that_is_missing_is_a
     assert panels[1].marks[0].name == "best: the base, 0.45"
 
 
-def test_what_was_not_measured_has_no_panel_and_rows_of_earlier_versions_are_drawn(panels_of):
+def test_what_was_not_measured_has_no_panel_and_rows_of_earlier_versions_are_drawn():
     old = [{"step": i, "loss": 0.5, "grad_norm": 0.1, "lr": 1e-4, "seconds": 1.0} for i in range(1, 6)]
     panels, summary = panels_of(old)
     assert [panel.title for panel in panels][1:] == ["Learning rate", panels[-1].title]
@@ -90,13 +79,13 @@ def test_what_was_not_measured_has_no_panel_and_rows_of_earlier_versions_are_dra
     assert [p.title for p in panels_of(one_part)[0]][1:3] == ["Held-out loss", "Learning rate"]
 
 
-def test_the_rate_of_prodigy_is_drawn_as_it_acts(panels_of):
+def test_the_rate_of_prodigy_is_drawn_as_it_acts():
     rate = panels_of([training_row(i, prodigy_d=2.0 * i) for i in (1, 2)])[0][-2]
     assert rate.title == "Learning rate times Prodigy's d"
     assert rate.lines[0].points == [(1, pytest.approx(2e-4)), (2, pytest.approx(4e-4))]
 
 
-def test_a_long_run_is_drawn_as_means_behind_the_running_mean(panels_of):
+def test_a_long_run_is_drawn_as_means_behind_the_running_mean():
     pale, mean = panels_of([training_row(i) for i in range(1, 1002)])[0][0].lines
     assert (pale.name, mean.name) == ("means of 5 steps", "mean of the last 51 steps")
     assert pale.points[0] == (5, pytest.approx(sum(1 / i for i in range(1, 6)) / 5))
@@ -151,7 +140,7 @@ def test_a_field_is_read_over_the_lines_that_have_it():
         ({"sigma_sampling": "mode"}, 1.0, "sigma drawn from SD3's mode distribution, scale 1.29"),
     ],
 )  # fmt: skip
-def test_the_training_panel_says_which_sigmas_and_weights_its_loss_has(objective, shift, text, panels_of):
+def test_the_training_panel_says_which_sigmas_and_weights_its_loss_has(objective, shift, text):
     config = replace(TrainConfig(), objective=ObjectiveConfig(**objective), flow_schedule_shift=shift)
     assert objective_of(config) == text
     panel = panels_of([training_row(1)], text)[0][0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
@@ -12,15 +12,12 @@ from k5train.pictures.compared import ComparedPictures, PictureRow
 from k5train.pictures.saved import read_pictures
 from k5train.runs import chart
 from k5train.runs.compared import Comparison, some
-from k5train.runs.record import Record
+from k5train.runs.compared_panels import measured_rows, named
 
-MOST_LINES, MOST_PANELS, MOST_ROWS, MOST_COLUMNS = 7, 3, 14, 6
+MOST_ROWS, MOST_COLUMNS = 14, 6
 """What a person can tell apart on one sheet. Of more runs the best are shown, and it says how many are not."""
-_MOST_NAME = 40  # characters
 _WIDTH = 1200
 _MOST_WIDTH = 2400
-NOTE = "measured on the same images, sigmas and noise each time"
-_OTHERS = "#d0d0d0"
 
 
 def draw(comparison: Comparison, pictures: ComparedPictures) -> Image.Image:
@@ -39,32 +36,8 @@ def draw(comparison: Comparison, pictures: ComparedPictures) -> Image.Image:
     return picture
 
 
-def named(name: str, most: int = _MOST_NAME) -> str:
-    """A name in one line. A long one loses its middle, because names of a sweep differ at their ends."""
-    line = shown(name)
-    return line if len(line) <= most else f"{line[: most // 2 - 2]}...{line[-(most // 2 - 2) :]}"
-
-
 def _curves(comparison: Comparison, width: int) -> Image.Image:
-    chosen = _chosen(comparison, MOST_LINES)
-    colours = {run.name: chart.COLOURS[i] for i, run in enumerate(chosen)}
-    held_out = _panels(comparison, "held_out", comparison.groups, colours)
-    probes = _panels(comparison, "probe", comparison.probe_groups, colours)
-    if len(held_out) + len(probes) <= MOST_PANELS:
-        kinds = [([*held_out, *probes], 380)]
-    else:
-        kinds = [(held_out, 380), (probes, 300)]
-    rows = [chart.Row(panels, height) for panels, height in kinds if panels]
-    return chart.draw_chart(_title(comparison), rows, _subtitle(comparison), width)
-
-
-def _chosen(comparison: Comparison, most: int) -> list[Record]:
-    """The runs that are shown: all in their order, or of many the best."""
-    measured = [run for run in comparison.runs if run.curves]
-    if len(measured) <= most:
-        return measured
-    best = {run.name for run in comparison.ranked()[:most]}
-    return [run for run in measured if run.name in best]
+    return chart.draw_chart(_title(comparison), measured_rows(comparison), _subtitle(comparison), width)
 
 
 def _title(comparison: Comparison) -> str:
@@ -80,58 +53,6 @@ def _subtitle(comparison: Comparison) -> str:
     assert best.loss is not None
     name = f"{named(comparison.best)}, " if len(comparison.runs) > 1 else ""
     return f"lowest held-out loss: {name}step {best.step}, {best.loss:.4f}"
-
-
-def _panels(
-    comparison: Comparison, measured: str, groups: Sequence[Sequence[str]], colours: Mapping[str, str]
-) -> list[chart.Panel]:
-    """One for all runs, or one for each group of runs whose losses can be compared."""
-    what = "held-out loss" if measured == "held_out" else "loss on images that are trained on (probe)"
-    panels = []
-    for number, group in enumerate(groups[:MOST_PANELS], 1):
-        title = f"{what}, {number}: {some([named(name) for name in group])}" if len(groups) > 1 else what
-        runs = [comparison[name] for name in group]
-        lines = _lines(runs, measured, colours)
-        levels, marks = _levels(runs, measured), _marks(comparison, runs, measured)
-        panels.append(
-            chart.Panel(
-                title, lines, note=NOTE, levels=levels, marks=marks, x_label="steps", y_label="mean squared error"
-            )
-        )
-    return panels
-
-
-def _lines(runs: Sequence[Record], measured: str, colours: Mapping[str, str]) -> list[chart.Line]:
-    """The curves. Of runs that have no colour they are pale, behind the others."""
-    mine = [run for run in runs if run.name in colours]
-    others = [run for run in runs if run.name not in colours]
-    lines = [
-        chart.Line(f"{len(others)} more" if i == 0 else "", run.curves[measured], _OTHERS, 1)
-        for i, run in enumerate(others)
-    ]
-    lines += [chart.Line(named(run.name), run.curves[measured], colours[run.name], has_dots=True) for run in mine]
-    averaged = [run for run in mine if "ema_held_out" in run.curves and measured == "held_out"]
-    if len(mine) <= 4:
-        lines += [
-            chart.Line(f"{named(run.name)} EMA", run.curves["ema_held_out"], colours[run.name], is_dashed=True)
-            for run in averaged
-        ]
-    return lines
-
-
-def _levels(runs: Sequence[Record], measured: str) -> list[chart.Level]:
-    """A line at the base model's loss, if the runs agree about it."""
-    bases = [run.first(measured) for run in runs]
-    known = [base for base in bases if base is not None]
-    is_one = len(known) == len(bases) and max(known) - min(known) <= 1e-3 * max(known)
-    return [chart.Level("base", known[0])] if known and is_one else []
-
-
-def _marks(comparison: Comparison, runs: Sequence[Record], measured: str) -> list[chart.Mark]:
-    best = next((run.best for run in runs if run.name == comparison.best), None)
-    if measured != "held_out" or best is None or best.loss is None:
-        return []
-    return [chart.Mark(f"lowest: {best.loss:.4f} at step {best.step}", best.step, best.loss)]
 
 
 def _about_pictures(pictures: ComparedPictures, rows: Sequence[PictureRow]) -> list[str]:

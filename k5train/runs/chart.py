@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from k5cache.shared.fonts import Font, fitting, font_for, write
-from k5train.runs.axis import Axis, axis_for, steps_axis
+from k5train.runs.axis import Axis
+from k5train.runs.panels import GRID, INK, PALE_INK, Level, Line, Mark, Panel, Row
+from k5train.runs.plot import INSET, Curve, Plot, axes_of
 
 WIDTH = 1200
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
-"""Okabe and Ito's, which people with every kind of colour blindness tell apart, with dark grey for their black."""
-INK, PALE_INK, GRID = "#1a1a1a", "#5c5c5c", "#e4e4e4"
 LEFT, RIGHT, GAP, TICKS, LINE, SAMPLE = (
     66,
     14,
@@ -26,74 +22,7 @@ LEFT, RIGHT, GAP, TICKS, LINE, SAMPLE = (
     17,
     20,
 )  # pixels: margins of a panel, heights of tick labels and text
-INSET = 6  # pixels between a panel's edge and its first and last step, so that dots there are whole
 FINE = 2  # lines are drawn at this multiple and reduced, which smooths their edges
-
-Point = tuple[float, float | None]
-"""A step and its value; None where there is none, which leaves a gap."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve of a panel."""
-
-    name: str
-    """In the legend. Empty: not in the legend."""
-    points: Sequence[Point]
-    colour: str = COLOURS[0]
-    width: int = 2
-    has_dots: bool = False
-    """Whether every point has a dot, as measurements do that lie apart."""
-    is_dashed: bool = False
-    is_shown_whole: bool = True
-    """Whether the axis covers all of it. False: it may leave the panel, as the pale curve behind its mean does."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """A dashed line at one value, across the panel."""
-
-    name: str
-    value: float
-    colour: str = PALE_INK
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A ring around one point, explained in the legend."""
-
-    name: str
-    step: float
-    value: float
-    colour: str = INK
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes."""
-
-    title: str
-    lines: Sequence[Line]
-    note: str = ""
-    """Under the title, small: what the lines are."""
-    levels: Sequence[Level] = ()
-    marks: Sequence[Mark] = ()
-    x_label: str = ""
-    y_label: str = ""
-    first_step: float = 0
-    last_step: float | None = None
-    """Where the axis of steps ends. None: at the last point of the panel."""
-    may_be_logarithmic: bool = True
-    """Whether the axis of values becomes logarithmic where they differ by far."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Panels beside each other."""
-
-    panels: Sequence[Panel]
-    height: int = 300
-    """Pixels, all of it: title, legend, axes and their names."""
 
 
 def draw_chart(title: str, rows: Sequence[Row], subtitle: str = "", width: int = WIDTH) -> Image.Image:
@@ -137,8 +66,7 @@ def _draw_head(draw: ImageDraw.ImageDraw, panel: Panel, box: Box) -> int:
     if panel.note:
         written(draw, (left, top), panel.note, right - left, 12, PALE_INK)
         top += LINE
-    every: list[Line | Level | Mark] = [*panel.lines, *panel.levels, *panel.marks]
-    entries = [entry for entry in every if entry.name]
+    entries = panel.legend
     x = left
     for entry in entries:
         of_font, most = font_for(entry.name, 13), right - left - SAMPLE - 6
@@ -170,22 +98,18 @@ def _draw_axes(sheet: Image.Image, draw: ImageDraw.ImageDraw, panel: Panel, box:
     left, top, right, bottom = box
     bottom -= TICKS + LINE * bool(panel.x_label)
     plot = (left + LEFT, top, right - RIGHT, bottom)
-    curves = [_Curve.of(line) for line in panel.lines]
-    values = [v for curve in curves if curve.line.is_shown_whole for v in curve.extremes()]
-    values += [level.value for level in panel.levels if math.isfinite(level.value)]
-    if not values:
+    curves = [Curve.of(line) for line in panel.lines]
+    axes = axes_of(panel, curves, plot[2] - plot[0], plot[3] - plot[1])
+    if axes is None:
         draw.rectangle(plot, outline=GRID)
         draw.text(((plot[0] + plot[2]) / 2, (top + bottom) / 2), "no value yet", PALE_INK, font(13), anchor="mm")
         return
-    last = panel.last_step if panel.last_step is not None else max(c.steps.max() for c in curves if len(c.steps))
-    x_axis = steps_axis(panel.first_step, float(last), max(3, (plot[2] - plot[0]) // 75))
-    y_axis = axis_for(values, max(3, (plot[3] - plot[1]) // 26), panel.may_be_logarithmic)
-    label = panel.y_label + ", logarithmic" * y_axis.is_logarithmic if panel.y_label else ""
+    label = panel.y_label + ", logarithmic" * axes[1].is_logarithmic if panel.y_label else ""
     _draw_sideways(sheet, fitting(label, font(12), bottom - top), (left, (top + bottom) // 2))
-    _draw_plot(sheet, panel, curves, (x_axis, y_axis), plot)
-    _draw_ticks(draw, (x_axis, y_axis), plot)
+    _draw_plot(sheet, panel, curves, axes, plot)
+    _draw_ticks(draw, axes, plot)
     for mark in panel.marks:
-        _draw_mark(draw, mark, (x_axis, y_axis), plot)
+        _draw_mark(draw, mark, axes, plot)
     if panel.x_label:
         draw.text(((plot[0] + plot[2]) / 2, bottom + TICKS + 2), panel.x_label, PALE_INK, font(12), anchor="ma")
 
@@ -201,20 +125,20 @@ def _draw_sideways(sheet: Image.Image, text: str, at: tuple[int, int]) -> None:
 
 
 def _draw_plot(
-    sheet: Image.Image, panel: Panel, curves: Sequence[_Curve], axes: tuple[Axis, Axis], plot: Box
+    sheet: Image.Image, panel: Panel, curves: Sequence[Curve], axes: tuple[Axis, Axis], plot: Box
 ) -> None:  # fmt: skip
     """The grid, the curves and the levels. What lies beyond the axes is cut off at the panel's edge."""
-    size = (plot[2] - plot[0]) * FINE, (plot[3] - plot[1]) * FINE
-    layer = Image.new("RGB", size, "white")
+    inside = Plot(axes, (plot[2] - plot[0]) * FINE, (plot[3] - plot[1]) * FINE, FINE)
+    layer = Image.new("RGB", (inside.width, inside.height), "white")
     draw = ImageDraw.Draw(layer)
     for y in axes[1].ticks:
-        height = float(_place(axes[1], np.array([y]), size[1])[0])
-        draw.line((0, height, size[0], height), GRID, FINE)
+        height = inside.place(0, y)[1]
+        draw.line((0, height, inside.width, height), GRID, FINE)
     for level in panel.levels:
-        height = float(_place(axes[1], np.array([level.value]), size[1])[0])
-        _draw_dashed(draw, [(0.0, height), (float(size[0]), height)], level.colour, 2 * FINE)
+        height = inside.place(0, level.value)[1]
+        _draw_dashed(draw, [(0.0, height), (float(inside.width), height)], level.colour, 2 * FINE)
     for curve in curves:
-        for run in curve.runs(axes, size):
+        for run in inside.runs(curve):
             _draw_run(draw, curve.line, run)
     sheet.paste(layer.reduce(FINE), plot[:2])
     ImageDraw.Draw(sheet).line((plot[0], plot[1], plot[0], plot[3], plot[2], plot[3]), PALE_INK)
@@ -265,44 +189,3 @@ def _draw_mark(draw: ImageDraw.ImageDraw, mark: Mark, axes: tuple[Axis, Axis], p
     x = left + INSET + axes[0].share(mark.step) * (right - left - 2 * INSET)
     y = bottom - min(max(axes[1].share(mark.value), 0.0), 1.0) * (bottom - top)
     draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=mark.colour, width=2)
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """A line's points as arrays; NaN where there is no value."""
-
-    line: Line
-    steps: NDArray[np.float64]
-    values: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, line: Line) -> _Curve:
-        points = np.array([(x, math.nan if y is None else y) for x, y in line.points], np.float64).reshape(-1, 2)
-        return cls(line, points[:, 0], np.where(np.isfinite(points[:, 1]), points[:, 1], np.nan))
-
-    def extremes(self) -> list[float]:
-        """The lowest and the highest value, none without values."""
-        values = self.values[np.isfinite(self.values)]
-        return [float(values.min()), float(values.max())] if len(values) else []
-
-    def runs(self, axes: tuple[Axis, Axis], size: tuple[int, int]) -> list[list[tuple[float, float]]]:
-        """Places of the points between gaps. Of many points in a column of pixels, the lowest and the highest."""
-        x = INSET * FINE + axes[0].shares(self.steps) * (size[0] - 2 * INSET * FINE)
-        y = np.clip(_place(axes[1], self.values, size[1]), -size[1], 2 * size[1])
-        gaps = np.flatnonzero(np.isnan(y))
-        cut = np.split(np.arange(len(y)), gaps)
-        return [_thinned(x[part], y[part], size[0]) for part in (p[~np.isnan(y[p])] for p in cut) if len(part)]
-
-
-def _place(axis: Axis, values: NDArray[np.float64], height: int) -> NDArray[np.float64]:
-    return (1 - axis.shares(values)) * height
-
-
-def _thinned(x: NDArray[np.float64], y: NDArray[np.float64], width: int) -> list[tuple[float, float]]:
-    """At most two points for each column of pixels of the finished sheet."""
-    if len(x) > 2 * width / FINE:
-        column = (x / FINE).astype(np.int64)
-        starts = np.flatnonzero(np.diff(column, prepend=column[0] - 1))
-        low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
-        x, y = np.repeat(x[starts], 2), np.stack([low, high], 1).flatten()
-    return list(zip(x.tolist(), y.tolist(), strict=True))

@@ -19,7 +19,8 @@ from k5train.data.split import held_out_rows, probe_rows
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import drawings_for, draws_any
 from k5train.runs.folder import Run
-from k5train.runs.loss_curve import draw_losses, objective_of
+from k5train.runs.loss_curve import draw_losses
+from k5train.runs.loss_panels import objective_of
 from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.resume_state import Progress
 from k5train.training.held_out_loss import HeldOutLoss
