@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k5cache.buckets import MAX_SIDE, MAX_TEXT_TOKENS, Framing, bucket_table, fine_table
+from k5cache.shared.errors import CacheError
 from k5cache.shared.kind import Kind
 from k5cache.shared.model import path_problems
 
@@ -209,3 +210,18 @@ class CacheConfig:
 def with_source_dir(config: CacheConfig, sources: Path | None) -> CacheConfig:
     """The options of a cache, which keeps no folder of sources, with ``sources`` as that folder."""
     return replace(config, source_dir=str(sources) if sources else None)
+
+
+def config_of(recipe: Mapping[str, Any]) -> CacheConfig:
+    """The options that the recipe in a cache's manifest was built from.
+
+    Raises:
+        CacheError: the recipe is not one that this version writes.
+    """
+    tables = [recipe.get(name) for name in ("text", "latents", "selection")]
+    names = {field.name for field in fields(CacheConfig)}
+    try:
+        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in names}
+        return CacheConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"The recipe in the manifest is not complete: {error}", "Encode again") from None

@@ -18,15 +18,15 @@ from k5cache.bench import reading
 from k5cache.buckets import Bucket, Geometry
 from k5cache.cli import app
 from k5cache.encode.commit import Committer
-from k5cache.encode.plan import geometry_of
-from k5cache.encode.request import config_of
 from k5cache.encode.sink import Collector
 from k5cache.encoders.vae import encode_pixels, load_vae, to_model_range
 from k5cache.exact.reencode import reencode
+from k5cache.options import config_of
 from k5cache.shared import console
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.model import ModelConfig
 from k5cache.sources.images import load_pixels
+from k5cache.store.geometry import geometry_of
 from k5cache.store.manifest import Manifest
 from k5cache.store.shards import Shard
 from k5cache.store.tensors import TensorSpec

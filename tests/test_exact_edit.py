@@ -42,8 +42,8 @@ def test_a_checkpoint_and_a_cache_of_pairs_are_what_diffusers_computes(shop):
 def test_stored_rows_are_the_pipelines_for_the_crop(shop):
     from PIL import Image
 
-    from k5cache.encode.plan import source_of_row
     from k5cache.sources.images import load_pixels
+    from k5cache.store.geometry import source_of_row
 
     pipeline = edit_pipeline(shop.model)
     for i in range(len(shop.cache)):

@@ -18,7 +18,7 @@ from k5cache.buckets import bucket_table, choose_bucket, cover, is_turned
 from k5cache.cli import app
 from k5cache.commands.listing import print_skipped
 from k5cache.encode.request import read_listed_request
-from k5cache.encode.source_note import is_untouched, listing_digest, take_note
+from k5cache.encode.source_note import take_note
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError, RecipeError
 from k5cache.shared.kind import kind_at_hand
@@ -28,6 +28,7 @@ from k5cache.sources.find import Source, find
 from k5cache.sources.images import image_size
 from k5cache.sources.items import UnreadableImage
 from k5cache.sources.pairs import pair
+from k5cache.sources.unchanged import is_untouched, listing_digest
 from tests.cli import Cli
 from tests.table_files import IMAGES, png, tar
 

@@ -103,6 +103,14 @@ def test_tensors_of_a_row_may_be_changed_in_place_without_changing_the_cache(tmp
     assert_same(cache[0]["mean"], latents_row(0)["mean"])
 
 
+def test_a_caption_is_read_without_its_embeddings(tmp_path: Path) -> None:
+    make_cache(tmp_path)
+    cache = reader.open_cache(tmp_path)
+    assert [cache.caption(key) for key in CAPTIONS] == [caption for caption, _ in CAPTIONS.values()]
+    with pytest.raises(CacheError, match="no text row with key 'l-0'"):
+        cache.caption("l-0")
+
+
 def test_prompts_are_found_as_their_user_wrote_them(tmp_path: Path) -> None:
     make_cache(tmp_path)
     cache = reader.open_cache(tmp_path)

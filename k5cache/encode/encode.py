@@ -17,7 +17,7 @@ from k5cache.encode.request import (
     read_listed_request,
     read_request,
 )
-from k5cache.encode.source_note import decoders, is_untouched, listing_digest
+from k5cache.encode.source_note import decoders
 from k5cache.options import CacheConfig
 from k5cache.shared import console
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_on_disk
@@ -27,6 +27,7 @@ from k5cache.shared.model import Drawn, ModelConfig
 from k5cache.shared.outputs import check_writable
 from k5cache.sources import find
 from k5cache.sources.items import Skipped
+from k5cache.sources.unchanged import is_untouched, listing_digest
 from k5cache.store.manifest import Manifest, lock, require_files
 from k5cache.store.ours import check_root
 

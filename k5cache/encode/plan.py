@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from k5cache.buckets import Bucket, Geometry, is_turned, source_geometry
+from k5cache.buckets import Geometry, is_turned, source_geometry
 from k5cache.encode.examined import Image, examine_images, mask_reason, source_reason
 from k5cache.encode.job import LatentJob, MaskJob, TextJob, no_sources
 from k5cache.encode.keys import canonical, latent_key_of, mask_key
@@ -13,6 +13,7 @@ from k5cache.encode.previous_index import PreviousIndex, captions_hash, mask_sta
 from k5cache.encode.text_keys import Seen, TextKeys
 from k5cache.encode.wanted import ExaminedEdit, Probes, Stored, Wanted
 from k5cache.sources.items import Content, Flawed, Skipped, SourceItem
+from k5cache.store.geometry import geometry_of, source_of_row
 from k5cache.store.index import IndexRow
 from k5cache.store.manifest import Edit
 
@@ -107,25 +108,6 @@ def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = Fal
         turned=_paths(row for row in rows if row.source_path and _is_turned(row)),
         same_as_target=_paths(row for row in rows if row.source_hash == row.content_hash),
     )
-
-
-def geometry_of(row: IndexRow) -> Geometry:
-    """The crop of an index row."""
-    return Geometry(
-        width=row.width,
-        height=row.height,
-        bucket=Bucket(row.bucket_width, row.bucket_height),
-        resized_width=row.resized_width,
-        resized_height=row.resized_height,
-        left=row.left,
-        top=row.top,
-        flipped=row.flipped,
-    )
-
-
-def source_of_row(row: IndexRow) -> Geometry:
-    """The crop of a row's source."""
-    return source_geometry(geometry_of(row), row.source_width, row.source_height)
 
 
 def _is_turned(row: IndexRow) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from k5cache.encoders.pipeline import prompt_template
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
 from k5cache.shared.checkpoint import ENCODER_PARTS, folder_without_weights, model_folder, read_config
-from k5cache.shared.errors import CacheError, ModelError, RecipeError
+from k5cache.shared.errors import ModelError, RecipeError
 from k5cache.shared.kind import LONG_NAMES, Kind, kind_at_hand, kind_of_model, kind_of_recipe
 from k5cache.shared.model import Drawn, ModelConfig, WantedEdit
 from k5cache.shared.preprocessor import preprocessor_values
@@ -184,21 +184,6 @@ def check_options(config: CacheConfig, kind: Kind, model: ModelConfig) -> None:
             f"{LONG_NAMES[kind]}",
             "Leave it out (--sources sets cache.source_dir), or set model.flavour to i2i-lite-sft or i2i-lite-pretrain",
         )
-
-
-def config_of(recipe: dict[str, Any]) -> CacheConfig:
-    """The options that a recipe was built from.
-
-    Raises:
-        CacheError: the recipe is not one that this version writes.
-    """
-    tables = [recipe.get(name) for name in differences.TABLES]
-    names = {field.name for field in fields(CacheConfig)}
-    try:
-        values = {key: value for table in tables for key, value in dict(table or {}).items() if key in names}
-        return CacheConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise CacheError(f"The recipe in the manifest is not complete: {error}", "Encode again") from None
 
 
 @dataclass(frozen=True)

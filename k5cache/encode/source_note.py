@@ -5,7 +5,6 @@ This file imports nothing heavy: an encode with nothing to do ends within a seco
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -16,7 +15,7 @@ from k5cache.shared.errors import DatasetError
 from k5cache.shared.template import version
 from k5cache.sources import find
 from k5cache.sources.items import PICTURE_DECODER, Skipped
-from k5cache.sources.unchanged import FolderStats, is_settled, joined, read_stats
+from k5cache.sources.unchanged import is_settled, listing_digest, stats_of
 from k5cache.store.manifest import LeftOut, SourceNote
 
 _MOST_SHOWN = 80  # characters of a caption that was cut off
@@ -33,7 +32,7 @@ def take_note(source: Path, config: CacheConfig, listing: find.Source) -> Source
     note = SourceNote(listing_digest(listing))
     if not listing.is_plain or not all(skip.is_lasting for skip in listing.skipped):
         return note
-    stats, read_ns = _stats(source, config), time.time_ns()
+    stats, read_ns = stats_of(source, config), time.time_ns()
     if stats is None or not is_settled(stats, read_ns):
         return note
     try:
@@ -74,31 +73,3 @@ def decoders() -> str:
     packages = ("pillow", "pillow-heif", "pi-heif", "pillow-jxl-plugin", "kandinsky5-lora")
     versions = [f"{package} {found}" for package in packages if (found := version(package))]
     return ", ".join((f"picture decoder {PICTURE_DECODER}", *versions))
-
-
-def is_untouched(source: Path, config: CacheConfig, note: SourceNote) -> bool:
-    """Whether no file of ``source``, nor of ``cache.source_dir``, was touched since the note was taken. Opens no file;
-    False if stats cannot tell."""
-    stats = _stats(source, config) if note.stats else None
-    return stats is not None and stats.digest == note.stats
-
-
-def _stats(source: Path, config: CacheConfig) -> FolderStats | None:
-    """The stats of all files that a listing depends on."""
-    suffixes = config.caption_suffixes or ()
-    stats = read_stats(source, suffixes)
-    if config.source_dir is None or stats is None:
-        return stats
-    of_sources = read_stats(Path(config.source_dir).expanduser(), suffixes)
-    return of_sources and joined(stats, of_sources)
-
-
-def listing_digest(listing: find.Source) -> str:
-    """One hash over all that was listed: paths, sizes, times, inodes, raw captions, masks, sources, skips."""
-    sha256 = hashlib.sha256()
-    for entry in (*listing.items, *listing.skipped):
-        sha256.update(repr(entry).encode("utf-8", "surrogatepass"))
-    for item in listing.items:
-        if item.source:
-            sha256.update(repr(item.source).encode("utf-8", "surrogatepass"))
-    return sha256.hexdigest()[:32]

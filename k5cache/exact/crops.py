@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from k5cache.buckets import Geometry, bucket_table, choose_bucket, cover
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job, LatentJob
-from k5cache.encode.plan import geometry_of, source_of_row
 from k5cache.encode.sink import Collector
 from k5cache.exact.reencode import TOLERANCE
 from k5cache.options import CacheConfig
@@ -21,6 +20,7 @@ from k5cache.shared.errors import K5Error
 from k5cache.shared.handed_over import handed_over
 from k5cache.sources import find, images
 from k5cache.sources.items import Content, UnreadableImage
+from k5cache.store.geometry import geometry_of, source_of_row
 from k5cache.store.index import IndexRow
 from k5cache.store.reader import Cache
 

@@ -13,15 +13,15 @@ from rich.progress import Progress
 from k5cache.encode.differences import differences, refuse_model
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import Job, LatentJob, SourceView, TextJob, no_sources
-from k5cache.encode.plan import geometry_of, source_of_row
-from k5cache.encode.request import build_recipe, config_of
+from k5cache.encode.request import build_recipe
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts
-from k5cache.options import with_source_dir
+from k5cache.options import config_of, with_source_dir
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.device import pick_device
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images, items
+from k5cache.store.geometry import geometry_of, source_of_row
 from k5cache.store.index import IndexRow
 from k5cache.store.reader import Cache
 

@@ -17,12 +17,12 @@ from rich.progress import Progress
 from k5cache.encode.differences import differences, table_of
 from k5cache.encode.job import Job, SourceView, TextJob
 from k5cache.encode.precision import torch_dtype
-from k5cache.encode.request import build_recipe, config_of
+from k5cache.encode.request import build_recipe
 from k5cache.encode.sink import Collector
 from k5cache.encode.text_pass import encode_texts, tokenizer_of
 from k5cache.exact.crops import Picture, Sample, compare_latents, compare_stored_latents, sample_pictures
 from k5cache.exact.reencode import TOLERANCE
-from k5cache.options import CacheConfig, with_source_dir
+from k5cache.options import CacheConfig, config_of, with_source_dir
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.comparison import Comparison, check, compare, not_run
 from k5cache.shared.kind import Kind, kind_of_recipe

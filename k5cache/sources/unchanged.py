@@ -1,4 +1,4 @@
-"""Has any file of a folder been touched since an encode looked at it? Stats only: no image and no caption is opened."""
+"""Has a source changed since an encode looked at it? Stats of files tell, or all that was listed. Opens no image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from k5cache.options import CacheConfig
 from k5cache.sources.caption_files import OTHER_SUFFIXES, SUFFIXES
 from k5cache.sources.folder import MASK_SUFFIXES, walk
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PICTURE_DECODER, Skipped, fitting_ns
+from k5cache.store.manifest import SourceNote
+
+if TYPE_CHECKING:
+    from k5cache.sources.find import Source
 
 _SUFFIXES = IMAGE_SUFFIXES | MASK_SUFFIXES | OTHER_SUFFIXES | NAMED_SUFFIXES.keys() | {*SUFFIXES}
 SETTLED_NS = 2_000_000_000
@@ -81,3 +87,31 @@ def is_settled(stats: FolderStats, read_ns: int) -> bool:
     Files from the future (of another machine's clock, over a network) never settle: their folder is read each time.
     """
     return stats.newest_ns + SETTLED_NS < read_ns
+
+
+def is_untouched(source: Path, config: CacheConfig, note: SourceNote) -> bool:
+    """Whether no file of ``source``, nor of ``cache.source_dir``, was touched since the note was taken. Opens no file;
+    False if stats cannot tell."""
+    stats = stats_of(source, config) if note.stats else None
+    return stats is not None and stats.digest == note.stats
+
+
+def stats_of(source: Path, config: CacheConfig) -> FolderStats | None:
+    """The stats of all files that a listing depends on."""
+    suffixes = config.caption_suffixes or ()
+    stats = read_stats(source, suffixes)
+    if config.source_dir is None or stats is None:
+        return stats
+    of_sources = read_stats(Path(config.source_dir).expanduser(), suffixes)
+    return of_sources and joined(stats, of_sources)
+
+
+def listing_digest(listing: Source) -> str:
+    """One hash over all that was listed: paths, sizes, times, inodes, raw captions, masks, sources, skips."""
+    sha256 = hashlib.sha256()
+    for entry in (*listing.items, *listing.skipped):
+        sha256.update(repr(entry).encode("utf-8", "surrogatepass"))
+    for item in listing.items:
+        if item.source:
+            sha256.update(repr(item.source).encode("utf-8", "surrogatepass"))
+    return sha256.hexdigest()[:32]

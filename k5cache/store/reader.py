@@ -164,6 +164,14 @@ class Cache:
             raise files.corrupt(self.root, f"{self.root}, text row {key} has no {error.args[0]}") from None
         return TextRow(key, prompt_embeds, pooled, row.n_tokens or 0, row.caption or "")
 
+    def caption(self, key: str) -> str:
+        """The caption of a text row, without its embeddings and without torch. Only the row's key is checked."""
+        return self._value("text", key, "caption").decode(errors="replace")
+
+    def mask_levels(self, key: str) -> bytes:
+        """A mask as stored, ``[H/8, W/8]`` uint8 in C order, without torch. Only the row's key is checked."""
+        return self._value("masks", key, "mask")
+
     def class_text(self, caption_key: str) -> TextRow | None:
         """The class caption of a caption: the same with the class in the place of the trigger. None if it has none.
 
@@ -216,6 +224,14 @@ class Cache:
         return {name: _getter(self.index.column(name).chunk(0)) for name in self.index.column_names}
 
     def _read(self, kind: ShardKind, key: str) -> StoredRow:
+        shard, row = self._locate(kind, key)
+        return shard.read(row, key, self._pin_memory)
+
+    def _value(self, kind: ShardKind, key: str, column: str) -> bytes:
+        shard, row = self._locate(kind, key)
+        return shard.value(row, key, column)
+
+    def _locate(self, kind: ShardKind, key: str) -> tuple[Shard, int]:
         location = self._locations.find(kind, key)
         if location is None:
             raise CacheError(
@@ -223,7 +239,7 @@ class Cache:
                 f"Encode again: {command('k5cache', 'encode', 'SOURCE', '-o', self.root)}",
             )
         info, row = location
-        return self._shard(info).read(row, key, self._pin_memory)
+        return self._shard(info), row
 
     def _shard(self, info: ShardInfo) -> Shard:
         """An open shard. The least recently used makes room; if a thread is reading it, it closes after that read."""

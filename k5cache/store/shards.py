@@ -263,6 +263,23 @@ class Shard:
             )
         return StoredRow(key, tensors, n_tokens, buffers[-1].decode(errors="replace") if self.n_tokens else None)
 
+    def value(self, row: int, key: str, column: str) -> bytes:
+        """One value of a row, without its tensors and torch. Only the key is checked: the checksum is of all the row.
+
+        Raises:
+            CacheCorrupt: the row has another key.
+        """
+        layout, values = self._layout(row), dict[str, bytes]()
+        at = layout.begin
+        for part in layout.columns:
+            if part.name in ("key", column):
+                with named(self.path):
+                    values[part.name] = system.read_at(self._fd, part.value_bytes, at + part.header_bytes)
+            at += part.header_bytes + part.value_bytes
+        if values["key"] != key.encode() or column not in values:
+            raise files.corrupt(self.root, f"{self.path}, row {row} is not the {column} of {key!r}")
+        return values[column]
+
     def _layout(self, row: int) -> _Layout:
         """Where one row is. Its sizes are checked here, before memory is allocated for it."""
         chunks = self._footer.row_groups[row].chunks

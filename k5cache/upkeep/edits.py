@@ -13,10 +13,10 @@ from k5cache.encode.edits import reader, sort_edits
 from k5cache.encode.image_pass import encode_latents
 from k5cache.encode.job import no_sources
 from k5cache.encode.plan import Plan, make_plan
-from k5cache.encode.request import config_of
 from k5cache.encode.source_note import note_truncated
 from k5cache.encode.text_pass import encode_texts
 from k5cache.encode.wanted import ExaminedEdit, Probes, Stored, Wanted, no_source
+from k5cache.options import config_of
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, DatasetError
 from k5cache.shared.kind import LONG_NAMES

@@ -12,9 +12,10 @@ from k5cache.encode.commit import Committer
 from k5cache.encode.differences import differences, refuse_model, table_of
 from k5cache.encode.job import Job, TextJob
 from k5cache.encode.keys import text_key
-from k5cache.encode.request import build_recipe, config_of
+from k5cache.encode.request import build_recipe
 from k5cache.encode.source_note import note_truncated
 from k5cache.encode.text_pass import encode_texts
+from k5cache.options import config_of
 from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.command_line import command
 from k5cache.shared.device import pick_device
