@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 MOST_LINES = 400
 
 FLOORS = {
-    "k5train": ("__main__", "cli", "commands", "configure", "moving", "recipes", "doctor", "publish", "exact", "bench",
-                "training", "data", "objective", "pictures", "forward", "planning", "adapter runs", "base options"),
+    "k5train": ("__main__", "cli", "commands", "ui", "configure", "moving", "recipes", "doctor", "publish", "exact",
+                "bench", "training", "data", "objective", "pictures", "forward", "planning", "adapter runs",
+                "base options"),
     "k5cache": ("__main__", "cli", "commands", "exact", "upkeep", "bench", "encode", "encoders sources", "store",
                 "options", "buckets", "shared"),
 }  # fmt: skip

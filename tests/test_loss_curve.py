@@ -91,6 +91,8 @@ def test_a_long_run_is_drawn_as_means_behind_the_running_mean():
     assert pale.points[0] == (5, pytest.approx(sum(1 / i for i in range(1, 6)) / 5))
     assert pale.points[-1] == (1001, 1 / 1001)  # the rest
     assert len(pale.points) == 201
+    ((merged, its_mean), *_) = ([*row.panels[0].lines] for row in loss_rows([training_row(i) for i in (1, 2)], "", 8))
+    assert (merged.name, its_mean.name) == ("means of 8 steps", "mean of the last 80 steps")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ MOST_PARTS = 16
 PARTS_IN_A_ROW = 4
 
 
-def loss_rows(rows: Sequence[dict[str, Any]], objective: str = "") -> list[Row]:
+def loss_rows(rows: Sequence[dict[str, Any]], objective: str = "", steps_per_row: int = 1) -> list[Row]:
     """The panels of ``metrics.jsonl``. What was not measured has no panel.
 
     Training and held-out losses have panels of their own, because each weighs sigma in its own way: on one axis, the
@@ -32,9 +32,10 @@ def loss_rows(rows: Sequence[dict[str, Any]], objective: str = "") -> list[Row]:
     Args:
         rows: of any version.
         objective: from ``objective_of``, shown over the training loss.
+        steps_per_row: how many steps a row is the mean of, for the counts of steps that are named.
     """
     last = _last(rows)
-    sheet = [Row([_training(rows, objective, last), *_measured(rows, last)], 330)]
+    sheet = [Row([_training(rows, objective, last, steps_per_row), *_measured(rows, last)], 330)]
     parts = _parts(rows, last)
     sheet += [Row(parts[i : i + PARTS_IN_A_ROW], 230) for i in range(0, len(parts), PARTS_IN_A_ROW)]
     return [*sheet, Row([_rate(rows, last), _gradients(rows, last)], 190)]
@@ -95,22 +96,23 @@ def _window(num_values: int, share: float = 0.05) -> int:
     return max(10, math.ceil(num_values * share))
 
 
-def _training(rows: Sequence[dict[str, Any]], objective: str, last: int) -> Panel:
+def _training(rows: Sequence[dict[str, Any]], objective: str, last: int, steps_per_row: int) -> Panel:
     points = curve(rows, "loss")
-    mean = f"mean of the last {_window(len(points)):,} steps" if len(points) > 1 else "loss"
-    lines = [_pale(points, PALE_BLUE), Line(mean, smooth(points), TRAINING)]
+    mean = f"mean of the last {_window(len(points)) * steps_per_row:,} steps" if len(points) > 1 else "loss"
+    lines = [_pale(points, PALE_BLUE, steps_per_row), Line(mean, smooth(points), TRAINING)]
     unit = "error of the velocity" if ";" in objective else "mean squared error of the velocity"
     return Panel("Training loss", lines, objective[:1].upper() + objective[1:], x_label=STEPS, y_label=unit,
                  last_step=last)  # fmt: skip
 
 
-def _pale(points: Sequence[Point], colour: str) -> Line:
+def _pale(points: Sequence[Point], colour: str, steps_per_row: int = 1) -> Line:
     """The values behind their running mean: each step's, or means of as many as would fill the panel with ink."""
     every = math.ceil(len(points) / MOST_PALE)
     groups = [[y for _, y in points[i : i + every] if y is not None] for i in range(0, len(points), every or 1)]
     means = [sum(group) / len(group) if group else None for group in groups]
     steps = [x for x, _ in points[every - 1 :: every]] if every else []
-    name = "each step" if every < 2 else f"means of {every} steps"
+    num_steps = every * steps_per_row
+    name = "each step" if num_steps < 2 else f"means of {num_steps} steps"
     return Line(name, list(zip([*steps, *(x for x, _ in points[-1:])], means, strict=False)), colour, 1,
                 is_shown_whole=len(points) < 50)  # fmt: skip
 

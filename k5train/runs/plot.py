@@ -60,8 +60,9 @@ class Curve:
     @classmethod
     def of(cls, line: Line) -> Curve:
         """The points of a line. What is not finite is a gap."""
-        points = np.array([(x, math.nan if y is None else y) for x, y in line.points], np.float64).reshape(-1, 2)
-        return cls(line, points[:, 0], np.where(np.isfinite(points[:, 1]), points[:, 1], np.nan))
+        steps = np.array([x for x, _ in line.points], np.float64)
+        values = np.array([y for _, y in line.points], np.float64)  # None becomes NaN
+        return cls(line, steps, np.where(np.isfinite(values), values, np.nan))
 
     def extremes(self) -> list[float]:
         """The lowest and the highest value, none without values."""
