@@ -10,7 +10,7 @@ from rich.text import Text
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
 from k5train.pictures.compared import ComparedPictures
-from k5train.runs.compared import Comparison, remarks, shown_value, some, which
+from k5train.runs.compared import Comparison, averages, remarks, shown_value, some, which
 from k5train.runs.record import Loss
 
 _MOST_RUNS_ACROSS = 6
@@ -103,16 +103,6 @@ def _by_remark(comparison: Comparison) -> list[str]:
         for remark in remarks(run):
             names.setdefault(remark, []).append(run.name)
     return [f"{some(about)}: {remark}" for remark, about in names.items()]
-
-
-def averages(comparison: Comparison, best: Loss) -> list[str]:
-    """The average that is lower than the best, if one is."""
-    averages = [(run.ema.loss, run) for run in comparison.runs if run.ema and run.ema.loss is not None and run.ema.file]
-    if not averages or best.loss is None:
-        return []
-    loss, run = min(averages, key=lambda entry: entry[0])
-    assert run.ema is not None
-    return [f"lower    the EMA of {run.name}, {loss:.4f}, {run.ema.file}"] if loss < best.loss else []
 
 
 def _value(value: Any) -> str:

@@ -141,8 +141,7 @@ def _loss(loss: float | None) -> str:
 
 def _print_best(comparison: Comparison, grids: Sequence[Path]) -> None:
     """The best run and its file; or why no run is called the best."""
-    from k5train.commands.comparison_table import averages
-    from k5train.runs.compared import which
+    from k5train.runs.compared import averages, which
 
     for grid in grids:
         console.out.print(f"pictures {grid}, after the last step of each run", markup=False)

@@ -40,7 +40,7 @@ class ComparedPictures:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The last pictures of a run."""
+    """The pictures of a run at a step."""
 
     record: Record
     step: int
@@ -58,13 +58,16 @@ class _Drawn:
         return str({n: v for n, v in settings.items() if n in names or n.startswith("model.")}) if settings else ""
 
 
-def compare_pictures(runs: Sequence[Record]) -> ComparedPictures:
-    """The base model once, then for each run its last pictures and those of its average.
+def compare_pictures(runs: Sequence[Record], step: int | None = None) -> ComparedPictures:
+    """The base model once, then for each run its pictures and those of its average.
 
     Runs that drew the same prompts, or pairs, in the same way share the columns. If there are several such groups, the
     largest is taken.
+
+    Args:
+        step: whose pictures. None: the last of each run.
     """
-    drawn = [last for run in runs if run.is_ours and (last := _last_drawn(run))]
+    drawn = [of_run for run in runs if run.is_ours and (of_run := _drawn(run, step))]
     have_drawn = {last.record.name for last in drawn}
     left_out = {run.name: "it has none that can be read" for run in runs if run.name not in have_drawn}
     groups: dict[str, list[_Drawn]] = {}
@@ -81,9 +84,20 @@ def compare_pictures(runs: Sequence[Record]) -> ComparedPictures:
     return ComparedPictures(tuple(map(str, first.how["prompts"])), tuple(rows), left_out)
 
 
-def _last_drawn(record: Record) -> _Drawn | None:
+def shared_steps(runs: Sequence[Record]) -> list[int]:
+    """The steps after step 0 at which every run that drew has pictures. Whether they can be read is not looked at."""
+    each = [steps for run in runs if run.is_ours and (steps := {step for step in _steps(run) if step})]
+    return sorted(set.intersection(*each)) if each else []
+
+
+def _steps(record: Record) -> list[int]:
+    """The steps at which a run drew, from the last to the first."""
     names = [path.name.removeprefix("step-") for path in (record.root / "samples").glob("step-*")]
-    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _drawn(record: Record, at: int | None) -> _Drawn | None:
+    for step in _steps(record) if at is None else [at]:
         how = read_drawn(Run(record.root).samples(step))
         if how is not None:
             return _Drawn(record, step, how)

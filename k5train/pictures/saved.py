@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from k5cache.shared import console
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.inside import as_file_names
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import Digest, unseal_if_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FILE = "drawn.json"
 NAMES = "names"  # its key for what the pictures are called, by which they are neither the same nor others
@@ -69,6 +70,18 @@ def picture_files(folder: Path) -> list[tuple[Path, str]]:
     return list(zip(_paths(folder, len(prompts), document.get(NAMES)), prompts, strict=True))
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder's pictures, by its prompts, of which any may be missing by now. Nothing is decoded.
+
+    Empty if there are none, or if it cannot be read what they show.
+    """
+    document = read_drawn(folder)
+    try:
+        return _paths(folder, len(document["prompts"]), document.get(NAMES)) if document else []
+    except (ValueError, TypeError):
+        return []
+
+
 def read_drawn(folder: Path) -> dict[str, Any] | None:
     """What the pictures of a folder show and how they were drawn, as ``save_pictures`` was given it.
 
@@ -96,6 +109,8 @@ def read_labels(folder: Path) -> list[str]:
 
 
 def _read(path: Path, digest: Digest | None) -> Image.Image | None:
+    from PIL import Image  # not before a picture is read: pages ask what a folder has
+
     if path.is_file() and digest in (None, Digest.of(path)):
         try:
             return Image.open(path).convert("RGB")

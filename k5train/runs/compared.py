@@ -234,6 +234,16 @@ def which(run: Record) -> str:
     return "final" if run.best == run.final else "best"
 
 
+def averages(comparison: Comparison, best: Loss) -> list[str]:
+    """The average that is lower than the best, if one is."""
+    averages = [(run.ema.loss, run) for run in comparison.runs if run.ema and run.ema.loss is not None and run.ema.file]
+    if not averages or best.loss is None:
+        return []
+    loss, run = min(averages, key=lambda entry: entry[0])
+    assert run.ema is not None
+    return [f"lower    the EMA of {run.name}, {loss:.4f}, {run.ema.file}"] if loss < best.loss else []
+
+
 def some(names: Sequence[str]) -> str:
     """The first few of ``names``, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""

@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, TypeVar
 
 from k5cache.shared.foreign import shown
 from k5train.runs.compared import Comparison, some
-from k5train.runs.panels import COLOURS, PALE_GREY, Level, Line, Mark, Panel, Row
+from k5train.runs.metrics import curve
+from k5train.runs.panels import COLOURS, PALE_GREY, Level, Line, Mark, Panel, Point, Row
 from k5train.runs.record import Record
 
 MOST_LINES, MOST_PANELS = 7, 3
 """What a person can tell apart on one sheet. Of more runs the best are shown, and it says how many are not."""
 _MOST_NAME = 40  # characters
 NOTE = "measured on the same images, sigmas and noise each time"
+_TRAINING_NOTE = "Running means. Comparable between runs with the same images, captions and objective"
+_MOST_PARTS, _MOST_POINTS = 4, 3000
+T = TypeVar("T")
+_TIMES = ((180.0, 1, "seconds"), (5 * 3600.0, 60, "minutes"), (float("inf"), 3600, "hours"))
+"""Up to how many seconds each unit is used."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the charts need of the lines of a run's ``metrics.jsonl`` beside its ``Record``."""
+
+    loss: Sequence[Point] = ()
+    """The training loss, smoothed."""
+    rate: Sequence[Point] = ()
+    parts: Sequence[Sequence[Point]] = ()
+    """The held-out loss in each part of sigma, from the least noise to the most."""
+    steps: Sequence[int] = ()
+    seconds: Sequence[float] = ()
+    """Of training at the end of each of ``steps``, without measurements and pictures."""
+
+    def time(self, step: float) -> float:
+        """Seconds of training until a step."""
+        place = bisect_right(self.steps, step)
+        return self.seconds[place - 1] if place else 0.0
+
+
+def course_of(rows: Sequence[dict[str, Any]]) -> Course:
+    """Read the lines of ``metrics.jsonl``, of any version."""
+    from k5train.runs.loss_panels import smooth  # numpy, which pages without charts do not need
+
+    lists = [row["held_out_by_sigma"] for row in rows if isinstance(row.get("held_out_by_sigma"), list)]
+    num_parts = max(map(len, lists), default=0)
+    timed = [(row["step"], row["seconds"]) for row in rows if isinstance(row.get("seconds"), int | float)]
+    seconds = accumulate(max(0.0, seconds) for _, seconds in timed)
+    times = _sparse([(step, total) for (step, _), total in zip(timed, seconds, strict=True)])
+    return Course(
+        _sparse(smooth(curve(rows, "loss"))),
+        _sparse(curve(rows, "lr")),
+        [curve(rows, "held_out_by_sigma", part) for part in range(num_parts)],
+        [step for step, _ in times],
+        [total for _, total in times],
+    )
+
+
+def _sparse(entries: Sequence[T]) -> list[T]:
+    """Every so many of the entries, with the last one: more than a chart has pixels for, and small in memory."""
+    every = len(entries) // _MOST_POINTS + 1
+    return [*entries[:-1:every], *entries[-1:]]
 
 
 def measured_rows(comparison: Comparison) -> list[Row]:
@@ -25,6 +78,82 @@ def measured_rows(comparison: Comparison) -> list[Row]:
     else:
         kinds = [(held_out, 380), (probes, 300)]
     return [Row(panels, height) for panels, height in kinds if panels]
+
+
+def step_rows(comparison: Comparison, courses: Mapping[str, Course]) -> list[Row]:
+    """All curves over the steps: what was measured, the training loss and the learning rate."""
+    lines = {
+        what: _courses(comparison, courses, points)
+        for what, points in (("loss", lambda c: c.loss), ("rate", lambda c: c.rate))
+    }
+    training = Panel("training loss", lines["loss"], _TRAINING_NOTE, x_label="steps", y_label="mean squared error")
+    rate = Panel("learning rate", lines["rate"], x_label="steps", may_be_logarithmic=False)
+    drawn = [panel for panel in (training, rate) if panel.lines]
+    return [*measured_rows(comparison), *([Row(drawn, 300)] if drawn else [])]
+
+
+def time_rows(comparison: Comparison, courses: Mapping[str, Course]) -> list[Row]:
+    """The held-out and the training loss over the time of training, for runs whose steps take different times."""
+    longest = max((course.seconds[-1] for course in courses.values() if course.seconds), default=0.0)
+    each, unit = next((each, unit) for most, each, unit in _TIMES if longest < most)
+    if not longest:
+        return []
+
+    def over_time(line: Line, name: str) -> Line:
+        return replace(line, points=[(courses[name].time(x) / each, y) for x, y in line.points])
+
+    colours = colours_of(comparison)
+    timed = [
+        run for run in comparison.runs if run.name in colours and run.name in courses and courses[run.name].seconds
+    ]
+    held_out = [run for run in timed if run.name in (comparison.groups or [()])[0]]
+    lines = [
+        over_time(line, run.name)
+        for run in held_out
+        for line in lines_of([run], "held_out", colours)
+        if not line.is_dashed
+    ]
+    label = f"{unit} of training, without measurements and pictures"
+    panels = [Panel("held-out loss", lines, NOTE, x_label=label, y_label="mean squared error")] if lines else []
+    training = [
+        over_time(line, run.name) for run in timed for line in _courses(comparison, courses, lambda c: c.loss, [run])
+    ]
+    panels += [Panel("training loss", training, _TRAINING_NOTE, x_label=label, y_label="mean squared error")]
+    return [Row(panels, 330)]
+
+
+def part_rows(comparison: Comparison, courses: Mapping[str, Course]) -> list[Row]:
+    """The held-out loss by part of sigma: most noise decides the composition, least noise the texture.
+
+    Of the largest group of runs whose held-out losses can be compared.
+    """
+    group = [comparison[name] for name in (comparison.groups or [()])[0]]
+    counts = [len(courses[run.name].parts) for run in group if run.name in courses]
+    num = max(counts, default=0)
+    panels = []
+    for part in range(num if num > 1 else 0):
+        noise = {0: ", least noise", num - 1: ", most noise"}.get(part, "")
+        title = f"sigma {part / num:.3g} to {(part + 1) / num:.3g}{noise}"
+        at = [run for run in group if run.name in courses and part < len(courses[run.name].parts)]
+        parts = {run.name: replace(courses[run.name], loss=courses[run.name].parts[part]) for run in at}
+        lines = [replace(line, has_dots=True) for line in _courses(comparison, parts, lambda c: c.loss, at)]
+        panels.append(Panel(title, lines, x_label="steps", y_label="squared error" if part % _MOST_PARTS == 0 else ""))
+    return [Row(panels[i : i + _MOST_PARTS], 260) for i in range(0, len(panels), _MOST_PARTS)]
+
+
+def _courses(
+    comparison: Comparison,
+    courses: Mapping[str, Course],
+    points: Callable[[Course], Sequence[Point]],
+    runs: Sequence[Record] | None = None,
+) -> list[Line]:
+    """A curve of each run that has one; of runs that have no colour pale, behind the others."""
+    colours = colours_of(comparison)
+    known = [run for run in (comparison.runs if runs is None else runs) if run.name in courses]
+    lines = [(run.name in colours, Line(named(run.name) if run.name in colours else "", points(courses[run.name]),
+                                        colours.get(run.name, PALE_GREY), 2 if run.name in colours else 1))
+             for run in known]  # fmt: skip
+    return [line for _, line in sorted(lines, key=lambda entry: entry[0]) if line.points]
 
 
 def colours_of(comparison: Comparison) -> dict[str, str]:
