@@ -8,7 +8,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import lock_descriptor
 
@@ -57,13 +59,60 @@ def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
         os.close(fd)  # which frees the lock
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The process that has a lock."""
+
+    pid: int
+    host: str
+    since: str
+    """As that process wrote it, for people."""
+    is_here: bool
+    """Whether it runs on this machine."""
+
+
+def holder(path: Path) -> Holder | None:
+    """Who has the lock on a file now; None if nobody has. Nothing is written, so a page may ask at any time.
+
+    A process that was interrupted leaves its number in the file. So that nobody who begins meanwhile finds the file
+    locked, the lock itself is only tried if a process of that number runs here, or if it ran on another machine.
+    """
+    try:
+        fd = system.open_bytes(path, is_followed=False, may_wait=False)
+    except OSError:
+        return None
+    try:
+        match _read_owner(fd):
+            case {"pid": int(pid), "host": str(host), "since": str(since)}:
+                is_here = host == socket.gethostname()
+            case _:
+                return None
+        if is_here and pid != os.getpid() and not system.is_another_process(pid):
+            return None
+        try:
+            is_free = lock_descriptor(fd, blocking=False)
+        except OSError:  # some file systems lock no file that is open for reading: then its text is all there is
+            is_free = False
+        return None if is_free else Holder(pid, host, since, is_here)
+    finally:
+        os.close(fd)
+
+
 def _owner(fd: int) -> str:
+    try:
+        owner = _read_owner(fd)
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (KeyError, TypeError):  # it has the lock but has not written yet who it is
+        return "another process"
+
+
+def _read_owner(fd: int) -> Any:
+    """What the process that has the lock, or had it last, wrote into the file; None if that cannot be read."""
     try:
         text = system.read_at(fd, _MOST_OWNER_BYTES, 0)  # from 0 on, as earlier versions wrote it
     except PermissionError:
         text = system.read_at(fd, _MOST_OWNER_BYTES, _OWNER_AT)
     try:
-        owner = json.loads(text)
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError, TypeError, RecursionError):  # it has the lock but has not written yet who it is
-        return "another process"
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -26,6 +26,9 @@ from k5train.runs.recipe import FACTS, cache_of, read_facts, read_recipe, write_
 # recipe.toml of the user, alone in a folder, is not among them.
 _BEFORE_RECIPE = re.compile(r"run\.json|checkpoints|samples|\.\d+-(recipe\.toml|run\.json)")
 
+REQUESTS = {"save": "save.request", "sample": "sample.request"}
+"""Files by which a run is asked for something between two steps (``requests.py``)."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -187,7 +190,7 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
         yield run
     except K5Error:
         folders = [root / name for name in ("checkpoints", "samples")]
-        ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", ".lock"))}
+        ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", ".lock", *REQUESTS.values()))}
         others = [path for path in root.iterdir() if path not in ours and not outputs.HARMLESS.fullmatch(path.name)]
         is_bare = not others and not any(any(folder.iterdir()) for folder in folders)
         if is_bare and not is_locked(run):  # another process may train it by now

@@ -53,6 +53,8 @@ class Progress:
     """The step of the lowest held-out loss."""
     not_better: int = 0
     """Measurements of the held-out loss after ``best_step``."""
+    asked: list[int] = field(default_factory=list)
+    """Steps whose checkpoint somebody asked for. These LoRAs stay whatever ``checkpoints_total_limit`` is."""
     metrics: Digest | None = None
     """``metrics.jsonl`` as it was when the state was saved."""
 

@@ -24,6 +24,7 @@ from k5train.objective import flow
 from k5train.objective.rollout import Cost
 from k5train.options.train import TrainConfig
 from k5train.planning.saved_plan import SavedPlan, plan_facts, read_saved_plan
+from k5train.runs import requests
 from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics
 from k5train.runs.resume_state import Progress, latest_state, save_state
@@ -147,8 +148,11 @@ class Loop:
                     self.save_state(metrics)  # first: where there is a LoRA and no state, somebody removed the state
                     self.save_checkpoint()
                 if reason:
+                    requests.drop(self.run)  # what was asked for in the last step is done
                     self.save_finished()
                     return reason
+                if progress.step:  # before the first step there is nothing to save, and no LoRA to draw with
+                    self.do_what_is_asked(bars, metrics)
                 self.losses.append(self.step(batches, metrics))
                 mean = _tail_mean(self.losses)
                 bars.update(task, advance=1, note=f"loss {mean:.4f}")
@@ -190,6 +194,18 @@ class Loop:
         save_best = partial(self.save_lora, self.run.best)
         self.validation.run_due(self.session, self.predict, self.progress, is_last, metrics, bars, save_best)
 
+    def do_what_is_asked(self, bars: Bars, metrics: Metrics) -> None:
+        """Save or draw between two steps, if somebody asked for it meanwhile. The next step is the same with it."""
+        progress, asked = self.progress, requests.take(self.run)
+        if "sample" in asked and not self.validation.draw(self.session, progress, metrics, bars):
+            console.warn("Asked for pictures, and the recipe has no validation prompts or pairs to draw")
+        if "save" in asked:
+            progress.asked = sorted({*progress.asked, progress.step})
+            self.save_state(metrics)
+            self.save_checkpoint()
+        for request in sorted(asked):
+            console.note(f"Did what was asked for at step {progress.step}: {request}")
+
     def reason_to_end(self) -> str | None:
         """Why no step follows this one; None if one does."""
         config, progress = self.config, self.progress
@@ -216,13 +232,14 @@ class Loop:
                 self.save_lora(self.run.ema)
 
     def save_checkpoint(self) -> Path | None:
-        """Write the LoRA under its step's name and remove the oldest ones beyond the limit."""
+        """Write the LoRA under its step's name and remove the oldest ones beyond the limit, but those asked for."""
         if not self.progress.step:
             return None
         path = self.run.checkpoint(self.progress.step)
         self.save_lora(path)
         limit = self.config.checkpoints_total_limit
-        for old in list(self.run.checkpoints().values())[: -limit if limit else 0]:
+        own = [path for step, path in self.run.checkpoints().items() if step not in self.progress.asked]
+        for old in own[: -limit if limit else 0]:
             old.unlink()
         return path
 

@@ -15,6 +15,7 @@ from k5train.data.mixture import Mixture
 from k5train.data.split import split_off
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
+from k5train.runs import requests
 from k5train.runs.folder import Run, lock_run, remove_leftovers
 from k5train.runs.metrics import check_metrics
 from k5train.runs.resume_state import latest_state
@@ -61,6 +62,7 @@ def train(
     data = split_off(data, config.validation.split)
     with lock_run(run):
         remove_leftovers(run)
+        requests.drop(run)
         saved = latest_state(run.state, step)
         run_identity = identity(data, folder, config)
         if saved:

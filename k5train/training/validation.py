@@ -95,8 +95,7 @@ class Validation:
                 progress.validated[HELD_OUT] = progress.step
         is_wanted = bool(progress.step) or self.config.before
         if self.painter and is_wanted and _is_due("pictures", progress, self.config.every, is_last):
-            self._draw(self.painter, session, progress.step, metrics, bars)
-            progress.validated["pictures"] = progress.step
+            self.draw(session, progress, metrics, bars)
         if is_last or time.monotonic() >= self._curve_due_at:
             self._draw_curve()
 
@@ -121,13 +120,23 @@ class Validation:
         bars.remove_task(task)
         return measured
 
-    def _draw(self, painter: Painter, session: Session, step: int, metrics: Metrics, bars: Bars) -> None:
-        transformer = session.base.transformer
-        with session.settled():
-            metrics.pictures(step, painter.draw(transformer, step, bars))
-        if session.ema and step:
-            with session.ema.swapped():
-                metrics.pictures(step, painter.draw(transformer, step, bars, "EMA"))
+    def draw(self, session: Session, progress: Progress, metrics: Metrics, bars: Bars) -> bool:
+        """Draw the pictures of this step, unless they are drawn.
+
+        Returns:
+            False if the recipe has no prompts and no pairs.
+        """
+        transformer, step = session.base.transformer, progress.step
+        if self.painter is None:
+            return False
+        if progress.validated.get("pictures") != step:
+            with session.settled():
+                metrics.pictures(step, self.painter.draw(transformer, step, bars))
+            if session.ema and step:
+                with session.ema.swapped():
+                    metrics.pictures(step, self.painter.draw(transformer, step, bars, "EMA"))
+            progress.validated["pictures"] = step
+        return True
 
     def _draw_curve(self) -> None:
         """Bring ``loss.png`` up to date."""
