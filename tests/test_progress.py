@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import time
 from threading import Event
 
 import pytest
 
-from k5cache.shared import console, progress
+from k5cache.shared import console, progress, progress_file
 from k5cache.shared.foreign import Terminal
 from k5cache.shared.progress import Bars, Lines, doing
 
@@ -81,3 +83,37 @@ def test_a_pipe_reads_a_line_of_every_long_work(monkeypatch):
     with console.working("quantising the transformer"):
         time.sleep(0.05)
     assert file.getvalue().startswith("quantising the transformer: for ")
+
+
+def test_a_page_reads_the_same_tasks_from_a_file_that_is_whole_at_any_time(tmp_path, monkeypatch):
+    path = tmp_path / "progress.json"
+    monkeypatch.setenv(progress_file.VARIABLE, str(path))
+    monkeypatch.setattr(progress_file._Of, "reporter", None)
+    monkeypatch.setattr(progress_file, "SECONDS", 0.01)
+    with Lines(print) as lines:
+        assert progress_file.VARIABLE not in os.environ  # what this process starts reports nothing
+        report = progress_file.reporter()
+        task = lines.add_task("training <b>", total=20, completed=5, unit="step", note="loss 0.1")
+        with doing(lines, "held-out loss"):
+            report.write()
+            first, second = json.loads(path.read_text())["tasks"]
+        assert first == {
+            "name": "training <b>", "completed": 5, "total": 20, "unit": "step", "note": "loss 0.1",
+            "per_second": None, "seconds_left": None,
+        }  # fmt: skip
+        assert (second["name"], second["total"]) == ("held-out loss", None)
+        lines.update(task, completed=20)
+        report.write()
+        assert json.loads(path.read_text()) == {"tasks": []}
+    with Lines(print) as lines:  # the next phase of the same command
+        lines.add_task("sampling", total=2, unit="picture", note="")
+        until = time.monotonic() + 10
+        while not json.loads(path.read_text())["tasks"] and time.monotonic() < until:
+            time.sleep(0.01)
+        assert json.loads(path.read_text())["tasks"][0]["name"] == "sampling"
+        path.unlink()
+        path.mkdir()  # a disk that refuses stops no work
+        lines.add_task("more", total=2, unit="", note="")
+        report.write()
+    monkeypatch.setattr(progress_file._Of, "pid", -1)  # as in a process that this one forked
+    assert progress_file.reporter() is None

@@ -52,7 +52,7 @@ def installed() -> Iterator[None]:
         yield
         return
     unraisable = sys.unraisablehook
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in system.stop_signals()}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _on_signal)

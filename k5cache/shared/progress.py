@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from k5cache.shared.progress_file import reporter
 from k5cache.shared.units import human_bytes, human_seconds
 
 SECONDS_A_LINE = 60.0
@@ -44,6 +45,18 @@ class Bars(Progress):
             console=console,
             refresh_per_second=4,
         )
+
+    def start(self) -> None:
+        """Begin to draw."""
+        super().start()
+        if report := reporter():
+            report.add(self)
+
+    def stop(self) -> None:
+        """Draw nothing more."""
+        if report := reporter():
+            report.remove(self)
+        super().stop()
 
 
 class _Rate(TextColumn):
@@ -88,12 +101,16 @@ class Lines(Progress):
 
     def start(self) -> None:
         """Begin to print."""
+        if report := reporter():
+            report.add(self)
         if self._thread is None:
             self._thread = Thread(target=self._print, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
         """Print nothing more."""
+        if report := reporter():
+            report.remove(self)
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

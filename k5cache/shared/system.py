@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,115 @@ def interrupt() -> None:
         _thread.interrupt_main()  # there, os.kill ends the process
     else:
         os.kill(os.getpid(), signal.SIGINT)  # ends a call that waits, too
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask a command to stop: Ctrl-C, what a cluster sends, and what Windows sends to one process."""
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if hasattr(signal, "SIGBREAK") else [])]
+
+
+def process_mark(pid: int) -> str | None:
+    """What tells a running process from every other one that has, had or will have its number, also after a reboot.
+
+    Returns:
+        None if there is none, or if it has ended and its parent has not noticed yet.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        if state in "ZX":
+            return None
+        # Not psutil's time of birth: that moves when the clock is set.
+        return f"{boot_mark()} {fields[18]}"
+    except (OSError, ValueError, IndexError):
+        pass
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.1f}"
+    except (psutil.Error, ValueError, OverflowError):
+        return None
+
+
+def boot_mark() -> str:
+    """The same until the machine is started again. Empty where the system does not say it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def start_apart(command: Sequence[str], *, is_in_same_console: bool = False, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own: the end of this one, its terminal and a Ctrl-C there do not reach it.
+
+    Args:
+        is_in_same_console: on Windows, where only processes of one console can interrupt each other.
+        options: of ``subprocess.Popen``.
+    """
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    flags |= 0 if is_in_same_console else getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    return subprocess.Popen(command, start_new_session=True, creationflags=flags, **options)
+
+
+def interrupt_child(process: subprocess.Popen[bytes]) -> None:
+    """Do what Ctrl-C does to a process that ``start_apart`` has started in this console, if it is still running."""
+    if os.name == "nt":
+        process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))  # Ctrl-C cannot be sent to one process
+    else:
+        process.send_signal(signal.SIGINT)
+
+
+def interrupt_process(pid: int, is_right: Callable[[], bool]) -> bool:
+    """Do what Ctrl-C does to any process of this user.
+
+    Args:
+        is_right: whether this is the process that is meant. Asked when its number cannot go to another one any more,
+            where the system can hold it.
+
+    Returns:
+        False if it is not, or if it is not running. On Windows always: a process of another console cannot be reached.
+    """
+    if os.name == "nt":
+        return False
+    held = None
+    with suppress(OSError, AttributeError):
+        held = os.pidfd_open(pid)
+    try:
+        if not is_right():
+            return False
+        number = signal.SIGTERM if _ignores_interrupt(pid) else signal.SIGINT
+        if held is None:
+            os.kill(pid, number)
+        else:
+            signal.pidfd_send_signal(held, number)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _ignores_interrupt(pid: int) -> bool:
+    """Whether a process was started with SIGINT ignored, as a script's ``command &`` is."""
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        mask = next(line for line in lines if line.startswith("SigIgn:")).split()[1]
+        return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+    return False
+
+
+def end_process(pid: int) -> None:
+    """End a process at once, and those of its session where it leads one."""
+    import psutil
+
+    if hasattr(os, "killpg"):
+        with suppress(OSError):
+            if os.getpgid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
+                return
+    with suppress(psutil.Error):
+        psutil.Process(pid).kill()
 
 
 def end_with_children(process: subprocess.Popen[bytes]) -> None:

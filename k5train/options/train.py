@@ -59,8 +59,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     """Optimizer steps between saved LoRAs, each with the state that `k5train resume` needs. 0: only the last one."""
     checkpoints_total_limit: int | None = None
-    """How many of these LoRAs are kept: the newest ones, and the best in addition. None: all. Only one state to resume
-    from is kept."""
+    """How many of these LoRAs are kept: the newest ones, and the best in addition. None: all. Those that somebody asked
+    for with "save now" stay. The last two states to resume from are kept."""
     loss_limit: float = 20.0
     """A loss above this stops the run before the update; a model that predicts 0 has a loss of about 2. 0: no limit."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
