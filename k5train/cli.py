@@ -25,6 +25,7 @@ from k5train.commands import (
     sample,
     selftest,
     sweep,
+    ui,
 )
 
 TRAIN = "Train"
@@ -75,6 +76,13 @@ add(
     "k5train sample runs/cats",
     'k5train sample runs/cats --prompt "a cat on a roof" --strength 0.7',
     "k5train sample runs/cats --which best --which final --measure",
+)
+add(
+    LOOK,
+    ui.ui,
+    "k5train ui",
+    "k5train ui --folder ~/loras --port 8010",
+    "k5train ui --host 0.0.0.0    # other machines, with a token",
 )
 add(LOOK, compare.compare, "k5train compare runs/cats runs/cats-2", "k5train compare sweeps/cats -o cats.png")
 add(

@@ -95,6 +95,7 @@ REFUSED = {
     "k5train check-lora nosuch": "There is no nosuch",
     "k5train base prepare --model nosuch": "There is no model folder nosuch",
     "k5train base rm nosuch": "nosuch",
+    "k5train ui --folder nosuch": "There is no folder nosuch",
     "k5train doctor --vram lots": "--vram lots is not an amount of memory",
 }
 # Each command that writes to an -o, and something there that is not its own.

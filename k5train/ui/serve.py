@@ -1,0 +1,163 @@
+"""How is the page served? On a socket that is ours before anything is said, without logs, until Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import secrets
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from k5cache.shared.errors import OutputError
+from k5train.ui.app import Page, create_app
+from k5train.ui.guard import Access
+from k5train.ui.project import Project
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_CONNECTIONS = 256
+"""Beyond it, clients are told to come back: each waits in memory."""
+FAREWELL = "The page has ended. What it started goes on: `k5train ui` shows it again"
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OutputError: the port is taken, or the host is not this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):
+        raise OutputError(f"--host {host} is not a name or an address", "Give one of this machine") from None
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        opened.listen(128)
+    except OSError as error:
+        opened.close()
+        raise _refused(error, host, port) from None
+    return opened
+
+
+def _refused(error: OSError, host: str, port: int) -> OutputError:
+    if error.errno == errno.EADDRINUSE:
+        other = _free_port(host, port)
+        return OutputError(
+            f"Port {port} of {host} is taken, perhaps by another k5train ui",
+            f"End the other program, or take another port: k5train ui --port {other}",
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return OutputError(f"--host {host} is not an address of this machine", "Give one that it has, or 127.0.0.1")
+    if error.errno == errno.EACCES:
+        return OutputError(f"There is no permission to serve on port {port}", "Give --port a number above 1023")
+    return OutputError(f"Cannot serve on {host}, port {port}: {error.strerror}", "Give another --port or --host")
+
+
+def _free_port(host: str, taken: int) -> int:
+    """A port near ``taken`` that is free now."""
+    for port in range(taken + 1, min(taken + 20, 65536)):
+        try:
+            socket.create_server((host, port)).close()
+        except OSError:
+            continue
+        return port
+    return 0 if taken == 8001 else 8001
+
+
+def access_for(host: str, port: int, wants_token: bool) -> Access:
+    """Who may ask a page that is served on ``host``."""
+    is_here = host.lower() in LOOPBACK or host.startswith("127.")
+    token = secrets.token_urlsafe(32) if wants_token or not is_here else None
+    is_any = host in ("0.0.0.0", "::", "")
+    own = {socket.gethostname().lower(), socket.getfqdn().lower()} if is_any else {host.lower()}
+    return Access(frozenset({*LOOPBACK, *own}), is_any, token, f"k5_token_{port}")
+
+
+def url_of(host: str, port: int, access: Access) -> str:
+    """What to open. The token is in it, if one is needed."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+    with suppress(ValueError):
+        name = f"[{name}]" if ipaddress.ip_address(name).version == 6 else name
+    return f"http://{name}:{port}/" + (f"?token={access.token}" if access.token else "")
+
+
+def serve(project: Project, host: str, port: int, wants_token: bool, say: Callable[[str], object]) -> None:
+    """Serve the page until it is stopped.
+
+    Args:
+        say: is told the URL once connections are taken.
+
+    Raises:
+        OutputError: as ``open_socket``.
+        KeyboardInterrupt: it was stopped, with a sentence.
+    """
+    opened = open_socket(host, port)
+    port = opened.getsockname()[1]
+    access = access_for(host, port, wants_token)
+    server = Server(create_app(project, access))
+    say(url_of(host, port, access))
+    server.run([opened])
+    raise KeyboardInterrupt(FAREWELL)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which sleeps until something is asked, and ends streams that are open when it is stopped."""
+
+    def __init__(self, page: Page) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what fails is still shown with its traceback
+        config = uvicorn.Config(
+            page,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )
+        super().__init__(config)
+        self.page = page
+        self._stopped: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def main_loop(self) -> None:
+        """Wait to be stopped. uvicorn's own looks ten times a second."""
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        if not self.should_exit:
+            await self._stopped.wait()
+        self.page.state.listeners.close()
+
+    def stop(self) -> None:
+        """End the server, from any thread."""
+        self.should_exit = True
+        if self._loop and self._stopped:
+            self._loop.call_soon_threadsafe(self._stopped.set)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal. The second does not wait for anything."""
+        self.force_exit = self.should_exit
+        self.stop()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM stop the server; the caller then says so."""
+        before: dict[int, Any] = {
+            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
