@@ -1,0 +1,424 @@
+"""The queue of ``k5train ui``: jobs are ordinary processes, one a GPU, and whatever is killed, the next one begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from k5cache.shared import system
+from k5cache.shared.errors import OutputError, RunError
+from k5train.ui.jobs import folder as job_files
+from k5train.ui.jobs import job as job_module
+from k5train.ui.jobs import processes, queue, slots, worker
+from k5train.ui.jobs.job import Job
+from k5train.ui.project import Project
+from tests import fake_jobs
+
+UNTIL_GONE = "import os, time\nwhile os.path.exists('go'): time.sleep(0.01)"
+"""Runs until the project's file ``go`` is deleted."""
+SAVES = """
+import time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("saved")
+    raise SystemExit(130)
+"""
+HANGS = """
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Project:
+    """A project with one GPU, whose jobs run a line of Python."""
+    monkeypatch.setattr(queue, "WORKER", fake_jobs.ME)
+    monkeypatch.setattr(queue, "WAITER", fake_jobs.ME)
+    monkeypatch.setattr(queue, "external", fake_jobs.external)
+    monkeypatch.setattr(slots, "slots", fake_jobs.gpus)
+    monkeypatch.setattr(worker, "SECONDS", 0.02)
+    monkeypatch.setenv(fake_jobs.GPUS, "1")
+    monkeypatch.setenv(fake_jobs.OTHERS, str(tmp_path / "other"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    return Project(tmp_path)
+
+
+def add(project: Project, code: str, about: str = "runs/a", kind: str = "run", **extra: object) -> Job:
+    return queue.add(project, ["k5train", kind, code], f"{kind} {about}", kind, about, **extra)
+
+
+def until(claim: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def state(project: Project, job: Job) -> str:
+    return queue.find(project, job.id).state
+
+
+def states(project: Project) -> list[str]:
+    return [job.state for job in reversed(queue.jobs(project))]
+
+
+def test_jobs_of_one_gpu_run_one_after_another_without_the_page_and_say_how_they_ended(project, monkeypatch):
+    show = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], os.getcwd(), sys.argv, flush=True)"
+    (project.root / "go").touch()
+    first = add(project, f"{show}\n{UNTIL_GONE}")
+    fails = "import sys; print('error: there is no cache [b]here\\n  fix: encode it', file=sys.stderr); sys.exit(2)"
+    second, third = add(project, fails, "runs/b"), add(project, "print('third')", "runs/c")
+    assert states(project) == ["running", "waiting", "waiting"]
+    waits = queue.waits_for(project, queue.jobs(project))
+    assert waits[second.id].words == "runs/a"
+    assert waits[third.id].words == "runs/a and the job before it"
+    assert queue.gpu_in_use(project) == "runs/a"
+    add(project, "print('checked')", kind="verify")  # needs no GPU, so it does not wait
+    until(lambda: states(project)[3] == "finished")
+    (project.root / "go").unlink()
+    until(lambda: states(project) == ["finished", "failed", "finished", "finished"])  # nothing here has called advance
+    done = [queue.find(project, job.id) for job in (first, second, third)]
+    assert [job.exit_code for job in done] == [0, 2, 0]
+    assert [job.gpu for job in done] == ["GPU 0"] * 3
+    assert queue.tail(done[0]) == f"GPU-0abc {project.root} ['-c']\n"
+    assert queue.error_of(done[1]) == ("there is no cache [b]here", "encode it")
+    assert queue.error_of(done[0]) is None
+    assert all(job.seconds is not None and 0 <= job.seconds < 20 for job in done)
+    assert queue.gpu_in_use(project) is None
+    assert (project.own / ".gitignore").read_text() == "*\n"
+    queue.remove(project, second.id)
+    assert [job.id for job in queue.jobs(project)][1:] == [third.id, first.id]
+    there = {path.name for path in (project.own / "queue").iterdir()}
+    assert there == {".lock", *(job.id for job in queue.jobs(project))}
+
+
+def test_two_gpus_take_two_jobs_and_one_that_uses_what_another_makes_comes_after_it(project, monkeypatch):
+    monkeypatch.setenv(fake_jobs.GPUS, "2")
+    (project.root / "go").touch()
+    encode = add(project, f"{UNTIL_GONE}\nraise SystemExit(1)", "cache/a", "encode")
+    run = add(project, "", "runs/a", uses=["cache/a"])
+    other = add(project, UNTIL_GONE, "runs/b")
+    last = add(project, "", "runs/c")
+    assert states(project) == ["running", "waiting", "running", "waiting"]
+    waits = queue.waits_for(project, queue.jobs(project))
+    assert waits[run.id].words == "encode cache/a"
+    assert waits[last.id].words == "cache/a or runs/b"
+    (project.root / "go").unlink()
+    until(lambda: states(project) == ["failed", "waiting", "finished", "finished"])
+    assert {queue.find(project, job.id).gpu for job in (encode, other)} == {"GPU 0", "GPU 1"}
+    wait = queue.waits_for(project, queue.jobs(project))[run.id]
+    assert wait.is_blocked
+    assert wait.words == "encode cache/a, which did not finish. Do that again, or remove it from the list"
+    queue.start_anyway(project, run.id)
+    until(lambda: state(project, run) == "finished")
+
+
+def test_a_job_that_is_stopped_saves_first_and_one_that_hangs_can_be_ended_at_once(project, monkeypatch):
+    signal_before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a page that a script started with &
+    job, second = add(project, SAVES), add(project, HANGS, "runs/b")
+    signal.signal(signal.SIGINT, signal_before)
+    until(lambda: "ready" in queue.tail(job))
+    with pytest.raises(RunError, match=r"run runs/a is running"):
+        queue.remove(project, job.id)
+    queue.stop_run(project, project.root / "runs/a")
+    queue.stop(project, job.id)  # once more, as of a second page: it is still only one Ctrl-C
+    until(lambda: state(project, job) == "stopped")
+    assert queue.tail(job) == "ready\nsaved\n"
+    assert queue.find(project, job.id).exit_code == 130
+    until(lambda: "ready" in queue.tail(second))
+    third = add(project, "", "runs/c")
+    queue.stop(project, second.id)
+    until(lambda: queue.find(project, second.id).is_stopping)
+    queue.stop(project, second.id, at_once=True)
+    until(lambda: state(project, second) == "stopped")
+    assert queue.find(project, second.id).signal == signal.SIGKILL
+    until(lambda: state(project, third) == "finished")
+    with pytest.raises(RunError, match="has ended already"):
+        queue.stop(project, third.id)
+
+
+def test_a_job_whose_worker_was_killed_is_lost_and_its_command_still_has_the_gpu(project):
+    (project.root / "go").touch()
+    job = add(project, f"{UNTIL_GONE}\nprint('the end')")
+    until(lambda: queue.find(project, job.id).command is not None)
+    second = add(project, "", "runs/b")
+    os.kill(queue.find(project, job.id).worker, signal.SIGKILL)
+    until(lambda: state(project, job) == "lost")
+    assert "Its command still runs, as process" in queue.find(project, job.id).problem
+    queue.advance(project)  # as a page does when it begins; a waiter now looks when the command ends
+    assert state(project, second) == "waiting"
+    assert queue.waits_for(project, queue.jobs(project))[second.id].words == "runs/a"
+    with pytest.raises(RunError, match="is running"):
+        queue.remove(project, job.id)
+    (project.root / "go").unlink()
+    until(lambda: state(project, second) == "finished")
+    assert queue.tail(job) == "the end\n"
+    assert state(project, job) == "lost"
+    queue.remove(project, job.id)
+    assert len(queue.jobs(project)) == 1
+
+
+def test_a_command_in_a_terminal_has_its_gpu_until_it_ends(project):
+    (project.root / "other").touch()
+    job = add(project, "")
+    assert queue.waits_for(project, queue.jobs(project))[job.id].words == "k5train sample runs/a (process 7)"
+    assert queue.gpu_in_use(project) == "k5train sample runs/a (process 7)"
+    (project.root / "other").unlink()
+    until(lambda: state(project, job) == "finished")
+
+
+def test_waiting_jobs_change_places_and_are_stopped_or_removed_before_they_begin(project):
+    (project.root / "other").touch()
+    jobs = [add(project, "", f"runs/{name}") for name in "abc"]
+    queue.move(project, jobs[2].id, -1)
+    queue.move(project, jobs[0].id, 5)
+    assert [job.about for job in reversed(queue.jobs(project))] == ["runs/c", "runs/b", "runs/a"]
+    queue.stop(project, jobs[0].id)
+    assert queue.find(project, jobs[0].id).problem == "It was stopped before it began"
+    with pytest.raises(RunError, match="does not wait any more"):
+        queue.move(project, jobs[0].id, -1)
+    for job in jobs:
+        queue.remove(project, job.id)
+    assert queue.jobs(project) == []
+    (project.root / "other").unlink()
+
+
+def test_what_a_damaged_queue_holds_is_named_and_nothing_outside_is_touched(project, tmp_path_factory):
+    (project.root / "other").touch()
+    job = add(project, "", files={"recipe.toml": "[train]\n"})
+    folder = job.folder
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "abcdefabcdef"
+    elsewhere.mkdir()
+    (elsewhere / "job.json").write_text("{}")
+    (folder.parent / "abcdefabcdef").symlink_to(elsewhere)
+    (folder / "mine.txt").write_text("a note of the user")
+    (folder / "log.txt").symlink_to(elsewhere / "job.json")
+    assert [found.id for found in queue.jobs(project)] == [job.id]
+    assert queue.tail(job) == ""
+    for text in ('{"argv": ["k5', "[]", '{"argv": ["rm", "-rf"], "order": "x", "added": 1e999}', "\xff", "[" * 99999):
+        (folder / "job.json").write_text(text, encoding="latin-1")
+        damaged = queue.find(project, job.id)
+        assert (damaged.state, damaged.label, damaged.argv) == ("failed", "A job whose file cannot be read", ())
+    for id in ("abcdefabcdef", "../../runs", "", "0" * 12, "ABCDEFABCDEF"):
+        with pytest.raises(RunError, match="There is no such job"):
+            queue.find(project, id)
+    queue.remove(project, job.id)
+    assert queue.jobs(project) == []
+    assert (folder.with_name(f".old-{job.id}") / "mine.txt").exists()  # ours is gone, what is not ours stays
+    assert (elsewhere / "job.json").read_text() == "{}"
+    (project.root / "other").unlink()
+    half = folder.parent / ".new-0123456789ab"
+    half.mkdir()
+    (half / "job.json").write_text("{}")
+    second = add(project, "", "runs/b")
+    assert not half.exists()
+    until(lambda: state(project, second) == "finished" and queue.find(project, second.id).worker is None)
+    shutil.rmtree(project.own)
+    assert queue.jobs(project) == []
+    project.own.symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="leads out of"):
+        add(project, "")
+    assert [path.name for path in elsewhere.iterdir()] == ["job.json"]
+
+
+def test_a_queue_that_is_deleted_while_a_job_runs_does_not_stop_it(project):
+    (project.root / "go").touch()
+    job = add(project, f"{UNTIL_GONE}\nopen('done', 'w')")
+    until(lambda: queue.find(project, job.id).command is not None)
+    shutil.rmtree(project.own)
+    (project.root / "go").unlink()
+    until((project.root / "done").exists)
+    assert queue.jobs(project) == []
+
+
+def written(project: Project, **documents: dict) -> Job:
+    """A job whose files say this."""
+    job = {"argv": ["k5train", "run"], "label": "x", "kind": "run", "about": "runs/x", "order": 1, "added": 5.0}
+    folder = job_files.new_folder(job_files.make_queue_folder(project), job, {})
+    for name, document in documents.items():
+        job_files.write(folder, f"{name}.json", document)
+    return queue.read_job(folder)
+
+
+def test_a_state_is_told_after_a_reboot_a_clock_set_back_and_from_another_machine(project, monkeypatch):
+    me = job_files.process_of(os.getpid())
+    begun = {"launcher": me, "at": time.time() + 9000, "boot": system.boot_mark(), "monotonic": time.monotonic() - 60}
+    running = written(project, started={**begun, "worker": me})
+    assert running.state == "running"
+    assert 60 <= running.seconds < 70  # although it began in the future
+    assert written(project, started={**begun, "worker": me, "boot": "another"}).seconds == 0
+    assert written(project, started=begun).state == "running"  # its launcher has not come to name the worker
+    other_boot = {**me, "mark": "another 123"}
+    for gone in ({"worker": other_boot}, {"launcher": other_boot}, {"worker": {"pid": "x"}}, {"worker": None}):
+        assert written(project, started={**begun, **gone}).state == "lost"
+    away = {**me, "host": "elsewhere"}
+    job = written(project, started={**begun, "worker": away}, worker={"worker": away})
+    assert (job.state, job.worker) == ("running", None)
+    os.utime(job.folder / "worker.json", (1, 1))
+    assert queue.read_job(job.folder).state == "lost"
+    for ended, expected in (
+        ({"exit_code": 0, "is_stopped": True}, "finished"), ({"exit_code": 130}, "stopped"), ({"signal": 9}, "failed"),
+        ({"signal": 9, "is_stopped": True}, "stopped"), ({"exit_code": "0"}, "failed"), ({}, "failed"),
+    ):  # fmt: skip
+        assert written(project, started=begun, ended=ended).state == expected
+    (project.own / "queue" / running.id / "ended.json").write_text('{"exit_code": 0')  # half written
+    assert queue.find(project, running.id).state == "running"
+
+
+def test_a_process_that_ended_and_is_not_reaped_is_not_running():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    until(lambda: "Z" in Path(f"/proc/{pid}/stat").read_text())
+    assert system.process_mark(pid) is None
+    os.waitpid(pid, 0)
+    assert system.process_mark(pid) is None
+    assert system.process_mark(os.getpid()) == system.process_mark(os.getpid()) is not None
+
+
+def test_a_log_that_grows_endlessly_is_kept_small_with_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "MOST_LOG_BYTES", 1000)
+    monkeypatch.setattr(worker, "KEPT_BYTES", 100)
+    job = Job("0" * 12, tmp_path, "x", (), "run", "", "running", 1)
+    log = system.open_bytes(job.log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    for number in range(1000):
+        os.write(log, f"line {number}\n".encode())
+        worker.shorten(log, tmp_path)
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1300
+    os.write(log, b"\x1b[1m<b>\xff")
+    os.close(log)
+    assert queue.tail(job, 30) == "line 998\nline 999\n\x1b[1m<b>\\xff"
+    assert queue.tail(job, 10000).startswith("... the log had ")
+
+
+def test_bars_are_read_from_the_file_that_the_command_writes(tmp_path):
+    job = Job("0" * 12, tmp_path, "x", (), "run", "", "running", 1, command=1)
+    assert queue.progress(job) is None
+    task = {"name": "training <b>", "completed": 3, "total": 10, "unit": "step", "note": "loss 0.1", "per_second": 2}
+    job_files.write(tmp_path, "progress.json", {"tasks": [task, "x", {"name": 7, "completed": None}]})
+    first, second = queue.progress(job).tasks
+    assert (first.name, first.completed, first.total, first.per_second) == ("training <b>", 3, 10, 2)
+    assert (second.name, second.completed, second.total) == ("", 0, None)
+
+
+def test_the_command_is_told_its_gpu_and_to_print_plainly(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("PYTHONPATH", "src")
+    env = worker.variables({"env": {"HIP_VISIBLE_DEVICES": "1"}}, tmp_path)
+    assert env["HIP_VISIBLE_DEVICES"] == "1"
+    assert env["PYTHONUNBUFFERED"] == env["NO_COLOR"] == "1"
+    assert env["K5_PROGRESS"] == str(tmp_path / "progress.json")
+    assert env["PYTHONPATH"].split(os.pathsep) == [str(Path(__file__).parents[1]), str(Path("src").absolute())]
+    assert "FORCE_COLOR" not in env
+    assert worker.command_of(["k5train", "run"]) == [sys.executable, "-P", "-m", "k5train", "run"]
+
+
+def test_gpus_are_those_that_the_driver_lists_and_the_variable_names():
+    listing = (
+        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa1111-0000)\nGPU 1: NVIDIA A100 (UUID: GPU-bbbb2222-0000)\n"
+        "  MIG 3g.20gb     Device  0: (UUID: MIG-cccc)\n  MIG 3g.20gb     Device  1: (UUID: MIG-dddd)\n"
+    )
+    gpus = slots.listed(listing)
+    assert [(gpu.key, gpu.words) for gpu in gpus] == [
+        ("GPU-aaaa1111-0000", "GPU 0"), ("MIG-cccc", "GPU 1"), ("MIG-dddd", "GPU 1"),
+    ]  # fmt: skip
+    assert gpus[0].env == {"CUDA_VISIBLE_DEVICES": "GPU-aaaa1111-0000"}
+    assert gpus[2].name == "NVIDIA A100, MIG 3g.20gb"
+    for variable, keys in (
+        (None, [0, 1, 2]), ("0", [0]), ("MIG-dddd,0", [2, 0]), ("GPU-aaaa", [0]), ("", []), ("-1", []), ("0,7,1", [0]),
+    ):  # fmt: skip
+        assert slots.visible(gpus, variable) == tuple(gpus[n] for n in keys), variable
+    for variables, expected in (
+        ({}, 0), (None, 0), ({"CUDA_VISIBLE_DEVICES": "MIG-cccc,0"}, 1), ({"CUDA_VISIBLE_DEVICES": ""}, None),
+    ):  # fmt: skip
+        slot = slots.slot_of(gpus, variables)
+        assert slot == (None if expected is None else gpus[expected])
+    assert slots.slot_of((slots.PROCESSOR,), {"CUDA_VISIBLE_DEVICES": ""}) == slots.PROCESSOR
+    assert slots.PROCESSOR.env == {}
+
+
+def test_commands_of_ours_are_known_however_they_are_started():
+    for line, expected in (
+        (["/usr/bin/python3", "/venv/bin/k5train", "run", "cache/a"], ("k5train", "run", "cache/a")),
+        (["python", "-P", "-m", "k5cache", "encode", "d"], ("k5cache", "encode", "d")),
+        (["C:\\venv\\Scripts\\k5train.exe", "sweep"], ("k5train", "sweep")),
+        (["python", "-W", "ignore", "/x/k5train/__main__.py", "sample"], ("k5train", "sample")),
+        (["python", "-m", "k5train.ui.jobs.worker", "/p/.k5/queue/0"], ()),
+        (["vim", "notes.txt", "k5train"], ()), (["python", "-m", "pytest", "k5train"], ()), ([], ()), (["-m"], ()),
+    ):  # fmt: skip
+        assert processes.command_of(line) == expected, line
+    assert processes.uses_gpu(("k5train", "run", "cache/a"))
+    assert processes.is_on_processor(("k5cache", "encode", "d", "--device", "cpu"))
+    for words in (("k5train", "ui"), ("k5train", "run", "--help"), ("k5cache", "verify", "c"), ("k5train",), ()):
+        assert not processes.uses_gpu(words), words
+
+
+RUN_IN_TERMINAL = """
+import json, os, sys, time
+from k5cache.shared.lock import lock_file
+from pathlib import Path
+with lock_file(Path(sys.argv[2])):
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("saved", flush=True)
+"""
+
+
+def test_a_run_in_a_terminal_is_stopped_only_if_it_is_surely_the_process_that_has_its_lock(project):
+    import subprocess
+
+    run = project.root / "runs" / "cats"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    with pytest.raises(RunError, match="is not being worked on"):
+        queue.stop_run(project, run)
+    script = project.root / "k5train"  # the name by which it is known
+    script.write_text(RUN_IN_TERMINAL)
+    command = [sys.executable, str(script), "run", str(run / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=queue.environment()) as process:
+        assert process.stdout.readline() == b"ready\n"
+        assert [found.pid for found in processes.on_gpu([run / ".lock"]) if found.pid == process.pid]
+        lock = json.loads((run / ".lock").read_text())
+        copy = project.root / "runs" / "copied"  # its lock names a process of ours that does not have it
+        copy.mkdir()
+        assert not processes._has_lock(process.pid, copy / ".lock")
+        assert not processes._has_lock(os.getpid(), run / ".lock")  # this process is none of ours
+        assert lock["pid"] == process.pid
+        queue.stop_run(project, run)
+        assert process.stdout.read() == b"saved\n"
+    with pytest.raises(RunError, match="is not being worked on"):
+        queue.stop_run(project, run)
+    (run / ".lock").write_text(" " + json.dumps({**lock, "host": "elsewhere"}))
+    assert not system.interrupt_process(os.getpid(), lambda: False)
+
+
+def test_a_project_that_cannot_be_written_says_so(project):
+    project.root.chmod(0o500)
+    try:
+        if os.access(project.root, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        with pytest.raises(OutputError, match="there is no permission"):
+            add(project, "")
+    finally:
+        project.root.chmod(0o700)
+
+
+def test_what_the_modules_name_alike_is_alike():
+    from k5cache.shared import progress_file
+
+    assert progress_file.VARIABLE == worker.PROGRESS_VARIABLE
+    assert job_module.now().keys() == {"at", "monotonic", "boot"}
