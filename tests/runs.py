@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from k5cache.shared.model import ModelConfig
+from k5train.adapter.who_loads import compare_saved
 from k5train.forward.execute import Execution
 from k5train.options.adapter import LoraConfig
 from k5train.options.optimizer import OptimConfig
@@ -18,9 +22,11 @@ from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan
 from k5train.runs.folder import Run, create_run, open_run
 from k5train.runs.resume_state import latest_state
+from k5train.training import carry_out
 from k5train.training.result import Result
 from k5train.training.start import open_data
 from k5train.training.train import train
+from k5train.training.validation import Validation
 
 # Three buckets, four lengths of caption (tests/parity.py); everything that could carry state from step to step is on.
 CONFIG = TrainConfig(
@@ -35,18 +41,40 @@ CONFIG = TrainConfig(
 )
 
 
-def start_run(root: Path, cache: Path | None, model: Path, config: TrainConfig) -> Result:
-    """Train in a new run at ``root``, on the caches of the recipe if none is given."""
+def start_run(root: Path, cache: Path | None, model: Path, config: TrainConfig, is_whole: bool = False) -> Result:
+    """Train in a new run at ``root``, on the caches of the recipe if none is given.
+
+    Args:
+        is_whole: as the command line does it; else ``only_training``.
+    """
     config = replace(config, name=root.name)
     run = create_run(root, cache, ModelConfig(path=str(model)), config)
-    return train(open_data(cache, config), model, config, run)
+    with nullcontext() if is_whole else only_training():
+        return train(open_data(cache, config), model, config, run)
 
 
 def go_on(root: Path, **changes: object) -> Result:
     """Resume the run at ``root``."""
     run, model, config, cache = open_run(root)
     config = replace(config, **changes)
-    return train(open_data(cache, config), Path(str(model.path)), config, run)
+    with only_training():
+        return train(open_data(cache, config), Path(str(model.path)), config, run)
+
+
+@contextmanager
+def only_training() -> Iterator[None]:
+    """Without what a run does beside it and changes nothing: loading its LoRA back into diffusers, and ``loss.png``.
+
+    That is a fifth of the time of a run on the toy. Runs by command line do both; what comes of it is looked at in
+    test_export.py, test_lora_files.py and test_loss_curve.py.
+    """
+    is_patched = carry_out.compare_saved is not compare_saved  # by the test itself
+    instead = carry_out.compare_saved if is_patched else lambda *arguments: None
+    with (
+        mock.patch.object(carry_out, "compare_saved", instead),
+        mock.patch.object(Validation, "_draw_curve"),
+    ):
+        yield
 
 
 def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:

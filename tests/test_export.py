@@ -222,7 +222,7 @@ def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_pa
     from k5train.adapter import files
 
     config = replace(CONFIG, steps=2)
-    start_run(tmp_path / "good", toy_cache("fp32"), toy_model, config)
+    start_run(tmp_path / "good", toy_cache("fp32"), toy_model, config, is_whole=True)
     with safe_open(tmp_path / "good" / "good.safetensors", framework="pt") as file:
         facts = file.metadata()
     assert facts["modelspec.sai_model_spec"] == "1.0.1"
@@ -237,7 +237,7 @@ def test_a_trained_file_says_how_it_was_made_and_is_compared_after_saving(tmp_pa
 
     monkeypatch.setattr(files, "PREFIX", "diffusion_model.")  # what diffusers would leave out without a word
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 48 of 48 tensors differ"):
-        start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config)
+        start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config, is_whole=True)
     assert (tmp_path / "bad" / "result.json").is_file()
 
 
@@ -261,7 +261,7 @@ WHOLE = {
     [
         *(("no_change", algo) for algo in WAYS),
         ("int8-quanto", "dora"),  # the only one that reads the base's weights
-        *(pytest.param("int8-quanto", algo, marks=pytest.mark.slow) for algo in WAYS if algo != "dora"),
+        *(pytest.param("int8-quanto", algo, marks=pytest.mark.long) for algo in WAYS if algo != "dora"),
     ],
 )
 def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
@@ -273,7 +273,7 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     config = replace(
         CONFIG, steps=2, base_model_precision=precision, lora=LoraConfig(algo=algo, rank=4, targets=("qkv",))
     )
-    result = start_run(tmp_path / "good", toy_cache("fp32"), toy_model, config)
+    result = start_run(tmp_path / "good", toy_cache("fp32"), toy_model, config, is_whole=True)
     assert result.loads_by == WAYS[algo]
     report = check_lora(result.lora, empty)
     assert report.kind == ("lora" if algo == "rslora" else algo)
@@ -287,4 +287,4 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
 
     monkeypatch.setattr(files, "save_file", changed)
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 1 of \d+ tensors differ"):
-        start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config)
+        start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config, is_whole=True)

@@ -287,7 +287,7 @@ def test_the_curve_is_drawn_after_the_first_step_and_at_the_end_but_not_after_ea
         lambda rows, *texts: nums_rows.append(len(rows)) or draw_losses(rows, *texts),
     )
     monkeypatch.setattr("k5train.training.validation.CURVE_SECONDS", 600.0)
-    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=4))
+    start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=4), is_whole=True)
     assert nums_rows == [1, 4]
 
 
