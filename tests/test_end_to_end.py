@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,32 +139,6 @@ def test_sample_draws_more_from_a_finished_run(workplace, trained):
     unknown = Cli(workplace)(train_app, "sample", "runs/my_images", "--prompt", "not in the cache")
     assert unknown.code == 2
     assert "'not in the cache'" in unknown.err
-
-
-# Two commands in one process, because importing torch and diffusers takes seconds.
-TRAINER = """
-import sys
-from k5train.cli import main
-for command in sys.stdin.read().splitlines():
-    sys.argv = ["k5train", *command.split()]
-    try:
-        main()
-    except SystemExit as end:
-        assert end.code == 0, command
-    encoders = ("transformers.models.qwen2", "transformers.models.clip", "k5cache.encoders", "torchvision")
-    loaded = [m for m in sys.modules if m.startswith(encoders) and (".modeling_" in m or "transf" not in m)]
-    assert not loaded, (command, loaded)
-    assert command.startswith("selftest") or "k5train.adapter.who_loads" in sys.modules, "the file was not loaded back"
-"""
-
-
-def test_neither_training_nor_the_selftest_loads_an_encoders_modelling_module(workplace, trained, toy_model):
-    run = f"run cache/my_images -r recipe.toml --model {toy_model} -o runs/lean"
-    commands = ["selftest cache/my_images --set train.device=cpu", f"{run} --set train.steps=1"]
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINER], input="\n".join(commands), capture_output=True, text=True, cwd=workplace
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_run_that_names_no_model_trains_the_one_the_cache_was_made_with(workplace, trained, toy_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +80,8 @@ def crash_at(monkeypatch):
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
+from k5train.cli import main
+from k5train.training import carry_out, picture_rows, shared_base  # what a run imports when it begins
 from tests.runs import CONFIG, go_on, start_run
 root, cache, model, most_kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 chance = random.Random(7)
@@ -112,20 +116,57 @@ while True:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     kills, allowed = kills + 1, allowed + 0.25
+
+# Two commands in this interpreter, which no test has loaded anything into: which modules have they loaded?
+os.environ["COLUMNS"] = "200"
+run = ["run", cache, "--model", model, "-o", root.parent / "lean", "--set", "train.steps=1"]
+for words in (["selftest", cache], run):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        sys.argv = ["k5train", *map(str, words), "--set", "train.device=cpu", "--set", "train.mixed_precision=fp32"]
+        code = 1
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            encoders = ("transformers.models.qwen2", "transformers.models.clip", "k5cache.encoders", "torchvision")
+            loaded = [m for m in sys.modules if m.startswith(encoders) and (".modeling_" in m or "transf" not in m)]
+            print("after", words[0], code, *loaded, flush=True)
+            os._exit(0)
+    os.waitpid(pid, 0)
 """
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, cache, toy_model) -> Callable[[int], tuple[Path, list[str]]]:
+    """``killed(n)``: the folder of a run that was killed up to n times, and what ``KILLER`` printed."""
+
+    def kill(most_kills: int) -> tuple[Path, list[str]]:
+        root = tmp_path_factory.mktemp("killed") / "run"
+        words = [str(root), str(cache), str(toy_model), str(most_kills)]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", KILLER, *words],
+            capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return root, done.stdout.splitlines()
+
+    return functools.cache(kill)
+
+
+def test_neither_training_nor_the_selftest_loads_an_encoders_modelling_module(killed):
+    said = [line for line in killed(3)[1] if line.startswith("after")]
+    assert said == ["after selftest 0", "after run 0"]
+
+
 @pytest.mark.parametrize("most_kills", [3, pytest.param(8, marks=pytest.mark.long)])
-def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(
-    tmp_path, whole, cache, toy_model, most_kills
-):
-    root = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLER, str(root), str(cache), str(toy_model), str(most_kills)],
-        capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300,
-    )  # fmt: skip
-    assert done.stdout.split()[-1] == "0", done.stdout + done.stderr[-2000:]
-    assert int(done.stdout.split()[0]) >= min(3, most_kills - 1)  # really killed; a fast machine may come to the end
+def test_twenty_steps_with_kills_at_random_instants_end_with_the_same_bits(whole, killed, most_kills):
+    root, said = killed(most_kills)
+    kills, code = next(line for line in said if line[0].isdigit()).split()
+    assert code == "0", said
+    assert int(kills) >= min(3, most_kills - 1)  # really killed; a fast machine may come to the end
     assert same(state_of(root), state_of(whole))
     assert same(lora_of(root), lora_of(whole))
     assert numbers(metrics_of(root)) == numbers(metrics_of(whole))
@@ -296,7 +337,7 @@ def test_a_cache_whose_rows_changed_is_refused_in_words(whole, cache, monkeypatc
 SCHEDULES = ["linear", "polynomial", "rex", "cosine_with_restarts"]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES)])
+@pytest.mark.parametrize("schedule", ["cosine", *(pytest.param(name, marks=pytest.mark.long) for name in SCHEDULES)])
 def test_another_last_step_is_refused_under_a_schedule_that_falls_towards_it(tmp_path, cache, toy_model, schedule):
     optim = OptimConfig(lr_scheduler=schedule, warmup_steps=0)
     start_run(tmp_path / "run", cache, toy_model, replace(CONFIG, steps=1, optim=optim))
