@@ -35,6 +35,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Every dotted name that a file imports, inside functions and for type checkers too."""
     plain = {name.name for node in ast.walk(tree_of(path)) if isinstance(node, ast.Import) for name in node.names}
@@ -162,21 +163,6 @@ def test_help_imports_no_heavy_library(module):
 
 def test_the_store_needs_no_torch_to_be_imported():
     assert fresh("import sys, k5cache, k5cache.store.reader\nprint('torch' in sys.modules)") == "False"
-
-
-def test_a_trial_of_a_few_is_also_made_in_full():
-    """What is marked ``few`` can be left out where what is marked ``slow`` runs."""
-    trials = 0
-    for path in files("tests/test_*.py"):
-        for node in ast.walk(tree_of(path)):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                marks = [ast.unparse(decorator) for decorator in node.decorator_list]
-                if any("mark.parametrize" in mark and "mark.few" in mark for mark in marks):
-                    assert any("mark.slow" in mark for mark in marks), f"{path.name}: {node.name}"
-                    trials += 1
-                elif any("mark.few" in mark for mark in marks):
-                    assert "@pytest.mark.slow" in path.read_text(encoding="utf-8"), path.name
-    assert trials >= 1
 
 
 def test_every_file_says_first_which_question_it_answers():

@@ -64,7 +64,10 @@ def digits(path: Path) -> None:
 
 KINDS: tuple[Callable[[Path], None], ...] = (pipe, endless, folder, circle, huge, nested, digits)
 PLACES = {
-    "source": [(cache_app, command, f"x{suffix}") for command in ("encode", "plan", "diff") for suffix in TABLES],
+    "source": [
+        *((cache_app, "encode", f"x{suffix}") for suffix in TABLES),
+        *((cache_app, command, "x.csv") for command in ("plan", "diff")),  # which find their source as encode does
+    ],
     "recipe": [
         (cache_app, "encode", "images", "-r", "x.toml"), (cache_app, "plan", "images", "-r", "x.toml"),
         (train_app, "plan", "-r", "x.toml"), (train_app, "run", "cache", "-r", "x.toml"),

@@ -159,17 +159,26 @@ def test_a_run_trains_on_what_is_here_while_the_hub_is_away(hub, tmp_path, toy_c
 # A cache of a pinned revision
 
 
+@pytest.fixture(scope="module")
+def encoded_at_the_commit(tmp_path_factory, toy_model) -> Path:
+    """A folder with pictures in ``set`` and a cache of them that was encoded at a pinned commit. Tests only copy it."""
+    root = tmp_path_factory.mktemp("pinned")
+    with pytest.MonkeyPatch.context() as patch:
+        connected(Hub(root / "hub", toy_model), root, patch)
+        Workshop(root, toy_model).put("cat.png", "a cat")
+        (root / "images").rename(root / "set")
+        done = Cli(root)(cache_app, "encode", "set", *SMALL, "--model", "someone/toy", "--set", PIN)
+        assert done.code == 0, done.err
+    return root
+
+
 @pytest.fixture
-def pinned(hub, tmp_path) -> Cli:
-    """A folder with a cache that was encoded at a pinned commit; ``main`` has moved on since."""
-    shop = Workshop(tmp_path, hub.here)
-    shop.put("cat.png", "a cat")
-    (tmp_path / "images").rename(tmp_path / "set")
-    cli = Cli(tmp_path)
-    done = cli(cache_app, "encode", "set", *SMALL, "--model", "someone/toy", "--set", PIN)
-    assert done.code == 0, done.err
+def pinned(hub, tmp_path, encoded_at_the_commit) -> Cli:
+    """A copy of it; ``main`` has moved on since."""
+    for name in ("set", "cache"):
+        shutil.copytree(encoded_at_the_commit / name, tmp_path / name)
     hub.commit = NEWER
-    return cli
+    return Cli(tmp_path)
 
 
 def test_a_run_that_names_no_model_trains_the_revision_that_its_cache_was_encoded_at(hub, pinned):
@@ -212,11 +221,12 @@ def test_a_revision_changes_no_key_and_a_cache_without_one_has_the_recipe_that_i
 
 def test_a_cache_from_before_revisions_were_noted_notes_its_own_when_it_is_encoded_again(hub, pinned):
     root = pinned.folder / "cache" / "set"
+    again = ("encode", "set", *SMALL, "--model", "someone/toy", "--json")
+    pinned(cache_app, *again, "--set", PIN)  # notes where the copied pictures are now
     manifest = read_manifest(root)
     noted = manifest.recipe["model"]
     without = {name: value for name, value in noted.items() if name != "revision"}
     write_manifest(root, replace(manifest, recipe={**manifest.recipe, "model": without}))
-    again = ("encode", "set", *SMALL, "--model", "someone/toy", "--json")
     assert json.loads(pinned(cache_app, *again).out)["is_unchanged"]
     for is_unchanged in (False, True):
         done = json.loads(pinned(cache_app, *again, "--set", PIN).out)

@@ -43,11 +43,11 @@ def make_cache(root: Path, numbers: range) -> None:
         write_manifest(root, with_index(root, manifest, [index_row(number) for number in numbers]))
 
 
-def test_caches_of_150_shards_are_read_merged_collected_and_verified_with_64_descriptors(tmp_path: Path) -> None:
+def test_caches_of_90_shards_are_read_merged_collected_and_verified_with_64_descriptors(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "other", "merged")]
-    make_cache(folders[0], range(150))
-    make_cache(folders[1], range(150, 152))
+    make_cache(folders[0], range(90))
+    make_cache(folders[1], range(90, 92))
     program = [sys.executable, "-c", PROGRAM, *map(str, folders)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["150 150 150", "152 1"]
+    assert done.stdout.splitlines() == ["90 90 90", "92 1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,30 +75,39 @@ def test_a_plan_that_the_recipe_fixes_is_not_changed(tmp_path, toy_cache, toy_mo
     assert len(plans) == 1
 
 
+FOUR = replace(CONFIG, steps=4, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, toy_cache, toy_model) -> Path:
+    """Four steps without a break."""
+    root = tmp_path_factory.mktemp("whole") / "whole"
+    start_run(root, toy_cache("fp32"), toy_model, FOUR)
+    return root
+
+
 @pytest.mark.parametrize("in_update", [False, True], ids=["in a step", "in its update"])
 def test_memory_that_ends_in_mid_run_leaves_a_state_to_go_on_from(
-    tmp_path, toy_cache, toy_model, monkeypatch, in_update
+    tmp_path, toy_cache, toy_model, monkeypatch, whole, in_update
 ):
-    cache, config = toy_cache("fp32"), replace(CONFIG, steps=8, checkpoint_every=3)
-    start_run(tmp_path / "whole", cache, toy_model, config)
     calls = iter(range(100))
     owner, name = (session.Session, "update") if in_update else (loop, "accumulate")
     real = getattr(owner, name)
 
     def failing(*args, **kwargs):
-        if next(calls) == 5:
+        if next(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, failing)
-        with pytest.raises(DoesNotFit, match=r"the LoRA so far is in .*step-000005") as ended:
-            start_run(tmp_path / "cut", cache, toy_model, config)
+        with pytest.raises(DoesNotFit, match=r"the LoRA so far is in .*step-000003") as ended:
+            start_run(tmp_path / "cut", toy_cache("fp32"), toy_model, FOUR)
     assert f"k5train resume {tmp_path / 'cut'} --set train.memory.vram=" in ended.value.fix
     saved = latest_state(Run(tmp_path / "cut").state)
     assert saved is not None
     # An interrupted update may have changed only some weights, so the state before it is the last good one.
-    assert saved.progress.step == (3 if in_update else 5)
+    assert saved.progress.step == (2 if in_update else 3)
     go_on(tmp_path / "cut")
-    assert same(lora_of(tmp_path / "cut"), lora_of(tmp_path / "whole"))
-    assert same(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
+    assert same(lora_of(tmp_path / "cut"), lora_of(whole))
+    assert same(state_of(tmp_path / "cut"), state_of(whole))
