@@ -29,8 +29,7 @@ install: $(VENV)/.installed
 demo: install
 	@$(BIN)/python pipelines/demo/demo.py
 
-# What is tested. CI gives other marks: everything once, the slow trials in place of the few of their kind. Full counts that
-# take minutes are marked long: pytest -m long.
+# What is tested. CI gives other marks: the slow tests too. Full counts that take minutes are marked long: pytest -m long.
 MARKS = not slow and not long
 
 test: install
@@ -39,7 +38,7 @@ test: install
 tests: install
 	$(BIN)/python -m pytest $(TWO) -m '$(MARKS)'
 
-# The trials that test makes a few of, in full: kills at random instants, training on k5-micro, compilation.
+# What test leaves out because it takes longer than 5 s.
 test-slow: install
 	$(BIN)/python -m pytest $(TWO) -m slow
 

@@ -42,7 +42,7 @@ def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_mo
 
     monkeypatch.setattr(execute.torch, "compile", functools.partial(torch.compile, backend=backend))
     transformer = model(toy_model, rank=16, dropout=0.5)
-    for sizes, any_rank in (((64, 20), False), ((64, 20), True), ((16, 16), True)):
+    for sizes, any_rank in (((64, 20), False), ((16, 16), True)):
         plan = Plan(("all",) * len(transformer.visual_transformer_blocks), None, {}, None, 0, sizes)
         torch._dynamo.reset()
         compiled_at.clear()

@@ -38,9 +38,7 @@ from tests.workshop import EditShop, Workshop
 @pytest.mark.parametrize(
     ("kind", "num_kills"),
     [
-        pytest.param(Workshop, 6, marks=pytest.mark.few),
-        pytest.param(EditShop, 3, marks=pytest.mark.few),
-        *(pytest.param(kind, 8, marks=pytest.mark.slow) for kind in (Workshop, EditShop)),
+        *((kind, 4) for kind in (Workshop, EditShop)),
         *(pytest.param(kind, 50, marks=pytest.mark.long) for kind in (Workshop, EditShop)),
     ],
 )

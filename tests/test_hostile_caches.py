@@ -193,7 +193,7 @@ def test_a_small_index_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -> 
     assert int(kilobytes) < 20_000  # the reader's own modules; the values would be 100 MB, and four times that as rows
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(5000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.long)])
 def test_every_cache_with_a_changed_byte_and_true_checksums_ends_in_a_sentence_or_an_honest_read(
     tmp_path: Path, count: int
 ) -> None:

@@ -35,6 +35,7 @@ def train_lora(once, model: Path, root: Path, steps: int) -> Path:
     return Path(start_run(root, micro_edit.cache(once, "images"), model, micro_edit.config(steps)).lora)
 
 
+@pytest.mark.long  # test_parity_edit.py trains on pairs as a plain loop does, test_micro.py learns
 def test_a_few_steps_on_30_pairs_lower_the_loss_on_things_they_did_not_see(once, model, before, tmp_path):
     lora = train_lora(once, model, tmp_path / "lora", BRIEF)
     assert micro_edit.loss(model, micro_edit.cache(once, "held_out"), lora) < BRIEF_MARGIN * before

@@ -152,7 +152,12 @@ def test_the_input_of_132_numbers_a_patch_stays_in_16_bits_and_everything_else_i
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "steps"),
-    [("no_change", torch.float32, 50), ("no_change", torch.bfloat16, 6), ("int8-quanto", torch.float32, 6)],
+    [
+        ("no_change", torch.float32, 10),
+        pytest.param("no_change", torch.float32, 50, marks=pytest.mark.long),
+        ("no_change", torch.bfloat16, 6),
+        ("int8-quanto", torch.float32, 6),
+    ],
 )
 def test_training_on_pairs_is_a_plain_loop_with_diffusers_and_peft_bit_for_bit(
     toy_edit_model, cache, precision, dtype, steps

@@ -119,7 +119,7 @@ def plain_steps(model, precision, dtype, start, seen: list[list[Batch]], device=
 @pytest.mark.parametrize(
     ("precision", "dtype", "steps", "accumulation"),
     [
-        ("no_change", torch.float32, 20, 1),
+        ("no_change", torch.float32, 10, 1),
         pytest.param("no_change", torch.float32, 100, 1, marks=pytest.mark.long),
         ("no_change", torch.bfloat16, 6, 2),
         ("int8-quanto", torch.float32, 6, 2),
