@@ -21,6 +21,7 @@ from k5train.commands import (
     plan,
     push,
     recipes,
+    report,
     run,
     sample,
     selftest,
@@ -84,6 +85,7 @@ add(
     "k5train ui --folder ~/loras --port 8010",
     "k5train ui --host 0.0.0.0    # other machines, with a token",
 )
+add(LOOK, report.report, "k5train report runs/cats", "k5train report runs/cats runs/cats-2 -o cats.html")
 add(LOOK, compare.compare, "k5train compare runs/cats runs/cats-2", "k5train compare sweeps/cats -o cats.png")
 add(
     PREPARE,

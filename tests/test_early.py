@@ -77,6 +77,8 @@ REFUSED = {
     "k5train sweep toy": "A sweep needs a grid or a list",
     "k5train sample nosuch": "nosuch is not a run",
     "k5train compare nosuch": "There is no nosuch",
+    "k5train report nosuch": "There is no nosuch",
+    "k5train report run --max-size lots": "--max-size lots is not a size",
     "k5train plan nosuch": "nosuch is not a cache",
     "k5train plan --vram lots": "lots",
     "k5train run toy --vram lots": "--vram lots is not an amount of memory",
@@ -113,6 +115,8 @@ OTHERS = {
     "k5train sample run -o mine.png": "mine.png is there already and was not drawn by k5cache or k5train",
     "k5train sample run -o images": "images cannot be written: it is a folder",
     "k5train compare run -o mine.png": "mine.png is there already and was not drawn by k5cache or k5train",
+    "k5train report run -o mine.html": "mine.html is there already and was not written by k5train report",
+    "k5train report run -o mine.png": "mine.png does not end in .html",
     "k5train export page.safetensors -o mine.png": "mine.png already exists",
     "k5train merge page.safetensors page.safetensors -o mine.png": "mine.png already exists",
     "k5train merge page.safetensors --into-base nosuch -o images":
@@ -135,7 +139,12 @@ def ends(tmp_path_factory, toy_cache, toy_model) -> dict[str, tuple[int | None, 
     (folder / "pictures").mkdir()
     for name in ("mine.png", "pictures/cat.png"):
         Image.new("RGB", (64, 64)).save(folder / name)
-    for name, text in (("mine.json", "{}"), ("mine.toml", "[tool]\n"), ("config.json", '{"model_type": "lora"}')):
+    for name, text in (
+        ("mine.json", "{}"),
+        ("mine.toml", "[tool]\n"),
+        ("mine.html", "<p>"),
+        ("config.json", '{"model_type": "lora"}'),
+    ):
         (folder / name).write_text(text, encoding="utf-8")
     create_run(folder / "run", folder / "toy", ModelConfig(), TrainConfig())
     (folder / "toy").symlink_to(toy_cache("fp32"))
@@ -150,8 +159,8 @@ def ends(tmp_path_factory, toy_cache, toy_model) -> dict[str, tuple[int | None, 
     assert done.returncode == 0, done.stderr
     there = sorted(path.name for path in folder.iterdir())
     assert there == [
-        "config.json", "images", "mine.json", "mine.png", "mine.toml", "page.safetensors", "pictures", "run", "runs",
-        "toy",
+        "config.json", "images", "mine.html", "mine.json", "mine.png", "mine.toml", "page.safetensors", "pictures",
+        "run", "runs", "toy",
     ]  # fmt: skip
     assert [path.name for path in (folder / "images").iterdir()] == ["mine.txt"]
     return dict(zip([line.replace(model, "MODEL") for line in lines], json.loads(done.stdout), strict=True))

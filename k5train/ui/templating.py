@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from k5train.ui import words
+from k5train.ui.charts import svg
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,6 +27,7 @@ def environment() -> jinja2.Environment:
         auto_reload=False,
     )
     made.filters.update(words.FILTERS)
+    made.globals.update(svg=svg)
     return made
 
 

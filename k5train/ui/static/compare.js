@@ -29,7 +29,7 @@ for (const form of document.querySelectorAll("form[data-most]")) {
   const limit = () => {
     const ticked = boxes.filter((box) => box.checked).length;
     for (const box of boxes) box.disabled = !box.checked && ticked >= Number(form.dataset.most);
-    for (const button of form.querySelectorAll("button")) button.disabled = ticked < 2;
+    for (const button of form.querySelectorAll("button")) button.disabled = ticked < 1;
   };
   form.addEventListener("change", limit);
   limit();
