@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make test-gpu | make check. Everything lands in .venv; nothing outside
+# make demo | make ui | make test | make test-slow | make test-gpu | make check. Everything lands in .venv; nothing outside
 # this folder is touched.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile 
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test tests test-slow test-gpu check install clean
+.PHONY: demo ui test tests test-slow test-gpu check install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ install: $(VENV)/.installed
 
 demo: install
 	@$(BIN)/python pipelines/demo/demo.py
+
+ui: install
+	@$(BIN)/python pipelines/demo/page.py
 
 # What is tested. CI gives other marks: the slow tests too. Full counts that take minutes are marked long: pytest -m long.
 MARKS = not slow and not long

@@ -16,6 +16,8 @@ from tests.other_systems import ATTRIBUTES, MODULES, OTHERWISE
 
 ROOT = Path(__file__).parent.parent
 MOST_LINES = 400
+MOST_LINES_OF_SCRIPTS = 400
+"""Of all JavaScript together, so that it stays what a person can check."""
 
 FLOORS = {
     "k5train": ("__main__", "cli", "commands", "ui", "configure", "moving", "recipes", "doctor", "publish", "exact",
@@ -26,8 +28,8 @@ FLOORS = {
 }  # fmt: skip
 """The rooms of each package from the top floor down; each imports only from floors below its own."""
 SHARED = {"shared", "store", "buckets", "options"}
-"""What the trainer uses of k5cache; of ``options`` only ``configure`` and the commands, which list and check all tables
-of a recipe."""
+"""What the trainer uses of k5cache; of ``options`` only ``configure``, the page and the commands, which list and
+check all tables of a recipe."""
 
 
 @functools.cache
@@ -110,8 +112,8 @@ def test_no_file_is_longer_than_its_reader_can_hold():
 def test_the_trainer_imports_only_the_shared_parts_of_the_cache_package():
     for path in TRAINER:
         used = {name.split(".")[1] for name in imports_of(path) if name.startswith("k5cache.")}
-        # ``configure`` prepares both stages: it looks at images as an encode does.
-        is_of_both = path.parent == ROOT / "k5train/configure"
+        # ``configure`` and the page prepare both stages: they look at images as an encode does.
+        is_of_both = path.is_relative_to(ROOT / "k5train/configure") or path.is_relative_to(ROOT / "k5train/ui")
         assert used <= (SHARED | {"sources"} if is_of_both else SHARED), path
         assert "options" not in used or is_of_both or path.parent == ROOT / "k5train/commands", path
 
@@ -159,6 +161,23 @@ def test_help_imports_no_heavy_library(module):
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert heavy == "[]"
+
+
+def test_the_page_of_all_views_is_up_without_a_heavy_library():
+    """What needs one of the last four runs in another process; the others are imported when they are first needed."""
+    heavy = fresh(
+        "import sys\nfrom pathlib import Path\nfrom k5train.ui import app, serve\n"
+        "from k5train.ui.project import Project\n"
+        "app.create_app(Project(Path.cwd()))\n"
+        "heavy = {'pyarrow', 'numpy', 'PIL', 'torch', 'transformers', 'diffusers', 'datasets', 'peft'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert heavy == "[]"
+
+
+def test_the_scripts_of_the_page_stay_few():
+    lines = [line for path in files("k5train/ui/**/*.js") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert 0 < len(lines) < MOST_LINES_OF_SCRIPTS
 
 
 def test_the_store_needs_no_torch_to_be_imported():

@@ -38,6 +38,7 @@ NOT_HERE = {
     "k5cache push": "asks the hub",
     "k5cache pull": "asks the hub",
     "k5train push": "asks the hub",
+    "k5train ui": "serves until it is stopped",
 }
 """Commands that are not run, and why."""
 DRAWN = "►"  # in a picture of the two stages, not a command

@@ -70,7 +70,7 @@ async def _events(request: Request, changes: Changes, seconds: float) -> AsyncIt
     last: dict[str, str] = {}
     said = time.monotonic()
     try:
-        while not end.is_set() and not await request.is_disconnected():
+        while True:
             try:
                 now = await anyio.to_thread.run_sync(changes)
             except (K5Error, OSError) as error:
@@ -86,6 +86,8 @@ async def _events(request: Request, changes: Changes, seconds: float) -> AsyncIt
                 yield b": still here\n\n"
             with suppress(TimeoutError):
                 await asyncio.wait_for(end.wait(), seconds)
+            if end.is_set() or await request.is_disconnected():
+                return
     finally:
         listeners.remove(end)
 

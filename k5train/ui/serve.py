@@ -16,9 +16,10 @@ from typing import Any
 
 import uvicorn
 
-from k5cache.shared.errors import OutputError
+from k5cache.shared.errors import K5Error, OutputError
 from k5train.ui.app import Page, create_app
 from k5train.ui.guard import Access
+from k5train.ui.jobs import queue
 from k5train.ui.project import Project
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -104,9 +105,17 @@ def serve(project: Project, host: str, port: int, wants_token: bool, say: Callab
     port = opened.getsockname()[1]
     access = access_for(host, port, wants_token)
     server = Server(create_app(project, access))
+    begin_waiting(project)
     say(url_of(host, port, access))
     server.run([opened])
     raise KeyboardInterrupt(FAREWELL)
+
+
+def begin_waiting(project: Project) -> None:
+    """Begin the jobs that wait since before a reboot. Where there is no queue, or it cannot be written, none does."""
+    with suppress(K5Error, OSError):
+        if any(job.state == "waiting" for job in queue.jobs(project)):
+            queue.advance(project)
 
 
 class Server(uvicorn.Server):
