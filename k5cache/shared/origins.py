@@ -98,6 +98,22 @@ def line_of(text: str, keys: Keys) -> int | None:
     return next((line for line, values in _beginnings(text) if _has(values, keys)), None)
 
 
+def lines_of(text: str, keys: Keys) -> tuple[int, int] | None:
+    """The first and the last line of the statement that gives a value of this name. None if none does, or if it stands
+    behind the lines that are looked through."""
+    begins = statements(text)
+    first = line_of(text, keys)
+    if first is None:
+        return None
+    following = next((line for line in begins if line > first), len(text.split("\n")) + 1)
+    return first, following - 1
+
+
+def statements(text: str) -> list[int]:
+    """The line on which each statement of a TOML text begins; comments and empty lines are statements too."""
+    return [line for line, _ in _beginnings(text)]
+
+
 @functools.lru_cache(maxsize=4)
 def _beginnings(text: str) -> list[tuple[int, dict[str, Any]]]:
     """(line, what is in the text to the end of the value that begins there).

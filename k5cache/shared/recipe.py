@@ -62,16 +62,28 @@ def read_toml(path: Path, fix: str) -> tuple[dict[str, Any], Path, str]:
     Raises:
         RecipeError: it cannot be read or is not TOML.
     """
-    text = ""
     try:
         text = read_text(path, _MOST_BYTES)
-        return tomllib.loads(text), path, text
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", fix) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8: {error}", "Save it as UTF-8") from error
+    return parse_toml(text, str(path), fix), path, text
+
+
+def parse_toml(text: str, named: str, fix: str) -> dict[str, Any]:
+    """The values of a TOML text.
+
+    Args:
+        named: what it is called, such as its file.
+
+    Raises:
+        RecipeError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOML's own errors, a number of 10,000 digits, 10,000 brackets
-        raise RecipeError(f"{path} is not valid TOML: {error}", _about_backslashes(text, error) or fix) from error
+        raise RecipeError(f"{named} is not valid TOML: {error}", _about_backslashes(text, error) or fix) from error
 
 
 def _about_backslashes(text: str, error: Exception) -> str:
@@ -95,15 +107,22 @@ def parse(document: Mapping[str, Any], schemas: dict[str, type[Any]]) -> list[An
         RecipeError: unknown tables and keys (with the nearest name), wrong types, values that a schema's ``check``
             refuses. All problems are named, each with the line or the option that it came from.
     """
+    parsed, problems = parse_with_problems(document, schemas)
+    if problems:
+        raise RecipeError(described(document, problems), "Correct that; `k5train options` lists every option")
+    return parsed
+
+
+def parse_with_problems(
+    document: Mapping[str, Any], schemas: dict[str, type[Any]]
+) -> tuple[list[Any], Sequence[Problem]]:
+    """What ``parse`` gives, and all that it would refuse. If there is any of that, the dataclasses must not be used."""
     problems = _Problems(schemas)
     for name, value in document.items():
         if name not in TABLES:
             kind, own = ("table", TABLES) if isinstance(value, dict) else ("option", ())
             problems.unknown(kind, name, value, "", own)
-    parsed = [_build(schema, document.get(name, {}), name, problems) for name, schema in schemas.items()]
-    if problems:
-        raise RecipeError(described(document, problems), "Correct that; `k5train options` lists every option")
-    return parsed
+    return [_build(schema, document.get(name, {}), name, problems) for name, schema in schemas.items()], problems
 
 
 class _Problems(list[Problem]):
