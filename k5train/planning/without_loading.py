@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ def plan_without_loading(
     num_tokens: int,
     num_text_tokens: int,
     kind: Kind = "t2i",
+    others: Sequence[Path] = (),
 ) -> PlanText:
     """Plan a run from shapes alone.
 
@@ -57,11 +58,13 @@ def plan_without_loading(
         model: plan for its config.json. None: for the model that the cache was encoded for if that is a folder, else
             for the published one.
         kind: of the published model, if there is no cache.
+        others: further caches of the run.
 
     Raises:
         DoesNotFit: no plan fits.
     """
     opened = open_cache(cache) if cache else None
+    caches = [opened, *map(open_cache, others)] if opened else []
     kind = opened.kind if opened else kind
     if opened and not model:
         encoded_for = model_near(model_of(opened.manifest.recipe), opened.root)
@@ -75,7 +78,7 @@ def plan_without_loading(
     from k5train.planning.plan import check_ram, largest_sizes, plan_for
 
     transformer = named or full_size(kind)
-    sizes = largest_sizes(opened) if opened else (num_tokens, num_text_tokens)
+    sizes = largest_sizes(*caches) if caches else (num_tokens, num_text_tokens)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     # An imagined card runs compiled, as a real one would.
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
@@ -95,15 +98,15 @@ def plan_without_loading(
         f"{card}; {edits}{sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
         f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
     )
-    usual = sizes_of(opened) if opened else [Size(*sizes, 1.0)]
+    usual = sizes_of(*caches) if caches else [Size(*sizes, 1.0)]
     return PlanText(title, rows, Timed(transformer, config, plan, usual) if on_gpu else None)
 
 
-def sizes_of(cache: Cache) -> list[Size]:
-    """The sizes of a cache's pictures, each with its share, and the middle one of its captions' lengths."""
+def sizes_of(*caches: Cache) -> list[Size]:
+    """The sizes of the pictures of some caches, each with its share, and the middle one of their captions' lengths."""
     rows: Counter[int] = Counter()
-    for shard in cache.manifest.shards:
+    for shard in (shard for cache in caches for shard in cache.manifest.shards):
         if shard.kind == "latents" and shard.bucket:
             rows[(shard.bucket[0] // 16) * (shard.bucket[1] // 16)] += shard.num_rows
-    lengths = sorted(cache.text_lengths().values()) or [1]
+    lengths = sorted(n for cache in caches for n in cache.text_lengths().values()) or [1]
     return [Size(tokens, lengths[len(lengths) // 2], n / rows.total()) for tokens, n in sorted(rows.items())]

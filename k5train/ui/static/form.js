@@ -1,0 +1,99 @@
+// The form of a new run: says what is wrong as you type, keeps form and text alike, and asks for the plan.
+"use strict";
+
+const form = document.getElementById("new-run");
+const { text, base } = form.elements;
+const plan = document.getElementById("plan");
+let isDirty = false; // something was typed since the form was last sent
+let isTouched = false; // something was typed that is nowhere else
+let typing, timing, planned;
+
+const send = (url, data, signal) => fetch(url, { method: "POST", body: data, signal }).catch(() => null);
+
+// Puts a value into every control of an option, but not into the one that is being typed in.
+function put(name, value) {
+  for (const control of form.querySelectorAll(`[name="${CSS.escape("o." + name)}"]`)) {
+    if (control.type === "hidden" || control === document.activeElement) continue;
+    if (control.type === "checkbox") control.checked = value.split("\n").includes(control.value);
+    else if (control.value !== value) {
+      if (control.tagName === "SELECT" && ![...control.options].some((o) => o.value === value)) control.add(new Option(value));
+      control.value = value;
+    }
+  }
+}
+
+function say(id, words) {
+  const line = document.getElementById(id);
+  line.textContent = words;
+  line.hidden = !words;
+}
+
+async function check() {
+  isDirty = false;
+  const response = await send("/new/check", new FormData(form));
+  const problem = document.getElementById("problem");
+  if (!response?.ok) return void (problem.textContent = "The page does not answer. What you typed is still here.");
+  const said = await response.json();
+  if (isDirty) return; // it was typed on: the next answer has everything
+  problem.textContent = "";
+  for (const [name, option] of Object.entries(said.options)) {
+    if (said.base === said.text) put(name, option.text);
+    const box = form.querySelector(`[data-option="${name}"]`);
+    box.classList.toggle("changed", option.changed);
+    box.querySelector("[id]:not([type=hidden])").setAttribute("aria-invalid", option.problem !== "");
+    say(`o.${name}.problem`, option.problem);
+    say(`o.${name}.caution`, option.caution);
+  }
+  if (text.value !== said.text) text.value = said.text;
+  base.value = said.base;
+  for (const fold of form.querySelectorAll("details.fold")) {
+    const badge = fold.querySelector("[data-count]");
+    const count = fold.querySelectorAll(".changed").length;
+    if (badge) [badge.hidden, badge.textContent] = [!count, `${count} set`];
+  }
+  for (const [id, html] of Object.entries(said.fragments)) replace(document.getElementById(id), html);
+  say("proposed", (form.elements.name.placeholder = said.name));
+  if (said.plan) ask(false);
+  else planned?.abort();
+}
+
+// A newer question ends an older one. The time is asked for once nothing has been typed for a while.
+async function ask(isTimed) {
+  clearTimeout(timing);
+  planned?.abort();
+  planned = new AbortController();
+  const data = new FormData(form);
+  if (isTimed) data.set("timed", "1");
+  else if (plan.querySelector("[data-nothing]")) plan.firstElementChild.textContent = "planning…";
+  plan.setAttribute("aria-busy", "true");
+  const response = await send("/new/plan", data, planned.signal);
+  if (response?.status !== 200) return;
+  replace(plan, await response.text());
+  plan.removeAttribute("aria-busy");
+  if (plan.querySelector("[data-time]") && !isTimed) timing = setTimeout(ask, 1500, true);
+}
+
+form.addEventListener("input", () => {
+  isDirty = isTouched = true;
+  clearTimeout(typing);
+  typing = setTimeout(check, 300);
+});
+form.addEventListener("submit", (event) => {
+  if (event.submitter?.formAction.endsWith("/new")) check(event.preventDefault());
+  else if (!("stays" in (event.submitter?.dataset ?? {}))) isTouched = false;
+});
+window.addEventListener("beforeunload", (event) => isTouched && event.preventDefault());
+
+const filter = document.getElementById("filter");
+document.getElementById("filter-field").hidden = false;
+filter.addEventListener("input", (event) => {
+  event.stopPropagation(); // it is no part of the recipe
+  const word = filter.value.trim().toLowerCase();
+  for (const fold of form.querySelectorAll("details.fold:has([data-option])")) {
+    const boxes = [...fold.querySelectorAll("[data-option]")];
+    for (const box of boxes) box.hidden = !(box.dataset.option + box.textContent).toLowerCase().includes(word);
+    fold.hidden = boxes.every((box) => box.hidden);
+    fold.open = word !== "" && !fold.hidden;
+  }
+});
+if (text.value.trim()) check();
