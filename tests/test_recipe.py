@@ -302,3 +302,9 @@ def test_validation_prompts_hold_the_empty_and_the_negative_prompt_once():
     assert validation_prompts({}) == ("",)
     with pytest.raises(RecipeError):
         validation_prompts({"train": {"validation": {"prompts": "a cat"}}})
+
+
+def test_an_entry_of_a_list_that_lacks_what_is_required_is_named_and_nothing_else_fails():
+    with pytest.raises(RecipeError) as error:
+        parse({"train": {"data": [{"weight": 1.0}]}}, {"train": TrainConfig})
+    assert error.value.problem == "train.data[0].cache is required"

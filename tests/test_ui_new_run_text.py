@@ -49,7 +49,9 @@ def test_a_value_that_is_left_out_becomes_a_comment_and_comes_back_in_its_place(
 
 def test_a_new_value_comes_behind_those_of_its_table_with_its_help():
     help_text = "# Strength: the adapter is scaled by alpha / rank. None: alpha = rank, as in the official trainer."
-    assert change(RECIPE, "train.lora.alpha", "16") == RECIPE.replace("]\n\n# ---", f"]\n{help_text}\nalpha = 16\n\n# ---")
+    assert change(RECIPE, "train.lora.alpha", "16") == RECIPE.replace(
+        "]\n\n# ---", f"]\n{help_text}\nalpha = 16\n\n# ---"
+    )
 
 
 def test_a_new_table_comes_before_those_that_follow_it_in_a_recipe():
@@ -63,7 +65,8 @@ def test_a_new_table_comes_before_those_that_follow_it_in_a_recipe():
     "text",
     [
         "train = {lora = {rank = 8}}", "[train]\nlora.rank = 8", "[train]\nlora = {rank = 8, alpha = 4}",
-        '[train."lora"]\n"rank" = 8', 'train = 5\nx = "[train.lora]\\nrank = 8"', '[train]\nname = """\n[train.lora]\n"""',
+        '[train."lora"]\n"rank" = 8', 'train = 5\nx = "[train.lora]\\nrank = 8"',
+        '[train]\nname = """\n[train.lora]\n"""',
         "[[train.data]]\ncache = 'a'\n[train.lora]\nrank = 1", "[train.lora]\nrank = 8 # rank = 9", "#[train.lora]",
     ],
 )  # fmt: skip
@@ -94,9 +97,11 @@ def test_every_option_of_every_packaged_recipe_goes_through_its_field_unchanged(
     ("name", "typed", "value"),
     [
         ("train.optim.lr", "1e-4", 1e-4), ("train.optim.lr", "1,5", "1,5"), ("train.steps", " 10 ", 10),
-        ("train.steps", "1\nx = 2", "1\nx = 2"), ("train.steps", "9" * 5000, "9" * 5000), ("train.steps", "", LEFT_OUT),
+        ("train.steps", "1\nx = 2", "1\nx = 2"), ("train.steps", "9" * 5000, "9" * 5000),
+        ("train.steps", "", LEFT_OUT),
         ("train.steps", "1979-05-27", "1979-05-27"), ("train.optim.betas", "0.9, 0.99", [0.9, 0.99]),
-        ("train.lora.init_lora", "", LEFT_OUT), ("train.lora.init_lora", '""', ""), ("train.deterministic", "true", True),
+        ("train.lora.init_lora", "", LEFT_OUT), ("train.lora.init_lora", '""', ""),
+        ("train.deterministic", "true", True),
         ("train.validation.prompts", "a cat\n\n\"two\\nlines\"\n\"\"", ["a cat", "two\nlines", ""]),
         ("train.validation.negative_prompt", '"quoted" word', '"quoted" word'),
         ("train.trackers.use", "", []), ("train.trackers.use", "wandb\ntrackio", ["wandb", "trackio"]),

@@ -240,7 +240,7 @@ def _build(schema: type[T], table: Any, where: str, problems: _Problems) -> T:
     missing = [name for name in required if name not in values]
     if missing:
         problems += [Problem(where, f"{where}.{name} is required") for name in missing if name not in table]
-        return typing.cast(T, None)
+        return typing.cast(T, _BAD)
     config = schema(**values)
     check = getattr(config, "check", None)
     if check is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def problem_of(
         return None
     if meaning and meaning.why:
         return f"{where}.{name} {meaning.why}" if where else f"{name} {meaning.why}"
-    meant = [meaning.option or ""] if meaning else _meant(name, where, own, list(_names(schemas)))
+    meant = [meaning.option or ""] if meaning else _meant(name, where, own, _all_names(tuple(schemas.items())))
     suggestion = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
     return f"{f'[{where}] ' if where else ''}unknown {kind} {name!r}{suggestion}"
 
@@ -70,6 +71,12 @@ def _shared(where: str, full: str) -> int:
     """How many tables from the top two names have in common."""
     pairs = zip(where.split("."), full.split("."), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(where.count("."), full.count(".")) + 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _all_names(schemas: tuple[tuple[str, type[Any]], ...]) -> Sequence[str]:
+    """Those of a recipe: a recipe with many mistakes asks for them many times."""
+    return tuple(_names(dict(schemas)))
 
 
 def _names(schemas: Mapping[str, type[Any]]) -> Iterator[str]:

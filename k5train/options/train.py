@@ -13,6 +13,9 @@ from k5train.options.objective import ObjectiveConfig, RolloutConfig, TreadConfi
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import TrackersConfig, ValidationConfig
 
+FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
+"""What all runs of a sweep have in common: the options that decide the shared base and the caches."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -17,7 +17,7 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import unseal_if_sealed
-from k5train.options.train import TrainConfig
+from k5train.options.train import FIXED, TrainConfig
 from k5train.pictures import sheet
 from k5train.pictures.compared import compare_pictures
 from k5train.pictures.saved import read_pictures
@@ -28,7 +28,7 @@ from k5train.runs.outcomes import FILE, NOT_FINISHED, Outcome, read_outcomes
 from k5train.runs.recipe import comparable
 from k5train.runs.record import UNSEALED_RESULT, Loss, Record, read_record
 from k5train.runs.written import check_recorded
-from k5train.training.sweep_runs import FIXED, SweepRun
+from k5train.training.sweep_runs import SweepRun
 
 GRID_FILE = "samples.png"
 """Further grids, of runs that drew other prompts, are ``samples-2.png``, ``samples-3.png`` ..."""

@@ -18,14 +18,11 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.origins import Document, line_of
 from k5cache.shared.packaged import advice, located
 from k5cache.shared.recipe import parse, read_toml, set_option, to_dict
-from k5train.options.train import TrainConfig
+from k5train.options.train import FIXED, TrainConfig
 from k5train.options.without_effect import options_without_effect
 from k5train.runs.compared import some
 from k5train.runs.differences import differences
 from k5train.training.start import resolved
-
-# The options that decide the shared base and the caches.
-FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
 
 
 @dataclass(frozen=True)

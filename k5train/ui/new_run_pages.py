@@ -76,7 +76,7 @@ def check_typed(request: Request, form: FormData) -> Response:
             "base": shown.draft.text if is_toml else shown.draft.base,
             "options": options,
             "name": shown.name,
-            "fragments": {"said": fragment("new_run_said.html", view=shown)},
+            "said": fragment("new_run_said.html", view=shown),
             "plan": shown.checked.config is not None,
         }
     )
@@ -158,7 +158,9 @@ def _draft(form: FormData) -> Draft:
 def _refused(request: Request, draft: Draft, error: K5Error) -> Response:
     """The form as it was, with what is wrong: nothing that was typed is lost."""
     replaces = error.seen if isinstance(error, WouldReplace) else ""
-    return _page(request, view(project_of(request), draft), error=error, replaces=replaces, status=409 if replaces else 400)
+    return _page(
+        request, view(project_of(request), draft), error=error, replaces=replaces, status=409 if replaces else 400
+    )
 
 
 def _page(

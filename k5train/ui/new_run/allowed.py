@@ -15,7 +15,7 @@ from k5cache.shared.errors import K5Error
 from k5cache.shared.foreign import shown
 from k5cache.shared.inside import is_inside
 from k5cache.shared.origins import Problem
-from k5train.ui.new_run.fields import LEFT_OUT, value_in
+from k5train.ui.new_run.fields import value_in
 from k5train.ui.project import Project
 
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+", re.ASCII)
@@ -86,9 +86,8 @@ def _is_allowed(project: Project, name: str, path: str, models: Sequence[str]) -
         return True
     if name != MODEL:
         return False
-    is_folder = os.path.lexists(project.root / path) if "\0" not in path else True
-    is_repository = bool(_REPOSITORY.fullmatch(path)) and not is_folder
-    return is_repository or path == project.model or path in models
+    is_repository = _REPOSITORY.fullmatch(path) and not os.path.lexists(project.root / path.partition("/")[0])
+    return bool(is_repository) or path == project.model or path in models
 
 
 def _what_to_do(name: str) -> str:

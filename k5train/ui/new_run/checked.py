@@ -25,7 +25,7 @@ from k5train.ui.new_run.allowed import path_problems
 from k5train.ui.new_run.fields import LEFT_OUT, fields, value_in
 from k5train.ui.project import Project
 
-MOST_CHARACTERS = 100_000
+_MOST_CHARACTERS, _MOST_LINES = 100_000, 1000  # the longest of ours has 4,000 in 100; longer ones take long to check
 SCHEMAS: dict[str, type[Any]] = {"model": ModelConfig, "cache": CacheConfig, "train": TrainConfig}
 _LIBRARY = "train.validation.prompt_library"
 _AT_LINE = re.compile(r"at line (\d+)")
@@ -65,8 +65,11 @@ def check(project: Project, text: str, models: Sequence[str] = ()) -> Checked:
         models: as for ``path_problems``.
     """
     try:
-        if len(text) > MOST_CHARACTERS:
-            raise RecipeError(f"The recipe has {len(text):,} characters", f"At most {MOST_CHARACTERS:,} are read here")
+        if is_too_long(text):
+            raise RecipeError(
+                f"The recipe is longer than {_MOST_LINES:,} lines or {_MOST_CHARACTERS:,} characters",
+                "Start it in a terminal with --recipe",
+            )
         document = Document(parse_toml(text, "The recipe", "See https://toml.io"), Path("recipe"), text)
     except RecipeError as error:
         line = _AT_LINE.search(error.problem)
@@ -82,6 +85,11 @@ def check(project: Project, text: str, models: Sequence[str] = ()) -> Checked:
     lines = [*options_without_effect(config), *rate_warnings(config), *extreme_values(config)]
     return Checked(document, cautions=tuple(map(caution, lines)), config=config,
                    model=model if document.get("model") else None)  # fmt: skip
+
+
+def is_too_long(text: str) -> bool:
+    """Whether a recipe is longer than any that a person writes."""
+    return len(text) > _MOST_CHARACTERS or text.count("\n") >= _MOST_LINES
 
 
 def caution(line: str) -> Said:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from k5train.ui.new_run.checked import MOST_CHARACTERS
+from k5train.ui.new_run.checked import is_too_long
 from k5train.ui.new_run.edited import with_value
 from k5train.ui.new_run.fields import LEFT_OUT, fields, value_in
 from k5train.ui.new_run.starts import Start
@@ -49,7 +50,7 @@ class Draft:
     replaces: str = ""
     """A hash of the file that may be replaced."""
 
-    @property
+    @cached_property
     def document(self) -> Mapping[str, Any]:
         """The recipe's values; of the text that the fields were made from while the text is no TOML."""
         return _values(self.text) or _values(self.base) or {}
@@ -97,7 +98,7 @@ def _with_fields(draft: Draft, form: Mapping[str, Sequence[str]]) -> Draft:
             if text != option.text_in(before):
                 typed[name] = text
     text = draft.text
-    if len(text) > MOST_CHARACTERS or _values(text) is None:
+    if _values(text) is None:
         return replace(draft, typed=typed)
     for name, shown in typed.items():
         option = fields()[name]
@@ -115,7 +116,7 @@ def _is_same(a: Any, b: Any) -> bool:
 def _values(text: str) -> dict[str, Any] | None:
     """The values of a text; None if it is no TOML."""
     try:
-        return tomllib.loads(text) if len(text) <= MOST_CHARACTERS else None
+        return None if is_too_long(text) else tomllib.loads(text)
     except (ValueError, RecursionError):
         return None
 

@@ -136,7 +136,7 @@ def groups() -> tuple[Group, ...]:
     return tuple(
         Group(
             table.name,
-            table.help.removeprefix(f"``[{table.name}]``: "),
+            _in_a_form(table.help.removeprefix(f"``[{table.name}]``: ")),
             tuple(field for field in _fields(table) if not field.is_first),
             tuple(t for t in found if t.listed and t.name.rpartition(".")[0] == table.name),
         )
@@ -176,7 +176,13 @@ def _field(name: str, option: Option) -> Field:
     elif origin is tuple:
         control = "lines" if args[-1] is Ellipsis else "pair"
     default = None if option.default is MISSING else option.default
-    return Field(name, control, option.hint, default, option.help.replace("``", "`"), choices)
+    return Field(name, control, option.hint, default, _in_a_form(option.help), choices)
+
+
+def _in_a_form(text: str) -> str:
+    """A docstring as a form says it, where None is a field that is left empty."""
+    text = text.replace("``", "`").replace("None:", "Not set:")
+    return text[:1].upper() + text[1:]
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
@@ -207,12 +213,19 @@ def _number(text: str) -> Any:
 def _quoted(value: Any) -> str:
     """A value as a line of a field. A text that the field could not give back is written in quotes."""
     if type(value) is float:
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
+        return _shortest(value)
     if not isinstance(value, str):
         return toml_value(value)
     is_plain = value and value == value.strip() and not value.startswith('"') and value.isprintable()
     return value if is_plain else toml_value(value)
+
+
+def _shortest(value: float) -> str:
+    """A number as a person would write it: ``1e-4``, ``0.05``."""
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    small = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent or 0)}"
+    short = small if 0 < abs(value) < 1e-3 else f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _unquoted(line: str) -> str:

@@ -31,7 +31,8 @@ def start(project: Project, text: str, name: str, caches: Sequence[Entry]) -> Jo
         name: of its folder under ``runs/``.
 
     Raises:
-        K5Error: the recipe has a problem, no cache is chosen, or the name is taken or cannot be one. Nothing is written.
+        K5Error: the recipe has a problem, no cache is chosen, or the name is taken or cannot be one. Then nothing
+            is written.
     """
     _check_recipe(project, text, caches)
     target = check_name(project, name, "run")
@@ -102,7 +103,9 @@ def check_name(project: Project, name: str, kind: str) -> str:
     target = f"{kind}s/{name}"
     folder = project.inside(Path(target))
     if folder.exists() or folder.is_symlink():
-        raise OutputError(f"{target} is there already", f"Choose another name, such as {free_name(project, name, kind)}")
+        raise OutputError(
+            f"{target} is there already", f"Choose another name, such as {free_name(project, name, kind)}"
+        )
     if any(job.about == target for job in _unfinished(project)):
         raise OutputError(f"A {kind} named {shown(name)} waits in the queue", "Choose another name")
     try:

@@ -19,6 +19,7 @@ from k5train.ui.new_run.planner_process import Question
 _IDLE, _IDLE_ON_GPU = 60, 15
 """Seconds without a question after which the process ends. On a GPU it holds memory that a run might want."""
 _MOST_KEPT = 8  # answers
+COMMAND = [sys.executable, "-m", "k5train.ui.new_run.planner_process"]
 
 
 class Planner:
@@ -84,9 +85,7 @@ class Planner:
                     break
         finally:
             self._is_timing = False
-        return {
-            "problem": [f"The planner ended with exit code {process.returncode}", "Try k5train plan in a terminal"]
-        }
+        return {"problem": [f"The planner ended with exit code {process.returncode}", "Try k5train plan in a terminal"]}
 
     def _begun(self, env: Mapping[str, str]) -> subprocess.Popen[str]:
         if self._process and (self._process.poll() is not None or self._env != env):
@@ -96,7 +95,7 @@ class Planner:
                 seconds = _IDLE_ON_GPU if any(env.values()) else _IDLE
                 self._env = env
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "k5train.ui.new_run.planner_process", str(seconds)],
+                    [*COMMAND, str(seconds)],
                     cwd=self._folder,
                     env={**environment(), **env, "HF_HUB_OFFLINE": "1"},
                     stdin=subprocess.PIPE,
@@ -131,7 +130,8 @@ def _key(line: str, env: Mapping[str, str]) -> str:
 
 def _exchange(process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
     """The answer to a question; None if the process has ended."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         process.stdin.write(f"{line}\n")
         process.stdin.flush()

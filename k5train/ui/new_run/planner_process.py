@@ -86,7 +86,9 @@ def _about_data(entries: Sequence[DataConfig], config: TrainConfig, model: Model
     epoch = num_batches(trained_on.pools, config.batch_size, 0)
     steps = config.steps
     if config.epochs is not None:
-        steps = -(-num_micro_batches(trained_on, config.batch_size, config.epochs) // config.gradient_accumulation_steps)
+        steps = -(
+            -num_micro_batches(trained_on, config.batch_size, config.epochs) // config.gradient_accumulation_steps
+        )
     images = len(data) - sum(len(source.split) for source in trained_on.sources)
     passes = steps * config.gradient_accumulation_steps / epoch if epoch else 0.0
     return {"cautions": lines, "steps": steps, "images": images, "passes": passes}

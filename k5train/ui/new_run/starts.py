@@ -1,4 +1,4 @@
-"""What can a new run start from? A packaged recipe, a recipe of the project, the recipe of an earlier run, or defaults."""
+"""What can a new run start from? A packaged recipe, one of the project, that of an earlier run, or defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k5cache.shared import packaged
 from k5cache.shared.errors import K5Error
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.option_list import Table, tables
@@ -111,9 +110,7 @@ def is_recipe(text: str) -> bool:
     return bool(names) and names <= set(TABLES)
 
 
-def started(
-    project: Project, recipe: str = "", file: str = "", run: str = "", chosen: Sequence[str] = ()
-) -> Start:
+def started(project: Project, recipe: str = "", file: str = "", run: str = "", chosen: Sequence[str] = ()) -> Start:
     """What a form begins with: a packaged recipe's name, or the id of a file or of a run.
 
     Args:

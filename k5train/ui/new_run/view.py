@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from markupsafe import Markup
+
 from k5cache.shared.inside import name_problem
 from k5cache.shared.option_list import Table
-from k5train.training.sweep_runs import FIXED
+from k5train.options.train import FIXED
 from k5train.ui.listing import Entry, caches, runs
 from k5train.ui.new_run.allowed import models_of
 from k5train.ui.new_run.checked import Checked, Said, check
@@ -21,9 +23,16 @@ from k5train.ui.new_run.saving import Changed, changed
 from k5train.ui.new_run.starts import Choice, RecipeFile, packaged_recipes, recipe_files
 from k5train.ui.project import Project
 
-_SENTENCE = re.compile(r"(.+?[.:])(?:\s+(.*))?", re.DOTALL)
+_SENTENCE = re.compile(r"(.+?\.)(?:\s+(.*))?", re.DOTALL)
 _MOST_RUNS = 12
 _SHORT_HELP = 110
+
+
+def with_code(text: str) -> Markup:
+    """A help whose words in backticks are code."""
+    prose_and_code = text.split("`")
+    marked = (Markup("<code>{}</code>") if i % 2 else Markup("{}") for i in range(len(prose_and_code)))
+    return Markup().join(how.format(part) for how, part in zip(marked, prose_and_code, strict=True))
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,18 @@ class Shown:
     cautions: tuple[str, ...] = ()
 
     @property
-    def help(self) -> tuple[str, str]:
+    def help(self) -> tuple[Markup, Markup]:
         """Its help: what stands there, and what unfolds."""
         text = self.field.help
         match = _SENTENCE.fullmatch(text)
         if len(text) <= _SHORT_HELP or match is None or not match[2]:
-            return text, ""
-        return match[1], match[2]
+            return with_code(text), Markup()
+        return with_code(match[1]), with_code(match[2])
+
+    @property
+    def table(self) -> str:
+        """Its table, without that of the run: ``lora``. Empty for one of the run itself."""
+        return self.field.name.removeprefix("train.").rpartition(".")[0]
 
     @property
     def lines(self) -> list[str]:
@@ -56,7 +70,7 @@ class Fold:
     """A table of a recipe, folded."""
 
     name: str
-    help: str
+    help: Markup
     options: tuple[Shown, ...]
     entries: tuple[Table, ...]
 
@@ -143,7 +157,7 @@ def view(project: Project, draft: Draft) -> View:
     checked, chosen = checked_draft(project, draft)
     shown = {name: _shown(field, draft, checked) for name, field in fields().items()}
     folds = tuple(
-        Fold(group.name, group.help, tuple(shown[field.name] for field in group.fields), group.entries)
+        Fold(group.name, with_code(group.help), tuple(shown[field.name] for field in group.fields), group.entries)
         for group in groups()
         if group.fields or group.entries
     )
@@ -186,4 +200,3 @@ def _sweepable() -> list[str]:
     """The options over which a sweep may go: not those that decide the base that all runs share."""
     words = (name for name in fields() if name.startswith("train.") and name.split(".")[1] not in FIXED)
     return [name for name in words if fields()[name].control != "lines" or name == "train.lora.targets"]
-

@@ -5,20 +5,17 @@ const form = document.getElementById("new-run");
 const { text, base } = form.elements;
 const plan = document.getElementById("plan");
 let isDirty = false; // something was typed since the form was last sent
-let isTouched = false; // something was typed that is nowhere else
-let typing, timing, planned;
+let isTouched = false, typing, timing, planned; // isTouched: something was typed that is nowhere else
 
 const send = (url, data, signal) => fetch(url, { method: "POST", body: data, signal }).catch(() => null);
 
 // Puts a value into every control of an option, but not into the one that is being typed in.
 function put(name, value) {
-  for (const control of form.querySelectorAll(`[name="${CSS.escape("o." + name)}"]`)) {
+  for (const control of form.querySelectorAll(`[name="o.${name}"]`)) {
     if (control.type === "hidden" || control === document.activeElement) continue;
     if (control.type === "checkbox") control.checked = value.split("\n").includes(control.value);
-    else if (control.value !== value) {
-      if (control.tagName === "SELECT" && ![...control.options].some((o) => o.value === value)) control.add(new Option(value));
-      control.value = value;
-    }
+    else control.value = value;
+    if (control.selectedIndex === -1) control.add(new Option(value, value, true, true)); // no choice of this name
   }
 }
 
@@ -31,30 +28,26 @@ function say(id, words) {
 async function check() {
   isDirty = false;
   const response = await send("/new/check", new FormData(form));
-  const problem = document.getElementById("problem");
-  if (!response?.ok) return void (problem.textContent = "The page does not answer. What you typed is still here.");
+  if (!response?.ok) return say("problem", "The page does not answer. What you typed is still here.");
   const said = await response.json();
   if (isDirty) return; // it was typed on: the next answer has everything
-  problem.textContent = "";
+  say("problem", "");
   for (const [name, option] of Object.entries(said.options)) {
     if (said.base === said.text) put(name, option.text);
-    const box = form.querySelector(`[data-option="${name}"]`);
-    box.classList.toggle("changed", option.changed);
-    box.querySelector("[id]:not([type=hidden])").setAttribute("aria-invalid", option.problem !== "");
+    form.querySelector(`[data-option="${name}"]`).classList.toggle("changed", option.changed);
+    document.getElementById(`o.${name}`).setAttribute("aria-invalid", option.problem !== "");
     say(`o.${name}.problem`, option.problem);
     say(`o.${name}.caution`, option.caution);
   }
   if (text.value !== said.text) text.value = said.text;
   base.value = said.base;
-  for (const fold of form.querySelectorAll("details.fold")) {
-    const badge = fold.querySelector("[data-count]");
-    const count = fold.querySelectorAll(".changed").length;
-    if (badge) [badge.hidden, badge.textContent] = [!count, `${count} set`];
+  for (const badge of form.querySelectorAll("[data-count]")) {
+    const count = badge.closest("details").querySelectorAll(".changed").length;
+    [badge.hidden, badge.textContent] = [!count, `${count} changed`];
   }
-  for (const [id, html] of Object.entries(said.fragments)) replace(document.getElementById(id), html);
+  replace(document.getElementById("said"), said.said);
   say("proposed", (form.elements.name.placeholder = said.name));
-  if (said.plan) ask(false);
-  else planned?.abort();
+  said.plan ? ask(false) : planned?.abort();
 }
 
 // A newer question ends an older one. The time is asked for once nothing has been typed for a while.
@@ -73,27 +66,25 @@ async function ask(isTimed) {
   if (plan.querySelector("[data-time]") && !isTimed) timing = setTimeout(ask, 1500, true);
 }
 
-form.addEventListener("input", () => {
+form.addEventListener("input", (event) => {
+  if (event.target.id === "filter") return; // it is no part of the recipe
   isDirty = isTouched = true;
   clearTimeout(typing);
   typing = setTimeout(check, 300);
 });
 form.addEventListener("submit", (event) => {
-  if (event.submitter?.formAction.endsWith("/new")) check(event.preventDefault());
-  else if (!("stays" in (event.submitter?.dataset ?? {}))) isTouched = false;
+  if (event.submitter.formAction.endsWith("/new")) check(event.preventDefault());
+  else isTouched &&= "stays" in event.submitter.dataset;
 });
 window.addEventListener("beforeunload", (event) => isTouched && event.preventDefault());
 
-const filter = document.getElementById("filter");
 document.getElementById("filter-field").hidden = false;
-filter.addEventListener("input", (event) => {
-  event.stopPropagation(); // it is no part of the recipe
-  const word = filter.value.trim().toLowerCase();
+document.getElementById("filter").addEventListener("input", (event) => {
+  const word = event.target.value.trim().toLowerCase();
   for (const fold of form.querySelectorAll("details.fold:has([data-option])")) {
     const boxes = [...fold.querySelectorAll("[data-option]")];
-    for (const box of boxes) box.hidden = !(box.dataset.option + box.textContent).toLowerCase().includes(word);
-    fold.hidden = boxes.every((box) => box.hidden);
-    fold.open = word !== "" && !fold.hidden;
+    for (const box of boxes) box.hidden = !`${box.dataset.option} ${box.textContent}`.toLowerCase().includes(word);
+    [fold.hidden, fold.open] = [boxes.every((box) => box.hidden), word !== ""];
   }
 });
-if (text.value.trim()) check();
+check();
