@@ -48,7 +48,7 @@ def test_a_value_that_is_left_out_becomes_a_comment_and_comes_back_in_its_place(
 
 
 def test_a_new_value_comes_behind_those_of_its_table_with_its_help():
-    help_text = "# Strength: the adapter is scaled by alpha / rank. None: alpha = rank, as in the official trainer."
+    help_text = "# Strength: the adapter is scaled by alpha / rank. Not set: alpha = rank, as in the official trainer."
     assert change(RECIPE, "train.lora.alpha", "16") == RECIPE.replace(
         "]\n\n# ---", f"]\n{help_text}\nalpha = 16\n\n# ---"
     )

@@ -19,7 +19,8 @@ from k5train.ui.new_run.planning import NOTHING, PlanView, plan_view
 from k5train.ui.new_run.saving import WouldReplace, save
 from k5train.ui.new_run.starts import started
 from k5train.ui.new_run.view import View, checked_draft, choices, chosen_caches, view
-from k5train.ui.pages import fragment, project_of, render
+from k5train.ui.pages import project_of, render
+from k5train.ui.templating import fragment
 
 NOTICES.update(recipe_saved="The recipe is saved.")
 _beginning = threading.Lock()

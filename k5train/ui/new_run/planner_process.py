@@ -103,10 +103,9 @@ def _about_memory(
         config = replace(config, memory=replace(config.memory, vram=question.card))
     kind: Kind = "i2i" if model and kind_of_flavour(model) == "i2i" else "t2i"
     named = model if model and model.path else None  # the shapes of a published one are known
-    first, *others = [Path(entry.cache) for entry in entries] or [None]
-    plan = plan_without_loading(
-        first, config, named, _TOKENS, _TEXT_TOKENS, kind, [cache for cache in others if cache is not None]
-    )
+    caches = [Path(entry.cache) for entry in entries]
+    first = caches[0] if caches else None
+    plan = plan_without_loading(first, config, named, _TOKENS, _TEXT_TOKENS, kind, caches[1:])
     reply: dict[str, Any] = {"title": plan.title, "rows": plan.rows}
     if question.is_timed and plan.timed:
         import torch
