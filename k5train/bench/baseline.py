@@ -1,4 +1,5 @@
-"""How long does a step take with diffusers, peft and quanto's int8, eager? `k5train bench` is compared with it."""
+"""How long does a step take with diffusers, peft and quanto's int8? `k5train bench` is compared with it: eager, as most
+run them, and with diffusers' own `compile_repeated_blocks`."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from torch import nn
 from k5train.adapter import attach
 from k5train.base import random_weights
 from k5train.base.architecture import FULL_SIZE
-from k5train.bench.case import I2I, MUST_REACH, Case, Measured, condition_for, inputs_for
+from k5train.bench.case import I2I, MUST_REACH, Baseline, Case, Measured, condition_for, inputs_for
 from k5train.bench.timing import flops, time_steps
+from k5train.forward.compile import set_up_compiler
 from k5train.objective import flow
 from k5train.options.adapter import LoraConfig
 from k5train.options.train import TrainConfig
@@ -22,12 +24,14 @@ from k5train.planning.plan import work_for
 
 
 def time_baseline(
-    config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int, case: Case = MUST_REACH[0]
-) -> Measured:
+    config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int, case: Case = MUST_REACH[0],
+    how: Baseline = "eager",
+) -> Measured:  # fmt: skip
     """Time a case of the bench, with gradient checkpointing.
 
     Args:
         config: the transformer's config.json. Any other than the full size is timed on a small picture.
+        how: whether the blocks run eagerly or compiled.
     """
     config = case.config(config)
     if config["model_dim"] != FULL_SIZE["model_dim"]:
@@ -39,6 +43,9 @@ def time_baseline(
     freeze(transformer)
     attach.add_lora(transformer, LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets), seed=0)
     transformer.enable_gradient_checkpointing()
+    if how == "compiled":
+        set_up_compiler()
+        transformer.compile_repeated_blocks()
     latents, sigma, text, pooled = inputs_for(case, config, device)
     noisy = torch.cat([latents, *condition_for(case, config, device).values()], dim=-1)
     grid = case.side // 16
@@ -63,9 +70,9 @@ def time_baseline(
     operations = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
     kind = I2I if case.is_i2i else ""
     return Measured(
-        f"baseline: {kind}diffusers + peft + quanto, eager, checkpointing", timing.median, timing.fastest, None,
-        timing.reserved_gib, timing.busy, operations / timing.median / 1e9, "all recomputed", timing.first,
-    )  # fmt: skip
+        f"baseline: {kind}diffusers + peft + quanto, {how}, checkpointing", timing.median, timing.fastest, None,
+        timing.reserved_gib, timing.busy, operations / timing.median / 1e9, "all recomputed", timing.first, how,
+    ).on_gpu(timing)  # fmt: skip
 
 
 def _use_plain_linears(transformer: nn.Module) -> None:

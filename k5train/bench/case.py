@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,15 @@ from torch import Tensor
 from k5cache.shared.console import parse_bytes
 from k5cache.shared.vram import for_torch
 from k5train.base.quantize import Precision
+from k5train.bench.kernels import Share, by_group, limit_of, longest
+from k5train.bench.timing import Timing
 from k5train.forward import routing
 from k5train.forward.condition import condition_of
 from k5train.objective import tread
 from k5train.options.objective import RouteConfig, TreadConfig
 
+Baseline = Literal["eager", "compiled"]
+NUM_LONGEST = 12  # kernels that are listed one by one
 I2I = "I2I, "  # how the name of a case begins that edits images; the rest is that of the case to compare it with
 
 
@@ -69,6 +73,25 @@ class Measured:
     plan: str
     first_step_seconds: float
     """With compilation."""
+    baseline: Baseline | None = None
+    """How diffusers ran. None: this is ours."""
+    limit: str | None = None
+    """What limits the step, in words."""
+    groups: dict[str, Share] | None = None
+    """What each group of kernels takes."""
+    longest: tuple[tuple[str, str, Share], ...] = ()
+    """Group and name of the kernels that take longest, and what they take."""
+
+    def on_gpu(self, timing: Timing) -> Measured:
+        """The same with what the step's kernels say, if they were seen."""
+        if not timing.launches:
+            return self
+        return replace(
+            self,
+            limit=limit_of(timing.median, timing.launches),
+            groups=by_group(timing.launches),
+            longest=tuple(longest(timing.launches, NUM_LONGEST)),
+        )
 
 
 QUICK = (Case("int8-quanto", None), Case("int8-dynamic", None))

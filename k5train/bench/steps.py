@@ -20,7 +20,18 @@ from k5train.adapter import attach
 from k5train.base.architecture import FULL_SIZE
 from k5train.base.random_weights import random_transformer
 from k5train.bench.baseline import time_baseline
-from k5train.bench.case import I2I, Case, Measured, condition_for, inputs_for, routes_for, tread_of
+from k5train.bench.case import (
+    I2I,
+    MUST_REACH,
+    Baseline,
+    Case,
+    Measured,
+    condition_for,
+    inputs_for,
+    routes_for,
+    tread_of,
+)
+from k5train.bench.kernels import GROUPS
 from k5train.bench.timing import flops, time_steps
 from k5train.forward import routing
 from k5train.forward.load import execute, stream_weights, streamed_blocks
@@ -33,7 +44,10 @@ from k5train.planning import vram
 from k5train.planning.memory import Plan, architecture
 from k5train.planning.plan import leaner_budget, plan_for, work_for
 
-COLUMNS = ("case", "ms/step", "speed", "GPU busy", "reserved GiB", "predicted", "TFLOP/s (of ceiling)", "blocks")
+COLUMNS = ("case", "ms/step", "GPU busy", "beside eager", "beside compiled", "reserved GiB", "predicted",
+           "TFLOP/s (of ceiling)", "blocks")  # fmt: skip
+_MOST_OF_A_NAME = 100  # characters: names of C++ templates go on for lines
+KERNEL_COLUMNS = ("group", "ms", "launches", "what it covers, or the kernel")
 
 
 def within(budget: int | None, cases: tuple[Case, ...]) -> tuple[Case, ...]:
@@ -57,11 +71,14 @@ def time_cases(
     """Time every case, one after the other. A case that does not fit or fails is named and left out.
 
     Args:
-        baseline: the case that diffusers, peft and quanto are timed with first. None: they are not.
+        baseline: the case that diffusers, peft and quanto are timed with first, eager and compiled. None: they are
+            not.
     """
     measurements: list[tuple[str, Callable[[], Measured]]] = []
-    if baseline:
-        measurements.append(("baseline", partial(time_baseline, config, device, num_steps, num_warm_up, baseline)))
+    hows: tuple[Baseline, ...] = ("eager", "compiled") if baseline else ()
+    for how in hows:
+        time = partial(time_baseline, config, device, num_steps, num_warm_up, baseline or MUST_REACH[0], how)
+        measurements.append((f"baseline, {how}", time))
     measurements += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
     results = [measure_or_warn(name, measure) for name, measure in measurements]
     return [result for result in results if result is not None]
@@ -150,7 +167,7 @@ def _time_plan(
     return Measured(
         case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
         timing.busy, operations / timing.median / 1e9, ", ".join(blocks), timing.first,
-    )  # fmt: skip
+    ).on_gpu(timing)  # fmt: skip
 
 
 def make_step(
@@ -181,8 +198,8 @@ def make_step(
 
 
 def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]]:
-    """Results as rows of text. If the first is the baseline, every row has its speed beside it."""
-    base = results[0].milliseconds if results and results[0].name.startswith("baseline") else None
+    """Results as rows of text, each beside the baselines among them."""
+    baselines = {r.baseline: r for r in results if r.baseline}
     rows = []
     for r in results:
         error = (
@@ -190,11 +207,38 @@ def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]
         )
         predicted = f"{r.predicted_gib:.2f}{error}" if r.predicted_gib else ""
         rows.append([
-            r.name, f"{r.milliseconds:.0f}", f"{base / r.milliseconds:.2f}x" if base else "",
-            f"{r.busy:.0f}" if r.busy else "", f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
+            r.name, f"{r.milliseconds:.0f}", f"{r.busy:.0f}" if r.busy else "",
+            _beside(r, baselines.get("eager")), _beside(r, baselines.get("compiled")),
+            f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
             f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,
         ])  # fmt: skip
     return rows
+
+
+def _beside(result: Measured, baseline: Measured | None) -> str:
+    """How many times as fast as a baseline a step is, by the clock and by what the GPU computes."""
+    if baseline is None:
+        return ""
+    gpu = f", GPU {baseline.busy / result.busy:.2f}x" if baseline.busy and result.busy else ""
+    return f"{baseline.milliseconds / result.milliseconds:.2f}x{gpu}"
+
+
+def limits(results: list[Measured]) -> list[str]:
+    """For each result whose kernels were seen, a line that says what limits it."""
+    return [f"{result.name}: limited by {result.limit}" for result in results if result.limit]
+
+
+def kernel_rows(result: Measured) -> list[list[str]]:
+    """A step's kernels as rows of text: the groups, then the kernels that took longest."""
+    groups = [
+        [name, f"{share.milliseconds:.1f}", str(share.launches), GROUPS[name]]
+        for name, share in (result.groups or {}).items()
+    ]
+    kernels = [
+        [name, f"{share.milliseconds:.1f}", str(share.launches), kernel[:_MOST_OF_A_NAME]]
+        for name, kernel, share in result.longest
+    ]
+    return groups + kernels
 
 
 def beside_t2i(results: list[Measured]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from k5train.bench.kernels import Launch, busy_milliseconds, launches_of
 from k5train.forward.execute import Execution
 from k5train.planning.memory import Architecture, Work
 
@@ -22,8 +23,13 @@ class Timing:
     first: float
     """Seconds until the first timed step: compilation and warm-up."""
     reserved_gib: float | None
-    busy: float | None
-    """Milliseconds in which the GPU computes, by ``busy_milliseconds``."""
+    launches: tuple[Launch, ...] | None
+    """What one step launches on the GPU."""
+
+    @property
+    def busy(self) -> float | None:
+        """Milliseconds in which the GPU computes."""
+        return busy_milliseconds(self.launches) if self.launches else None
 
 
 def time_steps(
@@ -47,22 +53,8 @@ def time_steps(
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - tick))
     reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
-    return Timing(
-        sorted(times)[len(times) // 2], min(times), first, reserved, busy_milliseconds(step) if on_gpu else None
-    )
-
-
-def busy_milliseconds(step: Callable[[], Any]) -> float:
-    """Milliseconds that the kernels of one step take on the GPU, without copies."""
-    from torch.profiler import ProfilerActivity, profile
-
-    # Without acc_events torch warns at the second profile of a process.
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-        step()
-        torch.cuda.synchronize()
-    events: list[Any] = list(profiled.key_averages())
-    kernels = [e for e in events if e.device_type.name == "CUDA" and not e.key.startswith("Mem")]
-    return float(sum(e.self_device_time_total for e in kernels)) / 1000
+    launches = tuple(launches_of(step)) if on_gpu else None
+    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, launches)
 
 
 def flops(arch: Architecture, work: Work) -> float:

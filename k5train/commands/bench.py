@@ -27,7 +27,12 @@ def bench(
     i2i: Annotated[
         bool, typer.Option("--i2i", help="Time image-to-image beside text-to-image, both with 500 text tokens.")
     ] = False,
-    baseline: Annotated[bool, typer.Option(help="Also time diffusers + peft + quanto: needs 20 GB of VRAM.")] = True,
+    baseline: Annotated[
+        bool, typer.Option(help="Also time diffusers + peft + quanto, eager and compiled: needs 20 GB of VRAM.")
+    ] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also list each step's kernels: by what they are for, and the longest.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a case.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
@@ -39,7 +44,17 @@ def bench(
 
     from k5train.bench import timing
     from k5train.bench.case import EDITS, MUST_REACH, QUICK, SIZES
-    from k5train.bench.steps import COLUMNS, as_json, beside_t2i, table_rows, time_cases, within
+    from k5train.bench.steps import (
+        COLUMNS,
+        KERNEL_COLUMNS,
+        as_json,
+        beside_t2i,
+        kernel_rows,
+        limits,
+        table_rows,
+        time_cases,
+        within,
+    )
     from k5train.planning import vram
 
     wanted = EDITS if i2i else (*MUST_REACH, *SIZES)
@@ -56,8 +71,13 @@ def bench(
     for row in table_rows(results, ceiling):
         table.add_row(*row)
     console.out.print(table)
-    for line in beside_t2i(results):
+    for line in (*limits(results), *beside_t2i(results)):
         console.out.print(line, markup=False)
+    for result in results if profile else ():
+        kernels = console.table(result.name, *KERNEL_COLUMNS, numbers=KERNEL_COLUMNS[1:3])
+        for row in kernel_rows(result):
+            kernels.add_row(*row)
+        console.out.print(kernels)
     if out is not None:
         out.write_text(as_json(results), encoding="utf-8")
 

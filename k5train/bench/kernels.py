@@ -1,0 +1,146 @@
+"""Which kernels does a step launch, and what is each for? Groups of kernels, the longest, and what limits the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GROUPS = {
+    "matmul": "of frozen weights",
+    "LoRA": "the adapters' own matmuls",
+    "attention": "forward and backward",
+    "dequantise": "int8 weights made ready for a matmul",
+    "elementwise": "norms, RoPE, gelu, quantising of activations, residuals",
+    "optimizer": "clipping and the update",
+    "copies": "moved without arithmetic; also weights that are streamed",
+    "other": "",
+}
+"""What a kernel is for, and what that covers."""
+
+# Parts of kernels' names. The first group that one of them is found in has the kernel.
+_BY_KERNEL = (
+    ("elementwise", ("triton_poi_", "triton_red_", "triton_per_")),  # inductor's, named after all that they fuse
+    ("attention", ("flash", "fmha", "sdpa", "attention", "attend", "cudnn")),
+    ("dequantise", ("_scale_rows", "_transpose")),
+    ("optimizer", ("fusedadam", "multi_tensor_apply", "fused_adam")),
+    ("matmul", ("gemm", "gemv", "nvjet", "cutlass", "splitk", "cijk_", "s16816", "_int8_matmul", "triton_tem_")),
+    ("copies", ("memcpy", "memset", "direct_copy", "catarray")),
+    ("elementwise", ("elementwise", "reduce", "norm", "softmax", "scatter", "gather", "index")),
+)
+_COMPILED = ("CompiledFunction", "Torch-Compiled", "## Call CompiledFxGraph", "_Linear")
+"""How names of calls begin in which the only matmuls outside of our ops are those of adapters."""
+_LIMITS = {
+    "matmuls": ("matmul", "LoRA"),
+    "attention": ("attention",),
+    "memory": ("dequantise", "elementwise", "optimizer", "copies", "other"),
+}
+_NEAR = 0.9  # share of the step from which on one thing is said to limit it
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel or copy on the GPU."""
+
+    kernel: str
+    milliseconds: float
+    ops: tuple[str, ...] = ()
+    """torch's ops and functions that launched it, innermost first."""
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a copy or a fill by the driver, which can run beside kernels."""
+        return self.kernel.startswith(("Memcpy", "Memset"))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What several launches took together."""
+
+    milliseconds: float
+    launches: int
+
+
+def group_of(launch: Launch) -> str:
+    """The group of ``GROUPS`` that a launch belongs to."""
+    name = launch.kernel.lower()
+    group = next((group for group, parts in _BY_KERNEL if any(part in name for part in parts)), "other")
+    if group == "matmul":
+        return "LoRA" if _is_of_adapter(launch.ops) else group
+    if group == "elementwise" and any(op.startswith(("aten::_foreach", "Optimizer.step")) for op in launch.ops):
+        return "optimizer"
+    if group == "elementwise" and any(op.startswith("k5::matmul") for op in launch.ops):
+        return "dequantise"  # by torch, where our kernel does not run
+    return group
+
+
+def _is_of_adapter(ops: Sequence[str]) -> bool:
+    if any(op.startswith("k5::") for op in ops):
+        return "aten::addmm_" in ops  # added in place to the frozen weight's product
+    return any(op.startswith(_COMPILED) for op in ops)
+
+
+def by_group(launches: Iterable[Launch]) -> dict[str, Share]:
+    """What each group took, in the order of ``GROUPS``; groups without a launch are left out."""
+    times: dict[str, list[float]] = {}
+    for launch in launches:
+        times.setdefault(group_of(launch), []).append(launch.milliseconds)
+    return {group: Share(sum(times[group]), len(times[group])) for group in GROUPS if group in times}
+
+
+def longest(launches: Iterable[Launch], count: int) -> list[tuple[str, str, Share]]:
+    """The kernels that took longest together: group, name and what they took."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for launch in launches:
+        times.setdefault((group_of(launch), launch.kernel), []).append(launch.milliseconds)
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
+    return [(group, kernel, Share(sum(ms), len(ms))) for (group, kernel), ms in ranked[:count]]
+
+
+def busy_milliseconds(launches: Iterable[Launch]) -> float:
+    """Milliseconds that kernels take on the GPU, without copies by the driver."""
+    return sum(launch.milliseconds for launch in launches if not launch.is_copy)
+
+
+def limit_of(milliseconds: float, launches: Sequence[Launch]) -> str:
+    """What limits a step of so many milliseconds, in words: launches, copies over PCIe, or what most of the GPU's time
+    goes to."""
+    busy, groups = busy_milliseconds(launches), by_group(launches)
+    streamed = sum(launch.milliseconds for launch in launches if "HtoD" in launch.kernel)
+    parts = {
+        limit: sum(groups[group].milliseconds for group in members if group in groups)
+        for limit, members in _LIMITS.items()
+    }
+    parts["memory"] -= sum(launch.milliseconds for launch in launches if launch.is_copy)
+    spent = ", ".join(f"{limit} {ms:.0f}" for limit, ms in parts.items())
+    if streamed >= _NEAR * milliseconds and streamed > busy:
+        return f"copies of streamed weights, which take {streamed:.0f} of {milliseconds:.0f} ms ({spent})"
+    if busy < _NEAR * milliseconds:
+        return f"launches: the GPU computes for {busy:.0f} of {milliseconds:.0f} ms ({spent})"
+    return f"{max(parts, key=lambda limit: parts[limit])}, of {busy:.0f} ms on the GPU ({spent})"
+
+
+def launches_of(step: Callable[[], Any]) -> list[Launch]:
+    """What one step launches on the GPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    # Without acc_events torch warns at the second profile of a process.
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
+        step()
+        torch.cuda.synchronize()
+    profiler: Any = profiled.profiler
+    calls: Mapping[int, Any] = {e.id: e for e in profiled.events() if e.device_type.name == "CPU"}
+    return [
+        Launch(e.name(), e.duration_ns() / 1e6, _callers(calls.get(e.linked_correlation_id())))
+        for e in profiler.kineto_results.events()
+        if e.device_type().name == "CUDA" and not e.is_user_annotation()  # these span the kernels of a call
+    ]
+
+
+def _callers(call: Any) -> tuple[str, ...]:
+    names: list[str] = []
+    while call is not None:
+        names.append(call.name)
+        call = call.cpu_parent
+    return tuple(names)

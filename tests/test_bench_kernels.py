@@ -1,0 +1,154 @@
+"""Does `k5train bench` group kernels by what they are for, say what limits a step, and time both baselines?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from k5train.bench import baseline, steps
+from k5train.bench.case import Case, Measured
+from k5train.bench.kernels import GROUPS, Launch, Share, busy_milliseconds, by_group, group_of, limit_of, longest
+from k5train.bench.timing import Timing
+
+IN_FORWARD = ("k5::matmul", "## Call CompiledFxGraph f3 ##", "CompiledFunction")
+IN_BACKWARD = ("k5::int8_matmul", "CompiledFunctionBackward", "autograd::engine::evaluate_function")
+# Names as the profiler gave them on an H200, with torch 2.11.
+KERNELS = {
+    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, 64>>": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_kernel0": "attention",
+    "fmha_cutlassF_bf16_aligned_64x128_rf_sm80": "attention",
+    "triton_red_fused__to_copy_add_attention_backward_mean_mul_pow_rsqrt_split_sum_view_21": "elementwise",
+    "triton_red_fused__to_copy_abs_amax_clamp_div_gelu_int8_matmul_mul_reciprocal_round_view_14": "elementwise",
+    "triton_poi_fused_gelu_matmul_view_12": "elementwise",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<float, float>>": "elementwise",
+    "_scale_rows": "dequantise",
+    "_transpose": "dequantise",
+    "_int8_matmul": "matmul",
+    "nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NNT": "matmul",
+    "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn": "matmul",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>": "matmul",
+    "void at::native::multi_tensor_apply_kernel<TensorListMetadata<4>, FusedAdamMathFunctor<float, 4>>": "optimizer",
+    "Memcpy HtoD (Pinned -> Device)": "copies",
+    "Memset (Device)": "copies",
+    "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIterator&)>": "copies",
+    "void at::native::CatArrayBatchedCopy_vectorized<OpaqueType<2u>, unsigned int, 2, 128, 1>": "copies",
+    "something_of_tomorrow": "other",
+}
+
+
+@pytest.mark.parametrize(("kernel", "group"), KERNELS.items())
+def test_a_kernel_belongs_to_the_group_that_it_works_for(kernel, group):
+    assert group in GROUPS
+    assert group_of(Launch(kernel, 1.0)) == group
+
+
+def test_matmuls_of_adapters_are_told_by_the_calls_that_launch_them():
+    gemm = "nvjet_sm90_tst_320x128_64x3_1x2_h_badd_coopB_TNT"
+    by_calls = {
+        ("aten::addmm", *IN_FORWARD): "matmul",
+        ("aten::mm", "aten::matmul", *IN_FORWARD): "matmul",
+        ("aten::addmm_", *IN_FORWARD): "LoRA",  # added to the frozen weight's product
+        ("aten::mm", *IN_FORWARD[1:]): "LoRA",
+        ("aten::mm", "_Linear"): "LoRA",  # an eager text block
+        ("aten::mm", "CompiledFunctionBackward", "autograd::engine::evaluate_function"): "LoRA",
+        ("aten::addmm", "aten::linear"): "matmul",  # embeddings and modulations
+    }
+    for calls, group in by_calls.items():
+        assert group_of(Launch(gemm, 1.0, calls)) == group, calls
+    assert group_of(Launch("_int8_matmul", 1.0, IN_BACKWARD)) == "matmul"
+
+
+def test_the_same_kernel_is_of_the_optimizer_or_scales_weights_where_these_launch_it():
+    plain = "void at::native::elementwise_kernel<128, 4, at::native::BinaryFunctor<float, float>>"
+    assert group_of(Launch(plain, 1.0, ("aten::mul", "aten::_foreach_mul_"))) == "optimizer"
+    assert group_of(Launch(plain, 1.0, ("aten::mul_", "Optimizer.step#AdamW.step"))) == "optimizer"
+    assert group_of(Launch(plain, 1.0, ("aten::mul", *IN_FORWARD))) == "dequantise"
+
+
+def launches(matmul: float = 0, attention: float = 0, elementwise: float = 0, streamed: float = 0) -> list[Launch]:
+    return [
+        Launch("_int8_matmul", matmul), Launch("fmha_cutlassB", attention), Launch("triton_poi_fused_0", elementwise),
+        Launch("Memcpy HtoD (Pinned -> Device)", streamed),
+    ]  # fmt: skip
+
+
+def test_groups_and_the_longest_kernels_are_sums_over_launches():
+    seen = [*launches(10, 5, 1), *launches(20, 5, 1)]
+    assert by_group(seen) == {
+        "matmul": Share(30, 2), "attention": Share(10, 2), "elementwise": Share(2, 2), "copies": Share(0, 2)
+    }  # fmt: skip
+    assert longest(seen, 2) == [("matmul", "_int8_matmul", Share(30, 2)), ("attention", "fmha_cutlassB", Share(10, 2))]
+    assert busy_milliseconds(launches(10, 5, 1, streamed=100)) == 16
+
+
+def test_what_limits_a_step_is_said_in_words():
+    assert limit_of(200, launches(60, 30, 10)) == (
+        "launches: the GPU computes for 100 of 200 ms (matmuls 60, attention 30, memory 10)"
+    )
+    assert limit_of(105, launches(60, 30, 10)).startswith("matmuls, of 100 ms on the GPU")
+    assert limit_of(105, launches(30, 60, 10)).startswith("attention, ")
+    assert limit_of(105, launches(30, 10, 60)).startswith("memory, ")
+    assert limit_of(120, launches(60, 30, 10, streamed=115)).startswith(
+        "copies of streamed weights, which take 115 of 120 ms"
+    )
+    assert limit_of(105, launches(60, 30, 10, streamed=90)).startswith("matmuls, of 100 ms on the GPU")
+
+
+def measured(name: str, milliseconds: float, busy: float, how: Any = None) -> Measured:
+    timing = Timing(milliseconds, milliseconds, 1.0, 8.0, tuple(launches(busy)))
+    plain = Measured(name, milliseconds, milliseconds, None, 8.0, timing.busy, 1.0, "1 all", 1.0, how)
+    return plain.on_gpu(timing)
+
+
+def test_a_case_is_shown_beside_both_baselines_by_the_clock_and_by_the_gpu():
+    results = [measured("a", 1000, 800, "eager"), measured("b", 600, 400, "compiled"), measured("ours", 300, 200)]
+    assert [row[3:5] for row in steps.table_rows(results, None)] == [
+        ["1.00x, GPU 1.00x", "0.60x, GPU 0.50x"],
+        ["1.67x, GPU 2.00x", "1.00x, GPU 1.00x"],
+        ["3.33x, GPU 4.00x", "2.00x, GPU 2.00x"],
+    ]
+    assert len(steps.table_rows(results, None)[0]) == len(steps.COLUMNS)
+    assert steps.limits(results)[2] == (
+        "ours: limited by launches: the GPU computes for 200 of 300 ms (matmuls 200, attention 0, memory 0)"
+    )
+    assert steps.limits([replace(results[2], limit=None)]) == []
+    assert steps.kernel_rows(results[2])[0] == ["matmul", "200.0", "1", GROUPS["matmul"]]
+    assert steps.kernel_rows(results[2])[4] == ["matmul", "200.0", "1", "_int8_matmul"]
+    assert len(steps.kernel_rows(results[2])[0]) == len(steps.KERNEL_COLUMNS)
+
+
+def test_the_bench_times_diffusers_eager_and_with_its_own_way_to_compile(monkeypatch):
+    asked: list[tuple[str, Case]] = []
+
+    def time_baseline(config: Any, device: Any, num_steps: int, num_warm_up: int, case: Case, how: Any) -> Measured:
+        asked.append((how, case))
+        return measured(f"baseline, {how}", 10, 5, how)
+
+    monkeypatch.setattr(steps, "time_baseline", time_baseline)
+    case = Case("int8-quanto", 16, is_i2i=True)
+    results = steps.time_cases((), torch.device("cpu"), baseline=case)
+    assert asked == [("eager", case), ("compiled", case)]
+    assert [r.baseline for r in results] == ["eager", "compiled"]
+    assert steps.time_cases((), torch.device("cpu")) == []
+
+
+def test_the_compiled_baseline_compiles_diffusers_blocks(monkeypatch):
+    from diffusers import Kandinsky5Transformer3DModel as Transformer
+
+    from tests.test_memory import SMALL
+
+    compiled: list[Any] = []
+    monkeypatch.setattr(Transformer, "compile_repeated_blocks", lambda self: compiled.append(self))
+    monkeypatch.setattr(baseline, "set_up_compiler", lambda: None)
+    monkeypatch.setattr(baseline, "time_steps", lambda *args: SimpleNamespace(
+        median=1.0, fastest=1.0, first=1.0, reserved_gib=None, busy=None, launches=None))  # fmt: skip
+    small, cpu = {**SMALL, "num_text_blocks": 1}, torch.device("cpu")
+    assert baseline.time_baseline(small, cpu, 1, 0, how="eager").baseline == "eager"
+    assert compiled == []
+    result = baseline.time_baseline(small, cpu, 1, 0, how="compiled")
+    assert (result.baseline, len(compiled)) == ("compiled", 1)
+    assert result.name == "baseline: diffusers + peft + quanto, compiled, checkpointing"
