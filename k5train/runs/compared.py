@@ -122,7 +122,7 @@ def _runs_of(folder: Path) -> Iterator[Path]:
         yield folder
     elif folder.is_dir() and kind_of(folder) != "cache":
         inside = [entry for entry in folder.iterdir() if not HARMLESS.fullmatch(entry.name)]
-        yield from (entry for entry in sorted(inside, key=_in_order) if _is_run(entry))
+        yield from (entry for entry in sorted(inside, key=in_order) if _is_run(entry))
 
 
 def _is_run(folder: Path) -> bool:
@@ -133,7 +133,7 @@ def _is_run(folder: Path) -> bool:
     return has_either and (folder / "metrics.jsonl").is_file()
 
 
-def _in_order(path: Path) -> list[tuple[float, str]]:
+def in_order(path: Path) -> list[tuple[float, str]]:
     """Sorts names by their numbers: ``rank=8`` before ``rank=16``, ``lr=3e-05`` before ``lr=0.0001``."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", path.name)
     return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from k5cache.shared.errors import RunError
+from k5train.runs.compared import in_order
 from k5train.ui import listing
 from k5train.ui.compare_view import view_of
 from k5train.ui.listing import Entry
@@ -21,14 +22,18 @@ MOST_TICKED = 12
 def compare(request: Request) -> Response:
     """The chosen runs beside each other, and the list."""
     project = project_of(request)
-    runs, sweeps = listing.all_runs(project), listing.sweeps(project)
+    runs, sweeps = listing.runs(project), listing.sweeps(project)
+    inside = {
+        sweep: sorted(listing.runs_of(project, sweep), key=lambda run: in_order(run.path))
+        for sweep in _newest_first(sweeps)
+    }
+    every = [*runs, *(run for of_sweep in inside.values() for run in of_sweep)]
     ids = dict.fromkeys(request.query_params.getlist("run"))
-    chosen = [listing.find([*runs, *sweeps], id) for id in ids]
-    num_runs = sum(len(listing.runs_of(project, entry)) if entry in sweeps else 1 for entry in chosen)
+    chosen = [listing.find([*every, *sweeps], id) for id in ids]
+    num_runs = sum(len(inside.get(entry, [entry])) for entry in chosen)
     if num_runs > MOST_RUNS:
         raise RunError(f"{num_runs} runs are more than this page compares", f"Choose at most {MOST_RUNS}")
-    hrefs = {entry.path: f"/runs/{entry.id}" for entry in runs}
-
+    hrefs = {entry.path: f"/runs/{entry.id}" for entry in every}
     return render(
         request,
         "compare.html",
@@ -37,7 +42,7 @@ def compare(request: Request) -> Response:
         href=lambda root: hrefs.get(root, ""),
         is_page=True,
         runs=_newest_first(runs),
-        sweeps=_newest_first(sweeps),
+        sweeps=inside,
         ticked=set(ids),
         most=MOST_TICKED,
     )
