@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from k5train.runs.plot import Curve, Plot
 
 GAP = 16
-LEFT, RIGHT, TOP, TICKS, LABEL = 56, 14, 8, 20, 18  # around the inside of a panel
+LEFT, RIGHT, TOP, TICKS, LABEL = 56, 20, 8, 20, 18  # around the inside of a panel
 HEAD = 46  # of a row's height: title, legend and unit, which are HTML above the picture
 DOTS_APART = 9  # pixels between two points that have a shape
 MOST_LARGE = 50  # points of a curve up to which their shapes are large
