@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,11 +46,35 @@ def cache(toy_cache) -> Path:
     return toy_cache("fp32")
 
 
+def free_in(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    patch.setattr(memory, "_ALLOCATOR_BYTES", 0)
+    patch.setattr(vram, "budget", lambda *_: num_bytes)
+
+
 @pytest.fixture
 def free(monkeypatch):
     """``free(n)``: from now on ``n`` bytes of VRAM are free."""
-    monkeypatch.setattr(memory, "_ALLOCATOR_BYTES", 0)
-    return lambda num_bytes: monkeypatch.setattr(vram, "budget", lambda *_: num_bytes)
+    return lambda num_bytes: free_in(monkeypatch, num_bytes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache, toy_model) -> Callable[[int], Path]:
+    """``runs(n)``: a run of ``EXACT`` that began where ``n`` bytes were free. Tests only copy it."""
+
+    def begin(num_bytes: int) -> Path:
+        root = tmp_path_factory.mktemp("runs") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            free_in(patch, num_bytes)
+            start_run(root, cache, toy_model, EXACT)
+        return root
+
+    return functools.cache(begin)
+
+
+@pytest.fixture
+def begun(tmp_path, runs) -> Callable[[int], Path]:
+    """``begun(n)``: a copy of such a run."""
+    return lambda num_bytes: shutil.copytree(runs(num_bytes), tmp_path / "run")
 
 
 @pytest.fixture
@@ -73,17 +99,18 @@ def path_of(root: Path) -> Path:
     ids=["two levels", "streamed"],
 )
 def test_it_goes_on_with_its_plan_where_more_is_free(
-    tmp_path, cache, toy_model, free, plans, at_first, levels, streaming
+    tmp_path, cache, toy_model, free, plans, begun, at_first, levels, streaming
 ):
+    cut = begun(at_first)
+    plans.clear()
     free(at_first)
-    start_run(tmp_path / "whole", cache, toy_model, replace(EXACT, steps=4))
-    start_run(tmp_path / "cut", cache, toy_model, EXACT)
+    start_run(tmp_path / "whole" / "run", cache, toy_model, replace(EXACT, steps=4))
     free(PLENTY)
-    go_on(tmp_path / "cut", steps=4)
-    assert [plan.levels for plan in plans] == [levels] * 3
-    assert plans[2] == replace(plans[0], streaming=streaming, budget=PLENTY, sizes=(18, 14))
-    assert same(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
-    assert same(lora_of(tmp_path / "cut"), lora_of(tmp_path / "whole"))
+    go_on(cut, steps=4)
+    assert [plan.levels for plan in plans] == [levels] * 2
+    assert plans[1] == replace(plans[0], streaming=streaming, budget=PLENTY, sizes=(18, 14))
+    assert same(state_of(cut), state_of(tmp_path / "whole" / "run"))
+    assert same(lora_of(cut), lora_of(tmp_path / "whole" / "run"))
 
 
 def test_a_run_that_is_not_deterministic_plans_anew_and_saves_no_plan(tmp_path, cache, toy_model, free, plans):
@@ -95,19 +122,19 @@ def test_a_run_that_is_not_deterministic_plans_anew_and_saves_no_plan(tmp_path, 
     assert "plan" not in document_of(tmp_path / "run")
 
 
-def test_the_margin_of_a_new_plan_is_room_for_one_that_has_run(tmp_path, cache, toy_model, free, plans):
-    free(SOME)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
+def test_the_margin_of_a_new_plan_is_room_for_one_that_has_run(free, plans, begun):
+    run = begun(SOME)
+    plans.clear()
     free(4_028_096)  # its predicted peak; planned anew, LITTLE's levels would be chosen
-    go_on(tmp_path / "run", steps=4)
-    assert [plan.levels for plan in plans] == [IN_SOME, IN_SOME]
+    go_on(run, steps=4)
+    assert [plan.levels for plan in plans] == [IN_SOME]
 
 
 def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_inexactly_if_told_to(
-    tmp_path, cache, toy_model, free, plans, monkeypatch
+    tmp_path, free, plans, begun, monkeypatch
 ):
-    free(PLENTY)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    begun(PLENTY)
+    plans.clear()
     free(SOME)
     result = (tmp_path / "run" / "result.json").read_bytes()
     with monkeypatch.context() as patched:
@@ -122,15 +149,15 @@ def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_ine
     assert command == ["resume", "run", "--set", "train.deterministic=false"]
     done = Cli(tmp_path)(app, *command, "--set", "train.steps=4")
     assert done.code == 0, done.err
-    assert [plan.levels for plan in plans] == [ALL, IN_SOME]
+    assert [plan.levels for plan in plans] == [IN_SOME]
     assert "plan" not in document_of(tmp_path / "run")
     with pytest.raises(RunError, match=r"train\.deterministic: false, now true"):  # what is lost does not come back
         go_on(tmp_path / "run", deterministic=True)
 
 
-def test_what_would_make_another_plan_is_refused_by_the_name_of_its_field(tmp_path, cache, toy_model, free):
+def test_what_would_make_another_plan_is_refused_by_the_name_of_its_field(tmp_path, free, begun):
+    begun(PLENTY)
     free(PLENTY)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
     for option, value, named in (
         ("activations", "all", 'train.memory.activations: "auto", now "all"'),
         ("execution", "diffusers", 'train.memory.execution: "eager", now "diffusers"'),
@@ -153,10 +180,10 @@ def test_the_vram_to_plan_for_may_change_and_the_plan_does_not(tmp_path, cache, 
 
 
 def test_a_state_of_before_plans_were_saved_goes_on_with_a_warning_and_saves_the_new_one(
-    tmp_path, cache, toy_model, free, plans, capsys
+    tmp_path, free, plans, begun, capsys
 ):
-    free(SOME)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
+    begun(SOME)
+    plans.clear()
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     del document["plan"]
     path.write_bytes(seal(document))
@@ -166,14 +193,13 @@ def test_a_state_of_before_plans_were_saved_goes_on_with_a_warning_and_saves_the
     free(PLENTY)
     go_on(tmp_path / "run", steps=4)
     assert "saved without its memory plan" not in capsys.readouterr().err
-    assert [plan.levels for plan in plans] == [IN_SOME, IN_LITTLE, IN_LITTLE]
+    assert [plan.levels for plan in plans] == [IN_LITTLE, IN_LITTLE]
 
 
-def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
-    tmp_path, cache, toy_model, free, plans, monkeypatch
-):
+def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(tmp_path, free, plans, begun, monkeypatch):
+    begun(PLENTY)
+    plans.clear()
     free(PLENTY)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     assert document["plan"]["sizes"] == [18, 14]
     document["plan"]["sizes"] = [20, 30]  # as of a larger picture, which no row names any more
@@ -186,13 +212,13 @@ def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(
 
     monkeypatch.setattr(carry_out, "determinism", noting)
     go_on(tmp_path / "run", steps=4)
-    assert plans[1].sizes == (20, 30)
+    assert plans[0].sizes == (20, 30)
     assert kernels_for == [((20, 30), EXACT.lora)]
 
 
-def test_a_plan_of_another_version_is_named_and_does_not_end_the_run(tmp_path, cache, toy_model, free):
+def test_a_plan_of_another_version_is_named_and_does_not_end_the_run(tmp_path, free, begun):
+    begun(PLENTY)
     free(PLENTY)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     document["plan"]["levels"] = ["everything"] * 3
     path.write_bytes(seal(document))
@@ -203,9 +229,9 @@ def test_a_plan_of_another_version_is_named_and_does_not_end_the_run(tmp_path, c
 
 
 @pytest.mark.parametrize("damage", [{"streaming": {"blocks": 3}}, {"sizes": 18}])
-def test_a_plan_that_is_none_is_named(tmp_path, cache, toy_model, free, damage):
+def test_a_plan_that_is_none_is_named(tmp_path, free, begun, damage):
+    begun(PLENTY)
     free(PLENTY)
-    start_run(tmp_path / "run", cache, toy_model, EXACT)
     path, document = path_of(tmp_path / "run"), document_of(tmp_path / "run")
     document["plan"] |= damage
     path.write_bytes(seal(document))
