@@ -30,6 +30,7 @@ from k5train.runs.recipe import read_recipe
 from k5train.training.base import load_base
 from k5train.training.train import train
 from tests.cli import Cli
+from tests.runs import only_training
 
 LR = OptimConfig(lr=1e-2, warmup_steps=0)
 PLAIN = TrainConfig(
@@ -58,7 +59,8 @@ def finish(toy_model, toy_cache, tmp_path_factory):
         entries = config.data or (DataConfig(str(cache), repeats=config.repeats),)
         name = f"run-{len(list(root.iterdir()))}"
         created = create_run(root / name, cache, ModelConfig(path=str(toy_model)), replace(config, name=name))
-        train(open_mixture(entries), toy_model, config, created, base)
+        with only_training():
+            train(open_mixture(entries), toy_model, config, created, base)
         return created
 
     return run

@@ -256,7 +256,6 @@ def test_lean_blocks_without_their_adapters_are_the_base_and_go_on_as_before(toy
 def test_a_run_with_everything_on_resumes_to_the_bit_and_writes_what_it_preserved(
     shop, tmp_path, toy_model, monkeypatch
 ):
-    monkeypatch.setattr("k5train.training.carry_out.compare_saved", lambda *args: None)  # test_lora_files.py has it
     config = replace(
         CONFIG, steps=3, checkpoint_every=1, objective=replace(PRESERVED, sigma_min=0.1), gradient_accumulation_steps=2,
         rollout=RolloutConfig(probability=0.5), tread=TreadConfig(routes=(RouteConfig(0.5, 0, 0),)),

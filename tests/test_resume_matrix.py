@@ -24,7 +24,7 @@ from k5train.training.base import Base, load_base
 from k5train.training.device import pick_device
 from k5train.training.start import open_data
 from k5train.training.train import train
-from tests.runs import CONFIG, metrics_of, numbers, same, state_of
+from tests.runs import CONFIG, metrics_of, numbers, only_training, same, state_of
 
 # adapter, optimizer, average, two caches, split
 CASES = [
@@ -72,14 +72,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     tmp_path, caches, base, toy_model, monkeypatch, algo, optimizer, averages, two_caches, split
 ):
     pytest.importorskip(EXTRAS.get(optimizer, "torch"))
-    monkeypatch.setattr("k5train.training.carry_out.compare_saved", lambda *args: None)  # test_lora_files.py has it
     config = config_of(algo, optimizer, averages, split, caches if two_caches else caches[:1])
     data = open_data(None, config)
 
     def begin(parent: str) -> Path:
         root = tmp_path / parent / "run"
         run = create_run(root, data.first.root, ModelConfig(path=str(toy_model)), replace(config, name="run"))
-        train(data, toy_model, replace(config, name="run"), run, base)
+        with only_training():
+            train(data, toy_model, replace(config, name="run"), run, base)
         return root
 
     whole = begin("whole")
@@ -98,7 +98,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     stopped = tmp_path / "stopped" / "run"
     assert latest_state(Run(stopped).state).progress.step == 2
     run, _, its_config, _ = open_run(stopped)
-    train(open_data(None, its_config), toy_model, its_config, run, base)
+    with only_training():
+        train(open_data(None, its_config), toy_model, its_config, run, base)
     assert same(state_of(stopped), state_of(whole))
     files = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors") if "state" not in path.parts)
     assert len(files) == 3 + averages + split, files  # the finished one, two checkpoints, the average, the best

@@ -28,7 +28,7 @@ from k5train.training.session import Session
 from k5train.training.sweep import sweep
 from k5train.training.sweep_runs import SweepRun
 from tests.cli import Cli
-from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run, state_of
+from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, only_training, same, start_run, state_of
 
 SIX = replace(CONFIG, steps=6, checkpoint_every=2, optim=replace(CONFIG.optim, lr_scheduler="constant", warmup_steps=0))
 
@@ -306,7 +306,8 @@ def test_a_sweep_names_a_finished_run_whose_lora_has_changed(tmp_path, cache, to
 
     runs = [SweepRun(name, replace(SIX, steps=1, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
     model = ModelConfig(path=str(toy_model))
-    sweep(cache, tmp_path / "sweep", model, runs)
+    with only_training():
+        sweep(cache, tmp_path / "sweep", model, runs)
     lora = tmp_path / "sweep" / "a" / "a.safetensors"
     flip(lora, lora.stat().st_size - 1, 3)
     result = tmp_path / "sweep" / "b" / "result.json"

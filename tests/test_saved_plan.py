@@ -28,7 +28,7 @@ from k5train.training.sweep import sweep
 from k5train.training.sweep_runs import SweepRun
 from k5train.training.which_plan import plan_on_shared_base
 from tests.cli import Cli
-from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
+from tests.runs import CONFIG, go_on, lora_of, note_plans, only_training, same, start_run, state_of
 
 EXACT = replace(
     CONFIG, steps=2, deterministic=True, base_model_precision="int8-quanto", memory=MemoryConfig(execution="eager"),
@@ -288,11 +288,12 @@ def test_a_sweep_goes_on_with_the_plan_that_its_stopped_run_began_with(
     with monkeypatch.context() as patched:
         patched.setattr(carry_out, "_result", crash)  # the last state is saved, the run is not finished
         free(SOME)
-        with pytest.raises(Stop):
+        with pytest.raises(Stop), only_training():
             sweep(cache, out, model, runs)
     assert document_of(out / "rank=2")["plan"]["levels"] == list(plans[0].levels)
     free(PLENTY)
-    rows = sweep(cache, out, model, runs).outcomes
+    with only_training():
+        rows = sweep(cache, out, model, runs).outcomes
     assert [row.problem for row in rows] == [None, None]
     assert [plan.levels for plan in plans] == [plans[0].levels] * 3
     assert plans[0].levels != ALL

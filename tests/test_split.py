@@ -31,7 +31,7 @@ from k5train.training.more_pictures import drawings_to_draw, held_out_items
 from k5train.training.result import Result
 from k5train.training.train import train
 from tests.edit_training import make_pairs
-from tests.runs import CONFIG, metrics_of, numbers, same, state_of
+from tests.runs import CONFIG, metrics_of, numbers, only_training, same, state_of
 from tests.workshop import Workshop
 
 SHARE = 0.25  # of six pictures two are held out, of five one
@@ -168,12 +168,14 @@ LOSSES = ("best_step", "best_loss", "base_held_out_loss", "held_out_loss", "ema_
 def run_on(root: Path, entries: list[DataConfig], model: Path, config=MEASURED, **more: bool) -> Result:
     config = replace(config, name=root.name, data=tuple(entries))
     run = create_run(root, Path(entries[0].cache), ModelConfig(path=str(model)), config)
-    return train(open_mixture(entries), model, config, run, **more)
+    with only_training():
+        return train(open_mixture(entries), model, config, run, **more)
 
 
 def resumed(root: Path, **changes: int) -> Result:
     run, model, config, _ = open_run(root)
-    return train(open_mixture(config.data), Path(str(model.path)), replace(config, **changes), run)
+    with only_training():
+        return train(open_mixture(config.data), Path(str(model.path)), replace(config, **changes), run)
 
 
 @pytest.fixture(scope="module")

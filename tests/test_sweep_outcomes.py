@@ -27,7 +27,7 @@ from k5train.training.sweep_folder import outcome_of
 from k5train.training.sweep_runs import SweepRun, sweep_runs, warnings_of
 from tests.cli import Cli, Done
 from tests.parity import PROMPTS
-from tests.runs import CONFIG, metrics_of
+from tests.runs import CONFIG, metrics_of, only_training
 
 STEPS = 6
 RECIPE = f"""
@@ -193,7 +193,7 @@ def test_a_kill_at_any_time_leaves_a_sweep_that_goes_on(tmp_path, cache, toy_mod
     for where in ("loop.Loop.save_state", "sweep.remove_states", "sweep.write_outcomes"):
         with monkeypatch.context() as patched:
             patched.setattr(f"k5train.training.{where}", lambda *args: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(ZeroDivisionError), only_training():
                 sweep(cache, out, model, runs)
     assert {path.name for path in (out / "a").glob("*.safetensors")} == {"a.safetensors"}
     swept = sweep(cache, out, model, runs)
