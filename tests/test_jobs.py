@@ -19,6 +19,7 @@ from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import job as job_module
 from k5train.ui.jobs import processes, queue, slots, worker
 from k5train.ui.jobs.job import Job
+from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
 from tests import fake_jobs
 
@@ -212,7 +213,7 @@ def test_what_a_damaged_queue_holds_is_named_and_nothing_outside_is_touched(proj
         damaged = queue.find(project, job.id)
         assert (damaged.state, damaged.label, damaged.argv) == ("failed", "A job whose file cannot be read", ())
     for id in ("abcdefabcdef", "../../runs", "", "0" * 12, "ABCDEFABCDEF"):
-        with pytest.raises(RunError, match="There is no such job"):
+        with pytest.raises(NotHere, match="There is no such job"):
             queue.find(project, id)
     queue.remove(project, job.id)
     assert queue.jobs(project) == []

@@ -65,7 +65,7 @@ class _Rate(TextColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(_rate(speed, task.fields.get("unit", "")) if speed else "", style="dim")
+        return Text(rated(speed, task.fields.get("unit", "")) if speed else "", style="dim")
 
 
 class _Count(MofNCompleteColumn):
@@ -140,10 +140,10 @@ class Lines(Progress):
         now, unit = time.monotonic(), str(task.fields.get("unit", ""))
         since, count = self._before[task.id]
         self._before[task.id] = (now, task.completed)
-        parts = [_count(task.completed, task.total, unit)] if task.total is not None or task.completed else []
+        parts = [counted(task.completed, task.total, unit)] if task.total is not None or task.completed else []
         speed = (task.completed - count) / (now - since) if now > since else 0.0
         if speed > 0:
-            parts.append(_rate(speed, unit))
+            parts.append(rated(speed, unit))
             if task.total is not None:
                 parts.append(f"{human_seconds((task.total - task.completed) / speed)} left")
         else:
@@ -152,14 +152,16 @@ class Lines(Progress):
         return f"{task.description}: {', '.join(filter(None, parts))}"
 
 
-def _count(completed: float, total: float | None, unit: str) -> str:
+def counted(completed: float, total: float | None, unit: str) -> str:
+    """``620 of 2,000 steps``."""
     if unit == "byte":
         return human_bytes(completed) + (f" of {human_bytes(total)}" if total is not None else "")
     units = f" {unit}s" if unit else ""
     return f"{completed:,.0f}{units}" if total is None else f"{completed:,.0f} of {total:,.0f}{units}"
 
 
-def _rate(speed: float, unit: str) -> str:
+def rated(speed: float, unit: str) -> str:
+    """``2.0 step/s``, or ``3.0 s/step``."""
     if unit == "byte":
         return f"{human_bytes(speed)}/s"
     return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}"

@@ -12,7 +12,15 @@ from starlette.types import ASGIApp
 from k5cache.shared.credentials import without_credentials
 from k5cache.shared.disk_errors import sentence
 from k5cache.shared.errors import K5Error
-from k5train.ui import compare_pages, new_run_pages, overview_pages, run_pictures, static_files, sweep_pages
+from k5train.ui import (
+    compare_pages,
+    jobs_pages,
+    new_run_pages,
+    overview_pages,
+    run_pictures,
+    static_files,
+    sweep_pages,
+)
 from k5train.ui.actions import BadForm
 from k5train.ui.events import Listeners
 from k5train.ui.guard import Access, Guard
@@ -27,6 +35,7 @@ VIEWS = (
     compare_pages,
     sweep_pages,
     new_run_pages,
+    jobs_pages,
 )
 """The modules whose ``routes()`` make up the page."""
 _WORDS = {

@@ -8,6 +8,7 @@ import time
 from markupsafe import Markup
 
 from k5cache.shared.foreign import shown
+from k5cache.shared.progress import counted, rated
 from k5cache.shared.units import human_bytes, human_seconds
 
 NOTHING = "–"
@@ -50,4 +51,7 @@ def when(value: float | None) -> str | Markup:
     return Markup('<time datetime="{}" title="{}">{} {}</time>').format(exact, exact.replace("T", " "), day, clock)
 
 
-FILTERS = {"bytes": of_bytes, "seconds": of_seconds, "when": when, "number": number, "shown": shown}
+FILTERS = {
+    "bytes": of_bytes, "seconds": of_seconds, "when": when, "number": number, "shown": shown, "count": counted,
+    "rate": rated,
+}  # fmt: skip

@@ -23,6 +23,7 @@ from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import processes, slots
 from k5train.ui.jobs.job import PROGRAMS, WITHOUT_GPU, Job, error_of, now, progress, read_job, tail
 from k5train.ui.jobs.slots import Slot
+from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
 
 __all__ = [
@@ -51,11 +52,11 @@ def find(project: Project, id: str) -> Job:
     """The job with this id.
 
     Raises:
-        RunError: there is none.
+        NotHere: there is none.
     """
     folder = job_files.job_folder(project, id)
     if folder is None:
-        raise RunError("There is no such job: it was removed from the list", "Choose another one from the queue")
+        raise NotHere("There is no such job: it was removed from the list", "Choose another one from the queue")
     _reap()
     return read_job(folder)
 
@@ -114,7 +115,7 @@ def move(project: Project, id: str, places: int) -> None:
         RunError: it does not wait any more.
     """
     with _locked(project) as queue:
-        waiting = sorted((job for job in jobs(project) if job.state == "waiting"), key=_key)
+        waiting = sorted((job for job in jobs(project) if job.state == "waiting"), key=place_of)
         at = next((number for number, job in enumerate(waiting) if job.id == id), None)
         if at is None:
             raise RunError("Only a job that waits can be moved, and this one does not wait any more", "Reload the page")
@@ -141,6 +142,14 @@ def start_anyway(project: Project, id: str) -> None:
         document = job_files.read(job.folder, job_files.JOB) or {}
         job_files.write(job.folder, job_files.JOB, {**document, "after": []})
         _advance(project, queue)
+
+
+def clear(project: Project) -> None:
+    """Take all jobs that have ended off the list."""
+    with _locked(project):
+        for job in jobs(project):
+            if job.is_over:
+                job_files.remove_folder(job.folder)
 
 
 def stop(project: Project, id: str, at_once: bool = False) -> None:
@@ -192,7 +201,9 @@ def stop_run(project: Project, run: Path) -> None:
 
 
 def advance(project: Project) -> None:
-    """Begin whatever can begin."""
+    """Begin whatever can begin. Nothing is written if nothing waits, or if nothing may be written."""
+    if not project.is_writable or not any(job.state == "waiting" for job in jobs(project)):
+        return
     with _locked(project) as queue:
         _advance(project, queue)
 
@@ -220,13 +231,17 @@ class Wait:
     """Nothing stands in its way: whoever should have begun it was killed."""
 
 
-def waits_for(project: Project, all_jobs: Sequence[Job]) -> dict[str, Wait]:
-    """For each waiting job, by its id, what it waits for."""
-    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=_key)
+def waits_for(project: Project, all_jobs: Sequence[Job], used: Mapping[str, str] | None = None) -> dict[str, Wait]:
+    """For each waiting job, by its id, what it waits for.
+
+    Args:
+        used: what ``in_use`` has just said.
+    """
+    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=place_of)
     if not waiting:
         return {}
     all_slots = slots.slots()
-    used = in_use(project, all_jobs, all_slots)
+    used = in_use(project, all_jobs, all_slots) if used is None else used
     free = [slot for slot in all_slots if slot.key not in used]
     by_id = {job.id: job for job in all_jobs}
     waits: dict[str, Wait] = {}
@@ -268,7 +283,7 @@ def external(project: Project, ours: set[int]) -> list[processes.Process]:
 def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
     """Begin whatever can begin. The caller has the queue's lock. Returns as ``is_waited_for``."""
     all_jobs = jobs(project)
-    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=_key)
+    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=place_of)
     if not waiting:
         return False
     all_slots = slots.slots()
@@ -290,7 +305,7 @@ def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
             used[slot.key] = job.label
     is_waited_for = bool(left and others)
     if is_waited_for and not is_waiter:
-        _spawn(project, WAITER, str(project.root))
+        _start_waiter(project)
     return is_waited_for
 
 
@@ -319,6 +334,11 @@ def _start(project: Project, job: Job, slot: Slot | None) -> None:
         job_files.write(job.folder, job_files.ENDED, {"exit_code": None, "problem": problem, **now()})
         return
     job_files.write(job.folder, job_files.STARTED, {**started, "worker": job_files.process_of(worker.pid)})
+
+
+def _start_waiter(project: Project) -> None:
+    """Let a process wait for what has the GPU. If there is one already, this one ends."""
+    _spawn(project, WAITER, str(project.root))
 
 
 def _spawn(project: Project, module: str, argument: str) -> subprocess.Popen[bytes]:
@@ -362,5 +382,6 @@ def _locked(project: Project) -> Iterator[Path]:
         yield queue
 
 
-def _key(job: Job) -> tuple[int, float, str]:
+def place_of(job: Job) -> tuple[int, float, str]:
+    """By which jobs stand in a row."""
     return job.order, job.added or 0.0, job.id

@@ -1,0 +1,36 @@
+"""How is a job done again? As a new one with the same command, label and files."""
+
+from __future__ import annotations
+
+from k5cache.shared.errors import RunError
+from k5train.ui.jobs import folder as files
+from k5train.ui.jobs import queue
+from k5train.ui.jobs.job import Job
+from k5train.ui.project import Project
+
+_MOST_BYTES = 4 << 20
+
+
+def again(project: Project, id: str) -> Job:
+    """Put a job that has ended into the queue once more. A run that was stopped goes on where it was.
+
+    Raises:
+        RunError: it has not ended, or its files are damaged.
+    """
+    job = queue.find(project, id)
+    if not job.is_over:
+        raise RunError(f"{job.label} has not ended", "Reload the page")
+    document = files.read(job.folder, files.JOB) or {}
+    texts: dict[str, str] = {}
+    try:
+        for name in document.get("files", ()):
+            if files.NOTED_NAME.fullmatch(name):
+                texts[name] = files.read_bytes(job.folder / name, _MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError, TypeError):
+        job = queue.find(project, id)
+        raise RunError(f"The files of {job.label} cannot be read", "Start it anew") from None
+    if not job.argv:
+        raise RunError(f"{job.label}: its command is not known", "Start it anew")
+    here = f".k5/queue/{job.id}/"
+    argv = ["{job}/" + word.removeprefix(here) if word.startswith(here) else word for word in job.argv]
+    return queue.add(project, argv, job.label, job.kind, job.about, texts, job.uses)
