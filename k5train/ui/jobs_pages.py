@@ -182,8 +182,8 @@ def routes() -> list[Route]:
     actions = {
         "/queue/advance": _advance, "/queue/clear": _clear, "/jobs/{id}/stop": _stop_job,
         "/jobs/{id}/remove": _remove_job, "/jobs/{id}/move": _move_job, "/jobs/{id}/start": _start_job,
-        "/jobs/{id}/again": _again, "/runs/{id}/stop": _stop_run, "/runs/{id}/resume": _resume_run, "/runs/{id}/save": _save_run,
-        "/runs/{id}/sample": _sample_run,
+        "/jobs/{id}/again": _again, "/runs/{id}/stop": _stop_run, "/runs/{id}/resume": _resume_run,
+        "/runs/{id}/save": _save_run, "/runs/{id}/sample": _sample_run,
     }  # fmt: skip
     return [
         Route("/queue", queue_page),
