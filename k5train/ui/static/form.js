@@ -48,6 +48,7 @@ async function check() {
   replace(document.getElementById("said"), said.said);
   say("proposed", (form.elements.name.placeholder = said.name));
   said.plan ? ask(false) : planned?.abort();
+  plan.setAttribute("aria-busy", "true"); // pale until it is the plan of this recipe
 }
 
 // A newer question ends an older one. The time is asked for once nothing has been typed for a while.
@@ -58,7 +59,6 @@ async function ask(isTimed) {
   const data = new FormData(form);
   if (isTimed) data.set("timed", "1");
   else if (plan.querySelector("[data-nothing]")) plan.firstElementChild.textContent = "planning…";
-  plan.setAttribute("aria-busy", "true");
   const response = await send("/new/plan", data, planned.signal);
   if (response?.status !== 200) return;
   replace(plan, await response.text());
