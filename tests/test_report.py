@@ -99,6 +99,7 @@ def test_a_report_is_one_file_that_loads_nothing_and_obeys_only_its_own_style_an
 
 def test_pictures_become_smaller_and_then_fewer_to_stay_within_the_size_and_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(report_pictures, "SIDES", (128, 64, 32))
+    monkeypatch.setattr(report_pictures, "LEAST_SIDES", (16,))
     run = make(tmp_path / "run", (0.5, 0.4, 0.4, 0.4))
     noise = Image.effect_noise((128, 128), 60)
     for step in (0, 2, 4, 6):

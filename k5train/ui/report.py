@@ -66,7 +66,8 @@ def make_report(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Report:
                 f"The report has {human_bytes(max_bytes - room)} without any picture, which is more than --max-size",
                 "Give a larger --max-size" + f", or fewer than these {len(view.names)} runs" * (len(view.names) > 1),
             )
-        fitted = report_pictures.fitting(counts, room)
+        sides = report_pictures.SIDES + report_pictures.LEAST_SIDES * (num_left == 1)
+        fitted = report_pictures.fitting(counts, room, sides)
         if fitted:
             break
         every = every * 2 if num_left > 1 else 0

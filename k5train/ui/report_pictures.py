@@ -13,6 +13,8 @@ from k5cache.shared.plain import open_plain
 
 SIDES = (1024, 768, 512, 384, 256)
 """The longest side of pictures, in pixels: the first at which all of them fit is taken."""
+LEAST_SIDES = (192, 128)
+"""Tried too where the pictures are those of one step, and there is nothing left to leave out."""
 QUALITY = 87
 MISSING = "data:,"
 """Of a picture that cannot be read: its description is shown in its place."""
@@ -21,7 +23,9 @@ _MOST_BYTES = 256 << 20
 _BEGINNING = "data:image/jpeg;base64,"
 
 
-def fitting(counts: Mapping[Path, int], num_bytes: int) -> tuple[dict[Path, str], int] | None:
+def fitting(
+    counts: Mapping[Path, int], num_bytes: int, sides: Sequence[int] = SIDES
+) -> tuple[dict[Path, str], int] | None:
     """The sources of some pictures that together take at most ``num_bytes``, and the longest side that they have.
 
     Args:
@@ -31,7 +35,7 @@ def fitting(counts: Mapping[Path, int], num_bytes: int) -> tuple[dict[Path, str]
         None if they do not fit at the smallest size.
     """
     few = list(counts)[:: len(counts) // _TRIED + 1]
-    for side in SIDES:
+    for side in sides:
         if _needed([source_of(path, side) for path in few]) / max(1, len(few)) * len(counts) > 1.1 * num_bytes:
             continue
         sources = {}
