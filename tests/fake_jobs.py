@@ -23,7 +23,7 @@ def gpus(*env: object) -> tuple[slots.Slot, ...]:
     return tuple(slots.Slot(f"GPU-{n}abc", n, "a GPU", slots.NVIDIA) for n in range(count)) or (slots.PROCESSOR,)
 
 
-def external(project: object, ours: set[int]) -> list[processes.Process]:
+def external(*args: object) -> list[processes.Process]:
     is_there = Path(os.environ.get(OTHERS, "/nowhere")).exists()
     return [processes.Process(7, ("k5train", "sample", "runs/a"), {})] if is_there else []
 

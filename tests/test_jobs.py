@@ -392,7 +392,9 @@ def test_a_run_in_a_terminal_is_stopped_only_if_it_is_surely_the_process_that_ha
     command = [sys.executable, str(script), "run", str(run / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=queue.environment()) as process:
         assert process.stdout.readline() == b"ready\n"
-        assert [found.pid for found in processes.on_gpu([run / ".lock"]) if found.pid == process.pid]
+        for found in (processes.working([run / ".lock"], run), processes.working([])):
+            assert process.pid in [other.pid for other in found]
+        assert process.pid not in [other.pid for other in processes.working([], run)]
         lock = json.loads((run / ".lock").read_text())
         copy = project.root / "runs" / "copied"  # its lock names a process of ours that does not have it
         copy.mkdir()

@@ -38,7 +38,6 @@ def ui(
             f"The page needs packages that are not installed: {', '.join(missing)}",
             "Install its extra, in the checkout: pip install -e '.[ui]'",
         )
-    from k5train.ui.jobs import queue
     from k5train.ui.project import open_project
     from k5train.ui.serve import serve
 
@@ -50,5 +49,4 @@ def ui(
             typer.launch(url)
 
     project = open_project(folder, model)
-    queue.advance(project)  # what waited when the machine was switched off
     serve(project, host, port, token, say)

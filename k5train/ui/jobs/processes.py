@@ -43,8 +43,12 @@ class Process:
         return f"{line if len(line) <= _SHOWN else line[:_SHOWN] + '...'} (process {self.pid})"
 
 
-def on_gpu(locks: Sequence[Path]) -> list[Process]:
-    """The processes that use a GPU: those of this user, and those of anyone that have one of these locks."""
+def working(locks: Sequence[Path], folder: Path | None = None) -> list[Process]:
+    """The processes that work with models: those of this user, and those of anyone that have one of these locks.
+
+    Args:
+        folder: only those that were started in it, or that have a lock.
+    """
     import psutil
 
     holders = {one.pid for path in locks if (one := _holder(path)) and one.is_here}
@@ -55,7 +59,9 @@ def on_gpu(locks: Sequence[Path]) -> list[Process]:
             if process.pid not in holders and user is not None and process.uids().effective != user:
                 continue
             words = command_of(process.cmdline())
-            if uses_gpu(words) and system.process_mark(process.pid):
+            if not uses_gpu(words) or not (folder is None or process.pid in holders or _is_in(process, folder)):
+                continue
+            if system.process_mark(process.pid):
                 found.append(Process(process.pid, words, _variables(process)))
     return found
 
@@ -88,6 +94,11 @@ def uses_gpu(words: Sequence[str]) -> bool:
 def is_on_processor(words: Sequence[str]) -> bool:
     """Whether a command says that it is for the processor."""
     return "--device=cpu" in words or ("--device", "cpu") in pairwise(words) or "train.device=cpu" in words
+
+
+def _is_in(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process was started in a folder. False where that may not be read."""
+    return Path(process.cwd()).is_relative_to(folder)
 
 
 def _variables(process: psutil.Process) -> Mapping[str, str] | None:

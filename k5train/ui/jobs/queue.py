@@ -266,7 +266,7 @@ def in_use(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot])
         job.slot: job.about or job.label for job in all_jobs if job.slot and not job.is_over and job.state != "waiting"
     }
     ours = {job.command for job in all_jobs if job.command}
-    for process in external(project, ours):
+    for process in external(project, ours, all_slots):
         if all_slots[0].variable is not None and processes.is_on_processor(process.words):
             continue
         slot = slots.slot_of(all_slots, process.variables)
@@ -275,9 +275,11 @@ def in_use(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot])
     return used
 
 
-def external(project: Project, ours: set[int]) -> list[processes.Process]:
-    """The commands that use a GPU and that are no job of this project."""
-    return [process for process in processes.on_gpu(processes.locks_of(project)) if process.pid not in ours]
+def external(project: Project, ours: set[int], all_slots: Sequence[Slot]) -> list[processes.Process]:
+    """The commands that work with models and that are no job of this project: all of this machine for a GPU, which two
+    cannot share, and those in the project for the processor, which they can."""
+    folder = None if all_slots[0].variable else project.root
+    return [found for found in processes.working(processes.locks_of(project), folder) if found.pid not in ours]
 
 
 def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
