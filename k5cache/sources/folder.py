@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from k5cache.options import CacheConfig
+from k5cache.shared.inside import is_inside
 from k5cache.sources.caption_files import OTHER_SUFFIXES, SUFFIXES, read_captions
 from k5cache.sources.captions import Captions, without_source
 from k5cache.sources.items import (
@@ -113,15 +114,21 @@ def find_items(
     return sorted(items, key=lambda item: item.path), sorted(skipped, key=lambda skip: skip.path)
 
 
-def scan(source: Path, leave_out: Path | None = None, suffixes: tuple[str, ...] | None = None) -> Scan:
+def scan(
+    source: Path,
+    leave_out: Path | None = None,
+    suffixes: tuple[str, ...] | None = None,
+    within: Path | None = None,
+) -> Scan:
     """Every image under ``source``, and what cannot be used and looks as if it should be. Opens nothing.
 
     Args:
         leave_out: a folder that is not entered.
         suffixes: of caption files, in the order of preference. None: the usual ones.
+        within: as for ``walk``.
     """
     scanned = Scan(suffixes=suffixes or SUFFIXES)
-    for entries, prefix in walk(source, scanned.skipped, scanned.skipped, leave_out):
+    for entries, prefix in walk(source, scanned.skipped, scanned.skipped, leave_out, within):
         _sort_out(_Folder(prefix, entries, scanned.suffixes), scanned)
     return scanned
 
@@ -251,6 +258,7 @@ def walk(
     unreadable: list[Skipped],
     passed_over: list[Skipped] | None = None,
     leave_out: Path | None = None,
+    within: Path | None = None,
 ) -> Iterator[tuple[list[os.DirEntry[str]], str]]:
     """Every folder's visible files, with its path relative to ``source`` ("" or "sub/").
 
@@ -260,6 +268,8 @@ def walk(
         unreadable: folders that cannot be read are added to it.
         passed_over: folders of systems and hidden pictures are added to it.
         leave_out: a folder that is not entered.
+        within: links to folders are followed only in it, and those that lead out are added to ``passed_over``. None:
+            anywhere.
     """
     passed_over = [] if passed_over is None else passed_over
     entered = {_file_id(parent.stat()) for parent in source.resolve().parents}  # a link there would lead back here
@@ -285,7 +295,10 @@ def walk(
             elif entry.is_dir(follow_symlinks=False):
                 real.append((entry.path, f"{prefix}{entry.name}/"))
             elif entry.is_symlink() and Path(entry.path).is_dir():  # DirEntry.is_dir raises on a link to itself
-                linked.append((entry.path, f"{prefix}{entry.name}/"))
+                if within and not is_inside(within, Path(entry.path)):
+                    passed_over.append(Skipped(printable(prefix + entry.name), f"is a link that leads out of {within}"))
+                else:
+                    linked.append((entry.path, f"{prefix}{entry.name}/"))
             else:
                 visible.append(entry)
         yield visible, prefix

@@ -113,7 +113,7 @@ def load_pixels(content: Content, geometry: Geometry) -> Tensor:
     bucket, resized = geometry.bucket, (geometry.resized_height, geometry.resized_width)
     if resized[0] * resized[1] > MAX_PIXELS:
         raise UnreadableImage(f"{geometry.width}x{geometry.height} is too long and thin to fill {bucket.name}")
-    rgb = _upright(content, geometry)
+    rgb = upright(content, geometry)
     if geometry.stretched:  # VaeImageProcessor.resize
         rgb = rgb.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS)
     rows = np.array(rgb)
@@ -129,11 +129,11 @@ def load_whole(content: Content, geometry: Geometry) -> Tensor:
     """Load the whole image in its own size, mirrored if its crop is: uint8 ``[3, H, W]``. Raises as ``load_pixels``."""
     import torch
 
-    pixels = torch.from_numpy(np.array(_upright(content, geometry))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(upright(content, geometry))).permute(2, 0, 1)
     return (pixels.flip(2) if geometry.flipped else pixels).contiguous()
 
 
-def _upright(content: Content, geometry: Geometry) -> Image.Image:
+def upright(content: Content, geometry: Geometry) -> Image.Image:
     """The image in sRGB, turned as its EXIF orientation says."""
     from k5cache.sources.colour import to_srgb
 

@@ -40,10 +40,6 @@ def check(read: Callable[[str], Content], item: SourceItem, width: int, height: 
 def load_mask(content: Content, geometry: Geometry) -> Tensor:
     """Load the mask under the crop of its image, averaged over the area of each latent.
 
-    White counts and black does not. Colours count by their luminance, transparent parts count as black, and EXIF
-    rotation is applied as for images. The average is exact: a pixel that the border of a latent cuts counts in
-    proportion. (Pillow's box filter takes whole pixels.)
-
     Returns:
         uint8 ``[H/8, W/8]``; 255 means that the whole area counts.
 
@@ -52,6 +48,16 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
     """
     import torch
 
+    return torch.from_numpy(mask_levels(content, geometry))
+
+
+def mask_levels(content: Content, geometry: Geometry) -> NDArray[np.uint8]:
+    """What ``load_mask`` loads, as an array.
+
+    White counts and black does not. Colours count by their luminance, transparent parts count as black, and EXIF
+    rotation is applied as for images. The average is exact: a pixel that the border of a latent cuts counts in
+    proportion. (Pillow's box filter takes whole pixels.)
+    """
     with open_image(content) as image:
         grey = turn(_grey(load(content, image)), orientation(image))
     if grey.size != (geometry.width, geometry.height):
@@ -59,8 +65,8 @@ def load_mask(content: Content, geometry: Geometry) -> Tensor:
     height, width = geometry.bucket.latent_shape
     down = _shares(geometry.height, geometry.resized_height, geometry.top, height)
     across = _shares(geometry.width, geometry.resized_width, geometry.left, width)
-    cells = torch.from_numpy((down @ (np.asarray(grey) @ across.T)).round().astype(np.uint8))
-    return (cells.flip(1) if geometry.flipped else cells).contiguous()
+    cells = (down @ (np.asarray(grey) @ across.T)).round().astype(np.uint8)
+    return np.ascontiguousarray(cells[:, ::-1] if geometry.flipped else cells)
 
 
 def _shares(size: int, resized: int, start: int, cells: int) -> NDArray[np.float32]:

@@ -12,10 +12,10 @@ from k5cache.sources.items import Skipped, printable
 from k5cache.sources.pairs import Paired, caption_stems, pair, without_ending
 
 
-def scan_pairs(source: Path, suffixes: tuple[str, ...] | None = None) -> Scan:
+def scan_pairs(source: Path, suffixes: tuple[str, ...] | None = None, within: Path | None = None) -> Scan:
     """As ``folder.scan``, but its images are the targets, each with its source. The caption of ``X_end`` may be in
     ``X_end.txt`` or ``X.txt``."""
-    scanned = scan(source, suffixes=suffixes)
+    scanned = scan(source, suffixes=suffixes, within=within)
     paired = pair((_stem(image.path), image.path) for image in scanned.images)
     entries = {image.path: image for image in scanned.images}
     lone = [*scanned.lone_json, *scanned.lone_texts]

@@ -35,7 +35,7 @@ class FolderStats:
     """Nanoseconds since the epoch: when the last of them was written or otherwise changed."""
 
 
-def read_stats(source: Path, suffixes: Collection[str] = ()) -> FolderStats | None:
+def read_stats(source: Path, suffixes: Collection[str] = (), within: Path | None = None) -> FolderStats | None:
     """The stats of every image, mask and text file below ``source``: 0.15 s for 10,000 images with captions.
 
     They include ctime, which no program can set, so an edit that puts size and mtime back is noticed. A harmless
@@ -43,6 +43,7 @@ def read_stats(source: Path, suffixes: Collection[str] = ()) -> FolderStats | No
 
     Args:
         suffixes: of caption files, besides the usual ones.
+        within: as for ``folder.walk``; a link that leads out of it makes the stats others than an encode's.
 
     Returns:
         None if a stat cannot decide: there is no folder, or a broken link, a pipe, or a folder that cannot be read.
@@ -52,7 +53,7 @@ def read_stats(source: Path, suffixes: Collection[str] = ()) -> FolderStats | No
     sha256 = hashlib.sha256(bytes([PICTURE_DECODER]))
     wanted = _SUFFIXES.union(suffixes)
     newest, unreadable, passed_over = 0, list[Skipped](), list[Skipped]()
-    for files, prefix in walk(source, unreadable, passed_over):
+    for files, prefix in walk(source, unreadable, passed_over, within=within):
         names, numbers, kinds = [prefix], array("q"), set()
         for entry in files:
             name = entry.name
@@ -89,20 +90,20 @@ def is_settled(stats: FolderStats, read_ns: int) -> bool:
     return stats.newest_ns + SETTLED_NS < read_ns
 
 
-def is_untouched(source: Path, config: CacheConfig, note: SourceNote) -> bool:
+def is_untouched(source: Path, config: CacheConfig, note: SourceNote, within: Path | None = None) -> bool:
     """Whether no file of ``source``, nor of ``cache.source_dir``, was touched since the note was taken. Opens no file;
     False if stats cannot tell."""
-    stats = stats_of(source, config) if note.stats else None
+    stats = stats_of(source, config, within) if note.stats else None
     return stats is not None and stats.digest == note.stats
 
 
-def stats_of(source: Path, config: CacheConfig) -> FolderStats | None:
+def stats_of(source: Path, config: CacheConfig, within: Path | None = None) -> FolderStats | None:
     """The stats of all files that a listing depends on."""
     suffixes = config.caption_suffixes or ()
-    stats = read_stats(source, suffixes)
+    stats = read_stats(source, suffixes, within)
     if config.source_dir is None or stats is None:
         return stats
-    of_sources = read_stats(Path(config.source_dir).expanduser(), suffixes)
+    of_sources = read_stats(Path(config.source_dir).expanduser(), suffixes, within)
     return of_sources and joined(stats, of_sources)
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -117,6 +117,26 @@ def read_table(table: OpenTable, columns: Sequence[str] | None = None) -> pa.Tab
     use_threads = table.file.metadata.num_row_groups > 1
     try:
         values = table.file.read(columns=list(columns) if columns is not None else None, use_threads=use_threads)
+        values.validate(full=True)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise refused(table.path, str(error)) from None
+    return values.combine_chunks()
+
+
+def by_group(table: OpenTable, numbers: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """Which row groups have these rows: (number of the group, its first row, the rows in it)."""
+    first = 0
+    for group in range(table.file.metadata.num_row_groups):
+        end = first + table.file.metadata.row_group(group).num_rows
+        if wanted := [number for number in numbers if first <= number < end]:
+            yield group, first, wanted
+        first = end
+
+
+def read_group(table: OpenTable, group: int) -> pa.Table:
+    """Decode one row group of an open table file. Raises as ``read_table``."""
+    try:
+        values = table.file.read_row_group(group, use_threads=False)
         values.validate(full=True)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise refused(table.path, str(error)) from None

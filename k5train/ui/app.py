@@ -14,6 +14,7 @@ from k5cache.shared.disk_errors import sentence
 from k5cache.shared.errors import K5Error
 from k5train.ui import (
     compare_pages,
+    data_pages,
     jobs_pages,
     new_run_pages,
     overview_pages,
@@ -31,6 +32,7 @@ from k5train.ui.project import Project
 VIEWS = (
     static_files,
     overview_pages,
+    data_pages,
     run_pictures,
     compare_pages,
     sweep_pages,

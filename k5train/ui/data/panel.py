@@ -1,0 +1,47 @@
+"""What is being done with a cache by jobs of the page, and what did the last one say?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k5train.ui.jobs import queue
+from k5train.ui.jobs.job import Job, Progress
+from k5train.ui.project import Project
+
+KINDS = ("encode", "diff")
+_MOST_BYTES = 8000
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The newest job about a cache."""
+
+    job: Job
+    progress: Progress | None
+    text: str
+    """The end of what it printed, once it has ended."""
+    error: tuple[str, str] | None
+    """The problem and what to do, if it failed with these two lines."""
+    waits_for: str = ""
+
+    @property
+    def badge(self) -> str:
+        """The class of its badge."""
+        return {"finished": "done", "lost": "failed"}.get(self.job.state, self.job.state)
+
+
+def panel_of(project: Project, about: str) -> Panel | None:
+    """The newest job that encodes a cache, or says what an encode would do.
+
+    Args:
+        about: the cache's place in the project.
+    """
+    all_jobs = queue.jobs(project)
+    job = next((job for job in all_jobs if job.about == about and job.kind in KINDS), None)
+    if job is None:
+        return None
+    wait = queue.waits_for(project, all_jobs).get(job.id) if job.state == "waiting" else None
+    text = queue.tail(job, _MOST_BYTES) if job.is_over else ""
+    return Panel(
+        job, queue.progress(job), text, queue.error_of(job) if job.is_over else None, wait.words if wait else ""
+    )

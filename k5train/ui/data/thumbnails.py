@@ -1,0 +1,111 @@
+"""How does a page show thousands of pictures? Small ones are made once, and cached by what they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from k5cache.sources.items import UnreadableImage, stat_numbers
+from k5train.ui.data.crops import whole
+from k5train.ui.project import Project
+
+SMALL, LARGE = 320, 1600
+"""Pixels of the longer side: of a tile, and of a picture on a page of its own."""
+_VERSION = 1
+_QUALITY = {SMALL: 82, LARGE: 90}
+_AT_ONCE = threading.BoundedSemaphore(2)
+"""Pictures that are decoded at the same time: each may take 1.5 GB, with ``decode.MAX_PIXELS``."""
+
+
+def thumbnail(project: Project, key: str, make: Callable[[], Image.Image], side: int = SMALL) -> bytes:
+    """A small picture as WebP, made once for all pages and tabs.
+
+    Args:
+        key: names the content and what is shown of it.
+        make: makes the picture if it is not there.
+        side: the most pixels of a side.
+
+    Raises:
+        UnreadableImage: ``make`` says why there is none.
+    """
+    name = hashlib.sha256(f"{_VERSION} {side} {key}".encode("utf-8", "surrogateescape")).hexdigest()
+    folder = project.own / "thumbnails" / name[:2]
+    path = folder / f"{name[2:34]}.webp"
+    with suppress(OSError):
+        return path.read_bytes()
+    with _AT_ONCE:
+        with suppress(OSError):  # another tab asked for it too
+            return path.read_bytes()
+        picture = make()
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    data = BytesIO()
+    picture.save(data, format="WEBP", quality=_QUALITY.get(side, 82), method=2)
+    with suppress(OSError):  # without permission, or with a full disk, it is made each time
+        _write(project, folder, path, data.getvalue())
+    return data.getvalue()
+
+
+def small_file(project: Project, path: Path) -> bytes:
+    """A picture file of the project as a tile. Raises ``UnreadableImage``, ``OSError``, ``OutputError``."""
+    inside = project.inside(path)
+    key = f"file {project.relative(path)} {stat_numbers(inside.stat())}"
+    return thumbnail(project, key, lambda: whole(inside, SMALL))
+
+
+def _write(project: Project, folder: Path, path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole. It need not be durable: it can be made again."""
+    own = project.own
+    if own.is_symlink() or (own / "thumbnails").is_symlink():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    ignore = own / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n", encoding="utf-8")
+    temporary = folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def placeholder(reason: str) -> str:
+    """What stands for a picture that cannot be shown: an SVG that says why."""
+    lines = _wrapped(reason, 26, 5)
+    first = 160 - 11 * len(lines)
+    text = "".join(f'<text x="160" y="{first + 22 * n}">{_escaped(line)}</text>' for n, line in enumerate(lines))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 320" width="320" height="320" font-size="18" '
+        'font-family="system-ui,sans-serif" text-anchor="middle" fill="#808890">'
+        '<path d="M110 40h100v60H110zM110 92l30-26 24 18 20-12 26 20" fill="none" stroke="#808890" stroke-width="3"/>'
+        f"{text}</svg>"
+    )
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        word = word if len(word) <= width else f"{word[: width - 3]}..."
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
+
+
+def _escaped(text: str) -> str:
+    allowed = "".join(character if character.isprintable() else "?" for character in text)
+    return allowed.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def as_reason(error: UnreadableImage | OSError) -> str:
+    """Why there is no picture, in a few words."""
+    if isinstance(error, UnreadableImage):
+        return error.reason
+    return "is no longer there" if isinstance(error, FileNotFoundError) else error.strerror or "cannot be read"

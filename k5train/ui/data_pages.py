@@ -1,0 +1,68 @@
+"""Which URLs has the view of data? What answers them imports Pillow and pyarrow, so that is done at the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from starlette.datastructures import FormData
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from k5train.ui import actions
+from k5train.ui.data.limits import MOST_BYTES, MOST_FILES
+
+actions.NOTICES.update(
+    received="The pictures are in the folder.",
+    folder="The folder is made. Drop pictures into it.",
+    caption="The caption is saved.",
+    encoding="The encode is in the queue. How it goes is shown below.",
+    comparing="Looking at what an encode would do. The answer comes below.",
+)
+
+
+def _read(name: str) -> Callable[[Request], Response]:
+    """The endpoint of this name in ``handlers``."""
+
+    def endpoint(request: Request) -> Response:
+        response: Response = getattr(import_module("k5train.ui.data.handlers"), name)(request)
+        return response
+
+    return endpoint
+
+
+def _change(name: str) -> Callable[[Request, FormData], Response]:
+    """The same for an action."""
+
+    def handle(request: Request, form: FormData) -> Response:
+        response: Response = getattr(import_module("k5train.ui.data.handlers"), name)(request, form)
+        return response
+
+    return handle
+
+
+def routes() -> list[Route]:
+    """The URLs of this view."""
+    pages = {
+        "/data": "data",
+        "/data/f/{id}": "folder",
+        "/data/f/{id}/events": "folder_events",
+        "/data/f/{id}/{picture}": "folder_item",
+        "/data/f/{id}/{picture}/picture": "folder_picture",
+        "/data/c/{id}": "cache",
+        "/data/c/{id}/events": "cache_events",
+        "/data/c/{id}/{number:int}": "cache_item",
+        "/data/c/{id}/{number:int}/picture": "cache_picture",
+    }
+    changes = {
+        "/data/folders": "make_folder",
+        "/data/f/{id}/encode": "encode_folder",
+        "/data/f/{id}/{picture}/caption": "save_caption",
+        "/data/c/{id}/encode": "encode_cache",
+        "/data/c/{id}/diff": "diff_cache",
+    }
+    files = actions.action(_change("receive"), MOST_BYTES, MOST_FILES)
+    posts = [Route(path, actions.action(_change(name)), methods=["POST"]) for path, name in changes.items()]
+    gets = [Route(path, _read(name)) for path, name in pages.items()]
+    return [*posts, Route("/data/f/{id}/pictures", files, methods=["POST"]), *gets]
