@@ -27,6 +27,7 @@ WHEN = {  # what the page says -> whether it is so in the plain run, and in the 
     "with the optimizer `prodigy`": (False, True),
     "steps with a rollout": (False, True),
     "on a GPU": (False, False),
+    "with `epochs`": (False, False),
     SPLIT: (False, True),
     f"{SPLIT}, and in a sweep": (False, True),
     f"{SPLIT} and `ema_decay`, not at step 0": (False, True),
@@ -95,9 +96,14 @@ def test_the_fields_of_a_step_have_the_values_that_the_page_says(runs):
 def test_of_a_gpu_the_page_lists_what_is_written(monkeypatch):
     stats = {"reserved_bytes.all.peak": 3 * 2**30, "allocated_bytes.all.peak": 2**30}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    written = loop._memory(torch.device("cuda"))
-    assert written == {"peak_reserved_gib": 3.0, "peak_allocated_gib": 1.0}
+    written = loop._memory(torch.device("cuda"), 5 * 2**29)
+    assert written == {"peak_reserved_gib": 3.0, "peak_allocated_gib": 1.0, "planned_gib": 2.5}
     assert {name for name, row in fields_under("A step").items() if row[3] == "on a GPU"} == set(written)
+
+
+def test_a_run_by_epochs_writes_how_many_steps_these_are():
+    assert loop._steps_of(replace(CONFIG, steps=120, epochs=3)) == {"steps": 120}
+    assert loop._steps_of(CONFIG) == {}
 
 
 def test_a_long_list_of_rows_is_left_out():

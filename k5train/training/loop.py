@@ -186,7 +186,8 @@ class Loop:
                           loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
                           grad_norm=norm, lr=rate, **_prodigy(optimizer), **_rows(step_batches, seconds),
                           seconds=seconds, loader_seconds=waited,
-                          **self.cost.take(), **_memory(self.device))  # fmt: skip
+                          **self.cost.take(), **_memory(self.device, self.session.base.plan.peak),
+                          **_steps_of(config))  # fmt: skip
         return losses.mean
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
@@ -301,16 +302,22 @@ def _prodigy(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"prodigy_d": float(group["d"])} if "d" in (group := optimizer.param_groups[0]) else {}
 
 
-def _memory(device: torch.device) -> dict[str, Any]:
+def _memory(device: torch.device, planned_bytes: int) -> dict[str, Any]:
+    """What the update took, and beside it what the plan predicted."""
     if device.type != "cuda":
         return {}
     stats = torch.cuda.memory_stats(device)
     peaks = {"peak_reserved_gib": "reserved_bytes.all.peak", "peak_allocated_gib": "allocated_bytes.all.peak"}
-    return {name: stats[key] / 2**30 for name, key in peaks.items()}
+    return {**{name: stats[key] / 2**30 for name, key in peaks.items()}, "planned_gib": planned_bytes / 2**30}
 
 
 def _is_multiple(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
+
+
+def _steps_of(config: TrainConfig) -> dict[str, Any]:
+    """How many updates the epochs of a recipe came to, which its files do not say otherwise."""
+    return {} if config.epochs is None else {"steps": config.steps}
 
 
 def _tail_mean(losses: list[float], count: int = 20) -> float:
