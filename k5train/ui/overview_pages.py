@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from k5train.ui import listing
-from k5train.ui.pages import project_of, render
+from k5train.ui.events import stream
+from k5train.ui.overview_view import Overview, read_overview
+from k5train.ui.pages import fragment, project_of, render
+
+SECONDS = 2.0
 
 
 def overview(request: Request) -> Response:
-    """What the project has."""
+    """``/``."""
+    view = read_overview(project_of(request))
+    return render(request, "overview.html", view=view, parts=_parts(view))
+
+
+def events(request: Request) -> Response:
+    """The same, as it changes."""
     project = project_of(request)
-    return render(
-        request,
-        "overview.html",
-        folders=listing.folders(project),
-        caches=listing.caches(project),
-        runs=sorted(listing.runs(project), key=lambda run: -run.changed),
-        sweeps=listing.sweeps(project),
-        leading_out=listing.leading_out(project),
-    )
+    return stream(request, lambda: _parts(read_overview(project)), SECONDS)
+
+
+def _parts(view: Overview) -> Mapping[str, str]:
+    """What changes with time, by the id of its element."""
+    names = ("now", "next", "runs")
+    return {f"overview-{name}": fragment(f"overview_{name}.html", view=view) for name in names}
 
 
 def routes() -> list[Route]:
     """The URLs of this view."""
-    return [Route("/", overview)]
+    return [Route("/", overview), Route("/events", events)]
