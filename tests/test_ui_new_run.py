@@ -27,7 +27,7 @@ from k5train.runs.metrics import Metrics
 from k5train.ui.app import create_app
 from k5train.ui.ids import id_of
 from k5train.ui.jobs.slots import PROCESSOR, Slot
-from k5train.ui.new_run import launching, planner, planning
+from k5train.ui.new_run import launching, planner, planning, to_encode
 from k5train.ui.new_run.fields import fields
 from k5train.ui.new_run.planner import Planner
 from k5train.ui.new_run.planner_process import Question, answer, answers
@@ -321,6 +321,28 @@ def test_a_run_that_cannot_start_is_refused_and_everything_typed_stays(page, pro
     assert (done.status_code, len(added)) == (400, 1)
     assert error_of(done)[0].startswith(problem)
     assert 'name="o.train.seed" value="7"' in done.text
+
+
+def test_prompts_that_the_cache_lacks_are_encoded_before_the_run(page, project, added, monkeypatch):
+    held = to_encode.Held("m", "t2i", frozenset(["", "a cat"]), frozenset())
+    monkeypatch.setattr(to_encode, "held_by", lambda project, cache: held)
+    (project.root / "p.json").write_text('{"dog": "--a dog"}')
+    text = '[train.validation]\nprompts = ["a cat", "a bird"]\nprompt_library = "p.json"\nnegative_prompt = "blurry"\n'
+    form = form_of(text, cache=id_of("cache/cats"), name="mine")
+    note = "3 prompts are not in cache/cats yet: they are encoded before the run starts"
+    assert page.post("/new/check", data=form).json()["options"]["train.validation.prompts"]["caution"] == note
+    page.post("/new/start", data=form)
+    first, second = added
+    assert first.argv == ["k5cache", "prompts", "add", "cache/cats", "--", "a bird", "--a dog", "blurry"]
+    assert (first.about, second.argv[:2], "cache/cats" in second.uses) == ("cache/cats", ["k5train", "run"], True)
+    held = to_encode.Held("m", "i2i", frozenset(), frozenset([("a.png", "blue")]))
+    pairs = (("a", "blue"), ("a", "red"), ("b", "red"))
+    edits = "".join(f'[[train.validation.edits]]\nsource = "{s}.png"\nprompt = "{p}"\n' for s, p in pairs)
+    page.post("/new/start", data=form_of(edits, cache=id_of("cache/cats"), name="edit"))
+    assert [job.argv[4:] for job in added[2:4]] == [
+        ["--source", "a.png", "--", "red"],
+        ["--source", "b.png", "--", "red"],
+    ]
 
 
 def test_a_sweep_tries_the_values_of_options(page, added):

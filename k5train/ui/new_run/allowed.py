@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from k5cache.shared.errors import K5Error
 from k5cache.shared.foreign import shown
 from k5cache.shared.inside import is_inside
 from k5cache.shared.origins import Problem
 from k5train.ui.new_run.fields import value_in
+from k5train.ui.new_run.to_encode import held_by
 from k5train.ui.project import Project
 
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+", re.ASCII)
@@ -69,16 +69,8 @@ def local(project: Project, path: str) -> str:
 
 def models_of(project: Project, caches: Sequence[Path]) -> list[str]:
     """The models that caches were encoded with. What cannot be read names none."""
-    from k5cache.shared.model import model_of
-    from k5cache.store.manifest import read_manifest
-
-    models = []
-    for cache in caches:
-        try:
-            models.append(model_of(read_manifest(project.inside(cache)).recipe).source)
-        except (K5Error, OSError):
-            continue
-    return models
+    held = (held_by(project, cache) for cache in caches)
+    return [of_cache.model for of_cache in held if of_cache]
 
 
 def _is_allowed(project: Project, name: str, path: str, models: Sequence[str]) -> bool:

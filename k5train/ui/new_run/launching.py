@@ -11,10 +11,12 @@ from k5cache.shared.foreign import shown
 from k5cache.shared.inside import name_problem
 from k5cache.shared.origins import Document
 from k5cache.shared.recipe import parse_toml, to_dict
+from k5train.options.train import TrainConfig
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job
 from k5train.ui.listing import Entry
-from k5train.ui.new_run.allowed import models_of, path_problems
+from k5train.ui.new_run import to_encode
+from k5train.ui.new_run.allowed import local, models_of, path_problems
 from k5train.ui.new_run.checked import check
 from k5train.ui.new_run.fields import LEFT_OUT, value_in
 from k5train.ui.project import Project
@@ -34,8 +36,9 @@ def start(project: Project, text: str, name: str, caches: Sequence[Entry]) -> Jo
         K5Error: the recipe has a problem, no cache is chosen, or the name is taken or cannot be one. Then nothing
             is written.
     """
-    _check_recipe(project, text, caches)
+    config = _check_recipe(project, text, caches)
     target = check_name(project, name, "run")
+    _encode_first(project, config, text, caches, name)
     argv = ["k5train", "run", *_named(text, caches), "--recipe", _RECIPE, "--out", target]
     uses = tuple(cache.relative for cache in caches)
     return queue.add(project, argv, f"run {name}", "run", target, files={"recipe.toml": text}, uses=uses)
@@ -57,10 +60,10 @@ def start_sweep(
     grid = [f"{option}={values}" for option, values in axes]
     count_runs(project, text, grid, models_of(project, [cache.path for cache in caches]))
     target = check_name(project, name, "sweep")
+    _encode_first(project, config, text, caches, name)
     options = [word for line in grid for word in ("--grid", line)]
     argv = ["k5train", "sweep", *_named(text, caches), "--recipe", _RECIPE, *options, "--out", target]
     uses = tuple(cache.relative for cache in caches)
-    assert config
     return queue.add(project, argv, f"sweep {name}", "sweep", target, files={"recipe.toml": text}, uses=uses)
 
 
@@ -138,7 +141,14 @@ def names_caches(text: str) -> bool:
     return value is not LEFT_OUT and bool(value)
 
 
-def _check_recipe(project: Project, text: str, caches: Sequence[Entry]) -> object:
+def _encode_first(project: Project, config: TrainConfig, text: str, caches: Sequence[Entry], name: str) -> None:
+    """Put before a run what it draws and its cache lacks. The run waits for jobs about its caches."""
+    cache = caches[0].relative if caches and not names_caches(text) else config.data[0].cache
+    for argv in to_encode.commands(project, config, cache):
+        queue.add(project, argv, f"prompts for {name}", "prompts", local(project, cache))
+
+
+def _check_recipe(project: Project, text: str, caches: Sequence[Entry]) -> TrainConfig:
     checked = check(project, text, models_of(project, [cache.path for cache in caches]))
     if checked.problems:
         more = len(checked.problems) - 1
@@ -146,4 +156,5 @@ def _check_recipe(project: Project, text: str, caches: Sequence[Entry]) -> objec
         raise RecipeError(f"{checked.problems[0].text}{others}", checked.problems[0].fix or "Correct that in the form")
     if not caches and not names_caches(text):
         raise RecipeError("No cache is chosen", "Choose one; the Data page makes one of pictures")
+    assert checked.config is not None
     return checked.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from markupsafe import Markup
@@ -13,6 +13,7 @@ from k5cache.shared.inside import name_problem
 from k5cache.shared.option_list import Table
 from k5train.options.train import FIXED
 from k5train.ui.listing import Entry, caches, runs
+from k5train.ui.new_run import to_encode
 from k5train.ui.new_run.allowed import models_of
 from k5train.ui.new_run.checked import Checked, Said, check
 from k5train.ui.new_run.draft import Draft
@@ -25,6 +26,7 @@ from k5train.ui.project import Project
 
 _SENTENCE = re.compile(r"(.+?\.)(?:\s+(.*))?", re.DOTALL)
 _MOST_RUNS = 12
+_PROMPTS = "train.validation.prompts"
 _SHORT_HELP = 110
 
 
@@ -156,6 +158,11 @@ def view(project: Project, draft: Draft) -> View:
     """The form with what is said of it."""
     checked, chosen = checked_draft(project, draft)
     shown = {name: _shown(field, draft, checked) for name, field in fields().items()}
+    own = _own_caches(draft)
+    drawn_from = own[:1] or tuple(cache.relative for cache in chosen[:1])
+    if checked.config and drawn_from and (note := to_encode.note(project, checked.config, drawn_from[0])):
+        prompts = shown[_PROMPTS]
+        shown[_PROMPTS] = replace(prompts, cautions=(*prompts.cautions, note))
     folds = tuple(
         Fold(group.name, with_code(group.help), tuple(shown[field.name] for field in group.fields), group.entries)
         for group in groups()
@@ -165,7 +172,6 @@ def view(project: Project, draft: Draft) -> View:
     missing = set(draft.caches) - {entry.id for entry in chosen}
     if missing:
         problems.append(Said("A chosen cache is no longer here: it was deleted, moved or renamed"))
-    own = _own_caches(draft)
     base = chosen[0].name if chosen else PurePath(own[0]).name if own else draft.save_as.removesuffix(".toml")
     base = "my_run" if name_problem(base) else base
     here = room(project)
