@@ -83,10 +83,15 @@ def test_a_run_that_saves_and_draws_when_asked_ends_with_the_bits_of_one_that_wa
     assert "Did what was asked for at step 4: save" in capsys.readouterr().err
 
 
-def test_a_run_that_is_not_trained_is_asked_for_nothing(tmp_path, cache, toy_model, during, capsys):
+def test_a_run_that_is_not_trained_is_asked_for_nothing(tmp_path, cache, toy_model, during, capsys, monkeypatch):
     root = tmp_path / "run"
     during(root, {0: ("sample",)})
-    start_run(root, cache, toy_model, replace(CONFIG, steps=2))
+    with pytest.raises(RunError, match="draws no pictures: its recipe has no prompts"):
+        start_run(root, cache, toy_model, replace(CONFIG, steps=2))
+    during(root, {})
+    (root / "sample.request").touch()
+    monkeypatch.setattr(requests, "drop", lambda run: None)  # somebody else asks, without asking whether it can be done
+    go_on(root)
     assert "the recipe has no validation prompts or pairs to draw" in capsys.readouterr().err
     for folder in (root, tmp_path / "none"):
         with pytest.raises(RunError, match="is not being trained"):

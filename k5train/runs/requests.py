@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from k5cache.shared.errors import RunError
+from k5cache.shared.command_line import command
+from k5cache.shared.errors import K5Error, RunError
+from k5cache.shared.kind import kind_at_hand
 from k5cache.shared.lock import holder
-from k5train.runs.folder import REQUESTS, Run
+from k5train.runs.folder import REQUESTS, Run, open_run
 
 Request = Literal["save", "sample"]
 """``save``: the state and a checkpoint. ``sample``: pictures as at a step at which they are due."""
@@ -22,10 +24,16 @@ def ask(run: Path, request: Request) -> None:
     """Ask the process that trains a run for something after the step that it is at.
 
     Raises:
-        RunError: nothing trains this run.
+        RunError: nothing trains this run, or its recipe has nothing to draw.
     """
     if holder(run / ".lock") is None:
         raise RunError(f"{run} is not being trained", "Resume it first")
+    if request == "sample" and not _may_draw(run):
+        example = command("k5train", "resume", run, set='train.validation.prompts=["A PROMPT"]')
+        raise RunError(
+            f"{run} draws no pictures: its recipe has no prompts in train.validation",
+            f"Put a prompt into its cache with k5cache prompts add, stop the run, and give it the prompt: {example}",
+        )
     (run / REQUESTS[request]).touch()
 
 
@@ -37,6 +45,15 @@ def take(run: Run) -> set[Request]:
 def drop(run: Run) -> None:
     """Forget what was asked for before a crash: whoever asked did not mean a later step."""
     take(run)
+
+
+def _may_draw(run: Path) -> bool:
+    """Whether a recipe may have something to draw. One that cannot be read, or is for image-to-image, may."""
+    try:
+        _, model, config, _ = open_run(run)
+        return bool(config.validation.prompts) or kind_at_hand(model) == "i2i"
+    except (K5Error, OSError, ValueError):
+        return True
 
 
 def _requests() -> Iterable[Request]:

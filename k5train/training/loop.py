@@ -200,6 +200,7 @@ class Loop:
         progress, asked = self.progress, requests.take(self.run)
         if "sample" in asked and not self.validation.draw(self.session, progress, metrics, bars):
             console.warn("Asked for pictures, and the recipe has no validation prompts or pairs to draw")
+            asked -= {"sample"}
         if "save" in asked:
             progress.asked = sorted({*progress.asked, progress.step})
             self.save_state(metrics)
