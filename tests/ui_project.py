@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +21,7 @@ from k5train.ui import listing
 from k5train.ui.app import Page, create_app
 from k5train.ui.guard import Access
 from k5train.ui.jobs import folder as job_files
+from k5train.ui.jobs import queue
 from k5train.ui.project import Project
 from tests.store_samples import make_cache
 from tests.test_compare import make as make_run
@@ -64,6 +68,14 @@ def client_of(project: Project, access: Access | None = None) -> tuple[TestClien
     page.state.listeners.close()
     page.state.planner = SimpleNamespace(ask=lambda question, slot: None, end=lambda: None)  # it would be a process
     return TestClient(page, base_url=BASE, raise_server_exceptions=False, follow_redirects=False), page
+
+
+@contextmanager
+def without_processes() -> Iterator[None]:
+    """Until the end of the block, a job that begins is no process."""
+    spawn, queue._spawn = queue._spawn, lambda *words: SimpleNamespace(pid=os.getpid())
+    yield
+    queue._spawn = spawn
 
 
 def ids(project: Project) -> list[str]:
@@ -123,14 +135,16 @@ def parsed(text: str) -> Html:
 
 
 def pages_of(client: TestClient) -> dict[str, str]:
-    """URL -> HTML of every page that links lead to from the first one."""
-    waiting, found = ["/"], dict[str, str]()
+    """URL -> HTML of every page that links lead to from the first one; of pages with a query, the first two."""
+    waiting, found, queries = ["/"], dict[str, str](), Counter[str]()
     while waiting:
-        url = waiting.pop()
-        if url in found:
+        url = waiting.pop(0)
+        path, _, query = url.partition("?")
+        queries[path] += bool(query)
+        if url in found or queries[path] > 2:
             continue
         answer = client.get(url)
         found[url] = answer.text if answer.headers["content-type"].startswith("text/html") else ""
         links = [attributes.get("href", "") for attributes in parsed(found[url]).all("a")]
-        waiting += [link.partition("#")[0] for link in links if link.startswith("/") and len(found) < 300]
+        waiting += [link.partition("#")[0] for link in links if link.startswith("/")]
     return {url: text for url, text in found.items() if text}

@@ -45,7 +45,7 @@ async def form(request: Request, most_bytes: int = MOST_FORM_BYTES, most_files: 
         body = _bounded(request, most_bytes)
         if kind == "multipart/form-data":
             parser = MultiPartParser(
-                request.headers, body, max_files=most_files, max_fields=MOST_FIELDS, max_part_size=most_bytes
+                request.headers, _whole(body), max_files=most_files, max_fields=MOST_FIELDS, max_part_size=most_bytes
             )
             return await parser.parse()
         if kind == "application/x-www-form-urlencoded":
@@ -55,6 +55,16 @@ async def form(request: Request, most_bytes: int = MOST_FORM_BYTES, most_files: 
             f"The form cannot be read: {error.message}", "Go back, reload the page and send it again"
         ) from None
     raise BadForm("What was sent is not a form", "Use the page's own buttons")
+
+
+async def _whole(body: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The parts, which must end as a form with files ends: the parser takes half of one, too."""
+    end = b""
+    async for part in body:
+        end = (end + part)[-8:]
+        yield part
+    if not end.rstrip().endswith(b"--"):
+        raise BadForm("The form did not arrive whole", "Send it again")
 
 
 async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes, None]:
