@@ -40,7 +40,7 @@ def test_every_run_has_a_place_in_the_grid_with_its_state_and_the_best_is_marked
     words = [[cell and cell.word for cell in cells] for _, cells in view.rows]
     assert words == [["finished", "finished"], ["failed", "running"], ["stopped", None]]
     assert view.verdict == "The best is rank=8,lr=5e-05 at step 4: held-out loss 0.3000"  # of the finished ones
-    assert view.counts == (("finished", 2), ("running", 1), ("stopped", 1), ("failed", 1))
+    assert view.counts == (("running", 1), ("finished", 2), ("stopped", 1), ("failed", 1))
     best = view.rows[0][1][0]
     assert (best.is_best, best.loss, best.at, best.picture) == (True, 0.3, 4, best.root / "samples/step-000004/00.png")
     assert view.rows[1][1][0].why == "The loss is not finite at step 7"

@@ -292,3 +292,17 @@ def _number(value: float) -> str:
 
 def _joined(parts: Iterable[Markup]) -> Markup:
     return Markup().join(parts)
+
+
+def spark(points: Sequence[tuple[float, float]], label: str, width: int = 132, height: int = 34) -> Markup:
+    """A curve without axes, for a table."""
+    if len(points) < 2:
+        return Markup()
+    left, right = points[0][0], max(points[-1][0], points[0][0] + 1e-9)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    span = (high - low) or 1.0
+    places = [(2 + (x - left) / (right - left) * (width - 4), 3 + (high - y) / span * (height - 6)) for x, y in points]
+    drawing = _stroke(_path(places), COLOURS[0], 1.5)
+    return Markup(
+        '<svg class="spark" role="img" viewBox="0 0 {} {}" width="{}" height="{}"><title>{}</title>{}</svg>'
+    ).format(width, height, width, height, shown(label), drawing)

@@ -16,7 +16,8 @@ from k5train.ui.listing import Entry
 from k5train.ui.pages import project_of, render
 from k5train.ui.project import Project
 from k5train.ui.run_pictures import picture_src
-from k5train.ui.sweep_view import WORDS, read_sweep
+from k5train.ui.run_state import BADGES
+from k5train.ui.sweep_view import read_sweep
 from k5train.ui.templating import fragment
 
 
@@ -50,7 +51,7 @@ def _values(project: Project, entry: Entry) -> dict[str, Any]:
         return hrefs.get(path, "")
 
     view = read_sweep(entry.path, [run.path for run in runs], lambda run: holder(run / ".lock") is not None)
-    return {"view": view, "words": WORDS, "picture": picture_src(project), "href": href}
+    return {"view": view, "words": BADGES, "picture": picture_src(project), "href": href}
 
 
 def routes() -> list[Route]:

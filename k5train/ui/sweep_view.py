@@ -13,9 +13,8 @@ from k5train.runs.compared import compare
 from k5train.runs.folder import Run
 from k5train.runs.outcomes import FILE, read_outcomes
 from k5train.runs.record import Record, read_record
+from k5train.ui.run_state import BADGES
 
-WORDS = {"finished": "done", "running": "running", "stopped": "stopped", "failed": "failed", "damaged": "failed"}
-"""What a cell says of its run -> the class of its badge."""
 _AXIS = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
 _BETWEEN = re.compile(r",(?=[\w.-]+=)")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -28,7 +27,7 @@ class Cell:
     label: str
     root: Path
     word: str
-    """A key of ``WORDS``."""
+    """A key of ``BADGES``."""
     step: int = 0
     steps: int | None = None
     """How many steps it will have made. None: its recipe cannot be read."""
@@ -83,7 +82,7 @@ def read_sweep(root: Path, runs: Sequence[Path], is_running: Callable[[Path], bo
     best, verdict = _best(finished) if finished else (None, "No run is finished yet")
     cells = [replace(cell, is_best=cell.root.name == best) for cell in cells]
     words = [cell.word for cell in cells]
-    counts = tuple((word, words.count(word)) for word in WORDS if word in words)
+    counts = tuple((word, words.count(word)) for word in BADGES if word in words)
     return SweepView(root.name, *_grid(cells), verdict, counts)
 
 

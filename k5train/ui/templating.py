@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from k5train.ui import words
-from k5train.ui.charts import svg
+from k5train.ui.charts import spark, svg
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -27,7 +27,7 @@ def environment() -> jinja2.Environment:
         auto_reload=False,
     )
     made.filters.update(words.FILTERS)
-    made.globals.update(svg=svg)
+    made.globals.update(svg=svg, spark=spark)
     return made
 
 
