@@ -46,8 +46,10 @@ def test_runs_are_compared_with_pictures_that_can_be_fetched(page, project):
     assert f"/runs/{good}/pictures/ema/4/1" in " ".join(sources)
     for source in sources:
         picture = page.get(source)
-        assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+        assert (picture.status_code, picture.headers["content-type"]) == (200, "image/webp")
         assert "immutable" in picture.headers["cache-control"]
+    whole = page.get(sources[0].partition("&")[0])
+    assert (whole.status_code, whole.headers["content-type"]) == (200, "image/png")
     kinds = [page.get(f"/runs/{good}/pictures/{kind}/0/0").status_code for kind in ("source", "target", "secret")]
     assert kinds == [200, 404, 404]
 

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from k5cache.shared.inside import is_inside
 from k5cache.shared.plain import open_plain
+from k5cache.sources.items import UnreadableImage
 from k5train.pictures.saved import files_of
 from k5train.runs.folder import Run
 from k5train.ui import listing
@@ -72,11 +73,16 @@ def answer(request: Request) -> Response:
         raise NotHere(*_GONE)
     path = files[asked["number"]]
     try:
-        with open_plain(path, _MOST_BYTES) as file:
-            content = file.read()
-    except FileNotFoundError:
+        if request.query_params.get("small"):
+            from k5train.ui.data.thumbnails import small_file  # Pillow
+
+            content, kind = small_file(project, path), "image/webp"
+        else:
+            with open_plain(path, _MOST_BYTES) as file:
+                content, kind = file.read(), "image/png"
+    except (FileNotFoundError, UnreadableImage):
         raise NotHere(*_GONE) from None
-    return Response(content, media_type="image/png", headers={"Cache-Control": UNCHANGING})
+    return Response(content, media_type=kind, headers={"Cache-Control": UNCHANGING})
 
 
 def routes() -> list[Route]:
