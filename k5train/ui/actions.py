@@ -45,11 +45,17 @@ async def form(request: Request, most_bytes: int = MOST_FORM_BYTES, most_files: 
         body = _bounded(request, most_bytes)
         if kind == "multipart/form-data":
             parser = MultiPartParser(
-                request.headers, _whole(body), max_files=most_files, max_fields=MOST_FIELDS, max_part_size=most_bytes
+                request.headers,
+                _whole(body),
+                max_files=most_files,
+                max_fields=MOST_FIELDS,
+                max_part_size=MOST_FORM_BYTES,
             )
             return await parser.parse()
         if kind == "application/x-www-form-urlencoded":
-            return await FormParser(request.headers, body, max_fields=MOST_FIELDS, max_part_size=most_bytes).parse()
+            return await FormParser(
+                request.headers, body, max_fields=MOST_FIELDS, max_part_size=MOST_FORM_BYTES
+            ).parse()
     except MultiPartException as error:
         raise BadForm(
             f"The form cannot be read: {error.message}", "Go back, reload the page and send it again"

@@ -69,7 +69,7 @@ def picture_of(shown: Shown, row: IndexRow, is_source: bool = False, until: floa
     folder = (shown.sources or shown.source) if is_source else shown.source
     name = (row.source_path or "") if is_source else row.path
     if folder is None:
-        return Picture(None, "its folder is not in this project")
+        return Picture(None, "its file is not in a folder of this project")
     path = folder.path / name
     if not is_tame(name) or not is_inside(shown.project.root, path):
         return Picture(None, "lies outside the project, so it is not shown")

@@ -63,11 +63,11 @@ def with_values(base: CacheConfig, values: Mapping[str, str]) -> CacheConfig:
     Raises:
         RecipeError: a value is not one that the option takes.
     """
-    given = {name: values[name].strip() for name in OFFERED if name in values}
+    given = {name: values[name] for name in OFFERED if name in values}
     changed: dict[str, object] = {}
     for name, text in given.items():
         if name in ("trigger", "instance_prompt"):
-            changed[name] = text or None
+            changed[name] = text if text.strip() else None
         elif name == "resolution":
             changed[name] = int(text) if text.isascii() and text.isdigit() and len(text) < 6 else -1
         elif text in CHOICES[name]:

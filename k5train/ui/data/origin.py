@@ -6,23 +6,30 @@ from pathlib import Path
 
 from k5cache.shared.errors import CacheError
 from k5cache.store.index import IndexRow
+from k5cache.store.manifest import read_manifest
 from k5train.ui import listing
 from k5train.ui.data.opened import open_index
 from k5train.ui.listing import Entry
 from k5train.ui.project import Project
 
 _LOOKED_AT = 5
+_QUICK_BYTES = 30 << 20
 
 
-def source_of(project: Project, cache: Entry) -> Entry | None:
+def source_of(project: Project, cache: Entry, is_thorough: bool = True) -> Entry | None:
     """The folder that a cache was made of: the one of its name, or else one in which its first pictures lie.
 
     None if there is none: it was made elsewhere, or of a table.
+
+    Args:
+        is_thorough: False does not open an index of more than 30 MB, which takes a second.
     """
     folders = listing.folders(project)
     same = next((folder for folder in folders if folder.name == cache.name), None)
     if same:
         return same
+    if not is_thorough and not _is_small(cache):
+        return None
     rows = _first_rows(cache)
     return next((folder for folder in folders if _has_all(folder, [row.path for row in rows])), None)
 
@@ -41,13 +48,21 @@ def caches_of(project: Project, folder: Entry) -> list[Entry]:
     caches = listing.caches(project)
     own = [cache for cache in caches if cache.name == folder.name]
     others = [cache for cache in caches if cache.name != folder.name]
-    return own + [cache for cache in others if (source := source_of(project, cache)) and source.id == folder.id]
+    return own + [cache for cache in others if (source := source_of(project, cache, False)) and source.id == folder.id]
 
 
 def is_tame(path: str) -> bool:
     """Whether a path of an index stays in its folder by itself: the index may be a stranger's."""
     parts = path.split("/")
     return bool(path) and not path.startswith("/") and ".." not in parts and "\0" not in path and "\\" not in path
+
+
+def _is_small(cache: Entry) -> bool:
+    try:
+        index = read_manifest(cache.path).index
+    except (CacheError, OSError):
+        return False
+    return index is not None and index.num_bytes < _QUICK_BYTES
 
 
 def _is_apart(cache: Entry) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k5train.ui.ids import id_of
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job, Progress
 from k5train.ui.project import Project
@@ -23,6 +24,11 @@ class Panel:
     error: tuple[str, str] | None
     """The problem and what to do, if it failed with these two lines."""
     waits_for: str = ""
+
+    @property
+    def cache_url(self) -> str:
+        """The page of the cache."""
+        return f"/data/c/{id_of(self.job.about)}"
 
     @property
     def badge(self) -> str:

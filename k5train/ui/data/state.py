@@ -12,8 +12,8 @@ from k5cache.shared.errors import CacheError, K5Error
 from k5cache.shared.kind import Kind
 from k5cache.shared.lock import holder
 from k5cache.shared.model import model_name
-from k5cache.sources.folder import scan, walk
-from k5cache.sources.items import Skipped
+from k5cache.sources.folder import walk
+from k5cache.sources.items import IMAGE_SUFFIXES, Skipped
 from k5cache.sources.unchanged import is_untouched
 from k5cache.store.manifest import Manifest, read_manifest
 from k5train.ui import listing
@@ -131,9 +131,11 @@ def folder_state(project: Project, entry: Entry, states: Sequence[CacheState]) -
     Args:
         states: of its caches.
     """
-    num_files, num_bytes, is_whole = 0, 0, True
+    num_pictures, num_files, num_bytes, is_whole = 0, 0, 0, True
     for files, _ in walk(entry.path, list[Skipped](), within=project.root):
         for file in files[: MOST_LOOKED_AT - num_files]:
+            stem, _, suffix = file.name.rpartition(".")
+            num_pictures += f".{suffix.lower()}" in IMAGE_SUFFIXES and not stem.lower().endswith(".mask")
             try:
                 num_bytes += file.stat(follow_symlinks=False).st_size
             except OSError:
@@ -142,7 +144,6 @@ def folder_state(project: Project, entry: Entry, states: Sequence[CacheState]) -
         if num_files > MOST_LOOKED_AT:
             is_whole = False
             break
-    num_pictures = len(scan(entry.path, within=project.root).images) if is_whole else 0
     word = states[0].word if states else "never encoded"
     return FolderState(
         entry, num_pictures, num_files, num_bytes, is_whole, tuple(state.entry for state in states), word
@@ -165,7 +166,7 @@ def overview(project: Project) -> Overview:
 
     caches = []
     for cache in listing.caches(project):
-        source = source_of(project, cache)
+        source = source_of(project, cache, is_thorough=False)
         caches.append((cache_state(project, cache, source), source))
     folders = []
     for folder in listing.folders(project):
