@@ -48,5 +48,6 @@ def ui(
         if open_:
             typer.launch(url)
 
-    project = open_project(folder, model)
+    # What the page starts runs in the project's folder, and the model was named from here.
+    project = open_project(folder, str(Path(model).absolute()) if model and Path(model).is_dir() else model)
     serve(project, host, port, token, say)

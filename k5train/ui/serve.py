@@ -167,6 +167,7 @@ class Server(uvicorn.Server):
             yield
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)  # nohup
         before: dict[int, Any] = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield

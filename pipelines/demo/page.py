@@ -14,7 +14,7 @@ from k5train.ui.project import Project, open_project
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "pipelines" / "demo"
 MODEL = DEMO / "k5-micro"
-PROJECT = ROOT / "build" / "ui"
+PROJECT = ROOT / "build" / "emoji"
 
 
 def main() -> int:
