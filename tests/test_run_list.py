@@ -102,7 +102,7 @@ def test_many_runs_stand_on_pages_and_the_first_comes_fast(project, monkeypatch)
     page.get("/static/page.css")  # the app is ready
     began = time.monotonic()
     answer = page.get("/runs")
-    assert time.monotonic() - began < 1.5  # 0.1 s alone; this machine has other work
+    assert time.monotonic() - began < 3  # 0.1 s alone; other tests may run beside it
     assert answer.text.count('<input type="checkbox" name="run"') == PAGE
     assert "Page 1 of 9" in answer.text
     last = page.get("/runs?page=99&sort=name&q=copy")
