@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,17 @@ class Comparison:
         return sorted(self.runs, key=loss)
 
 
-def compare(folders: Sequence[Path]) -> Comparison:
+def compare(folders: Sequence[Path], read: Callable[[Path], Record] = read_record) -> Comparison:
     """Compare runs.
 
     Args:
         folders: runs, or folders of runs such as sweeps, which stand for all runs in them.
+        read: reads a run; a page remembers those that have not changed.
 
     Raises:
         RunError: one of the folders does not exist, or there is no run among them.
     """
-    runs = _named(_with_reasons([read_record(root) for root in find_runs(folders)]))
+    runs = _named(_with_reasons([read(root) for root in find_runs(folders)]))
     best, reason = _best_of(runs)
     return Comparison(runs, _settings(runs), _groups(runs, "held_out"), _groups(runs, "probe"), best, reason)
 

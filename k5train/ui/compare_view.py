@@ -16,7 +16,7 @@ from k5train.runs.compared import Comparison, averages, compare, remarks, shown_
 from k5train.runs.compared_panels import Course, course_of, part_rows, step_rows, time_rows
 from k5train.runs.metrics import read_metrics
 from k5train.runs.panels import Row
-from k5train.runs.record import Loss, Record
+from k5train.runs.record import Loss, Record, read_record
 
 _MOST_VALUE = 120  # characters
 _MOST_REMEMBERED = 64  # runs whose curves are kept between two looks at a page
@@ -92,7 +92,7 @@ def view_of(folders: Sequence[Path]) -> CompareView:
     Raises:
         RunError: a folder is not there, or there is no run in them.
     """
-    comparison = compare(folders)
+    comparison = compare(folders, _record)
     courses = {run.name: _course(run.root / "metrics.jsonl") for run in comparison.runs if run.is_ours}
     last = compare_pictures(comparison.runs)
     columns, results = _results(comparison)
@@ -194,6 +194,23 @@ def _without(pictures: ComparedPictures) -> list[str]:
     for name, why in pictures.left_out.items():
         by_reason.setdefault(why, []).append(name)
     return [f"No pictures of {some(names)}: {why}" for why, names in by_reason.items()]
+
+
+def _record(root: Path) -> Record:
+    """A run as its files tell it, read again when one of them has changed."""
+    stamps = []
+    for name in ("metrics.jsonl", "result.json", "run.json", "recipe.toml", ".", "checkpoints"):
+        try:
+            status = (root / name).stat()
+            stamps.append((status.st_mtime_ns, status.st_size))
+        except OSError:
+            stamps.append((0, 0))
+    return _record_of(root, tuple(stamps))
+
+
+@lru_cache(_MOST_REMEMBERED)
+def _record_of(root: Path, stamps: tuple[tuple[int, int], ...]) -> Record:
+    return read_record(root)
 
 
 def _course(path: Path) -> Course:
