@@ -166,8 +166,8 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        numbers = tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)  # nohup
+        # What the process that started this one ignores stays ignored (nohup).
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
         before: dict[int, Any] = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
