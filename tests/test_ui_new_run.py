@@ -443,9 +443,22 @@ def test_one_process_answers_until_the_gpu_changes_or_it_ends(toy_planner):
     toy_planner.end()
     assert toy_planner.ask(Question("c", ()), PROCESSOR)["recipe"] == "c"
     pid = toy_planner.ask(Question("c", ()), PROCESSOR)["pid"]
-    toy_planner.end()
+    toy_planner.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+    assert toy_planner.ask(Question("c", ()), PROCESSOR)["problem"][0] == "The page has ended"
+
+
+def test_the_end_of_the_page_ends_a_plan_that_is_being_made(toy_planner, monkeypatch):
+    monkeypatch.setattr(planner, "COMMAND", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    replies: list[object] = []
+    thread = threading.Thread(target=lambda: replies.append(toy_planner.ask(Question("a", ()), None)))
+    thread.start()
+    while toy_planner._process is None:
+        assert thread.is_alive()
+    toy_planner.close()
+    thread.join(10)
+    assert replies == [None]
 
 
 def test_of_several_questions_only_the_newest_is_answered(toy_planner, monkeypatch):

@@ -77,6 +77,7 @@ def create_app(project: Project, access: Access | None = None) -> Page:
     page.access = access or Access()
     page.state.project = project
     page.state.listeners = Listeners()
+    page.state.at_end = []
     return page
 
 

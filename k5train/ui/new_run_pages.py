@@ -147,6 +147,7 @@ def planner_of(request: Request) -> Planner:
     with _beginning:
         if not hasattr(state, "planner"):
             state.planner = Planner(project_of(request).root)
+            state.at_end.append(state.planner.close)
     planner: Planner = state.planner
     return planner
 

@@ -64,4 +64,6 @@ def open_project(folder: Path, model: str | None = None) -> Project:
     root = folder.resolve()
     if not os.access(root, os.R_OK | os.X_OK):
         raise OutputError(f"There is no permission to read {folder}", "Change its permissions, or give another folder")
+    if model is not None and os.path.isdir(model):  # noqa: PTH112
+        model = str(Path(model).absolute())  # jobs run in the project, wherever the page was started
     return Project(root, model)

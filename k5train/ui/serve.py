@@ -148,6 +148,8 @@ class Server(uvicorn.Server):
         if not self.should_exit:
             await self._stopped.wait()
         self.page.state.listeners.close()
+        for end in self.page.state.at_end:  # what requests that are being answered wait for
+            end()
 
     def stop(self) -> None:
         """End the server, from any thread."""

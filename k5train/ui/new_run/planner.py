@@ -35,7 +35,7 @@ class Planner:
         self._env: Mapping[str, str] = {}
         self._turn, self._lock = threading.Lock(), threading.Lock()
         self._newest = 0
-        self._is_timing = False
+        self._is_timing = self._is_closed = False
         self._kept: dict[str, dict[str, Any]] = {}
 
     def ask(self, question: Question, slot: Slot | None) -> Mapping[str, Any] | None:
@@ -73,25 +73,32 @@ class Planner:
             self._kept.clear()
         self._kill()
 
+    def close(self) -> None:
+        """End the process, and begin none any more: the page ends."""
+        self._is_closed = True
+        self.end()
+
     def _asked(self, line: str, env: Mapping[str, str], is_timed: bool) -> dict[str, Any]:
-        self._is_timing = is_timed
+        self._is_timing, code = is_timed, 0
         try:
             for _ in range(2):  # a process that has just ended, after its idle time, is begun anew
                 process = self._begun(env)
+                if process is None:
+                    return {"problem": ["The page has ended", "Start it again: k5train ui"]}
                 reply = _exchange(process, line)
                 if reply is not None:
                     return reply
-                if process.wait() != 0:  # by itself it ends with 0
+                if (code := process.wait()) != 0:  # by itself it ends with 0
                     break
         finally:
             self._is_timing = False
-        return {"problem": [f"The planner ended with exit code {process.returncode}", "Try k5train plan in a terminal"]}
+        return {"problem": [f"The planner ended with exit code {code}", "Try k5train plan in a terminal"]}
 
-    def _begun(self, env: Mapping[str, str]) -> subprocess.Popen[str]:
+    def _begun(self, env: Mapping[str, str]) -> subprocess.Popen[str] | None:
         if self._process and (self._process.poll() is not None or self._env != env):
             self._kill()
         with self._lock:
-            if self._process is None:
+            if self._process is None and not self._is_closed:
                 seconds = _IDLE_ON_GPU if any(env.values()) else _IDLE
                 self._env = env
                 self._process = subprocess.Popen(

@@ -137,6 +137,6 @@ def _card_of(slot: Slot) -> str | None:
     command = [program, f"--id={slot.key}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=20, check=True, text=True)
-        return f"{int(done.stdout)}MB"
+        return f"{int(done.stdout) / 1024:.3g}GB"
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
