@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.panels import COLOURS
 from k5train.ui.compare_view import view_of
 from tests.test_compare import DRAWN, make
-from tests.test_guards import ROOT
 
 
 @pytest.fixture
@@ -113,12 +110,3 @@ def test_a_course_of_a_long_run_keeps_few_points_and_its_ends():
     assert (course.rate[0], course.rate[-1]) == ((1, 1e-6), (10_000, 0.01))
     assert course.time(10_000) == 10_000
     assert course.time(0) == 0
-
-
-def test_the_values_of_a_comparison_need_no_torch_no_server_and_at_first_no_pictures():
-    code = (
-        "import sys, k5train.ui.compare_view\n"
-        "print(sorted({'torch', 'starlette', 'uvicorn', 'pyarrow', 'numpy', 'PIL.Image'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stderr

@@ -7,8 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from k5cache.shared.plain import open_plain
 
 SIDES = (1024, 768, 512, 384, 256)
@@ -56,6 +54,8 @@ def _needed(sources: Sequence[str]) -> int:
 
 def source_of(path: Path, side: int) -> str:
     """A picture of at most ``side`` pixels, in a URI."""
+    from PIL import Image
+
     try:
         with open_plain(path, _MOST_BYTES) as file, Image.open(file) as opened:
             opened.draft("RGB", (side, side))
