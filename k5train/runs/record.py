@@ -98,8 +98,12 @@ class Record:
         return self.final.loss is None or round(self.final.loss, 4) > round(self.base.loss, 4)
 
 
-def read_record(root: Path) -> Record:
-    """Read a run. Damage to one of its files costs only what that file says."""
+def read_record(root: Path, rows: Sequence[dict[str, Any]] | None = None) -> Record:
+    """Read a run. Damage to one of its files costs only what that file says.
+
+    Args:
+        rows: of its metrics.jsonl, if somebody has read them already.
+    """
     run = Run(root)
     record = Record(root, run.name)
     try:
@@ -111,7 +115,8 @@ def read_record(root: Path) -> Record:
     record, result = _with_result(record, run)
     record = replace(record, lora=run.lora, seconds=_number(result.get("seconds")))
     try:
-        rows = read_metrics(run.metrics) if run.metrics.exists() or run.is_finished else []
+        if rows is None:
+            rows = read_metrics(run.metrics) if run.metrics.exists() or run.is_finished else []
     except (K5Error, OSError) as error:
         return replace(record, problems=(*record.problems, _problem(error)))
     return _with_metrics(record, run, [row for row in rows if row["step"] < _MOST_STEPS])

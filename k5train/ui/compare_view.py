@@ -108,7 +108,7 @@ def view_of(folders: Sequence[Path]) -> CompareView:
         tuple(step_rows(comparison, courses)),
         tuple(time_rows(comparison, courses)),
         tuple(part_rows(comparison, courses)),
-        tuple(_pictures(comparison.runs, last)),
+        tuple(step_pictures(comparison.runs, last)),
         tuple(_without(last)),
     )
 
@@ -165,7 +165,7 @@ def _settings(comparison: Comparison) -> Table | None:
     return Table(tuple(runs), tuple((name, tuple(cells)) for name, cells in zip(names, values, strict=True)))
 
 
-def _pictures(runs: Sequence[Record], last: ComparedPictures) -> list[PictureStep]:
+def step_pictures(runs: Sequence[Record], last: ComparedPictures) -> list[PictureStep]:
     """The pictures of the steps that the runs share, and those of their ends where these lie apart."""
     together = [run for run in runs if run.name not in last.left_out]
     ends = {row.step for row in last.rows if row.kind == "run"}

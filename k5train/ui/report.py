@@ -23,7 +23,10 @@ from k5cache.shared.units import human_bytes
 from k5train.runs.compared import find_runs
 from k5train.runs.folder import name_of
 from k5train.ui import report_pictures
+from k5train.ui.charts import svg
 from k5train.ui.compare_view import CompareView, view_of
+from k5train.ui.run_state import BADGES
+from k5train.ui.run_view import RunView, read_run
 from k5train.ui.templating import fragment
 
 STATIC = Path(__file__).parent / "static"
@@ -54,11 +57,12 @@ def make_report(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Report:
         OutputError: it has more than ``max_bytes`` even without pictures.
     """
     view = view_of(find_runs(folders))
+    runs = [read_run(result.root) for result in view.results]
     title = name_of(folders[0]) if len(folders) == 1 else _title(view.names)
     every = 1
     while True:
         shown, num_left = _thinned(view, every)
-        html, paths = _rendered(shown, title, "")
+        html, paths = _rendered(shown, runs, title, "")
         counts = Counter(paths)
         room = max_bytes - len(html.encode()) - _MOST_SAID
         if room < 0 and not num_left:
@@ -73,7 +77,7 @@ def make_report(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Report:
         every = every * 2 if num_left > 1 else 0
     sources, side = fitted
     said = _said(side, len(view.pictures), num_left, max_bytes)
-    html, paths = _rendered(shown, title, said)
+    html, paths = _rendered(shown, runs, title, said)
     html = _PLACE.sub(lambda match: sources[paths[int(match[1])]], html)
     return Report(html, len(view.names), len(counts), said)
 
@@ -103,7 +107,7 @@ def _said(side: int, num_steps: int, num_left: int, max_bytes: int) -> str:
     return f"To keep this report within {human_bytes(max_bytes)}, {' and '.join(done)}" if done else ""
 
 
-def _rendered(view: CompareView, title: str, said: str) -> tuple[str, list[Path]]:
+def _rendered(view: CompareView, runs: Sequence[RunView], title: str, said: str) -> tuple[str, list[Path]]:
     """The HTML with a placeholder for each picture, ``picture:0`` and so on, and which pictures these are."""
     paths: list[Path] = []
 
@@ -116,6 +120,9 @@ def _rendered(view: CompareView, title: str, said: str) -> tuple[str, list[Path]
     html = fragment(
         "report.html",
         view=view,
+        runs=[replace(run, pictures=view.pictures) for run in runs],
+        svg=svg,
+        badges=BADGES,
         picture=picture,
         href=lambda root: "",
         is_page=False,

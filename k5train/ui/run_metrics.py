@@ -7,7 +7,6 @@ has more lines than a chart has pixels, so that neighbouring steps are merged in
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -144,7 +143,7 @@ class Follower:
         seconds = median(s for s, _ in self._recent) if self._recent else None
         total = sum(s for s, _ in self._recent)
         return Lines(
-            tuple(sorted([*self._measured, *steps], key=lambda row: row["step"])),
+            tuple(sorted([*steps, *self._measured], key=lambda row: row["step"])),
             self._every,
             self._last,
             seconds,
@@ -202,17 +201,17 @@ def _row(line: bytes) -> Row | None:
 
 
 def _value(name: str, value: Any) -> Any:
-    if name.endswith("_key"):
-        return value if isinstance(value, str) else None
     if isinstance(value, list):
         return [_number(part) for part in value[:_MOST_PARTS]]
+    if isinstance(value, str):
+        return value if name.endswith("_key") else None
     return _number(value)
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST_VALUE:
-        return None
-    return value if math.isfinite(value) else None
+    """A finite number; None for anything else, also for true and false."""
+    kind = type(value)
+    return value if (kind is float or kind is int) and -_MOST_VALUE <= value <= _MOST_VALUE else None
 
 
 def _merged(rows: Sequence[Row]) -> Row:

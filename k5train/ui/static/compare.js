@@ -2,13 +2,17 @@
 // Without this script they are opened one by one. A report carries this script in itself.
 "use strict";
 
-for (const steps of document.querySelectorAll("[data-steps]")) {
+function slide(steps) {
   const each = [...steps.querySelectorAll("details[data-step]")];
-  if (each.length < 2) continue;
+  if (each.length < 2) return;
   const label = document.createElement("label");
   const slider = document.createElement("input");
   const said = document.createElement("output");
-  Object.assign(slider, { type: "range", min: 0, max: each.length - 1, step: 1, value: each.length - 1 });
+  // A live part is replaced when a step comes: who looks at an earlier one goes on looking at it.
+  const host = steps.closest("[data-live]") ?? steps;
+  const kept = each.findIndex((details) => details.dataset.step === host.dataset.at);
+  Object.assign(slider, { type: "range", min: 0, max: each.length - 1, step: 1, value: kept < 0 ? each.length - 1 : kept });
+  slider.id = "slider";
   slider.setAttribute("aria-label", "Step of the pictures");
   label.className = "slider";
   label.append(slider, said);
@@ -17,11 +21,15 @@ for (const steps of document.querySelectorAll("[data-steps]")) {
   const show = () => {
     each.forEach((details, i) => (details.open = i === Number(slider.value)));
     said.textContent = each[slider.value].dataset.step;
+    host.dataset.at = Number(slider.value) < each.length - 1 ? said.textContent : "";
     slider.setAttribute("aria-valuetext", said.textContent);
   };
   slider.addEventListener("input", show);
   show();
 }
+
+document.querySelectorAll("[data-steps]").forEach(slide);
+document.addEventListener("live", (event) => event.target.querySelectorAll("[data-steps]").forEach(slide));
 
 // At most so many boxes can be ticked: <form data-most="12">.
 for (const form of document.querySelectorAll("form[data-most]")) {

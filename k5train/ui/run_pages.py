@@ -1,0 +1,120 @@
+"""The page of a run: how it goes, live; its pictures, settings and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from k5cache.shared.inside import is_inside
+from k5train.ui import listing
+from k5train.ui.charts import svg
+from k5train.ui.events import stream
+from k5train.ui.jobs import queue
+from k5train.ui.jobs.job import Job, tail
+from k5train.ui.jobs.view import readable
+from k5train.ui.listing import Entry, NotHere
+from k5train.ui.pages import fragment, project_of, render
+from k5train.ui.project import Project
+from k5train.ui.run_pictures import picture_src
+from k5train.ui.run_state import BADGES
+from k5train.ui.run_view import RunView, read_run
+
+_LOG_BYTES = 8 << 10
+
+
+def run_page(request: Request) -> Response:
+    """``/runs/<id>``."""
+    project, entry = _entry(request)
+    job = _job(project, entry)
+    run = read_run(entry.path, job, Path(entry.relative))
+    if not run.settings and not run.problems and not (entry.path / "run.json").exists():
+        raise NotHere("This run is no longer here: it was deleted, moved or renamed", "Choose another one")
+    return render(
+        request,
+        "run.html",
+        run=run,
+        entry=entry,
+        job=job,
+        cache=_cache(project, run),
+        sweep=_sweep(project, entry),
+        **_fragments(project, entry, run, job),
+    )
+
+
+def run_events(request: Request) -> Response:
+    """The same, as it changes."""
+    project, entry = _entry(request)
+
+    def changes() -> Mapping[str, str]:
+        listing.find(listing.all_runs(project), entry.id)  # raises when it was deleted
+        job = _job(project, entry)
+        return {
+            f"run-{name}": html
+            for name, html in _fragments(project, entry, read_run(entry.path, job, Path(entry.relative)), job).items()
+        }
+
+    return stream(request, changes)
+
+
+def _fragments(project: Project, entry: Entry, run: RunView, job: Job | None) -> dict[str, Any]:
+    """What changes while it is trained. Buttons are apart from numbers: none goes away under the mouse."""
+    return {
+        "head": fragment("run_head.html", run=run, badges=BADGES),
+        "actions": fragment("run_actions.html", run=run, entry=entry),
+        "facts": fragment("run_facts.html", run=run),
+        "curves": fragment("run_curves.html", run=run, svg=svg),
+        "pictures": fragment("run_pictures.html", run=run, picture=picture_src(project), is_page=True),
+        "files": fragment("run_files.html", run=run, entry=entry),
+        "log": fragment("run_log.html", log=readable(tail(job, _LOG_BYTES)) if job else "", job=job),
+    }
+
+
+def run_file(request: Request) -> Response:
+    """A LoRA of a run, to download."""
+    project, entry = _entry(request)
+    which = request.path_params["which"]
+    for file in read_run(entry.path).files:
+        if file.which == which and is_inside(project.root, file.path):
+            name = file.path.name if not which.isdecimal() else f"{entry.name}-{file.path.name}"
+            return FileResponse(
+                file.path, media_type="application/octet-stream", filename=name, headers={"Cache-Control": "no-store"}
+            )
+    raise NotHere("This LoRA is no longer here", "Reload the page of the run")
+
+
+def _entry(request: Request) -> tuple[Project, Entry]:
+    project = project_of(request)
+    return project, listing.find(listing.all_runs(project), request.path_params["id"])
+
+
+def _job(project: Project, entry: Entry) -> Job | None:
+    """The newest job that trains this run, or that trains the sweep that it is in."""
+    about = {entry.relative, entry.relative.rpartition("/")[0]}
+    kinds = ("run", "resume", "sweep")
+    return next((job for job in queue.jobs(project) if job.about in about and job.kind in kinds), None)
+
+
+def _cache(project: Project, run: RunView) -> Entry | None:
+    """The run's cache, if it is one of the project's."""
+    name = Path(run.cache).name if run.cache else ""
+    return next((cache for cache in listing.caches(project) if cache.name == name), None)
+
+
+def _sweep(project: Project, entry: Entry) -> Entry | None:
+    """The sweep that the run is in."""
+    above = entry.relative.rpartition("/")[0]
+    return next((sweep for sweep in listing.sweeps(project) if sweep.relative == above), None)
+
+
+def routes() -> list[Route]:
+    """The URLs of this view."""
+    return [
+        Route("/runs/{id}", run_page),
+        Route("/runs/{id}/events", run_events),
+        Route("/runs/{id}/files/{which}", run_file),
+    ]
