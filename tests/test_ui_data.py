@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from k5cache.buckets import Bucket, Framing, Geometry, cover, source_geometry
 from k5cache.options import CacheConfig
 from k5cache.shared.lock import lock_file
+from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images
 from k5cache.sources.items import UnreadableImage, stat_numbers
 from k5cache.store import tables
@@ -23,6 +24,9 @@ from k5cache.store.manifest import LeftOut, Manifest, lock, write_manifest
 from k5cache.store.shards import ShardWriter
 from k5cache.store.skipped import write_skipped
 from k5cache.store.tensors import TensorSpec
+from k5train.options.data import DataConfig
+from k5train.options.train import TrainConfig
+from k5train.runs.recipe import write_new
 from k5train.ui import listing
 from k5train.ui.app import create_app
 from k5train.ui.data import (
@@ -546,6 +550,30 @@ def test_the_list_says_how_folders_and_caches_stand(project, cats):
     ]
     ((cache, source),) = seen.caches
     assert (cache.num_items, cache.num_left_out, cache.trigger, source and source.name) == (3, 1, "sks", "cats")
+
+
+def test_a_cache_names_the_runs_that_train_on_it(project, cats, monkeypatch):
+    monkeypatch.chdir(project.root)
+    first = TrainConfig()
+    for name, config in (("a", first), ("b", replace(first, data=(DataConfig(cache="cache/cats"),))), ("c", first)):
+        root = Path("runs") / name
+        root.mkdir(parents=True)
+        write_new(root, Path("cache/others" if name == "c" else "cache/cats"), {}, ModelConfig(), config)
+    cache = listing.caches(project)[0]
+    assert sorted(run.name for run in state.used_by(project, cache)) == ["a", "b"]
+    (project.root / "runs" / "a" / "run.json").write_text("{")
+    assert [run.name for run in state.used_by(project, cache)] == ["b"]
+
+
+def test_an_item_says_that_its_caption_or_its_picture_is_another_one_now(project, cats, page):
+    item_page = f"{url('c', 'cache/cats')}/2"
+    assert "Encode again to train on it" in page.get(item_page).text  # the dog is a cat in its file
+    (cats / "sub/c.txt").write_text("A  DOG")
+    config = CacheConfig(resolution=64, trigger="sks")
+    assert listed(project, config=config).captioned["sub/c.png"].captions == ("sks, A  DOG",)
+    assert "Encode again to train on it" not in page.get(item_page).text
+    (cats / "sub/c.txt").unlink()
+    assert "The next encode leaves it out: missing caption c.txt" in page.get(item_page).text
 
 
 def test_a_renamed_cache_is_still_known_by_its_pictures(project, cats):

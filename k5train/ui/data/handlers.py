@@ -250,7 +250,7 @@ def cache_item(request: Request) -> Response:
     if here.source and not shown.opened.is_large:
         base, kind = options.safe_base(here.entry)
         config = state.folder_config(here.project, here.entry, base, here.source)
-        its = folder_view.list_folder(here.project, here.source, config, kind, is_fresh=False)
+        its = folder_view.list_folder(here.project, here.source, config, kind, shown.opened.has_captions)
     view = item_view.view_of_cache(shown, item, its)
     return _item_page(request, view, here.entry.name, back=(here.entry.id, str(item.number)))
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from k5cache.buckets import Geometry
 from k5cache.sources.folder import ImageEntry
-from k5cache.sources.items import printable
+from k5cache.sources.items import SourceItem, printable
 from k5train.ui.data.cache_view import Fact, Item, Shown, kept_share
 from k5train.ui.data.captions import Editor, editor_of
 from k5train.ui.data.crops import box_of
-from k5train.ui.data.folder_view import Framed, Listing, tile_of, version_of
+from k5train.ui.data.folder_view import Framed, Listing, items_of, tile_of, version_of
 from k5train.ui.ids import id_of
 
 
@@ -67,6 +66,7 @@ def view_of_cache(shown: Shown, item: Item, listing: Listing | None) -> ItemView
         editor, save = editor_of(listing, image), f"/data/f/{listing.entry.id}/{id_of(row.path)}/caption"
     base = f"/data/c/{shown.entry.id}"
     url = f"{item.url}?v={item.version}"
+    notes = (*item.cut, *_changed(listing, image, item))
     pictures = []
     if row.source_path:
         pictures.append(Picture("Source", f"{url}&what=source", row.bucket_width, row.bucket_height))
@@ -74,11 +74,22 @@ def view_of_cache(shown: Shown, item: Item, listing: Listing | None) -> ItemView
     pictures.append(Picture(label, f"{url}&what=crop", row.bucket_width, row.bucket_height))
     return ItemView(
         row.path, item.problem, (), tuple(pictures), Picture("The whole picture", f"{url}&what=whole", row.width,
-        row.height), _frame(item.geometry), item.captions, item.cut, item.facts, editor, save, base,
+        row.height), _frame(item.geometry), item.captions, notes, item.facts, editor, save, base,
         None if item.previous is None else f"{base}/{item.previous}",
         None if item.next is None else f"{base}/{item.next}",
         f"{item.number + 1:,} of {len(shown.opened.cache):,}",
     )  # fmt: skip
+
+
+def _changed(listing: Listing | None, image: ImageEntry | None, item: Item) -> tuple[str, ...]:
+    """That the captions of a folder are others than those of the cache. The encode folds white space."""
+    if listing is None or image is None:
+        return ()
+    now = items_of(listing, [image])[image.path]
+    if not isinstance(now, SourceItem):
+        return (f"The next encode leaves it out: {now.reason}",)
+    was, will = ({" ".join(caption.split()) for caption in captions} for captions in (item.captions, now.captions))
+    return () if was == will or "&" in "".join(will) else ("It is another one now. Encode again to train on it",)
 
 
 def view_of_folder(listing: Listing, image: ImageEntry, framed: Framed, extra: str = "") -> ItemView:
@@ -129,8 +140,3 @@ def _facts(framed: Framed) -> list[Fact]:
 def _frame(geometry: Geometry) -> tuple[float, float, float, float]:
     left, top, right, bottom = box_of(geometry)
     return tuple(round(value, 1) for value in (left, top, right - left, bottom - top))  # type: ignore[return-value]
-
-
-def with_typed(view: ItemView, typed: str, now: Editor) -> dict[str, Any]:
-    """What a form shows after it was refused: what was typed, and what the file has now."""
-    return {"view": view, "typed": typed, "editor": now}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,36 +193,30 @@ def first_cache(project: Project, folder: Entry) -> Entry | None:
 
 
 def used_by(project: Project, cache: Entry, most: int = 500) -> tuple[Entry, ...]:
-    """The runs that train on a cache, the newest first."""
-    from k5train.runs.recipe import caches_of as caches_of_run
-
-    found = []
+    """The runs that train on a cache, the newest first. Each run's file is read once while it stays as it is."""
+    found, wanted = [], os.path.realpath(cache.path)
     for run in sorted(listing.all_runs(project), key=lambda run: -run.changed)[:most]:
         try:
-            named = _named_caches(run.path) or caches_of_run(run.path)
+            status = (run.path / "run.json").stat()
+            named = _caches_of_run(run.path, (status.st_mtime_ns, status.st_size, status.st_ino))
         except (K5Error, OSError):
             continue
-        if any(_is_same(project, cache.path, path) for path in named):
+        if any(os.path.realpath(project.root / path) == wanted for path in named):
             found.append(run)
     return tuple(found)
 
 
-def _named_caches(run: Path) -> list[str]:
-    """The caches of ``[[train.data]]`` in the recipe of a run, which name theirs instead of the command."""
-    import tomllib
+@functools.lru_cache(maxsize=2000)
+def _caches_of_run(run: Path, stamp: tuple[int, ...]) -> tuple[str, ...]:
+    """The caches of a run as it names them: those of ``[[train.data]]``, or else that of the command."""
+    from k5train.runs.recipe import cache_of, read_facts
 
-    from k5train.runs.recipe import read_facts
-
+    facts = read_facts(run)
+    if "train.data" not in (facts.recipe or ""):
+        return (str(cache_of(run, facts)),)
     try:
-        train = tomllib.loads(read_facts(run).recipe or "").get("train", {})
+        train = tomllib.loads(facts.recipe or "").get("train", {})
     except ValueError:
-        return []
+        return ()
     entries = train.get("data", []) if isinstance(train, dict) else []
-    return [str(entry["cache"]) for entry in entries if isinstance(entry, dict) and "cache" in entry]
-
-
-def _is_same(project: Project, cache: Path, named: str) -> bool:
-    try:
-        return (project.root / named).resolve() == cache.resolve()
-    except OSError:
-        return False
+    return tuple(str(entry["cache"]) for entry in entries if isinstance(entry, dict) and "cache" in entry)
