@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -204,6 +205,7 @@ def test_the_lock_is_the_flock_that_earlier_versions_take_and_byte_0_is_left_to_
         path.write_text('{"pid": 5, "host": "earlier", "since": "today"}')
         with pytest.raises(lock.Locked, match=r"^process 5 on earlier since today$"), lock.lock_file(path):
             pass
+    assert lock.holder(path) is None  # whoever wrote it, the lock is free
     read_at = system.read_at
 
     def as_windows(fd: int, num_bytes: int, at: int) -> bytes:
@@ -215,3 +217,34 @@ def test_the_lock_is_the_flock_that_earlier_versions_take_and_byte_0_is_left_to_
     owner = rf"^process {os.getpid()} on .+ since 2"
     with lock.lock_file(path), pytest.raises(lock.Locked, match=owner), lock.lock_file(path):
         pass
+
+
+def test_who_has_a_lock_is_told_without_writing_or_taking_it(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    assert lock.holder(path) is None
+    assert not path.exists()
+    with lock.lock_file(path):
+        before = path.read_bytes(), path.stat().st_mtime_ns
+        found = lock.holder(path)
+        assert found is not None
+        assert (found.pid, found.is_here) == (os.getpid(), True)
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert lock.holder(path) is None
+    owner = json.loads(before[0])
+    # A process that was interrupted leaves its number: with none of that number here, the lock is not even tried.
+    for text in (b"", b"[]", b"5", b"not JSON", json.dumps({**owner, "pid": 2**22 + 5}).encode(), b'{"pid": "5"}'):
+        path.write_bytes(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "lock_descriptor", None)
+            assert lock.holder(path) is None, text
+    elsewhere = {**owner, "host": "another-machine"}
+    path.write_text(json.dumps(elsewhere))
+    assert lock.holder(path) is None
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert lock.holder(path) == lock.Holder(owner["pid"], "another-machine", owner["since"], is_here=False)
+    (tmp_path / "link").symlink_to(path)
+    assert lock.holder(tmp_path / "link") is None
+    os.mkfifo(tmp_path / "pipe")
+    assert lock.holder(tmp_path / "pipe") is None
+    assert lock.holder(tmp_path) is None

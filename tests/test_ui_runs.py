@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -164,6 +165,15 @@ def test_buttons_are_those_that_the_state_allows(page, project):
     assert actions() == {"resume"}
     with lock_file(root / ".lock"):
         assert actions() == {"stop", "sample", "save"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", ".lock", "result.json"])
+def test_a_pipe_in_a_run_blocks_no_page(page, project, name):
+    path = project / "runs" / "cats" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    for url in (f"/runs/{id_of('runs/cats')}", "/runs", "/"):
+        assert page.get(url).status_code in (200, 404)
 
 
 def test_a_run_that_is_deleted_while_it_is_shown_says_so(page, project):

@@ -109,10 +109,10 @@ def _owner(fd: int) -> str:
 def _read_owner(fd: int) -> Any:
     """What the process that has the lock, or had it last, wrote into the file; None if that cannot be read."""
     try:
-        text = system.read_at(fd, _MOST_OWNER_BYTES, 0)  # from 0 on, as earlier versions wrote it
-    except PermissionError:
-        text = system.read_at(fd, _MOST_OWNER_BYTES, _OWNER_AT)
-    try:
+        try:
+            text = system.read_at(fd, _MOST_OWNER_BYTES, 0)  # from 0 on, as earlier versions wrote it
+        except PermissionError:
+            text = system.read_at(fd, _MOST_OWNER_BYTES, _OWNER_AT)
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # also a folder or a pipe in its place
         return None

@@ -7,6 +7,7 @@ has more lines than a chart has pixels, so that neighbouring steps are merged in
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from threading import Lock
 from typing import Any
+
+from k5cache.shared.plain import open_plain
 
 MOST_ROWS = 1000
 """Steps are merged so that there are no more rows of them, and no more measurements."""
@@ -85,7 +88,7 @@ class Follower:
             stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if stamp == self._stamp:
                 return self._lines
-            with self.path.open("rb") as file:
+            with open_plain(self.path) as file:
                 if stamp[:2] != self._stamp[:2] or status.st_size < self._read or not self._goes_on(file):
                     self._begin()
                 if self._take_all(file):
@@ -102,7 +105,7 @@ class Follower:
         """Read the lines that are whole; a half last line is read when its end is there."""
         file.seek(self._read)
         rest, has_news = b"", False
-        while chunk := file.read(_CHUNK):
+        while (chunk := file.read(_CHUNK)) and len(rest) < _CHUNK:  # beyond it, nothing of ours follows
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 self._take(line)
@@ -124,7 +127,8 @@ class Follower:
         else:
             self._measured.append(row)
             if len(self._measured) > 2 * MOST_ROWS:
-                self._measured = self._measured[::2]
+                lowest = min(self._measured, key=_held_out)
+                self._measured = [row for i, row in enumerate(self._measured) if i % 2 == 0 or row is lowest]
 
     def _add_step(self, row: Row) -> None:
         self._last = row
@@ -178,7 +182,7 @@ def last_lines(path: Path, num_bytes: int = 16 << 10) -> list[Row]:
         OSError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - num_bytes))
             raw = file.read()
@@ -212,6 +216,11 @@ def _number(value: Any) -> float | None:
     """A finite number; None for anything else, also for true and false."""
     kind = type(value)
     return value if (kind is float or kind is int) and -_MOST_VALUE <= value <= _MOST_VALUE else None
+
+
+def _held_out(row: Row) -> float:
+    loss = row.get("held_out_loss")
+    return math.inf if loss is None else loss
 
 
 def _merged(rows: Sequence[Row]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from k5cache.shared.inside import is_inside
+from k5train.runs.written import check_recorded
 from k5train.ui import listing
 from k5train.ui.charts import svg
 from k5train.ui.events import stream
@@ -25,6 +27,8 @@ from k5train.ui.run_state import BADGES
 from k5train.ui.run_view import RunView, read_run
 
 _LOG_BYTES = 8 << 10
+_PAUSES = 10
+"""Times as long as a look took passes until the next: a tenth of a core is the most that an open page costs."""
 
 
 def run_page(request: Request) -> Response:
@@ -50,13 +54,18 @@ def run_events(request: Request) -> Response:
     """The same, as it changes."""
     project, entry = _entry(request)
 
+    last: dict[str, Any] = {}
+    due = 0.0
+
     def changes() -> Mapping[str, str]:
+        nonlocal last, due
         listing.find(listing.all_runs(project), entry.id)  # raises when it was deleted
-        job = _job(project, entry)
-        return {
-            f"run-{name}": html
-            for name, html in _fragments(project, entry, read_run(entry.path, job, Path(entry.relative)), job).items()
-        }
+        began = time.monotonic()
+        if began >= due:
+            job = _job(project, entry)
+            last = _fragments(project, entry, read_run(entry.path, job, Path(entry.relative)), job)
+            due = time.monotonic() + _PAUSES * (time.monotonic() - began)
+        return {f"run-{name}": html for name, html in last.items()}
 
     return stream(request, changes)
 
@@ -75,11 +84,12 @@ def _fragments(project: Project, entry: Entry, run: RunView, job: Job | None) ->
 
 
 def run_file(request: Request) -> Response:
-    """A LoRA of a run, to download."""
+    """A LoRA of a run, to download, if it is the one that the run wrote."""
     project, entry = _entry(request)
     which = request.path_params["which"]
     for file in read_run(entry.path).files:
         if file.which == which and is_inside(project.root, file.path):
+            check_recorded(file.path)
             name = file.path.name if not which.isdecimal() else f"{entry.name}-{file.path.name}"
             return FileResponse(
                 file.path, media_type="application/octet-stream", filename=name, headers={"Cache-Control": "no-store"}

@@ -14,7 +14,10 @@ from k5cache.shared.inside import is_inside
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import to_dict
 from k5cache.shared.units import human_seconds
+from k5train.options.extremes import extreme_values
+from k5train.options.rate import rate_warnings
 from k5train.options.train import TrainConfig
+from k5train.options.without_effect import options_without_effect
 from k5train.pictures.compared import compare_pictures, shared_steps
 from k5train.runs.compared import remarks, shown_value
 from k5train.runs.folder import Run, open_run
@@ -93,11 +96,12 @@ def read_run(root: Path, job: Job | None = None, named: Path | None = None) -> R
     """
     state = read_state(root, job)
     problems: list[str] = []
-    try:
-        lines = follow(Run(root).metrics)
-    except OSError as error:
-        lines = Lines()
-        problems.append(f"metrics.jsonl cannot be read: {error.strerror}")
+    lines = Lines()
+    if read_record(root, ()).is_ours:  # before anything in it is opened: a link may lead out, a pipe would block
+        try:
+            lines = follow(Run(root).metrics)
+        except OSError as error:
+            problems.append(f"metrics.jsonl cannot be read: {error.strerror}")
     if lines.num_broken:
         count = f"{lines.num_broken:,} lines are" if lines.num_broken > 1 else "A line is"
         problems.append(f"{count} none that the run wrote, the first in line {lines.first_broken:,} of metrics.jsonl")
@@ -107,8 +111,11 @@ def read_run(root: Path, job: Job | None = None, named: Path | None = None) -> R
                        record.problems, (), (), (), (), "", (), ())  # fmt: skip
     opened = _opened(root, _stamp(root / "run.json"), _stamp(root / "recipe.toml"))
     steps = _steps(lines, opened.config)
-    at = replace(record, steps=max(record.steps, 0))
-    told = [remark for remark in remarks(at) if not remark.startswith("not finished") and remark not in record.problems]
+    told = [
+        remark
+        for remark in (*remarks(record), *opened.cautions)
+        if not remark.startswith("not finished") and remark not in record.problems
+    ]
     return RunView(
         root,
         record.name,
@@ -153,6 +160,8 @@ class _Opened:
     settings: tuple[Setting, ...] = ()
     recipe: str = ""
     cache: str = ""
+    cautions: tuple[str, ...] = ()
+    """Which of its options do nothing, or harm."""
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -180,7 +189,8 @@ def _opened(root: Path, *stamps: tuple[int, int] | None) -> _Opened:
     text = facts.recipe
     if text is None:  # an earlier version started the run
         text = (root / "recipe.toml").read_text(encoding="utf-8", errors="replace")
-    return _Opened(config, settings, text, facts.cache if not config.data else str(cache))
+    told = (*options_without_effect(config), *rate_warnings(config), *extreme_values(config))
+    return _Opened(config, settings, text, facts.cache if not config.data else str(cache), told)
 
 
 @lru_cache(1)
@@ -212,7 +222,7 @@ def _headline(state: RunState, record: Record, steps: int | None, lines: Lines) 
         return f"Finished after {record.steps:,} steps{took}"
     if state.word == "failed":
         return f"Failed at step {record.steps:,}{of}"
-    return f"Stopped at step {record.steps:,}{of}"
+    return f"{'Stopped' if state.word == 'stopped' else 'It was'} at step {record.steps:,}{of}"
 
 
 def seconds_left(step: int, steps: int | None, lines: Lines) -> float | None:
