@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from k5train.ui.jobs import processes, queue, slots, waiter, worker
+from k5train.ui.jobs import processes, queue, slots, waiter, waits, worker
 
 GPUS = "FAKE_GPUS"
 OTHERS = "FAKE_OTHERS"
@@ -34,7 +34,7 @@ def command_of(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     queue.WORKER = queue.WAITER = ME
-    queue.external, slots.slots, worker.command_of = external, gpus, command_of
+    waits.external, slots.slots, worker.command_of = external, gpus, command_of
     worker.SECONDS = 0.02
     if (Path(sys.argv[1]) / ".k5").is_dir():
         waiter.wait(queue.Project(Path(sys.argv[1])), 0.1)

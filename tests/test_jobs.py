@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from k5cache.shared import system
 from k5cache.shared.errors import OutputError, RunError
 from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import job as job_module
-from k5train.ui.jobs import processes, queue, slots, worker
+from k5train.ui.jobs import processes, queue, slots, waits, worker
 from k5train.ui.jobs.job import Job
 from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
@@ -47,7 +48,7 @@ def project(tmp_path, monkeypatch) -> Project:
     """A project with one GPU, whose jobs run a line of Python."""
     monkeypatch.setattr(queue, "WORKER", fake_jobs.ME)
     monkeypatch.setattr(queue, "WAITER", fake_jobs.ME)
-    monkeypatch.setattr(queue, "external", fake_jobs.external)
+    monkeypatch.setattr(waits, "external", fake_jobs.external)
     monkeypatch.setattr(slots, "slots", fake_jobs.gpus)
     monkeypatch.setattr(worker, "SECONDS", 0.02)
     monkeypatch.setenv(fake_jobs.GPUS, "1")
@@ -409,15 +410,30 @@ def test_a_run_in_a_terminal_is_stopped_only_if_it_is_surely_the_process_that_ha
     assert not system.interrupt_process(os.getpid(), lambda: False)
 
 
-def test_a_project_that_cannot_be_written_says_so(project):
-    project.root.chmod(0o500)
-    try:
-        if os.access(project.root, os.W_OK):
-            pytest.skip("this user may write everywhere")
+def test_a_project_that_cannot_be_written_says_so(project, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # tests may run as a user who may all
+    for change in (
+        lambda: add(project, ""), lambda: queue.stop(project, "0" * 12), lambda: queue.remove(project, "0" * 12)
+    ):  # fmt: skip
         with pytest.raises(OutputError, match="there is no permission"):
-            add(project, "")
-    finally:
-        project.root.chmod(0o700)
+            change()
+    queue.advance(project)
+    assert not project.own.exists()
+
+
+def test_several_pages_may_add_at_once(project):
+    (project.root / "other").touch()
+    threads = [threading.Thread(target=add, args=(project, "", f"runs/{n}")) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(job.order for job in queue.jobs(project)) == [1, 2, 3, 4]
+    queue.clear(project)
+    assert len(queue.jobs(project)) == 4  # none of them has ended
+    for job in queue.jobs(project):
+        queue.remove(project, job.id)
+    (project.root / "other").unlink()
 
 
 def test_what_the_modules_name_alike_is_alike():

@@ -11,7 +11,7 @@ import pytest
 from k5cache.shared.lock import lock_file
 from k5train.ui.ids import id_of
 from k5train.ui.jobs import folder as job_files
-from k5train.ui.jobs import queue, slots
+from k5train.ui.jobs import queue, slots, waits
 from k5train.ui.jobs.job import Job
 from k5train.ui.project import Project
 from tests import fake_jobs
@@ -26,7 +26,7 @@ def project(tmp_path, monkeypatch) -> Project:
     (tmp_path / "other").touch()
     monkeypatch.setattr(queue, "WORKER", fake_jobs.ME)
     monkeypatch.setattr(queue, "_spawn", lambda *args: pytest.fail("nothing begins here"))
-    monkeypatch.setattr(queue, "external", fake_jobs.external)
+    monkeypatch.setattr(waits, "external", fake_jobs.external)
     monkeypatch.setattr(slots, "slots", fake_jobs.gpus)
     monkeypatch.setenv(fake_jobs.OTHERS, str(tmp_path / "other"))
     monkeypatch.setattr(queue, "_start_waiter", lambda project: None)

@@ -90,8 +90,14 @@ class Job:
 
 
 def read_job(folder: Path) -> Job:
-    """The job in a folder. One whose ``job.json`` is damaged can still be stopped and removed."""
+    """The job in a folder. One whose ``job.json`` is damaged can still be stopped and removed.
+
+    Raises:
+        FileNotFoundError: the folder was removed.
+    """
     document = files.read(folder, files.JOB) or {}
+    if not document:
+        folder.stat()
     started, worker = files.read(folder, files.STARTED), files.read(folder, files.WORKER) or {}
     ended = files.read(folder, files.ENDED)
     facts = _facts(folder, document)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.shared import system
@@ -23,17 +22,34 @@ from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import processes, slots
 from k5train.ui.jobs.job import PROGRAMS, WITHOUT_GPU, Job, error_of, now, progress, read_job, tail
 from k5train.ui.jobs.slots import Slot
+from k5train.ui.jobs.waits import Wait, first_unfinished, in_use, place_of, waits_for
 from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
 
 __all__ = [
-    "Job", "add", "advance", "error_of", "find", "gpu_in_use", "jobs", "move", "progress", "remove", "start_anyway",
-    "stop", "stop_run", "tail", "waits_for",
+    "Job",
+    "Wait",
+    "add",
+    "advance",
+    "error_of",
+    "find",
+    "gpu_in_use",
+    "jobs",
+    "move",
+    "progress",
+    "remove",
+    "start_anyway",
+    "stop",
+    "stop_run",
+    "tail",
+    "waits_for",
 ]  # fmt: skip
 
 WORKER, WAITER = "k5train.ui.jobs.worker", "k5train.ui.jobs.waiter"
 LOCK, WAITING = ".lock", ".waiter"
 _LOCK_SECONDS = 30.0
+_over: dict[Path, tuple[int, Job]] = {}
+"""Jobs that have ended, by their folders, with the time of the file that says so."""
 _children: list[subprocess.Popen[bytes]] = []
 """What this process started. It is asked how they are, so that none of those that ended stays as a zombie."""
 
@@ -44,7 +60,9 @@ def jobs(project: Project) -> list[Job]:
     found = []
     for folder in job_files.job_folders(project):
         with suppress(FileNotFoundError):
-            found.append(read_job(folder))
+            found.append(_job(folder))
+    for folder in _over.keys() - {job.folder for job in found}:
+        _over.pop(folder, None)
     return sorted(found, key=lambda job: (job.order, job.added or 0, job.id), reverse=True)
 
 
@@ -54,11 +72,27 @@ def find(project: Project, id: str) -> Job:
     Raises:
         NotHere: there is none.
     """
-    folder = job_files.job_folder(project, id)
-    if folder is None:
-        raise NotHere("There is no such job: it was removed from the list", "Choose another one from the queue")
     _reap()
-    return read_job(folder)
+    folder = job_files.job_folder(project, id)
+    with suppress(FileNotFoundError):
+        if folder is not None:
+            return _job(folder)
+    raise NotHere("There is no such job: it was removed from the list", "Choose another one from the queue")
+
+
+def _job(folder: Path) -> Job:
+    """A job; one that has ended is read once. Raises as ``read_job``."""
+    try:
+        when = (folder / job_files.ENDED).stat().st_mtime_ns
+    except OSError:
+        return read_job(folder)
+    known = _over.get(folder)
+    if known is None or known[0] != when:
+        job = read_job(folder)
+        if not job.is_over or job.worker is not None:
+            return job
+        known = _over[folder] = (when, job)
+    return known[1]
 
 
 def add(
@@ -220,68 +254,6 @@ def gpu_in_use(project: Project) -> str | None:
     return in_use(project, jobs(project), all_slots).get(all_slots[0].key)
 
 
-@dataclass(frozen=True)
-class Wait:
-    """Why a job waits."""
-
-    words: str
-    is_blocked: bool = False
-    """It waits for a job that did not finish, and so for a person."""
-    is_due: bool = False
-    """Nothing stands in its way: whoever should have begun it was killed."""
-
-
-def waits_for(project: Project, all_jobs: Sequence[Job], used: Mapping[str, str] | None = None) -> dict[str, Wait]:
-    """For each waiting job, by its id, what it waits for.
-
-    Args:
-        used: what ``in_use`` has just said.
-    """
-    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=place_of)
-    if not waiting:
-        return {}
-    all_slots = slots.slots()
-    used = in_use(project, all_jobs, all_slots) if used is None else used
-    free = [slot for slot in all_slots if slot.key not in used]
-    by_id = {job.id: job for job in all_jobs}
-    waits: dict[str, Wait] = {}
-    before = 0
-    for job in waiting:
-        wait = _first_unfinished(job, by_id)
-        if wait is None and job.needs_gpu and before < len(free):
-            wait = Wait("nothing: it can begin", is_due=True)
-            before += 1
-        elif wait is None and job.needs_gpu:
-            number = before - len(free)
-            ahead = f" and the {'job' if number == 1 else f'{number} jobs'} before it" if number else ""
-            wait = Wait(" or ".join(used[slot.key] for slot in all_slots if slot.key in used) + ahead)
-            before += 1
-        waits[job.id] = wait or Wait("nothing: it can begin", is_due=True)
-    return waits
-
-
-def in_use(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot]) -> dict[str, str]:
-    """Key of a slot -> what uses it, in words: a job, or a command that the queue did not start."""
-    used = {
-        job.slot: job.about or job.label for job in all_jobs if job.slot and not job.is_over and job.state != "waiting"
-    }
-    ours = {job.command for job in all_jobs if job.command}
-    for process in external(project, ours, all_slots):
-        if all_slots[0].variable is not None and processes.is_on_processor(process.words):
-            continue
-        slot = slots.slot_of(all_slots, process.variables)
-        if slot is not None:
-            used.setdefault(slot.key, process.says)
-    return used
-
-
-def external(project: Project, ours: set[int], all_slots: Sequence[Slot]) -> list[processes.Process]:
-    """The commands that work with models and that are no job of this project: all of this machine for a GPU, which two
-    cannot share, and those in the project for the processor, which they can."""
-    folder = None if all_slots[0].variable else project.root
-    return [found for found in processes.working(processes.locks_of(project), folder) if found.pid not in ours]
-
-
 def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
     """Begin whatever can begin. The caller has the queue's lock. Returns as ``is_waited_for``."""
     all_jobs = jobs(project)
@@ -295,7 +267,7 @@ def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
     by_id = {job.id: job for job in all_jobs}
     left = 0
     for job in waiting:
-        if _first_unfinished(job, by_id):
+        if first_unfinished(job, by_id):
             left += 1
             continue
         slot = next((slot for slot in all_slots if slot.key not in used), None) if job.needs_gpu else None
@@ -309,19 +281,6 @@ def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
     if is_waited_for and not is_waiter:
         _start_waiter(project)
     return is_waited_for
-
-
-def _first_unfinished(job: Job, by_id: Mapping[str, Job]) -> Wait | None:
-    """The first of the jobs that this one needs and that has not finished. One that was removed is not waited for."""
-    for other in (by_id[id] for id in job.after if id in by_id):
-        if other.state == "finished":
-            continue
-        if other.is_over:
-            return Wait(
-                f"{other.label}, which did not finish. Do that again, or remove it from the list", is_blocked=True
-            )
-        return Wait(other.label)
-    return None
 
 
 def _start(project: Project, job: Job, slot: Slot | None) -> None:
@@ -382,8 +341,3 @@ def _locked(project: Project) -> Iterator[Path]:
                 f"The queue in {queue} is being changed by {error.owner}", "Try again; if that process hangs, end it"
             ) from None
         yield queue
-
-
-def place_of(job: Job) -> tuple[int, float, str]:
-    """By which jobs stand in a row."""
-    return job.order, job.added or 0.0, job.id

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from k5cache.shared.foreign import visible
 from k5train.ui import listing
-from k5train.ui.jobs import queue, slots
+from k5train.ui.jobs import queue, slots, waits
 from k5train.ui.jobs.job import Job, Progress, error_of, progress, tail
 from k5train.ui.project import Project
 
@@ -36,7 +36,7 @@ class Waiting:
     """A job that waits, and why."""
 
     job: Job
-    wait: queue.Wait
+    wait: waits.Wait
     is_first: bool
     is_last: bool
 
@@ -70,21 +70,21 @@ def queue_view(project: Project) -> Queue:
     """The queue as it is now."""
     all_jobs = queue.jobs(project)
     all_slots = slots.slots()
-    used = queue.in_use(project, all_jobs, all_slots)
+    used = waits.in_use(project, all_jobs, all_slots)
     going = [job for job in reversed(all_jobs) if job.state != "waiting" and not job.is_over]
     on = {job.slot: job for job in going if job.slot}
     places = [
         Place(slot.words, slot.name, on.get(slot.key), used.get(slot.key) if slot.key not in on else None)
         for slot in all_slots
     ]
-    waits = queue.waits_for(project, all_jobs, used)
-    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=queue.place_of)
+    waited = waits.waits_for(project, all_jobs, used)
+    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=waits.place_of)
     ended = sorted((job for job in all_jobs if job.is_over), key=lambda job: (-(job.ended or 0), -job.order))
     return Queue(
         tuple(places),
         tuple(job for job in going if job not in on.values()),
         tuple(
-            Waiting(job, waits[job.id], number == 0, number == len(waiting) - 1) for number, job in enumerate(waiting)
+            Waiting(job, waited[job.id], number == 0, number == len(waiting) - 1) for number, job in enumerate(waiting)
         ),
         tuple(ended[:MOST_ENDED]),
         len(ended),
@@ -107,7 +107,7 @@ class JobView:
     job: Job
     about: Link | None
     """What it makes, if that is there."""
-    wait: queue.Wait | None
+    wait: waits.Wait | None
     error: tuple[str, str] | None
     """The two lines with which its command ended."""
     ended: str
@@ -120,10 +120,10 @@ class JobView:
 def job_view(project: Project, id: str) -> JobView:
     """One job as it is now. Raises as ``queue.find``."""
     job = queue.find(project, id)
-    waits = queue.waits_for(project, queue.jobs(project)) if job.state == "waiting" else {}
+    waited = waits.waits_for(project, queue.jobs(project)) if job.state == "waiting" else {}
     about = link_to(project, job.about)
     return JobView(
-        job, about, waits.get(job.id), error_of(job), _how_it_ended(job), _next(job, about), progress(job),
+        job, about, waited.get(job.id), error_of(job), _how_it_ended(job), _next(job, about), progress(job),
         readable(tail(job, MOST_LOG_BYTES)),
     )  # fmt: skip
 

@@ -1,0 +1,91 @@
+"""What does a job wait for? For a GPU that a job or another command has, or for a job that makes what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from k5train.ui.jobs import processes, slots
+from k5train.ui.jobs.job import Job
+from k5train.ui.jobs.slots import Slot
+from k5train.ui.project import Project
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Why a job waits."""
+
+    words: str
+    is_blocked: bool = False
+    """It waits for a job that did not finish, and so for a person."""
+    is_due: bool = False
+    """Nothing stands in its way: whoever should have begun it was killed."""
+
+
+def waits_for(project: Project, all_jobs: Sequence[Job], used: Mapping[str, str] | None = None) -> dict[str, Wait]:
+    """For each waiting job, by its id, what it waits for.
+
+    Args:
+        used: what ``in_use`` has just said.
+    """
+    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=place_of)
+    if not waiting:
+        return {}
+    all_slots = slots.slots()
+    used = in_use(project, all_jobs, all_slots) if used is None else used
+    free = [slot for slot in all_slots if slot.key not in used]
+    by_id = {job.id: job for job in all_jobs}
+    waits: dict[str, Wait] = {}
+    before = 0
+    for job in waiting:
+        wait = first_unfinished(job, by_id)
+        if wait is None and job.needs_gpu and before < len(free):
+            wait = Wait("nothing: it can begin", is_due=True)
+            before += 1
+        elif wait is None and job.needs_gpu:
+            number = before - len(free)
+            ahead = f" and the {'job' if number == 1 else f'{number} jobs'} before it" if number else ""
+            wait = Wait(" or ".join(used[slot.key] for slot in all_slots if slot.key in used) + ahead)
+            before += 1
+        waits[job.id] = wait or Wait("nothing: it can begin", is_due=True)
+    return waits
+
+
+def in_use(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot]) -> dict[str, str]:
+    """Key of a slot -> what uses it, in words: a job, or a command that the queue did not start."""
+    used = {
+        job.slot: job.about or job.label for job in all_jobs if job.slot and not job.is_over and job.state != "waiting"
+    }
+    ours = {job.command for job in all_jobs if job.command}
+    for process in external(project, ours, all_slots):
+        if all_slots[0].variable is not None and processes.is_on_processor(process.words):
+            continue
+        slot = slots.slot_of(all_slots, process.variables)
+        if slot is not None:
+            used.setdefault(slot.key, process.says)
+    return used
+
+
+def external(project: Project, ours: set[int], all_slots: Sequence[Slot]) -> list[processes.Process]:
+    """The commands that work with models and that are no job of this project: all of this machine for a GPU, which two
+    cannot share, and those in the project for the processor, which they can."""
+    folder = None if all_slots[0].variable else project.root
+    return [found for found in processes.working(processes.locks_of(project), folder) if found.pid not in ours]
+
+
+def first_unfinished(job: Job, by_id: Mapping[str, Job]) -> Wait | None:
+    """The first of the jobs that this one needs and that has not finished. One that was removed is not waited for."""
+    for other in (by_id[id] for id in job.after if id in by_id):
+        if other.state == "finished":
+            continue
+        if other.is_over:
+            return Wait(
+                f"{other.label}, which did not finish. Do that again, or remove it from the list", is_blocked=True
+            )
+        return Wait(other.label)
+    return None
+
+
+def place_of(job: Job) -> tuple[int, float, str]:
+    """By which jobs stand in a row."""
+    return job.order, job.added or 0.0, job.id
