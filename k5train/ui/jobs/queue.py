@@ -7,6 +7,7 @@ job has the GPU. So the queue goes on without the page.
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -322,6 +323,13 @@ def environment() -> dict[str, str]:
 
 def _reap() -> None:
     _children[:] = [process for process in _children if process.poll() is None]
+
+
+@atexit.register
+def _let_go() -> None:
+    """What was started goes on when this process ends, and Python need not warn of it."""
+    for process in _children:
+        process.returncode = process.poll() or 0
 
 
 @contextmanager
