@@ -35,6 +35,7 @@ __all__ = [
     "error_of",
     "find",
     "gpu_in_use",
+    "in_use",
     "jobs",
     "move",
     "progress",
