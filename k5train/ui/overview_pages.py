@@ -12,7 +12,7 @@ from k5train.ui.events import stream
 from k5train.ui.overview_view import Overview, read_overview
 from k5train.ui.pages import fragment, project_of, render
 
-SECONDS = 2.0
+SECONDS = 3.0
 
 
 def overview(request: Request) -> Response:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -104,14 +105,32 @@ def changed(run: Entry) -> float:
 
 def read_card(project: Project, entry: Entry, at: float) -> RunCard:
     """One run. What cannot be read is left out: its own page says why."""
+    lock = entry.path / ".lock"
+    is_running = is_inside(project.root, lock) and holder(lock) is not None
+    card = _read_card(project, entry, at, _sizes(entry.path))
+    return replace(card, state="running") if is_running else card
+
+
+def _sizes(run: Path) -> tuple[tuple[int, int], ...]:
+    """What changes with the files that a card is made of."""
+    sizes = []
+    for name in ("metrics.jsonl", "samples", "result.json"):
+        with suppress(OSError):
+            status = (run / name).lstat()
+            sizes.append((status.st_mtime_ns, status.st_size))
+    return tuple(sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_card(project: Project, entry: Entry, at: float, sizes: tuple[tuple[int, int], ...]) -> RunCard:
+    """A run that is not running. Only read again when its files have changed."""
     run = Run(entry.path)
     rows = last_rows(run.metrics) if is_inside(project.root, run.metrics) else []
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float | int)][-_AVERAGED:]
     held_out = [row["held_out_loss"] for row in rows if isinstance(row.get("held_out_loss"), float | int)]
-    is_running = is_inside(project.root, run.root / ".lock") and holder(run.root / ".lock") is not None
     return RunCard(
         entry=entry,
-        state="running" if is_running else "finished" if run.is_finished else "stopped",
+        state="finished" if run.is_finished else "stopped",
         step=next((row["step"] for row in reversed(rows) if isinstance(row.get("step"), int)), None),
         steps=_steps(project, run),
         loss=sum(losses) / len(losses) if losses else None,
