@@ -336,6 +336,25 @@ def test_what_lies_outside_the_project_is_not_read(project, cats, page, tmp_path
     )
 
 
+def test_a_metadata_file_is_read_as_an_encode_reads_it_or_says_what_is_wrong(project, page):
+    folder = project.root / "datasets" / "meta"
+    picture(folder / "a.png", caption=None)
+    picture(folder / "b.png", caption=None)
+    rows = folder / "metadata.jsonl"
+    rows.write_text('{"file_name": "a.png", "text": "from the file"}\n{"file_name": "no.png", "text": "x"}\n')
+    its = listed(project, "meta", CacheConfig(resolution=64, caption_strategy="metadata"))
+    tiles = folder_view.grid(its, Query()).tiles
+    assert [(tile.captions, tile.problem) for tile in tiles] == [
+        (("from the file",), ""),
+        ((), "has no row in metadata.jsonl"),
+    ]
+    assert [skip.path for skip in its.skipped] == ["no.png"]
+    rows.write_text("{")
+    answer = page.get(url("f", "datasets/meta"))
+    assert answer.status_code == 200
+    assert "metadata.jsonl line 1 is not JSON" in answer.text
+
+
 def test_captions_and_names_of_others_are_text_to_every_page(project, cats, page):
     picture(cats / "<b>&.png", caption=HOSTILE)
     base = url("f", "datasets/cats")

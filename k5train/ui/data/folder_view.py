@@ -12,13 +12,14 @@ from pathlib import Path
 
 from k5cache.buckets import Geometry, source_geometry
 from k5cache.options import CacheConfig
+from k5cache.shared.errors import DatasetError
 from k5cache.shared.inside import is_inside
 from k5cache.shared.kind import Kind
 from k5cache.sources import folder, images, masks, source_folder
 from k5cache.sources.find import Source
 from k5cache.sources.finished import finished
 from k5cache.sources.folder import ImageEntry, Scan
-from k5cache.sources.items import Skipped, SourceItem, UnreadableImage, printable, stat_numbers
+from k5cache.sources.items import METADATA, Skipped, SourceItem, UnreadableImage, printable, stat_numbers
 from k5cache.sources.paired_folder import scan_pairs
 from k5cache.sources.pairs import MARK
 from k5train.ui.data.query import ONLY, Choice, Grid, Query, Tile, slice_of
@@ -30,6 +31,7 @@ READ_AT_MOST = 20_000
 """Pictures whose captions are read for a search or a filter: 0.1 ms each. With more, only names are searched."""
 SIZED_AT_MOST = 500
 """Pictures that are opened for the list of buckets: 0.2 ms each."""
+_TABLES = (".parquet", ".arrow", ".tar", ".csv", ".tsv", ".jsonl")
 _FRESH_SECONDS = 20.0
 """How long the pictures of a page are looked up in the listing that the page was made of."""
 OUTSIDE = "lies outside the project, so it is not looked at"
@@ -52,6 +54,14 @@ class Listing:
     scanned: Scan = field(repr=False)
     from_metadata: Source | None = field(default=None, repr=False)
     """If the captions are in a metadata file: what an encode finds."""
+    problem: DatasetError | None = None
+    """Why a metadata file cannot be used."""
+
+    @functools.cached_property
+    def has_tables(self) -> bool:
+        """Whether there are tables or archives, which an encode reads and the page does not open."""
+        names = (path.name.lower() for path in self.entry.path.iterdir())
+        return any(name.endswith(_TABLES) and name not in METADATA for name in names)
 
     @functools.cached_property
     def by_id(self) -> dict[str, ImageEntry]:
@@ -108,16 +118,22 @@ def _look(project: Project, entry: Entry, config: CacheConfig, kind: Kind | None
     scanned = folder.scan(source, leave_out, suffixes, within=project.root)
     if kind is None:
         kind = "i2i" if any(_stem(image.path).lower().endswith(MARK) for image in scanned.images) else "t2i"
-    from_metadata = None
+    from_metadata, problem = None, None
     if config.caption_strategy == "metadata":
-        from_metadata = _find_in_metadata(project, source, config, kind)
+        try:
+            from_metadata = _find_in_metadata(project, source, config, kind)
+        except DatasetError as error:
+            problem = error
     elif kind == "i2i" and leave_out is None:
         scanned = scan_pairs(source, suffixes, within=project.root)
     skipped = [*scanned.skipped, *(scanned.lone_texts if config.caption_strategy == "textfile" else ())]
     ordered = sorted(scanned.images, key=lambda image: image.path)
+    if from_metadata:
+        here = {image.path for image in ordered} | {skip.path for skip in skipped}
+        skipped += [skip for skip in from_metadata.skipped if skip.path not in here]
     return Listing(
         project, entry, config, kind, tuple(ordered), tuple(sorted(skipped, key=lambda skip: skip.path)), scanned,
-        from_metadata,
+        from_metadata, problem,
     )  # fmt: skip
 
 
@@ -162,7 +178,7 @@ def _from_metadata(listing: Listing, entries: Sequence[ImageEntry]) -> dict[str,
     if listing.from_metadata:
         known |= {skip.path: skip for skip in listing.from_metadata.skipped}
         known |= {item.path: item for item in listing.from_metadata.items}
-    missing = "is not named in the metadata file"
+    missing = listing.problem.problem if listing.problem else "is not named in the metadata file"
     return {entry.path: known.get(entry.path, Skipped(printable(entry.path), missing)) for entry in entries}
 
 

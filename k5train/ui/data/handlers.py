@@ -165,11 +165,11 @@ def save_caption(request: Request, form: FormData) -> Response:
 
 def folder_picture(request: Request) -> Response:
     """The crop of a picture, the whole of it, or its source."""
-    here = _Folder(request, is_fresh=False)
     try:
+        here = _Folder(request, is_fresh=False)
         image = folder_view.find_picture(here.listing, request.path_params["picture"])
-    except NotHere as error:
-        return _placeholder(error.problem)
+    except NotHere as error:  # deleted while the page was open
+        return _placeholder(error.problem, 404)
     item = folder_view.items_of(here.listing, [image])[image.path]
     framed = folder_view.frame(here.listing, image, item)
     try:
@@ -257,8 +257,11 @@ def cache_item(request: Request) -> Response:
 
 def cache_picture(request: Request) -> Response:
     """The crop of an item under its mask, its source, or the whole picture."""
-    shown = _Cache(request).open()
-    row = cache_view.row_of(shown, request.path_params["number"])
+    try:
+        shown = _Cache(request).open()
+        row = cache_view.row_of(shown, request.path_params["number"])
+    except (NotHere, CacheError, FileNotFoundError):
+        return _placeholder("The cache no longer has this picture", 404)
     try:
         content = cache_pictures.picture(shown, row, _what(request))
     except (UnreadableImage, OSError) as error:
@@ -315,6 +318,6 @@ def _picture(request: Request, content: bytes, version: str) -> Response:
     )
 
 
-def _placeholder(reason: str) -> Response:
+def _placeholder(reason: str, status: int = 200) -> Response:
     """In the place of a picture that there is none of: never a broken one."""
-    return Response(placeholder(reason), media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
+    return Response(placeholder(reason), status, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
