@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from k5cache.shared import system
 from k5cache.shared.errors import RunError
@@ -24,6 +26,9 @@ ON_GPU = {
     "k5cache": ("encode", "prompts", "bench", "selftest"),
 }
 _SHOWN = 120
+_MOST_SECONDS = 20.0
+_others: MutableMapping[psutil.Process, float] = WeakKeyDictionary()
+"""Processes that were none of ours -> until when that is believed. A page that is open asks every second."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,27 @@ def working(locks: Sequence[Path], folder: Path | None = None) -> list[Process]:
     user = system.user_id()
     found: list[Process] = []
     for process in psutil.process_iter():
+        if process.pid not in holders and _others.get(process, 0.0) > time.monotonic():
+            continue
         with suppress(psutil.Error):
             if process.pid not in holders and user is not None and process.uids().effective != user:
+                _remember(process)
                 continue
             words = command_of(process.cmdline())
-            if not uses_gpu(words) or not (folder is None or process.pid in holders or _is_in(process, folder)):
+            if not uses_gpu(words):
+                _remember(process)
+                continue
+            if not (folder is None or process.pid in holders or _is_in(process, folder)):
                 continue
             if system.process_mark(process.pid):
                 found.append(Process(process.pid, words, _variables(process)))
     return found
+
+
+def _remember(process: psutil.Process) -> None:
+    """Not to look at a process again for a while: the older it is, the less likely it becomes another command."""
+    age = max(0.0, time.time() - process.create_time())
+    _others[process] = time.monotonic() + min(age, _MOST_SECONDS)
 
 
 def command_of(line: Sequence[str]) -> tuple[str, ...]:
