@@ -152,7 +152,9 @@ def test_every_kind_of_run_has_a_report(tmp_path, kind):
     if kind == "damaged":
         run.metrics.write_bytes(b"{\n")
         (run.root / "recipe.toml").write_text("?")
-    assert Page(make_report([run.root]).html).texts["h1"] == "run"
+    page = Page(make_report([run.root]).html)
+    assert page.texts["h1"] == "run"
+    assert ("img" in page.tags) == (kind != "bare")
 
 
 def test_the_command_writes_a_new_file_says_how_to_open_it_and_replaces_only_reports(runs):

@@ -22,6 +22,7 @@ from k5cache.shared.errors import OutputError
 from k5cache.shared.units import human_bytes
 from k5train.runs.compared import find_runs
 from k5train.runs.folder import name_of
+from k5train.runs.panels import Row
 from k5train.ui import report_pictures
 from k5train.ui.charts import svg
 from k5train.ui.compare_view import CompareView, view_of
@@ -59,10 +60,10 @@ def make_report(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Report:
     view = view_of(find_runs(folders))
     runs = [read_run(result.root) for result in view.results]
     title = name_of(folders[0]) if len(folders) == 1 else _title(view.names)
-    every = 1
+    every, charts = 1, _Charts()
     while True:
         shown, num_left = _thinned(view, every)
-        html, paths = _rendered(shown, runs, title, "")
+        html, paths = _rendered(shown, runs, title, "", charts)
         counts = Counter(paths)
         room = max_bytes - len(html.encode()) - _MOST_SAID
         if room < 0 and not num_left:
@@ -77,7 +78,7 @@ def make_report(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Report:
         every = every * 2 if num_left > 1 else 0
     sources, side = fitted
     said = _said(side, len(view.pictures), num_left, max_bytes)
-    html, paths = _rendered(shown, runs, title, said)
+    html, paths = _rendered(shown, runs, title, said, charts)
     html = _PLACE.sub(lambda match: sources[paths[int(match[1])]], html)
     return Report(html, len(view.names), len(counts), said)
 
@@ -107,7 +108,22 @@ def _said(side: int, num_steps: int, num_left: int, max_bytes: int) -> str:
     return f"To keep this report within {human_bytes(max_bytes)}, {' and '.join(done)}" if done else ""
 
 
-def _rendered(view: CompareView, runs: Sequence[RunView], title: str, said: str) -> tuple[str, list[Path]]:
+class _Charts:
+    """Draws each chart once, however often the report is rendered."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[int, Markup] = {}
+
+    def __call__(self, rows: Sequence[Row], title: str = "") -> Markup:
+        """As ``svg``. The rows live as long as this does."""
+        if id(rows) not in self._drawn:
+            self._drawn[id(rows)] = svg(rows, title)
+        return self._drawn[id(rows)]
+
+
+def _rendered(
+    view: CompareView, runs: Sequence[RunView], title: str, said: str, charts: _Charts
+) -> tuple[str, list[Path]]:
     """The HTML with a placeholder for each picture, ``picture:0`` and so on, and which pictures these are."""
     paths: list[Path] = []
 
@@ -121,7 +137,7 @@ def _rendered(view: CompareView, runs: Sequence[RunView], title: str, said: str)
         "report.html",
         view=view,
         runs=[replace(run, pictures=view.pictures) for run in runs],
-        svg=svg,
+        svg=charts,
         badges=BADGES,
         picture=picture,
         href=lambda root: "",
