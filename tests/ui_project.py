@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -126,8 +127,9 @@ class Html(HTMLParser):
         return (attributes for tag, attributes in self.tags if tag in names)
 
 
+@functools.cache
 def parsed(text: str) -> Html:
-    """A page's HTML."""
+    """A page's HTML, for reading."""
     html = Html()
     html.feed(text)
     html.close()

@@ -180,7 +180,7 @@ def asked(url: str, names: dict[str, str]) -> list[Timing]:
         seconds, text = [], b""
         for _ in range(3):
             begin = time.perf_counter()
-            with urllib.request.urlopen(url + (path if "runs/" not in path else "/runs")) as answer:
+            with urllib.request.urlopen(url + path) as answer:
                 text = answer.read()
             seconds.append(time.perf_counter() - begin)
         timings.append(Timing(name + " " + path, seconds[0], min(seconds[1:]), len(text)))
