@@ -123,6 +123,16 @@ def test_pictures_become_smaller_and_then_fewer_to_stay_within_the_size_and_it_s
         make_report([run.root], 20_000)
 
 
+def test_one_run_is_shown_whole_and_several_are_compared_with_each_of_them_folded(runs):
+    one = make_report([runs / "good"]).html
+    assert "Which is best?" not in one
+    assert "train.validation.split" in one  # a setting that is not its default
+    assert re.search(r"<h2>good</h2>.*Finished after 4 steps.*0\.4000 at step 2", one, re.DOTALL)
+    two = make_report([runs / "good", runs / "other"]).html
+    assert "Which is best?" in two
+    assert re.findall(r'<details class="fold one-run"><summary>(\w+)', two) == ["good", "other"]
+
+
 def test_a_picture_that_is_gone_costs_only_itself(runs):
     (runs / "good" / "samples" / "step-000004" / "01.png").write_bytes(b"no picture")
     (runs / "other" / "samples" / "step-000002" / "00.png").unlink()
