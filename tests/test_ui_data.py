@@ -336,6 +336,23 @@ def test_what_lies_outside_the_project_is_not_read(project, cats, page, tmp_path
     )
 
 
+def test_pairs_are_shown_side_by_side_and_a_source_of_another_shape_is_stretched(project, page):
+    folder = project.root / "datasets" / "pairs"
+    for name, size in (("a", (90, 70)), ("b", (70, 90))):
+        picture(folder / f"{name}.png", size, caption="make it red")
+        picture(folder / f"{name}.source.png", (90, 70), seed=1, caption=None)
+    picture(folder / "alone.png")
+    its = listed(project, "pairs", CacheConfig(resolution=64, buckets="square", trigger="sks"))
+    tiles = folder_view.grid(its, Query()).tiles
+    assert [(tile.name, tile.captions, tile.shape, tile.badges) for tile in tiles] == [
+        ("a.png", ("make it red, sks",), (128, 64), ()),
+        ("b.png", ("make it red, sks",), (128, 64), ("source stretched",)),
+    ]
+    assert [(skip.path, skip.reason[:13]) for skip in its.skipped] == [("alone.png", "has no source")]
+    seen = Image.open(BytesIO(page.get(tiles[1].picture.partition("?")[0] + "?resolution=64").content))
+    assert seen.width > 1.4 * seen.height
+
+
 def test_a_metadata_file_is_read_as_an_encode_reads_it_or_says_what_is_wrong(project, page):
     folder = project.root / "datasets" / "meta"
     picture(folder / "a.png", caption=None)
