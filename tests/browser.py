@@ -82,6 +82,8 @@ class Watch:
     """What a test must not see: errors on the console, violations of the policy, requests to anybody else."""
 
     origin: str
+    refused: tuple[str, ...] = ()
+    """What the console may tell of: a test that asks for what is refused, or that ends the server."""
     problems: list[str] = field(default_factory=list)
 
     def over(self, context: BrowserContext) -> None:
@@ -90,6 +92,7 @@ class Watch:
 
     def _page(self, page: Page) -> None:
         page.on("console", lambda said: self._note(page, said.text) if said.type in ("error", "warning") else None)
+        page.on("dialog", lambda dialog: (self._note(page, f"asked: {dialog.message}"), dialog.dismiss()))
         page.on("pageerror", lambda error: self._note(page, str(error)))
         page.on("request", lambda request: None if self._is_ours(request.url) else self._note(page, request.url))
 
@@ -97,15 +100,20 @@ class Watch:
         return url.startswith((self.origin, "data:", "blob:", "about:"))
 
     def _note(self, page: Page, problem: str) -> None:
+        if any(words in problem for words in self.refused):
+            return
         self.problems.append(f"{page.url}: {problem}")
 
 
 @contextmanager
-def context_of(browser: Browser, origin: str, width: int = 1280, scheme: str = "light") -> Iterator[BrowserContext]:
+def context_of(
+    browser: Browser, origin: str, width: int = 1280, scheme: str = "light", refused: tuple[str, ...] = ()
+) -> Iterator[BrowserContext]:
     """Tabs that share their cookies. At its end nothing may have gone wrong in any of them.
 
     Args:
         origin: the beginning of all URLs that may be asked for.
+        refused: words of problems that the test makes itself.
     """
     height = WIDTHS.get(width, 800)
     context = browser.new_context(
@@ -115,10 +123,16 @@ def context_of(browser: Browser, origin: str, width: int = 1280, scheme: str = "
         accept_downloads=True,
     )
     context.set_default_timeout(SECONDS * 1000)
-    watch = Watch(origin)
+    watch = Watch(origin, refused)
     watch.over(context)
-    yield context
-    context.close()
+    try:
+        yield context
+    except BaseException:
+        for page in context.pages:  # what a person would have seen, for the report of the failed test
+            print(page.url, page.locator("body").inner_text(timeout=1000)[:3000], sep="\n")
+        raise
+    finally:
+        context.close()
     assert not watch.problems, "\n".join(watch.problems)
 
 
