@@ -210,7 +210,7 @@ def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "k5cache/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(FOLDER.parent / name, tmp_path / name)
-    for name in ("k5cache/shared", "k5train/recipes"):
+    for name in ("k5cache/shared", "k5train/recipes", "k5train/ui"):
         shutil.copytree(FOLDER.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pipelines").mkdir()
     for path in FOLDER.glob("*.toml"):
@@ -221,6 +221,14 @@ def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
     library = tmp_path / "lib" / "k5cache" / "shared"
     assert {path.stem for path in (library / "recipes").iterdir()} == set(packaged.names())
     assert (tmp_path / "lib" / "k5train" / "recipes" / "needs.json").is_file()
+    page = {
+        path.name for path in (FOLDER.parent / "k5train" / "ui").rglob("*.*") if path.suffix in (".html", ".css", ".js")
+    }
+    assert (
+        {path.name for path in (tmp_path / "lib" / "k5train" / "ui").rglob("*.*")}
+        >= page
+        >= {"layout.html", "page.css"}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packaged, "_HERE", library)
         assert packaged.path("official") == library / "recipes" / "official.toml"

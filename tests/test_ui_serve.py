@@ -81,6 +81,24 @@ def test_streams_that_are_open_end_at_once_when_the_server_stops(tmp_path, monke
     assert len(asked) == at_the_end
 
 
+def test_a_client_that_stops_in_the_middle_of_a_form_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("k5train.ui.guard.SECONDS_FOR_A_PART", 0.05)
+    server, opened = Server(create_app(Project(tmp_path))), open_socket("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([opened],))
+    thread.start()
+    host, port = opened.getsockname()
+    head = (
+        f"POST /queue/clear HTTP/1.1\r\nHost: {host}:{port}\r\nOrigin: http://{host}:{port}\r\nContent-Length: 99\r\n"
+    )
+    with socket.create_connection((host, port), 10) as client:
+        client.sendall(f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\na=1".encode())
+        answer = client.recv(100_000)
+    server.stop()
+    thread.join(5)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_a_stream_ends_with_two_lines_when_what_it_shows_is_gone(tmp_path, monkeypatch):
     def gone():
         raise RunError("runs/<b> is no longer there", "Go back")

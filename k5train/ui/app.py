@@ -46,6 +46,7 @@ VIEWS = (
 """The modules whose ``routes()`` make up the page."""
 _WORDS = {
     404: ("There is no such page", "Choose one above"),
+    408: ("What was sent stopped in the middle", "Send it again"),
     405: ("This page cannot be asked like this", "Use the page's own buttons"),
 }
 

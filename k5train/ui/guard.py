@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlencode
 import anyio
 from markupsafe import escape
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -75,10 +76,6 @@ class Refusal:
         return Response(html, self.status, media_type="text/html")
 
 
-class TooSlow(Exception):
-    """A client stopped in the middle of what it sends."""
-
-
 class Guard:
     """Stands before an app, and answers itself what may not pass. It adds ``HEADERS`` to every answer."""
 
@@ -93,24 +90,16 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        is_started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal is_started
             if message["type"] == "http.response.start":
-                is_started = True
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
         app = self.answer_of(scope) or self.app
-        try:
-            await app(scope, _patient(receive), send_with_headers)
-        except TooSlow:
-            if not is_started:
-                slow = Refusal(408, "Too slow", "What was sent stopped in the middle", "Send it again")
-                await slow.response()(scope, receive, send_with_headers)
+        await app(scope, _patient(receive), send_with_headers)
 
     def answer_of(self, scope: Scope) -> Response | None:
         """What is answered in place of the app; None if the request may pass."""
@@ -220,6 +209,6 @@ def _patient(receive: Receive) -> Receive:
             is_whole = not message.get("more_body", False)
             return message
         assert time.cancelled_caught
-        raise TooSlow
+        raise HTTPException(408)
 
     return receive_in_time

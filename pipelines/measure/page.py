@@ -191,7 +191,7 @@ def with_paints(url: str, timings: list[Timing], at_the_end: Callable[[], object
     """Add first paints, as Chromium measures them. ``at_the_end`` is called while one tab shows the overview."""
     from playwright.sync_api import sync_playwright
 
-    painted = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    painted = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null"
     found = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), chromium_sandbox=False)
@@ -199,8 +199,9 @@ def with_paints(url: str, timings: list[Timing], at_the_end: Callable[[], object
             page, seconds = browser.new_page(), []
             for _ in range(2):
                 page.goto(url + timing.name.rpartition(" ")[2], wait_until="load")
-                page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
-                seconds.append(page.evaluate(painted) / 1000)
+                while (paint := page.evaluate(painted)) is None:
+                    page.wait_for_timeout(50)
+                seconds.append(paint / 1000)
             found.append(replace(timing, paint=seconds[0], paint_again=seconds[1]))
             page.close()
         page = browser.new_page()
