@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,9 @@ from k5cache.shared.errors import K5Error, OutputError
 from k5train.ui.app import Page, create_app
 from k5train.ui.guard import Access
 from k5train.ui.jobs import queue
+from k5train.ui.overview_view import read_overview
 from k5train.ui.project import Project
+from k5train.ui.templating import environment
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_CONNECTIONS = 256
@@ -108,8 +111,22 @@ def serve(project: Project, host: str, port: int, wants_token: bool, say: Callab
     server = Server(create_app(project, access))
     begin_waiting(project)
     say(url_of(host, port, access))
+    threading.Thread(target=warm_up, args=(project,), daemon=True).start()
     server.run([opened])
     raise KeyboardInterrupt(FAREWELL)
+
+
+def warm_up(project: Project) -> None:
+    """Do once, while the browser is being opened, what makes first pages slow: imports and templates.
+
+    What is wrong with the project is said by the pages.
+    """
+    for name in environment().list_templates():
+        environment().get_template(name)
+    with suppress(K5Error, OSError):
+        read_overview(project)
+    for name in ("numpy", "PIL.Image", "pyarrow.parquet", "k5train.ui.data.cache_view"):
+        import_module(name)
 
 
 def begin_waiting(project: Project) -> None:
