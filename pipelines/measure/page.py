@@ -69,14 +69,14 @@ def main(
         make_project(root, pictures, runs)
         names = pages_of(root)
         with served(root) as (url, process):
-            idle = {"nobody": cpu_share(process.pid)}
             timings = asked(url, names)
+            idle = {"nobody": cpu_share(process.pid)}
             timings = with_paints(url, timings, lambda: idle.update({"one tab": cpu_share(process.pid)}))
     command_line.write_json(out, {"pages": [asdict(timing) for timing in timings], "idle": idle})
     setting = f"{pictures:,} pictures, {runs} runs"
     command_line.print_table(setting, COLUMNS, [_row(timing) for timing in timings], numbers=COLUMNS[1:])
     for who, share in idle.items():
-        print(f"processor time with {who} looking: {share:.2%} of a core")
+        print(f"processor time with {who} looking: {max(share, 0.0):.2%} of a core")
 
 
 def make_project(root: Path, num_pictures: int, num_runs: int) -> None:
