@@ -595,6 +595,7 @@ def test_a_cache_names_the_runs_that_train_on_it(project, cats, monkeypatch):
         root = Path("runs") / name
         root.mkdir(parents=True)
         write_new(root, Path("cache/others" if name == "c" else "cache/cats"), {}, ModelConfig(), config)
+    monkeypatch.chdir(project.root.parent)  # the page may be started elsewhere, with --folder
     cache = listing.caches(project)[0]
     assert sorted(run.name for run in state.used_by(project, cache)) == ["a", "b"]
     (project.root / "runs" / "a" / "run.json").write_text("{")

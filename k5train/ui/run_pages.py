@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from k5cache.shared.inside import is_inside
 from k5train.runs.written import check_recorded
 from k5train.ui import listing
 from k5train.ui.charts import svg
+from k5train.ui.data.state import caches_of_run
 from k5train.ui.events import stream
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job, tail
@@ -44,7 +46,7 @@ def run_page(request: Request) -> Response:
         run=run,
         entry=entry,
         job=job,
-        cache=_cache(project, run),
+        cache=_cache(project, entry),
         sweep=_sweep(project, entry),
         **_fragments(project, entry, run, job),
     )
@@ -109,10 +111,10 @@ def _job(project: Project, entry: Entry) -> Job | None:
     return next((job for job in queue.jobs(project) if job.about in about and job.kind in kinds), None)
 
 
-def _cache(project: Project, run: RunView) -> Entry | None:
-    """The run's cache, if it is one of the project's."""
-    name = Path(run.cache).name if run.cache else ""
-    return next((cache for cache in listing.caches(project) if cache.name == name), None)
+def _cache(project: Project, entry: Entry) -> Entry | None:
+    """The run's first cache, if it is one of the project's."""
+    named = caches_of_run(project, entry.path)[:1]
+    return next((cache for cache in listing.caches(project) if os.path.realpath(cache.path) in named), None)
 
 
 def _sweep(project: Project, entry: Entry) -> Entry | None:

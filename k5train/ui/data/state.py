@@ -196,14 +196,19 @@ def used_by(project: Project, cache: Entry, most: int = 500) -> tuple[Entry, ...
     """The runs that train on a cache, the newest first. Each run's file is read once while it stays as it is."""
     found, wanted = [], os.path.realpath(cache.path)
     for run in sorted(listing.all_runs(project), key=lambda run: -run.changed)[:most]:
-        try:
-            status = (run.path / "run.json").stat()
-            named = _caches_of_run(run.path, (status.st_mtime_ns, status.st_size, status.st_ino))
-        except (K5Error, OSError):
-            continue
-        if any(os.path.realpath(project.root / path) == wanted for path in named):
+        if wanted in caches_of_run(project, run.path):
             found.append(run)
     return tuple(found)
+
+
+def caches_of_run(project: Project, run: Path) -> list[str]:
+    """Where the caches of a run are, without links. Nothing if its file cannot be read."""
+    try:
+        status = (run / "run.json").stat()
+        named = _caches_of_run(run, (status.st_mtime_ns, status.st_size, status.st_ino))
+    except (K5Error, OSError):
+        return []
+    return [os.path.realpath(project.root / path) for path in named]
 
 
 @functools.lru_cache(maxsize=2000)
@@ -213,7 +218,7 @@ def _caches_of_run(run: Path, stamp: tuple[int, ...]) -> tuple[str, ...]:
 
     facts = read_facts(run)
     if "train.data" not in (facts.recipe or ""):
-        return (str(cache_of(run, facts)),)
+        return (os.path.abspath(cache_of(run, facts)),)  # noqa: PTH100 (it may be from where the page was started)
     try:
         train = tomllib.loads(facts.recipe or "").get("train", {})
     except ValueError:
