@@ -16,7 +16,6 @@ from k5cache.shared.inside import is_inside
 from k5train.runs.written import check_recorded
 from k5train.ui import listing
 from k5train.ui.charts import svg
-from k5train.ui.data.state import caches_of_run
 from k5train.ui.events import stream
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job, tail
@@ -113,6 +112,8 @@ def _job(project: Project, entry: Entry) -> Job | None:
 
 def _cache(project: Project, entry: Entry) -> Entry | None:
     """The run's first cache, if it is one of the project's."""
+    from k5train.ui.data.state import caches_of_run  # pyarrow, which the page is up without
+
     named = caches_of_run(project, entry.path)[:1]
     return next((cache for cache in listing.caches(project) if os.path.realpath(cache.path) in named), None)
 

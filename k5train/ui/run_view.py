@@ -189,7 +189,8 @@ def _opened(root: Path, *stamps: tuple[int, int] | None) -> _Opened:
     text = facts.recipe
     if text is None:  # an earlier version started the run
         text = (root / "recipe.toml").read_text(encoding="utf-8", errors="replace")
-    told = (*options_without_effect(config), *rate_warnings(config), *extreme_values(config))
+    said = (*options_without_effect(config), *rate_warnings(config), *extreme_values(config))
+    told = tuple(line.replace("Use --set ", "Use ") for line in said)  # on a page there is no command line
     return _Opened(config, settings, text, facts.cache if not config.data else str(cache), told)
 
 

@@ -194,11 +194,9 @@ def first_cache(project: Project, folder: Entry) -> Entry | None:
 
 def used_by(project: Project, cache: Entry, most: int = 500) -> tuple[Entry, ...]:
     """The runs that train on a cache, the newest first. Each run's file is read once while it stays as it is."""
-    found, wanted = [], os.path.realpath(cache.path)
-    for run in sorted(listing.all_runs(project), key=lambda run: -run.changed)[:most]:
-        if wanted in caches_of_run(project, run.path):
-            found.append(run)
-    return tuple(found)
+    wanted = os.path.realpath(cache.path)
+    newest = sorted(listing.all_runs(project), key=lambda run: -run.changed)[:most]
+    return tuple(run for run in newest if wanted in caches_of_run(project, run.path))
 
 
 def caches_of_run(project: Project, run: Path) -> list[str]:
