@@ -21,6 +21,7 @@ KERNELS = {
     "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, 64>>": "attention",
     "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_kernel0": "attention",
     "fmha_cutlassF_bf16_aligned_64x128_rf_sm80": "attention",
+    "_few_keys_dkv": "attention",
     "triton_red_fused__to_copy_add_attention_backward_mean_mul_pow_rsqrt_split_sum_view_21": "elementwise",
     "triton_red_fused__to_copy_abs_amax_clamp_div_gelu_int8_matmul_mul_reciprocal_round_view_14": "elementwise",
     "triton_poi_fused_gelu_matmul_view_12": "elementwise",

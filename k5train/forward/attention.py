@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k5cache.shared.device import is_rocm
+from k5train.forward.ops import triton_works
 
 _aten: Any = torch.ops.aten
 _library: Any = torch.library.Library("k5", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -43,6 +44,10 @@ def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, cudnn: bool
 ) -> tuple[Tensor, ...]:
     sizes, on_gpu = (query.shape[1], key.shape[1]), query.is_cuda
+    if on_gpu and not cudnn and _has_few_keys(query, key) and few_keys_work(query.device):
+        from k5train.forward import few_keys
+
+        return few_keys.backward(grad, query, key, value, out, logsumexp)
     tensors = [t.transpose(1, 2) for t in (grad.contiguous(), query, key, value, out)]
     if not on_gpu:
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, logsumexp, 0.0, False)
@@ -58,6 +63,47 @@ def _attention_backward(
                 *tensors, logsumexp, None, None, *sizes, 0.0, False, none, none
             )
     return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+_MOST_KEYS = 512  # about where flash attention becomes as fast
+
+
+def _has_few_keys(query: Tensor, key: Tensor) -> bool:
+    """Whether ``few_keys.backward`` is meant for these sizes."""
+    return key.shape[1] <= min(_MOST_KEYS, query.shape[1] // 2) and query.shape[-1] == 128
+
+
+@functools.cache
+def few_keys_work(device: torch.device) -> bool:
+    """Whether the kernels for few keys agree with plain attention on small cases."""
+    return triton_works(device, _few_keys_agree)
+
+
+def _few_keys_agree(device: torch.device) -> bool:
+    from k5train.forward import few_keys
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+
+    for batch, num_queries, num_keys in ((2, 500, 77), (1, 1024, 256)):
+        query, grad = numbers(batch, num_queries, 2, 128), numbers(batch, num_queries, 2, 128)
+        fused = numbers(batch, num_keys, 4, 128)  # as a block has them: keys and values are parts of one tensor
+        leaves = [t.requires_grad_() for t in (query, *fused.chunk(2, dim=2))]
+        with torch.enable_grad():
+            plain = torch.autograd.grad(_plain(*leaves), leaves, grad.float())
+        query, key, value = (t.detach() for t in leaves)
+        products = query.float().transpose(1, 2) @ key.float().permute(0, 2, 3, 1) / 128**0.5
+        logsumexp, out = products.logsumexp(-1), _plain(query, key, value).bfloat16()
+        for _ in range(2):  # the first compiles, the second launches directly
+            try:
+                ours = few_keys.backward(grad, query, key, value, out, logsumexp)
+            except Exception:  # Triton, ptxas, gcc and the driver each fail in their own way, with one answer
+                return False
+            if not all(_is_close(a, b) for a, b in zip(ours, plain, strict=True)):
+                return False
+    return True
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")

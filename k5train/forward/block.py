@@ -134,7 +134,8 @@ def attend(
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
     if mask is None and modes.flash and fits(query):
-        mixed = attention(query, key, value, cudnn=modes.cudnn and text is None)
+        # cuDNN takes no caption of one token.
+        mixed = attention(query, key, value, cudnn=modes.cudnn and text is None and query.shape[1] > 1)
     else:
         mixed = any_attention(query, key, value, mask)
     return project(mixed.flatten(-2, -1), part.out, modes, f"{tag}_out")

@@ -87,7 +87,7 @@ def transpose(source: Tensor, target: Tensor) -> Tensor:
     source = source.contiguous()
     rows, columns = source.shape
     grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), 1)
-    _launch(_transpose, grid, (source, target), (rows, columns, 128), 8, 3)
+    launch(_transpose, grid, (source, target), (rows, columns, 128), 8, 3)
     return target
 
 
@@ -118,7 +118,7 @@ def scale_rows(weight: Tensor, scale: Tensor, target: Tensor) -> Tensor:
     weight = weight.contiguous()
     rows, columns = weight.shape
     grid = (triton.cdiv(rows, 4), triton.cdiv(columns, 1024), 1)
-    _launch(_scale_rows, grid, (weight, scale.contiguous(), target), (rows, columns, 4, 1024), 4, 3)
+    launch(_scale_rows, grid, (weight, scale.contiguous(), target), (rows, columns, 4, 1024), 4, 3)
     return target
 
 
@@ -129,7 +129,7 @@ H200, under the profiler. ``ops`` turns this off if this version of Triton launc
 _compiled: dict[Any, Any] = {}
 
 
-def _launch(
+def launch(
     kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], warps: int,
     stages: int,
 ) -> None:  # fmt: skip
@@ -179,7 +179,7 @@ def int8_matmul(
     rank_block = 16 if rank else 0  # wider blocks spill registers: 136 bytes a thread at 32 on sm_90
     c = torch.empty(rows, columns, dtype=dtype, device=a.device)
     absent: Any = a  # a pointer that is never read
-    _launch(
+    launch(
         _int8_matmul, (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n), 1, 1),
         (a, a_scale, b, absent if b_scale is None else b_scale, absent if bias is None else bias,
          absent if z is None else z, absent if up is None else up, c),

@@ -197,16 +197,16 @@ def int_mm_works(device: torch.device) -> bool:
 @functools.cache
 def kernel_works(device: torch.device) -> bool:
     """Whether the int8 matmul agrees with exact arithmetic, in every form that is used, on small cases."""
-    return _works(device, _matmul_agrees)
+    return triton_works(device, _matmul_agrees)
 
 
 @functools.cache
 def scaling_works(device: torch.device) -> bool:
     """Whether the kernel that scales int8 weights gives torch's bits on small cases."""
-    return _works(device, _scaling_agrees)
+    return triton_works(device, _scaling_agrees)
 
 
-def _works(device: torch.device, agrees: Callable[[torch.device], bool]) -> bool:
+def triton_works(device: torch.device, agrees: Callable[[torch.device], bool]) -> bool:
     """Whether Triton is there and ``agrees``; if only direct launches fail, they are turned off for all kernels."""
     from torch.utils._triton import has_triton
 

@@ -18,7 +18,7 @@ from k5train.base.quantize import load_transformer
 from k5train.bench import steps
 from k5train.bench.case import Case, condition_for, inputs_for
 from k5train.bench.timing import time_steps
-from k5train.forward import ops
+from k5train.forward import attention, ops
 from k5train.forward.attention import attention_works
 from k5train.forward.load import execute as make_execution
 from k5train.forward.load import stream_weights
@@ -103,6 +103,35 @@ def test_hopper_has_cudnn_attention():
 
 def test_flash_attention_is_ours_too():
     assert attention_works(GPU, cudnn=False)
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 20, 77, 128, 256, 300, 512])
+def test_attention_over_few_keys_has_the_gradients_of_plain_attention_and_always_the_same_bits(num_keys):
+    assert attention.few_keys_work(GPU)
+    generator = torch.Generator(GPU).manual_seed(num_keys)
+    for batch, num_queries in ((1, 1024), (2, 4030)):
+        query, grad = (
+            torch.randn(batch, num_queries, 3, 128, device=GPU, generator=generator).bfloat16() for _ in "qg"
+        )
+        keys, values = torch.randn(batch, num_keys, 6, 128, device=GPU, generator=generator).bfloat16().chunk(2, dim=2)
+        leaves = [t.detach().requires_grad_() for t in (query, keys, values)]
+        ours, again = (torch.autograd.grad(attention.attention(*leaves, cudnn=False), leaves, grad) for _ in range(2))
+        doubles = [t.detach().double().requires_grad_() for t in leaves]
+        weights = torch.einsum("bnhd,blhd->bhnl", doubles[0], doubles[1]) / 128**0.5
+        plain = torch.einsum("bhnl,blhd->bnhd", weights.softmax(-1), doubles[2])
+        exact = torch.autograd.grad(plain, doubles, grad.double())
+        for name, a, b, c in zip(("query", "key", "value"), ours, again, exact, strict=True):
+            assert torch.equal(a, b), name
+            # One key: its weight is 1 whatever the query, so these gradients are 0, up to the rounding of the output.
+            scale = c.norm() if num_keys > 1 or name == "value" else grad.double().norm()
+            assert (a.double() - c).norm() <= 5e-3 * scale, name  # bfloat16: 2.4e-3 on an H200
+
+
+def test_a_caption_of_one_token_trains():
+    transformer = adapted("int8-quanto")
+    execution = run(transformer, "int8-quanto", "selective", execution="eager")
+    outcome(transformer, replace(CASE, num_text_tokens=1))
+    assert not execution.is_compiled
 
 
 @pytest.mark.parametrize("level", ["nothing", "selective", "all"])
