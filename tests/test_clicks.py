@@ -28,7 +28,7 @@ SMALL = {
     "train.lora.targets": "qkv",
     "train.base_model_precision": "no_change",
     "train.validation.prompts": "a fox on a sofa",
-    "train.validation.every": "5",
+    "train.validation.every": "0",  # pictures come before the first step, and when they are asked for
     "train.checkpoint_every": "5",
     "train.validation.split": "0.34",
 }
@@ -161,6 +161,9 @@ def test_from_an_empty_folder_to_a_lora(browser, serve, tmp_path, toy_model):
         head.get_by_text("stopped", exact=True).wait_for(timeout=LONG)
         stopped_at = last_step(tmp_path / "runs" / "first")
         press(page, "Resume")
+        page.wait_for_url("**/jobs/*")
+        go(page, "Queue")
+        page.locator("#queue-jobs tr", has_text="run second").get_by_text("finished").wait_for(timeout=LONG)
         page.goto(f"{served.url}runs/{id_of('runs/second')}")
         head.get_by_text("finished", exact=True).wait_for(timeout=LONG)
         with page.expect_download() as download:
