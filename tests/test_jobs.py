@@ -19,6 +19,7 @@ from k5cache.shared.errors import OutputError, RunError
 from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import job as job_module
 from k5train.ui.jobs import processes, queue, slots, waits, worker
+from k5train.ui.jobs.again import again
 from k5train.ui.jobs.job import Job
 from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
@@ -441,3 +442,30 @@ def test_what_the_modules_name_alike_is_alike():
 
     assert progress_file.VARIABLE == worker.PROGRESS_VARIABLE
     assert job_module.now().keys() == {"at", "monotonic", "boot"}
+
+
+def test_a_job_that_came_with_a_strangers_project_runs_nothing_until_a_person_says_so(project):
+    (project.root / "go").touch()
+    first = add(project, UNTIL_GONE)
+    ours = add(project, "open('ours', 'w')", "runs/b", files={"recipe.toml": "a = 1\n"})
+    theirs = project.own / "queue" / ("b" * 12)
+    shutil.copytree(ours.folder, theirs)  # as it comes out of an archive: whole, with its seal, in another folder
+    document = json.loads((theirs / "job.json").read_text())
+    document |= {"argv": ["k5train", "run", "open('theirs', 'a').write('x')"], "order": 0}
+    (theirs / "job.json").write_text(json.dumps(document))
+    changed = add(project, "open('changed', 'w')", "runs/c", files={"recipe.toml": "a = 1\n"})
+    (changed.folder / "recipe.toml").write_text("a = 2\n")
+    (project.root / "go").unlink()
+    until(lambda: state(project, ours) == state(project, first) == "finished")
+    queue.advance(project)
+    assert [state(project, queue.find(project, id)) for id in ("b" * 12, changed.id)] == ["waiting", "waiting"]
+    wait = queue.waits_for(project, queue.jobs(project))["b" * 12]
+    assert (wait.is_blocked, wait.is_due) == (True, False)
+    assert wait.words.startswith("you: it was not put in on this machine, or was changed since. It would run: k5train")
+    queue.start_anyway(project, "b" * 12)
+    until(lambda: state(project, queue.find(project, "b" * 12)) == "finished")
+    assert [(project.root / name).exists() for name in ("ours", "theirs", "changed")] == [True, True, False]
+    (theirs / "job.json").write_text(json.dumps({**document, "seal": "x"}))
+    with pytest.raises(RunError, match="not put in on this machine"):
+        again(project, "b" * 12)
+    assert (project.root / "theirs").read_text() == "x"

@@ -1,4 +1,4 @@
-"""The page of a new run: form, checks, paths, saving, starting and planning. No process is started here."""
+"""The page of a new run: form, checks, paths, saving, starting and planning. No process with torch is started here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import tomllib
@@ -486,3 +487,11 @@ def test_of_several_questions_only_the_newest_is_answered(toy_planner, monkeypat
     for thread in threads:
         thread.join()
     assert (asked, replies) == (["a", "c"], {"a": None, "b": None, "c": {"recipe": "c"}})
+
+
+def test_a_file_of_the_project_that_is_named_as_a_module_is_not_imported_by_the_planner(tmp_path, monkeypatch):
+    (tmp_path / "wave.py").write_text("raise SystemExit(3)")
+    before = planner.COMMAND[: planner.COMMAND.index("-m")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)  # an empty place is the current folder
+    command = [*before, "-c", "import wave"]
+    assert subprocess.run(command, cwd=tmp_path, env=planner.environment(), check=False).returncode == 0

@@ -175,6 +175,18 @@ def boot_mark() -> str:
         return ""
 
 
+def machine_mark() -> str:
+    """What tells this machine from others, also after a reboot. Where the system has nothing, until the next reboot."""
+    for place in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with suppress(OSError, ValueError):
+            mark = Path(place).read_text(encoding="ascii").strip()
+            if len(mark) == 32 and mark.strip("0"):
+                return mark
+    import uuid
+
+    return boot_mark() or f"{uuid.getnode():x}"
+
+
 def start_apart(command: Sequence[str], *, is_in_same_console: bool = False, **options: Any) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own: the end of this one, its terminal and a Ctrl-C there do not reach it.
 

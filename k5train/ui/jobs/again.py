@@ -20,6 +20,10 @@ def again(project: Project, id: str) -> Job:
     job = queue.find(project, id)
     if not job.is_over:
         raise RunError(f"{job.label} has not ended", "Reload the page")
+    if not job.is_ours:
+        raise RunError(
+            f"{job.label} was not put in on this machine, or was changed since", f"Start it in a terminal: {job.line}"
+        )
     document = files.read(job.folder, files.JOB) or {}
     texts: dict[str, str] = {}
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import secrets
@@ -37,6 +39,7 @@ NOTED_NAME = re.compile(r"[a-z][a-z0-9_-]{0,40}\.(toml|json|txt)", re.ASCII)
 _ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
 _NEW = re.compile(r"\.(new|old)-[0-9a-f]{12}", re.ASCII)
 _MOST_BYTES = 1 << 20
+_MOST_FILE_BYTES = 4 << 20
 
 
 def queue_folder(project: Project) -> Path:
@@ -89,8 +92,32 @@ def new_folder(queue: Path, document: Mapping[str, Any], texts: Mapping[str, str
         (half / file_name).write_text(text, encoding="utf-8", newline="\n")
     here = f".k5/queue/{name}/"
     argv = [word.replace("{job}/", here, 1) if word.startswith("{job}/") else word for word in document["argv"]]
-    write_json(half / JOB, {**document, "argv": argv, "files": sorted(texts)})
+    write_json(half / JOB, sealed(half, {**document, "argv": argv, "files": sorted(texts)}))
     return half.rename(queue / name)
+
+
+def sealed(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in ``job.json``, with the seal of this machine: a person at it wants this command to run."""
+    return {**document, "seal": _seal(folder, document)}
+
+
+def is_sealed(folder: Path, document: Mapping[str, Any]) -> bool:
+    """Whether a job was put in on this machine, into this very folder, with this command and these files.
+
+    A project may be a stranger's, with jobs in its queue. These begin when somebody says so, and not before.
+    """
+    return document.get("seal") == _seal(folder, document)
+
+
+def _seal(folder: Path, document: Mapping[str, Any]) -> str:
+    """A hash that nobody can make who knows neither the machine nor which inode a folder gets there."""
+    facts: list[Any] = [system.machine_mark(), system.user_id(), folder.stat().st_ino, document.get("argv")]
+    names = document.get("files")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and NOTED_NAME.fullmatch(name):
+            with suppress(OSError):
+                facts += [name, hashlib.sha256(read_bytes(folder / name, _MOST_FILE_BYTES)).hexdigest()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def remove_folder(folder: Path) -> None:

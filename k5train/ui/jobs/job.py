@@ -63,6 +63,8 @@ class Job:
     """What it reads, as paths from the project."""
     after: tuple[str, ...] = ()
     """Ids of the jobs that must have finished before it begins."""
+    is_ours: bool = False
+    """It was put in on this machine, and is as it was then: not a job that came with somebody's project."""
     worker: int | None = None
     """The number of its worker's process, while that runs on this machine."""
     command: int | None = None
@@ -139,6 +141,7 @@ def _facts(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "added": _number(document.get("added")),
         "uses": _texts(document.get("uses")),
         "after": _texts(document.get("after")),
+        "is_ours": files.is_sealed(folder, document),
     }
 
 

@@ -166,7 +166,7 @@ def move(project: Project, id: str, places: int) -> None:
 
 
 def start_anyway(project: Project, id: str) -> None:
-    """Let a waiting job no longer wait for other jobs, only for a GPU.
+    """Let a waiting job no longer wait for other jobs or for a person, only for a GPU.
 
     Raises:
         RunError: it does not wait any more.
@@ -176,7 +176,7 @@ def start_anyway(project: Project, id: str) -> None:
         if job.state != "waiting":
             raise RunError(f"{job.label} does not wait any more", "Reload the page")
         document = job_files.read(job.folder, job_files.JOB) or {}
-        job_files.write(job.folder, job_files.JOB, {**document, "after": []})
+        job_files.write(job.folder, job_files.JOB, job_files.sealed(job.folder, {**document, "after": []}))
         _advance(project, queue)
 
 
@@ -259,7 +259,7 @@ def gpu_in_use(project: Project) -> str | None:
 def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
     """Begin whatever can begin. The caller has the queue's lock. Returns as ``is_waited_for``."""
     all_jobs = jobs(project)
-    waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=place_of)
+    waiting = sorted((job for job in all_jobs if job.state == "waiting" and job.is_ours), key=place_of)
     if not waiting:
         return False
     all_slots = slots.slots()

@@ -10,6 +10,8 @@ from k5train.ui.jobs.job import Job
 from k5train.ui.jobs.slots import Slot
 from k5train.ui.project import Project
 
+_FOREIGN = "you: it was not put in on this machine, or was changed since. It would run"
+
 
 @dataclass(frozen=True)
 class Wait:
@@ -38,7 +40,7 @@ def waits_for(project: Project, all_jobs: Sequence[Job], used: Mapping[str, str]
     waits: dict[str, Wait] = {}
     before = 0
     for job in waiting:
-        wait = first_unfinished(job, by_id)
+        wait = first_unfinished(job, by_id) if job.is_ours else Wait(f"{_FOREIGN}: {job.line}", is_blocked=True)
         if wait is None and job.needs_gpu and before < len(free):
             wait = Wait("nothing: it can begin", is_due=True)
             before += 1

@@ -19,7 +19,8 @@ from k5train.ui.new_run.planner_process import Question
 _IDLE, _IDLE_ON_GPU = 60, 15
 """Seconds without a question after which the process ends. On a GPU it holds memory that a run might want."""
 _MOST_KEPT = 8  # answers
-COMMAND = [sys.executable, "-m", "k5train.ui.new_run.planner_process"]
+COMMAND = [sys.executable, "-P", "-m", "k5train.ui.new_run.planner_process"]
+"""``-P``: a file of the project's named random.py is not imported."""
 
 
 class Planner:
@@ -127,8 +128,8 @@ class Planner:
 def environment() -> dict[str, str]:
     """This process's variables, with which Python finds our packages from any folder."""
     ours = str(Path(__file__).parents[3])
-    given = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": f"{ours}{os.pathsep}{given}" if given else ours}
+    given = [str(Path(place).absolute()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([ours, *given]))}
 
 
 def _key(line: str, env: Mapping[str, str]) -> str:
