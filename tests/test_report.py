@@ -14,6 +14,7 @@ from PIL import Image
 
 from k5cache.shared.errors import OutputError
 from k5train.cli import app
+from k5train.pictures import saved
 from k5train.pictures.saved import save_pictures
 from k5train.ui import report_pictures
 from k5train.ui.report import BEGINS, make_report
@@ -139,6 +140,19 @@ def test_a_picture_that_is_gone_costs_only_itself(runs):
     page = Page(make_report([runs / "good", runs / "other"]).html)
     assert page.sources.count("data:,") == 2
     assert report_pictures.fitting({}, 0) == ({}, report_pictures.SIDES[0])
+
+
+def test_a_picture_that_is_no_png_is_not_given_to_other_programs(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    asked: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(EpsImagePlugin, "has_ghostscript", lambda: True)
+    path = tmp_path / "00.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    assert report_pictures.source_of(path, 100) == report_pictures.MISSING
+    assert saved._read(path, None) is None
+    assert asked == []
 
 
 def test_names_and_prompts_are_text_and_credentials_are_hidden(tmp_path, monkeypatch):

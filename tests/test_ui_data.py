@@ -640,6 +640,32 @@ def test_a_thumbnail_is_made_once_and_needs_no_permission(project):
     assert len(made) == 2
 
 
+def test_thumbnails_are_neither_read_nor_written_through_links_of_a_strangers_project(project, tmp_path_factory):
+    def make() -> Image.Image:
+        return Image.new("RGB", (64, 64), "teal")
+
+    first = thumbnails.thumbnail(project, "key", make)
+    outside = tmp_path_factory.mktemp("outside")
+    (own,) = (project.own / "thumbnails").glob("*/*.webp")
+    for swap in ("file", "pipe", "folder"):
+        secret = outside / own.name
+        secret.write_bytes(b"a secret")
+        own.unlink()
+        if swap == "file":
+            own.symlink_to(secret)
+        elif swap == "pipe":
+            os.mkfifo(own)
+        else:
+            own.parent.rmdir()
+            own.parent.symlink_to(outside)
+        assert thumbnails.thumbnail(project, "key", make) == first, swap
+        assert secret.read_bytes() == b"a secret"
+    (project.own / ".gitignore").unlink()
+    (project.own / ".gitignore").symlink_to(outside / "new")
+    thumbnails.thumbnail(project, "another", make)
+    assert [path.name for path in outside.iterdir()] == [own.name]
+
+
 def test_a_placeholder_is_text_that_says_why():
     svg = thumbnails.placeholder(f"{HOSTILE} & damaged")
     assert "<script" not in svg

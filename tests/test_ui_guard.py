@@ -217,3 +217,10 @@ def test_a_websocket_is_refused(local):
     with pytest.raises(WebSocketDisconnect) as refused, local[0].websocket_connect("ws://127.0.0.1:8001/"):
         pass
     assert refused.value.code == 1008
+
+
+def test_a_url_that_is_too_long_is_none_of_ours(local):
+    client, _ = local
+    for url in (f"/runs/x/pictures/run/{'9' * 5000}/0", "/" + "a" * 2000):
+        answer = client.get(url)
+        assert (answer.status_code, "longer than any" in answer.text) == (404, True), url[:30]

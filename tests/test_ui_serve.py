@@ -11,7 +11,7 @@ import pytest
 
 from k5cache.shared.errors import OutputError, RunError
 from k5train.cli import app
-from k5train.ui import words
+from k5train.ui import serve, words
 from k5train.ui.app import create_app
 from k5train.ui.events import message, stream
 from k5train.ui.guard import Access
@@ -97,6 +97,29 @@ def test_a_client_that_stops_in_the_middle_of_a_form_is_told_so(tmp_path, monkey
     thread.join(5)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_client_that_sends_no_request_is_let_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "SECONDS_FOR_A_BEGINNING", 0.3)
+    opened = open_socket("127.0.0.1", 0)
+    server = Server(create_app(Project(tmp_path.resolve())))
+    thread = threading.Thread(target=server.run, args=([opened],))
+    thread.start()
+    address = ("127.0.0.1", opened.getsockname()[1])
+    try:
+        for beginning in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: y"):
+            with socket.create_connection(address, timeout=10) as client:
+                client.sendall(beginning)
+                assert client.recv(100) == b"", beginning
+        with socket.create_connection(address, timeout=10) as client:
+            for _ in range(2):  # a connection that is kept
+                client.sendall(b"GET /runs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert client.recv(12) == b"HTTP/1.1 200"
+                time.sleep(0.1)
+                client.recv(1 << 20)
+    finally:
+        server.stop()
+        thread.join()
 
 
 def test_a_stream_ends_with_two_lines_when_what_it_shows_is_gone(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FILE = "drawn.json"
+FORMATS = ("PNG",)
+"""What a run writes. Other files are not tried: for some, Pillow runs another program."""
 NAMES = "names"  # its key for what the pictures are called, by which they are neither the same nor others
 UNSEALED = (
     "prompts", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
@@ -113,8 +115,13 @@ def _read(path: Path, digest: Digest | None) -> Image.Image | None:
 
     if path.is_file() and digest in (None, Digest.of(path)):
         try:
-            return Image.open(path).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # as Pillow refuses a picture of a version without digests
+            return Image.open(path, formats=FORMATS).convert("RGB")
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # as Pillow refuses a picture of a version without digests
             if getattr(error, "errno", None) is not None:
                 raise
     _warn(path)

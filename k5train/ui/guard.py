@@ -38,6 +38,8 @@ HEADERS = {
 """In every answer."""
 READING = ("GET", "HEAD")
 METHODS = (*READING, "POST")
+MOST_PATH = 1000
+"""Bytes of a URL's path; ours have 100."""
 SECONDS_FOR_A_PART = 30.0
 """A client that sends nothing for so long in the middle of a request is answered 408."""
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::([0-9]{1,5}))?", re.ASCII)
@@ -104,7 +106,7 @@ class Guard:
     def answer_of(self, scope: Scope) -> Response | None:
         """What is answered in place of the app; None if the request may pass."""
         headers = Headers(scope=scope)
-        refusal = check_host(headers, self.access) or check_site(scope["method"], headers)
+        refusal = check_host(headers, self.access) or check_site(scope["method"], headers) or check_path(scope["path"])
         if refusal:
             return refusal.response()
         if self.access.token is None:
@@ -168,6 +170,13 @@ def check_site(method: str, headers: Headers) -> Refusal | None:
         "The request did not come from this page itself",
         "Open the page in a tab of its own, and use its buttons",
     )
+
+
+def check_path(path: str) -> Refusal | None:
+    """Refuse a path that is none of ours by its length: a number of thousands of digits is no number to Python."""
+    if len(path) <= MOST_PATH:
+        return None
+    return Refusal(404, "There is no such page", "The URL is longer than any of this page's", "Open the page itself")
 
 
 def cookies_of(headers: Headers, name: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from k5cache.shared.plain import open_plain
+from k5train.pictures.saved import FORMATS
 
 SIDES = (1024, 768, 512, 384, 256)
 """The longest side of pictures, in pixels: the first at which all of them fit is taken."""
@@ -57,7 +58,7 @@ def source_of(path: Path, side: int) -> str:
     from PIL import Image
 
     try:
-        with open_plain(path, _MOST_BYTES) as file, Image.open(file) as opened:
+        with open_plain(path, _MOST_BYTES) as file, Image.open(file, formats=FORMATS) as opened:
             opened.draft("RGB", (side, side))
             picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

@@ -16,7 +16,9 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from k5cache.shared.errors import K5Error, OutputError
 from k5train.ui.app import Page, create_app
@@ -29,6 +31,7 @@ from k5train.ui.templating import environment
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_CONNECTIONS = 256
 """Beyond it, clients are told to come back: each waits in memory."""
+SECONDS_FOR_A_BEGINNING = 15.0
 FAREWELL = "The page has ended. What it started goes on: `k5train ui` shows it again"
 
 
@@ -136,6 +139,45 @@ def begin_waiting(project: Project) -> None:
             queue.advance(project)
 
 
+class Connection(H11Protocol):
+    """uvicorn's connection, which is ended if the beginning of a request is not sent in time.
+
+    Otherwise anybody who knows no token could have all connections by sending nothing on them.
+    """
+
+    _waits: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has come."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """It has sent something."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone."""
+        super().connection_lost(exc)
+        self._rest()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._rest()
+        elif self._waits is None:
+            self._waits = self.loop.call_later(SECONDS_FOR_A_BEGINNING, self._end)
+
+    def _rest(self) -> None:
+        if self._waits is not None:
+            self._waits.cancel()
+            self._waits = None
+
+    def _end(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which sleeps until something is asked, and ends streams that are open when it is stopped."""
 
@@ -143,7 +185,7 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what fails is still shown with its traceback
         config = uvicorn.Config(
             page,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

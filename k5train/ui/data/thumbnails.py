@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from k5cache.shared.inside import is_inside
+from k5cache.shared.plain import UnfitFile, open_plain
 from k5cache.sources.items import UnreadableImage, stat_numbers
 from k5train.ui.data.crops import whole
 from k5train.ui.project import Project
@@ -19,6 +21,7 @@ from k5train.ui.project import Project
 SMALL, LARGE = 320, 1600
 """Pixels of the longer side: of a tile, and of a picture on a page of its own."""
 _VERSION = 1
+_MOST_BYTES = 64 << 20
 _QUALITY = {SMALL: 82, LARGE: 90}
 _AT_ONCE = threading.BoundedSemaphore(2)
 """Pictures that are decoded at the same time: each may take 1.5 GB, with ``decode.MAX_PIXELS``."""
@@ -39,10 +42,10 @@ def thumbnail(project: Project, key: str, make: Callable[[], Image.Image], side:
     folder = project.own / "thumbnails" / name[:2]
     path = folder / f"{name[2:34]}.webp"
     with suppress(OSError):
-        return path.read_bytes()
+        return _read(project, path)
     with _AT_ONCE:
         with suppress(OSError):  # another tab asked for it too
-            return path.read_bytes()
+            return _read(project, path)
         picture = make()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = BytesIO()
@@ -59,15 +62,24 @@ def small_file(project: Project, path: Path) -> bytes:
     return thumbnail(project, key, lambda: whole(inside, SMALL))
 
 
+def _read(project: Project, path: Path) -> bytes:
+    """A thumbnail that was made before; ``OSError`` if it was not, or if it lies outside the project."""
+    with open_plain(path, _MOST_BYTES) as file:
+        if not is_inside(project.own, path):
+            raise UnfitFile(path, "it lies outside the project")
+        return file.read()
+
+
 def _write(project: Project, folder: Path, path: Path, data: bytes) -> None:
     """Write a file so that it appears whole. It need not be durable: it can be made again."""
     own = project.own
-    if own.is_symlink() or (own / "thumbnails").is_symlink():
+    if not is_inside(project.root, own) or not is_inside(own, path):
         return
     folder.mkdir(parents=True, exist_ok=True)
     ignore = own / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n", encoding="utf-8")
+    if not os.path.lexists(ignore):
+        with suppress(FileExistsError), ignore.open("x", encoding="utf-8") as file:
+            file.write("*\n")
     temporary = folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
     try:
         temporary.write_bytes(data)
