@@ -46,6 +46,13 @@ NO_VALUES = {
     "The default is ``text``, ``caption``, ``captions``, ``prompt`` or ``txt``, whichever exists.",
     "The default is the column that contains images, or ``image``, ``file_name``, ``image_path``, ``path`` or "
     "``filename``.",
+    # of all options, on the page
+    "Begin with a packaged recipe, a recipe of the project (a `.toml` beside `cache/`), the recipe of an earlier run, "
+    "or the defaults, and choose one or several caches.",
+    "- **The form** has every option, with its help and default.",
+    'A field that is left empty leaves its option out of the recipe, which is its default; `""` is an empty text.',
+    "What differs from its default is marked.",
+    "- **Settings** that differ from the defaults, all of them, and the recipe as TOML.",
     # of a folder and of another library
     "The result is a file under `K5_HOME` (`~/.cache/k5` by default) that is named by what it was made of.",
 }

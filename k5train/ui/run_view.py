@@ -301,14 +301,20 @@ def _curves(lines: Lines, config: TrainConfig | None) -> list[Row]:
 
 
 def _time(lines: Lines) -> Panel | None:
+    from k5train.runs.loss_panels import smooth
+
     seconds = [(row["step"], row["seconds"]) for row in lines.rows if row.get("seconds") is not None]
     waited = [(row["step"], row["loader_seconds"]) for row in lines.rows if row.get("loader_seconds") is not None]
     if not seconds:
         return None
-    each = [Line("a step", seconds, COLOURS[-1], 1, is_shown_whole=len(seconds) < 50)]
-    return Panel("Seconds a step", [*each, Line("of it waiting for data", waited, COLOURS[1], 1)],
-                 levels=[Level("median of the last steps", lines.seconds, COLOURS[0])] if lines.seconds else [],
-                 x_label="steps", may_be_logarithmic=False)  # fmt: skip
+    every = "a step" if lines.steps_per_row == 1 else f"means of {lines.steps_per_row} steps"
+    drawn = [
+        Line(every, seconds, PALE_GREY, 1, is_shown_whole=False),
+        # Without the first, in which kernels may be compiled: it would hide all others.
+        Line("running mean", smooth(seconds[1:] or seconds), COLOURS[-1]),
+        Line("of it waiting for data", smooth(waited[1:] or waited), COLOURS[1]),
+    ]
+    return Panel("Seconds a step", drawn, x_label="steps", may_be_logarithmic=False)
 
 
 def _memory(lines: Lines) -> Panel | None:
