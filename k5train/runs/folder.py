@@ -191,6 +191,7 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
     except K5Error:
         folders = [root / name for name in ("checkpoints", "samples")]
         ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", ".lock", *REQUESTS.values()))}
+        ours = {path for path in ours if path in folders or not path.is_dir()}  # nobody asks with a folder
         others = [path for path in root.iterdir() if path not in ours and not outputs.HARMLESS.fullmatch(path.name)]
         is_bare = not others and not any(any(folder.iterdir()) for folder in folders)
         if is_bare and not is_locked(run):  # another process may train it by now

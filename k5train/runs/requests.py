@@ -5,11 +5,14 @@ Neither changes a bit of the training: a save writes what the run has, and pictu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from k5cache.shared import system
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.kind import kind_at_hand
@@ -34,17 +37,33 @@ def ask(run: Path, request: Request) -> None:
             f"{run} draws no pictures: its recipe has no prompts in train.validation",
             f"Put a prompt into its cache with k5cache prompts add, stop the run, and give it the prompt: {example}",
         )
-    (run / REQUESTS[request]).touch()
+    path = run / REQUESTS[request]
+    try:
+        os.close(system.open_bytes(path, os.O_WRONLY | os.O_CREAT, is_followed=False, may_wait=False))
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written, by which the run is asked: {error.strerror}",
+            "Make its folder writable, or remove what has this name",
+        ) from error
 
 
 def take(run: Run) -> set[Request]:
-    """What the run was asked for since the last time. The caller has the run's lock."""
+    """What the run was asked for since the last time. The caller has the run's lock.
+
+    What is no file under such a name asks for nothing and stays, as does a file that cannot be removed: it would ask
+    again at every step.
+    """
     return {request for request in _requests() if _take(run.root / REQUESTS[request])}
 
 
-def drop(run: Run) -> None:
-    """Forget what was asked for before a crash: whoever asked did not mean a later step."""
+@contextmanager
+def dropped(run: Run) -> Iterator[None]:
+    """Forget what was asked for before the block, and what it leaves: whoever asked did not mean a later step."""
     take(run)
+    try:
+        yield
+    finally:
+        take(run)
 
 
 def _may_draw(run: Path) -> bool:
@@ -61,8 +80,8 @@ def _requests() -> Iterable[Request]:
 
 
 def _take(path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        path.lstat()  # a call that succeeds hardly ever, in a run's every step
-        path.unlink()
-        return True
+    with suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):  # a call that succeeds hardly ever, in a run's every step
+            path.unlink()
+            return True
     return False

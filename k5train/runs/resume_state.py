@@ -85,7 +85,7 @@ def save_state(
                 save_file({key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}, path)
             sync_file(path)
             files[path.name] = asdict(Digest.of(path))
-        document = {"format": FORMAT, "files": files, "progress": asdict(progress), "parts": sorted(parts), **facts}
+        document = {"format": FORMAT, "files": files, "progress": _written(progress), "parts": sorted(parts), **facts}
         with named(temporary / MANIFEST):
             (temporary / MANIFEST).write_bytes(seal(document))
         sync_file(temporary / MANIFEST)
@@ -96,6 +96,11 @@ def save_state(
     for state in older[:-1]:
         _retire(state)
     return target
+
+
+def _written(progress: Progress) -> dict[str, Any]:
+    """The fields of a progress. Earlier versions refuse one that they do not know, so ``asked`` is there if it must."""
+    return {name: value for name, value in asdict(progress).items() if name != "asked" or value}
 
 
 @dataclass(frozen=True)

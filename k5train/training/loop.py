@@ -144,15 +144,17 @@ class Loop:
                 reason = self.reason_to_end()
                 self.validate(bars, metrics, is_last=bool(reason))
                 reason = reason or self.reason_to_end()
-                if reason or (progress.step and _is_multiple(progress.step, config.checkpoint_every)):
+                # Before the first step there is nothing to save, and no LoRA to draw with.
+                asked = self.draw_what_is_asked(bars, metrics) if progress.step else set()
+                is_due = bool(progress.step) and _is_multiple(progress.step, config.checkpoint_every)
+                if reason or is_due or "save" in asked:
                     self.save_state(metrics)  # first: where there is a LoRA and no state, somebody removed the state
                     self.save_checkpoint()
+                for request in sorted(asked):
+                    console.note(f"Did what was asked for at step {progress.step}: {request}")
                 if reason:
-                    requests.drop(self.run)  # what was asked for in the last step is done
                     self.save_finished()
                     return reason
-                if progress.step:  # before the first step there is nothing to save, and no LoRA to draw with
-                    self.do_what_is_asked(bars, metrics)
                 self.losses.append(self.step(batches, metrics))
                 mean = _tail_mean(self.losses)
                 bars.update(task, advance=1, note=f"loss {mean:.4f}")
@@ -195,18 +197,19 @@ class Loop:
         save_best = partial(self.save_lora, self.run.best)
         self.validation.run_due(self.session, self.predict, self.progress, is_last, metrics, bars, save_best)
 
-    def do_what_is_asked(self, bars: Bars, metrics: Metrics) -> None:
-        """Save or draw between two steps, if somebody asked for it meanwhile. The next step is the same with it."""
+    def draw_what_is_asked(self, bars: Bars, metrics: Metrics) -> set[requests.Request]:
+        """Draw if somebody asked for it meanwhile. The next step is the same with it.
+
+        Returns:
+            what was asked for and can be done. A save that is asked for is noted before the state is written.
+        """
         progress, asked = self.progress, requests.take(self.run)
         if "sample" in asked and not self.validation.draw(self.session, progress, metrics, bars):
             console.warn("Asked for pictures, and the recipe has no validation prompts or pairs to draw")
             asked -= {"sample"}
         if "save" in asked:
             progress.asked = sorted({*progress.asked, progress.step})
-            self.save_state(metrics)
-            self.save_checkpoint()
-        for request in sorted(asked):
-            console.note(f"Did what was asked for at step {progress.step}: {request}")
+        return asked
 
     def reason_to_end(self) -> str | None:
         """Why no step follows this one; None if one does."""

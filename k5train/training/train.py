@@ -60,9 +60,8 @@ def train(
     check_classes(data, config)
     check_trackers(config.trackers)
     data = split_off(data, config.validation.split)
-    with lock_run(run):
+    with lock_run(run), requests.dropped(run):
         remove_leftovers(run)
-        requests.drop(run)
         saved = latest_state(run.state, step)
         run_identity = identity(data, folder, config)
         if saved:
