@@ -224,3 +224,22 @@ def test_a_url_that_is_too_long_is_none_of_ours(local):
     for url in (f"/runs/x/pictures/run/{'9' * 5000}/0", "/" + "a" * 2000):
         answer = client.get(url)
         assert (answer.status_code, "longer than any" in answer.text) == (404, True), url[:30]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "deep"])
+def test_a_file_that_says_what_pictures_show_and_cannot_be_read_breaks_no_page(tmp_path, kind):
+    project = make_project(tmp_path / "project")
+    drawn = max(project.root.glob("runs/good/samples/step-*/drawn.json"))
+    drawn.unlink()
+    if kind == "pipe":
+        os.mkfifo(drawn)
+    elif kind == "link":
+        drawn.symlink_to("/dev/zero")
+    elif kind == "folder":
+        drawn.mkdir()
+    else:
+        drawn.write_text("[" * 60_000)
+    client, _ = client_of(project)
+    run = f"/runs/{id_of('runs/good')}"
+    for url in ("/", "/runs", "/runs/events", run, f"{run}/events", f"/compare?run={id_of('runs/good')}"):
+        assert client.get(url).status_code == 200, url

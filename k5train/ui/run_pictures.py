@@ -34,7 +34,8 @@ def picture_src(project: Project) -> Callable[..., str]:
 
     def src(path: Path, small: bool = False) -> str:
         kind, step, root = _place_of(path)
-        number = files_of(path.parent).index(path)
+        files = files_of(path.parent)
+        number = files.index(path) if path in files else len(files)  # what it shows cannot be read: none answers
         try:
             status = path.stat()
             version = f"{status.st_mtime_ns:x}-{status.st_size:x}"
