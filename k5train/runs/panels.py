@@ -8,7 +8,7 @@ from dataclasses import dataclass
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 """Okabe and Ito's, which people with every kind of colour blindness tell apart, with dark grey for their black."""
 INK, PALE_INK, GRID = "#1a1a1a", "#5c5c5c", "#e4e4e4"
-PALE_BLUE, PALE_GREY = "#c9dcea", "#d2d2d2"
+PALE_BLUE, PALE_GREY = "#c9dcea", "#d4d4d4"
 """For what lies behind other lines: single values behind their mean, and runs that are not named."""
 
 Point = tuple[float, float | None]
