@@ -50,7 +50,9 @@ addEventListener("keydown", (event) => {
   }
 });
 
-// A caption is saved without leaving its place. The answer is the page itself, of which the editor is taken.
+// A caption is saved without leaving its place. The answer is the page itself, of which the parts that a caption changes
+// are taken: whether the picture is left out, the editor, and the captions as they would be encoded.
+const PARTS = ["item-head", "caption-card", "item-captions"];
 const editor = () => document.querySelector("[data-caption] textarea");
 const isUnsaved = () => Boolean(editor()) && (editor().value !== editor().defaultValue || "changed" in editor().dataset);
 addEventListener("beforeunload", (event) => isUnsaved() && event.preventDefault());
@@ -72,9 +74,9 @@ document.addEventListener("submit", async (event) => {
   const state = document.getElementById("caption-state");
   try {
     const answer = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form)) });
-    const card = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("caption-card");
-    if (!card) throw new Error();
-    document.getElementById("caption-card").replaceWith(card);
+    const now = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (!now.getElementById("caption-card")) throw new Error();
+    PARTS.forEach((id) => document.getElementById(id)?.replaceWith(now.getElementById(id) ?? ""));
     editor()?.focus({ preventScroll: true });
     editor()?.setSelectionRange(selectionStart, selectionEnd);
     if (answer.ok) document.getElementById("caption-state").textContent = "Saved";
