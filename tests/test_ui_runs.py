@@ -11,9 +11,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from k5cache.shared.lock import lock_file
-from k5train.ui import run_metrics
+from k5train.ui import run_metrics, run_pages
 from k5train.ui.app import create_app
 from k5train.ui.ids import id_of
+from k5train.ui.jobs.job import Job, Progress, Task
 from k5train.ui.project import Project
 from k5train.ui.run_metrics import Follower, last_lines
 from k5train.ui.run_state import read_state
@@ -165,6 +166,18 @@ def test_buttons_are_those_that_the_state_allows(page, project):
     assert actions() == {"resume"}
     with lock_file(root / ".lock"):
         assert actions() == {"stop", "sample", "save"}
+
+
+def test_what_a_run_does_besides_its_steps_is_shown_too(page, project, monkeypatch):
+    tasks = Task("training cats", 0, 40), Task("sampling at step 0", 3, 75)
+    job = Job("0123456789ab", project, "run cats", (), "run", "runs/cats", 0, None, "running")
+    monkeypatch.setattr(run_pages.queue, "jobs", lambda project: [job])
+    monkeypatch.setattr(run_pages, "progress", lambda job: Progress(tasks))
+    assert "sampling at step 0" not in page.get(f"/runs/{id_of('runs/cats')}").text  # it has finished
+    with lock_file(project / "runs" / "cats" / ".lock"):
+        text = page.get(f"/runs/{id_of('runs/cats')}").text
+    assert "sampling at step 0" in text
+    assert "training cats" not in text
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", ".lock", "result.json"])

@@ -18,7 +18,7 @@ from k5train.ui import listing
 from k5train.ui.charts import svg
 from k5train.ui.events import stream
 from k5train.ui.jobs import queue
-from k5train.ui.jobs.job import Job, tail
+from k5train.ui.jobs.job import Job, Progress, progress, tail
 from k5train.ui.jobs.view import readable
 from k5train.ui.listing import Entry, NotHere
 from k5train.ui.pages import fragment, project_of, render
@@ -74,7 +74,7 @@ def run_events(request: Request) -> Response:
 def _fragments(project: Project, entry: Entry, run: RunView, job: Job | None) -> dict[str, Any]:
     """What changes while it is trained. Buttons are apart from numbers: none goes away under the mouse."""
     return {
-        "head": fragment("run_head.html", run=run, badges=BADGES),
+        "head": fragment("run_head.html", run=run, badges=BADGES, job=job, progress=_besides(run, job)),
         "actions": fragment("run_actions.html", run=run, entry=entry),
         "facts": fragment("run_facts.html", run=run),
         "curves": fragment("run_curves.html", run=run, svg=svg),
@@ -82,6 +82,13 @@ def _fragments(project: Project, entry: Entry, run: RunView, job: Job | None) ->
         "files": fragment("run_files.html", run=run, entry=entry),
         "log": fragment("run_log.html", log=readable(tail(job, _LOG_BYTES)) if job else "", job=job),
     }
+
+
+def _besides(run: RunView, job: Job | None) -> Progress | None:
+    """What a run does besides its steps, such as drawing samples before the first: else it would seem to stand."""
+    all_bars = progress(job) if job and run.state.word == "running" else None
+    bars = tuple(task for task in all_bars.tasks if not task.name.startswith("training ")) if all_bars else ()
+    return Progress(bars) if bars else None
 
 
 def run_file(request: Request) -> Response:
