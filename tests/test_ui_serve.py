@@ -38,6 +38,15 @@ def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_said_in_two_lines(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize(("model", "said"), [
+    (".", "error: . is no model: it has no folder transformer, text_encoder or vae"),
+    ("./k5", "error: There is no model folder ./k5"),
+])  # fmt: skip
+def test_a_folder_that_is_no_model_is_refused_before_the_page_begins(tmp_path, model, said):
+    done = Cli(tmp_path)(app, "ui", "--port", "0", "--model", model)
+    assert (done.code, done.err.splitlines()[0]) == (2, said)
+
+
 def test_a_token_is_asked_for_unless_only_this_machine_can_ask():
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
         assert access_for(host, 8001, False).token is None, host

@@ -49,6 +49,20 @@ def folder_without_weights(model: ModelConfig, parts: tuple[str, ...]) -> Path:
     return folder
 
 
+def check_is_model(model: ModelConfig) -> None:
+    """Refuse a folder that is missing or has no part of a model, long before it is used. A repository is not asked for.
+
+    Raises:
+        ModelError: that is no model.
+    """
+    folder = _local_folder(model)
+    if folder and not any((folder / part).is_dir() for part in ("transformer", *ENCODER_PARTS)):
+        raise ModelError(
+            f"{folder} is no model: it has no folder transformer, text_encoder or vae",
+            "Give a complete Kandinsky 5 Image repository in the diffusers layout with --model DIR",
+        )
+
+
 def check_known(model: ModelConfig, named_by: Path, fix: str) -> None:
     """Refuse a repository that nobody but a cache or a run names: these may be strangers', and it would be downloaded.
 

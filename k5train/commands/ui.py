@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console
+from k5cache.shared.checkpoint import check_is_model
 from k5cache.shared.errors import OutputError
+from k5cache.shared.model import ModelConfig
 from k5train.commands.arguments import Model
 
 NEEDED = ("starlette", "uvicorn", "jinja2", "python_multipart")
@@ -48,6 +50,8 @@ def ui(
         if open_:
             typer.launch(url)
 
+    if model:
+        check_is_model(ModelConfig(path=model))
     # What the page starts runs in the project's folder, and the model was named from here.
     project = open_project(folder, str(Path(model).absolute()) if model and Path(model).is_dir() else model)
     serve(project, host, port, token, say)
