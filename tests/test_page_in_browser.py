@@ -174,7 +174,7 @@ def test_what_two_tabs_save_is_not_lost_and_both_see_it(browser, serve, tmp_path
         other.get_by_role("button", name="Save", exact=True).click()
         other.locator("#caption-card .error").wait_for()
         assert other.locator("#caption").input_value() == "by the second tab"
-        other.get_by_text("by the first tab").wait_for()
+        other.locator("#caption-card").get_by_text("by the first tab").wait_for()
         assert file.read_text(encoding="utf-8").strip() == "by the first tab"
         other.get_by_role("button", name="Save", exact=True).click()  # knowing what is there, it is taken
         other.get_by_text("Saved", exact=True).wait_for()
