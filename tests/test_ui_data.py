@@ -602,6 +602,12 @@ def test_a_cache_names_the_runs_that_train_on_it(project, cats, monkeypatch):
     assert [run.name for run in state.used_by(project, cache)] == ["b"]
 
 
+def test_the_address_of_a_form_that_was_refused_leads_back_to_its_folder(page, cats):
+    for name in ("pictures", "encode"):
+        answer = page.get(f"{url('f', 'datasets/cats')}/{name}", follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (303, url("f", "datasets/cats"))
+
+
 def test_an_item_says_that_its_caption_or_its_picture_is_another_one_now(project, cats, page):
     item_page = f"{url('c', 'cache/cats')}/2"
     assert "Encode again to train on it" in page.get(item_page).text  # the dog is a cat in its file

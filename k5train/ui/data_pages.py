@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from k5train.ui import actions
+from k5train.ui import actions, listing
 from k5train.ui.data.limits import MOST_BYTES, MOST_FILES
+from k5train.ui.pages import project_of
 
 actions.NOTICES.update(
     received="The pictures are in the folder.",
@@ -42,6 +43,11 @@ def _change(name: str) -> Callable[[Request, FormData], Response]:
     return handle
 
 
+def _to_folder(request: Request) -> Response:
+    folder = listing.find(listing.folders(project_of(request)), request.path_params["id"])
+    return actions.redirect(f"/data/f/{folder.id}")
+
+
 def routes() -> list[Route]:
     """The URLs of this view."""
     pages = {
@@ -63,6 +69,8 @@ def routes() -> list[Route]:
         "/data/c/{id}/diff": "diff_cache",
     }
     files = actions.action(_change("receive"), MOST_BYTES, MOST_FILES)
+    # What was refused is shown at the address of the form: who opens that again comes back to the folder.
+    back = [Route(f"/data/f/{{id}}/{name}", _to_folder) for name in ("pictures", "encode")]
     posts = [Route(path, actions.action(_change(name)), methods=["POST"]) for path, name in changes.items()]
     gets = [Route(path, _read(name)) for path, name in pages.items()]
-    return [*posts, Route("/data/f/{id}/pictures", files, methods=["POST"]), *gets]
+    return [*posts, Route("/data/f/{id}/pictures", files, methods=["POST"]), *back, *gets]

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from k5train.ui.events import stream
 from k5train.ui.overview_view import Overview, read_overview
 from k5train.ui.pages import fragment, project_of, render
+from k5train.ui.run_state import BADGES
 
 SECONDS = 3.0
 
@@ -30,7 +31,7 @@ def events(request: Request) -> Response:
 def _parts(view: Overview) -> Mapping[str, str]:
     """What changes with time, by the id of its element."""
     names = ("now", "next", "runs")
-    return {f"overview-{name}": fragment(f"overview_{name}.html", view=view) for name in names}
+    return {f"overview-{name}": fragment(f"overview_{name}.html", view=view, badges=BADGES) for name in names}
 
 
 def routes() -> list[Route]:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from k5cache.shared.inside import is_inside
-from k5cache.shared.lock import holder
-from k5cache.shared.plain import open_plain, read_text
+from k5cache.shared.plain import read_text
 from k5train.pictures.saved import files_of
 from k5train.runs.folder import Run
 from k5train.ui import listing
 from k5train.ui.jobs import view as jobs_view
+from k5train.ui.jobs.job import Job
 from k5train.ui.listing import Entry
 from k5train.ui.project import Project
+from k5train.ui.run_metrics import last_lines
 from k5train.ui.run_pictures import picture_src
+from k5train.ui.run_state import read_state
 
 MOST_RUNS = 6
 MOST_STEPS = 3
@@ -36,7 +35,7 @@ class RunCard:
 
     entry: Entry
     state: str
-    """``running``, ``finished`` or ``stopped``."""
+    """A word of ``run_state.BADGES``."""
     step: int | None
     steps: int | None
     loss: float | None
@@ -83,7 +82,8 @@ def read_overview(project: Project) -> Overview:
     runs, sweeps = listing.runs(project), listing.sweeps(project)
     queue = jobs_view.queue_view(project)
     newest = sorted(((changed(run), run) for run in runs), key=lambda pair: pair[0], reverse=True)[:MOST_RUNS]
-    cards = tuple(read_card(project, run, at) for at, run in newest)
+    jobs = _newest_jobs(queue)
+    cards = tuple(read_card(project, run, at, jobs.get(run.relative)) for at, run in newest)
     return Overview(
         queue=queue,
         runs=cards,
@@ -103,12 +103,16 @@ def changed(run: Entry) -> float:
     return run.changed
 
 
-def read_card(project: Project, entry: Entry, at: float) -> RunCard:
+def _newest_jobs(queue: jobs_view.Queue) -> dict[str, Job]:
+    """Run -> the newest job that trains it."""
+    jobs = [*reversed(queue.ended), *(job for job, _ in queue.going), *(waiting.job for waiting in queue.waiting)]
+    return {job.about: job for job in jobs if job.kind in ("run", "resume")}
+
+
+def read_card(project: Project, entry: Entry, at: float, job: Job | None = None) -> RunCard:
     """One run. What cannot be read is left out: its own page says why."""
-    lock = entry.path / ".lock"
-    is_running = is_inside(project.root, lock) and holder(lock) is not None
     card = _read_card(project, entry, at, _sizes(entry.path))
-    return replace(card, state="running") if is_running else card
+    return replace(card, state=read_state(entry.path, job).word)
 
 
 def _sizes(run: Path) -> tuple[tuple[int, int], ...]:
@@ -125,12 +129,12 @@ def _sizes(run: Path) -> tuple[tuple[int, int], ...]:
 def _read_card(project: Project, entry: Entry, at: float, sizes: tuple[tuple[int, int], ...]) -> RunCard:
     """A run that is not running. Only read again when its files have changed."""
     run = Run(entry.path)
-    rows = last_rows(run.metrics) if is_inside(project.root, run.metrics) else []
+    rows = last_lines(run.metrics, _TAIL_BYTES) if is_inside(project.root, run.metrics) else []
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float | int)][-_AVERAGED:]
     held_out = [row["held_out_loss"] for row in rows if isinstance(row.get("held_out_loss"), float | int)]
     return RunCard(
         entry=entry,
-        state="finished" if run.is_finished else "stopped",
+        state="stopped",  # until ``read_card`` asks
         step=next((row["step"] for row in reversed(rows) if isinstance(row.get("step"), int)), None),
         steps=_steps(project, run),
         loss=sum(losses) / len(losses) if losses else None,
@@ -138,20 +142,6 @@ def _read_card(project: Project, entry: Entry, at: float, sizes: tuple[tuple[int
         picture=_newest_picture(project, run),
         changed=at,
     )
-
-
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last lines of ``metrics.jsonl``. One that is half written, or broken, is left out."""
-    rows = []
-    with suppress(OSError), open_plain(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL_BYTES))
-        lines = file.read(_TAIL_BYTES).splitlines()
-        for line in lines[1:] if size > _TAIL_BYTES else lines:
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                rows += [row] if isinstance(row, dict) else []
-    return rows
 
 
 def _steps(project: Project, run: Run) -> int | None:
