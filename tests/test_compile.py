@@ -32,6 +32,7 @@ def test_one_compilation_takes_any_caption_picture_and_rank(toy_model, monkeypat
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # the one graph of a picture block
 
 
+@pytest.mark.long  # 14 s; tests/gpu compiles the plan's sizes in every run
 def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_model, monkeypatch):
     compiled_at = []
 

@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_lora_whatever_ran_before(workplace, traine
 
 RECIPES = [path for path in sorted((Path(__file__).parent.parent / "pipelines").glob("**/*.toml"))
            if "[[run]]" not in path.read_text(encoding="utf-8")]  # fmt: skip  # that one is the list of a sweep
-OF_EACH_KIND = ("character-24gb-many", "demo", "edit", "edit-8gb", "official", "simpletuner")
+OF_EACH_KIND = ("demo", "edit-8gb", "official", "simpletuner")
 """The others differ from these in numbers; tests/test_recipes.py plans them."""
 
 

@@ -51,8 +51,10 @@ def gib(plan: memory.Plan) -> float:
 
 @pytest.mark.parametrize(
     ("precision", "levels"),
-    [("int8-quanto", ["selective"]), ("int8-dynamic", ["selective", "all"])],
-    ids=["quanto", "dynamic"],
+    [
+        pytest.param("int8-quanto", ["selective"], id="quanto"),
+        pytest.param("int8-dynamic", ["selective", "all"], id="dynamic", marks=pytest.mark.long),
+    ],
 )
 def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monkeypatch):
     # aot_eager: the partitioner that decides what is kept, without the code generator.

@@ -42,7 +42,7 @@ NOT_HERE = {
 }
 """Commands that are not run, and why."""
 DRAWN = "►"  # in a picture of the two stages, not a command
-FIRST_PAGES = ("README.md", "quickstart.md")
+FIRST_PAGES = ("README.md",)
 RUN = [page for page in PAGES if any(shown == page for shown, line in command_lines() if DRAWN not in line)]
 
 

@@ -62,7 +62,9 @@ def during(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("name", ["adamw", "schedulefree", pytest.param("prodigy", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["schedulefree", *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw", "prodigy"))]
+)
 def test_a_run_that_saves_and_draws_when_asked_ends_with_the_bits_of_one_that_was_not(
     tmp_path, cache, toy_model, during, name, capsys
 ):

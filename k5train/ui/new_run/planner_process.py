@@ -149,4 +149,5 @@ def _only_answers() -> TextIO:
 if __name__ == "__main__":
     pipe = _only_answers()
     for text in answers(sys.stdin, float(sys.argv[1])):
-        print(text, file=pipe, flush=True)
+        pipe.write(f"{text}\n")
+        pipe.flush()
