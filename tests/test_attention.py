@@ -93,7 +93,7 @@ def random_ops(toy_model: Path, level: str, modes: Modes, monkeypatch) -> set[st
 
 
 @pytest.mark.parametrize(
-    "level", ["selective", *(pytest.param(level, marks=pytest.mark.long) for level in ("nothing", "attention", "all"))]
+    "level", [pytest.param(level, marks=pytest.mark.long) for level in ("selective", "nothing", "attention", "all")]
 )
 def test_no_op_of_a_compiled_block_draws_random_numbers(toy_model, level, monkeypatch):
     assert random_ops(toy_model, level, Modes(int8_dynamic=False, cudnn=False), monkeypatch) == set()

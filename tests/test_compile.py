@@ -17,6 +17,7 @@ from k5train.planning.memory import Plan
 from tests.toy_blocks import CPU, PLAIN, WITHIN, assert_same, batch, eager_execution, model, outcome
 
 
+@pytest.mark.long  # tests/gpu holds it in real runs
 def test_one_compilation_takes_any_caption_picture_and_rank(toy_model, monkeypatch):
     # aot_eager: the whole of torch.compile but the code generator, which takes a minute a block on a CPU.
     compiling = functools.partial(torch.compile, backend="aot_eager_decomp_partition")

@@ -216,6 +216,7 @@ def test_no_picture_is_drawn_twice_because_of_a_flip(root, monkeypatch):
     assert items_to_draw(cache, (), 0) == []
 
 
+@pytest.mark.long
 def test_a_sweep_on_pairs_puts_the_last_row_of_each_run_between_sources_and_targets(root, toy_edit_model, tmp_path):
     done = Cli(tmp_path)(
         app, "sweep", str(root), "--model", str(toy_edit_model), "-o", "sweep", "--grid", "train.optim.lr=1e-3,1e-2",

@@ -93,6 +93,7 @@ def test_an_encode_that_is_stopped_keeps_its_images_and_a_second_signal_does_not
     assert verify_cache(shop.root).problems == ()
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_advises_the_same_sweep(tmp_path, toy_cache, toy_model, monkeypatch):
     original = loop.Loop.step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import Kandinsky5T2IPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -15,6 +16,7 @@ from tests import micro
 from tests.runs import lora_of
 
 
+@pytest.mark.long
 def test_a_lora_from_the_cache_equals_one_trained_with_live_encoders(once, tmp_path, monkeypatch):
     cache = micro.cache(once, "held_out")
     chosen = micro.config(steps=5)

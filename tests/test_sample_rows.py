@@ -182,6 +182,7 @@ def rows_of(monkeypatch) -> list[list[tuple[str, np.ndarray]]]:
     return grids
 
 
+@pytest.mark.long
 def test_every_choice_is_a_row_on_the_same_noise_below_the_base_model(finished, files, tmp_path, monkeypatch):
     grids = rows_of(monkeypatch)
     for file in files.values():

@@ -176,17 +176,13 @@ def follow(path: Path) -> Lines:
 
 
 def last_lines(path: Path, num_bytes: int = 16 << 10) -> list[Row]:
-    """The last few lines that are whole, for a list of many runs; nothing if there are none.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """The last few lines that are whole, for a list of many runs; nothing of a file that cannot be read."""
     try:
         with open_plain(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - num_bytes))
-            raw = file.read()
-    except FileNotFoundError:
+            raw = file.read(num_bytes)
+    except OSError:
         return []
     lines = raw.split(b"\n")[:-1]
     return [row for line in (lines[1:] if size > num_bytes else lines) if (row := _row(line)) is not None]
