@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -60,7 +61,8 @@ class Listing:
     @functools.cached_property
     def has_tables(self) -> bool:
         """Whether there are tables or archives, which an encode reads and the page does not open."""
-        names = (path.name.lower() for path in self.entry.path.iterdir())
+        with os.scandir(self.entry.path) as entries:  # makes no paths, of which there may be thousands
+            names = [entry.name.lower() for entry in entries]
         return any(name.endswith(_TABLES) and name not in METADATA for name in names)
 
     @functools.cached_property

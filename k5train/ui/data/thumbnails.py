@@ -23,8 +23,9 @@ SMALL, LARGE = 320, 1600
 _VERSION = 1
 _MOST_BYTES = 64 << 20
 _QUALITY = {SMALL: 82, LARGE: 90}
-_AT_ONCE = threading.BoundedSemaphore(2)
-"""Pictures that are decoded at the same time: each may take 1.5 GB, with ``decode.MAX_PIXELS``."""
+_AT_ONCE = threading.BoundedSemaphore(2 if (os.cpu_count() or 1) > 2 else 1)
+"""Pictures that are made at the same time. Each may take 1.5 GB, with ``decode.MAX_PIXELS``, and a processor is left
+for the pages: 45 new tiles of a folder must not delay its style sheet."""
 
 
 def thumbnail(project: Project, key: str, make: Callable[[], Image.Image], side: int = SMALL) -> bytes:
@@ -47,9 +48,9 @@ def thumbnail(project: Project, key: str, make: Callable[[], Image.Image], side:
         with suppress(OSError):  # another tab asked for it too
             return _read(project, path)
         picture = make()
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    data = BytesIO()
-    picture.save(data, format="WEBP", quality=_QUALITY.get(side, 82), method=2)
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        data = BytesIO()
+        picture.save(data, format="WEBP", quality=_QUALITY.get(side, 82), method=2)
     with suppress(OSError):  # without permission, or with a full disk, it is made each time
         _write(project, folder, path, data.getvalue())
     return data.getvalue()
