@@ -35,7 +35,7 @@ from k5train.runs.folder import Run
 from k5train.training.held_out_loss import HeldOutLoss
 from k5train.training.start import start
 
-PRECISION: Precision = "int8-quanto"  # of the base that a LoRA is judged on: the default of a run
+PRECISION: Precision = "int8-quanto"  # of the base that a LoRA is judged on, unless a trial says another
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ def train_lora(root: Path, cache: Path | None, recipe: Recipe) -> Path:
     return run.lora
 
 
-def with_lora(model_folder: Path, lora: Path | None, device: str = "cpu") -> Kandinsky5Transformer3DModel:
-    """The frozen transformer in float32 with int8 weights, and the LoRA on it."""
-    transformer = load_transformer(model_folder, PRECISION, torch.float32, device)
+def with_lora(
+    model_folder: Path, lora: Path | None, device: str = "cpu", precision: Precision = PRECISION
+) -> Kandinsky5Transformer3DModel:
+    """The frozen transformer, computing in float32, and the LoRA on it."""
+    transformer = load_transformer(model_folder, precision, torch.float32, device)
     if lora:
         load_lora(transformer, lora)
     return transformer.eval()
@@ -92,10 +94,11 @@ def held_out_loss(
 
 
 def held_out_losses(
-    model_folder: Path, lora: Path | None, caches: Sequence[Path], num_sigmas: int = 4, device: str = "cpu"
-) -> list[list[float]]:
+    model_folder: Path, lora: Path | None, caches: Sequence[Path], num_sigmas: int = 4, device: str = "cpu",
+    precision: Precision = PRECISION,
+) -> list[list[float]]:  # fmt: skip
     """``held_out_loss`` on each of several caches; the transformer is loaded once."""
-    predict = partial(predict_velocity, with_lora(model_folder, lora, device))
+    predict = partial(predict_velocity, with_lora(model_folder, lora, device, precision))
     scaling_factor = read_config(model_folder, "vae")["scaling_factor"]
     losses = []
     for cache in caches:
@@ -107,9 +110,9 @@ def held_out_losses(
 
 def draw(
     model_folder: Path, lora: Path | None, cache: Path, validation: ValidationConfig, prompts: Sequence[str],
-    device: str = "cpu",
+    device: str = "cpu", precision: Precision = PRECISION,
 ) -> list[Image.Image]:  # fmt: skip
     """Prompts that the cache holds, drawn as ``[train.validation]`` says, all from the same noise."""
     drawings = drawings_for(open_cache(cache), replace(validation, prompts=tuple(prompts)))
     with console.progress() as bars:
-        return sample.draw(with_lora(model_folder, lora, device), model_folder, drawings, bars, "drawing")
+        return sample.draw(with_lora(model_folder, lora, device, precision), model_folder, drawings, bars, "drawing")
