@@ -21,6 +21,7 @@ from k5train.ui.jobs import job as job_module
 from k5train.ui.jobs import processes, queue, slots, waits, worker
 from k5train.ui.jobs.again import again
 from k5train.ui.jobs.job import Job
+from k5train.ui.jobs.view import queue_view
 from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
 from tests import fake_jobs
@@ -88,6 +89,13 @@ def test_jobs_of_one_gpu_run_one_after_another_without_the_page_and_say_how_they
     assert waits[second.id].words == "runs/a"
     assert waits[third.id].words == "runs/a and the job before it"
     assert queue.gpu_in_use(project) == "runs/a"
+    (project.root / "other").touch()
+    (place,) = queue_view(project).places  # somebody starts a command on the same GPU, in a terminal
+    assert place.job is not None
+    assert place.job.id == first.id
+    assert place.others == ("k5train sample runs/a (process 7)",)
+    assert queue.gpu_in_use(project) == "runs/a"
+    (project.root / "other").unlink()
     add(project, "print('checked')", kind="verify")  # needs no GPU, so it does not wait
     until(lambda: states(project)[3] == "finished")
     (project.root / "go").unlink()

@@ -27,8 +27,8 @@ class Place:
     words: str
     name: str
     job: Job | None
-    other: str | None
-    """A command that is no job."""
+    others: tuple[str, ...]
+    """Commands that are no jobs, started in a terminal."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Queue:
     @property
     def is_empty(self) -> bool:
         """Whether there was never a job, and no command runs."""
-        return not (self.waiting or self.ended or self.going or any(place.other for place in self.places))
+        return not (self.waiting or self.ended or self.going or any(place.others for place in self.places))
 
     @property
     def is_due(self) -> bool:
@@ -70,14 +70,11 @@ def queue_view(project: Project) -> Queue:
     """The queue as it is now."""
     all_jobs = queue.jobs(project)
     all_slots = slots.slots()
-    used = waits.in_use(project, all_jobs, all_slots)
+    others = waits.others(project, all_jobs, all_slots)
     going = [job for job in reversed(all_jobs) if job.state != "waiting" and not job.is_over]
     on = {job.slot: job for job in going if job.slot}
-    places = [
-        Place(slot.words, slot.name, on.get(slot.key), used.get(slot.key) if slot.key not in on else None)
-        for slot in all_slots
-    ]
-    waited = waits.waits_for(project, all_jobs, used)
+    places = [Place(slot.words, slot.name, on.get(slot.key), tuple(others.get(slot.key, ()))) for slot in all_slots]
+    waited = waits.waits_for(project, all_jobs, waits.in_use(project, all_jobs, all_slots, others))
     waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=waits.place_of)
     ended = sorted((job for job in all_jobs if job.is_over), key=lambda job: (-(job.ended or 0), -job.order))
     return Queue(

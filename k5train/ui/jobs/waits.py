@@ -53,19 +53,35 @@ def waits_for(project: Project, all_jobs: Sequence[Job], used: Mapping[str, str]
     return waits
 
 
-def in_use(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot]) -> dict[str, str]:
-    """Key of a slot -> what uses it, in words: a job, or a command that the queue did not start."""
+def in_use(
+    project: Project,
+    all_jobs: Sequence[Job],
+    all_slots: Sequence[Slot],
+    of_others: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, str]:
+    """Key of a slot -> what uses it, in words: a job, or a command that the queue did not start.
+
+    Args:
+        of_others: what ``others`` has just said.
+    """
+    of_others = others(project, all_jobs, all_slots) if of_others is None else of_others
     used = {
         job.slot: job.about or job.label for job in all_jobs if job.slot and not job.is_over and job.state != "waiting"
     }
+    return {key: words[0] for key, words in of_others.items()} | used
+
+
+def others(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot]) -> dict[str, list[str]]:
+    """Key of a slot -> the commands on it that the queue did not start, in words. A job may be on it as well."""
     ours = {job.command for job in all_jobs if job.command}
+    found: dict[str, list[str]] = {}
     for process in external(project, ours, all_slots):
         if all_slots[0].variable is not None and processes.is_on_processor(process.words):
             continue
         slot = slots.slot_of(all_slots, process.variables)
         if slot is not None:
-            used.setdefault(slot.key, process.says)
-    return used
+            found.setdefault(slot.key, []).append(process.says)
+    return found
 
 
 def external(project: Project, ours: set[int], all_slots: Sequence[Slot]) -> list[processes.Process]:
