@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -123,6 +124,23 @@ def test_a_job_shows_its_command_and_its_log_as_text_and_the_two_lines_of_its_er
     assert f'href="/data/c/{id_of("cache/cats")}"' in page
     assert f'href="/new?cache={id_of("cache/cats")}"' in page
     assert "It printed nothing." in page
+
+
+def test_a_lost_job_says_how_long_it_surely_ran_and_stands_where_it_was_last_seen(client, project):
+    """Its watcher was killed: the mark that it left every ten seconds is the last that is known."""
+    began = time.time() - 1000
+    job, older = ended(project, "run cats"), ended(project, "run dogs", at=began - 4000)
+    gone = {"pid": 1, "host": "elsewhere", "mark": "x"}
+    (job.folder / "ended.json").unlink()
+    job_files.write(job.folder, "started.json", {"worker": gone, "launcher": gone, "at": began})
+    job_files.write(job.folder, "worker.json", {"worker": gone, "command": gone})
+    os.utime(job.folder / "worker.json", (began + 75, began + 75))
+    page = client.get("/queue").text
+    assert '<td class="number" data-label="took">at least 1 min 15 s</td>' in page
+    assert page.index(f"remove-{job.id}") < page.index(f"remove-{older.id}")
+    assert re.search(r"Last seen</dt><dd><time .*</time>, after 1 min 15 s</dd>", client.get(f"/jobs/{job.id}").text)
+    os.utime(job.folder / "worker.json", (1, 1))  # a clock that was set back: nothing is known
+    assert '<td class="number" data-label="took"></td>' in client.get("/queue").text
 
 
 def test_bars_and_states_are_sent_while_somebody_looks(client, project):

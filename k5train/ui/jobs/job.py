@@ -46,8 +46,10 @@ class Job:
     since: float | None = None
     """When it began; None if it has not."""
     ended: float | None = None
+    seen: float | None = None
+    """When a lost job surely still ran."""
     seconds: float | None = None
-    """How long it has run. It does not depend on the clock."""
+    """How long it has run, of a lost job at least. Of others it does not depend on the clock."""
     exit_code: int | None = None
     signal: int | None = None
     """What ended its process, if that was a signal."""
@@ -86,6 +88,11 @@ class Job:
         return self.state not in ("waiting", "running") and self.command is None
 
     @property
+    def last(self) -> float | None:
+        """When it ended, or the last that is known of one that did not come to say so."""
+        return self.ended or self.seen or self.since
+
+    @property
     def line(self) -> str:
         """Its command, to copy."""
         return command(*self.argv)
@@ -122,8 +129,12 @@ def read_job(folder: Path) -> Job:
     if (ended := files.read(folder, files.ENDED)) is not None:  # it ended since the last look
         return _ended(facts, ended)
     gone = "The process that watched it is gone: it was killed, or the machine was started again"
-    problem = f"{gone}. Its command still runs, as process {command_pid}" if command_pid else gone
-    return Job(**facts, state="lost", problem=problem, is_stopping=is_stopping and command_pid is not None)
+    if command_pid is not None:
+        problem = f"{gone}. Its command still runs, as process {command_pid}"
+        return Job(**facts, state="lost", problem=problem, seconds=_elapsed(started), is_stopping=is_stopping)
+    seen, since = _marked(folder, worker), facts["since"]
+    seconds = seen - since if seen is not None and since is not None and seen >= since else None
+    return Job(**facts, state="lost", problem=gone, seen=seen, seconds=seconds)
 
 
 def _facts(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,11 +181,16 @@ def _runs_elsewhere(folder: Path, started: Mapping[str, Any], worker: Mapping[st
     process = worker.get("worker") or started.get("worker")
     if not isinstance(process, dict) or not isinstance(process.get("host"), str) or files.is_here(process):
         return False
+    marked = _marked(folder, worker)
+    return marked is not None and abs(time.time() - marked) < _HOST_SECONDS
+
+
+def _marked(folder: Path, worker: Mapping[str, Any]) -> float | None:
+    """When its worker last showed that it lives, as it does every ten seconds."""
     try:
-        changed = (folder / (files.WORKER if worker else files.STARTED)).stat().st_mtime
+        return (folder / (files.WORKER if worker else files.STARTED)).stat().st_mtime
     except OSError:
-        return False
-    return abs(time.time() - changed) < _HOST_SECONDS
+        return None
 
 
 def _elapsed(started: Mapping[str, Any]) -> float | None:

@@ -76,7 +76,7 @@ def queue_view(project: Project) -> Queue:
     places = [Place(slot.words, slot.name, on.get(slot.key), tuple(others.get(slot.key, ()))) for slot in all_slots]
     waited = waits.waits_for(project, all_jobs, waits.in_use(project, all_jobs, all_slots, others))
     waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=waits.place_of)
-    ended = sorted((job for job in all_jobs if job.is_over), key=lambda job: (-(job.ended or 0), -job.order))
+    ended = sorted((job for job in all_jobs if job.is_over), key=lambda job: (-(job.last or 0), -job.order))
     return Queue(
         tuple(places),
         tuple(job for job in going if job not in on.values()),
