@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from k5cache.shared import disk_errors, interrupt
+from k5cache.shared import disk_errors, interrupt, progress_file
 from k5cache.shared.command_line import command as command
 from k5cache.shared.command_line import this_command as this_command
 from k5cache.shared.credentials import without_credentials
@@ -44,6 +44,7 @@ def run(app: Callable[[], object]) -> NoReturn:
         app: a ``typer.Typer`` with ``cls=Commands``, which answers interrupts.
     """
     quiet_libraries()
+    progress_file.take()
     try:
         with interrupt.installed(), _output_arrives(), announced(note):
             app()

@@ -86,9 +86,12 @@ class _Of:
     pid = 0
 
 
+def take() -> None:
+    """Take the variable out of the environment as a command begins: a process that it starts reports nothing."""
+    if path := os.environ.pop(VARIABLE, None):
+        _Of.reporter, _Of.pid = Reporter(Path(path), SECONDS), os.getpid()
+
+
 def reporter() -> Reporter | None:
     """Where this process reports how far it is; None if nobody asked."""
-    path = os.environ.pop(VARIABLE, None)  # a process that it starts reports nothing
-    if path:
-        _Of.reporter, _Of.pid = Reporter(Path(path), SECONDS), os.getpid()
     return _Of.reporter if _Of.pid == os.getpid() else None
