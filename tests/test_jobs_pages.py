@@ -116,6 +116,14 @@ def test_a_job_shows_its_command_and_its_log_as_text_and_the_two_lines_of_its_er
     again = queue.find(project, answer.headers["location"].removeprefix("/jobs/"))
     assert (again.state, again.argv, again.label) == ("waiting", killed.argv, killed.label)
     assert (again.folder / "recipe.toml").read_text() == "[train]\n"
+    for kind in ("run", "resume"):  # the page of the old job leads to the new one, and makes no third
+        done_again = ended(project, "run dogs", "", "runs/dogs", kind, exit_code=1)
+        going_on = queue.add(project, ["k5train", "resume", "runs/dogs"], "resume dogs", "resume", "runs/dogs")
+        page = client.get(f"/jobs/{done_again.id}").text
+        assert f'href="/jobs/{going_on.id}"' in page
+        assert "Try again" not in page
+        assert post(client, f"/jobs/{done_again.id}/again").status_code == 400
+        queue.remove(project, going_on.id)
     cache = project.root / "cache" / "cats"
     cache.mkdir(parents=True)
     (cache / "manifest.json").write_text("{}")

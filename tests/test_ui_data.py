@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ from k5train.ui.data import (
     limits,
     options,
     origin,
+    panel,
     state,
     thumbnails,
     uploads,
@@ -575,6 +578,25 @@ def test_a_button_puts_the_encode_into_the_queue(project, cats, page, monkeypatc
     ]
     assert page.post(f"{url('c', 'cache/cats')}/encode", data={"resolution": "65"}).status_code == 400
     assert len(added) == 3
+
+
+def test_what_is_encoded_or_waits_is_not_asked_for_again(project, cats, page, monkeypatch):
+    job = SimpleNamespace(about="cache/cats", kind="encode", is_over=False)
+    monkeypatch.setattr(panel, "panel_of", lambda project, about: None)
+    page.app.state.listeners.close()  # so that a stream ends after its first state
+    monkeypatch.setattr("k5train.ui.jobs.queue.jobs", lambda project: [job])
+    places = url("c", "cache/cats"), url("f", "datasets/cats")
+    for kind, is_over, disabled in (
+        ("encode", False, [["encode-now", "diff-now"], ["encode-now"]]),
+        ("diff", False, [["diff-now"], []]), ("encode", True, [[], []]),
+    ):  # fmt: skip
+        job.kind, job.is_over = kind, is_over
+        for path, names in zip(places, disabled, strict=True):
+            for text in (page.get(path).text, page.get(f"{path}/events").text):
+                assert re.findall(r'<button [^>]*id="(\S+-now)"[^>]* disabled>', text) == names, (kind, path)
+        if not is_over:
+            answer = page.post(f"{places[0]}/{kind}", data={"resolution": "64"})
+            assert (answer.status_code, "already, or that waits in the queue" in answer.text) == (400, True)
 
 
 def test_the_list_says_how_folders_and_caches_stand(project, cats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import cast
 
 from starlette.datastructures import FormData, UploadFile
@@ -40,6 +41,7 @@ from k5train.ui.project import Project
 from k5train.ui.static_files import UNCHANGING
 from k5train.ui.templating import fragment
 
+Buttons = Callable[[Collection[str]], dict[str, object]]
 _WHATS = ("tile", "crop", "source", "whole")
 
 
@@ -86,6 +88,12 @@ class _Folder:
         """``&resolution=512``: the options that are tried, behind other values of a URL."""
         return Query(rest=self.tried).url().replace("?", "&", 1) if self.tried else ""
 
+    def buttons(self, under_way: Collection[str]) -> dict[str, object]:
+        """Of ``data_buttons.html``."""
+        is_empty = not self.listing.images and not self.listing.has_tables
+        label = "Encode again" if self.cache else "Encode"
+        return {"label": label, "is_busy": "encode" in under_way, "is_empty": is_empty, "diff": None}
+
     @property
     def about(self) -> str:
         """The place of its cache, which may not be there yet."""
@@ -107,6 +115,7 @@ def _folder_page(request: Request, received: list[uploads.Received] | None = Non
         grid=folder_view.grid(here.listing, query, here.extra), fields=options.form_fields(here.config),
         tried=here.tried, option_problem=here.problem, panel=panel.panel_of(here.project, here.about), cache=here.cache,
         has_captions=any(image.text for image in here.listing.images), most=limits,
+        buttons=fragment("data_buttons.html", **here.buttons(panel.under_way(here.project, here.about))),
     )  # fmt: skip
 
 
@@ -183,6 +192,7 @@ def encode_folder(request: Request, form: FormData) -> Response:
     """Encode a folder, into a new cache or the one that is there."""
     here = _Folder(request)
     config = options.with_values(here.base, {name: str(value) for name, value in form.items()})
+    panel.check_not_under_way(here.project, here.about, "encode")
     words = argv("encode", here.project, here.entry, here.cache, config, bool(options.changes(here.base, config)))
     queue.add(here.project, words, f"encode {here.entry.name}", "encode", here.about, uses=(here.entry.relative,))
     return actions.redirect(f"/data/f/{here.entry.id}", "encoding")
@@ -190,14 +200,15 @@ def encode_folder(request: Request, form: FormData) -> Response:
 
 def folder_events(request: Request) -> Response:
     """How the encode of a folder goes."""
-    here = project_of(request)
-    entry = listing.find(listing.folders(here), request.path_params["id"])
-    cache = state.first_cache(here, entry)
-    return _events(request, here, cache.relative if cache else f"cache/{entry.name}")
+    here = _Folder(request, is_fresh=False)
+    return _events(request, here.project, here.about, here.buttons)
 
 
-def _events(request: Request, project: Project, about: str) -> Response:
-    return stream(request, lambda: {"job": fragment("data_job.html", panel=panel.panel_of(project, about))})
+def _events(request: Request, project: Project, about: str, buttons: Buttons) -> Response:
+    return stream(request, lambda: {
+        "job": fragment("data_job.html", panel=panel.panel_of(project, about)),
+        "encode-buttons": fragment("data_buttons.html", **buttons(panel.under_way(project, about))),
+    })  # fmt: skip
 
 
 # A cache
@@ -213,6 +224,11 @@ class _Cache:
         folders = {folder.id: folder for folder in listing.folders(self.project)}
         chosen = folders.get(request.query_params.get("folder", ""))
         self.source = chosen or origin.source_of(self.project, self.entry)
+
+    def buttons(self, under_way: Collection[str]) -> dict[str, object]:
+        """Of ``data_buttons.html``."""
+        diff = {"url": f"/data/c/{self.entry.id}/diff", "is_busy": bool(under_way)}
+        return {"label": "Encode again", "is_busy": "encode" in under_way, "is_empty": False, "diff": diff}
 
     def open(self) -> cache_view.Shown:
         """Its index. Raises ``CacheError``."""
@@ -237,6 +253,7 @@ def cache(request: Request) -> Response:
     return render(
         request, "data_cache.html", entry=here.entry, how=how, grid=grid, problem=problem, source=here.source,
         fields=options.form_fields(base), panel=panel.panel_of(here.project, here.entry.relative),
+        buttons=fragment("data_buttons.html", **here.buttons(panel.under_way(here.project, here.entry.relative))),
         runs=state.used_by(here.project, here.entry), is_large=bool(how.num_items and how.num_items > LARGE),
     )  # fmt: skip
 
@@ -288,6 +305,7 @@ def _run(request: Request, form: FormData, what: str, notice: str) -> Response:
         )
     base, _ = options.base_of(here.entry)
     config = options.with_values(base, {name: str(value) for name, value in form.items()})
+    panel.check_not_under_way(here.project, here.entry.relative, what)
     kept = with_source_dir(config, None)
     words = argv(
         "encode" if what == "encode" else "diff", here.project, here.source, here.entry, kept,
@@ -300,9 +318,8 @@ def _run(request: Request, form: FormData, what: str, notice: str) -> Response:
 
 def cache_events(request: Request) -> Response:
     """How the encode of a cache goes."""
-    here = project_of(request)
-    entry = listing.find(listing.caches(here), request.path_params["id"])
-    return _events(request, here, entry.relative)
+    here = _Cache(request)
+    return _events(request, here.project, here.entry.relative, here.buttons)
 
 
 def _what(request: Request) -> What:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k5cache.shared.errors import RunError
 from k5train.ui.ids import id_of
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job, Progress
@@ -51,3 +52,21 @@ def panel_of(project: Project, about: str) -> Panel | None:
     return Panel(
         job, queue.progress(job), text, queue.error_of(job) if job.is_over else None, wait.words if wait else ""
     )
+
+
+def under_way(project: Project, about: str) -> frozenset[str]:
+    """What of ``KINDS`` is being done with a cache, or waits in the queue."""
+    return frozenset(
+        job.kind for job in queue.jobs(project) if job.about == about and job.kind in KINDS and not job.is_over
+    )
+
+
+def check_not_under_way(project: Project, about: str, kind: str) -> None:
+    """Refuse to do a second time what is being done, as after a double click.
+
+    Raises:
+        RunError: such a job runs or waits.
+    """
+    if kind in under_way(project, about):
+        what = "is encoded already" if kind == "encode" else "is compared with its folder already"
+        raise RunError(f"{about} {what}, or that waits in the queue", "Wait until it has ended, or stop it in the queue")

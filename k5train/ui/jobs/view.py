@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from k5cache.shared.foreign import visible
 from k5train.ui import listing
 from k5train.ui.jobs import queue, slots, waits
+from k5train.ui.jobs.again import following
 from k5train.ui.jobs.job import Job, Progress, error_of, progress, tail
 from k5train.ui.project import Project
 
@@ -110,6 +111,8 @@ class JobView:
     ended: str
     """How it ended, in a sentence."""
     next: tuple[Link, ...]
+    is_done_again: bool
+    """Whether another job does its work already."""
     progress: Progress | None
     log: str
 
@@ -117,11 +120,12 @@ class JobView:
 def job_view(project: Project, id: str) -> JobView:
     """One job as it is now. Raises as ``queue.find``."""
     job = queue.find(project, id)
-    waited = waits.waits_for(project, queue.jobs(project)) if job.state == "waiting" else {}
-    about = link_to(project, job.about)
+    jobs = queue.jobs(project)
+    waited = waits.waits_for(project, jobs) if job.state == "waiting" else {}
+    about, follower = link_to(project, job.about), following(job, jobs) if job.is_over else None
     return JobView(
-        job, about, waited.get(job.id), error_of(job), _how_it_ended(job), _next(job, about), progress(job),
-        readable(tail(job, MOST_LOG_BYTES)),
+        job, about, waited.get(job.id), error_of(job), _how_it_ended(job), _next(job, about, follower),
+        follower is not None, progress(job), readable(tail(job, MOST_LOG_BYTES)),
     )  # fmt: skip
 
 
@@ -166,11 +170,13 @@ def _how_it_ended(job: Job) -> str:
     return f"Exit code {job.exit_code}"
 
 
-def _next(job: Job, about: Link | None) -> tuple[Link, ...]:
+def _next(job: Job, about: Link | None, follower: Job | None) -> tuple[Link, ...]:
     """What a person may want after a job has ended."""
     if not job.is_over:
         return ()
     links = [Link(f"Look at {about.words}", about.href)] if about else []
+    if follower:
+        links.append(Link("Look at the job that goes on with it", f"/jobs/{follower.id}"))
     if about and job.state == "finished" and job.kind == "encode" and about.href.startswith("/data/c/"):
         links.append(Link("Train a LoRA on it", f"/new?cache={about.href.rpartition('/')[2]}"))
     return tuple(links)
