@@ -99,6 +99,9 @@ def test_a_panel_says_in_words_what_it_shows_and_one_without_values_says_that():
     for points in ([], [(3, None)]):
         (text,) = parsed(Line("x", points)).iter("text")
         assert text.text == "no value yet"
+    bare, full = (Panel(title, [Line("", points)]) for title, points in (("bare", [(3, None)]), ("full", [(3, 1.0)])))
+    final = str(svg([Row([bare, full]), Row([bare])], is_final=True))
+    assert (final.count("<figure"), "full" in final, "no value yet" in final) == (1, True, False)
     assert svg([]) == '<div class="charts"></div>'
     parsed(Line("wild", [(0, 0.0), (1, -1e300), (2, 1e300), (3, math.inf), (4, 5e-324)], has_dots=True))
 

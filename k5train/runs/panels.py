@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,13 @@ class Panel:
         """What has a name, in the order of the legend."""
         every: list[Line | Level | Mark] = [*self.lines, *self.levels, *self.marks]
         return [entry for entry in every if entry.name]
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to draw."""
+        values = [level.value for level in self.levels]
+        values += [y for line in self.lines for _, y in line.points if y is not None]
+        return any(map(math.isfinite, values))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -45,13 +46,17 @@ SHAPES = (
 Place = tuple[float, float]
 
 
-def svg(rows: Sequence[Row], title: str = "", width: int = 960) -> Markup:
+def svg(rows: Sequence[Row], title: str = "", width: int = 960, is_final: bool = False) -> Markup:
     """Rows of panels as HTML: a figure for each panel, so that they stand below each other where there is no room.
 
     Args:
         title: of all of them, for readers of screens.
         width: for which a row is drawn; it scales with the page.
+        is_final: nothing will be added, so that a panel without a value is left out instead of waiting for one.
     """
+    if is_final:
+        rows = [replace(row, panels=[panel for panel in row.panels if panel.has_values]) for row in rows]
+        rows = [row for row in rows if row.panels]
     label = Markup(' role="group" aria-label="{}"').format(shown(title)) if title else ""
     return Markup('<div class="charts"{}>{}</div>').format(label, _joined(_row(row, width) for row in rows))
 

@@ -114,10 +114,10 @@ class _Charts:
     def __init__(self) -> None:
         self._drawn: dict[int, Markup] = {}
 
-    def __call__(self, rows: Sequence[Row], title: str = "") -> Markup:
+    def __call__(self, rows: Sequence[Row], title: str = "", is_final: bool = True) -> Markup:
         """As ``svg``. The rows live as long as this does."""
         if id(rows) not in self._drawn:
-            self._drawn[id(rows)] = svg(rows, title)
+            self._drawn[id(rows)] = svg(rows, title, is_final=is_final)
         return self._drawn[id(rows)]
 
 
