@@ -11,9 +11,10 @@ import pytest
 
 from k5train.runs.axis import axis_for, steps_axis
 from k5train.runs.loss_panels import loss_rows
-from k5train.runs.panels import COLOURS, INK, PALE_BLUE, PALE_GREY, PALE_INK, Level, Line, Mark, Panel, Row
+from k5train.runs.panels import COLOURS, GREY, INK, PALE_BLUE, PALE_GREY, PALE_INK, Level, Line, Mark, Panel, Row
 from k5train.runs.plot import INSET
 from k5train.ui.charts import CLASSES, HEAD, LEFT, RIGHT, SHAPES, TICKS, TOP, svg
+from k5train.ui.report import STATIC
 
 WIDTH, HEIGHT = 400, 300
 INSIDE = WIDTH - LEFT - RIGHT, HEIGHT - HEAD - TOP - TICKS
@@ -123,7 +124,32 @@ def test_there_is_no_style_and_no_script_and_every_colour_of_the_charts_has_a_cl
     html = str(svg(loss_rows(metrics(40, 10))))
     assert not re.search(r"style=|<script|href|url\(|on\w+=|#[0-9a-f]{3}", html)
     colours = {line.colour for row in loss_rows(metrics(40, 10)) for p in row.panels for line in p.lines}
-    assert colours | {INK, PALE_INK, PALE_BLUE, PALE_GREY} <= set(CLASSES)
+    assert colours | {INK, PALE_INK, PALE_BLUE, PALE_GREY, GREY} <= set(CLASSES)
+
+
+def test_the_curve_of_a_run_without_a_colour_can_be_seen_on_its_ground():
+    """WCAG 2.2, 1.4.11: 3:1. On the page it is a mix of two variables, in light and in dark."""
+    assert contrast(channels(GREY), channels("#ffffff")) >= 3
+    css = (STATIC / "page.css").read_text()
+    mix = re.search(r"\.pale-curve \{ color: color-mix\(in srgb, var\(--muted\) (\d+)%, var\(--surface\)\)", css)
+    share = int(mix[1]) / 100
+    for muted, surface in zip(*(re.findall(rf"--{name}: (#\w+);", css) for name in ("muted", "surface")), strict=True):
+        ground = channels(surface)
+        mixed = [share * a + (1 - share) * b for a, b in zip(channels(muted), ground, strict=True)]
+        assert contrast(mixed, ground) >= 3
+
+
+def channels(colour: str) -> list[float]:
+    return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    def light(colour: list[float]) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((light(one), light(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def metrics(num_steps: int, every: int) -> list[dict]:

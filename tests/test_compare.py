@@ -25,6 +25,7 @@ from k5train.runs.compared import Comparison, compare, remarks
 from k5train.runs.compared_panels import MOST_LINES, lines_of
 from k5train.runs.folder import Run, create_run
 from k5train.runs.metrics import Metrics
+from k5train.runs.panels import GREY
 from k5train.runs.record import read_record
 from tests.cli import Cli
 
@@ -331,6 +332,7 @@ def test_a_sheet_of_thirty_runs_shows_the_best_ones_and_says_how_many_more_there
     lines = lines_of(comparison.runs, "held_out", dict.fromkeys(best, "#000000"))
     assert len(lines) == 30
     assert [line.name for line in lines if line.name] == ["23 more", *sorted(best)]
+    assert [line.colour for line in lines][:23] == [GREY] * 23
     sheet = draw(comparison, compare_pictures(comparison.runs))
     assert sheet.width <= 2400
     assert sheet.height < 4000

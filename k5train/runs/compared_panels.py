@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from k5cache.shared.foreign import shown
 from k5train.runs.compared import Comparison, some
 from k5train.runs.metrics import curve
-from k5train.runs.panels import COLOURS, PALE_GREY, Level, Line, Mark, Panel, Point, Row
+from k5train.runs.panels import COLOURS, GREY, Level, Line, Mark, Panel, Point, Row
 from k5train.runs.record import Record
 
 MOST_LINES, MOST_PANELS = 7, 3
@@ -151,7 +151,7 @@ def _courses(
     colours = colours_of(comparison)
     known = [run for run in (comparison.runs if runs is None else runs) if run.name in courses]
     lines = [(run.name in colours, Line(named(run.name) if run.name in colours else "", points(courses[run.name]),
-                                        colours.get(run.name, PALE_GREY), 2 if run.name in colours else 1))
+                                        colours.get(run.name, GREY), 2 if run.name in colours else 1))
              for run in known]  # fmt: skip
     return [line for _, line in sorted(lines, key=lambda entry: entry[0]) if line.points]
 
@@ -198,7 +198,7 @@ def lines_of(runs: Sequence[Record], measured: str, colours: Mapping[str, str]) 
     mine = [run for run in runs if run.name in colours]
     others = [run for run in runs if run.name not in colours]
     lines = [
-        Line(f"{len(others)} more" if i == 0 else "", run.curves[measured], PALE_GREY, 1)
+        Line(f"{len(others)} more" if i == 0 else "", run.curves[measured], GREY, 1)
         for i, run in enumerate(others)
     ]
     lines += [Line(named(run.name), run.curves[measured], colours[run.name], has_dots=True) for run in mine]

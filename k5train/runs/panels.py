@@ -10,7 +10,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4
 """Okabe and Ito's, which people with every kind of colour blindness tell apart, with dark grey for their black."""
 INK, PALE_INK, GRID = "#1a1a1a", "#5c5c5c", "#e4e4e4"
 PALE_BLUE, PALE_GREY = "#c9dcea", "#d4d4d4"
-"""For what lies behind other lines: single values behind their mean, and runs that are not named."""
+"""For single values behind their mean, which says what they say."""
+GREY = "#8c8c8c"
+"""For curves beside those with a colour, such as runs that are not named. 3.4:1 on white: a curve is seen from 3:1 on."""
 
 Point = tuple[float, float | None]
 """A step and its value; None where there is none, which leaves a gap."""

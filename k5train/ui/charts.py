@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from k5cache.shared.foreign import shown
-from k5train.runs.panels import COLOURS, INK, PALE_BLUE, PALE_GREY, PALE_INK, Level, Line, Mark, Panel, Row
+from k5train.runs.panels import COLOURS, GREY, INK, PALE_BLUE, PALE_GREY, PALE_INK, Level, Line, Mark, Panel, Row
 
 if TYPE_CHECKING:
     from k5train.runs.plot import Curve, Plot
@@ -29,6 +29,7 @@ CLASSES = {
     **{colour: f"c{i}" for i, colour in enumerate(COLOURS)},
     PALE_BLUE: "pale-blue",
     PALE_GREY: "pale-grey",
+    GREY: "pale-curve",
     INK: "ink",
     PALE_INK: "pale-ink",
 }
@@ -173,7 +174,7 @@ def _hovered(curve: Curve, plot: Plot, panel: Panel) -> Markup:
     """Unseen discs over points, which say their values where a pointer rests."""
     name = f"{shown(curve.line.name)}: " if curve.line.name else ""
     known = [i for i, y in enumerate(curve.values.tolist()) if math.isfinite(y)]
-    if not known or curve.line.colour in (PALE_BLUE, PALE_GREY):
+    if not known or CLASSES.get(curve.line.colour, "").startswith("pale"):
         return Markup()
     steps, values = curve.steps[known], curve.values[known]
     x, y = plot.x(steps).tolist(), plot.y(values).tolist()

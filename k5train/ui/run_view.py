@@ -21,7 +21,7 @@ from k5train.options.without_effect import options_without_effect
 from k5train.pictures.compared import compare_pictures, shared_steps
 from k5train.runs.compared import remarks, shown_value
 from k5train.runs.folder import Run, open_run
-from k5train.runs.panels import COLOURS, PALE_GREY, Level, Line, Panel, Row
+from k5train.runs.panels import COLOURS, GREY, PALE_GREY, Level, Line, Panel, Row
 from k5train.runs.recipe import read_facts
 from k5train.runs.record import Record, flat, read_record
 from k5train.ui.compare_view import PictureStep, step_pictures
@@ -323,7 +323,7 @@ def _memory(lines: Lines) -> Panel | None:
     if not held:
         return None
     planned = (lines.last or {}).get("planned_gib")
-    return Panel("VRAM, GiB", [Line("held from the driver", held, COLOURS[0]), Line("used", used, PALE_GREY)],
+    return Panel("VRAM, GiB", [Line("held from the driver", held, COLOURS[0]), Line("used", used, GREY)],
                  levels=[Level("planned", planned, COLOURS[1])] if planned is not None else [], x_label="steps",
                  may_be_logarithmic=False)  # fmt: skip
 
