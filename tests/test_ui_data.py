@@ -49,6 +49,7 @@ from k5train.ui.data.opened import Opened, open_index
 from k5train.ui.data.query import PAGE, Query, read_query
 from k5train.ui.ids import id_of
 from k5train.ui.project import Project
+from tests.test_charts import channels, contrast
 
 LATENTS = {name: TensorSpec("float16", (8, 8, 16)) for name in ("mean", "std")}
 MASK = {"mask": TensorSpec("uint8", (8, 8))}
@@ -320,6 +321,11 @@ def test_a_folder_is_shown_as_an_encode_would_take_it(project, cats):
     assert {(tile.name, tile.problem) for tile in left_out.tiles} == {(s.path, s.reason) for s in found.skipped}
     geometry = folder_view.frame(its, its.images[0], found.items[0]).geometry
     assert geometry == config.framing.frame(90, 70, "")[0]
+    (cats / "f.txt").unlink()  # of two reasons, that of the picture comes first
+    its = listed(project, config=config)
+    (entry,) = (image for image in its.images if image.path == "f.png")
+    framed = folder_view.frame(its, entry, its.captioned["f.png"])
+    assert framed.problem == "is not an image, or is of a kind that is not supported; missing caption f.txt"
 
 
 def test_what_lies_outside_the_project_is_not_read(project, cats, page, tmp_path_factory):
@@ -699,6 +705,9 @@ def test_a_placeholder_is_text_that_says_why():
     assert "<script" not in svg
     assert "\x1b" not in svg
     assert svg.count("<text") > 1
+    words, ground = (channels(colour) for colour in thumbnails.PLACEHOLDER)
+    assert contrast(words, ground) > 7
+    assert int(re.search(r'font-size="(\d+)"', svg)[1]) * 140 / 320 > 12  # pixels, in the smallest tile
 
 
 def test_a_query_survives_its_url_and_knows_only_its_words():

@@ -207,21 +207,21 @@ def frame(listing: Listing, entry: ImageEntry, item: SourceItem | Skipped) -> Fr
     """What an encode would make of one picture. Its header is read; a random crop needs its bytes too."""
     if isinstance(item, Skipped) and item.reason == OUTSIDE:
         return Framed(entry, None, None, problem=OUTSIDE)
-    problem = item.reason if isinstance(item, Skipped) else ""
     try:
         file = listing.read(entry.path)
         width, height, content_hash = _examined(file, listing.config.crop == "random")
         geometry = listing.config.framing.frame(width, height, content_hash)[0]
         if isinstance(item, Skipped):
-            return Framed(entry, None, geometry, problem=problem)
+            return Framed(entry, None, geometry, problem=item.reason)
         problem = listing.config.framing.refusal(geometry)
         if item.mask and not problem:
             masks.check(listing.read, item, width, height)
         return Framed(entry, item, geometry, _source_of(listing, item, geometry), problem)
-    except UnreadableImage as error:
-        return Framed(entry, item if isinstance(item, SourceItem) else None, None, problem=problem or error.reason)
-    except OSError as error:
-        return Framed(entry, None, None, problem=problem or error.strerror or "cannot be read")
+    except (UnreadableImage, OSError) as error:
+        reason = error.reason if isinstance(error, UnreadableImage) else error.strerror or "cannot be read"
+        if isinstance(item, Skipped):  # the picture first: a caption would not help it
+            return Framed(entry, None, None, problem=f"{reason}; {item.reason}")
+        return Framed(entry, item, None, problem=reason)
 
 
 def _source_of(listing: Listing, item: SourceItem, geometry: Geometry) -> Geometry | None:

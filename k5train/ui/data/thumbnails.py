@@ -20,6 +20,8 @@ from k5train.ui.project import Project
 
 SMALL, LARGE = 320, 1600
 """Pixels of the longer side: of a tile, and of a picture on a page of its own."""
+PLACEHOLDER = ("#ffffff", "#3d454e")
+"""What is written in the place of a picture, and its ground."""
 _VERSION = 1
 _MOST_BYTES = 64 << 20
 _QUALITY = {SMALL: 82, LARGE: 90}
@@ -91,14 +93,16 @@ def _write(project: Project, folder: Path, path: Path, data: bytes) -> None:
 
 def placeholder(reason: str) -> str:
     """What stands for a picture that cannot be shown: an SVG that says why."""
-    lines = _wrapped(reason, 26, 5)
-    first = 160 - 11 * len(lines)
-    text = "".join(f'<text x="160" y="{first + 22 * n}">{_escaped(line)}</text>' for n, line in enumerate(lines))
+    lines = _wrapped(reason, 20, 6)
+    first = 218 - 17 * len(lines)
+    text = "".join(f'<text x="160" y="{first + 34 * n}">{_escaped(line)}</text>' for n, line in enumerate(lines))
+    # Its own ground, since a picture does not know whether the page is light or dark; letters for a tile of 140 pixels.
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 320" width="320" height="320" font-size="18" '
-        'font-family="system-ui,sans-serif" text-anchor="middle" fill="#808890">'
-        '<path d="M110 40h100v60H110zM110 92l30-26 24 18 20-12 26 20" fill="none" stroke="#808890" stroke-width="3"/>'
-        f"{text}</svg>"
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 320" width="320" height="320" font-size="28" '
+        f'font-family="system-ui,sans-serif" text-anchor="middle" fill="{PLACEHOLDER[0]}">'
+        f'<path d="M0 0h320v320H0z" fill="{PLACEHOLDER[1]}"/>'
+        '<path d="M110 24h100v60H110zM110 76l30-26 24 18 20-12 26 20" fill="none" '
+        f'stroke="{PLACEHOLDER[0]}" stroke-width="3"/>{text}</svg>'
     )
 
 
