@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from k5cache.buckets import Bucket, Framing, Geometry, cover, source_geometry
 from k5cache.options import CacheConfig
+from k5cache.shared.errors import OutputError
 from k5cache.shared.lock import lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.sources import find, images
@@ -29,7 +30,7 @@ from k5cache.store.tensors import TensorSpec
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.runs.recipe import write_new
-from k5train.ui import listing
+from k5train.ui import editing, listing
 from k5train.ui.app import create_app
 from k5train.ui.data import (
     cache_view,
@@ -48,6 +49,8 @@ from k5train.ui.data.crops import crop
 from k5train.ui.data.opened import Opened, open_index
 from k5train.ui.data.query import PAGE, Query, read_query
 from k5train.ui.ids import id_of
+from k5train.ui.new_run import saving
+from k5train.ui.new_run.draft import Draft
 from k5train.ui.project import Project
 from tests.test_charts import channels, contrast
 
@@ -442,6 +445,32 @@ def test_what_is_no_caption_or_has_changed_meanwhile_is_not_written(project, cat
         with pytest.raises(captions.NotSaved, match=problem):
             save(project, "a.png", typed, digest)
     assert (cats / "a.txt").read_text() == "edited elsewhere"
+
+
+def test_of_two_pages_that_save_at_once_one_waits_and_neither_loses_what_was_typed(project, cats, monkeypatch):
+    """A page has read the file and not yet written it: another one, of another process, may not read it now."""
+    written, refused = captions.written, []
+    monkeypatch.setattr(editing, "_SECONDS", 0)
+
+    def meanwhile(*words: object) -> bytes:
+        monkeypatch.setattr(captions, "written", written)
+        others = lambda: save(project, "a.png", "theirs"), lambda: saving.save(project, Draft("[train]", save_as="new"))
+        for other, kind in zip(others, (captions.NotSaved, OutputError), strict=True):
+            with pytest.raises(kind, match="Nothing was saved: process") as one:
+                other()
+            refused.append(one.value.fix)
+        return written(*words)
+
+    monkeypatch.setattr(captions, "written", meanwhile)
+    assert save(project, "a.png", "mine").read_text() == "mine"
+    assert refused == ["Try again; if that process hangs, end it"] * 2
+    assert not (project.root / "new.toml").exists()
+    assert save(project, "a.png", "theirs").read_text() == "theirs"
+    (project.own / editing.LOCK).unlink()
+    (project.own / editing.LOCK).symlink_to(cats / "a.txt")  # a stranger's project
+    with pytest.raises(captions.NotSaved, match=r"edits\.lock cannot be written"):
+        save(project, "a.png", "more")
+    assert (cats / "a.txt").read_text() == "theirs"
 
 
 def test_a_refused_caption_is_shown_again_with_what_the_file_has_now(project, cats, page):

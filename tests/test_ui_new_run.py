@@ -268,6 +268,7 @@ def test_files_that_are_not_ours_to_replace_and_names_that_cannot_be_are_refused
     assert "leads out of" in answers_of["link"]
     assert all(answers_of[name].startswith("The name of the recipe ") for name in ("", "a/b", "../x", "con", "x" * 300))
     assert sorted(path.name for path in project.root.iterdir()) == [
+        ".k5",
         "cache",
         "link.toml",
         "other.toml",

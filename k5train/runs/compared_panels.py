@@ -198,8 +198,7 @@ def lines_of(runs: Sequence[Record], measured: str, colours: Mapping[str, str]) 
     mine = [run for run in runs if run.name in colours]
     others = [run for run in runs if run.name not in colours]
     lines = [
-        Line(f"{len(others)} more" if i == 0 else "", run.curves[measured], GREY, 1)
-        for i, run in enumerate(others)
+        Line(f"{len(others)} more" if i == 0 else "", run.curves[measured], GREY, 1) for i, run in enumerate(others)
     ]
     lines += [Line(named(run.name), run.curves[measured], colours[run.name], has_dots=True) for run in mine]
     averaged = [run for run in mine if "ema_held_out" in run.curves and measured == "held_out"]

@@ -12,7 +12,7 @@ INK, PALE_INK, GRID = "#1a1a1a", "#5c5c5c", "#e4e4e4"
 PALE_BLUE, PALE_GREY = "#c9dcea", "#d4d4d4"
 """For single values behind their mean, which says what they say."""
 GREY = "#8c8c8c"
-"""For curves beside those with a colour, such as runs that are not named. 3.4:1 on white: a curve is seen from 3:1 on."""
+"""For curves beside those with a colour, such as runs that are not named. 3.4:1 on white; to be seen it takes 3:1."""
 
 Point = tuple[float, float | None]
 """A step and its value; None where there is none, which leaves a gap."""

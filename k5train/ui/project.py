@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from k5cache.shared.errors import OutputError
+from k5cache.shared.files import make_folder
 from k5cache.shared.inside import is_inside
 
 
@@ -23,6 +25,20 @@ class Project:
     def own(self) -> Path:
         """The folder of the page itself: its queue, and thumbnails that may be deleted."""
         return self.root / ".k5"
+
+    def make_own(self) -> Path:
+        """The same, made if it is not there. git ignores what is in it.
+
+        Raises:
+            OutputError: it is a link that leads out of the project.
+        """
+        own = self.inside(self.own)
+        make_folder(own)
+        ignore = own / ".gitignore"
+        if not os.path.lexists(ignore):
+            with suppress(FileExistsError), ignore.open("x", encoding="utf-8") as file:
+                file.write("*\n")
+        return own
 
     @property
     def name(self) -> str:

@@ -6,20 +6,19 @@ import codecs
 import hashlib
 import json
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k5cache.shared.errors import K5Error
+from k5cache.shared.errors import K5Error, OutputError
 from k5cache.shared.files import new_file
 from k5cache.shared.inside import is_inside
 from k5cache.shared.plain import MOST_TEXT_BYTES, UnfitFile, read_plain
 from k5cache.sources.captions import JSON_FIELDS, from_json, from_text
 from k5cache.sources.folder import ImageEntry
 from k5train.ui.data.folder_view import OUTSIDE, Listing
+from k5train.ui.editing import one_at_a_time
 
-_lock = threading.Lock()
 _ELSEWHERE = {
     "filename": "Captions are made of the names of the files: rename the picture to change its caption",
     "instanceprompt": "All pictures have one caption, which is an option of the encode",
@@ -105,25 +104,32 @@ def save(listing: Listing, image: ImageEntry, typed: str, digest: str) -> Path:
     path = path_of(listing, image)
     if not is_inside(listing.project.root, path):
         raise NotSaved(f"{path.name} {OUTSIDE}", "Copy the file into the folder")
-    with _lock:
-        before = _read(path)
-        if (digest_of(before) if before is not None else "") != digest:
-            raise NotSaved(
-                f"{path.name} has changed since this page showed it, so it was not written",
-                "What you typed is still in the form. What the file has now is below it: copy what you need, and save",
-            )
-        data = written(path, before, typed, listing.config.caption_column, listing.config.caption_lines)
-        try:
-            if before is None:
-                _write_new(path, data)
-            else:
-                with new_file(path) as file:
-                    file.write(data)
-        except OSError as error:
-            raise NotSaved(
-                f"{path.name} cannot be written: {error.strerror}", "Free some space, or change the permissions"
-            ) from None
+    try:
+        with one_at_a_time(listing.project):
+            _save(listing, path, typed, digest)
+    except OutputError as error:
+        raise NotSaved(error.problem, error.fix) from None
     return path
+
+
+def _save(listing: Listing, path: Path, typed: str, digest: str) -> None:
+    before = _read(path)
+    if (digest_of(before) if before is not None else "") != digest:
+        raise NotSaved(
+            f"{path.name} has changed since this page showed it, so it was not written",
+            "What you typed is still in the form. What the file has now is below it: copy what you need, and save",
+        )
+    data = written(path, before, typed, listing.config.caption_column, listing.config.caption_lines)
+    try:
+        if before is None:
+            _write_new(path, data)
+        else:
+            with new_file(path) as file:
+                file.write(data)
+    except OSError as error:
+        raise NotSaved(
+            f"{path.name} cannot be written: {error.strerror}", "Free some space, or change the permissions"
+        ) from None
 
 
 def _read(path: Path) -> bytes | None:

@@ -69,4 +69,6 @@ def check_not_under_way(project: Project, about: str, kind: str) -> None:
     """
     if kind in under_way(project, about):
         what = "is encoded already" if kind == "encode" else "is compared with its folder already"
-        raise RunError(f"{about} {what}, or that waits in the queue", "Wait until it has ended, or stop it in the queue")
+        raise RunError(
+            f"{about} {what}, or that waits in the queue", "Wait until it has ended, or stop it in the queue"
+        )

@@ -78,11 +78,8 @@ def _write(project: Project, folder: Path, path: Path, data: bytes) -> None:
     own = project.own
     if not is_inside(project.root, own) or not is_inside(own, path):
         return
+    project.make_own()
     folder.mkdir(parents=True, exist_ok=True)
-    ignore = own / ".gitignore"
-    if not os.path.lexists(ignore):
-        with suppress(FileExistsError), ignore.open("x", encoding="utf-8") as file:
-            file.write("*\n")
     temporary = folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
     try:
         temporary.write_bytes(data)

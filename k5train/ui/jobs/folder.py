@@ -52,13 +52,10 @@ def queue_folder(project: Project) -> Path:
 
 
 def make_queue_folder(project: Project) -> Path:
-    """The same, made if it is not there. git ignores what is in ``.k5``."""
+    """The same, made if it is not there."""
     folder = queue_folder(project)
+    project.make_own()
     make_folder(folder)
-    ignore = folder.parent / ".gitignore"
-    if not os.path.lexists(ignore):
-        with suppress(FileExistsError), ignore.open("x", encoding="utf-8") as file:
-            file.write("*\n")
     return folder
 
 

@@ -11,6 +11,7 @@ from k5cache.shared.foreign import shown
 from k5cache.shared.inside import name_problem
 from k5cache.shared.outputs import check_file
 from k5cache.shared.plain import read_text
+from k5train.ui.editing import one_at_a_time
 from k5train.ui.ids import id_of
 from k5train.ui.new_run.draft import Draft
 from k5train.ui.new_run.starts import RecipeFile, digest, is_recipe
@@ -53,11 +54,12 @@ def save(project: Project, draft: Draft) -> RecipeFile:
     if problem := name_problem(draft.save_as) or name_problem(name):
         raise OutputError(f"The name of the recipe {problem}", "Give a name such as cats.toml")
     target = project.inside(Path(name))
-    there = _text_of(target)
-    if there is not None and there != draft.text:
-        _check_may_replace(name, there, draft)
-    check_file(target, ".toml")
-    write_whole(target, lambda path: path.write_text(draft.text, encoding="utf-8", newline="\n"))
+    with one_at_a_time(project):
+        there = _text_of(target)
+        if there is not None and there != draft.text:
+            _check_may_replace(name, there, draft)
+        check_file(target, ".toml")
+        write_whole(target, lambda path: path.write_text(draft.text, encoding="utf-8", newline="\n"))
     return RecipeFile(id_of(name), name, draft.text)
 
 
