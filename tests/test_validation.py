@@ -27,11 +27,12 @@ from k5train.options.train import TrainConfig
 from k5train.options.validation import ValidationConfig
 from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses
+from k5train.runs.resume_state import Progress
 from k5train.training import held_out_loss
 from k5train.training.held_out_loss import HeldOutLoss, sigmas_of
 from k5train.training.result import Result
 from k5train.training.start import open_data, with_library
-from k5train.training.validation import Validation
+from k5train.training.validation import Validation, _keep_the_best
 from tests.parity import PROMPTS
 from tests.runs import CONFIG, go_on, metrics_of, start_run
 
@@ -137,7 +138,15 @@ def test_metrics_hold_the_held_out_loss_by_sigma_and_the_best_lora_is_kept(run):
     result = json.loads((run / "result.json").read_text())
     assert result["best_step"] == min(losses, key=losses.get)
     assert result["best_loss"] == min(losses.values())
-    assert Run(run).best.is_file()
+    assert Run(run).best.is_file() == bool(result["best_step"])
+
+
+def test_before_the_first_step_there_is_no_best_lora():
+    progress, saved = Progress(), []
+    for step, loss in ((0, 0.5), (1, 0.6), (2, 0.5), (3, 0.4), (4, 0.41)):
+        progress.step = step
+        _keep_the_best(loss, progress, lambda at=step: saved.append(at))
+    assert (saved, progress.best_step, progress.not_better) == ([3], 3, 1)
 
 
 def test_the_best_lora_is_that_of_its_step(tmp_path, cache, toy_model):

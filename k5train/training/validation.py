@@ -84,7 +84,7 @@ class Validation:
         """Do what is due after ``progress.step`` updates and was not done there before. Updates ``progress``.
 
         Args:
-            save_best: called when the held-out loss is the lowest so far.
+            save_best: called when the held-out loss is the lowest so far, after the first step.
         """
         if self.losses and _is_due(HELD_OUT, progress, self.every, is_last):
             measured = self._measured(session, predict, progress.step, bars)
@@ -159,7 +159,8 @@ def _keep_the_best(loss: float, progress: Progress, save_best: Callable[[], obje
     best = progress.best_loss
     # A run of an earlier version may have NaN for its best, and nothing is below that.
     if math.isfinite(loss) and (best is None or not best <= loss):
-        save_best()
+        if progress.step:  # before the first one nothing is trained: a file of it would be taken for a LoRA
+            save_best()
         progress.best_loss, progress.best_step, progress.not_better = loss, progress.step, 0
     else:
         progress.not_better += 1
