@@ -460,7 +460,7 @@ def test_a_loss_that_is_not_finite_or_explodes_ends_before_the_update_and_names_
         seen.append(1)
         return normal(*args, **kwargs) * 0 + bad if len(seen) > 6 else normal(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", wrong)
+    monkeypatch.setattr(step, "train_step", wrong)
     with pytest.raises(RunError, match=r"The loss is (nan|25) at .*\.png; nothing was updated"):
         start_run(tmp_path / "run", cache, toy_model, CONFIG)
     last = metrics_of(tmp_path / "run")[-1]
@@ -480,7 +480,7 @@ def test_deterministic_kernels_are_asked_for_while_a_run_trains_and_not_after(tm
         asked.append(torch.are_deterministic_algorithms_enabled())
         return normal(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", look)
+    monkeypatch.setattr(step, "train_step", look)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     start_run(tmp_path / "on", cache, toy_model, replace(CONFIG, steps=1, deterministic=True))
     assert set(asked) == {True}

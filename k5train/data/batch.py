@@ -30,9 +30,9 @@ class Group:
     condition: Tensor | None = None
     """``[B, 1, H/8, W/8, 17]`` float32: the scaled latents of the source that is edited, and the mask channel. None:
     pictures are made from captions alone."""
-    text_lengths: tuple[int, ...] | None = None
-    """The length of each caption, if ``prompt_embeds`` is padded at the end; the forward pass masks the padding. None:
-    all have length L."""
+    text_lengths: tuple[int, ...] | Tensor | None = None
+    """The length of each caption, if ``prompt_embeds`` is padded at the end; the forward pass masks the padding. In a
+    captured step, ``[B]`` int32 on the device. None: all have length L."""
     class_embeds: Tensor | None = None
     """``[B, L', 3584]``: the class captions, for differential output preservation. None: no row has one."""
     class_pooled: Tensor | None = None

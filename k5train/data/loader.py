@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from k5cache.store.reader import Cache, TextRow
     from k5train.options.train import TrainConfig
 
+_LOOKED_AT = 2000  # micro-batches: a bucket that none of them has is rare
+
 
 class Loader:
     """Micro-batch ``i`` of a run, for any ``i``, in any order.
@@ -86,6 +88,17 @@ class Loader:
     def micro_batches(self, epochs: int) -> int:
         """How many micro-batches the first ``epochs`` epochs have."""
         return num_micro_batches(self.data, self.config.batch_size, epochs)
+
+    def first_of_each_size(self, most: int) -> list[int]:
+        """The first micro-batch of each bucket and number of rows among the first few thousand, at most ``most``."""
+        first: dict[tuple[int, int, int], int] = {}
+        for micro in range(min(_LOOKED_AT, self.config.steps * self.config.gradient_accumulation_steps)):
+            rows = self.rows_of(micro)
+            row = self.data.row(rows[0])
+            first.setdefault((row.bucket_width, row.bucket_height, len(rows)), micro)
+            if len(first) == most:
+                break
+        return list(first.values())
 
     def batch(self, micro: int) -> Batch:
         """Read micro-batch ``micro`` from the cache and draw its noise.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,32 @@ class Streamer:
         self._free: list[Any] = [None] * self.num_slots
         if self._on_gpu:
             torch.cuda.synchronize(self.device)
+
+    def start_over(self) -> None:
+        """Have the first blocks' weights in the slots and nothing to wait for: so begins and ends a training pass."""
+        self.reset()
+        for place in range(self.num_slots):
+            self.want(place)
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
+        self._arrived = [None] * self.num_slots
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Have copies begin after what the current stream has to do, and the stream wait for them at the end.
+
+        So a CUDA graph that is captured from the current stream has the copies too. ``reset`` must follow, since a
+        captured copy cannot be waited for outside of the graph.
+        """
+        if self._copies is None:
+            yield
+            return
+        stream = torch.cuda.current_stream(self.device)
+        self._copies.wait_stream(stream)
+        try:
+            yield
+        finally:
+            stream.wait_stream(self._copies)
 
     def around(self, policy: BlockPolicy, place: int) -> BlockPolicy:
         """``policy``, which finds the block's weights in place, forward and backward, and then starts the next copy."""

@@ -41,6 +41,9 @@ LEVELS: dict[LevelName, Level] = {
 }
 
 _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding leaves unused
+_GRAPH_BYTES = (
+    256 * 2**20
+)  # a captured step's own workspaces and buffers; what it keeps and computes in is counted below
 _MARGIN = 0.03  # share of the budget that is left free: predictions are at best this good
 _FEW = 0.1  # share of the blocks that is too small for a level of its own: 1 % of a step, and a compilation
 # Rows that a block keeps at "all" beyond its matmuls: elementwise results, as the compiler's partitioner and as eager
@@ -111,6 +114,8 @@ class Work:
     """Channels of the source's latents and mask, for image-to-image."""
     as_modules: AsModules | None = None
     """Of DoRA and LoKr, whose blocks keep everything at level "all" and nothing at the others."""
+    is_captured: bool = False
+    """Whether steps are captured as CUDA graphs."""
     token_shares: tuple[float, ...] = ()
     """Share of the picture's tokens that goes through each visual block. Empty without TREAD: all of them."""
 
@@ -146,6 +151,8 @@ class Plan:
     """Page-locked host memory of the streamed weights."""
     sizes: tuple[int, int] | None = None
     """The most tokens of a picture and of a caption that the plan is for."""
+    is_captured: bool = False
+    """Whether steps are captured as CUDA graphs, with captions in a buffer of the most tokens."""
 
     @property
     def peak(self) -> int:
@@ -214,6 +221,7 @@ def estimate(
         "one block's work": max(_work_bytes(level, arch, work) for level in set(levels)),
         "allocator": _ALLOCATOR_BYTES,
         **({"source": latents * of_condition} if work.condition_channels else {}),
+        **({"CUDA graph": _GRAPH_BYTES} if work.is_captured else {}),
     }
 
 
@@ -288,7 +296,7 @@ class _Planner:
         host_bytes = per_block * streaming.num_blocks if streaming else 0
         parts = estimate(self.arch, self.work, levels, streaming)
         sizes = (self.work.num_tokens, self.work.num_text_tokens)
-        return Plan(levels, streaming, parts, self.budget, host_bytes, sizes)
+        return Plan(levels, streaming, parts, self.budget, host_bytes, sizes, self.work.is_captured)
 
     def fits(self, plan: Plan) -> bool:
         """Whether a plan stays within the budget, less the margin."""
@@ -380,16 +388,3 @@ def _too_small(
         return DoesNotFit(problem, f"Close other programs, or use a machine with {human_bytes(needed)} of free RAM")
     needed += vram.CONTEXT_BYTES
     return DoesNotFit(problem, f"Use a GPU with at least {human_bytes(needed)} of memory")
-
-
-def describe(plan: Plan) -> list[tuple[str, str]]:
-    """A plan as rows of a table: a use or a number of blocks, and its bytes or an explanation."""
-    rows = [(name, human_bytes(size)) for name, size in plan.parts.items() if size]
-    budget = f" of {human_bytes(plan.budget)}" if plan.budget is not None else ""
-    rows.append(("predicted peak, torch reserved", human_bytes(plan.peak) + budget))
-    rows += [(f"{plan.levels.count(name)} blocks: {name}", LEVELS[name].help) for name in dict.fromkeys(plan.levels)]
-    if plan.streaming:
-        how = "ahead of their use" if plan.streaming.prefetch else "when they are needed"
-        rows.append((f"{plan.streaming.num_blocks} blocks streamed", f"{human_bytes(plan.host_bytes)} of pinned host "
-                     f"memory, copied {how}"))  # fmt: skip
-    return rows

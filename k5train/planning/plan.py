@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from diffusers import Kandinsky5Transformer3DModel
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import read_config
+from k5cache.shared.errors import DoesNotFit
 from k5cache.shared.host_memory import free_ram
 from k5train.adapter import targets
 from k5train.base.architecture import DTYPES
@@ -21,6 +24,8 @@ from k5train.options.memory import MemoryConfig
 from k5train.options.objective import RouteConfig
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
+from k5train.planning.described import describe
+from k5train.planning.graph import text_width, why_no_graph
 from k5train.planning.memory import Architecture, AsModules, Plan, Streaming, Work
 from k5train.planning.vram import check_bfloat16
 
@@ -81,7 +86,10 @@ def plan_for(
     sizes: tuple[int, int],
     budget: int | None,
 ) -> Plan:
-    """A new plan for a transformer's config.json, given as values, within ``budget`` bytes of VRAM."""
+    """A new plan for a transformer's config.json, given as values, within ``budget`` bytes of VRAM.
+
+    Steps are captured where they can be, unless there is no room for it, or only if weights were streamed for it.
+    """
     execution = how_to_run(config, device)
     arch = memory.architecture(transformer_config)
     work = work_for(transformer_config, config, sizes, compiled=execution == "compiled")
@@ -90,7 +98,14 @@ def plan_for(
         level = "nothing"  # on a CPU, and for diffusers' modules, which keep all or nothing
     fixed_by = "execution" if execution == "diffusers" and config.memory.activations == "auto" else "activations"
     streaming = streaming_of(config.memory, arch)
-    return memory.make_plan(arch, work, budget, level=level, streaming=streaming, fixed_by=fixed_by)
+    make = partial(memory.make_plan, arch, budget=budget, level=level, streaming=streaming, fixed_by=fixed_by)
+    if why_no_graph(config, device.type, execution):
+        return make(work)
+    try:
+        plan = make(replace(work, is_captured=True, num_text_tokens=text_width(sizes[1])))
+    except DoesNotFit:
+        return make(work)
+    return make(work) if plan.streaming and not make(work).streaming else plan
 
 
 def work_for(
@@ -197,7 +212,7 @@ def leaner_budget(plan: Plan) -> int | None:
 
 def announce(plan: Plan, print_line: Callable[[str], None] = console.note) -> None:
     """Print the plan in a few lines, before anything is loaded."""
-    for label, value in memory.describe(plan):
+    for label, value in describe(plan):
         print_line(f"  {label:<32} {value}")
 
 

@@ -90,4 +90,5 @@ def _read(document: Mapping[str, Any]) -> Plan:
         document["budget"],
         document["host_bytes"],
         (sizes[0], sizes[1]) if sizes else None,
+        document.get("is_captured", False),  # earlier versions captured nothing
     )

@@ -18,7 +18,7 @@ from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import Cache, open_cache
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
-from k5train.planning import memory
+from k5train.planning.described import describe
 from k5train.planning.memory import Plan
 from k5train.planning.time import Size
 
@@ -84,7 +84,7 @@ def plan_without_loading(
     device = torch.device("cuda" if on_gpu or config.memory.vram else "cpu")
     budget = vram.budget(torch.device("cuda" if on_gpu else "cpu"), config.memory.vram)
     plan = plan_for(transformer, config, device, sizes, budget)
-    rows = memory.describe(plan)
+    rows = describe(plan)
     optim = with_usual_rate(config).optim
     rows.append(("learning rate", f"{optim.lr:g} with {optim.optimizer}"))
     if device.type == "cpu":

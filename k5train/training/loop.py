@@ -30,17 +30,18 @@ from k5train.runs.metrics import Metrics
 from k5train.runs.resume_state import Progress, latest_state, save_state
 from k5train.runs.trackers import open_trackers
 from k5train.runs.written import recorded
+from k5train.training.graph import MOST_KINDS
 from k5train.training.metadata import metadata
-from k5train.training.optimizer import learning_rate
+from k5train.training.optimizer import learning_rate, set_rate
 from k5train.training.out_of_memory import when_memory_ends
 from k5train.training.session import Session, plan_for_less
-from k5train.training.step import accumulate, by_sigma, preservation_loss, train_step
+from k5train.training.step import accumulate, by_sigma, loss_function, preservation_loss, train_step
 from k5train.training.validation import Validation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from k5train.data.batch import Batch
+    from k5train.data.batch import Batch, Group
 
 MOST_ROWS = 64  # row numbers in a line of metrics.jsonl
 
@@ -62,8 +63,7 @@ class Loop:
         self.transformer, self.device = session.base.transformer, session.base.device
         self.predict = partial(predict_velocity, self.transformer)
         self.cost = Cost()
-        huber_c = config.objective.huber_c if config.objective.loss_type == "huber" else None
-        self.loss_of = partial(train_step, huber_c=huber_c, cost=self.cost)
+        self.loss_of = loss_function(config, self.cost)
         weight = config.objective.preservation_weight
         self.preserve = (weight, self.predict_base) if weight else None
         self.layers = adapter_layers(self.transformer) if weight else []
@@ -103,28 +103,39 @@ class Loop:
         """Compile in a step that changes nothing. If it needs more VRAM than planned, plan for less, once."""
         if self.session.execution is None:
             return
-        group = self.loader.batch(0).groups[0].to(self.device)
-
-        def step_once() -> None:
-            torch.autograd.backward(train_step(self.predict, group))
-            if self.preserve and group.class_embeds is not None:
-                noisy = flow.add_noise(group.latents, group.noise, group.sigma)
-                torch.autograd.backward(preservation_loss(self.predict, self.predict_base, group, noisy))
-            self.session.optimizer.zero_grad(set_to_none=True)
-
         self.transformer.train()
         leaner = None
         try:
-            self.session.execution.warm_up(step_once)
+            self.try_out(self.session)
         except torch.OutOfMemoryError:
-            self.session.optimizer.zero_grad(set_to_none=True)
+            self.session.clear_gradients()
             leaner = None if self.saved_plan() else plan_for_less(self.session, self.config)
             if leaner is None:
                 raise
         if leaner is not None and leaner.execution is not None:  # not in the handler: the error keeps the step's memory
             self.session = leaner
             torch.cuda.empty_cache()
-            leaner.execution.warm_up(step_once)
+            self.try_out(leaner)
+
+    def try_out(self, session: Session) -> None:
+        """Do a pass that changes nothing, so that it is compiled; of every size, if passes are to be captured."""
+        assert session.execution is not None
+        group = self.loader.batch(0).groups[0]
+        if session.graphs is None:
+            session.execution.warm_up(partial(self.pass_once, session, group.to(self.device)))
+            return
+        session.execution.warm_up(partial(session.graphs.try_out, group))
+        for micro in self.loader.first_of_each_size(MOST_KINDS):
+            for group in self.loader.batch(micro).groups:
+                session.graphs.try_out(group)
+
+    def pass_once(self, session: Session, group: Group) -> None:
+        """The passes over a group, whose gradients are forgotten."""
+        torch.autograd.backward(train_step(self.predict, group))
+        if self.preserve and group.class_embeds is not None:
+            noisy = flow.add_noise(group.latents, group.noise, group.sigma)
+            torch.autograd.backward(preservation_loss(self.predict, self.predict_base, group, noisy))
+        session.clear_gradients()
 
     def predict_base(self, *inputs: Any, **extra: Any) -> Tensor:
         """What the transformer predicts without its adapter."""
@@ -168,25 +179,26 @@ class Loop:
         if not self.transformer.training:  # train() visits 6,000 modules, which takes tens of milliseconds
             self.transformer.train()
         rate = learning_rate(progress.step, config.optim, config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate)
         if config.lora.dropout:
             torch.manual_seed(config.seed * 1_000_003 + progress.step)  # like every draw, of the seed and the step
         asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
         waited = time.monotonic() - asked
         losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of,
-                            self.preserve)  # fmt: skip
+                            self.preserve, self.session.graphs,
+                            partial(self.session.clip, config.optim.max_grad_norm))  # fmt: skip
+        assert losses.norm is not None
         with interrupt.deferred():
             self.is_between_updates = False
-            norm = self.session.update(step_batches, self.data, config.optim.max_grad_norm)
+            self.session.update(step_batches, self.data, losses.norm)
             progress.step += 1
             self.is_between_updates = True
             seconds = time.monotonic() - began
             metrics.write(step=progress.step, loss=losses.mean,
                           **({} if losses.preservation is None else {"preservation_loss": losses.preservation}),
                           loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
-                          grad_norm=norm, lr=rate, **_prodigy(optimizer), **_rows(step_batches, seconds),
+                          grad_norm=losses.norm, lr=rate, **_prodigy(optimizer), **_rows(step_batches, seconds),
                           seconds=seconds, loader_seconds=waited,
                           **self.cost.take(), **_memory(self.device, self.session.base.plan.peak),
                           **_steps_of(config))  # fmt: skip

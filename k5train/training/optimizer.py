@@ -32,7 +32,10 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig
     match name:
         case "adamw":
             on_gpu = bool(weights) and all(p.is_cuda for p in weights)
-            return torch.optim.AdamW(weights, **adam, fused=on_gpu or None)  # one launch, not ten, for 64 tensors
+            if on_gpu:  # with the rate on the GPU, so that a captured update reads the rate of its step
+                adam["lr"] = torch.tensor(adam["lr"], device=weights[0].device)
+            # fused: one launch, not ten, for 64 tensors
+            return torch.optim.AdamW(weights, **adam, fused=on_gpu or None, capturable=on_gpu)
         case "adafactor":
             # An update has size lr, as AdamW's has. Adafactor's default scales it by the size of the weights: for
             # matrices that start at 0, as LoRA's B does, it would be lr * 1e-3. 16 steps of k5-micro changed nothing.
@@ -69,6 +72,15 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     share = _falling(min(1.0, progress), config)
     return rate * (config.lr_end + (1 - config.lr_end) * share)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Have the next updates use this learning rate."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _rate(config: OptimConfig) -> float:

@@ -18,7 +18,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> t
     document = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     state = {names[i]: _take_tensors(values, names[i], tensors) for i, values in document["state"].items()}
-    groups = [_take_tensors(group, f"group/{i}", tensors) for i, group in enumerate(document["param_groups"])]
+    groups = [
+        _take_tensors({**group, "lr": float(group["lr"])}, f"group/{i}", tensors)
+        for i, group in enumerate(document["param_groups"])
+    ]
     return tensors, {"state": state, "groups": groups}
 
 
@@ -29,8 +32,18 @@ def restore_optimizer(
     document = optimizer.state_dict()
     state = {names.index(name): _put_tensors(values, name, tensors) for name, values in plain["state"].items()}
     saved = [_put_tensors(group, f"group/{i}", tensors) for i, group in enumerate(plain["groups"])]
-    groups = [{**new, **_like(new, old)} for new, old in zip(document["param_groups"], saved, strict=True)]
+    groups = [_group(new, old) for new, old in zip(document["param_groups"], saved, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _group(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group of parameters, for an optimizer that keeps its rate where it kept it when it was made.
+
+    How a step is launched is not part of the state: another device or version does it in its own way.
+    """
+    own = {name: new[name] for name in ("capturable", "fused", "foreach") if name in new}
+    rate = torch.full_like(new["lr"], old["lr"]) if isinstance(new["lr"], Tensor) else old["lr"]
+    return {**new, **_like(new, old), **own, "lr": rate}
 
 
 def _take_tensors(values: Mapping[str, Any], where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -17,17 +17,23 @@ from k5train.adapter import targets
 from k5train.adapter.attach import add_lora
 from k5train.adapter.lora_file import refuse_not_finite
 from k5train.forward.load import execute
+from k5train.forward.predict_velocity import predict_velocity, rotary
 from k5train.options.train import TrainConfig
-from k5train.planning.plan import announce, leaner_budget, plan_for
+from k5train.planning.graph import why_no_graph
+from k5train.planning.plan import announce, how_to_run, leaner_budget, plan_for
 from k5train.runs.resume_state import SavedState, broken
 from k5train.training.average import Ema
 from k5train.training.base import Base
+from k5train.training.graph import GraphedPasses
 from k5train.training.optimizer import make_optimizer, settled
 from k5train.training.optimizer_state import optimizer_state, restore_optimizer
-from k5train.training.step import exploded, update
+from k5train.training.recorder import make_recorder
+from k5train.training.step import clip_gradients, compute_on, exploded, loss_function, update
 
 if TYPE_CHECKING:
-    from k5train.data.batch import Batch
+    from diffusers import Kandinsky5Transformer3DModel
+
+    from k5train.data.batch import Batch, Group
     from k5train.data.mixture import Mixture
     from k5train.forward.execute import Execution
 
@@ -41,18 +47,35 @@ class Session:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     execution: Execution | None
+    graphs: GraphedPasses | None = None
+    """Does the passes on fixed buffers, captured as CUDA graphs. None: each pass is done as it comes."""
 
-    def update(self, batches: Sequence[Batch], cache: Mixture, max_grad_norm: float) -> float:
-        """Take one step of the optimizer and of the average; return the norm of the gradients.
+    def clip(self, max_grad_norm: float) -> Tensor:
+        """Clip the gradients; return their norm before, without waiting for it."""
+        return clip_gradients(list(self.parameters.values()), max_grad_norm)
+
+    def update(self, batches: Sequence[Batch], cache: Mixture, norm: float) -> None:
+        """Take one step of the optimizer and of the average.
 
         Raises:
-            RunError: the norm is not finite. The error names the rows, and nothing was updated.
+            RunError: ``norm``, of the gradients, is not finite. The error names the rows, and nothing was updated.
         """
         explain = partial(exploded, batches=batches, cache=cache)
-        norm = update(self.optimizer, list(self.parameters.values()), max_grad_norm, explain)
+        update(self.optimizer, norm, explain, self.graphs)
         if self.ema:
             self.ema.update()
-        return norm
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of passes that no update follows."""
+        if self.graphs:
+            self.graphs.clear()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def make_room(self) -> None:
+        """Give back the memory of captured steps, before the transformer is used for something else."""
+        if self.graphs:
+            self.graphs.release()
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -103,6 +126,7 @@ class Session:
 
     def close(self) -> None:
         """Remove the adapter: the base is as it was."""
+        self.make_room()
         self.base.transformer.unload_lora()
 
 
@@ -132,7 +156,32 @@ def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Sessio
     session = Session(base, parameters, optimizer, ema, execution)
     if saved:
         session.restore(saved)
-    return session
+    return replace(session, graphs=_graphs(session, config))
+
+
+def _graphs(session: Session, config: TrainConfig) -> GraphedPasses | None:
+    """What captures the steps of a session; None if the plan or the recipe does not allow it, which is said."""
+    base, execution = session.base, session.execution
+    reason = why_no_graph(config, base.device.type, how_to_run(config, base.device))
+    if reason is None and not base.plan.is_captured:
+        reason = "the memory plan has no room for it"
+    if reason is None and execution is not None and base.plan.sizes:
+        predict, width = partial(predict_velocity, base.transformer), base.plan.sizes[1]
+        return GraphedPasses(
+            partial(compute_on, predict, loss_function(config)), list(session.parameters.values()), width, base.device,
+            make_recorder(base.device, execution.streamer), partial(_rope_of, base.transformer),
+            lambda: execution.is_compiled,
+        )  # fmt: skip
+    if base.device.type == "cuda" and config.memory.graph != "off":
+        console.note(f"Steps are not captured as CUDA graphs: {reason}")
+    return None
+
+
+def _rope_of(transformer: Kandinsky5Transformer3DModel, group: Group) -> object:
+    """The rotations that a captured pass reads. They are made here if they are not there, and not in the capture."""
+    sides = zip(group.latents.shape[1:4], transformer.patch_size, strict=True)
+    grid = tuple(side // patch for side, patch in sides)
+    return rotary(transformer, group.prompt_embeds.shape[1], grid, group.latents.device)
 
 
 def plan_for_less(session: Session, config: TrainConfig) -> Session | None:
@@ -153,4 +202,5 @@ def plan_for_less(session: Session, config: TrainConfig) -> Session | None:
     console.warn("The first step needed more VRAM than planned: planning for less")
     announce(plan)
     execution = execute(base.transformer, config, base.device, plan, base.any_rank)
-    return replace(session, base=replace(base, plan=plan), execution=execution)
+    leaner = replace(session, base=replace(base, plan=plan), execution=execution)
+    return replace(leaner, graphs=_graphs(leaner, config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,11 @@ from k5cache.shared.errors import RunError
 from k5train.data.batch import Batch, Group
 from k5train.data.mixture import Mixture
 from k5train.objective import flow, rollout
+from k5train.options.train import TrainConfig
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
+    from k5train.training.graph import GraphedPasses
 
 
 Predict = Callable[..., Tensor]
@@ -36,6 +39,8 @@ class Losses:
     preservation: float | None = None
     """Of differential output preservation, without its weight: a mean over the rows with a class caption. None: no
     row has one."""
+    norm: float | None = None
+    """Of the gradients before they were clipped. None: they were not."""
 
 
 def train_step(
@@ -86,7 +91,24 @@ def preservation_loss(predict: Predict, predict_base: Predict, group: Group, noi
     return flow.flow_loss(predict(noisy, group.sigma, *texts, **extra), target)
 
 
-def _extra(group: Group, lengths: tuple[int, ...] | None) -> dict[str, Any]:
+def loss_function(config: TrainConfig, cost: rollout.Cost | None = None) -> Callable[..., Tensor]:
+    """``train_step`` with the recipe's objective."""
+    huber_c = config.objective.huber_c if config.objective.loss_type == "huber" else None
+    return partial(train_step, huber_c=huber_c, cost=cost)
+
+
+def compute_on(predict: Predict, loss_of: Callable[..., Tensor], group: Group, share: Tensor | float) -> Tensor:
+    """Add the gradients of a group on the device, times ``share``; return its loss and its rows' errors, ``[1 + B]``.
+
+    Reads no tensor on the host, so that it can be captured.
+    """
+    errors: list[Tensor] = []
+    loss = loss_of(predict, group, errors=errors)
+    torch.autograd.backward(loss * share)
+    return torch.cat([loss.detach()[None], *errors])
+
+
+def _extra(group: Group, lengths: tuple[int, ...] | Tensor | None) -> dict[str, Any]:
     """What ``predict`` gets of a group besides noise and text."""
     extra: dict[str, Any] = {} if lengths is None else {"text_lengths": lengths}
     if group.condition is not None:
@@ -104,6 +126,7 @@ def _own_input(predict: Predict, group: Group, cost: rollout.Cost) -> tuple[Tens
         lengths = group.text_lengths
         extra: dict[str, Any] = {}
         if lengths is not None:
+            assert not isinstance(lengths, Tensor)
             extra["text_lengths"] = tuple(lengths[i] for i in rows.tolist())
         if group.condition is not None:
             extra["condition"] = group.condition[rows]
@@ -120,6 +143,8 @@ def accumulate(
     loss_limit: float = 0.0,
     loss_of: Callable[..., Tensor] = train_step,
     preserve: tuple[float, Predict] | None = None,
+    graphs: GraphedPasses | None = None,
+    clip: Callable[[], Tensor] | None = None,
 ) -> Losses:
     """Compute the gradients of one update. Every row has the same weight, however rows fall into batches and groups.
 
@@ -127,39 +152,44 @@ def accumulate(
         loss_limit: a larger loss is an error. 0: any finite loss is allowed.
         loss_of: ``train_step``, with the recipe's objective.
         preserve: the weight of ``preservation_loss`` and the transformer without its adapter.
+        graphs: does the passes, by ``compute_on`` with the same functions. None: they are done here.
+        clip: clips the gradients and returns their norm before.
 
     Raises:
         RunError: the loss is not finite, or beyond the limit. The error names the rows, and nothing was updated.
     """
     num_rows = sum(batch.num_rows for batch in batches)
     groups = [(batch, group) for batch in batches for group in batch.groups]
-    losses: list[Tensor] = []
-    errors: list[Tensor] = []
+    results: list[Tensor] = []
     preserved: list[tuple[Batch, int, Tensor]] = []
     for batch, group in groups:
-        count, here = group.latents.shape[0], group.to(device)
+        count = group.latents.shape[0]
+        if graphs is not None:
+            results.append(graphs.run(group, count / num_rows))
+            continue
+        here = group.to(device)
         is_preserved = preserve is not None and here.class_embeds is not None
         inputs: list[Tensor] = []
-        loss = loss_of(predict, here, errors=errors, **({"inputs": inputs} if is_preserved else {}))
-        torch.autograd.backward(loss * (count / num_rows))
-        losses.append(loss.detach())
+        loss_here = partial(loss_of, inputs=inputs) if is_preserved else loss_of
+        results.append(compute_on(predict, loss_here, here, count / num_rows))
         if preserve is not None and is_preserved:  # after the backward pass, so that one pass at a time takes memory
             loss = preservation_loss(predict, preserve[1], here, inputs[0])
             torch.autograd.backward(loss * (preserve[0] * count / num_rows))
             preserved.append((batch, count, loss.detach()))
-    # The only wait for the GPU, which has the work of the whole update by now.
-    passes = [*losses, *(loss for _, _, loss in preserved)]
-    values = torch.cat([torch.stack(passes), *errors]).tolist()
-    of_classes, of_rows = values[len(losses) : len(passes)], values[len(passes) :]
-    total = 0.0
-    for (batch, group), value in zip(groups, values[: len(groups)], strict=True):
-        if not math.isfinite(value) or 0 < loss_limit < value:
-            raise exploded(f"The loss is {value:.4g}", [batch], cache)
-        total += value * (group.latents.shape[0] / num_rows)
-    sigmas = [sigma for _, group in groups for sigma in _trained_sigmas(group)]
-    by_row = zip(sigmas, of_rows, strict=True)
-    row_errors = tuple((sigma, error) for sigma, error in by_row if sigma is not None)
-    return Losses(total, row_errors, _mean_preservation(preserved, of_classes, cache))
+    norms = [clip().reshape(1)] if clip else []
+    # The only wait for the GPU, which has the work of the whole update by now, but for the optimizer's.
+    values = torch.cat([*results, *(loss.reshape(1) for _, _, loss in preserved), *norms]).tolist()
+    total, row_errors, at = 0.0, [], 0
+    for (batch, group), result in zip(groups, results, strict=True):
+        loss_value, *of_rows = values[at : at + len(result)]
+        if not math.isfinite(loss_value) or 0 < loss_limit < loss_value:
+            raise exploded(f"The loss is {loss_value:.4g}", [batch], cache)
+        total += loss_value * (group.latents.shape[0] / num_rows)
+        row_errors += [(s, error) for s, error in zip(_trained_sigmas(group), of_rows, strict=True) if s is not None]
+        at += len(result)
+    of_classes = values[at : at + len(preserved)]
+    norm = values[-1] if clip else None
+    return Losses(total, tuple(row_errors), _mean_preservation(preserved, of_classes, cache), norm)
 
 
 def _mean_preservation(
@@ -198,28 +228,35 @@ def _trained_sigmas(group: Group) -> list[float | None]:
     return [None if is_rolled else sigma for sigma, is_rolled in zip(sigmas, rolled, strict=True)]
 
 
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_grad_norm: float) -> Tensor:
+    """Clip the gradients; return their norm before, without waiting for it. A norm of 0 clips nothing."""
+    return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+
+
 def update(
     optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    max_grad_norm: float,
+    norm: float,
     explain: Callable[[str], RunError] | None = None,
-) -> float:
-    """Clip the gradients, take a step and clear them; return their norm before clipping.
+    graphs: GraphedPasses | None = None,
+) -> None:
+    """Take a step and clear the gradients, which are clipped already.
 
     Args:
+        norm: of the gradients before they were clipped.
         explain: returns the error that names the rows.
+        graphs: takes the step.
 
     Raises:
         RunError: a gradient is not finite. Nothing was updated.
     """
-    limit = max_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
     if not math.isfinite(norm):
         problem = f"The gradients' norm is {norm}"
         raise explain(problem) if explain else RunError(problem, ADVICE)
+    if graphs is not None:
+        graphs.update(optimizer)
+        return
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def exploded(problem: str, batches: Sequence[Batch], cache: Cache | Mixture) -> RunError:

@@ -104,6 +104,7 @@ class Validation:
 
         Before the first step the average is the adapter itself, so it is not measured.
         """
+        session.make_room()
         session.base.transformer.eval()
         of_average = self.losses.get(HELD_OUT) if session.ema and step else None
         num_passes = sum(loss.num_passes for loss in (*self.losses.values(), of_average) if loss)
@@ -130,6 +131,7 @@ class Validation:
         if self.painter is None:
             return False
         if progress.validated.get("pictures") != step:
+            session.make_room()
             with session.settled():
                 metrics.pictures(step, self.painter.draw(transformer, step, bars))
             if session.ema and step:

@@ -1,0 +1,85 @@
+"""Which runs are planned to be captured as CUDA graphs, what is counted for it, and what turns it off by name?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from k5train.base.architecture import FULL_SIZE
+from k5train.options.adapter import LoraConfig
+from k5train.options.memory import MemoryConfig
+from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.train import TrainConfig
+from k5train.planning import graph, memory
+from k5train.planning.described import describe
+from k5train.planning.graph import text_width, why_no_graph
+from k5train.planning.plan import plan_for
+from k5train.planning.saved_plan import _read
+
+GIB = 2**30
+GPU = torch.device("cuda")
+AUTO = TrainConfig(memory=MemoryConfig(graph="auto"), lora=LoraConfig(rank=16, targets=("qkv",)))
+ROUTES = (RouteConfig(0.5, 2, -3),)
+
+
+def test_each_thing_that_turns_capturing_off_is_named(monkeypatch):
+    assert why_no_graph(AUTO, "cuda", "compiled") is None
+    assert why_no_graph(replace(AUTO, tread=TreadConfig(routes=ROUTES)), "cuda", "compiled") is None
+    named = {
+        "there is no GPU": (AUTO, "cpu", "compiled"),
+        "train.memory.graph": (replace(AUTO, memory=MemoryConfig(graph="off")), "cuda", "compiled"),
+        "blocks run eager": (AUTO, "cuda", "eager"),
+        "train.rollout.probability": (replace(AUTO, rollout=RolloutConfig(probability=0.1)), "cuda", "compiled"),
+        "train.objective.preservation_weight": (
+            replace(AUTO, objective=ObjectiveConfig(preservation_weight=1.0)), "cuda", "compiled"
+        ),
+        "train.lora.dropout": (replace(AUTO, lora=LoraConfig(dropout=0.1)), "cuda", "compiled"),
+        "train.tread.ramp_down": (replace(AUTO, tread=TreadConfig(routes=ROUTES, ramp_down=0.1)), "cuda", "compiled"),
+        "train.tread.keep_masked": (
+            replace(AUTO, tread=TreadConfig(routes=ROUTES, keep_masked=True)), "cuda", "compiled"
+        ),
+    }  # fmt: skip
+    for name, arguments in named.items():
+        assert name in str(why_no_graph(*arguments)), name
+    monkeypatch.setattr(graph, "is_rocm", lambda: True)
+    assert "AMD" in str(why_no_graph(AUTO, "cuda", "compiled"))
+
+
+def test_the_graph_is_counted_and_captions_have_room_for_the_longest():
+    off = replace(AUTO, memory=MemoryConfig(graph="off"))
+    captured, plain = (plan_for(FULL_SIZE, config, GPU, (4096, 250), 16 * GIB) for config in (AUTO, off))
+    assert (captured.is_captured, plain.is_captured) == (True, False)
+    assert captured.parts["CUDA graph"] == memory._GRAPH_BYTES
+    assert "CUDA graph" not in plain.parts
+    assert (captured.sizes, plain.sizes) == ((4096, 256), (4096, 250))
+    assert [text_width(n) for n in (1, 16, 17, 512)] == [16, 16, 32, 512]
+    assert captured.peak <= 16 * GIB * 0.97
+    assert any("captured" in how for _, how in describe(captured))
+    assert not any("captured" in how for _, how in describe(plain))
+
+
+def test_where_there_is_no_room_for_a_graph_or_only_by_streaming_nothing_is_captured():
+    def plan(budget: float, config: TrainConfig = AUTO) -> memory.Plan:
+        return plan_for(FULL_SIZE, config, GPU, (4096, 256), int(budget))
+
+    off = replace(AUTO, memory=MemoryConfig(graph="off"))
+    lean = replace(off, memory=MemoryConfig(graph="off", activations="nothing"))
+    resident = plan(1e12, lean).peak / 0.97  # the least that fits without streaming
+    assert plan(resident + 2**20, off) == plan(resident + 2**20)
+    assert not plan(resident + 2**20).is_captured
+    assert plan(resident + 2**20 + memory._GRAPH_BYTES / 0.97).is_captured
+    everything = replace(off, memory=MemoryConfig(graph="off", enable_group_offload=True))
+    least = plan(1e12, replace(everything, memory=replace(everything.memory, activations="nothing"))).peak / 0.97
+    assert not plan(least + 2**20).is_captured
+    assert plan(least + 2**20 + memory._GRAPH_BYTES / 0.97).is_captured
+
+
+@pytest.mark.parametrize("config", [AUTO, replace(AUTO, memory=MemoryConfig(graph="off"))], ids=["auto", "off"])
+def test_a_saved_plan_says_whether_it_captured_and_an_older_one_did_not(config):
+    plan = plan_for(FULL_SIZE, config, GPU, (4096, 256), 16 * GIB)
+    document = asdict(plan)
+    assert _read(document) == plan
+    del document["is_captured"]
+    assert _read(document) == replace(plan, is_captured=False)
