@@ -19,6 +19,7 @@ from k5train.base.random_weights import random_transformer
 from k5train.bench.steps import make_step
 from k5train.forward.condition import condition_of
 from k5train.forward.load import execute
+from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning.memory import LevelName, Plan
 from k5train.planning.plan import token_shares
@@ -88,7 +89,7 @@ def _time_blocks(
 ) -> list[Seconds]:  # fmt: skip
     """A step of a transformer with so many blocks at a level, for each of some sizes."""
     small = {**transformer_config, "num_visual_blocks": num_blocks}
-    transformer = random_transformer(small, config.base_model_precision, device)
+    transformer = random_transformer(small, precision_of(config), device)
     attach.add_lora(transformer, replace(config.lora, init_lora=None), seed=0)
     execution = execute(transformer, config, device, replace(plan, levels=(level,) * num_blocks, streaming=None))
     seconds = []

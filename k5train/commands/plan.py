@@ -53,8 +53,10 @@ def plan(
         )
 
     from k5train.commands.time_row import time_of
+    from k5train.forward.precision import decided
     from k5train.planning.without_loading import plan_without_loading
 
+    config = decided(config, is_imagined=True)
     shown = plan_without_loading(cache, config, model_config, (resolution // 16) ** 2, text_tokens, kind)
     table = console.table(shown.title, "what", "how", numbers=())
     for row in [*shown.rows, *([("time", time_of(shown.timed))] if is_timed else [])]:

@@ -30,7 +30,9 @@ def implied(answers: Mapping[str, Any], model: ModelConfig, cache: CacheConfig, 
     num_tokens = max((bucket.width // 16) * (bucket.height // 16) for bucket in cache.framing.table)
     num_text_tokens = text_tokens(answers["captions"], kind, cache.resolution)
     own = model if model.path else None  # the shapes of a published one are known
-    plan = plan_without_loading(None, train, own, num_tokens, num_text_tokens, kind)
+    from k5train.forward.precision import decided  # torch, as the plan needs it
+
+    plan = plan_without_loading(None, decided(train, is_imagined=True), own, num_tokens, num_text_tokens, kind)
     rows = [*plan.rows, ("length", length(train, int(answers["num_images"]))), ("time", time(answers, train))]
     return PlanText(plan.title, rows, plan.timed)
 

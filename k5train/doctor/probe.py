@@ -141,11 +141,14 @@ def _plan(vram: str = "") -> Iterator[Facts]:
 
     from k5cache.shared.errors import DoesNotFit
     from k5train.base.architecture import full_size
+    from k5train.forward.precision import decided
+    from k5train.options.memory import MemoryConfig
+    from k5train.options.precision import precision_of
     from k5train.options.train import TrainConfig
     from k5train.planning import vram as vram_module
     from k5train.planning.plan import plan_for
 
-    config = TrainConfig()
+    config = decided(TrainConfig(memory=MemoryConfig(vram=vram or None)), is_imagined=True)
     budget = vram_module.budget(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vram or None)
     try:
         plan = plan_for(full_size("t2i"), config, torch.device("cuda"), (64 * 64, 512), budget)
@@ -155,7 +158,7 @@ def _plan(vram: str = "") -> Iterator[Facts]:
     levels = {name: plan.levels.count(name) for name in dict.fromkeys(plan.levels)}
     streamed = plan.streaming.num_blocks if plan.streaming else 0
     yield {"peak": plan.peak, "budget": plan.budget, "levels": levels, "streamed": streamed}
-    yield {"precision": config.base_model_precision, "host_bytes": plan.host_bytes}
+    yield {"precision": precision_of(config), "host_bytes": plan.host_bytes}
 
 
 def _hub(repo: str) -> Iterator[Facts]:

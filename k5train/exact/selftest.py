@@ -31,6 +31,7 @@ from k5train.data.compatible import check_fit
 from k5train.exact.case import STEPS, Case, case_of
 from k5train.exact.reference import pipeline_latents, quanto_transformer, reference_predict, reference_transformer
 from k5train.forward.load import execute, load
+from k5train.forward.precision import decided
 from k5train.forward.predict_velocity import predict_velocity
 from k5train.objective import flow
 from k5train.options.adapter import LoraConfig
@@ -77,6 +78,7 @@ def selftest(cache: Cache | None, folder: Path, config: TrainConfig, device: tor
         comparisons.append(check("template and encoders", "cache", problem))
         if problem:
             return comparisons
+    config = decided(config)
     case = case_of(cache, folder, config, device)
     dtype, scheduler = DTYPES[config.mixed_precision], load_scheduler(folder)
     comparisons.append(noisy_latents(case, scheduler))

@@ -236,7 +236,8 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
         if not kernel and (is_old or not ops.int_mm_works(device)):
             raise RunError(
                 f"{torch.cuda.get_device_name(device)} has no int8 tensor cores that can be used here",
-                "Use --set train.base_model_precision=int8-quanto",
+                "Use --set train.base_model_precision=int8-quanto. A run that began with int8-dynamic goes on where it"
+                " works, or starts anew: --new",
             )
         if not kernel:
             console.note("The int8 kernel does not run here: using torch._int_mm, which is slower")

@@ -18,6 +18,7 @@ from k5train.forward.compile import import_compiler
 from k5train.forward.execute import Execution, choose_modes
 from k5train.forward.predict_velocity import keep, recompute, use_policies
 from k5train.forward.stream import Streamer, check_host_memory, spread
+from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan
 from k5train.planning.plan import how_to_run
@@ -37,7 +38,7 @@ def load(folder: Path, config: TrainConfig, device: torch.device, plan: Plan) ->
         vram.limit(device, plan.budget)
     if how_to_run(config, device) == "compiled":
         Thread(target=import_compiler, daemon=True).start()
-    dtype, precision = DTYPES[config.mixed_precision], config.base_model_precision
+    dtype, precision = DTYPES[config.mixed_precision], precision_of(config)
     if device.type != "cuda" or precision == "no_change":
         transformer = load_transformer(folder, precision, dtype, device)
     else:
@@ -85,7 +86,7 @@ def execute(
         num_blocks = len(transformer.text_transformer_blocks) + len(transformer.visual_transformer_blocks)
         use_policies(transformer, [policy] * num_blocks)
         return None
-    modes = choose_modes(device, config.base_model_precision)
+    modes = choose_modes(device, precision_of(config))
     if config.deterministic:
         modes = modes._replace(
             cudnn=False

@@ -16,6 +16,8 @@ from k5train.options.validation import TrackersConfig, ValidationConfig
 FIXED = ("base_model_precision", "mixed_precision", "device", "memory", "data", "name")
 """What all runs of a sweep have in common: the options that decide the shared base and the caches."""
 
+BaseModelPrecision = Literal["auto", "int8-quanto", "int8-dynamic", "no_change"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -49,9 +51,10 @@ class TrainConfig:
     become zeros. What Qwen saw of the source stays in the instruction's embeddings."""
     caption_choice: Literal["random", "first"] = "random"
     """Which of an image's captions a step uses."""
-    base_model_precision: Literal["int8-quanto", "int8-dynamic", "no_change"] = "int8-quanto"
+    base_model_precision: BaseModelPrecision = "int8-quanto"
     """The frozen transformer. ``int8-quanto``: int8 weights by quanto's ``qint8``. ``int8-dynamic``: the same weights,
-    multiplied on int8 tensor cores. ``no_change``: bf16."""
+    multiplied on int8 tensor cores. ``no_change``: bf16. ``auto``: int8-dynamic where the GPU and the recipe can use
+    it, otherwise int8-quanto; a run keeps what it began with."""
     mixed_precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of activations and of weights that are not quantised. fp32 is for CPUs and tests."""
     flow_schedule_shift: float = 1.0

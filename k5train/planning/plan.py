@@ -22,6 +22,7 @@ from k5train.base.architecture import DTYPES
 from k5train.options.adapter import LoraConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.objective import RouteConfig
+from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning import memory, vram
 from k5train.planning.described import describe
@@ -121,7 +122,7 @@ def work_for(
         num_text_tokens=sizes[1],
         lora_parameters=parameters,
         adapters_width=width,
-        precision=config.base_model_precision,
+        precision=precision_of(config),
         bytes_per_element=DTYPES[config.mixed_precision].itemsize,
         compiled=compiled,
         bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),

@@ -16,6 +16,7 @@ from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.places import model_near
 from k5cache.shared.vram import CONTEXT_BYTES
 from k5cache.store.reader import Cache, open_cache
+from k5train.options.precision import precision_of
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from k5train.planning.described import describe
@@ -96,7 +97,7 @@ def plan_without_loading(
     edits = f"{LONG_NAMES['i2i']}, " if transformer.get("visual_cond") else ""
     title = (
         f"{card}; {edits}{sizes[0]} picture tokens, {sizes[1]} text tokens, batch {config.batch_size}, "
-        f"{config.base_model_precision}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
+        f"{precision_of(config)}, r{config.lora.rank} on {'+'.join(config.lora.targets)}"
     )
     usual = sizes_of(*caches) if caches else [Size(*sizes, 1.0)]
     return PlanText(title, rows, Timed(transformer, config, plan, usual) if on_gpu else None)

@@ -10,6 +10,7 @@ import torch
 
 from k5cache.shared import console
 from k5train.forward.load import load
+from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import announce
 
@@ -39,7 +40,7 @@ def load_base(folder: Path, config: TrainConfig, device: torch.device, plan: Pla
     Raises:
         DoesNotFit: there is not enough host memory for the weights that the plan streams.
     """
-    console.note(f"Loading the transformer ({config.base_model_precision}) on {device}")
+    console.note(f"Loading the transformer ({precision_of(config)}) on {device}")
     announce(plan)
     with console.working("loading the transformer"):
         return Base(load(folder, config, device, plan), device, plan, any_rank)

@@ -18,6 +18,7 @@ from k5cache.shared.recipe import to_dict
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.options.data import DataConfig
+from k5train.options.precision import is_open, with_precision
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import note_sizes
@@ -83,8 +84,9 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
     config = resolved(config)
     for line in cautions(config, data, model):
         console.warn(line)
-    run = _unfinished(data, out, model, config) if not is_new else None
-    if run:
+    unfinished = _unfinished(data, out, model, config) if not is_new else None
+    if unfinished:
+        run, config = unfinished
         console.note(f"{run.root} was stopped before its end: going on. --new starts another run", "bold")
         return train(data, model_folder(model, PARTS), replace(config, name=run.name), run)
     target = target or free_name(Path("runs"), data.first.root.resolve().name)
@@ -93,7 +95,7 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         console.note(f"This run goes to {target}: {target.with_name(data.first.root.resolve().name)} is there already")
     note_sizes(data.first, config.validation)
     folder = model_folder(model, PARTS)
-    config = replace(config, name=name_of(target))
+    config = decide_precision(replace(config, name=name_of(target)))
     with new_run(target, data.first.root, model, config) as run:
         return train(data, folder, config, run)
 
@@ -110,6 +112,8 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
         RunError: the run is finished, was started differently, or its cache is not there.
     """
     run, model, config, recorded_cache = open_run(root, options)
+    if is_open(config):  # by an option, as a run's own recipe has what was decided
+        config = with_precision(config, open_run(root)[2].base_model_precision)
     check_writable(root)
     if not any(option.startswith("model.") for option in options):
         asked = [f"model.path={model.source}", *([f"model.revision={model.revision}"] if model.revision else [])]
@@ -219,8 +223,21 @@ def with_library(config: TrainConfig) -> TrainConfig:
     return replace(config, validation=changed)
 
 
-def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: TrainConfig) -> Run | None:
-    """The stopped run that this same command started. The newest if there are several."""
+def decide_precision(config: TrainConfig) -> TrainConfig:
+    """The recipe with the precision that ``auto`` means on this machine. Imports torch only for ``auto``."""
+    if not is_open(config):
+        return config
+    from k5train.forward.precision import announce, decided
+
+    config = decided(config)
+    announce(config.base_model_precision)
+    return config
+
+
+def _unfinished(
+    data: Mixture, out: Path | None, model: ModelConfig, config: TrainConfig
+) -> tuple[Run, TrainConfig] | None:
+    """The stopped run that this same command started, and the recipe to go on with. The newest if there are several."""
     if out or config.name:
         candidates = [out or Path("runs") / str(config.name)]
     else:
@@ -233,9 +250,10 @@ def _unfinished(data: Mixture, out: Path | None, model: ModelConfig, config: Tra
         run, its_model, its_config, cache = open_run(candidate)
         if is_locked(run):
             continue
-        different = differences(comparable(its_model, its_config), comparable(model, config), UNIMPORTANT)
+        as_it = with_precision(config, its_config.base_model_precision)  # auto was decided when it began
+        different = differences(comparable(its_model, its_config), comparable(model, as_it), UNIMPORTANT)
         if not different and cache.resolve() == data.first.root.resolve():
-            return run
+            return run, as_it
         if out or config.name:
             changes = "; ".join(different) or f"cache: {cache}, now {data.first.root}"
             as_it_was = console.command("k5train", "resume", candidate)

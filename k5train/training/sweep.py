@@ -18,6 +18,7 @@ from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import kind_of
 from k5train.data.mixture import Mixture
+from k5train.options.precision import can_be_dynamic, is_open, with_precision
 from k5train.options.train import TrainConfig
 from k5train.pictures.drawings import note_sizes
 from k5train.runs.compared import Comparison, compare
@@ -27,7 +28,15 @@ from k5train.runs.resume_state import latest_state, remove_states
 from k5train.training.cautions import cautions
 from k5train.training.overwriting import check_beginning
 from k5train.training.start import PARTS, open_data
-from k5train.training.sweep_folder import check_out, draw_grids, open_same, outcome_of, outcomes_before, runs_in
+from k5train.training.sweep_folder import (
+    check_out,
+    draw_grids,
+    open_same,
+    outcome_of,
+    outcomes_before,
+    precision_in,
+    runs_in,
+)
 from k5train.training.sweep_runs import SweepRun, warnings_of
 from k5train.training.train import train
 
@@ -58,6 +67,7 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequenc
         OutputError: ``out`` holds something else, or cannot be written. This is found before anything is loaded.
     """
     first = cache or Path(sweep_runs[0].config.data[0].cache)
+    sweep_runs = decide_together(out, sweep_runs)
     check_out(out, first, model, sweep_runs)
     folder = model_folder(model, PARTS)  # refused before a folder is made for the sweep
     with _locked(out):
@@ -66,6 +76,21 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequenc
         outcomes = tuple(_train_all(cache, out, model, folder, sweep_runs).values())
         finished = [out / outcome.label for outcome in outcomes if not outcome.problem]
         return Swept(outcomes, compare(finished) if finished else None, tuple(draw_grids(out, outcomes)))
+
+
+def decide_together(out: Path, sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs with the one precision that ``auto`` means for all of them: that of the runs which are in ``out``, if
+    these can be trained on it, or what the GPU and the recipes allow."""
+    configs = [sweep_run.config for sweep_run in sweep_runs]
+    if not any(map(is_open, configs)):
+        return list(sweep_runs)
+    precision = precision_in(out)
+    if precision is None or (precision == "int8-dynamic" and not all(map(can_be_dynamic, configs))):
+        from k5train.forward.precision import announce, chosen  # torch is imported here
+
+        precision = chosen(configs)
+        announce(precision)
+    return [replace(run, config=with_precision(run.config, precision)) for run in sweep_runs]
 
 
 def _cautions(cache: Path | None, model: ModelConfig, sweep_run: SweepRun) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import HARMLESS, check_folder, check_writable, kind_of
 from k5cache.shared.plain import read_plain
 from k5cache.shared.sealed import unseal_if_sealed
-from k5train.options.train import FIXED, TrainConfig
+from k5train.options.train import FIXED, BaseModelPrecision, TrainConfig
 from k5train.pictures import sheet
 from k5train.pictures.compared import compare_pictures
 from k5train.pictures.saved import read_pictures
@@ -73,6 +74,14 @@ def check_out(out: Path, cache: Path, model: ModelConfig, sweep_runs: Sequence[S
 def runs_in(out: Path) -> list[Path]:
     """The folders of all runs in a sweep's folder."""
     return sorted(entry for entry in out.iterdir() if kind_of(entry) == "run") if out.is_dir() else []
+
+
+def precision_in(out: Path) -> BaseModelPrecision | None:
+    """The precision of the runs in a sweep's folder, which share a base. None: there are none that can be read."""
+    for root in runs_in(out):
+        with suppress(K5Error):
+            return open_run(root)[2].base_model_precision
+    return None
 
 
 def open_same(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Run:

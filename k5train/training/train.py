@@ -13,6 +13,7 @@ from k5train.data.compatible import check_manifest, check_widths
 from k5train.data.kind import check_classes, check_masks, check_options
 from k5train.data.mixture import Mixture
 from k5train.data.split import split_off
+from k5train.options.precision import with_precision
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
 from k5train.runs import requests
@@ -36,6 +37,7 @@ def train(
     """Train one LoRA. A run with a saved state goes on from there.
 
     Args:
+        config: a precision that is still ``auto`` is ``int8-quanto``; ``start`` and a sweep decide it before.
         folder: the checkpoint. Only ``transformer`` is read, and ``scheduler`` and ``vae`` for pictures.
         base: the loaded transformer that several runs share. It is returned to its state without an adapter.
         accepted: called before the first step, when nothing more can be refused.
@@ -52,7 +54,7 @@ def train(
             saved state is damaged or was removed, or a LoRA would be overwritten that the run did not make.
         KeyboardInterrupt: Ctrl-C. The state is saved.
     """
-    called, config = time.monotonic(), with_usual_rate(config)
+    called, config = time.monotonic(), with_precision(with_usual_rate(config), "int8-quanto")
     check_name(config.device, "train.device=")
     check_manifest(data.first, folder)
     check_options(data, config)

@@ -33,6 +33,7 @@ from k5train.forward.load import execute, stream_weights, streamed_blocks
 from k5train.options.data import DataConfig
 from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
+from k5train.options.precision import precision_of
 from k5train.options.rate import usual_rate
 from k5train.options.train import TrainConfig
 from k5train.planning import vram
@@ -156,7 +157,7 @@ def _time_run(
 
 def _time_bare_step(base: Base, config: TrainConfig, model: Mapping[str, Any], side: int, num_steps: int) -> Feature:
     """The step of ``k5train bench`` on fixed inputs: only forward, loss, backward, clip and AdamW."""
-    case = Case(config.base_model_precision, None, side, num_text_tokens=sum(CAPTION_LENGTHS) // len(CAPTION_LENGTHS))
+    case = Case(precision_of(config), None, side, num_text_tokens=sum(CAPTION_LENGTHS) // len(CAPTION_LENGTHS))
     attach.add_lora(base.transformer, config.lora, seed=0)
     execution = execute(base.transformer, config, base.device, base.plan)
     step = make_step(base.transformer, inputs_for(case, dict(model), base.device))
@@ -175,7 +176,7 @@ def _base(model: Mapping[str, Any], config: TrainConfig, device: torch.device, d
     budget = vram.budget(device, config.memory.vram)
     plan = plan_for(model, config, device, sizes, budget)
     streamed = frozenset(streamed_blocks(plan))
-    transformer = random_transformer(dict(model), config.base_model_precision, device, streamed)
+    transformer = random_transformer(dict(model), precision_of(config), device, streamed)
     stream_weights(transformer, plan, device)
     return Base(transformer, device, plan)
 

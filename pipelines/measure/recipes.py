@@ -30,6 +30,7 @@ from k5train.base.architecture import FULL_SIZE, full_size
 from k5train.bench.case import Case, Measured
 from k5train.bench.steps import measure_or_warn, time_recipe
 from k5train.commands.bench import gpu_to_measure
+from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan
 from k5train.planning.plan import plan_for
@@ -59,7 +60,7 @@ class Work:
         config, card = self.config, self.config.memory.vram
         assert card is not None
         return Case(
-            config.base_model_precision,
+            precision_of(config),
             for_torch(parse_bytes(card)) / 2**30,
             self.resolution,
             config.batch_size,

@@ -97,10 +97,12 @@ def _about_data(entries: Sequence[DataConfig], config: TrainConfig, model: Model
 def _about_memory(
     question: Question, entries: Sequence[DataConfig], config: TrainConfig, model: ModelConfig | None
 ) -> dict[str, Any]:
+    from k5train.forward.precision import decided
     from k5train.planning.without_loading import plan_without_loading
 
     if question.card and config.memory.vram is None:
         config = replace(config, memory=replace(config.memory, vram=question.card))
+    config = decided(config, is_imagined=True)
     kind: Kind = "i2i" if model and kind_of_flavour(model) == "i2i" else "t2i"
     named = model if model and model.path else None  # the shapes of a published one are known
     caches = [Path(entry.cache) for entry in entries]
