@@ -100,7 +100,7 @@ def test_what_limits_a_step_is_said_in_words():
 
 
 def measured(name: str, milliseconds: float, busy: float, how: Any = None) -> Measured:
-    timing = Timing(milliseconds, milliseconds, 1.0, 8.0, tuple(launches(busy)))
+    timing = Timing(milliseconds, milliseconds, 1.0, 8.0, tuple(launches(busy)), busy)
     plain = Measured(name, milliseconds, milliseconds, None, 8.0, timing.busy, 1.0, "1 all", 1.0, how)
     return plain.on_gpu(timing)
 
@@ -112,6 +112,7 @@ def test_a_case_is_shown_beside_both_baselines_by_the_clock_and_by_the_gpu():
         ["1.67x, GPU 2.00x", "1.00x, GPU 1.00x"],
         ["3.33x, GPU 4.00x", "2.00x, GPU 2.00x"],
     ]
+    assert [row[2] for row in steps.table_rows(results, None)] == ["800 (1.25x)", "400 (1.50x)", "200 (1.50x)"]
     assert len(steps.table_rows(results, None)[0]) == len(steps.COLUMNS)
     assert steps.limits(results)[2] == (
         "ours: limited by launches: the GPU computes for 200 of 300 ms (matmuls 200, attention 0, memory 0)"

@@ -24,6 +24,7 @@ from k5train.bench.baseline import time_baseline
 from k5train.bench.case import CARDS, EDITS, MUST_REACH, SIZES, Case, inputs_for, routes_for
 from k5train.forward import compile, execute
 from k5train.forward.block import Modes, gather
+from k5train.forward.predict_velocity import predict_velocity
 from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.objective import RouteConfig, TreadConfig
@@ -439,7 +440,7 @@ def test_flops_are_those_that_torch_counts():
     transformer = random_weights.random_transformer(small, "no_change", CPU).requires_grad_(False)
     case = Case("no_change", None, side=128, num_text_tokens=24)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        steps.predict_velocity(transformer, *inputs_for(case, small, CPU))
+        predict_velocity(transformer, *inputs_for(case, small, CPU))
     # Forward alone is half of a step's linears and 2 / 7 of its attention.
     work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
     attention = 4 * 256 * (2 * (64 * 64 + 64 * 24) + 2 * 24 * 24)
@@ -479,7 +480,7 @@ def test_flops_of_a_tread_step_are_those_that_torch_counts():
     for case in (plain, routed):
         routes = routes_for(case, CPU)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            steps.predict_velocity(transformer, *inputs_for(case, small, CPU), routes=routes)
+            predict_velocity(transformer, *inputs_for(case, small, CPU), routes=routes)
         counted.append(counter.get_total_flops())
     work, arch = Work(1, 64, 24, 0, 0, "no_change"), architecture(small)
     half = replace(work, token_shares=(1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1))

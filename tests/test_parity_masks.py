@@ -69,6 +69,19 @@ def loss_and_gradients(transformer, groups: list[Group], device="cpu", **options
     return loss, gradients
 
 
+def test_lengths_in_a_tensor_are_those_in_a_tuple_bit_for_bit_with_room_to_spare(transformer):
+    group = pad(rows())
+    assert group.text_lengths is not None
+    lengths = torch.tensor(group.text_lengths, dtype=torch.int32)
+    loss, gradients = loss_and_gradients(transformer, [group])
+    again, same = loss_and_gradients(transformer, [replace(group, text_lengths=lengths)])
+    assert (again, torch.equal(same, gradients)) == (loss, True)
+    wide = replace(group, prompt_embeds=torch.nn.functional.pad(group.prompt_embeds, (0, 0, 0, 13)))
+    with_room, near = loss_and_gradients(transformer, [replace(wide, text_lengths=lengths)])
+    assert with_room == pytest.approx(loss, rel=1e-3)
+    assert (near - gradients).norm() <= GRADIENTS[transformer.dtype] * gradients.norm()
+
+
 def test_a_masked_batch_predicts_what_diffusers_predicts_for_each_row_alone(toy_model, transformer, precision):
     dtype = transformer.dtype
     plain = load_transformer(toy_model, "no_change", dtype, "cpu") if precision == "no_change" else transformer

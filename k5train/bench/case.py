@@ -36,6 +36,8 @@ class Case:
     rank: int = 16
     targets: tuple[str, ...] = ("qkv",)
     execution: str = "auto"
+    graph: Literal["auto", "off"] = "auto"
+    """Whether steps are captured as CUDA graphs, as ``train.memory.graph``."""
     tread: float = 0.0
     """Share of the picture's tokens that skip the blocks of ``TREAD_BLOCKS``."""
     is_i2i: bool = False
@@ -49,7 +51,10 @@ class Case:
         adapter = f"r{self.rank} {'+'.join(self.targets)}"
         text = f", {self.num_text_tokens} text tokens" if self.num_text_tokens != Case.num_text_tokens else ""
         kind = I2I if self.is_i2i else ""
-        return f"{kind}{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, {adapter}{text}{tread}"
+        launched = ", no graph" if self.graph == "off" else ""
+        return (
+            f"{kind}{self.precision}, {cap}, {self.side} px, batch {self.batch_size}, {adapter}{text}{tread}{launched}"
+        )
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """A transformer's config.json, for the kind of this case."""

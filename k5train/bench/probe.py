@@ -16,9 +16,8 @@ from torch import Tensor
 from k5cache.shared.errors import K5Error
 from k5train.adapter import attach
 from k5train.base.random_weights import random_transformer
-from k5train.bench.steps import make_step
+from k5train.bench.one_step import OneStep, group_of, make_session
 from k5train.forward.condition import condition_of
-from k5train.forward.load import execute
 from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning.memory import LevelName, Plan
@@ -91,14 +90,15 @@ def _time_blocks(
     small = {**transformer_config, "num_visual_blocks": num_blocks}
     transformer = random_transformer(small, precision_of(config), device)
     attach.add_lora(transformer, replace(config.lora, init_lora=None), seed=0)
-    execution = execute(transformer, config, device, replace(plan, levels=(level,) * num_blocks, streaming=None))
+    session = make_session(transformer, config, device, replace(plan, levels=(level,) * num_blocks, streaming=None))
     seconds = []
     for i, block in enumerate(blocks):
         inputs, condition = _inputs(small, config.batch_size, block, device)
-        step = make_step(transformer, inputs, condition=condition)
-        if execution and not i:
-            execution.warm_up(step)
+        step = OneStep(session, config, group_of(inputs, condition=condition.get("condition")))
+        if not i:
+            step.warm_up()
         seconds.append(_time(step, device))
+    session.make_room()
     return seconds
 
 

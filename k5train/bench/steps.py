@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from k5cache.shared import console
 from k5cache.shared.errors import K5Error
@@ -32,11 +30,9 @@ from k5train.bench.case import (
     tread_of,
 )
 from k5train.bench.kernels import GROUPS
+from k5train.bench.one_step import OneStep, group_of, make_session
 from k5train.bench.timing import flops, time_steps
-from k5train.forward import routing
-from k5train.forward.load import execute, stream_weights, streamed_blocks
-from k5train.forward.predict_velocity import predict_velocity
-from k5train.objective import flow
+from k5train.forward.load import stream_weights, streamed_blocks
 from k5train.options.adapter import LoraConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.train import TrainConfig
@@ -44,7 +40,7 @@ from k5train.planning import vram
 from k5train.planning.memory import Plan, architecture
 from k5train.planning.plan import leaner_budget, plan_for, work_for
 
-COLUMNS = ("case", "ms/step", "GPU busy", "beside eager", "beside compiled", "reserved GiB", "predicted",
+COLUMNS = ("case", "ms/step", "GPU busy (wall over it)", "beside eager", "beside compiled", "reserved GiB", "predicted",
            "TFLOP/s (of ceiling)", "blocks")  # fmt: skip
 _MOST_OF_A_NAME = 100  # characters: names of C++ templates go on for lines
 KERNEL_COLUMNS = ("group", "ms", "launches", "what it covers, or the kernel")
@@ -115,7 +111,7 @@ def time_case(
         base_model_precision=case.precision,
         mixed_precision="bf16",
         lora=LoraConfig(rank=case.rank, alpha=case.rank, targets=case.targets),
-        memory=MemoryConfig(execution=case.execution),  # type: ignore[arg-type]
+        memory=MemoryConfig(execution=case.execution, graph=case.graph),  # type: ignore[arg-type]
         tread=tread_of(case),
     )
     return time_recipe(train, case, device, config, num_steps, num_warm_up)
@@ -155,46 +151,23 @@ def _time_plan(
     transformer = random_transformer(config, case.precision, device, frozenset(streamed_blocks(plan)))
     stream_weights(transformer, plan, device)
     attach.add_lora(transformer, train.lora, seed=0)
-    execution = execute(transformer, train, device, plan)
-    inputs, condition = inputs_for(case, config, device), condition_for(case, config, device)
-    step = make_step(transformer, inputs, routes_for(case, device, train.tread), condition)
-    timing = time_steps(step, execution, device, num_steps, num_warm_up)
+    session = make_session(transformer, train, device, plan)
+    execution, condition = session.execution, condition_for(case, config, device).get("condition")
+    group = group_of(inputs_for(case, config, device), routes_for(case, device, train.tread), condition)
+    step = OneStep(session, train, group)
+    timing = time_steps(step, step.warm_up, device, num_steps, num_warm_up, step.uncaptured)
+    is_captured = session.graphs is not None and not session.graphs.is_off
+    session.make_room()
     operations = flops(architecture(config), work_for(config, train, sizes, compiled=True))
     blocks = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
     blocks += [f"{plan.streaming.num_blocks} streamed"] if plan.streaming else []
     blocks += [] if execution is None or execution.is_compiled else ["eager"]
+    blocks += ["captured"] if is_captured else []
     on_gpu = device.type == "cuda"
     return Measured(
         case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
         timing.busy, operations / timing.median / 1e9, ", ".join(blocks), timing.first,
     ).on_gpu(timing)  # fmt: skip
-
-
-def make_step(
-    transformer: Any,
-    inputs: tuple[Tensor, ...],
-    routes: tuple[routing.Route, ...] = (),
-    condition: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Callable[[], Tensor]:
-    """A function that does one step on fixed inputs: forward, loss, backward, clip, AdamW.
-
-    It returns the gradients' norm without waiting for it.
-    """
-    parameters = attach.lora_parameters(transformer)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=inputs[0].is_cuda)
-    target = torch.randn_like(inputs[0])
-    predict: Callable[..., Tensor] = partial(predict_velocity, transformer)
-    transformer.train()
-
-    def step() -> Tensor:
-        loss = flow.flow_loss(predict(*inputs, **condition, routes=routes), target)
-        torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    return step
 
 
 def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]]:
@@ -207,7 +180,7 @@ def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]
         )
         predicted = f"{r.predicted_gib:.2f}{error}" if r.predicted_gib else ""
         rows.append([
-            r.name, f"{r.milliseconds:.0f}", f"{r.busy:.0f}" if r.busy else "",
+            r.name, f"{r.milliseconds:.0f}", f"{r.busy:.0f} ({r.milliseconds / r.busy:.2f}x)" if r.busy else "",
             _beside(r, baselines.get("eager")), _beside(r, baselines.get("compiled")),
             f"{r.reserved_gib:.2f}" if r.reserved_gib else "", predicted,
             f"{r.tflops:.0f}" + (f" ({100 * r.tflops / ceiling:.0f} %)" if ceiling else ""), r.plan,

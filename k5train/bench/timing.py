@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from k5train.bench.kernels import Launch, busy_milliseconds, launches_of
-from k5train.forward.execute import Execution
 from k5train.planning.memory import Architecture, Work
 
 
@@ -25,20 +24,27 @@ class Timing:
     reserved_gib: float | None
     launches: tuple[Launch, ...] | None
     """What one step launches on the GPU."""
-
-    @property
-    def busy(self) -> float | None:
-        """Milliseconds in which the GPU computes."""
-        return busy_milliseconds(self.launches) if self.launches else None
+    busy: float | None = None
+    """Milliseconds in which the GPU computes."""
 
 
 def time_steps(
-    step: Callable[[], Any], execution: Execution | None, device: torch.device, num_steps: int, num_warm_up: int
+    step: Callable[[], Any],
+    warm_up: Callable[[], Any] | None,
+    device: torch.device,
+    num_steps: int,
+    num_warm_up: int,
+    launched: Callable[[], Any] | None = None,
 ) -> Timing:
-    """Time whole steps, waiting for the GPU after each."""
+    """Time whole steps, waiting for the GPU after each.
+
+    Args:
+        warm_up: compiles, and changes nothing.
+        launched: the same step, launched kernel by kernel: in a replayed graph nothing says which call a kernel is of.
+    """
     started = time.perf_counter()
-    if execution:
-        execution.warm_up(step)
+    if warm_up:
+        warm_up()
     for _ in range(num_warm_up):
         step()
     on_gpu = device.type == "cuda"
@@ -53,8 +59,9 @@ def time_steps(
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - tick))
     reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
-    launches = tuple(launches_of(step)) if on_gpu else None
-    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, launches)
+    busy = busy_milliseconds(launches_of(step)) if on_gpu else None
+    launches = tuple(launches_of(launched or step)) if on_gpu else None
+    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, launches, busy)
 
 
 def flops(arch: Architecture, work: Work) -> float:

@@ -33,6 +33,9 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also list each step's kernels: by what they are for, and the longest.")
     ] = False,
+    graph: Annotated[
+        bool, typer.Option("--graph/--no-graph", help="Capture steps as CUDA graphs, as runs do where it works.")
+    ] = True,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a case.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
@@ -61,6 +64,8 @@ def bench(
     cases = within(vram.budget(device, None), wanted)
     if quick:
         cases = tuple(dict.fromkeys(replace(case, cap_gib=None) for case in EDITS)) if i2i else QUICK
+    if not graph:
+        cases = tuple(replace(case, graph="off") for case in cases)
     with console.working("timing steps"):
         ceiling = timing.matmul_ceiling(device)
         results = time_cases(

@@ -15,11 +15,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 
-def text_mask(lengths: Sequence[int], num_tokens: int, device: torch.device) -> Tensor:
+def text_mask(lengths: Sequence[int] | Tensor, num_tokens: int, device: torch.device) -> Tensor:
     """Which tokens of padded captions are not padding.
 
     Args:
-        lengths: tokens of each caption, from 1 to ``num_tokens``.
+        lengths: tokens of each caption, from 1 to ``num_tokens``. A tensor ``[B]`` on ``device`` is not checked.
         num_tokens: L, the length of the padded captions.
 
     Returns:
@@ -28,6 +28,8 @@ def text_mask(lengths: Sequence[int], num_tokens: int, device: torch.device) -> 
     Raises:
         ValueError: a length is out of range. A caption without tokens would attend to nothing, which gives NaN.
     """
+    if isinstance(lengths, Tensor):  # never read here: a captured pass has other lengths each time
+        return (torch.arange(num_tokens, device=device) < lengths[:, None])[:, None, None]
     if not all(0 < length <= num_tokens for length in lengths):
         raise ValueError(f"text_lengths must each be 1 to {num_tokens}, found {list(lengths)}")
     return (torch.arange(num_tokens) < torch.tensor(lengths)[:, None])[:, None, None].to(device, non_blocking=True)

@@ -47,7 +47,7 @@ def predict_velocity(
     pooled_projections: Tensor,
     *,
     condition: Tensor | None = None,
-    text_lengths: Sequence[int] | None = None,
+    text_lengths: Sequence[int] | Tensor | None = None,
     routes: Sequence[routing.Route] = (),
     gradient_checkpointing: bool = False,
     block_policies: Sequence[BlockPolicy] | None = None,
@@ -64,7 +64,8 @@ def predict_velocity(
         condition: ``[B, 1, H, W, 17]``: the source's latents and the mask channel, which a transformer that edits
             images sees behind the noisy latents. None: the transformer makes pictures from captions alone.
         text_lengths: tokens of each caption. The rest of ``prompt_embeds`` is padding and is masked out of every
-            attention (``masked.py``): policies then get blocks that have the mask. None: every caption has L tokens.
+            attention (``masked.py``): policies then get blocks that have the mask. None: every caption has L tokens. A
+            tensor, ``[B]`` int32 on the device of the others, is never read on the host nor checked: each is 1 to L.
         routes: TREAD's routes, in training only: which visual tokens go through which blocks.
         gradient_checkpointing: ``recompute`` every block, otherwise ``keep``. Without effect if there are policies.
         block_policies: one policy for each block, text blocks first. None: those of ``use_policies``, if it was called
@@ -80,7 +81,7 @@ def predict_velocity(
     _check_channels(transformer, latents, condition)
     text_blocks: Sequence[Any] = transformer.text_transformer_blocks
     visual_blocks: Sequence[Any] = transformer.visual_transformer_blocks
-    if text_lengths is not None and set(text_lengths) != {prompt_embeds.shape[1]}:
+    if text_lengths is not None and (isinstance(text_lengths, Tensor) or set(text_lengths) != {prompt_embeds.shape[1]}):
         if len(text_lengths) != len(prompt_embeds):
             raise ValueError(f"captions under a mask need one length each, found {list(text_lengths)}")
         mask = text_mask(text_lengths, prompt_embeds.shape[1], prompt_embeds.device)

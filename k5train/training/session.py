@@ -148,14 +148,20 @@ def attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session
 def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
     start = replace(config.lora, init_lora=None) if saved else config.lora  # the saved state has all of it
     console.note(targets.describe(add_lora(base.transformer, start, config.seed)))
+    console.note(f"{config.optim.optimizer} at a learning rate of {config.optim.lr:g}")
+    session = session_of(base, config)
+    if saved:
+        session.restore(saved)
+    return session
+
+
+def session_of(base: Base, config: TrainConfig) -> Session:
+    """The session of an adapter that is on its base already."""
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values(), config.optim)
-    console.note(f"{config.optim.optimizer} at a learning rate of {config.optim.lr:g}")
     ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
     execution = execute(base.transformer, config, base.device, base.plan, base.any_rank)
     session = Session(base, parameters, optimizer, ema, execution)
-    if saved:
-        session.restore(saved)
     return replace(session, graphs=_graphs(session, config))
 
 

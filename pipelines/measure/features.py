@@ -25,11 +25,11 @@ from k5train.base.architecture import FULL_SIZE
 from k5train.base.quantize import Precision
 from k5train.base.random_weights import random_transformer
 from k5train.bench.case import TREAD_BLOCKS, Case, inputs_for
-from k5train.bench.steps import make_step
+from k5train.bench.one_step import OneStep, group_of, make_session
 from k5train.bench.timing import time_steps
 from k5train.commands.bench import gpu_to_measure
 from k5train.data.mixture import Mixture, open_mixture
-from k5train.forward.load import execute, stream_weights, streamed_blocks
+from k5train.forward.load import stream_weights, streamed_blocks
 from k5train.options.data import DataConfig
 from k5train.options.objective import RolloutConfig, RouteConfig, TreadConfig
 from k5train.options.optimizer import OptimConfig
@@ -159,10 +159,11 @@ def _time_bare_step(base: Base, config: TrainConfig, model: Mapping[str, Any], s
     """The step of ``k5train bench`` on fixed inputs: only forward, loss, backward, clip and AdamW."""
     case = Case(precision_of(config), None, side, num_text_tokens=sum(CAPTION_LENGTHS) // len(CAPTION_LENGTHS))
     attach.add_lora(base.transformer, config.lora, seed=0)
-    execution = execute(base.transformer, config, base.device, base.plan)
-    step = make_step(base.transformer, inputs_for(case, dict(model), base.device))
-    timing = time_steps(step, execution, base.device, num_steps, 2)
-    base.transformer.unload_lora()
+    session = make_session(base.transformer, config, base.device, base.plan)
+    execution = session.execution
+    step = OneStep(session, config, group_of(inputs_for(case, dict(model), base.device)))
+    timing = time_steps(step, step.warm_up, base.device, num_steps, 2)
+    session.close()
     del step
     gc.collect()
     is_compiled = execution is not None and execution.is_compiled

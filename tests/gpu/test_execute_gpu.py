@@ -17,6 +17,7 @@ from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
 from k5train.bench import steps
 from k5train.bench.case import Case, condition_for, inputs_for
+from k5train.bench.one_step import OneStep, group_of, make_session
 from k5train.bench.timing import time_steps
 from k5train.forward import attention, ops
 from k5train.forward.attention import attention_works
@@ -195,8 +196,8 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured(level, precisi
     plan = steps.plan_for(WIDE, config, GPU, (4096, 77), None)
     transformer = random_weights.random_transformer(WIDE, precision, GPU)
     attach.add_lora(transformer, config.lora, seed=0)
-    execution = make_execution(transformer, config, GPU, plan)
-    timing = time_steps(steps.make_step(transformer, inputs_for(case, WIDE, GPU)), execution, GPU, 2, 2)
+    step = OneStep(make_session(transformer, config, GPU, plan), config, group_of(inputs_for(case, WIDE, GPU)))
+    timing = time_steps(step, step.warm_up, GPU, 2, 2)
     assert timing.reserved_gib is not None
     assert plan.peak / 2**30 == pytest.approx(timing.reserved_gib, rel=0.10)
 
