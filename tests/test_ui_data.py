@@ -605,11 +605,12 @@ def test_a_button_puts_the_encode_into_the_queue(project, cats, page, monkeypatc
     answer = page.post(f"{url('c', 'cache/cats')}/encode", data={"trigger": "ohwx"}, follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (303, url("c", "cache/cats"))
     page.post(f"{url('c', 'cache/cats')}/diff", data={"trigger": "sks"}, follow_redirects=False)
-    page.post(f"{url('f', 'datasets/cats')}/encode", data={"trigger": "sks"}, follow_redirects=False)
+    answer = page.post(f"{url('f', 'datasets/cats')}/encode", data={"trigger": "s&s"}, follow_redirects=False)
+    assert answer.headers["location"] == url("f", "datasets/cats") + "?trigger=s%26s"  # it shows what is encoded
     assert [(words[0][1], words[0][-1], words[3]) for words in added] == [  # type: ignore[index]
         ("encode", "--update", "cache/cats"),
         ("diff", 'cache.trigger="sks"', "cache/cats"),
-        ("encode", 'cache.trigger="sks"', "cache/cats"),
+        ("encode", 'cache.trigger="s&s"', "cache/cats"),
     ]
     assert page.post(f"{url('c', 'cache/cats')}/encode", data={"resolution": "65"}).status_code == 400
     assert len(added) == 3

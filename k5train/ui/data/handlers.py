@@ -193,9 +193,11 @@ def encode_folder(request: Request, form: FormData) -> Response:
     here = _Folder(request)
     config = options.with_values(here.base, {name: str(value) for name, value in form.items()})
     panel.check_not_under_way(here.project, here.about, "encode")
-    words = argv("encode", here.project, here.entry, here.cache, config, bool(options.changes(here.base, config)))
+    changed = options.changes(here.base, config)
+    words = argv("encode", here.project, here.entry, here.cache, config, bool(changed))
     queue.add(here.project, words, f"encode {here.entry.name}", "encode", here.about, uses=(here.entry.relative,))
-    return actions.redirect(f"/data/f/{here.entry.id}", "encoding")
+    # Until there is a cache, the pictures go on being shown with the options that they are encoded with.
+    return actions.redirect(f"/data/f/{here.entry.id}{Query(rest=changed).url().rstrip('?')}", "encoding")
 
 
 def folder_events(request: Request) -> Response:
