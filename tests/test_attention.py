@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from k5train.forward import execute
-from k5train.forward.attention import attention, attention_works
+from k5train.forward.attention import any_attention, attention, attention_works
 from k5train.forward.block import Modes
 from k5train.forward.execute import Execution
 from k5train.planning.memory import Plan
@@ -41,13 +41,22 @@ def test_it_is_torchs_attention_forward_and_backward(dtype, num_keys):
         assert torch.equal(ours, theirs)
 
 
+def test_attention_to_the_first_keys_of_each_row_is_attention_to_these_alone():
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, n, 3, 16, generator=generator) for n in (9, 7, 7))
+    out = any_attention(query, key, value, torch.tensor([3, 7], dtype=torch.int32))
+    for row, length in enumerate((3, 7)):
+        one = attention(query[row : row + 1], key[row : row + 1, :length], value[row : row + 1, :length], cudnn=False)
+        torch.testing.assert_close(out[row : row + 1], one, rtol=1e-6, atol=1e-6)
+
+
 def test_it_is_a_proper_op():
     query, key, value = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (4, 3, 3))
-    out, logsumexp = torch.ops.k5.attention(*(t.detach() for t in (query, key, value)), False)
+    out, logsumexp = torch.ops.k5.attention(*(t.detach() for t in (query, key, value)), None, False)
     given = [t.detach() for t in (torch.ones_like(out), query, key, value, out, logsumexp)]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.k5.attention.default, (*given[1:4], False), test_utils=checks)
-    torch.library.opcheck(torch.ops.k5.attention_backward.default, (*given, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.k5.attention.default, (*given[1:4], None, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.k5.attention_backward.default, (*given, None, False), test_utils=checks)
     assert torch.autograd.gradcheck(
         functools.partial(attention, cudnn=False), [t.detach().double().requires_grad_() for t in (query, key, value)]
     )

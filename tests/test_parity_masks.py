@@ -14,7 +14,7 @@ from k5train.adapter import attach
 from k5train.base.quantize import load_transformer
 from k5train.data.batch import Batch, Group, pad
 from k5train.data.loader import Loader
-from k5train.forward.masked import text_mask
+from k5train.forward.masked import Padding
 from k5train.forward.predict_velocity import predict_velocity
 from k5train.options.adapter import LoraConfig
 from k5train.options.train import TrainConfig
@@ -106,7 +106,7 @@ def test_loss_and_gradients_of_a_masked_batch_are_those_of_its_rows_one_by_one(t
 def test_what_stands_in_the_padding_changes_no_bit(transformer):
     group = pad(rows())
     noise = torch.randn(group.prompt_embeds.shape, generator=torch.Generator().manual_seed(9)).bfloat16()
-    padding = ~text_mask(LENGTHS, max(LENGTHS), torch.device("cpu")).reshape(len(LENGTHS), -1, 1)
+    padding = ~Padding(LENGTHS, max(LENGTHS), torch.device("cpu")).mask.reshape(len(LENGTHS), -1, 1)
     filled = replace(group, prompt_embeds=torch.where(padding, 100 * noise, group.prompt_embeds))
     assert not torch.equal(filled.prompt_embeds, group.prompt_embeds)
     loss, gradients = loss_and_gradients(transformer, [group])

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from k5train.base.linear import Int8Linear
-from k5train.forward.attention import any_attention, attention, fits
+from k5train.forward.attention import any_attention, attention, fits, fits_padded
 from k5train.forward.ops import linear
 from k5train.forward.without_adapter import is_without_adapter
 
@@ -72,13 +72,15 @@ class Modes(NamedTuple):
     cudnn: bool
     """Use cuDNN for attention over the picture, which is faster than flash attention on Hopper."""
     flash: bool = True
-    """Use ``attention.attention`` where there is no mask, otherwise what torch chooses."""
+    """Use ``attention.attention`` where no caption is padded, otherwise what torch chooses."""
+    padded: bool = False
+    """Use it for padded captions too."""
 
 
 def run_block(
     x: Tensor,
     text: Tensor | None,
-    mask: Tensor | None,
+    lengths: Tensor | None,
     modulation: Tensor,
     rope: Tensor,
     block: Block,
@@ -89,18 +91,19 @@ def run_block(
     Args:
         x: ``[B, N, D]`` tokens.
         text: ``[B, L, D]`` tokens of the captions, which the picture attends to.
-        mask: ``[B, 1, 1, L]`` bool, True for tokens of the captions that are attended to. None: all are.
+        lengths: ``[B]`` int32: tokens of each caption, the first of L. The others are padding, which nothing attends
+            to. None: no caption is padded.
         modulation: ``[B, 9 * D]`` float32, in a text block ``[B, 6 * D]``: shift, scale and gate of each part.
         rope: ``[1, N, 1, head / 2, 2, 2]`` float32.
     """
     parts = modulation.unsqueeze(1).chunk(2 if text is None else 3, dim=-1)
     shift, scale, gate = parts[0].chunk(3, dim=-1)
-    own_mask = mask if text is None else None  # only captions have pad tokens: they are keys of a text block itself
-    out = attend(modulate(x, shift, scale), None, own_mask, rope, block.self_attention, modes, "self")
+    own = lengths if text is None else None  # only captions are padded: they are keys of a text block itself
+    out = attend(modulate(x, shift, scale), None, own, rope, block.self_attention, modes, "self")
     x = (x.float() + gate * out.float()).type_as(x)
     if text is not None and block.cross_attention is not None:
         shift, scale, gate = parts[1].chunk(3, dim=-1)
-        out = attend(modulate(x, shift, scale), text, mask, None, block.cross_attention, modes, "cross")
+        out = attend(modulate(x, shift, scale), text, lengths, None, block.cross_attention, modes, "cross")
         x = (x.float() + gate * out.float()).type_as(x)
     shift, scale, gate = parts[-1].chunk(3, dim=-1)
     hidden = F.gelu(project(modulate(x, shift, scale), block.ff_in, modes, "ff_in"))
@@ -116,7 +119,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def attend(
     x: Tensor,
     text: Tensor | None,
-    mask: Tensor | None,
+    lengths: Tensor | None,
     rope: Tensor | None,
     part: Attention,
     modes: Modes,
@@ -133,11 +136,13 @@ def attend(
     query, key = rms_norm(query, part.query_norm), rms_norm(key, part.key_norm)
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
-    if mask is None and modes.flash and fits(query):
+    if lengths is not None and modes.padded and fits_padded(query):
+        mixed = attention(query, key, value, cudnn=False, lengths=lengths)
+    elif lengths is None and modes.flash and fits(query):
         # cuDNN takes no caption of one token.
         mixed = attention(query, key, value, cudnn=modes.cudnn and text is None and query.shape[1] > 1)
     else:
-        mixed = any_attention(query, key, value, mask)
+        mixed = any_attention(query, key, value, lengths)
     return project(mixed.flatten(-2, -1), part.out, modes, f"{tag}_out")
 
 

@@ -13,7 +13,7 @@ from k5cache.shared import console
 from k5cache.shared.device import is_rocm
 from k5cache.shared.errors import K5Error, RunError
 from k5train.forward import ops
-from k5train.forward.attention import attention_works
+from k5train.forward.attention import attention_works, few_keys_work
 from k5train.forward.block import Block, Modes, adapter_state, bare, gather
 from k5train.forward.compile import compile_block
 from k5train.forward.levels import run_at_level
@@ -129,8 +129,8 @@ class Execution:
         known: dict[Any, Gathered | None] = {}
 
         def policy(module: Any, x: Tensor, *rest: Any) -> Tensor:
-            is_masked = isinstance(module, MaskedTextBlock | MaskedVisualBlock)
-            block, mask = (module.block, module.mask) if is_masked else (module, None)
+            is_padded = isinstance(module, MaskedTextBlock | MaskedVisualBlock)
+            block, lengths = (module.block, module.padding.lengths) if is_padded else (module, None)
             gathered = self._gathered(block, known)
             if gathered is None:
                 return (keep if level == "all" else recompute)(module, x, *rest)
@@ -142,8 +142,8 @@ class Execution:
             weights, ranks = (gathered.bare, ()) if is_without_adapter() else (gathered.block, gathered.ranks)
             args = (modulate(time), weights, self.modes, level)
             if text is None or not self.is_compiled:
-                return run_at_level(x, text, rope, mask, *args)
-            return self._run_visual(SizedInputs(x, text, rope, mask), args, ranks, block.training)
+                return run_at_level(x, text, rope, lengths, *args)
+            return self._run_visual(SizedInputs(x, text, rope, lengths), args, ranks, block.training)
 
         return policy
 
@@ -243,4 +243,5 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
             console.note("The int8 kernel does not run here: using torch._int_mm, which is slower")
     # Flash attention as torch ships it is written for Ampere; cuDNN's knows Hopper and Blackwell.
     cudnn = not on_amd and capability[0] in (9, 10) and attention_works(device, cudnn=True)
-    return Modes(precision == "int8-dynamic", cudnn, flash=attention_works(device, cudnn=False))
+    flash = attention_works(device, cudnn=False)
+    return Modes(precision == "int8-dynamic", cudnn, flash, padded=flash and few_keys_work(device))

@@ -29,14 +29,14 @@ def run_at_level(
     x: Tensor,
     text: Tensor | None,
     rope: Tensor,
-    mask: Tensor | None,
+    lengths: Tensor | None,
     modulation: Tensor,
     block: Block,
     modes: Modes,
     level: LevelName,
 ) -> Tensor:
     """``run_block``, which keeps for the backward pass what ``level`` says. Works both eagerly and compiled."""
-    args = (x, text, mask, modulation, rope, block, modes)
+    args = (x, text, lengths, modulation, rope, block, modes)
     output: Tensor
     if level == "all" or not torch.is_grad_enabled():
         output = opaque_block(*args)

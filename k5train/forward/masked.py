@@ -7,6 +7,7 @@ on each token by itself. ``tests/test_parity_masks.py`` compares a masked batch 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,39 +15,47 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from k5train.forward.attention import length_mask
 
-def text_mask(lengths: Sequence[int] | Tensor, num_tokens: int, device: torch.device) -> Tensor:
-    """Which tokens of padded captions are not padding.
+
+class Padding:
+    """Which tokens of padded captions are padding.
 
     Args:
-        lengths: tokens of each caption, from 1 to ``num_tokens``. A tensor ``[B]`` on ``device`` is not checked.
+        lengths: tokens of each caption, from 1 to ``num_tokens``. A tensor ``[B]`` int32 on ``device`` is not checked.
         num_tokens: L, the length of the padded captions.
-
-    Returns:
-        ``[B, 1, 1, L]`` bool for attention over ``[B, heads, queries, keys]``; True: attended to.
 
     Raises:
         ValueError: a length is out of range. A caption without tokens would attend to nothing, which gives NaN.
     """
-    if isinstance(lengths, Tensor):  # never read here: a captured pass has other lengths each time
-        return (torch.arange(num_tokens, device=device) < lengths[:, None])[:, None, None]
-    if not all(0 < length <= num_tokens for length in lengths):
-        raise ValueError(f"text_lengths must each be 1 to {num_tokens}, found {list(lengths)}")
-    return (torch.arange(num_tokens) < torch.tensor(lengths)[:, None])[:, None, None].to(device, non_blocking=True)
+
+    def __init__(self, lengths: Sequence[int] | Tensor, num_tokens: int, device: torch.device) -> None:
+        self.num_tokens = num_tokens
+        if isinstance(lengths, Tensor):  # never read here: a captured pass has other lengths each time
+            self.lengths = lengths
+            return
+        if not all(0 < length <= num_tokens for length in lengths):
+            raise ValueError(f"text_lengths must each be 1 to {num_tokens}, found {list(lengths)}")
+        self.lengths = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """``[B, 1, 1, L]`` bool for attention over ``[B, heads, queries, keys]``; True: attended to."""
+        return length_mask(self.lengths, self.num_tokens)
 
 
 class MaskedTextBlock:
-    """A ``Kandinsky5TransformerEncoderBlock`` that is called with the same arguments and attends under ``mask``."""
+    """A ``Kandinsky5TransformerEncoderBlock`` that is called with the same arguments and attends to no padding."""
 
-    def __init__(self, block: nn.Module, mask: Tensor) -> None:
+    def __init__(self, block: nn.Module, padding: Padding) -> None:
         self.block: Any = block
-        self.mask = mask
+        self.padding = padding
 
     def __call__(self, x: Tensor, time_embed: Tensor, rope: Tensor) -> Tensor:
         block = self.block
         attention, feed_forward = block.text_modulation(time_embed).unsqueeze(1).chunk(2, dim=-1)
         out = _modulate(block.self_attention_norm, x, attention)
-        x = _gate(x, _attend(block.self_attention, out, out, rope, self.mask), attention)
+        x = _gate(x, _attend(block.self_attention, out, out, rope, self.padding.mask), attention)
         out = block.feed_forward(_modulate(block.feed_forward_norm, x, feed_forward))
         return _gate(x, out, feed_forward)
 
@@ -54,9 +63,9 @@ class MaskedTextBlock:
 class MaskedVisualBlock:
     """A ``Kandinsky5TransformerDecoderBlock`` that is called with the same arguments and masks the caption."""
 
-    def __init__(self, block: nn.Module, mask: Tensor) -> None:
+    def __init__(self, block: nn.Module, padding: Padding) -> None:
         self.block: Any = block
-        self.mask = mask
+        self.padding = padding
 
     def __call__(self, x: Tensor, text: Tensor, time_embed: Tensor, rope: Tensor, sparse_params: None) -> Tensor:
         block = self.block
@@ -64,7 +73,7 @@ class MaskedVisualBlock:
         out = block.self_attention(_modulate(block.self_attention_norm, x, own), rotary_emb=rope)
         x = _gate(x, out, own)
         out = _modulate(block.cross_attention_norm, x, cross)
-        x = _gate(x, _attend(block.cross_attention, out, text, None, self.mask), cross)
+        x = _gate(x, _attend(block.cross_attention, out, text, None, self.padding.mask), cross)
         out = block.feed_forward(_modulate(block.feed_forward_norm, x, feed_forward))
         return _gate(x, out, feed_forward)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k5train.forward import routing
-from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock, text_mask
+from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock, Padding
 
 ROPE_SCALE = (1.0, 1.0, 1.0)  # Kandinsky5T2IPipeline; the video models use (1, 2, 2)
 BlockPolicy = Callable[..., Tensor]
@@ -64,8 +64,8 @@ def predict_velocity(
         condition: ``[B, 1, H, W, 17]``: the source's latents and the mask channel, which a transformer that edits
             images sees behind the noisy latents. None: the transformer makes pictures from captions alone.
         text_lengths: tokens of each caption. The rest of ``prompt_embeds`` is padding and is masked out of every
-            attention (``masked.py``): policies then get blocks that have the mask. None: every caption has L tokens. A
-            tensor, ``[B]`` int32 on the device of the others, is never read on the host nor checked: each is 1 to L.
+            attention (``masked.py``): policies then get blocks that know the padding. None: every caption has L tokens.
+            A tensor, ``[B]`` int32 on the device of the others, is never read on the host nor checked: each is 1 to L.
         routes: TREAD's routes, in training only: which visual tokens go through which blocks.
         gradient_checkpointing: ``recompute`` every block, otherwise ``keep``. Without effect if there are policies.
         block_policies: one policy for each block, text blocks first. None: those of ``use_policies``, if it was called
@@ -84,9 +84,9 @@ def predict_velocity(
     if text_lengths is not None and (isinstance(text_lengths, Tensor) or set(text_lengths) != {prompt_embeds.shape[1]}):
         if len(text_lengths) != len(prompt_embeds):
             raise ValueError(f"captions under a mask need one length each, found {list(text_lengths)}")
-        mask = text_mask(text_lengths, prompt_embeds.shape[1], prompt_embeds.device)
-        text_blocks = [MaskedTextBlock(block, mask) for block in text_blocks]
-        visual_blocks = [MaskedVisualBlock(block, mask) for block in visual_blocks]
+        padding = Padding(text_lengths, prompt_embeds.shape[1], prompt_embeds.device)
+        text_blocks = [MaskedTextBlock(block, padding) for block in text_blocks]
+        visual_blocks = [MaskedVisualBlock(block, padding) for block in visual_blocks]
     num_blocks = len(text_blocks) + len(visual_blocks)
     policies = (
         block_policies or _policies.get(transformer) or [recompute if gradient_checkpointing else keep] * num_blocks

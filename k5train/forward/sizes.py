@@ -16,20 +16,20 @@ class SizedInputs(NamedTuple):
     x: Tensor
     text: Tensor
     rope: Tensor
-    mask: Tensor | None
+    lengths: Tensor | None
 
     def mark_dynamic(self) -> None:
         """Have one compilation serve every number of tokens."""
         for tensor, axis in zip(self, _TOKEN_AXES, strict=True):
-            if tensor is not None:
+            if tensor is not None and axis is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
     def kind(self) -> tuple[tuple[int, ...] | None, ...]:
         """What is compiled apart: the shapes, with 0 for any number of tokens but 1, a constant to the compiler."""
 
-        def shape(tensor: Tensor | None, axis: int) -> tuple[int, ...] | None:
-            if tensor is None:
-                return None
+        def shape(tensor: Tensor | None, axis: int | None) -> tuple[int, ...] | None:
+            if tensor is None or axis is None:
+                return None if tensor is None else tuple(tensor.shape)
             return (*tensor.shape[:axis], int(tensor.shape[axis] == 1), *tensor.shape[axis + 1 :])
 
         return tuple(map(shape, self, _TOKEN_AXES))
@@ -46,8 +46,8 @@ class SizedInputs(NamedTuple):
             chosen.append(next(n for n in itertools.count(max(2, size)) if n not in {*taken, *chosen}))
         num_tokens, num_text_tokens = chosen
 
-        def stand_in(tensor: Any, axis: int, size: int) -> Any:
-            if tensor is None or tensor.shape[axis] == 1:
+        def stand_in(tensor: Any, axis: int | None, size: int) -> Any:
+            if tensor is None or axis is None or tensor.shape[axis] == 1:
                 return tensor
             shape = [*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]]
             return tensor.new_zeros(shape).requires_grad_(tensor.requires_grad)
@@ -57,8 +57,8 @@ class SizedInputs(NamedTuple):
     def describe(self) -> str:
         """What may be new about a step, for a person who waits for the compiler."""
         caption = "captions of one token" if self.text.shape[1] == 1 else "captions"
-        masked = "" if self.mask is None else ", masked"
-        return f"{'training' if torch.is_grad_enabled() else 'drawing'} on {len(self.x)} x {caption}{masked}"
+        padded = "" if self.lengths is None else ", padded"
+        return f"{'training' if torch.is_grad_enabled() else 'drawing'} on {len(self.x)} x {caption}{padded}"
 
 
-_TOKEN_AXES = (1, 1, 1, 3)  # along which axis each of the inputs has its tokens
+_TOKEN_AXES = (1, 1, 1, None)  # along which axis each of the inputs has its tokens

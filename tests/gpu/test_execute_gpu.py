@@ -128,6 +128,73 @@ def test_attention_over_few_keys_has_the_gradients_of_plain_attention_and_always
             assert (a.double() - c).norm() <= 5e-3 * scale, name  # bfloat16: 2.4e-3 on an H200
 
 
+@pytest.mark.parametrize(
+    "lengths", [(1, 2), (20, 77), (77, 256), (256, 1), (300, 511), (512, 512), (640, 1000)], ids=str
+)
+@pytest.mark.parametrize("num_queries", [4030, None], ids=["of a picture", "of the captions"])
+def test_attention_to_padded_captions_is_that_to_each_alone_and_padding_is_never_read(lengths, num_queries):
+    assert attention.few_keys_work(GPU)
+    room = 1024 if max(lengths) > 512 else 512
+    generator = torch.Generator(GPU).manual_seed(sum(lengths))
+    query, grad = (
+        torch.randn(2, num_queries or room, 3, 128, device=GPU, generator=generator).bfloat16() for _ in "qg"
+    )
+    fused = torch.randn(2, room, 6, 128, device=GPU, generator=generator).bfloat16()
+    for row, length in enumerate(lengths):
+        fused[row, length:] = float("nan")
+    keys, values = fused.chunk(2, dim=2)
+    leaves = [t.detach().requires_grad_() for t in (query, keys, values)]
+    data = torch.tensor(lengths, device=GPU, dtype=torch.int32)
+    results = []
+    for _ in range(2):
+        dirty = [torch.full((2**24,), float("nan"), device=GPU) for _ in range(4)]
+        del dirty  # what the kernels allocate next is full of NaN
+        out = attention.attention(*leaves, cudnn=False, lengths=data)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    out, *grads = results[0]
+    for row, length in enumerate(lengths):
+        alone = [t[row : row + 1, : length if i else None].detach().requires_grad_() for i, t in enumerate(leaves)]
+        doubles = [t.detach().double().requires_grad_() for t in alone]
+        weights = torch.einsum("bnhd,blhd->bhnl", doubles[0], doubles[1]) / 128**0.5
+        exact = torch.einsum("bhnl,blhd->bnhd", weights.softmax(-1), doubles[2])
+        expected = [exact, *torch.autograd.grad(exact, doubles, grad[row : row + 1].double())]
+        ours = [out[row : row + 1], grads[0][row : row + 1], *(g[row : row + 1, :length] for g in grads[1:])]
+        for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            # One key: its weight is 1 whatever the query, so the gradients of query and key are 0.
+            scale = grad[row].double().norm() if length == 1 and i in (1, 2) else b.norm()
+            assert (a.double() - b).norm() <= 5e-3 * scale, (row, i)
+        assert not grads[1][row, length:].any()
+        assert not grads[2][row, length:].any()
+
+
+def test_captions_of_different_lengths_train_compiled_and_another_length_compiles_nothing():
+    transformer = adapted("int8-quanto")
+    run(transformer, "int8-quanto", execution="diffusers")
+    inputs = inputs_for(replace(CASE, num_text_tokens=128), WIDE, GPU)
+
+    def gradients(lengths: Any) -> dict[str, torch.Tensor]:
+        transformer.zero_grad()
+        padded = inputs[2].clone()
+        padded[:, 77:] = 0
+        predict_velocity(
+            transformer, inputs[0], inputs[1], padded, inputs[3], text_lengths=lengths
+        ).float().square().mean().backward()
+        return {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
+
+    plain = gradients((77,))
+    execution = run(transformer, "int8-quanto", "selective")
+    assert execution.modes.padded
+    length = torch.tensor([77], device=GPU, dtype=torch.int32)
+    execution.warm_up(lambda: gradients(length))
+    assert execution.is_compiled
+    assert_near(gradients(length), plain, 0.999)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        length.fill_(20)
+        shorter = gradients(length)
+    assert all(g.isfinite().all() for g in shorter.values())
+
+
 def test_a_caption_of_one_token_trains():
     transformer = adapted("int8-quanto")
     execution = run(transformer, "int8-quanto", "selective", execution="eager")
