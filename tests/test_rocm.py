@@ -72,6 +72,6 @@ def test_the_tiles_of_amd_cards_fit_their_shared_memory():
     for rows in (1, 512, 513, 100_000):
         assert tile_for(rows, 9, is_rocm=True).shared_bytes <= 64 * 1024
         assert tile_for(rows, 9, is_rocm=True) == tile_for(rows, 11, is_rocm=True)
-    assert tile_for(4096, 9, is_rocm=False) == (128, 256, 128, 8, 3)
+    assert tile_for(4096, 9, is_rocm=False) == (128, 128, 128, 4, 3)
     assert tile_for(4096, 8, is_rocm=False) == tile_for(4096, 12, is_rocm=False) == (128, 128, 64, 8, 3)
     assert tile_for(512, 9, is_rocm=False) == (64, 64, 128, 4, 4)
