@@ -14,6 +14,7 @@ from k5cache.shared import vram
 from k5train.base.architecture import DTYPES
 from k5train.base.prepared import load_prepared
 from k5train.base.quantize import load_transformer
+from k5train.forward.block import gather
 from k5train.forward.compile import import_compiler
 from k5train.forward.execute import Execution, choose_modes
 from k5train.forward.predict_velocity import keep, recompute, use_policies
@@ -86,6 +87,7 @@ def execute(
         num_blocks = len(transformer.text_transformer_blocks) + len(transformer.visual_transformer_blocks)
         use_policies(transformer, [policy] * num_blocks)
         return None
+    fuse(transformer)
     modes = choose_modes(device, precision_of(config))
     if config.deterministic:
         modes = modes._replace(
@@ -98,6 +100,15 @@ def execute(
     )  # fmt: skip
     use_policies(transformer, execution.policies)
     return execution
+
+
+def fuse(transformer: Kandinsky5Transformer3DModel) -> None:
+    """Fuse the weights that blocks use together, before the first pass.
+
+    In a pass they would come to lie between activations, in memory that a captured step could then not have.
+    """
+    for block in (*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks):
+        gather(block, dropout=True)
 
 
 _streamers: WeakKeyDictionary[Any, Streamer] = WeakKeyDictionary()

@@ -48,6 +48,13 @@ CONFIGS = {
     "int8-quanto, compiled, recomputing": replace(
         COMPILED, memory=MemoryConfig(execution="compiled", activations="selective")
     ),
+    "int8-quanto, captured": replace(COMPILED, lora=replace(COMPILED.lora, dropout=0.0)),
+    "int8-quanto, captured, TREAD, masks over captions": replace(
+        COMPILED,
+        lora=replace(COMPILED.lora, dropout=0.0),
+        unequal_captions="mask",
+        tread=TreadConfig(routes=(RouteConfig(0.5, 1, -1),)),
+    ),
     "int8-dynamic, compiled": replace(COMPILED, base_model_precision="int8-dynamic"),
     "TREAD, rollout, huber, masks over captions": replace(
         COMPILED,
