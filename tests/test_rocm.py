@@ -42,8 +42,11 @@ def test_its_numbers_are_not_taken_for_nvidias(amd):
         amd.setattr(execute, "attention_works", lambda device, cudnn, works=attention: works or cudnn)
         amd.setattr(execute, "few_keys_work", lambda device, works=kernel: works)
         amd.setattr(ops, "kernel_works", lambda device, works=kernel: works)
+        amd.setattr(execute, "gelu_works", lambda device: True)
+        amd.setattr(execute, "rotary_works", lambda device, works=kernel: works)
         amd.setattr(ops, "int_mm_works", lambda device, works=int_mm: works)
-        assert execute.choose_modes(GPU, "int8-dynamic") == (True, False, attention, attention and kernel)
+        expected = (True, False, attention, attention and kernel, kernel)
+        assert execute.choose_modes(GPU, "int8-dynamic") == expected
     amd.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
     assert execute.choose_modes(GPU, "int8-dynamic").int8_dynamic  # it works, whatever its number is
     amd.setattr(ops, "int_mm_works", lambda device: False)

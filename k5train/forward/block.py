@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from k5train.base.linear import Int8Linear
 from k5train.forward.attention import any_attention, attention, fits, fits_padded
+from k5train.forward.feed_forward import Part
+from k5train.forward.feed_forward import feed_forward as int8_feed_forward
 from k5train.forward.ops import linear
+from k5train.forward.rotary import rms_norm, rotate, rotated
 from k5train.forward.without_adapter import is_without_adapter
 
 
@@ -75,6 +78,8 @@ class Modes(NamedTuple):
     """Use ``attention.attention`` where no caption is padded, otherwise what torch chooses."""
     padded: bool = False
     """Use it for padded captions too."""
+    rows: bool = False
+    """Use kernels of our own for gelu with its quantising, and for RoPE, instead of what the compiler generates."""
 
 
 def run_block(
@@ -106,8 +111,7 @@ def run_block(
         out = attend(modulate(x, shift, scale), text, lengths, None, block.cross_attention, modes, "cross")
         x = (x.float() + gate * out.float()).type_as(x)
     shift, scale, gate = parts[-1].chunk(3, dim=-1)
-    hidden = F.gelu(project(modulate(x, shift, scale), block.ff_in, modes, "ff_in"))
-    out = project(hidden, block.ff_out, modes, "ff_out")
+    out = feed_forward(modulate(x, shift, scale), block.ff_in, block.ff_out, modes)
     return (x.float() + gate * out.float()).type_as(x)
 
 
@@ -126,16 +130,7 @@ def attend(
     tag: str,
 ) -> Tensor:
     """One attention with its projections. Keys and values come from ``text``, or from ``x`` if it is None."""
-    if text is None:
-        query, key, value = projections(x, part.projections[0], modes, f"{tag}_qkv").chunk(3, dim=-1)
-    else:
-        query = projections(x, part.projections[0], modes, f"{tag}_q")
-        key, value = projections(text, part.projections[1], modes, f"{tag}_kv").chunk(2, dim=-1)
-    head_dim = part.query_norm.shape[0]
-    query, key, value = (torch.unflatten(t, -1, (-1, head_dim)) for t in (query, key, value))
-    query, key = rms_norm(query, part.query_norm), rms_norm(key, part.key_norm)
-    if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope)
+    query, key, value = heads(x, text, rope, part, modes, tag)
     if lengths is not None and modes.padded and fits_padded(query):
         mixed = attention(query, key, value, cudnn=False, lengths=lengths)
     elif lengths is None and modes.flash and fits(query):
@@ -146,17 +141,39 @@ def attend(
     return project(mixed.flatten(-2, -1), part.out, modes, f"{tag}_out")
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """In float32, as ``Kandinsky5AttnProcessor``: ``query_norm(query.float()).type_as(query)``."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
-    return (y * weight.float()).type_as(x)
+def heads(
+    x: Tensor, text: Tensor | None, rope: Tensor | None, part: Attention, modes: Modes, tag: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, N, heads, head]``, normalised and rotated."""
+    if text is None:
+        fused = projections(x, part.projections[0], modes, f"{tag}_qkv")
+        if modes.rows and rope is not None:
+            return rotated(fused, rope, part.query_norm, part.key_norm)
+        query, key, value = fused.chunk(3, dim=-1)
+    else:
+        query = projections(x, part.projections[0], modes, f"{tag}_q")
+        key, value = projections(text, part.projections[1], modes, f"{tag}_kv").chunk(2, dim=-1)
+    head_dim = part.query_norm.shape[0]
+    query, key, value = (torch.unflatten(t, -1, (-1, head_dim)) for t in (query, key, value))
+    query, key = rms_norm(query, part.query_norm), rms_norm(key, part.key_norm)
+    if rope is not None:
+        query, key = rotate(query, rope), rotate(key, rope)
+    return query, key, value
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on ``[B, N, heads, head]``. diffusers rounds the result to bfloat16, whatever dtype x has."""
-    pairs = torch.unflatten(x.float(), -1, (-1, 1, 2))
-    return (rope * pairs).sum(dim=-1).flatten(-2, -1).to(torch.bfloat16).type_as(x)
+def feed_forward(x: Tensor, first: Linears, second: Linears, modes: Modes) -> Tensor:
+    """Two linears with gelu between them."""
+    parts = [_int8_part(x, part) for part in (first, second)] if modes.rows and modes.int8_dynamic else [None]
+    if parts[0] is not None and parts[-1] is not None:
+        return int8_feed_forward(x, parts[0], parts[-1])
+    return project(F.gelu(project(x, first, modes, "ff_in")), second, modes, "ff_out")
+
+
+def _int8_part(x: Tensor, part: Linears) -> Part | None:
+    """A linear as ``int8_feed_forward`` takes it. None: it is not int8, or its adapter has an input of its own."""
+    if part.scale is None or (part.downs and part.dropout > 0.0):
+        return None
+    return Part(part.weight, part.scale, part.bias, *adapter(x, part))
 
 
 def projections(x: Tensor, parts: tuple[Linears, ...], modes: Modes, tag: str) -> Tensor:
@@ -167,10 +184,7 @@ def projections(x: Tensor, parts: tuple[Linears, ...], modes: Modes, tag: str) -
 
 def project(x: Tensor, part: Linears, modes: Modes, tag: str) -> Tensor:
     """One ``Linears``. Dropout gives the adapter an input of its own, so it is then added outside the matmul."""
-    down = up = None
-    if part.downs:
-        down = torch.cat([(d * part.scaling).to(x.dtype) for d in part.downs])
-        up = torch.cat([u.to(x.dtype) for u in part.ups])
+    down, up = adapter(x, part)
     dropout = part.dropout if part.downs else 0.0
     is_inside = dropout == 0.0
     out = linear(
@@ -180,6 +194,14 @@ def project(x: Tensor, part: Linears, modes: Modes, tag: str) -> Tensor:
     if not is_inside and down is not None and up is not None:
         out = out + F.dropout(x, dropout) @ down.t() @ up.t()
     return out
+
+
+def adapter(x: Tensor, part: Linears) -> tuple[Tensor | None, Tensor | None]:
+    """The adapters' projections in x's dtype, one below the other, with the strength in the first."""
+    if not part.downs:
+        return None, None
+    down = torch.cat([(d * part.scaling).to(x.dtype) for d in part.downs])
+    return down, torch.cat([u.to(x.dtype) for u in part.ups])
 
 
 def gather(block: nn.Module, dropout: bool) -> Block | None:

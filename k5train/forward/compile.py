@@ -17,7 +17,7 @@ from torch import Tensor
 
 from k5cache.shared.errors import RunError
 from k5cache.shared.home import check_trusted, make_home
-from k5train.forward import attention, block, ops
+from k5train.forward import attention, block, feed_forward, ops, rotary
 from k5train.forward.levels import opaque_block, run_at_level
 
 _VARIANTS = 64  # levels x batch sizes x captions of one token or more x training or drawing; torch allows 8
@@ -76,7 +76,7 @@ def mark_opaque() -> None:
     torch.compiler.allow_in_graph(opaque_block)  # type: ignore[no-untyped-call, unused-ignore]
     # Not in torch 2.7. Without it a later process finds the kernels, but traces the block again.
     if hasattr(inductor, "unsafe_marked_cacheable_functions"):
-        sources = "".join(inspect.getsource(module) for module in (block, ops, attention))
+        sources = "".join(inspect.getsource(module) for module in (block, feed_forward, rotary, ops, attention))
         digest = hashlib.sha256(sources.encode()).hexdigest()
         for named in (opaque_block, block.Attention, block.Block, block.Linears, block.Modes):
             inductor.unsafe_marked_cacheable_functions[f"{named.__module__}.{named.__name__}"] = digest

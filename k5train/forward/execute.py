@@ -16,9 +16,11 @@ from k5train.forward import ops
 from k5train.forward.attention import attention_works, few_keys_work
 from k5train.forward.block import Block, Modes, adapter_state, bare, gather
 from k5train.forward.compile import compile_block
+from k5train.forward.feed_forward import gelu_works
 from k5train.forward.levels import run_at_level
 from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock
 from k5train.forward.predict_velocity import BlockPolicy, keep, recompute
+from k5train.forward.rotary import rotary_works
 from k5train.forward.sizes import SizedInputs
 from k5train.forward.stream import Streamer, spread
 from k5train.forward.without_adapter import is_without_adapter
@@ -244,4 +246,5 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
     # Flash attention as torch ships it is written for Ampere; cuDNN's knows Hopper and Blackwell.
     cudnn = not on_amd and capability[0] in (9, 10) and attention_works(device, cudnn=True)
     flash = attention_works(device, cudnn=False)
-    return Modes(precision == "int8-dynamic", cudnn, flash, padded=flash and few_keys_work(device))
+    rows = gelu_works(device) and rotary_works(device)
+    return Modes(precision == "int8-dynamic", cudnn, flash, padded=flash and few_keys_work(device), rows=rows)

@@ -276,6 +276,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (127.0 / largest)).round().clamp(-127, 127).to(torch.int8), largest / 127.0
 
 
+def adapter_grads(g: Tensor, x: Tensor, up: Any, z: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``z``, which is x after the down-projections, of these, and of the up-projections."""
+    columns, rank = g.shape[1] // segments, up.shape[1]
+    parts = [slice(i * columns, (i + 1) * columns) for i in range(segments)]
+    ranks = [slice(i * rank, (i + 1) * rank) for i in range(segments)]
+    dz = torch.cat([g[:, p] @ up[p] for p in parts], dim=1)
+    d_up = torch.cat([g[:, p].t() @ z[:, r] for p, r in zip(parts, ranks, strict=True)])
+    return dz, dz.t() @ x, d_up
+
+
 class _Linear(torch.autograd.Function):
     """See ``linear``. The backward pass needs the weight, and x only for the gradient of ``down``."""
 
@@ -306,12 +316,7 @@ class _Linear(torch.autograd.Function):
         g, segments = grads[0], ctx.segments
         dz = d_down = d_up = None
         if down is not None:
-            columns, rank = g.shape[1] // segments, up.shape[1]
-            parts = [slice(i * columns, (i + 1) * columns) for i in range(segments)]
-            ranks = [slice(i * rank, (i + 1) * rank) for i in range(segments)]
-            dz = torch.cat([g[:, p] @ up[p] for p in parts], dim=1)
-            d_up = torch.cat([g[:, p].t() @ z[:, r] for p, r in zip(parts, ranks, strict=True)])
-            d_down = dz.t() @ x
+            dz, d_down, d_up = adapter_grads(g, x, up, z, segments)
         if ctx.int8_dynamic:
             # The sum runs over the weight's rows here, so their scales are multiplied into g before g is quantised.
             a, a_scale = quantize_rows(g.float() * scale.float().t())

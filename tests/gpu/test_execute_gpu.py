@@ -19,7 +19,7 @@ from k5train.bench import steps
 from k5train.bench.case import Case, condition_for, inputs_for
 from k5train.bench.one_step import OneStep, group_of, make_session
 from k5train.bench.timing import time_steps
-from k5train.forward import attention, ops
+from k5train.forward import attention, feed_forward, ops, rotary
 from k5train.forward.attention import attention_works
 from k5train.forward.load import execute as make_execution
 from k5train.forward.load import stream_weights
@@ -94,6 +94,18 @@ def test_scaled_weights_have_torchs_bits():
         for weight in (every_byte.repeat(101, 1), every_byte.repeat(101, 1)[:, :2500]):
             scaled = kernels.scale_rows(weight, scale, torch.empty(weight.shape, dtype=dtype, device=GPU))
             assert torch.equal(scaled, scale * weight)
+
+
+def test_gelu_and_rope_in_kernels_of_our_own_agree_with_torch():
+    assert feed_forward.gelu_works(GPU)
+    assert rotary.rotary_works(GPU)
+
+
+def test_what_is_not_a_number_stays_so_in_int8():
+    hidden = torch.randn(4, 10240, device=GPU).bfloat16()
+    hidden[1, 77], hidden[2, 5] = float("nan"), float("inf")
+    scales = torch.ops.k5.gelu_quantize(hidden, False)[1].flatten()
+    assert torch.isfinite(scales).tolist() == [True, False, False, True]
 
 
 def test_hopper_has_cudnn_attention():
