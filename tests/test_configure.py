@@ -43,7 +43,7 @@ class Place:
         self.folder, self.cli, self.monkeypatch = folder, Cli(folder), monkeypatch
         monkeypatch.setattr(card, "size_of_card", lambda: None)
         # A plan takes 0.3 s, and most of these tests look at none.
-        monkeypatch.setattr(implied, "plan_without_loading", lambda *values: PlanText("no plan", []))
+        monkeypatch.setattr(implied, "plan_without_loading", lambda *_, **__: PlanText("no plan", []))
 
     def with_plans(self) -> Place:
         self.monkeypatch.setattr(implied, "plan_without_loading", plan_without_loading)
@@ -408,7 +408,10 @@ def test_the_time_is_that_of_a_measurement_or_not_known(monkeypatch):
     monkeypatch.setattr(implied, "known", dict)
     assert "k5train plan" in implied.time(answers, train)
     kind = kind_of_work(values_for(answers_from(answers)))
-    assert kind == "t2i 1024 px int8-quanto r32 official on 12GB"
+    assert kind == "t2i 1024 px int8-dynamic r32 official on 12GB"  # auto
     measured = {kind: {"measured": {"milliseconds": 500, "card": "NVIDIA H100"}}}
     monkeypatch.setattr(implied, "known", lambda: measured)
+    measured[kind]["measured"]["precision"] = "int8-quanto"
+    assert "on one NVIDIA H100 (int8-quanto); " in implied.time(answers, train)
+    del measured[kind]["measured"]["precision"]
     assert implied.time(answers, train).startswith("1 h 0 min for the steps on one NVIDIA H100; ")

@@ -94,9 +94,9 @@ MACHINES: list[tuple[str, Check, str, str, tuple[str, ...]]] = [
      ("k5train run CACHE --set train.mixed_precision=fp32",)),
     ("Ada", card.judge_bf16(SEEN), "good", "computes in bfloat16", ()),
     ("Turing's int8", card.judge_int8(Torch("2.13", "12.6", None, (TURING,)), {"int8": True}), "good",
-     "Keep the default, int8-quanto", ()),
-    ("int8 cores", card.judge_int8(SEEN, {"int8": True}), "good", "our kernel runs on them",
-     ("--set train.base_model_precision=int8-dynamic",)),
+     "The default, auto, is int8-quanto here", ()),
+    ("int8 cores", card.judge_int8(SEEN, {"int8": True}), "good", "The default, auto, is int8-dynamic here",
+     ("--set train.base_model_precision=int8-quanto",)),
     ("a kernel that fails", card.judge_int8(SEEN, {"int8": False}), "look at this", "does not run", ()),
     ("an answer cut off", card.judge_int8(SEEN, {}), "look at this", "was not tried", ()),
     ("flash", card.judge_attention(SEEN, {"flash": True, "cudnn": True, "efficient": True}), "good",
@@ -199,7 +199,7 @@ def test_the_plan_is_the_planners_for_the_card_or_says_why_there_is_none(monkeyp
     assert (facts["budget"], sum(facts["levels"].values())) == (11.25 * GIB, 2)
     check = card.judge_plan({**facts, "peak": 10 * GIB}, "", "12GB")
     assert check.mark == "good"
-    assert check.found == "on a card of 12GB, 1024x1024 trains within 10.0 GiB of 11.2 GiB, int8-quanto"
+    assert check.found == "on a card of 12GB, 1024x1024 trains within 10.0 GiB of 11.2 GiB, int8-dynamic"
     check = card.judge_plan(next(probe._plan("1GB")), "", "1GB")
     assert check.mark == "does not work"
     assert re.fullmatch(r"Use a GPU with at least \d\.\d GiB of memory\.", check.meaning)

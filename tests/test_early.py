@@ -160,7 +160,7 @@ def ends(tmp_path_factory, toy_cache, toy_model) -> dict[str, tuple[int | None, 
     there = sorted(path.name for path in folder.iterdir())
     assert there == [
         "config.json", "images", "mine.html", "mine.json", "mine.png", "mine.toml", "page.safetensors", "pictures",
-        "run", "runs", "toy",
+        "run", "toy",
     ]  # fmt: skip
     assert [path.name for path in (folder / "images").iterdir()] == ["mine.txt"]
     return dict(zip([line.replace(model, "MODEL") for line in lines], json.loads(done.stdout), strict=True))

@@ -58,6 +58,8 @@ def test_a_recipe_says_what_was_measured(monkeypatch):
     text = needs.needs_of(values)
     assert "Measured on one NVIDIA H100" in text
     assert "14.9 GiB, 333 ms a step of one row" in text
+    numbers["precision"] = "int8-quanto"
+    assert "Measured on one NVIDIA H100 (int8-quanto) with random weights" in needs.needs_of(values)
 
 
 def test_the_page_of_measurements_has_the_numbers_that_the_recipes_have():
@@ -65,7 +67,14 @@ def test_the_page_of_measurements_has_the_numbers_that_the_recipes_have():
     stored = json.loads(recipes.NEEDS.read_text(encoding="utf-8"))
     measured = {work: (numbers["predicted"], numbers["measured"]) for work, numbers in stored.items()
                 if "measured" in numbers}  # fmt: skip
-    assert rows == [
-        [work, predicted, numbers["reserved"], str(numbers["milliseconds"]), str(numbers["busy"])]
+    # A row of another precision has the prediction for that one.
+    assert [[work, "" if "(" in work else predicted, *row] for work, predicted, *row in rows] == [
+        [
+            work.replace(" int8-dynamic ", f" ({numbers['precision']}) ") if "precision" in numbers else work,
+            "" if "precision" in numbers else predicted,
+            numbers["reserved"],
+            str(numbers["milliseconds"]),
+            str(numbers["busy"]),
+        ]
         for work, (predicted, numbers) in measured.items()
     ]

@@ -131,6 +131,7 @@ def test_simpletuners_quickstart_becomes_the_recipe_that_it_describes_in_each_of
             "cache": {"buckets": "square"},
             "train": {
                 "repeats": 11,
+                "base_model_precision": "int8-quanto",  # not auto: quanto's stays quanto's
                 "lora": {"rank": 16, "targets": ["qkv"]},
                 "tread": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]},
                 "memory": {"enable_group_offload": True},
@@ -509,7 +510,7 @@ def test_a_job_of_ai_toolkit_becomes_a_recipe_and_each_resolution_a_cache(home):
         "cache": {"caption_lines": "whole", "trigger": "p3r5on", "class_word": "person"},
         "train": {
             "name": "my_first_lora_v1", "steps": 2000, "caption_dropout_probability": 0.05,
-            "checkpoints_total_limit": 4,
+            "checkpoints_total_limit": 4, "base_model_precision": "int8-quanto",
             "lora": {"rank": 16, "alpha": 16.0},
             "optim": {"optimizer": "adamw8bit", "lr": 1e-4, "ema_decay": 0.99},
             "objective": {"preservation_weight": 0.8},

@@ -23,7 +23,7 @@ from k5train.options.precision import can_be_dynamic, is_open, precision_of, wit
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import create_run, open_run
 from k5train.training.start import resume, start
-from k5train.training.sweep import decide_together
+from k5train.training.sweep import decide_together, with_known_precision
 from k5train.training.sweep_runs import SweepRun
 from k5train.ui.new_run import planner_process
 from tests.cli import Cli
@@ -97,15 +97,13 @@ def test_everything_that_plans_or_tests_a_recipe_takes_auto_for_what_a_run_would
     """The command, the page, the doctor, the questions of configure, and the selftest."""
     said: list[TrainConfig] = []
 
-    def end(*arguments: object, **_: object) -> None:
-        said.extend(argument for argument in arguments if isinstance(argument, TrainConfig))
+    def end(transformer: object, config: TrainConfig, *_: object) -> None:
+        said.append(config)
         raise RunError("seen", "nothing")
 
-    gpu.setattr("k5train.planning.without_loading.plan_without_loading", end)
-    gpu.setattr("k5train.configure.implied.plan_without_loading", end)
     gpu.setattr("k5train.planning.plan.plan_for", end)
     gpu.setattr("k5train.planning.vram.budget", lambda *_: 12 * 2**30)
-    gpu.setattr(selftest, "case_of", end)
+    gpu.setattr(selftest, "case_of", lambda cache, folder, config, device: end(None, config))
     recipe = '[train]\nbase_model_precision = "auto"\n'
     (tmp_path / "auto.toml").write_text(recipe, encoding="utf-8")
     assert "seen" in Cli(tmp_path)(app, "plan", "-r", "auto.toml", "--no-time").err
@@ -164,7 +162,8 @@ def test_all_runs_of_a_sweep_get_one_precision_and_those_added_later_get_the_sam
     lora, dora = SweepRun("lora", auto), SweepRun("dora", replace(auto, lora=replace(auto.lora, algo="dora")))
 
     def chosen_for(out: Path, *runs: SweepRun) -> list[str]:
-        return [run.config.base_model_precision for run in decide_together(out, runs)]
+        known = with_known_precision(out, runs)
+        return [run.config.base_model_precision for run in decide_together(known)]
 
     assert chosen_for(tmp_path / "new", lora) == [DYNAMIC]
     assert chosen_for(tmp_path / "new", lora, dora) == [QUANTO, QUANTO]

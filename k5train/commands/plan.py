@@ -13,6 +13,7 @@ from k5cache.shared.errors import RecipeError
 from k5cache.shared.kind import Kind, kind_of_flavour
 from k5cache.shared.model import validation_prompts
 from k5train.commands.arguments import Model, Recipe, Set, parse_document, read_document
+from k5train.forward.precision import decided_for_plan
 
 
 def plan(
@@ -53,11 +54,11 @@ def plan(
         )
 
     from k5train.commands.time_row import time_of
-    from k5train.forward.precision import decided
     from k5train.planning.without_loading import plan_without_loading
 
-    config = decided(config, is_imagined=True)
-    shown = plan_without_loading(cache, config, model_config, (resolution // 16) ** 2, text_tokens, kind)
+    shown = plan_without_loading(
+        cache, config, model_config, (resolution // 16) ** 2, text_tokens, kind, decide=decided_for_plan
+    )
     table = console.table(shown.title, "what", "how", numbers=())
     for row in [*shown.rows, *([("time", time_of(shown.timed))] if is_timed else [])]:
         table.add_row(*row)

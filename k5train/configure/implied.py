@@ -10,9 +10,10 @@ from k5cache.shared.console import human_seconds
 from k5cache.shared.kind import Kind
 from k5cache.shared.model import ModelConfig
 from k5train.configure.written import answers_from
+from k5train.forward.precision import decided_for_plan
 from k5train.options.train import TrainConfig
 from k5train.planning.without_loading import PlanText, plan_without_loading
-from k5train.recipes.needs import kind_of_work, known
+from k5train.recipes.needs import kind_of_work, known, measured_on
 from k5train.recipes.values import values_for
 
 _LETTERS_OF_TOKEN = 3  # of English captions one token has 4 to 5 letters, of Russian ones about 3
@@ -30,9 +31,7 @@ def implied(answers: Mapping[str, Any], model: ModelConfig, cache: CacheConfig, 
     num_tokens = max((bucket.width // 16) * (bucket.height // 16) for bucket in cache.framing.table)
     num_text_tokens = text_tokens(answers["captions"], kind, cache.resolution)
     own = model if model.path else None  # the shapes of a published one are known
-    from k5train.forward.precision import decided  # torch, as the plan needs it
-
-    plan = plan_without_loading(None, decided(train, is_imagined=True), own, num_tokens, num_text_tokens, kind)
+    plan = plan_without_loading(None, train, own, num_tokens, num_text_tokens, kind, decide=decided_for_plan)
     rows = [*plan.rows, ("length", length(train, int(answers["num_images"]))), ("time", time(answers, train))]
     return PlanText(plan.title, rows, plan.timed)
 
@@ -59,6 +58,6 @@ def time(answers: Mapping[str, Any], train: TrainConfig) -> str:
         return "not known: `k5train plan` times a step on a machine with a GPU"
     rows = train.steps * train.batch_size * train.gradient_accumulation_steps
     return (
-        f"{human_seconds(rows * numbers['milliseconds'] / 1000)} for the steps on one {numbers['card']}; "
+        f"{human_seconds(rows * numbers['milliseconds'] / 1000)} for the steps on one {measured_on(numbers)}; "
         "smaller cards take longer, and `k5train plan` times a step on a machine with a GPU"
     )

@@ -12,7 +12,7 @@ from k5train.doctor.torch_build import Torch
 
 _MUCH_IN_USE = 2 * 2**30  # a desktop takes less
 _EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
-_INT8 = "train.base_model_precision=int8-dynamic"
+_PRECISION = "--set train.base_model_precision="
 
 
 def judge_gpu(torch: Torch, machine: Machine) -> Check:
@@ -65,11 +65,11 @@ def judge_bf16(torch: Torch) -> Check:
 
 
 def judge_int8(torch: Torch, facts: Mapping[str, Any]) -> Check:
-    """Which of the two int8 precisions to use."""
+    """Which of the two int8 precisions ``auto``, the default, trains on."""
+    default = "The default, auto, is int8-quanto here, which holds int8 weights and multiplies in bf16."
     if not torch.cards:
-        return Check("int8", "good", "no GPU to ask", "The default, int8-quanto, needs no int8 tensor cores.")
+        return Check("int8", "good", "no GPU to ask", default)
     card = torch.cards[0]
-    default = "Keep the default, int8-quanto, which holds int8 weights and multiplies in bf16."
     if card.capability < (8, 0) and not torch.hip:
         return Check("int8", "good", f"{card.name} has no int8 tensor cores that are used here", default)
     if "int8" not in facts:
@@ -79,8 +79,11 @@ def judge_int8(torch: Torch, facts: Mapping[str, Any]) -> Check:
     if not facts["int8"]:
         slow = "int8-dynamic would use a slower matmul of torch's."
         return Check("int8", "look at this", "the kernel for int8 tensor cores does not run", f"{slow} {default}")
-    meaning = "The default, int8-quanto, multiplies in bf16; this multiplies on int8 tensor cores, rounding inputs:"
-    return Check("int8", "good", "int8 tensor cores, and our kernel runs on them", meaning, (f"--set {_INT8}",))
+    found = "int8 tensor cores, and our kernel runs on them"
+    if torch.hip:  # as forward/precision.py chooses
+        return Check("int8", "good", found, f"{default} To multiply on them:", (f"{_PRECISION}int8-dynamic",))
+    meaning = "The default, auto, is int8-dynamic here and multiplies on them. To multiply the same weights in bf16:"
+    return Check("int8", "good", found, meaning, (f"{_PRECISION}int8-quanto",))
 
 
 def judge_attention(torch: Torch, facts: Mapping[str, Any]) -> Check:

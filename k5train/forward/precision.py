@@ -1,16 +1,21 @@
-"""Which precision does a run with ``base_model_precision = "auto"`` train on? The GPU and the recipe decide."""
+"""Which precision does a run with ``base_model_precision = "auto"`` train on? The GPU and the recipe decide.
+
+torch is imported when the GPU is asked, so that whatever can be refused without it is refused first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from functools import partial
+from typing import TYPE_CHECKING
 
 from k5cache.shared import console
 from k5cache.shared.device import is_rocm
-from k5train.forward import ops
 from k5train.options.precision import Precision, can_be_dynamic, is_open, with_precision
 from k5train.options.train import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 def decided(config: TrainConfig, *, is_imagined: bool = False) -> TrainConfig:
@@ -22,10 +27,15 @@ def decided(config: TrainConfig, *, is_imagined: bool = False) -> TrainConfig:
     return with_precision(config, chosen([config], is_imagined=is_imagined)) if is_open(config) else config
 
 
+decided_for_plan = partial(decided, is_imagined=True)
+
+
 def chosen(configs: Sequence[TrainConfig], *, is_imagined: bool = False) -> Precision:
     """What ``auto`` means for runs that share a base: ``int8-dynamic`` if all of them can be trained on it here."""
     if not all(can_be_dynamic(config) for config in configs):
         return "int8-quanto"
+    import torch
+
     if torch.cuda.is_available():
         return "int8-dynamic" if kernel_is_fast(torch.device("cuda")) else "int8-quanto"
     return "int8-dynamic" if is_imagined and all(config.memory.vram for config in configs) else "int8-quanto"
@@ -34,6 +44,10 @@ def chosen(configs: Sequence[TrainConfig], *, is_imagined: bool = False) -> Prec
 def kernel_is_fast(device: torch.device) -> bool:
     """Whether our int8 kernel runs on this NVIDIA GPU's tensor cores. On AMD's it was never timed, nor was torch's own
     int8 matmul on any."""
+    import torch
+
+    from k5train.forward import ops
+
     if is_rocm() or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     works = ops.kernel_works(device)

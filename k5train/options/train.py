@@ -51,7 +51,7 @@ class TrainConfig:
     become zeros. What Qwen saw of the source stays in the instruction's embeddings."""
     caption_choice: Literal["random", "first"] = "random"
     """Which of an image's captions a step uses."""
-    base_model_precision: BaseModelPrecision = "int8-quanto"
+    base_model_precision: BaseModelPrecision = "auto"
     """The frozen transformer. ``int8-quanto``: int8 weights by quanto's ``qint8``. ``int8-dynamic``: the same weights,
     multiplied on int8 tensor cores. ``no_change``: bf16. ``auto``: int8-dynamic where the GPU and the recipe can use
     it, otherwise int8-quanto; a run keeps what it began with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ def plan_without_loading(
     num_text_tokens: int,
     kind: Kind = "t2i",
     others: Sequence[Path] = (),
+    decide: Callable[[TrainConfig], TrainConfig] = lambda config: config,
 ) -> PlanText:
     """Plan a run from shapes alone.
 
@@ -60,6 +61,7 @@ def plan_without_loading(
             for the published one.
         kind: of the published model, if there is no cache.
         others: further caches of the run.
+        decide: gives a recipe the precision that ``auto`` means. Called after what needs no torch.
 
     Raises:
         DoesNotFit: no plan fits.
@@ -79,6 +81,7 @@ def plan_without_loading(
     from k5train.planning.plan import check_ram, largest_sizes, plan_for
 
     transformer = named or full_size(kind)
+    config = decide(config)
     sizes = largest_sizes(*caches) if caches else (num_tokens, num_text_tokens)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     # An imagined card runs compiled, as a real one would.

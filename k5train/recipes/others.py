@@ -30,7 +30,7 @@ def official(answers: Answers) -> list[Value]:
         Value(
             "train.base_model_precision",
             "no_change",
-            'Official: bf16. The weights take 11.2 GiB; "int8-quanto" takes 6.2, for gradients that are nearly the '
+            "Official: bf16. The weights take 11.2 GiB; in int8 they take 6.2, for gradients that are nearly the "
             "same (docs/measurements.md), and fits cards of 8 GB.",
         ),
         Value("train.objective.sigma_sampling", "sigmoid", "Official: sigmoid of a normal number."),

@@ -116,9 +116,10 @@ def _train(answers: Answers) -> Iterator[Value]:
     )
     yield Value(
         "train.base_model_precision",
-        "int8-quanto",
-        '"int8-dynamic" computes on int8 tensor cores, which is faster on many cards and rounds more. "no_change" is '
-        "bf16, with twice the memory for weights.",
+        "auto",
+        "int8 weights, multiplied on int8 tensor cores where the GPU has them. "
+        '"int8-quanto" multiplies the same weights in 16 bits, which is slower and rounds less. "no_change" is bf16, '
+        "with twice the memory for weights.",
     )
 
 

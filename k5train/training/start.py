@@ -17,6 +17,7 @@ from k5cache.shared.outputs import check_writable, kind_of
 from k5cache.shared.recipe import to_dict
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, open_mixture
+from k5train.forward.precision import announce, decided
 from k5train.options.data import DataConfig
 from k5train.options.precision import is_open, with_precision
 from k5train.options.rate import with_usual_rate
@@ -38,7 +39,7 @@ from k5train.training.cautions import cautions
 from k5train.training.identity import depends_on_the_last_step
 from k5train.training.overwriting import CANNOT_START_A_RUN, start_another
 from k5train.training.result import Result
-from k5train.training.train import train
+from k5train.training.train import check_recipe, check_start, train
 
 PARTS = ("transformer", "vae", "scheduler")
 UNIMPORTANT = ("train.name", "train.validation.prompt_names")
@@ -95,7 +96,7 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
         console.note(f"This run goes to {target}: {target.with_name(data.first.root.resolve().name)} is there already")
     note_sizes(data.first, config.validation)
     folder = model_folder(model, PARTS)
-    config = decide_precision(replace(config, name=name_of(target)))
+    config = decide_precision(replace(config, name=name_of(target)), data, folder)
     with new_run(target, data.first.root, model, config) as run:
         return train(data, folder, config, run)
 
@@ -223,12 +224,15 @@ def with_library(config: TrainConfig) -> TrainConfig:
     return replace(config, validation=changed)
 
 
-def decide_precision(config: TrainConfig) -> TrainConfig:
-    """The recipe with the precision that ``auto`` means on this machine. Imports torch only for ``auto``."""
+def decide_precision(config: TrainConfig, data: Mixture, folder: Path) -> TrainConfig:
+    """The recipe with the precision that ``auto`` means on this machine.
+
+    torch is imported only if the GPU decides, and after everything that can be refused without it.
+    """
     if not is_open(config):
         return config
-    from k5train.forward.precision import announce, decided
-
+    check_recipe(data, folder, config)
+    check_start(config)
     config = decided(config)
     announce(config.base_model_precision)
     return config

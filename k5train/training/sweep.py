@@ -18,8 +18,9 @@ from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.outputs import kind_of
 from k5train.data.mixture import Mixture
+from k5train.forward.precision import announce, chosen
 from k5train.options.precision import can_be_dynamic, is_open, with_precision
-from k5train.options.train import TrainConfig
+from k5train.options.train import BaseModelPrecision, TrainConfig
 from k5train.pictures.drawings import note_sizes
 from k5train.runs.compared import Comparison, compare
 from k5train.runs.folder import Run, create_run
@@ -67,9 +68,10 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequenc
         OutputError: ``out`` holds something else, or cannot be written. This is found before anything is loaded.
     """
     first = cache or Path(sweep_runs[0].config.data[0].cache)
-    sweep_runs = decide_together(out, sweep_runs)
+    sweep_runs = with_known_precision(out, sweep_runs)
     check_out(out, first, model, sweep_runs)
     folder = model_folder(model, PARTS)  # refused before a folder is made for the sweep
+    sweep_runs = decide_together(sweep_runs)
     with _locked(out):
         for line in warnings_of(sweep_runs, partial(_cautions, cache, model)):
             console.warn(line)
@@ -78,18 +80,27 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequenc
         return Swept(outcomes, compare(finished) if finished else None, tuple(draw_grids(out, outcomes)))
 
 
-def decide_together(out: Path, sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """The runs with the one precision that ``auto`` means for all of them: that of the runs which are in ``out``, if
-    these can be trained on it, or what the GPU and the recipes allow."""
-    configs = [sweep_run.config for sweep_run in sweep_runs]
-    if not any(map(is_open, configs)):
+def with_known_precision(out: Path, sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs with the one precision that ``auto`` means for all of them, if no GPU need be asked: the runs that are
+    in ``out`` have it, or one of these cannot be trained on int8 tensor cores."""
+    if not any(is_open(sweep_run.config) for sweep_run in sweep_runs):
         return list(sweep_runs)
-    precision = precision_in(out)
-    if precision is None or (precision == "int8-dynamic" and not all(map(can_be_dynamic, configs))):
-        from k5train.forward.precision import announce, chosen  # torch is imported here
+    known = precision_in(out)
+    if not all(can_be_dynamic(sweep_run.config) for sweep_run in sweep_runs) and known in (None, "int8-dynamic"):
+        known = "int8-quanto"
+    return _all_with(sweep_runs, known or "auto")
 
-        precision = chosen(configs)
-        announce(precision)
+
+def decide_together(sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs with the precision that ``auto`` means on this machine."""
+    if not any(is_open(sweep_run.config) for sweep_run in sweep_runs):
+        return list(sweep_runs)
+    precision = chosen([sweep_run.config for sweep_run in sweep_runs])
+    announce(precision)
+    return _all_with(sweep_runs, precision)
+
+
+def _all_with(sweep_runs: Sequence[SweepRun], precision: BaseModelPrecision) -> list[SweepRun]:
     return [replace(run, config=with_precision(run.config, precision)) for run in sweep_runs]
 
 

@@ -78,9 +78,10 @@ def runs_in(out: Path) -> list[Path]:
 
 def precision_in(out: Path) -> BaseModelPrecision | None:
     """The precision of the runs in a sweep's folder, which share a base. None: there are none that can be read."""
-    for root in runs_in(out):
-        with suppress(K5Error):
-            return open_run(root)[2].base_model_precision
+    with suppress(OSError):  # check_out says what is wrong with the folder
+        for root in runs_in(out):
+            with suppress(K5Error):
+                return open_run(root)[2].base_model_precision
     return None
 
 

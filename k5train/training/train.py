@@ -55,12 +55,7 @@ def train(
         KeyboardInterrupt: Ctrl-C. The state is saved.
     """
     called, config = time.monotonic(), with_precision(with_usual_rate(config), "int8-quanto")
-    check_name(config.device, "train.device=")
-    check_manifest(data.first, folder)
-    check_options(data, config)
-    check_masks(data, config)
-    check_classes(data, config)
-    check_trackers(config.trackers)
+    check_recipe(data, folder, config)
     data = split_off(data, config.validation.split)
     with lock_run(run), requests.dropped(run):
         remove_leftovers(run)
@@ -70,12 +65,32 @@ def train(
             check_same(saved, run_identity)
             saved.check()
             check_metrics(run.metrics, saved.progress.metrics)
-        elif config.lora.init_lora:
-            if (start := Path(config.lora.init_lora)).is_file():
-                check_recorded(start)
-            check_kind(start)
+        else:
+            check_start(config)
         check_overwrites(run, saved, data, config, run_identity)
         check_widths(data.first, folder)  # imports torch, as every line from here on
         from k5train.training.carry_out import carry_out
 
         return carry_out(data, folder, config, run, run_identity, saved, called, base, accepted, always_probe)
+
+
+def check_recipe(data: Mixture, folder: Path, config: TrainConfig) -> None:
+    """Refuse a recipe that does not fit its caches or the model. Imports no torch.
+
+    Raises:
+        CacheStale, RecipeError, K5Error: as ``train``.
+    """
+    check_name(config.device, "train.device=")
+    check_manifest(data.first, folder)
+    check_options(data, config)
+    check_masks(data, config)
+    check_classes(data, config)
+    check_trackers(config.trackers)
+
+
+def check_start(config: TrainConfig) -> None:
+    """Refuse a LoRA that a new run cannot start from, as far as its file tells without torch."""
+    if config.lora.init_lora:
+        if (start := Path(config.lora.init_lora)).is_file():
+            check_recorded(start)
+        check_kind(start)

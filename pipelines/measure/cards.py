@@ -20,6 +20,7 @@ from k5train.base.architecture import FULL_SIZE
 from k5train.options.adapter import LoraConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.optimizer import OptimConfig
+from k5train.options.precision import with_precision
 from k5train.options.train import TrainConfig
 from k5train.planning import vram
 from k5train.planning.memory import Plan
@@ -53,6 +54,7 @@ LEVERS: Mapping[str, tuple[int, TrainConfig]] = {
 
 def plan_on(card: str, size: int, config: TrainConfig) -> Plan | None:
     """The plan for square images of ``size`` with a caption of ``TEXT_TOKENS``; None if nothing fits."""
+    config = with_precision(config, "int8-dynamic")  # what auto is on such cards
     budget = vram.budget(torch.device("cpu"), card)
     try:
         return plan_for(FULL_SIZE, config, torch.device("cuda"), ((size // 16) ** 2, TEXT_TOKENS), budget)

@@ -30,6 +30,7 @@ from k5train.base.architecture import FULL_SIZE, full_size
 from k5train.bench.case import Case, Measured
 from k5train.bench.steps import measure_or_warn, time_recipe
 from k5train.commands.bench import gpu_to_measure
+from k5train.forward.precision import decided
 from k5train.options.precision import precision_of
 from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan
@@ -60,7 +61,7 @@ class Work:
         config, card = self.config, self.config.memory.vram
         assert card is not None
         return Case(
-            precision_of(config),
+            precision_of(decided(config, is_imagined=True)),
             for_torch(parse_bytes(card)) / 2**30,
             self.resolution,
             config.batch_size,
@@ -92,7 +93,7 @@ def predict(work: Work) -> dict[str, Any]:
     assert case.cap_gib is not None
     budget = round(case.cap_gib * 2**30)
     sizes = ((case.side // 16) ** 2, case.num_text_tokens)
-    plan = plan_for(full_size(work.kind), work.config, torch.device("cuda"), sizes, budget)
+    plan = plan_for(full_size(work.kind), decided(work.config, is_imagined=True), torch.device("cuda"), sizes, budget)
     return {"predicted": human_bytes(plan.peak), "blocks": blocks_of(plan)}
 
 
@@ -128,7 +129,7 @@ def measure(
         if time.monotonic() - begin > seconds:
             console.warn(f"{seconds:.0f} s are over; not measured: {', '.join(w.name for w in wanted[number:])}")
             return
-        case, train = work.case, work.config
+        case, train = work.case, decided(work.config)
         measured = measure_or_warn(work.name, partial(time_recipe, train, case, device, config, num_steps, 1))
         if measured:
             yield work, measured

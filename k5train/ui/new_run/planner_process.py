@@ -23,6 +23,7 @@ from k5cache.shared.kind import Kind, kind_of_flavour
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.shared.places import model_near
 from k5cache.shared.recipe import parse
+from k5train.forward.precision import decided_for_plan
 from k5train.options.data import DataConfig
 from k5train.options.extremes import extreme_values
 from k5train.options.rate import rate_warnings
@@ -97,17 +98,15 @@ def _about_data(entries: Sequence[DataConfig], config: TrainConfig, model: Model
 def _about_memory(
     question: Question, entries: Sequence[DataConfig], config: TrainConfig, model: ModelConfig | None
 ) -> dict[str, Any]:
-    from k5train.forward.precision import decided
     from k5train.planning.without_loading import plan_without_loading
 
     if question.card and config.memory.vram is None:
         config = replace(config, memory=replace(config.memory, vram=question.card))
-    config = decided(config, is_imagined=True)
     kind: Kind = "i2i" if model and kind_of_flavour(model) == "i2i" else "t2i"
     named = model if model and model.path else None  # the shapes of a published one are known
     caches = [Path(entry.cache) for entry in entries]
     first = caches[0] if caches else None
-    plan = plan_without_loading(first, config, named, _TOKENS, _TEXT_TOKENS, kind, caches[1:])
+    plan = plan_without_loading(first, config, named, _TOKENS, _TEXT_TOKENS, kind, caches[1:], decided_for_plan)
     reply: dict[str, Any] = {"title": plan.title, "rows": plan.rows}
     if question.is_timed and plan.timed:
         import torch
