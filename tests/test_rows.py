@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 
-from k5train.forward import block, feed_forward, rotary
+from k5train.forward import block, choices, feed_forward, rotary
 from k5train.planning.memory import LEVELS
 from tests.toy_blocks import PLAIN, WITHIN, assert_same, batch, eager_execution, model, outcome
 
@@ -84,3 +85,34 @@ def test_only_what_the_adapters_need_is_returned():
             assert [tuple(t.shape) for t in outs] == [(6, 32), (6, 1), (6, 32) if keep else (0,)]
     assert not feed_forward.gelu_works(torch.device("cpu"))
     assert not rotary.rotary_works(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tiling", "config"),
+    [
+        ({"x": "rows", "r0_": 2560}, {"XBLOCK": 1, "R0_BLOCK": 512, "num_warps": 2, "num_stages": 1}),
+        ({"x": 4096, "r0_": 3072}, {"XBLOCK": 1, "R0_BLOCK": 1024, "num_warps": 4, "num_stages": 1}),
+        ({"x": 4096, "r0_": 10240}, None),  # wider
+        ({"x": 4096, "r0_": 128}, None),  # stays in registers
+        ({"x": 4096, "r0_": 2570}, None),  # no power of two divides it that is worth a step
+        ({"x": 4096, "r0_": "width"}, None),  # not known
+        ({"y": 2, "x": 4096, "r0_": 2560}, None),
+    ],
+)
+def test_the_compiler_walks_along_a_row_in_steps_that_divide_it(tiling, config):
+    from torch._inductor.codegen.triton import FixedTritonConfig
+
+    groups = [{name: sympy.sympify(size) for name, size in tiling.items()}]
+    chosen = choices.row_choices().triton_kernel_kwargs(None, None, groups, {"other": 1})
+    assert chosen == {"other": 1} | ({"fixed_config": FixedTritonConfig(config)} if config else {})
+
+
+def test_another_s_choices_are_left_alone(monkeypatch):
+    import torch._inductor.config as inductor
+
+    for before, after in ((None, choices.row_choices), (object, object)):
+        monkeypatch.setattr(inductor, "inductor_choices_class", before)
+        choices.choose_rows()
+        assert inductor.inductor_choices_class is after
+        assert choices.leave_rows() == (before is None)
+        assert inductor.inductor_choices_class is before

@@ -18,6 +18,7 @@ from torch import Tensor
 from k5cache.shared.errors import RunError
 from k5cache.shared.home import check_trusted, make_home
 from k5train.forward import attention, block, feed_forward, ops, rotary
+from k5train.forward.choices import choose_rows
 from k5train.forward.levels import opaque_block, run_at_level
 
 _VARIANTS = 64  # levels x batch sizes x captions of one token or more x training or drawing; torch allows 8
@@ -43,6 +44,8 @@ def set_up_compiler() -> None:
     config.recompile_limit = max(config.recompile_limit, _VARIANTS)
     config.force_parameter_static_shapes = False  # adapters are parameters, of any rank
     mark_opaque()
+    if torch.cuda.is_available():
+        choose_rows()
     # It warns once that in-place ops would be wrong under selective checkpointing. A block has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 

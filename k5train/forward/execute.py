@@ -15,6 +15,7 @@ from k5cache.shared.errors import K5Error, RunError
 from k5train.forward import ops
 from k5train.forward.attention import attention_works, few_keys_work
 from k5train.forward.block import Block, Modes, adapter_state, bare, gather
+from k5train.forward.choices import leave_rows
 from k5train.forward.compile import compile_block
 from k5train.forward.feed_forward import gelu_works
 from k5train.forward.levels import run_at_level
@@ -96,6 +97,9 @@ class Execution:
             return
         self._is_warming_up = True
         error = self._attempt(step)
+        if error and leave_rows():
+            torch._dynamo.reset()
+            error = self._attempt(step)
         if error and self.modes.cudnn:
             self.modes = self.modes._replace(cudnn=False)
             console.note(f"cuDNN attention does not compile here, trying flash attention ({error})")
