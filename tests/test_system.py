@@ -52,7 +52,12 @@ def test_every_module_is_imported_where_they_are_missing(monkeypatch):
     """In a fork of this process, which has imported the libraries already: these know Windows by themselves."""
     names = [module_of(path) for path in (*CACHE, *TRAINER) if path.name != "__main__.py"]
     if importlib.util.find_spec("triton") is None:
-        for name in ("kernels", "few_keys", "row_kernels"):  # Triton's own; only imported where there is a GPU
+        for name in (
+            "kernels",
+            "few_keys",
+            "row_kernels",
+            "hopper",
+        ):  # Triton's own; only imported where there is a GPU
             names.remove(f"k5train.forward.{name}")
     for name in names:
         importlib.import_module(name)

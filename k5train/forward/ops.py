@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k5cache.shared.device import is_rocm
+
 _library: Any = torch.library.Library("k5", "DEF")  # type: ignore[no-untyped-call]
 
 _library.define(
@@ -129,6 +131,12 @@ def _int8_matmul(
     """
     b = _transposed(b) if transpose_b else b
     if a.is_cuda and kernel_works(a.device):
+        a, b = a.contiguous(), b.contiguous()
+        if hopper_works(a.device):
+            from k5train.forward import hopper
+
+            if hopper.takes(a, b, z, segments):
+                return hopper.int8_matmul(a, a_scale, b, b_scale, bias, z, up, dtype)
         from k5train.forward.kernels import int8_matmul
 
         return int8_matmul(a, a_scale, b, b_scale, bias, z, up, segments, dtype)
@@ -201,6 +209,13 @@ def kernel_works(device: torch.device) -> bool:
 
 
 @functools.cache
+def hopper_works(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU, on which the int8 matmul made for it agrees with exact arithmetic."""
+    is_hopper = not is_rocm() and torch.cuda.get_device_capability(device)[0] == 9
+    return is_hopper and triton_works(device, _hopper_agrees)
+
+
+@functools.cache
 def scaling_works(device: torch.device) -> bool:
     """Whether the kernel that scales int8 weights gives torch's bits on small cases."""
     return triton_works(device, _scaling_agrees)
@@ -239,6 +254,32 @@ def _scaling_agrees(device: torch.device) -> bool:
                 return False
             if not torch.equal(target, scale * weight):
                 return False
+    return True
+
+
+def _hopper_agrees(device: torch.device) -> bool:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, device=device, dtype=torch.int8, generator=generator)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+
+    for rows, columns, inner in ((300, 640, 272), (4096, 2560, 256), (1500, 10240, 192)):  # square and wide tiles
+        a, a_scale, b = integers(rows, inner), numbers(rows, 1).float().abs(), integers(columns, inner)
+        full = (numbers(columns, 1).abs(), numbers(columns), numbers(rows, 20), numbers(20, columns).t())
+        for b_scale, bias, z, up in (full, (None, None, numbers(rows, 16), numbers(columns, 16)), (None,) * 4):
+            plain = _exact(a, a_scale, b, b_scale, bias, z, up, 1)
+            for _ in range(2):  # the first compiles, the second launches directly
+                try:
+                    from k5train.forward import hopper
+
+                    ours = hopper.int8_matmul(a, a_scale, b, b_scale, bias, z, up, torch.bfloat16).double()
+                except Exception:  # Triton, ptxas, gcc and the driver each fail in their own way, with one answer
+                    return False
+                if not ((ours - plain).norm() <= 5e-3 * plain.norm()).item():  # bfloat16 results: 2e-3
+                    return False
     return True
 
 

@@ -84,6 +84,12 @@ def test_the_int8_kernel_is_exact_arithmetic_rounded_once():
     assert ops.kernel_works(GPU)
 
 
+def test_hoppers_int8_kernel_is_exact_arithmetic_rounded_once():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    assert ops.hopper_works(GPU)
+
+
 def test_scaled_weights_have_torchs_bits():
     from k5train.forward import kernels
 
