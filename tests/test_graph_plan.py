@@ -60,20 +60,20 @@ def test_the_graph_is_counted_and_captions_have_room_for_the_longest():
     assert not any("captured" in how for _, how in describe(plain))
 
 
-def test_where_there_is_no_room_for_a_graph_or_only_by_streaming_nothing_is_captured():
-    def plan(budget: float, config: TrainConfig = AUTO) -> memory.Plan:
+def test_a_few_blocks_are_streamed_for_a_graph_and_where_there_is_no_room_nothing_is_captured():
+    def plan(budget: float, **options: object) -> memory.Plan:
+        config = replace(AUTO, memory=MemoryConfig(**{"graph": "auto", **options}))  # type: ignore[arg-type]
         return plan_for(FULL_SIZE, config, GPU, (4096, 256), int(budget))
 
-    off = replace(AUTO, memory=MemoryConfig(graph="off"))
-    lean = replace(off, memory=MemoryConfig(graph="off", activations="nothing"))
-    resident = plan(1e12, lean).peak / 0.97  # the least that fits without streaming
-    assert plan(resident + 2**20, off) == plan(resident + 2**20)
-    assert not plan(resident + 2**20).is_captured
-    assert plan(resident + 2**20 + memory._GRAPH_BYTES / 0.97).is_captured
-    everything = replace(off, memory=MemoryConfig(graph="off", enable_group_offload=True))
-    least = plan(1e12, replace(everything, memory=replace(everything.memory, activations="nothing"))).peak / 0.97
-    assert not plan(least + 2**20).is_captured
-    assert plan(least + 2**20 + memory._GRAPH_BYTES / 0.97).is_captured
+    resident = plan(1e12, graph="off", activations="nothing").peak / 0.97 + 2**20  # the least without streaming
+    assert plan(resident, graph="off").streaming is None
+    captured = plan(resident)
+    assert captured.is_captured
+    assert captured.streaming is not None
+    assert captured.streaming.num_blocks <= 5
+    least = plan(1e12, graph="off", activations="nothing", enable_group_offload=True).peak / 0.97 + 2**20
+    assert not plan(least).is_captured
+    assert plan(least + memory._GRAPH_BYTES / 0.97).is_captured
 
 
 @pytest.mark.parametrize("config", [AUTO, replace(AUTO, memory=MemoryConfig(graph="off"))], ids=["auto", "off"])

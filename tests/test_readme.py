@@ -97,7 +97,7 @@ def test_every_command_that_a_sentence_names_exists_with_its_options():
         for span in spans(page):
             if re.match(r"k5(cache|train) [a-z]", span):
                 command, rest = command_of(words_of(span))
-                options = {name for parameter in command.params for name in parameter.opts}
+                options = {n for parameter in command.params for n in (*parameter.opts, *parameter.secondary_opts)}
                 used = {word.partition("=")[0] for word in rest if word.startswith("-")}
                 assert used <= options, f"{page.name}: {span}"
 

@@ -19,7 +19,7 @@ class MemoryConfig:
     execution: Literal["auto", "compiled", "eager", "diffusers"] = "auto"
     """How blocks run: compiled, one op at a time, or as diffusers' own modules. auto: compiled on a GPU, diffusers on a
     CPU."""
-    graph: Literal["auto", "off"] = "off"
+    graph: Literal["auto", "off"] = "auto"
     """Capture each kind of training pass, and the update, as a CUDA graph, which the GPU repeats without being told
     every kernel. auto: where it works; a line at the start names what turns it off. The graph takes some memory."""
     enable_group_offload: bool = False

@@ -41,9 +41,8 @@ LEVELS: dict[LevelName, Level] = {
 }
 
 _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding leaves unused
-_GRAPH_BYTES = (
-    256 * 2**20
-)  # a captured step's own workspaces and buffers; what it keeps and computes in is counted below
+# Workspaces and buffers of captured steps. What a step keeps and works in is counted with the blocks.
+_GRAPH_BYTES = 128 * 2**20
 _MARGIN = 0.03  # share of the budget that is left free: predictions are at best this good
 _FEW = 0.1  # share of the blocks that is too small for a level of its own: 1 % of a step, and a compilation
 # Rows that a block keeps at "all" beyond its matmuls: elementwise results, as the compiler's partitioner and as eager

@@ -89,7 +89,8 @@ def plan_for(
 ) -> Plan:
     """A new plan for a transformer's config.json, given as values, within ``budget`` bytes of VRAM.
 
-    Steps are captured where they can be, unless there is no room for it, or only if weights were streamed for it.
+    Steps are captured where they can be and there is room for it, also if a few blocks are streamed to make it: their
+    copies hide behind the computing, the launches of a step do not.
     """
     execution = how_to_run(config, device)
     arch = memory.architecture(transformer_config)
@@ -103,10 +104,9 @@ def plan_for(
     if why_no_graph(config, device.type, execution):
         return make(work)
     try:
-        plan = make(replace(work, is_captured=True, num_text_tokens=text_width(sizes[1])))
+        return make(replace(work, is_captured=True, num_text_tokens=text_width(sizes[1])))
     except DoesNotFit:
         return make(work)
-    return make(work) if plan.streaming and not make(work).streaming else plan
 
 
 def work_for(

@@ -170,7 +170,7 @@ def _graphs(session: Session, config: TrainConfig) -> GraphedPasses | None:
     base, execution = session.base, session.execution
     reason = why_no_graph(config, base.device.type, how_to_run(config, base.device))
     if reason is None and not base.plan.is_captured:
-        reason = "the memory plan has no room for it"
+        reason = "the memory plan does not count them: there is no room, or an earlier version made it"
     if reason is None and execution is not None and base.plan.sizes:
         predict, width = partial(predict_velocity, base.transformer), base.plan.sizes[1]
         return GraphedPasses(
