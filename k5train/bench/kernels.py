@@ -20,11 +20,26 @@ GROUPS = {
 
 # Parts of kernels' names. The first group that one of them is found in has the kernel.
 _BY_KERNEL = (
-    ("elementwise", ("triton_poi_", "triton_red_", "triton_per_")),  # inductor's, named after all that they fuse
+    # inductor's, named after all that they fuse, and ours for rows
+    ("elementwise", ("triton_poi_", "triton_red_", "triton_per_", "_gelu_quantize", "_gelu_backward", "_rotate")),
     ("attention", ("flash", "fmha", "sdpa", "attention", "attend", "_few_keys", "cudnn")),
     ("dequantise", ("_scale_rows", "_transpose")),
     ("optimizer", ("fusedadam", "multi_tensor_apply", "fused_adam")),
-    ("matmul", ("gemm", "gemv", "nvjet", "cutlass", "splitk", "cijk_", "s16816", "_int8_matmul", "triton_tem_")),
+    (
+        "matmul",
+        (
+            "gemm",
+            "gemv",
+            "nvjet",
+            "cutlass",
+            "splitk",
+            "cijk_",
+            "s16816",
+            "_int8_matmul",
+            "triton_tem_",
+            "_float32_linear",
+        ),
+    ),
     ("copies", ("memcpy", "memset", "direct_copy", "catarray")),
     ("elementwise", ("elementwise", "reduce", "norm", "softmax", "scatter", "gather", "index")),
 )

@@ -20,6 +20,7 @@ from k5train.forward.compile import compile_block
 from k5train.forward.feed_forward import gelu_works
 from k5train.forward.levels import run_at_level
 from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock
+from k5train.forward.modulations import modulations
 from k5train.forward.predict_velocity import BlockPolicy, keep, recompute
 from k5train.forward.rotary import rotary_works
 from k5train.forward.sizes import SizedInputs
@@ -142,11 +143,11 @@ class Execution:
                 return (keep if level == "all" else recompute)(module, x, *rest)
             is_visual = gathered.block.cross_attention is not None
             text, time, rope = rest[:3] if is_visual else (None, *rest)
-            modulate: nn.Module = block.visual_modulation if is_visual else block.text_modulation
+            modulation: nn.Module = block.visual_modulation if is_visual else block.text_modulation
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()  # so that the first block is compiled with the others
             weights, ranks = (gathered.bare, ()) if is_without_adapter() else (gathered.block, gathered.ranks)
-            args = (modulate(time), weights, self.modes, level)
+            args = (modulations(modulation, time), weights, self.modes, level)
             if text is None or not self.is_compiled:
                 return run_at_level(x, text, rope, lengths, *args)
             return self._run_visual(SizedInputs(x, text, rope, lengths), args, ranks, block.training)

@@ -173,6 +173,43 @@ def _rotate_backward(  # type: ignore[no-untyped-def]
         tl.store(result + 3 * at + i * HEADS * HEAD + tile, g.to(result.dtype.element_ty))
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _float32_linear(  # type: ignore[no-untyped-def]
+    x, weight, bias, result, N, K, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    n, k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, STEP)
+    row = tl.program_id(1)
+    total = tl.zeros((COLUMNS, STEP), tl.float32)
+    for start in range(0, K, STEP):
+        inside = start + k < K
+        values = tl.load(x + row * K + start + k, mask=inside, other=0.0)
+        at = weight + n[:, None].to(tl.int64) * K + start + k[None, :]
+        total += tl.load(at, mask=(n < N)[:, None] & inside[None, :], other=0.0).to(tl.float32) * values[None, :]
+    y = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(result + row * N + n, y, mask=n < N)
+
+
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear of a few rows in float32, with weights stored in less, which are not copied to float32 first.
+
+    Args:
+        x: ``[B, K]`` float32.
+        weight: ``[N, K]``.
+        bias: ``[N]``.
+
+    Returns:
+        ``[B, N]`` float32.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    (rows, inner), columns = x.shape, weight.shape[0]
+    result = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
+    launch(_float32_linear, (triton.cdiv(columns, 16), rows, 1), (x, weight, weight if bias is None else bias, result),
+           (columns, inner, bias is not None, 16, 512), 4, 3)  # fmt: skip
+    return result
+
+
 def _int8_like(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=torch.int8, device=x.device), scales

@@ -19,7 +19,7 @@ from k5train.bench import steps
 from k5train.bench.case import Case, condition_for, inputs_for
 from k5train.bench.one_step import OneStep, group_of, make_session
 from k5train.bench.timing import time_steps
-from k5train.forward import attention, feed_forward, ops, rotary
+from k5train.forward import attention, feed_forward, modulations, ops, rotary
 from k5train.forward.attention import attention_works
 from k5train.forward.load import execute as make_execution
 from k5train.forward.load import stream_weights
@@ -102,9 +102,10 @@ def test_scaled_weights_have_torchs_bits():
             assert torch.equal(scaled, scale * weight)
 
 
-def test_gelu_and_rope_in_kernels_of_our_own_agree_with_torch():
+def test_gelu_rope_and_modulations_in_kernels_of_our_own_agree_with_torch():
     assert feed_forward.gelu_works(GPU)
     assert rotary.rotary_works(GPU)
+    assert modulations.modulations_work(GPU)
 
 
 def test_what_is_not_a_number_stays_so_in_int8():
