@@ -52,6 +52,52 @@ def test_streamed_weights_give_the_same_numbers_step_after_step(toy_model, strea
         assert_same(outcome(transformer, streamed.policies, inputs), resident, 1e-6)
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_training_pass_ends_as_it_may_begin_with_the_first_weights_in_place(toy_model, slots, monkeypatch):
+    transformer = model(toy_model)
+    streamed = eager_execution(transformer, "nothing", Streaming(3, slots=slots))
+    streamer, inputs = streamed.streamer, batch(transformer)
+    assert streamer is not None
+    expected = outcome(transformer, streamed.policies, inputs)
+    with torch.no_grad():
+        predict_velocity(transformer, *inputs, block_policies=streamed.policies)
+    copied: list[int] = []
+    monkeypatch.setattr(streamer, "_hosts", Noting(streamer._hosts, copied))
+    streamer.start_over()
+    assert copied == list(range(slots))
+    copied.clear()
+    for _ in range(2):  # what a graph that was captured after start_over repeats
+        with streamer.joined():
+            assert_same(outcome(transformer, streamed.policies, inputs), expected, 0.0)
+    assert streamer._place_in == list(range(slots))
+    one_pass = [*range(slots, 3), *range(2 - slots, -1, -1)]  # forward and back, and none to begin with
+    assert copied == 2 * one_pass
+
+
+def test_weights_that_share_an_input_are_fused_before_the_first_pass(toy_model):
+    transformer = model(toy_model)
+    config = TrainConfig(
+        base_model_precision="int8-quanto", mixed_precision="fp32", memory=MemoryConfig(execution="eager")
+    )
+    plan = Plan(("nothing",) * len(transformer.visual_transformer_blocks), None, {}, None, 0)
+    load.execute(transformer, config, CPU, plan)
+    for block in (*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks):
+        parts = [block.self_attention.to_query, block.self_attention.to_key, block.self_attention.to_value]
+        assert len({part.base_layer.weight.untyped_storage().data_ptr() for part in parts}) == 1
+
+
+class Noting(list):
+    """A list that notes which of its entries are read."""
+
+    def __init__(self, entries, read: list[int]) -> None:
+        super().__init__(entries)
+        self.read = read
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 def test_streamed_weights_have_one_copy_on_the_host_and_a_slot_on_the_device(toy_model):
     transformer = model(toy_model)
     streamer = eager_execution(transformer, streaming=Streaming(2, slots=1)).streamer

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from k5cache.shared.errors import RunError
 from k5train.options.optimizer import OptimConfig
 from k5train.training.average import Ema
-from k5train.training.optimizer import EXTRAS, learning_rate, make_optimizer, settled
+from k5train.training.optimizer import EXTRAS, learning_rate, make_optimizer, set_rate, settled
 from k5train.training.optimizer_state import optimizer_state, restore_optimizer
 
 EVERY = ["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "muon"]
@@ -62,6 +62,31 @@ def test_each_optimizer_goes_on_from_safetensors_and_json_bit_for_bit(name):
     restore_optimizer(optimizer, ["a", "b"], tensors, plain)
     descend(again, optimizer, 4, 8)
     assert all(torch.equal(a, b) for a, b in zip(again, through, strict=True))
+
+
+def test_a_rate_on_the_device_is_saved_as_a_number_and_kept_there_by_what_an_earlier_version_saved():
+    def with_rate(rate):
+        weights = [torch.nn.Parameter(torch.ones(4, 5)) for _ in range(2)]
+        return weights, torch.optim.AdamW(weights, lr=rate, foreach=False)
+
+    weights, older = with_rate(1e-2)
+    descend(weights, older, 0, 3)
+    tensors, plain = optimizer_state(older, ["a", "b"])
+    _, ours = with_rate(torch.tensor(0.5))
+    ours.param_groups[0]["capturable"] = True  # as it is made on a GPU
+    restore_optimizer(ours, ["a", "b"], tensors, plain)
+    (group,) = ours.param_groups
+    assert isinstance(group["lr"], torch.Tensor)
+    assert (group["lr"].item(), group["capturable"]) == (pytest.approx(1e-2), True)
+    set_rate(ours, 0.25)
+    assert group["lr"].item() == 0.25
+    tensors, plain = optimizer_state(ours, ["a", "b"])
+    assert plain["groups"][0]["lr"] == 0.25
+    assert "group/0/lr" not in tensors
+    restore_optimizer(older, ["a", "b"], tensors, plain)  # and back, as on a CPU
+    assert (older.param_groups[0]["lr"], older.param_groups[0]["capturable"]) == (0.25, False)
+    set_rate(older, 1e-3)
+    assert older.param_groups[0]["lr"] == 1e-3
 
 
 @pytest.mark.parametrize(
