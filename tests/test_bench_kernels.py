@@ -25,6 +25,7 @@ KERNELS = {
     "triton_red_fused__to_copy_add_attention_backward_mean_mul_pow_rsqrt_split_sum_view_21": "elementwise",
     "triton_red_fused__to_copy_abs_amax_clamp_div_gelu_int8_matmul_mul_reciprocal_round_view_14": "elementwise",
     "triton_poi_fused_gelu_matmul_view_12": "elementwise",
+    "triton_unk_fused__to_copy_abs_amax_clamp_div_int8_matmul_mul_reciprocal_round_view_4": "elementwise",
     "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<float, float>>": "elementwise",
     "_scale_rows": "dequantise",
     "_transpose": "dequantise",

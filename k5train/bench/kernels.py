@@ -20,8 +20,11 @@ GROUPS = {
 
 # Parts of kernels' names. The first group that one of them is found in has the kernel.
 _BY_KERNEL = (
-    # inductor's, named after all that they fuse, and ours for rows
-    ("elementwise", ("triton_poi_", "triton_red_", "triton_per_", "_gelu_quantize", "_gelu_backward", "_rotate")),
+    # inductor's, named after all that they fuse ("unk" with steps of our choice), and ours for rows
+    (
+        "elementwise",
+        ("triton_poi_", "triton_red_", "triton_per_", "triton_unk_", "_gelu_quantize", "_gelu_backward", "_rotate"),
+    ),
     ("attention", ("flash", "fmha", "sdpa", "attention", "attend", "_few_keys", "cudnn")),
     ("dequantise", ("_scale_rows", "_transpose")),
     ("optimizer", ("fusedadam", "multi_tensor_apply", "fused_adam")),

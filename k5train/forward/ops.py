@@ -266,10 +266,10 @@ def _hopper_agrees(device: torch.device) -> bool:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
 
-    for rows, columns, inner in ((300, 640, 272), (4096, 2560, 256), (1500, 10240, 192)):  # square and wide tiles
+    for rows, columns, inner in ((4096, 2560, 272), (1500, 10240, 192)):  # square and wide tiles
         a, a_scale, b = integers(rows, inner), numbers(rows, 1).float().abs(), integers(columns, inner)
         full = (numbers(columns, 1).abs(), numbers(columns), numbers(rows, 20), numbers(20, columns).t())
-        for b_scale, bias, z, up in (full, (None, None, numbers(rows, 16), numbers(columns, 16)), (None,) * 4):
+        for b_scale, bias, z, up in (full, (None,) * 4):
             plain = _exact(a, a_scale, b, b_scale, bias, z, up, 1)
             for _ in range(2):  # the first compiles, the second launches directly
                 try:
