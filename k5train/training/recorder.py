@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any, Protocol
@@ -52,8 +53,11 @@ class CudaGraphs:
         try:
             # thread_local: the loader's thread page-locks memory meanwhile, which is of no concern to the graph.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with capture, self.streamer.joined() if self.streamer else nullcontext():
-                work()
+            with warnings.catch_warnings():
+                # Of a capture that breaks off torch also says that it is empty; why it broke off is what counts.
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                with capture, self.streamer.joined() if self.streamer else nullcontext():
+                    work()
         except BaseException:
             with suppress(RuntimeError):  # a capture that broke off leaves the allocator in the graph's pool
                 torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)

@@ -119,7 +119,8 @@ def _kernels_of(place: Place, arm: str, device: str, steps: int) -> Counter[str]
     from torch.profiler import ProfilerActivity, profile
 
     counted = Place(place.root / "counted")
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:  # without, torch warns once that cycles are apart
         _train(counted, arm, concepts.CONCEPTS[0], steps, device, steps, source=place)
     counts: Counter[str] = Counter()
     for event in profiler.events() or ():
