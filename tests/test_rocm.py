@@ -7,7 +7,7 @@ import torch
 
 from k5cache.shared import console, device
 from k5cache.shared.errors import K5Error, RunError
-from k5train.forward import execute, ops
+from k5train.forward import checks, execute, ops
 from k5train.forward.tiles import tile_for
 
 GPU = torch.device("cuda")
@@ -43,13 +43,14 @@ def test_its_numbers_are_not_taken_for_nvidias(amd):
         amd.setattr(execute, "few_keys_work", lambda device, works=kernel: works)
         amd.setattr(ops, "kernel_works", lambda device, works=kernel: works)
         amd.setattr(execute, "gelu_works", lambda device: True)
+        amd.setattr(execute, "modulations_work", lambda device: True)
         amd.setattr(execute, "rotary_works", lambda device, works=kernel: works)
-        amd.setattr(ops, "int_mm_works", lambda device, works=int_mm: works)
+        amd.setattr(checks, "int_mm_works", lambda device, works=int_mm: works)
         expected = (True, False, attention, attention and kernel, kernel)
         assert execute.choose_modes(GPU, "int8-dynamic") == expected
     amd.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
     assert execute.choose_modes(GPU, "int8-dynamic").int8_dynamic  # it works, whatever its number is
-    amd.setattr(ops, "int_mm_works", lambda device: False)
+    amd.setattr(checks, "int_mm_works", lambda device: False)
     with pytest.raises(RunError, match="MI300X has no int8 tensor cores that can be used here"):
         execute.choose_modes(GPU, "int8-dynamic")
     assert not execute.choose_modes(GPU, "int8-quanto").int8_dynamic
@@ -66,10 +67,10 @@ def test_a_matmul_of_int8_that_torch_lacks_or_gets_wrong_is_not_used(monkeypatch
         (lambda a, b: (a.double() @ b.double()).int() + 1, False),
         (lambda a, b: (_ for _ in ()).throw(RuntimeError("_int_mm is not supported on this build")), False),
     ):
-        ops.int_mm_works.cache_clear()
+        checks.int_mm_works.cache_clear()
         monkeypatch.setattr(torch, "_int_mm", stand_in)
-        assert ops.int_mm_works(cpu) == works
-    ops.int_mm_works.cache_clear()
+        assert checks.int_mm_works(cpu) == works
+    checks.int_mm_works.cache_clear()
 
 
 def test_the_tiles_of_amd_cards_fit_their_shared_memory():

@@ -95,9 +95,9 @@ def _kernels() -> Iterator[Facts]:
 
     device = torch.device("cuda")
     yield {"compile": _compile_problem(device)}
-    from k5train.forward import attention, ops
+    from k5train.forward import attention, checks, ops
 
-    yield {"int8": ops.kernel_works(device), "int_mm": ops.int_mm_works(device)}
+    yield {"int8": ops.kernel_works(device), "int_mm": checks.int_mm_works(device)}
     yield {"scaling": ops.scaling_works(device)}
     yield {"flash": attention.attention_works(device, cudnn=False)}
     yield {"cudnn": attention.attention_works(device, cudnn=True)}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k5cache.shared.device import is_rocm
-from k5train.forward.ops import triton_works
+from k5train.forward.checks import triton_works
 
 _aten: Any = torch.ops.aten
 _library: Any = torch.library.Library("k5", "FRAGMENT")  # type: ignore[no-untyped-call]

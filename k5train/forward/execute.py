@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from k5cache.shared import console
 from k5cache.shared.device import is_rocm
 from k5cache.shared.errors import K5Error, RunError
-from k5train.forward import ops
+from k5train.forward import checks, ops
 from k5train.forward.attention import attention_works, few_keys_work
 from k5train.forward.block import Block, Modes, adapter_state, bare, gather
 from k5train.forward.choices import leave_rows
@@ -20,7 +20,7 @@ from k5train.forward.compile import compile_block
 from k5train.forward.feed_forward import gelu_works
 from k5train.forward.levels import run_at_level
 from k5train.forward.masked import MaskedTextBlock, MaskedVisualBlock
-from k5train.forward.modulations import modulations
+from k5train.forward.modulations import modulations, modulations_work
 from k5train.forward.predict_velocity import BlockPolicy, keep, recompute
 from k5train.forward.rotary import rotary_works
 from k5train.forward.sizes import SizedInputs
@@ -240,7 +240,7 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
     if precision == "int8-dynamic":
         is_old = capability < (8, 0) and not on_amd  # AMD's numbers mean other cards
         kernel = not is_old and ops.kernel_works(device)
-        if not kernel and (is_old or not ops.int_mm_works(device)):
+        if not kernel and (is_old or not checks.int_mm_works(device)):
             raise RunError(
                 f"{torch.cuda.get_device_name(device)} has no int8 tensor cores that can be used here",
                 "Use --set train.base_model_precision=int8-quanto. A run that began with int8-dynamic goes on where it"
@@ -252,4 +252,8 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
     cudnn = not on_amd and capability[0] in (9, 10) and attention_works(device, cudnn=True)
     flash = attention_works(device, cudnn=False)
     rows = gelu_works(device) and rotary_works(device)
+    # These are asked for again at the first step. Now there are no activations yet beside what the checks need.
+    modulations_work(device)
+    if precision == "int8-dynamic":
+        ops.hopper_works(device)
     return Modes(precision == "int8-dynamic", cudnn, flash, padded=flash and few_keys_work(device), rows=rows)

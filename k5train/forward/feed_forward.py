@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k5train.forward.ops import adapter_grads, quantize_rows, triton_works
+from k5train.forward.checks import triton_works
+from k5train.forward.ops import adapter_grads, quantize_rows
 
 _library: Any = torch.library.Library("k5", "FRAGMENT")  # type: ignore[no-untyped-call]
 

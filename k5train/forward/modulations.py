@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k5train.base.linear import Float32Linear
-from k5train.forward.ops import triton_works
+from k5train.forward.checks import triton_works
 
 _MOST_ROWS = 8  # each reads the weights anew
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k5train.forward.ops import triton_works
+from k5train.forward.checks import triton_works
 
 _EPSILON = torch.finfo(torch.float32).eps  # torch's RMS norm adds it to the mean square
 
