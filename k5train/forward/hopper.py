@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 _WIDE, _SQUARE = Tile(256, 64, 6), Tile(128, 128, 4)
 _ROWS, _WARPS, _GROUP = 128, 8, 8
 _MOST_NARROW = 4096  # columns, up to which the square tile is the faster one
-_FEW_ROWS = 1024  # up to these, Triton's two programs on a multiprocessor are as fast
+_FEW_ROWS = 1536  # up to these, Triton's two programs on a multiprocessor are as fast or faster
 
 
 @gluon.jit  # type: ignore[untyped-decorator, unused-ignore]
