@@ -42,6 +42,22 @@ def test_each_run_says_how_far_it_is_and_what_its_lowest_loss_was(project):
     assert facts.picture == project.root / "runs/good/samples/step-000004/00.png"
 
 
+def test_a_sweep_has_the_lowest_loss_of_its_runs_and_that_runs_curve_and_picture(project):
+    sweep = project.root / "sweeps" / "ranks"
+    make(sweep / "rank=32", (0.5, 0.3125, 0.45))
+    (item,) = read_list(project, search="ranks").items
+    assert (item.lowest.name, item.facts.loss, item.facts.at) == ("rank=32", 0.3125, 2)
+    page = TestClient(create_app(project), base_url="http://127.0.0.1:8001").get("/runs?q=ranks").text
+    assert "lowest: rank=32" in page
+    assert "<strong>0.3125</strong>" in page
+    assert f"/runs/{id_of('sweeps/ranks/rank=32')}/pictures/" in page
+    for run in sweep.iterdir():
+        if run.is_dir():
+            (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (item,) = read_list(project, search="ranks").items
+    assert (item.lowest, item.facts.loss) == (None, None)
+
+
 def test_the_list_is_filtered_by_name_and_state_and_sorted_with_what_runs_first(project):
     for i, name in enumerate(("runs/good", "runs/Half", "sweeps/ranks", "sweeps/ranks/rank=8", "sweeps/ranks/rank=16")):
         for path in (project.root / name, project.root / name / "metrics.jsonl"):

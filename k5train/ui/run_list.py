@@ -65,6 +65,9 @@ class Item:
     state: RunState | None = None
     """Of a run."""
     facts: Facts = Facts()
+    """Of a sweep, those of the run with the lowest held-out loss."""
+    lowest: Entry | None = None
+    """That run."""
     counts: tuple[tuple[str, int], ...] = ()
     """Of a sweep: word -> how many runs."""
 
@@ -105,7 +108,7 @@ def read_list(project: Project, search: str = "", word: str = "", sort: str = "n
     num_pages = max(1, -(-len(chosen) // PAGE))
     page = min(max(1, page), num_pages)
     shown = chosen[(page - 1) * PAGE : page * PAGE]
-    return RunList(tuple(map(_with_facts, shown)), len(entries), len(chosen), page, num_pages)
+    return RunList(tuple(_with_facts(project, item) for item in shown), len(entries), len(chosen), page, num_pages)
 
 
 def jobs_of(project: Project) -> dict[str, Job]:
@@ -137,8 +140,15 @@ def _changed(entry: Entry) -> float:
     return entry.changed
 
 
-def _with_facts(item: Item) -> Item:
-    return item if item.is_sweep else replace(item, facts=read_facts(item.entry.path))
+def _with_facts(project: Project, item: Item) -> Item:
+    if not item.is_sweep:
+        return replace(item, facts=read_facts(item.entry.path))
+    read = [(run, read_facts(run.path)) for run in listing.runs_of(project, item.entry)]
+    measured = [(facts.loss, run, facts) for run, facts in read if facts.loss is not None]
+    if not measured:
+        return item
+    _, lowest, facts = min(measured, key=lambda entry: entry[0])
+    return replace(item, facts=facts, lowest=lowest)
 
 
 def read_facts(root: Path) -> Facts:
@@ -241,4 +251,4 @@ def read_again(project: Project, listed: RunList) -> list[Item]:
     """The items of a page as they are now. Those that were removed are left out."""
     jobs = jobs_of(project)
     there = [item for item in listed.items if item.entry.path.is_dir()]
-    return [_with_facts(_item(project, item.entry, item.is_sweep, jobs)) for item in there]
+    return [_with_facts(project, _item(project, item.entry, item.is_sweep, jobs)) for item in there]
