@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from k5cache.cli import app as cache_app
-from k5cache.shared.errors import RecipeError
+from k5cache.shared.errors import RecipeError, RunError
 from k5cache.shared.inside import as_file_names, name_problem
 from k5cache.shared.recipe import parse, read
 from k5train.adapter.attach import adapted_layers, add_lora, lora_parameters
@@ -327,3 +327,13 @@ def test_each_row_is_measured_as_the_run_measured_its_loras(finished, tmp_path):
         name: f"{loss:.4f}" for name, loss in expected.items()
     }
     assert len(set(expected.values())) >= 4
+
+
+def test_vram_is_the_size_of_the_card_that_the_pictures_are_planned_for(finished, monkeypatch):
+    def seen(run: Run, model: object, config: TrainConfig, *words: object) -> None:
+        raise RunError(f"planned for {config.memory.vram}", "none")
+
+    monkeypatch.setattr("k5train.training.more_pictures.resample", seen)
+    for vram, said in (("12GB", "planned for 12GB"), ("lots", "--vram lots is not an amount of memory")):
+        done = Cli(finished.parent)(app, "sample", finished.name, "--vram", vram)
+        assert (done.code, done.err.splitlines()[-2]) == (2, f"error: {said}")

@@ -15,7 +15,7 @@ from k5cache.shared.origins import Document
 from k5cache.shared.outputs import kind_of
 from k5train.base import quantize
 from k5train.cli import app
-from k5train.commands.sweep import overruled
+from k5train.commands.sweep import overruled, what_helps
 from k5train.options.adapter import LoraConfig
 from k5train.options.validation import ValidationConfig
 from k5train.runs.compared import compare, remarks
@@ -24,6 +24,7 @@ from k5train.runs.resume_state import Progress, save_state
 from k5train.training import session
 from k5train.training.shared_base import most_demanding
 from k5train.training.start import open_data
+from k5train.training.step import ADVICE
 from k5train.training.sweep_runs import sweep_runs
 from tests.cli import Cli
 from tests.parity import PROMPTS
@@ -132,7 +133,16 @@ def test_a_sweep_of_which_no_run_comes_to_its_end_fails(tmp_path, toy_cache, toy
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
     done = Cli(tmp_path)(app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.optim.lr=1e5")
     assert done.code == 2
-    assert "No run was finished" in done.err
+    problem, fix = done.err.splitlines()[-2:]
+    assert problem == "error: No run was finished"
+    assert fix.startswith("  fix: Check these rows with `k5cache verify`, or lower train.optim.lr")
+
+
+def test_a_sweep_that_does_not_fit_says_what_fits_and_not_another_rate():
+    smaller = "Use a GPU with at least 12.0 GiB of memory"
+    assert what_helps({"rank=8": smaller, "rank=16": smaller}) == smaller
+    assert what_helps({"rank=8": smaller, "lr=1": ADVICE}).startswith(f"For rank=8: {smaller}. What helps the others")
+    assert what_helps({}) == "Their problems are above"
 
 
 def test_a_sweep_that_is_stopped_in_its_first_run_is_a_sweep_already(tmp_path, toy_cache, toy_model, monkeypatch):

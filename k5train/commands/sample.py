@@ -12,7 +12,7 @@ from rich.text import Text
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RecipeError, RunError
-from k5train.commands.arguments import RunPath, Set
+from k5train.commands.arguments import RunPath, Set, Vram, with_vram
 from k5train.commands.lora import lora_in
 
 
@@ -50,6 +50,7 @@ def sample(
             "pass for each image and sigma.",
         ),
     ] = False,
+    vram: Vram = None,
     options: Set = None,
 ) -> None:
     """Draw more pictures with a run's LoRAs or others: a row for the base model, and one for each LoRA and strength."""
@@ -64,7 +65,7 @@ def sample(
         from k5train.training.which_loras import choose
 
         opened, _, config, recorded_cache = open_run(run)
-        document = read_recipe(opened.root, options or [])
+        document = read_recipe(opened.root, with_vram(options, vram))
         if sources and not prompts:
             raise RecipeError("--source is given without a prompt", "Say what to do with the picture: --prompt PROMPT")
         if sources:

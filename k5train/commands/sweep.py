@@ -28,7 +28,7 @@ from k5train.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from k5train.options.train import TrainConfig
     from k5train.runs.compared import Comparison
@@ -77,7 +77,21 @@ def sweep(
     print_sweep(swept)
     labels = {sweep_run.label for sweep_run in runs}
     if all(outcome.problem for outcome in swept.outcomes if outcome.label in labels):
-        raise RunError("No run was finished", "Their problems are above; often a lower train.optim.lr helps")
+        raise RunError("No run was finished", what_helps(swept.advice))
+
+
+def what_helps(advice: Mapping[str, str]) -> str:
+    """What to do about a sweep of which every run failed: what each run's own error says.
+
+    Args:
+        advice: of each run that failed in this command.
+    """
+    fixes = list(dict.fromkeys(advice.values()))
+    if not fixes:
+        return "Their problems are above"
+    if len(fixes) == 1:
+        return fixes[0]
+    return f"For {next(iter(advice))}: {fixes[0]}. What helps the others stands with their problems above"
 
 
 def overruled(options: Sequence[str], asked: TrainConfig, configs: Sequence[TrainConfig]) -> list[str]:

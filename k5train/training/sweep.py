@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,8 @@ class Swept:
     """Of those that are finished. None if there are none."""
     grids: tuple[Path, ...]
     """Pictures of the base model and of the end of each finished run. Usually one; one more for each way of drawing."""
+    advice: Mapping[str, str] = field(default_factory=dict)
+    """What would help each run that failed now, by its label."""
 
 
 def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]) -> Swept:
@@ -75,9 +77,10 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequenc
     with _locked(out):
         for line in warnings_of(sweep_runs, partial(_cautions, cache, model)):
             console.warn(line)
-        outcomes = tuple(_train_all(cache, out, model, folder, sweep_runs).values())
+        by_label, advice = _train_all(cache, out, model, folder, sweep_runs)
+        outcomes = tuple(by_label.values())
         finished = [out / outcome.label for outcome in outcomes if not outcome.problem]
-        return Swept(outcomes, compare(finished) if finished else None, tuple(draw_grids(out, outcomes)))
+        return Swept(outcomes, compare(finished) if finished else None, tuple(draw_grids(out, outcomes)), advice)
 
 
 def with_known_precision(out: Path, sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
@@ -113,8 +116,12 @@ def _cautions(cache: Path | None, model: ModelConfig, sweep_run: SweepRun) -> li
 
 def _train_all(
     cache: Path | None, out: Path, model: ModelConfig, folder: Path, sweep_runs: Sequence[SweepRun]
-) -> dict[str, Outcome]:
-    """How every run in the folder ended, by its label. ``sweep.json`` is written after each run."""
+) -> tuple[dict[str, Outcome], dict[str, str]]:
+    """How every run in the folder ended, and what would help those that failed now, by their labels.
+
+    ``sweep.json`` is written after each run.
+    """
+    advice: dict[str, str] = {}
     configs = [sweep_run.config for sweep_run in sweep_runs]
     outcomes = outcomes_before(out, [sweep_run.label for sweep_run in sweep_runs])
     if not (out / FILE).exists():  # from now on the folder is a sweep's
@@ -133,13 +140,13 @@ def _train_all(
             try:
                 _train(data, folder, sweep_run.config, run, base)
             except (RunError, RecipeError, DoesNotFit) as error:
-                problem = error.problem
+                problem, advice[sweep_run.label] = error.problem, error.fix
                 console.warn(f"{sweep_run.label}: {problem}. {error.fix}")
         outcome = outcomes[sweep_run.label] = outcome_of(run.root, problem)
         if not outcome.problem:
             remove_states(run.state)  # three times the size of the LoRA. Also what a kill kept of a finished run
         write_outcomes(out, list(outcomes.values()))
-    return outcomes
+    return outcomes, advice
 
 
 def _is_to_be_trained(run: Run) -> bool:
