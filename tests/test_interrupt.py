@@ -158,7 +158,7 @@ def measured(tmp_path_factory, toy_cache, toy_model) -> Path:
         # The second signal does not wait for the end of the update, which is then neither of step 2 nor of step 3.
         (Session, "update", 3, [signal.SIGINT, signal.SIGTERM], "Stopped in the middle of step 3, which is not saved."),
         # The LoRA of a lowest loss: it is written and counted, then the run stops. It is not measured again.
-        (loop.Loop, "save_lora", 2, [signal.SIGINT], "Stopped and saved at step 2. "),
+        (loop.Loop, "save_lora", 1, [signal.SIGINT], "Stopped and saved at step 2. "),
     ],
     ids=["while measuring", "in an update", "twice in an update", "while the best is saved"],
 )

@@ -184,7 +184,8 @@ def test_what_two_tabs_save_is_not_lost_and_both_see_it(browser, serve, tmp_path
 def test_a_run_that_is_deleted_while_it_is_shown_is_said_to_be_gone(browser, serve, tmp_path):
     fill(tmp_path)
     served = serve(tmp_path)
-    with context_of(browser, served.url) as context:
+    # A browser that asks once more for what is live, or for a lazy picture, learns that it is gone.
+    with context_of(browser, served.url, refused=("404 (Not Found)",)) as context:
         page = context.new_page()
         page.goto(f"{served.url}runs/{id_of('runs/first')}")
         with page.expect_download() as download:

@@ -28,7 +28,7 @@ from k5train.options.optimizer import OptimConfig
 from k5train.options.train import TrainConfig
 from k5train.planning.plan import largest_sizes, plan_training
 from k5train.training.optimizer import learning_rate, make_optimizer
-from k5train.training.step import accumulate, update
+from k5train.training.step import accumulate, clip_gradients, update
 from tests.parity import as_the_pipeline_calls_it, reference_transformer
 
 RANK, ALPHA, LR, WARMUP, BETAS, DECAY, CLIP = 4, 8.0, 1e-3, 10, (0.9, 0.95), 0.01, 0.05
@@ -71,7 +71,8 @@ def our_steps(model, cache, precision, dtype, steps, config, device="cpu"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optim, config.steps)
         losses.append(accumulate(predict, seen[-1], cache, torch.device(device)).mean)
-        norms.append(update(optimizer, parameters, config.optim.max_grad_norm))
+        norms.append(clip_gradients(parameters, config.optim.max_grad_norm).item())
+        update(optimizer, norms[-1])
     return losses, norms, get_peft_model_state_dict(transformer), start, seen
 
 
