@@ -173,7 +173,7 @@ WRONG = {
     ("my pics", "--vram", "0"): "--vram 0: '0' is not an amount of memory",
     ("my pics", "--vram", "200MB"): "--vram 200MB: 200MB is no card's memory",
     ("my pics", "--sources", "empty"): "--sources is for image-to-image",
-    ("my pics", "--captions", "textfile"): "None of the 1 images has a caption",
+    ("my pics", "--captions", "textfile"): "No image has a caption",
     ("my pics", "--captions", "instanceprompt", "--caption", " "): "It is empty",
     ("my pics", "--goal", "edit", "--sources", "empty"): "The folder of sources empty has no images",
     ("me/foxes", "--images", "many"): "--images many: 'many' is not a number of images",

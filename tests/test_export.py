@@ -188,7 +188,7 @@ def test_merging_nothing_with_weight_one_changes_no_bit(pairs):
 def test_a_merge_wants_one_weight_a_file(tmp_path, toy_model, pairs):
     write(tmp_path / "a.safetensors", pairs)
     refused = Cli(tmp_path)(app, "merge", "a.safetensors", "a.safetensors", "-o", "c", "-w", "1")
-    assert (refused.code, "2 files and 1 weights" in refused.err) == (2, True)
+    assert (refused.code, "2 files and 1 weight" in refused.err) == (2, True)
 
 
 def test_check_lora_says_so_and_how_to_mend_it(tmp_path, toy_model, pairs):

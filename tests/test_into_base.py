@@ -159,7 +159,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(made, toy_m
         ([path], [1.0], toy_model, toy_model, OutputError, "is the folder that this command reads"),
         ([path], [1.0], toy_model, toy_model / "x", OutputError, "is inside"),
         ([path], [float("nan")], toy_model, tmp_path / "new", RunError, "A weight of nan"),
-        ([path, path], [1.0], toy_model, tmp_path / "new", RunError, "2 files and 1 weights"),
+        ([path, path], [1.0], toy_model, tmp_path / "new", RunError, "2 files and 1 weight"),
         ([other], [1.0], toy_model, tmp_path / "new", RunError, "was trained on another base"),
         ([broken], [1.0], toy_model, tmp_path / "new", RunError, "one magnitude for each output"),
         ([path], [1.0], cut, tmp_path / "new", ModelError, "lacks visual_transformer_blocks"),

@@ -166,8 +166,8 @@ REFUSED = {
              None, "is a LoRA of another model: .*such as transformer.single"),
     "SDXL": ({f"lora_unet_input_blocks_4_1_proj_in.lora_{x}.weight": torch.ones(4, 4) for x in ("down", "up")} | TEXT,
              None, "is a LoRA of another model"),
-    "a VAE": ({"decoder.conv_in.weight": torch.ones(4, 4, 3, 3)}, None, "is not a LoRA: none of its 1 tensors"),
-    "a transformer": ({f"{QUERY}.weight": torch.ones(128, 128)}, None, "is not a LoRA: none of its 1 tensors"),
+    "a VAE": ({"decoder.conv_in.weight": torch.ones(4, 4, 3, 3)}, None, "is not a LoRA: none of its tensors is part"),
+    "a transformer": ({f"{QUERY}.weight": torch.ones(128, 128)}, None, "is not a LoRA: none of its tensors is part"),
     "nothing": ({}, None, "has no tensors"),
 }  # fmt: skip
 ONLY_EXPORTED = {"DoRA", "DoRA, kohya's", "LoKr"}
@@ -248,7 +248,7 @@ def test_the_strengths_of_both_programs_are_told_where_they_differ(tmp_path, cli
     save_file(state(), tmp_path / "b.safetensors", metadata=mixed)
     done = cli(app, "check-lora", "b.safetensors")
     assert "x1 to x3" in done.out
-    assert "The strengths differ at 1 modules: diffusers x3, ComfyUI x1, the file says x3" in done.out
+    assert "The strengths differ at 1 module: diffusers x3, ComfyUI x1, the file says x3" in done.out
 
 
 def test_a_config_beside_a_file_of_peft_states_its_strength(tmp_path, empty):
@@ -275,7 +275,7 @@ def test_keys_of_text_encoders_are_left_out_with_a_note(tmp_path, cli):
     save_file(state() | TEXT, tmp_path / "a.safetensors")
     for words in (("export", "a.safetensors"), ("merge", "a.safetensors", "-o", "m.safetensors")):
         done = cli(app, *words)
-        assert (done.code, "1 keys of text encoders are left out, such as lora_te1_" in done.err) == (0, True)
+        assert (done.code, "1 key of text encoders is left out, such as lora_te1_" in done.err) == (0, True)
 
 
 def test_numbers_that_do_not_fit_16_bits_are_refused_with_a_type_that_holds_them(tmp_path, cli):
@@ -398,7 +398,7 @@ def test_a_saved_state_with_nan_is_refused(tmp_path):
     parameters = {"x": torch.nn.Parameter(torch.zeros(2))}
     session = Session(None, parameters, None, None, None)
     saved = SimpleNamespace(folder=tmp_path, tensors=lambda part: {"x": torch.tensor([1.0, torch.nan])})
-    with pytest.raises(RunError, match="has NaN or infinity in 1 of 1 tensors: x"):
+    with pytest.raises(RunError, match="has NaN or infinity in 1 of 1 tensor: x"):
         session.restore(saved)
     assert not parameters["x"].any()
 

@@ -173,7 +173,7 @@ def test_the_cache_gives_each_items_mask_and_its_mirror_image(place):
     assert len(list((place.folder / "cache/set/masks").glob("64x64-*.parquet"))) == 1
     out = place(app, "info", "cache/set").out
     assert "4, 2 of them mirrored, 2 with a mask" in out
-    assert re.search(r"masks +2 rows in 1 shards", out)
+    assert re.search(r"masks +2 rows in 1 shard\b", out)
     assert "instance_prompt" not in out
 
 

@@ -229,11 +229,11 @@ def test_gc_names_the_files(tmp_path):
         done = Cli(tmp_path)(cache_app, "gc", "a", *arguments)
         assert f"1 {word} deleted\n  {gone}\n" in done.out
         assert f"1 {word} rewritten\n  {manifest.shards[2].file}\n" in done.out
-        assert "1 files that are not of this cache (they stay)\n  text/my.parquet\n" in done.out
+        assert "1 file that is not of this cache (it stays)\n  text/my.parquet\n" in done.out
     assert (tmp_path / "a" / "text" / "my.parquet").read_text() == "mine"
     assert not (tmp_path / "a" / gone).exists()
     assert (
-        "files that are not of this cache (they stay)\n  text/my.parquet" in Cli(tmp_path)(cache_app, "verify", "a").out
+        "file that is not of this cache (it stays)\n  text/my.parquet" in Cli(tmp_path)(cache_app, "verify", "a").out
     )
 
 

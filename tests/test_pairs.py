@@ -248,7 +248,7 @@ def test_a_second_folder_that_cannot_be_one_is_refused(tmp_path):
         tmp_path / "bare", source_dir=sources
     )
     assert "me/cats is no folder on this machine" in refusal(Path("me/cats"), source_dir=sources)
-    assert f"None of the 1 images in {targets} has a source" in (said := refusal(targets, source_dir=sources))
+    assert f"No image in {targets} has a source" in (said := refusal(targets, source_dir=sources))
     assert f"a.png: has no source: there is no {sources}/a.*" in said
     (tmp_path / "t.csv").write_text("image,text\ntargets/a.png,a\n")
     assert "--sources is for folders of images" in refusal(tmp_path / "t.csv", source_dir=sources)

@@ -13,6 +13,7 @@ import pytest
 from k5cache.shared import console, progress, progress_file
 from k5cache.shared.foreign import Terminal
 from k5cache.shared.progress import Bars, Lines, doing
+from k5cache.shared.units import count_of
 
 
 @pytest.fixture
@@ -120,3 +121,10 @@ def test_a_page_reads_the_same_tasks_from_a_file_that_is_whole_at_any_time(tmp_p
         report.write()
     monkeypatch.setattr(progress_file._Of, "pid", -1)  # as in a process that this one forked
     assert progress_file.reporter() is None
+
+
+def test_one_of_a_thing_has_no_s():
+    assert [count_of(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
+    assert [count_of(n, "image has", "images have") for n in (1, 2)] == ["1 image has", "2 images have"]
+    told = [progress.counted(*words) for words in ((0, 1, "step"), (1, None, "image"), (3, 1200, "step"), (1, 2, ""))]
+    assert told == ["0 of 1 step", "1 image", "3 of 1,200 steps", "1 of 2"]

@@ -129,7 +129,7 @@ def test_a_split_that_leaves_nothing_of_a_cache_names_it(caches):
     one_picture, both_held_out = Source(_Part(small.cache, {"0.png"}, "one")), Source(_Part(small.cache, two, "two"))
     fixes = "Set train.validation.split=0, or encode more images"
     for sources, problem, fix in (
-        ([one_picture], "holds out 1 of 1 rows", fixes),
+        ([one_picture], "holds out 1 of 1 row", fixes),
         ([small, one_picture], "holds out 1 of the 1 row of /one", f"{fixes} into it, or leave this cache out"),
         ([small, both_held_out], "holds out 2 of the 2 rows of /two, because its images are held out of other caches"
          " of the run too", f"{fixes} into it, or leave this cache out"),

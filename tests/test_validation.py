@@ -269,7 +269,7 @@ def test_a_prompt_library_that_is_none_is_refused(tmp_path, text, problem):
 
 def test_a_split_that_leaves_nothing_is_refused(cache):
     assert "patience needs rows to measure on" in ValidationConfig(patience=2).check()[0]
-    with pytest.raises(RecipeError, match="holds out 1 of 1 rows"):
+    with pytest.raises(RecipeError, match="holds out 1 of 1 row"):
         split_off(_OneRow(open_data(cache, CONFIG)), 0.5)
 
 

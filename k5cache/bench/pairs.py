@@ -26,6 +26,7 @@ from k5cache.encoders.random_model import FULL_VISION, as_pipeline, write_model,
 from k5cache.options import CacheConfig
 from k5cache.shared.console import human_bytes
 from k5cache.shared.errors import K5Error
+from k5cache.shared.units import count_of
 from k5cache.sources import images
 from k5cache.store.manifest import Manifest
 
@@ -75,7 +76,9 @@ def bench_pairs(device: str, folder: Path | None = None, sizes: Sizes | None = N
         write_pictures(root / "pictures", sizes)
         pairs = make_pairs(root / "pictures", sizes)
         seconds, encoders = timed(device, lambda: load(root, device))
-        measurements.add("loading all encoders", f"{seconds:.1f} s", f"{len(pairs)} pairs follow")
+        measurements.add(
+            "loading all encoders", f"{seconds:.1f} s", f"{count_of(len(pairs), 'pair follows', 'pairs follow')}"
+        )
         geometry = cover(*sizes.source, Bucket(sizes.side, sizes.side))
         theirs = one_at_a_time(measurements, root, encoders, pairs, geometry, device)
         for batching in ("exact", "fast"):
@@ -135,7 +138,7 @@ def one_at_a_time(
     measurements.add(
         "baseline: Kandinsky5I2IPipeline, one pair at a time",
         f"{rate:.2f} pairs/s",
-        f"{len(pairs)} pairs of {geometry.bucket.name}, bf16 text, float32 VAE",
+        f"{count_of(len(pairs), 'pair')} of {geometry.bucket.name}, bf16 text, float32 VAE",
         baseline_pairs=rate,
     )
     return list(theirs)
@@ -213,7 +216,7 @@ def compare(measurements: Measurements, batching: str, ours: Embeds, theirs: Emb
     error = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
     measurements.add(
         f"ours, {batching}: bits",
-        f"{same} of {len(pairs)} texts as encode_prompt",
+        f"{same} of {count_of(len(pairs), 'text')} as encode_prompt",
         f"largest error {error:.1e} of the norm",
         **{f"same_{batching}": same, f"error_{batching}": error},
     )

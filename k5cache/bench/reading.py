@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from k5cache.shared import console, system
+from k5cache.shared.units import count_of
 from k5cache.store.index import IndexRow, with_index
 from k5cache.store.manifest import Manifest, lock, write_manifest
 from k5cache.store.reader import open_cache
@@ -155,7 +156,9 @@ def targets(readings: Sequence[Reading]) -> dict[str, bool]:
 def print_bench(bench: StoreBench) -> None:
     """Print the tables."""
     columns = ("ms/row", "rows/s", "time over ours", "disk over raw")
-    title = f"Random reads, {bench.num_rows} rows of {console.human_bytes(bench.raw_bytes / bench.num_rows)}"
+    title = (
+        f"Random reads, {count_of(bench.num_rows, 'row')} of {console.human_bytes(bench.raw_bytes / bench.num_rows)}"
+    )
     table = console.table(f"{title}, {bench.machine}", "format", *columns, "", numbers=columns)
     for reading in bench.readings:
         numbers = (f"{reading.ms_a_row:.2f}", f"{reading.rows_a_second:.0f}", f"{reading.over_ours:.2f}")

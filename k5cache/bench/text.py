@@ -17,6 +17,7 @@ from k5cache.encoders import memory_plan
 from k5cache.encoders.random_model import as_pipeline
 from k5cache.shared.console import human_bytes
 from k5cache.shared.system import resident_bytes
+from k5cache.shared.units import count_of
 from k5cache.shared.vram import limit_to_card
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def one_at_a_time(
     measurements.add(
         "baseline: encode_prompt, one at a time",
         f"{rate:.1f} captions/s",
-        f"{len(captions)} captions",
+        f"{count_of(len(captions), 'caption')}",
         baseline_captions=rate,
     )
     return list(theirs)
@@ -104,14 +105,15 @@ def compare_resident(
     measurements.add(
         f"resident, {name}: Qwen and CLIP",
         f"{rate:.1f} captions/s",
-        f"{rate / baseline:.1f}x the baseline, {len(tokens)} captions; Qwen {text:.2f} and {text_again:.2f} s, "
+        f"{rate / baseline:.1f}x the baseline, {count_of(len(tokens), 'caption')}; "
+        f"Qwen {text:.2f} and {text_again:.2f} s, "
         f"CLIP {pooling:.2f} s",
         **{f"resident_{name}": rate},
     )
     measurements.add(
         f"resident, {name}: Qwen alone",
         f"{flops / min(text, text_again) / 1e12:.0f} TFLOP/s",
-        f"{share:.0%} of the ceiling, {config.num_hidden_layers} layers",
+        f"{share:.0%} of the ceiling, {count_of(config.num_hidden_layers, 'layer')}",
         **{f"share_{name}": share},
     )
     pairs = list(zip(embeds, pooled, theirs, strict=False))
@@ -119,7 +121,7 @@ def compare_resident(
     error = max(relative(embeds, expected[0]) for embeds, _, expected in pairs)
     measurements.add(
         f"resident, {name}: bits",
-        f"{same[0]} of {len(pairs)} captions as encode_prompt",
+        f"{same[0]} of {count_of(len(pairs), 'caption')} as encode_prompt",
         f"pooled {same[1]}; largest error {error:.1e} of the norm",
         **{f"same_{name}": same, f"error_{name}": error},
     )
@@ -229,7 +231,7 @@ def time_parkings(
         measurements.add(
             f"streamed, {batching}, parked on the {name}",
             f"{seconds:.2f} s",
-            f"{len(tokens)} captions, VRAM {human_bytes(peak)} with the context, host {human_bytes(host)} "
+            f"{count_of(len(tokens), 'caption')}, VRAM {human_bytes(peak)} with the context, host {human_bytes(host)} "
             f"besides results; {layer_starts[0] - start:.2f} s before the layers, {in_layers:.2f} s in them; "
             f"planned on the {plan.parking}, {human_bytes(plan.vram)}",
             **{f"streamed_{batching}_{name}": (seconds, peak, host)},
@@ -259,7 +261,8 @@ def first_passes(measurements: Measurements, root: Path, sizes: Sizes, device: s
     measurements.add(
         "first exact pass of a process",
         f"{seconds['streamed']:.2f} s streamed",
-        f"{seconds['resident']:.2f} s resident, its weights loaded before: {over:.2f}x; {sizes.num_captions} captions",
+        f"{seconds['resident']:.2f} s resident, its weights loaded before: {over:.2f}x; "
+        f"{count_of(sizes.num_captions, 'caption')}",
         first_over=over,
         **{f"first_{m}": s for m, s in seconds.items()},
     )

@@ -26,6 +26,7 @@ from k5cache.commands.arguments import (
 )
 from k5cache.commands.listing import print_skipped, print_some, shorten
 from k5cache.shared import console, interrupt
+from k5cache.shared.units import count_of
 
 if TYPE_CHECKING:
     from k5cache.encode.preview import Preview
@@ -160,8 +161,8 @@ def print_report(report: EncodeReport, root: Path) -> None:
     """The summary that ends an encode: what changed, what was computed for it, what was left out."""
     if report.is_unchanged:
         console.out.print(
-            f"{root} is up to date: {report.num_items} items, {console.human_bytes(report.num_bytes)}, nothing to do "
-            f"({console.human_seconds(report.seconds)})",
+            f"{root} is up to date: {count_of(report.num_items, 'item')}, "
+            f"{console.human_bytes(report.num_bytes)}, nothing to do ({console.human_seconds(report.seconds)})",
             markup=False,
         )
     else:
@@ -170,7 +171,8 @@ def print_report(report: EncodeReport, root: Path) -> None:
         table.add_row("reused", str(report.reused_latents), str(report.reused_texts))
         console.out.print(table)
         console.out.print(
-            f"{report.num_items} items in {report.num_buckets} buckets, {console.human_bytes(report.num_bytes)}, "
+            f"{count_of(report.num_items, 'item')} in {count_of(report.num_buckets, 'bucket')}, "
+            f"{console.human_bytes(report.num_bytes)}, "
             f"{console.human_seconds(report.seconds)}",
             markup=False,
         )
@@ -178,8 +180,8 @@ def print_report(report: EncodeReport, root: Path) -> None:
     print_some("damaged and encoded again", report.repaired, "yellow")
     print_skipped(report.skipped, root)
     print_notices(report.num_multiline, report.notices)
-    cut = [f"{shorten(caption)} (last {count} characters)" for caption, count in report.truncated]
-    print_some("truncated caption" if len(cut) == 1 else "truncated captions", cut, "yellow")
+    cut = [f"{shorten(caption)} (last {count_of(count, 'character')})" for caption, count in report.truncated]
+    print_some("truncated captions", cut, "yellow", one="truncated caption")
     print_some("upscaled, smaller than their bucket", report.upscaled, "yellow")
     _print_sources(report)
     print_some("used although damaged", [f"{image.path}: {image.flaw}" for image in report.flawed], "yellow")
@@ -187,7 +189,13 @@ def print_report(report: EncodeReport, root: Path) -> None:
 
 def print_preview(preview: Preview, root: Path) -> None:
     """What an encode would do."""
-    print_some("differences of the recipe (encode would need --update)", preview.differences, "yellow", most=99)
+    print_some(
+        "differences of the recipe (encode would need --update)",
+        preview.differences,
+        "yellow",
+        most=99,
+        one="difference of the recipe (encode would need --update)",
+    )
     table = console.table(f"Encoding into {root} would", "what", "images", "captions", numbers=("images", "captions"))
     table.add_row("encode", str(preview.num_latents), str(preview.num_texts))
     table.add_row("reuse", str(preview.reused_latents), str(preview.reused_texts))
@@ -210,7 +218,7 @@ def _print_sources(report: EncodeReport | Preview) -> None:
 def print_notices(num_multiline: int, notices: Sequence[str]) -> None:
     """Tell who wrote one caption in several lines what became of it, and how captions came about."""
     if num_multiline:
-        have = "1 caption file has" if num_multiline == 1 else f"{num_multiline} caption files have"
+        have = count_of(num_multiline, "caption file has", "caption files have")
         console.out.print(
             f"{have} several lines: each line is a caption of its own, and each step draws one. For one caption a file,"
             " set cache.caption_lines to whole",

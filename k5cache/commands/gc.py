@@ -49,5 +49,11 @@ def print_collected(collected: Collected, root: Path, is_dry_run: bool) -> None:
     console.out.print(table)
     print_some(f"{would} deleted", collected.dropped + collected.unnamed, "dim", most=MOST_FILES)
     print_some(f"{would} rewritten", collected.rewritten, "dim", most=MOST_FILES)
-    print_some("files that are not of this cache (they stay)", collected.foreign, "yellow", most=MOST_FILES)
+    print_some(
+        "files that are not of this cache (they stay)",
+        collected.foreign,
+        "yellow",
+        most=MOST_FILES,
+        one="file that is not of this cache (it stays)",
+    )
     console.out.print(f"{console.human_bytes(collected.num_bytes)} {would} freed", markup=False)

@@ -12,6 +12,7 @@ from k5cache.commands.arguments import CachePath, Json, suggest_training
 from k5cache.commands.listing import print_skipped, print_some, shorten
 from k5cache.shared import console
 from k5cache.shared.kind import LONG_NAMES
+from k5cache.shared.units import count_of
 from k5cache.sources.items import Skipped
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def info(cache: CachePath, as_json: Json = False) -> None:
     console.out.print(_fact_table(opened))
     left_out = opened.manifest.left_out
     print_skipped([Skipped(path, reason) for path, reason in left_out.skipped], cache)
-    cut = [f"{shorten(caption)} (last {count} characters)" for _, count, caption in left_out.truncated]
-    print_some("truncated caption" if len(cut) == 1 else "truncated captions", cut, "yellow")
+    cut = [f"{shorten(caption)} (last {count_of(count, 'character')})" for _, count, caption in left_out.truncated]
+    print_some("truncated captions", cut, "yellow", one="truncated caption")
     suggest_training(cache, opened.manifest)
 
 
@@ -85,7 +86,8 @@ def _fact_table(cache: Cache) -> Table:
         shards = [shard for shard in manifest.shards if shard.kind == kind]
         if shards:
             size = console.human_bytes(sum(shard.num_bytes for shard in shards))
-            table.add_row(kind, f"{sum(shard.num_rows for shard in shards)} rows in {len(shards)} shards, {size}")
+            rows = count_of(sum(shard.num_rows for shard in shards), "row")
+            table.add_row(kind, f"{rows} in {count_of(len(shards), 'shard')}, {size}")
     if cache.kind == "i2i":
         pairs = (shorten(f"{edit.source}: {edit.prompt}") for edit in manifest.edits)
         table.add_row("pairs to draw", Text(", ".join(pairs) or "none"))

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
+from k5cache.shared.units import count_of
 from k5cache.sources.items import Skipped
 from k5cache.store.skipped import NAME, is_ours
 
@@ -18,10 +19,15 @@ _REASONS = 8  # for which something is skipped
 _EXAMPLES = 3  # files that are named for each reason after the first
 
 
-def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST) -> None:
-    """Print the number of ``entries`` and the first few of them, or nothing if there are none."""
+def print_some(title: str, entries: Sequence[str], style: str, most: int = MOST, one: str = "") -> None:
+    """Print the number of ``entries`` and the first few of them, or nothing if there are none.
+
+    Args:
+        title: what follows the number.
+        one: what follows a 1, if that is not the same.
+    """
     if entries:
-        console.out.print(Text(f"{len(entries)} {title}", style=style))
+        console.out.print(Text(count_of(len(entries), one or title, title), style=style))
         for entry in entries[:most]:
             console.out.print(Text(f"  {shown(entry)}"))
         if len(entries) > most:

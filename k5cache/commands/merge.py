@@ -41,4 +41,9 @@ def print_merged(merged: Merged, root: Path) -> None:
     table.add_row("bytes", console.human_bytes(merged.num_bytes))
     table.add_row("shards are", "links" if merged.is_linked else "copies")
     console.out.print(table)
-    print_some("items were in several caches, and are in it once", merged.duplicates, "yellow")
+    print_some(
+        "items were in several caches, and are in it once",
+        merged.duplicates,
+        "yellow",
+        one="item was in several caches, and is in it once",
+    )

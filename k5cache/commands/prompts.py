@@ -11,6 +11,7 @@ from k5cache.commands.arguments import CachePath, Device, Json, Model, Wait, mod
 from k5cache.commands.listing import print_some, shorten
 from k5cache.shared import console, help, interrupt
 from k5cache.shared.foreign import shown
+from k5cache.shared.units import count_of
 
 if TYPE_CHECKING:
     from k5cache.upkeep.prompts import Added
@@ -92,8 +93,8 @@ def print_added(added: Added, root: Path) -> None:
     encoded = [shorten(prompt) or "(the empty prompt)" for prompt in added.encoded]
     print_some(f"{_prompts(encoded)} encoded into {root}", encoded, "green")
     already_there = [shorten(prompt) or "(the empty prompt)" for prompt in added.already_there]
-    print_some("were there already", already_there, "dim")
-    cut = [f"{shorten(prompt)} (last {count} characters)" for prompt, count in added.truncated]
+    print_some("were there already", already_there, "dim", one="was there already")
+    cut = [f"{shorten(prompt)} (last {count_of(count, 'character')})" for prompt, count in added.truncated]
     print_some(f"truncated {_prompts(cut)}", cut, "yellow")
 
 

@@ -9,6 +9,7 @@ import typer
 
 from k5cache.commands.arguments import CachePath, Device, Model, model_of_cache
 from k5cache.shared import console
+from k5cache.shared.units import count_of
 
 
 def show(
@@ -30,4 +31,4 @@ def show(
     with console.progress() as bars:
         model_config = model_of_cache(cache, opened.manifest, model)
         num_shown = write_contact_sheet(opened, target, count, model_config, device, bars, seed)
-    console.out.print(f"Wrote {path}: {num_shown} of {len(opened)} items", markup=False)
+    console.out.print(f"Wrote {path}: {num_shown} of {count_of(len(opened), 'item')}", markup=False)

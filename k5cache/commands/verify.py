@@ -65,9 +65,19 @@ def print_verified(verified: Verified, reencoded: Reencoded | None) -> None:
     console.out.print(table)
     if reencoded:
         print_reencoded(reencoded)
-    print_some("problems", verified.problems, "bold red", most=len(verified.problems))
-    print_some("files that nothing names (k5cache gc deletes them)", verified.unnamed, "dim")
-    print_some("files that are not of this cache (they stay)", verified.foreign, "yellow")
+    print_some("problems", verified.problems, "bold red", most=len(verified.problems), one="problem")
+    print_some(
+        "files that nothing names (k5cache gc deletes them)",
+        verified.unnamed,
+        "dim",
+        one="file that nothing names (k5cache gc deletes it)",
+    )
+    print_some(
+        "files that are not of this cache (they stay)",
+        verified.foreign,
+        "yellow",
+        one="file that is not of this cache (it stays)",
+    )
 
 
 def print_reencoded(reencoded: Reencoded) -> None:

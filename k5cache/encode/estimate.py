@@ -14,6 +14,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.console import human_bytes, human_seconds
 from k5cache.shared.host_memory import free_ram
+from k5cache.shared.units import count_of
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,11 @@ def rows(estimated: Estimate) -> list[tuple[str, str]]:
     table = [("device", estimated.device)]
     if text:
         table.append(("text encoder", f"{text.mode}: {_text_mode(text, estimated.num_tokens)}"))
-        tokens = f"about {estimated.num_tokens} tokens with their templates"
+        tokens = f"about {count_of(estimated.num_tokens, 'token')} with their templates"
         table.append(("captions", f"{estimated.num_captions}, {tokens}"))
     if vae:
         mode = "an image at once" if vae.mode == "whole" else "an image in strips, exact but for rounding"
-        table.append(("VAE", f"{vae.mode}: {mode}; {estimated.num_images} images"))
+        table.append(("VAE", f"{vae.mode}: {mode}; {count_of(estimated.num_images, 'image')}"))
     if text and vae and estimated.vram:
         table.append(("VRAM", f"{human_bytes(text.vram)} for text, then {human_bytes(vae.vram)} for images"))
     elif estimated.vram:
@@ -223,8 +224,8 @@ def duration(estimated: Estimate) -> str:
     """How long an encode will take, in words."""
     if estimated.seconds is None or estimated.text_seconds is None or estimated.vae_seconds is None:
         return "not known: there is no GPU here to measure"
-    parts = f"{human_seconds(estimated.text_seconds)} for {estimated.num_captions} captions, "
-    parts += f"{human_seconds(estimated.vae_seconds)} for {estimated.num_images} images"
+    parts = f"{human_seconds(estimated.text_seconds)} for {count_of(estimated.num_captions, 'caption')}, "
+    parts += f"{human_seconds(estimated.vae_seconds)} for {count_of(estimated.num_images, 'image')}"
     return f"about {human_seconds(estimated.seconds)} ({parts})"
 
 

@@ -22,6 +22,7 @@ from k5cache.encode.write_rows import row_writer
 from k5cache.encoders import memory_plan
 from k5cache.shared import console
 from k5cache.shared.kind import Kind
+from k5cache.shared.units import count_of
 from k5cache.sources.items import UnreadableImage
 from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
 
@@ -159,7 +160,7 @@ def _encode_prompts(
         while (chunk := next_chunk.result()) is not None:
             next_chunk = pool.submit(next, chunks, None)
             if sources:
-                advance(0, f"Qwen2.5-VL: the sources of {len(chunk.tokens)} instructions")
+                advance(0, f"Qwen2.5-VL: the sources of {count_of(len(chunk.tokens), 'instruction')}")
                 chunk = with_pictures(sources, chunk, failed)
                 lost |= dict.fromkeys(lost_instructions(chunk))
             pairs = zip(chunk.text_jobs, chunk.tokens, strict=True)
@@ -196,7 +197,7 @@ def _load_qwen(
             error = streaming.int8_error(encoder, some.tokens, some.pictures)
             console.note(
                 f"The text encoder in int8 gives embeddings that differ from bf16 by {error:.2%} "
-                f"({len(some.tokens)} captions)"
+                f"({count_of(len(some.tokens), 'caption')})"
             )
         if is_streamed:
             return encoder
@@ -222,7 +223,7 @@ def _prompt_embeds(
         exact=is_exact,
         batch_tokens=plan.batch_tokens,
         parking=plan.parking,
-        on_layer=lambda i: advance(0, f"Qwen2.5-VL: {len(tokens)} captions, layer {i + 1} of {num_layers}"),
+        on_layer=lambda i: advance(0, f"Qwen2.5-VL: {count_of(len(tokens), 'caption')}, layer {i + 1} of {num_layers}"),
     )
 
 
@@ -255,7 +256,7 @@ def _warn_of_lost(lost: Sequence[str]) -> None:
     if not lost:
         return
     named = ", ".join(repr(caption[:40]) for caption in lost[:3]) + (", ..." if len(lost) > 3 else "")
-    count, it = ("1 instruction is", "it") if len(lost) == 1 else (f"{len(lost)} instructions are", "them")
+    count, it = count_of(len(lost), "instruction is", "instructions are"), "it" if len(lost) == 1 else "them"
     console.warn(
         f"{count} so short that Qwen's embedding holds nothing of {it} ({named}): Kandinsky5I2IPipeline cuts an "
         f"instruction's first tokens off. Only CLIP reads {it}. Use longer sentences"

@@ -18,6 +18,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.comparison import Comparison, check, compare, not_run
 from k5cache.shared.errors import K5Error
 from k5cache.shared.handed_over import handed_over
+from k5cache.shared.units import count_of
 from k5cache.sources import find, images
 from k5cache.sources.items import Content, UnreadableImage
 from k5cache.store.geometry import geometry_of, source_of_row
@@ -129,7 +130,7 @@ def compare_latents(
     names = ("mean", "std") if job.config.posterior == "sample" else ("mean",)
     comparisons = [
         compare(
-            f"{name} of {len(pictures)} crops",
+            f"{name} of {count_of(len(pictures), 'crop')}",
             VAE,
             [
                 (p.name, ours.rows[p.name][name], theirs[i].half())
@@ -153,7 +154,7 @@ def compare_stored_latents(
     moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
     reason: str,
 ) -> Comparison:
-    title = f"cached latents of {len(latent_keys)} images"
+    title = f"cached latents of {count_of(len(latent_keys), 'image')}"
     if not latent_keys:
         return not_run(title, VAE, reason)
     pairs = [

@@ -27,6 +27,7 @@ from k5cache.shared.checkpoint import ENCODER_PARTS, model_folder
 from k5cache.shared.comparison import Comparison, check, compare, not_run
 from k5cache.shared.kind import Kind, kind_of_recipe
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.units import count_of
 from k5cache.sources import images
 from k5cache.store.reader import Cache
 
@@ -153,7 +154,7 @@ def _compare_token_ids(job: Job, reference: dict[Text, Encoded], kind: Kind) -> 
         (text.name, torch.tensor(tokenize(text.job("", kind)).ids), torch.tensor(theirs.ids))
         for text, theirs in reference.items()
     ]
-    return compare(f"token ids of {len(pairs)} captions", PIPELINE, pairs)
+    return compare(f"token ids of {count_of(len(pairs), 'caption')}", PIPELINE, pairs)
 
 
 def _compare_texts(job: Job, reference: dict[Text, Encoded], kind: Kind) -> list[Comparison]:
@@ -164,7 +165,7 @@ def _compare_texts(job: Job, reference: dict[Text, Encoded], kind: Kind) -> list
     allowed = {"prompt_embeds": precise, "pooled": _ALLOWED.get(job.config.text_batching, 0.0)}
     return [
         compare(
-            f"{name} of {len(reference)} captions",
+            f"{name} of {count_of(len(reference), 'caption')}",
             PIPELINE,
             [(text.name, ours.rows[keys[text]][name], getattr(theirs, name)) for text, theirs in reference.items()],
             allowed[name],
@@ -191,7 +192,7 @@ def _compare_stored_texts(
 ) -> list[Comparison]:
     rows = {key: cache.text(key) for key in stored}
     precision = table_of(cache.root, cache.manifest.recipe, "text").get("text_encoder_1_precision")
-    titles = {name: f"cached {name} of {len(rows)} captions" for name in ("prompt_embeds", "pooled")}
+    titles = {name: f"cached {name} of {count_of(len(rows), 'caption')}" for name in ("prompt_embeds", "pooled")}
     if not stored:
         return [not_run(title, PIPELINE, reason) for title in titles.values()]
     return [

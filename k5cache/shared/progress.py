@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from k5cache.shared.progress_file import reporter
-from k5cache.shared.units import human_bytes, human_seconds
+from k5cache.shared.units import count_of, human_bytes, human_seconds
 
 SECONDS_A_LINE = 60.0
 SECONDS_TO_THE_FIRST = 1.0
@@ -156,8 +156,9 @@ def counted(completed: float, total: float | None, unit: str) -> str:
     """``620 of 2,000 steps``."""
     if unit == "byte":
         return human_bytes(completed) + (f" of {human_bytes(total)}" if total is not None else "")
-    units = f" {unit}s" if unit else ""
-    return f"{completed:,.0f}{units}" if total is None else f"{completed:,.0f} of {total:,.0f}{units}"
+    number = round(completed if total is None else total)
+    of = count_of(number, unit) if unit else f"{number:,}"
+    return of if total is None else f"{completed:,.0f} of {of}"
 
 
 def rated(speed: float, unit: str) -> str:

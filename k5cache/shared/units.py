@@ -1,6 +1,15 @@
-"""How are a number of bytes and a duration written for a person?"""
+"""How are a count, a number of bytes and a duration written for a person?"""
 
 from __future__ import annotations
+
+
+def count_of(number: int, one: str, many: str = "") -> str:
+    """``1`` and ``step`` -> ``1 step``; ``2000`` -> ``2,000 steps``.
+
+    Args:
+        many: what more than one of them is called, if that is not ``one`` with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def human_bytes(num_bytes: float) -> str:

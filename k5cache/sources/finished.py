@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from k5cache.options import CacheConfig
 from k5cache.shared.kind import Kind
+from k5cache.shared.units import count_of
 from k5cache.sources.captions import finish
 from k5cache.sources.class_captions import notice
 from k5cache.sources.folder import ImageEntry
@@ -53,7 +54,8 @@ def _of_variants(known: dict[tuple[str, ...], tuple[str, ...]], config: CacheCon
     after = len({caption for captions in known.values() for caption in captions})
     options = " and ".join(f"cache.{name}" for name in ("shuffle_tags", "wildcards") if getattr(config, name))
     return (
-        f"{options}: {before} captions become {after}, at most {config.caption_variants} each (cache.caption_variants),"
+        f"{options}: {count_of(before, 'caption becomes', 'captions become')} {after}, "
+        f"at most {config.caption_variants} each (cache.caption_variants),"
         " and each step draws one; the same captions always become the same ones"
     )
 
@@ -88,4 +90,4 @@ def notices_of_files(
 
 
 def _counted(count: int) -> str:
-    return "1 image has" if count == 1 else f"{count} images have"
+    return count_of(count, "image has", "images have")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
+from k5cache.shared.units import count_of
 from k5cache.sources import folder
 from k5cache.sources.items import Skipped, SourceItem
 from k5cache.sources.pairs import NO_SOURCE, has_several, similar_to
@@ -103,7 +104,8 @@ def _no_pair(targets: Path, sources: Path, lone: Sequence[Skipped], num_sources:
     if not num_sources:
         return DatasetError(f"The folder of sources {sources} has no images", _NAME_THEM)
     return DatasetError(
-        f"None of the {len(lone)} images in {targets} has a source among the {num_sources} images in {sources} "
+        f"No image in {targets} has a source "
+        f"among the {count_of(num_sources, 'image')} in {sources} "
         f"({lone[0].path}: {lone[0].reason})",
         _NAME_THEM,
     )

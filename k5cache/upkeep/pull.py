@@ -15,6 +15,7 @@ from k5cache.shared.command_line import command
 from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import CacheError, HubError
 from k5cache.shared.files import new_file
+from k5cache.shared.units import count_of
 from k5cache.store import files
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, lock, read_manifest
 from k5cache.store.ours import FILE, check_root
@@ -95,7 +96,7 @@ def _check_earlier(root: Path, repo: str, manifest: Manifest) -> None:
     others = {shard.file for shard in read_manifest(root).shards} - manifest.named
     if others:
         raise CacheError(
-            f"{root} is a cache already, with {len(others)} shards that {repo} does not have",
+            f"{root} is a cache already, with {count_of(len(others), 'shard')} that {repo} does not have",
             f"Pull into another folder: {command('k5cache', 'pull', repo, f'{root}-of-the-hub')}",
         )
 

@@ -13,6 +13,7 @@ from k5cache.shared.console import human_bytes, note
 from k5cache.shared.errors import CacheCorrupt, CacheError, HubError
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.model import FLAVOURS
+from k5cache.shared.units import count_of
 from k5cache.store.manifest import Manifest
 from k5cache.store.ours import FILE, SHARD_FILE, TABLE_FILE
 from k5cache.upkeep.finished import finished_index
@@ -85,10 +86,10 @@ def push_cache(
             note(f"Sending {human_bytes(size)} to {repo}" + (f", {human_bytes(there)} is there" if there else ""))
         try:
             if to_send:
-                title = f"Rows of {index.num_rows} items"
+                title = f"Rows of {count_of(index.num_rows, 'item')}"
                 upload.send(destination, to_send, title, advance=lambda sent: advance("sending", sent, size))
             if last or deleted:
-                upload.send(destination, last, f"A cache of {index.num_rows} items", deleted)
+                upload.send(destination, last, f"A cache of {count_of(index.num_rows, 'item')}", deleted)
         except FileNotFoundError as error:
             raise CacheError(f"{root} changed while it was pushed: {error.filename} is gone", "Push it again") from None
     num_there = len(named) - len(to_send)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from k5cache.shared.errors import ModelError, RunError
 from k5cache.shared.outputs import check_file
+from k5cache.shared.units import count_of
 
 
 def check_target(target: Path) -> None:
@@ -41,7 +42,8 @@ def check_weights(num_files: int, weights: Sequence[float]) -> None:
     """
     if len(weights) != num_files:
         raise RunError(
-            f"There are {num_files} files and {len(weights)} weights", "Give one --weight for each file, in order"
+            f"There are {num_files} files and {count_of(len(weights), 'weight')}",
+            "Give one --weight for each file, in order",
         )
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise RunError(f"A weight of {bad[0]} makes every value of the LoRA useless", "Give finite numbers by --weight")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from k5cache.shared.errors import RunError
 from k5cache.shared.files import make_folder, write_whole
 from k5cache.shared.plain import parse_json
+from k5cache.shared.units import count_of
 from k5train.adapter.attach import ADAPTER, adapted_layers, adapter_parts, add_without_values
 from k5train.adapter.keys import kind_of
 from k5train.adapter.lora_file import read_file, refuse_not_finite
@@ -90,7 +91,8 @@ def load_lora(transformer: Kandinsky5Transformer3DModel, path: Path) -> tuple[st
     if set(layers) != set(pairs):
         different = sorted(set(layers) ^ set(pairs))
         raise RunError(
-            f"{path} adapts {len(pairs)} modules, the adapter here {len(layers)}; they differ in {different[0]}",
+            f"{path} adapts {count_of(len(pairs), 'module')}, "
+            f"the adapter here {len(layers)}; they differ in {different[0]}",
             "Use the targets that the LoRA was trained with",
         )
     for name, layer in layers.items():

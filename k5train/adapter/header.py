@@ -87,7 +87,7 @@ def check_is_adapter(path: Path, keys: list[str]) -> None:
         raise RunError(f"{path} has no tensors", "Give a whole LoRA file")
     if not any(_ADAPTER_KEY.search(key) for key in keys):
         raise RunError(
-            f"{path} is not a LoRA: none of its {len(keys)} tensors is part of one, such as {keys[0]}",
+            f"{path} is not a LoRA: none of its tensors is part of one, such as {keys[0]}",
             "Give the .safetensors file of a LoRA",
         )
 

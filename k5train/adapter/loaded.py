@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers import Kandinsky5Transformer3DModel
 
 from k5cache.shared.errors import RunError
+from k5cache.shared.units import count_of
 from k5train.adapter.attach import ADAPTER, adapted_layers
 from k5train.adapter.files import load_lora
 from k5train.adapter.keys import kind_of
@@ -44,7 +45,7 @@ def vet(path: Path, empty: Kandinsky5Transformer3DModel) -> str:
     refuse_harmful(path, state, metadata)
     program = by_diffusers(path, state, empty, call_for(kind))
     if not program.loads_all:
-        reason = program.error or f"it ignores {len(program.unused)} of its {len(state)} tensors"
+        reason = program.error or f"it ignores {len(program.unused)} of its {count_of(len(state), 'tensor')}"
         raise RunError(
             f"{path} is a {KINDS[kind]} that diffusers does not load as it is: {reason}",
             "Give a file of `k5train run`; `k5train check-lora` says which programs load this one",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import RunError
+from k5cache.shared.units import count_of
 from k5train.adapter.header import check_is_adapter, check_kind
 
 # The numbers that are read. Integers mean something only together with scales, for which there are no keys.
@@ -90,7 +91,7 @@ def refuse_not_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     """
     if bad := not_finite(state):
         raise RunError(
-            f"{path} has NaN or infinity in {len(bad)} of {len(state)} tensors: {some(bad)}",
+            f"{path} has NaN or infinity in {len(bad)} of {count_of(len(state), 'tensor')}: {some(bad)}",
             "Its training diverged. Use an earlier checkpoint, or train again with a lower train.optim.lr",
         )
 

@@ -12,6 +12,7 @@ from torch import nn
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.foreign import shown
 from k5cache.shared.patterns import Pattern, PatternProblem, Steps
+from k5cache.shared.units import count_of
 from k5train.adapter.lokr import factors_of
 from k5train.options.adapter import LoraConfig
 
@@ -49,14 +50,17 @@ def describe(matched: Matched) -> str:
     """One line for each target: how many modules it matched, and which, without block numbers. If there are several
     ranks, one line for each."""
     lines = [
-        f"LoRA on {len(names)} modules by {target}: {', '.join(_endings(names))}"
+        f"LoRA on {count_of(len(names), 'module')} by {target}: {', '.join(_endings(names))}"
         for target, names in matched.patterns.items()
     ]
     by_rank: dict[int, list[str]] = {}
     for name, rank in matched.ranks.items():
         by_rank.setdefault(rank, []).append(name)
     if len(by_rank) > 1:
-        lines += [f"rank {r} on {len(by_rank[r])} modules: {', '.join(_endings(by_rank[r]))}" for r in sorted(by_rank)]
+        lines += [
+            f"rank {r} on {count_of(len(by_rank[r]), 'module')}: {', '.join(_endings(by_rank[r]))}"
+            for r in sorted(by_rank)
+        ]
     return "\n".join(lines)
 
 
@@ -149,7 +153,7 @@ def _match(target: str, linears: list[str], option: str, steps: Steps) -> tuple[
         parents = ", ".join(dict.fromkeys(_parent(n) for n in surprising))
         expected = ", ".join(_endings(n for n in names if n not in surprising))
         raise RecipeError(
-            f"{option}: {target!r} also matches {len(surprising)} modules of {parents}",
+            f"{option}: {target!r} also matches {count_of(len(surprising), 'module')} of {parents}",
             f"Write the parent too: {expected or parents}",
         )
     return names

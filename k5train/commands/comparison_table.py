@@ -9,6 +9,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
+from k5cache.shared.units import count_of
 from k5train.pictures.compared import ComparedPictures
 from k5train.runs.compared import Comparison, averages, remarks, shown_value, some, which
 from k5train.runs.record import Loss
@@ -89,7 +90,7 @@ def _lines(comparison: Comparison, pictures: ComparedPictures) -> list[str]:
     lines += _by_remark(comparison)
     drawn = list(dict.fromkeys(row.run for row in pictures.rows if row.kind == "run"))
     if drawn:
-        lines.append(f"pictures of {len(drawn)} run{'s' * (len(drawn) != 1)}, on the same noise")
+        lines.append(f"pictures of {count_of(len(drawn), 'run')}, on the same noise")
     without: dict[str, list[str]] = {}
     for name, why in pictures.left_out.items():
         without.setdefault(why, []).append(name)

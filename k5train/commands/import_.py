@@ -10,6 +10,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
+from k5cache.shared.units import count_of
 
 if TYPE_CHECKING:
     from k5train.moving.target import Moved
@@ -85,7 +86,7 @@ def _print(result: Moved) -> None:
     counts = {name: sum(row.outcome == name for row in result.rows)
               for name in ("taken over", "not needed", "not supported", "unknown")}  # fmt: skip
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    console.out.print(f"Of {len(result.rows)} keys of {result.trainer}: {said}", markup=False)
+    console.out.print(f"Of {count_of(len(result.rows), 'key')} of {result.trainer}: {said}", markup=False)
     if result.defaults:
         named = ", ".join(f"{option} = {value}" for option, value in result.defaults.items())
         console.note(f"Not set there, so these are the defaults here: {named}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
+from k5cache.shared.units import count_of
 
 if TYPE_CHECKING:
     from k5train.adapter.comfyui import Program
@@ -56,7 +57,7 @@ def export(
     from k5train.adapter.export import export as export_lora  # torch is imported here, which takes seconds
 
     written = export_lora(file, target, form, number, model)
-    console.out.print(f"Wrote {target}: {written.num_modules} modules, {form} keys, {number}", markup=False)
+    console.out.print(f"Wrote {target}: {count_of(written.num_modules, 'module')}, {form} keys, {number}", markup=False)
     _say_what_is_missing(written)
     if form == "kohya":
         console.note(
@@ -113,7 +114,9 @@ def merge(
     from k5train.adapter.export import merge as merge_loras  # torch is imported here, which takes seconds
 
     written = merge_loras(files, weights, out, form or "diffusers", number or "fp32", model)
-    console.out.print(f"Wrote {out}: {written.num_modules} modules from {len(files)} files", markup=False)
+    console.out.print(
+        f"Wrote {out}: {count_of(written.num_modules, 'module')} from {count_of(len(files), 'file')}", markup=False
+    )
     _say_what_is_missing(written)
     console.next_step("Next, see which programs load it", _check_command(out, model))
 
@@ -159,7 +162,9 @@ def print_merged(merged: Merged, out: Path, base: Path) -> None:
         console.out.print(f"{out} is this merge already: nothing was written", markup=False)
     else:
         size = console.human_bytes(merged.num_bytes)
-        console.out.print(f"Wrote {out}: {merged.num_modules} modules of {base} changed, {size}", markup=False)
+        console.out.print(
+            f"Wrote {out}: {count_of(merged.num_modules, 'module')} of {base} changed, {size}", markup=False
+        )
     for path in merged.other_base:
         console.warn(f"{path} was trained on another base than {base}: the pictures may differ from those of its run")
     if merged.lost:
@@ -168,7 +173,7 @@ def print_merged(merged: Merged, out: Path, base: Path) -> None:
             " twice the size"
         )
     if merged.left_out:
-        console.note(f"{len(merged.left_out)} keys of text encoders are left out: the checkpoint's stay as they are")
+        console.note(f"{_of_text_encoders(merged.left_out)} left out: the checkpoint's stay as they are")
     where = f'"{out}", torch_dtype=torch.bfloat16'
     if merged.is_pipeline and merged.parts:
         console.note(f"Beside the transformer are the base's own {', '.join(merged.parts)}")
@@ -246,10 +251,14 @@ def _check_command(file: Path, model: Path | None) -> str:
     return console.command("k5train", "check-lora", file, model=model)
 
 
+def _of_text_encoders(keys: Sequence[str]) -> str:
+    return count_of(len(keys), "key of text encoders is", "keys of text encoders are")
+
+
 def _say_what_is_missing(written: Written) -> None:
     if written.left_out:
         console.note(
-            f"{len(written.left_out)} keys of text encoders are left out, such as {written.left_out[0]}: "
+            f"{_of_text_encoders(written.left_out)} left out, such as {written.left_out[0]}: "
             "Kandinsky's pipeline loads none"
         )
     if written.num_silent == written.num_modules:
@@ -264,7 +273,7 @@ def print_report(report: Report, model: Path | None) -> None:
 
     facts = [
         report.kind,
-        f"{report.num_keys} keys",
+        f"{count_of(report.num_keys, 'key')}",
         f"rank {', '.join(map(str, report.ranks)) or 'unknown'}",
         *report.dtypes,
     ]
@@ -302,15 +311,15 @@ def findings(report: Report) -> list[str]:
     if report.lora and (silent := report.lora.silent):
         many = len(silent) == len(report.lora.pairs)
         lines.append(
-            f"It changes nothing at {'all' if many else len(silent)} of {len(report.lora.pairs)} modules, such as "
-            f"{silent[0]}: a matrix or the strength is zero"
+            f"It changes nothing at {'all' if many else len(silent)} of "
+            f"{count_of(len(report.lora.pairs), 'module')}, such as {silent[0]}: a matrix or the strength is zero"
         )
     if different := report.differing:
         strengths = {p.name: [p.strengths[m] for m in different if m in p.strengths] for p in report.programs}
         said = [f"{name} {strength_in(values)}" for name, values in strengths.items() if values]
         if report.lora:
             said.append(f"the file says {strength_in(report.lora.strengths[m] for m in different)}")
-        lines.append(f"The strengths differ at {len(different)} modules: {', '.join(said)}")
+        lines.append(f"The strengths differ at {count_of(len(different), 'module')}: {', '.join(said)}")
         lines += why_strengths_differ(report)
     return lines
 

@@ -10,6 +10,7 @@ import typer
 
 from k5cache.shared import console
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.units import count_of
 
 
 def report(
@@ -44,7 +45,7 @@ def report(
     write_whole(target, lambda path: path.write_text(made.html, encoding="utf-8", errors="backslashreplace"))
     if made.said:
         console.note(made.said)
-    about = f"{made.num_runs} run{'s' * (made.num_runs != 1)}, {made.num_pictures} pictures"
+    about = f"{count_of(made.num_runs, 'run')}, {count_of(made.num_pictures, 'picture')}"
     console.out.print(f"Wrote {named}: {about}, {console.human_bytes(target.stat().st_size)}", markup=False)
     console.next_step("Open it in a browser, or send it", target.as_uri())
 

@@ -12,6 +12,7 @@ import typer
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.template import PIPELINES
+from k5cache.shared.units import count_of
 from k5train.commands.arguments import (
     Model,
     Recipe,
@@ -90,7 +91,8 @@ def print_result(result: Result) -> None:
         "patience": " and stopped early, as the held-out loss did not improve",
     }
     console.out.print(
-        f"Trained {result.steps} steps in {console.human_seconds(result.seconds)}{reasons.get(result.ended_by, '')}, "
+        f"Trained {count_of(result.steps, 'step')} in {console.human_seconds(result.seconds)}"
+        f"{reasons.get(result.ended_by, '')}, "
         f"loss {result.first_loss:.4f} -> {result.last_loss:.4f} (means of the first and last tenth)",
         markup=False,
     )

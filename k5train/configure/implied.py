@@ -9,6 +9,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.console import human_seconds
 from k5cache.shared.kind import Kind
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.units import count_of
 from k5train.configure.written import answers_from
 from k5train.forward.precision import decided_for_plan
 from k5train.options.train import TrainConfig
@@ -47,8 +48,8 @@ def length(train: TrainConfig, num_images: int) -> str:
     """How many steps, and how often each image is seen."""
     rows_of_step = train.batch_size * train.gradient_accumulation_steps
     passes = train.steps * rows_of_step / (num_images * train.repeats)
-    of = "1 row" if rows_of_step == 1 else f"{rows_of_step} rows"
-    return f"{train.steps:,} steps of {of}: each of {num_images:,} images {passes:.3g} times"
+    of = count_of(rows_of_step, "row")
+    return f"{count_of(train.steps, 'step')} of {of}: each of {count_of(num_images, 'image')} {passes:.3g} times"
 
 
 def time(answers: Mapping[str, Any], train: TrainConfig) -> str:

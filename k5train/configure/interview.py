@@ -204,7 +204,7 @@ def _ask_captions(
     strategy = asker.ask(question, given.captions)
     if strategy == usual and seen and not has_some:
         raise DatasetError(
-            f"None of the {seen.num_without_caption} images has a {text}",
+            f"No image has a {text}",
             "Write cat.txt beside cat.jpg and so on, then run this again; or choose --captions instanceprompt",
         )
     if strategy != "instanceprompt":

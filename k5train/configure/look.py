@@ -11,6 +11,7 @@ from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.foreign import shown
 from k5cache.shared.kind import Kind
+from k5cache.shared.units import count_of
 from k5cache.sources import find
 from k5cache.sources.items import Skipped
 from k5cache.sources.metadata import metadata_files
@@ -111,4 +112,4 @@ def lines(source: Path, seen: Seen | None, kind: Kind) -> Iterator[str]:
 
 
 def _count(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
+    return count_of(count, thing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import ceil
 
+from k5cache.shared.units import count_of
 from k5train.data.mixture import Mixture, Size
 from k5train.options.train import TrainConfig
 
@@ -42,7 +43,7 @@ def _found(rows: dict[Size, int], size: int) -> str:
     if not small:
         return f"{mean}: the last one of each bucket has what is left"
     if len(rows) == 1:
-        return f"an epoch has {small[0][0]} rows, so that its one batch has no more"
+        return f"an epoch has {count_of(small[0][0], 'row')}, so that its one batch has no more"
     named = [f"{width}x{height} has {n}" for n, (width, height) in small[:MOST_NAMED]]
     more = [f"{len(small) - MOST_NAMED} more"] if len(small) > MOST_NAMED else []
     return f"{len(small)} of {len(rows)} buckets have fewer rows in an epoch ({', '.join(named + more)}): {mean}"

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from k5cache.shared.units import count_of
+
 _NUMBERED = re.compile(r"(\d{1,6})_.+", re.ASCII | re.DOTALL)
 
 
@@ -26,6 +28,5 @@ def described(paths: Iterable[str]) -> str:
     if [repeats for repeats, _ in counts] == [1]:
         return ""
     return ", ".join(
-        f"{count} {'image' if count == 1 else 'images'} {'once' if repeats == 1 else f'{repeats} times'}"
-        for repeats, count in counts
+        f"{count_of(count, 'image')} {'once' if repeats == 1 else f'{repeats} times'}" for repeats, count in counts
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.units import count_of
 from k5train.data.mixture import Mixture, Source
 
 
@@ -46,11 +47,7 @@ def split_off(data: Mixture, share: float) -> Mixture:
 
 def _leaves_nothing(data: Mixture, source: Source, share: float, num_rows: int, is_own: bool) -> RecipeError:
     size = len(source.cache)
-    of = (
-        f"{size} rows"
-        if len(data.sources) == 1
-        else f"the {size} {'row' if size == 1 else 'rows'} of {source.cache.root}"
-    )
+    of = count_of(size, "row") if len(data.sources) == 1 else f"the {count_of(size, 'row')} of {source.cache.root}"
     reason = "" if is_own else ", because its images are held out of other caches of the run too"
     fix = "Set train.validation.split=0, or encode more images"
     if len(data.sources) > 1:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k5cache.shared.console import human_bytes
+from k5cache.shared.units import count_of
 from k5train.doctor.check import Check, environment
 from k5train.doctor.machine import Machine
 from k5train.doctor.torch_build import Torch
@@ -119,7 +120,7 @@ def judge_plan(facts: Mapping[str, Any], problem: str, vram: str | None) -> Chec
         f"on {card}, 1024x1024 trains within {human_bytes(facts['peak'])} of {human_bytes(facts['budget'])}, "
         f"{facts['precision']}"
     )
-    parts = [f"{count} blocks keep {name}" for name, count in facts["levels"].items()]
+    parts = [f"{count_of(count, 'block keeps', 'blocks keep')} {name}" for name, count in facts["levels"].items()]
     if facts["streamed"]:
         parts.append(f"the weights of {facts['streamed']} are streamed from {human_bytes(facts['host_bytes'])} of RAM")
     option = f" --vram {vram}" if vram else ""

@@ -12,6 +12,7 @@ from typing import Literal
 from k5cache.buckets import MAX_SIDE, SIDE_MULTIPLE, is_side
 from k5cache.shared.inside import name_problem
 from k5cache.shared.model import path_problems
+from k5cache.shared.units import count_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class ValidationConfig:
             problems.append("prompt_names has a name twice: files of one name would replace each other")
         if self.prompt_names and len(self.prompt_names) != len(self.prompts):
             problems.append(
-                f"prompt_names has {len(self.prompt_names)} names for {len(self.prompts)} prompts: give one for each,"
+                f"prompt_names has {count_of(len(self.prompt_names), 'name')} for "
+                f"{count_of(len(self.prompts), 'prompt')}: give one for each,"
                 ' "" for none, or leave it out'
             )
         return problems

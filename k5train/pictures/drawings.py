@@ -12,6 +12,7 @@ from k5cache.buckets import drawn_by_pipeline
 from k5cache.shared import console
 from k5cache.shared.content import possible_hashes
 from k5cache.shared.errors import RecipeError
+from k5cache.shared.units import count_of
 from k5cache.store.manifest import Edit
 from k5cache.store.reader import Cache
 from k5train.options.validation import EditConfig, ValidationConfig
@@ -59,7 +60,7 @@ def note_sizes(cache: Cache, validation: ValidationConfig) -> None:
     if not others:
         return
     ours, theirs = (f"{width}x{height}" for width, height in others[0])
-    more = f" and {len(others) - 1} more size{'s' if len(others) > 2 else ''}" if len(others) > 1 else ""
+    more = f" and {count_of(len(others) - 1, 'more size')}" if len(others) > 1 else ""
     resolutions = ", ".join(str(size) for size, _ in others[:4]) + (", ..." if len(others) > 4 else "")
     console.note(
         f"Pictures are drawn at {ours}{more}. diffusers' pipeline rounds every size to about a megapixel, this one to"

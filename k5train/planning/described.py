@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from k5cache.shared.console import human_bytes
+from k5cache.shared.units import count_of
 from k5train.planning.memory import LEVELS, Plan
 
 
@@ -11,11 +12,14 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     rows = [(name, human_bytes(size)) for name, size in plan.parts.items() if size]
     budget = f" of {human_bytes(plan.budget)}" if plan.budget is not None else ""
     rows.append(("predicted peak, torch reserved", human_bytes(plan.peak) + budget))
-    rows += [(f"{plan.levels.count(name)} blocks: {name}", LEVELS[name].help) for name in dict.fromkeys(plan.levels)]
+    rows += [
+        (f"{count_of(plan.levels.count(name), 'block')}: {name}", LEVELS[name].help)
+        for name in dict.fromkeys(plan.levels)
+    ]
     if plan.streaming:
         how = "ahead of their use" if plan.streaming.prefetch else "when they are needed"
-        rows.append((f"{plan.streaming.num_blocks} blocks streamed", f"{human_bytes(plan.host_bytes)} of pinned host "
-                     f"memory, copied {how}"))  # fmt: skip
+        streamed = f"{count_of(plan.streaming.num_blocks, 'block')} streamed"
+        rows.append((streamed, f"{human_bytes(plan.host_bytes)} of pinned host memory, copied {how}"))
     if plan.is_captured:
         rows.append(("steps", "captured as CUDA graphs, which repeat without being launched kernel by kernel"))
     return rows

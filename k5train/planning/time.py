@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from k5cache.shared.console import human_seconds
+from k5cache.shared.units import count_of
 from k5train.options.train import TrainConfig
 from k5train.planning.memory import LevelName, Plan
 
@@ -78,7 +79,9 @@ class StepTime:
             if is_on
         ]
         without = ", ".join(["compiling, pictures and measurements", *left_out])
-        whole = f"{human_seconds(steps * self.seconds)} for {steps:,} steps, " if config.epochs is None else ""
+        whole = (
+            f"{human_seconds(steps * self.seconds)} for {count_of(steps, 'step')}, " if config.epochs is None else ""
+        )
         return (
             f"{1000 * self.seconds:.0f} ms a step, {whole}give or take {sure:.0%}, without {without}: counted up "
             "from blocks timed on this GPU"

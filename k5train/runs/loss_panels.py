@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from k5cache.shared.units import count_of
 from k5train.runs.metrics import curve
 from k5train.runs.panels import COLOURS, PALE_BLUE, PALE_GREY, Level, Line, Mark, Panel, Point, Row
 
@@ -44,7 +45,7 @@ def loss_rows(rows: Sequence[dict[str, Any]], objective: str = "", steps_per_row
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """The run in a line: how long it is, and where its losses began, ended and were lowest."""
     last = _last(rows)
-    parts = [f"{last:,} {'step' if last == 1 else 'steps'}"]
+    parts = [count_of(last, "step")]
     for name, field in (("held-out loss", "held_out_loss"), ("probe loss", "probe_loss")):
         values = [(value, step) for step, value in curve(rows, field) if value is not None]
         if values:

@@ -15,6 +15,7 @@ from k5cache.shared.inside import as_file_names, name_problem
 from k5cache.shared.model import ModelConfig, named_prompts
 from k5cache.shared.outputs import check_writable, kind_of
 from k5cache.shared.recipe import to_dict
+from k5cache.shared.units import count_of
 from k5train.data.kind import check_options
 from k5train.data.mixture import Mixture, open_mixture
 from k5train.forward.precision import announce, decided
@@ -172,7 +173,8 @@ def check_may_go_on(run: Run, config: TrainConfig, saved: SavedState) -> None:
     if hours and saved.progress.seconds >= 3600 * hours:
         command = console.command("k5train", "resume", run.root, set=f"train.max_hours={2 * hours:g}")
         raise RunError(
-            f"{run.root} stopped at train.max_hours={hours:g}, after {step} steps", f"To give it more time: {command}"
+            f"{run.root} stopped at train.max_hours={hours:g}, after {count_of(step, 'step')}",
+            f"To give it more time: {command}",
         )
     patience = config.validation.patience
     if patience and saved.progress.not_better >= patience:

@@ -13,7 +13,7 @@ from k5cache.shared.errors import K5Error
 from k5cache.shared.inside import is_inside
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import to_dict
-from k5cache.shared.units import human_seconds
+from k5cache.shared.units import count_of, human_seconds
 from k5train.options.extremes import extreme_values
 from k5train.options.rate import rate_warnings
 from k5train.options.train import TrainConfig
@@ -220,7 +220,7 @@ def _headline(state: RunState, record: Record, steps: int | None, lines: Lines) 
         return f"Step {record.steps:,}{of}{left}"
     if state.word == "finished":
         took = f" in {human_seconds(record.seconds)}" if record.seconds else ""
-        return f"Finished after {record.steps:,} steps{took}"
+        return f"Finished after {count_of(record.steps, 'step')}{took}"
     if state.word == "failed":
         return f"Failed at step {record.steps:,}{of}"
     return f"{'Stopped' if state.word == 'stopped' else 'It was'} at step {record.steps:,}{of}"
@@ -307,7 +307,7 @@ def _time(lines: Lines) -> Panel | None:
     waited = [(row["step"], row["loader_seconds"]) for row in lines.rows if row.get("loader_seconds") is not None]
     if not seconds:
         return None
-    every = "a step" if lines.steps_per_row == 1 else f"means of {lines.steps_per_row} steps"
+    every = "a step" if lines.steps_per_row == 1 else f"means of {lines.steps_per_row:,} steps"
     drawn = [
         Line(every, seconds, PALE_GREY, 1, is_shown_whole=False),
         # Without the first, in which kernels may be compiled: it would hide all others.

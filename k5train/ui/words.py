@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from k5cache.shared.foreign import shown
 from k5cache.shared.progress import counted, rated
-from k5cache.shared.units import human_bytes, human_seconds
+from k5cache.shared.units import count_of, human_bytes, human_seconds
 
 NOTHING = "–"
 _DAY = 24 * 3600
@@ -53,5 +53,5 @@ def when(value: float | None) -> str | Markup:
 
 FILTERS = {
     "bytes": of_bytes, "seconds": of_seconds, "when": when, "number": number, "shown": shown, "count": counted,
-    "rate": rated,
+    "rate": rated, "count_of": count_of,
 }  # fmt: skip

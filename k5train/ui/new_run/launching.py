@@ -11,6 +11,7 @@ from k5cache.shared.foreign import shown
 from k5cache.shared.inside import name_problem
 from k5cache.shared.origins import Document
 from k5cache.shared.recipe import parse_toml, to_dict
+from k5cache.shared.units import count_of
 from k5train.options.train import TrainConfig
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job
@@ -152,7 +153,7 @@ def _check_recipe(project: Project, text: str, caches: Sequence[Entry]) -> Train
     checked = check(project, text, models_of(project, [cache.path for cache in caches]))
     if checked.problems:
         more = len(checked.problems) - 1
-        others = f"; and {more} more problem{'s' if more > 1 else ''}" if more else ""
+        others = f"; and {count_of(more, 'more problem')}" if more else ""
         raise RecipeError(f"{checked.problems[0].text}{others}", checked.problems[0].fix or "Correct that in the form")
     if not caches and not names_caches(text):
         raise RecipeError("No cache is chosen", "Choose one; the Data page makes one of pictures")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from k5cache.shared.units import human_seconds
+from k5cache.shared.units import count_of, human_seconds
 from k5train.ui.jobs import queue, slots
 from k5train.ui.jobs.slots import NVIDIA, Slot
 from k5train.ui.listing import Entry
@@ -95,7 +95,9 @@ def view_of(reply: Mapping[str, Any], here: Room, earlier: Earlier | None, is_ti
     """The planner's answer in words."""
     problem, fix = reply.get("does_not_fit") or reply.get("problem") or ("", "")
     steps = reply.get("steps")
-    total = f"{human_seconds(steps * earlier.seconds_per_step)} for {steps:,} steps" if earlier and steps else ""
+    total = (
+        f"{human_seconds(steps * earlier.seconds_per_step)} for {count_of(steps, 'step')}" if earlier and steps else ""
+    )
     return PlanView(
         "refused" if problem else "planned",
         str(reply.get("title", "")),
@@ -115,7 +117,7 @@ def _amount(reply: Mapping[str, Any]) -> str:
         return ""
     steps, images, passes = reply["steps"], reply["images"], reply["passes"]
     times = f"{passes:.0f}" if passes >= 10 else f"{passes:.2g}"
-    return f"{steps:,} step{'s' * (steps != 1)}, which go {times} times through {images:,} image{'s' * (images != 1)}"
+    return f"{count_of(steps, 'step, which goes', 'steps, which go')} {times} times through {count_of(images, 'image')}"
 
 
 def _time(reply: Mapping[str, Any], here: Room, is_timed: bool) -> str:

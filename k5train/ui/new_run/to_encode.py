@@ -10,6 +10,7 @@ from pathlib import Path
 from k5cache.shared.errors import K5Error
 from k5cache.shared.kind import Kind
 from k5cache.shared.model import model_of, named_prompts
+from k5cache.shared.units import count_of
 from k5cache.store.manifest import read_manifest
 from k5train.options.train import TrainConfig
 from k5train.ui.project import Project
@@ -80,5 +81,5 @@ def note(project: Project, config: TrainConfig, cache: str) -> str:
     count = sum(len(words) - words.index("--") - 1 for words in missing)
     if not count:
         return ""
-    what = f"{count} prompt is" if count == 1 else f"{count} prompts are"
+    what = count_of(count, "prompt is", "prompts are")
     return f"{what} not in {cache} yet: {'it is' if count == 1 else 'they are'} encoded before the run starts"
