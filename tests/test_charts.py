@@ -14,7 +14,7 @@ from k5train.runs.loss_panels import loss_rows
 from k5train.runs.panels import COLOURS, GREY, INK, PALE_BLUE, PALE_GREY, PALE_INK, Level, Line, Mark, Panel, Row
 from k5train.runs.plot import INSET
 from k5train.ui.charts import CLASSES, HEAD, LEFT, RIGHT, SHAPES, TICKS, TOP, svg
-from k5train.ui.report import STATIC
+from k5train.ui.runs.report import STATIC
 
 WIDTH, HEIGHT = 400, 300
 INSIDE = WIDTH - LEFT - RIGHT, HEIGHT - HEAD - TOP - TICKS

@@ -14,7 +14,7 @@ from k5train.runs.compared import compare
 from k5train.runs.compared_panels import course_of, part_rows, step_rows, time_rows
 from k5train.runs.metrics import Metrics, read_metrics
 from k5train.runs.panels import COLOURS
-from k5train.ui.compare_view import view_of
+from k5train.ui.runs.compare_view import view_of
 from tests.test_compare import DRAWN, make
 
 

@@ -166,7 +166,7 @@ def test_help_imports_no_heavy_library(module):
 def test_the_page_of_all_views_is_up_without_a_heavy_library():
     """What needs one of the last four runs in another process; the others are imported when they are first needed."""
     heavy = fresh(
-        "import sys\nfrom pathlib import Path\nimport k5train.ui.report\n"
+        "import sys\nfrom pathlib import Path\nimport k5train.ui.runs.report\n"
         "assert not {'starlette', 'uvicorn'} & set(sys.modules)  # a report needs no server\n"
         "from k5train.ui import app, serve\n"
         "from k5train.ui.project import Project\n"

@@ -232,9 +232,7 @@ def test_gc_names_the_files(tmp_path):
         assert "1 file that is not of this cache (it stays)\n  text/my.parquet\n" in done.out
     assert (tmp_path / "a" / "text" / "my.parquet").read_text() == "mine"
     assert not (tmp_path / "a" / gone).exists()
-    assert (
-        "file that is not of this cache (it stays)\n  text/my.parquet" in Cli(tmp_path)(cache_app, "verify", "a").out
-    )
+    assert "file that is not of this cache (it stays)\n  text/my.parquet" in Cli(tmp_path)(cache_app, "verify", "a").out
 
 
 # What a kill before the first manifest leaves

@@ -19,7 +19,7 @@ from k5train.pictures.saved import save_pictures
 from k5train.ui.ids import id_of
 from k5train.ui.jobs import queue
 from k5train.ui.project import open_project
-from k5train.ui.report import make_report
+from k5train.ui.runs.report import make_report
 from tests.browser import SCHEMES, WIDTHS, browser, context_of, hard_to_read, wider_than_its_window
 from tests.test_compare import DRAWN
 from tests.test_compare import make as make_run

@@ -16,8 +16,8 @@ from k5cache.shared.errors import OutputError
 from k5train.cli import app
 from k5train.pictures import saved
 from k5train.pictures.saved import save_pictures
-from k5train.ui import report_pictures
-from k5train.ui.report import BEGINS, make_report
+from k5train.ui.runs import report_pictures
+from k5train.ui.runs.report import BEGINS, make_report
 from tests.cli import Cli
 from tests.test_compare import DRAWN, make
 

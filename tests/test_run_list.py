@@ -16,7 +16,7 @@ from k5train.ui.app import create_app
 from k5train.ui.ids import id_of
 from k5train.ui.jobs.job import Job
 from k5train.ui.project import Project
-from k5train.ui.run_list import PAGE, read_facts, read_list
+from k5train.ui.runs.listed import PAGE, read_facts, read_list
 from tests.test_compare import make
 
 
@@ -75,8 +75,8 @@ def test_the_list_is_filtered_by_name_and_state_and_sorted_with_what_runs_first(
 
 def test_a_run_whose_job_failed_says_why_and_one_that_waits_says_that(project, monkeypatch):
     about = {"runs/Half": Job("1", project.root, "", (), "run", "runs/Half", "failed", 1, exit_code=2)}
-    monkeypatch.setattr("k5train.ui.run_list.jobs_of", lambda project: about)
-    monkeypatch.setattr("k5train.ui.run_state.error_of", lambda job: ("It does not <fit>", "Take less"))
+    monkeypatch.setattr("k5train.ui.runs.listed.jobs_of", lambda project: about)
+    monkeypatch.setattr("k5train.ui.runs.state.error_of", lambda job: ("It does not <fit>", "Take less"))
     page = TestClient(create_app(project), base_url="http://127.0.0.1:8001")
     assert "It does not &lt;fit&gt;" in page.get("/runs?state=failed").text
     about["runs/Half"] = replace(about["runs/Half"], state="waiting")
@@ -102,7 +102,7 @@ def test_of_a_very_long_run_only_places_of_its_file_are_read(project, monkeypatc
             for i in range(1, 20_001)]  # fmt: skip
     path = project.root / "runs" / "good" / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("k5train.ui.run_list._WHOLE", 1000)
+    monkeypatch.setattr("k5train.ui.runs.listed._WHOLE", 1000)
     facts = read_facts(path.parent)
     assert (facts.step, facts.training) == (20_000, 1 / 20_000)
     assert 20 < len(facts.curve) < 120

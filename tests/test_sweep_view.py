@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from k5train.runs.outcomes import Outcome, write_outcomes
-from k5train.ui.sweep_view import SweepView, axes_of, read_sweep
+from k5train.ui.runs.sweep_view import SweepView, axes_of, read_sweep
 from tests.test_compare import make
 
 

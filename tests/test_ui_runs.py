@@ -11,14 +11,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from k5cache.shared.lock import lock_file
-from k5train.ui import run_metrics, run_pages
+from k5train.ui import run_pages
 from k5train.ui.app import create_app
 from k5train.ui.ids import id_of
 from k5train.ui.jobs.job import Job, Progress, Task
 from k5train.ui.project import Project
-from k5train.ui.run_metrics import Follower, last_lines
-from k5train.ui.run_state import read_state
-from k5train.ui.run_view import read_run
+from k5train.ui.runs import metrics as run_metrics
+from k5train.ui.runs.metrics import Follower, last_lines
+from k5train.ui.runs.state import read_state
+from k5train.ui.runs.view import read_run
 from tests.test_compare import make
 
 HOSTILE = "</textarea><script>alert(1)</script>\x1b[31m"

@@ -34,7 +34,7 @@ def report(
     from k5cache.shared.drawn import check_replaceable
     from k5cache.shared.files import make_folder, write_whole
     from k5cache.shared.outputs import check_file
-    from k5train.ui.report import is_ours, make_report
+    from k5train.ui.runs.report import is_ours, make_report
 
     max_bytes = _bytes(max_size)
     named = out or _free_name(runs)

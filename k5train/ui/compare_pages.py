@@ -9,10 +9,10 @@ from starlette.routing import Route
 from k5cache.shared.errors import RunError
 from k5train.runs.compared import in_order
 from k5train.ui import listing
-from k5train.ui.compare_view import view_of
 from k5train.ui.listing import Entry
 from k5train.ui.pages import project_of, render
 from k5train.ui.run_pictures import picture_src
+from k5train.ui.runs.compare_view import view_of
 
 MOST_RUNS = 60
 """Beyond it a page would be slow, and nobody could read it."""

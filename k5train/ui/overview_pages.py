@@ -11,7 +11,7 @@ from starlette.routing import Route
 from k5train.ui.events import stream
 from k5train.ui.overview_view import Overview, read_overview
 from k5train.ui.pages import fragment, project_of, render
-from k5train.ui.run_state import BADGES
+from k5train.ui.runs.state import BADGES
 
 SECONDS = 3.0
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 from k5cache.shared.inside import is_inside
 from k5cache.shared.plain import read_text
@@ -19,9 +18,10 @@ from k5train.ui.jobs import view as jobs_view
 from k5train.ui.jobs.job import Job
 from k5train.ui.listing import Entry
 from k5train.ui.project import Project
-from k5train.ui.run_metrics import last_lines
 from k5train.ui.run_pictures import picture_src
-from k5train.ui.run_state import read_state
+from k5train.ui.runs.metrics import last_lines
+from k5train.ui.runs.stamps import Stamp, stamps
+from k5train.ui.runs.state import read_state
 
 MOST_RUNS = 6
 MOST_STEPS = 3
@@ -35,7 +35,7 @@ class RunCard:
 
     entry: Entry
     state: str
-    """A word of ``run_state.BADGES``."""
+    """A word of ``runs.state.BADGES``."""
     step: int | None
     steps: int | None
     loss: float | None
@@ -111,22 +111,12 @@ def _newest_jobs(queue: jobs_view.Queue) -> dict[str, Job]:
 
 def read_card(project: Project, entry: Entry, at: float, job: Job | None = None) -> RunCard:
     """One run. What cannot be read is left out: its own page says why."""
-    card = _read_card(project, entry, at, _sizes(entry.path))
+    card = _read_card(project, entry, at, stamps(entry.path, "metrics.jsonl", "samples", "result.json"))
     return replace(card, state=read_state(entry.path, job).word)
 
 
-def _sizes(run: Path) -> tuple[tuple[int, int], ...]:
-    """What changes with the files that a card is made of."""
-    sizes = []
-    for name in ("metrics.jsonl", "samples", "result.json"):
-        with suppress(OSError):
-            status = (run / name).lstat()
-            sizes.append((status.st_mtime_ns, status.st_size))
-    return tuple(sizes)
-
-
 @functools.lru_cache(maxsize=64)
-def _read_card(project: Project, entry: Entry, at: float, sizes: tuple[tuple[int, int], ...]) -> RunCard:
+def _read_card(project: Project, entry: Entry, at: float, stamps: tuple[Stamp, ...]) -> RunCard:
     """A run that is not running. Only read again when its files have changed."""
     run = Run(entry.path)
     rows = last_lines(run.metrics, _TAIL_BYTES) if is_inside(project.root, run.metrics) else []

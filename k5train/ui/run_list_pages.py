@@ -13,9 +13,9 @@ from k5train.ui import events
 from k5train.ui.compare_pages import MOST_TICKED
 from k5train.ui.pages import project_of, render
 from k5train.ui.project import Project
-from k5train.ui.run_list import SORTS, Item, RunList, read_again, read_list
 from k5train.ui.run_pictures import picture_src
-from k5train.ui.run_state import BADGES
+from k5train.ui.runs.listed import SORTS, Item, RunList, read_again, read_list
+from k5train.ui.runs.state import BADGES
 from k5train.ui.templating import fragment
 
 

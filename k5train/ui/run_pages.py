@@ -24,8 +24,8 @@ from k5train.ui.listing import Entry, NotHere
 from k5train.ui.pages import fragment, project_of, render
 from k5train.ui.project import Project
 from k5train.ui.run_pictures import picture_src
-from k5train.ui.run_state import BADGES
-from k5train.ui.run_view import RunView, read_run
+from k5train.ui.runs.state import BADGES
+from k5train.ui.runs.view import RunView, read_run
 
 _LOG_BYTES = 8 << 10
 _PAUSES = 10

@@ -16,8 +16,8 @@ from k5train.ui.listing import Entry
 from k5train.ui.pages import project_of, render
 from k5train.ui.project import Project
 from k5train.ui.run_pictures import picture_src
-from k5train.ui.run_state import BADGES
-from k5train.ui.sweep_view import read_sweep
+from k5train.ui.runs.state import BADGES
+from k5train.ui.runs.sweep_view import read_sweep
 from k5train.ui.templating import fragment
 
 

@@ -23,14 +23,14 @@ from k5cache.shared.units import human_bytes
 from k5train.runs.compared import find_runs
 from k5train.runs.folder import name_of
 from k5train.runs.panels import Row
-from k5train.ui import report_pictures
 from k5train.ui.charts import svg
-from k5train.ui.compare_view import CompareView, view_of
-from k5train.ui.run_state import BADGES
-from k5train.ui.run_view import RunView, read_run
+from k5train.ui.runs import report_pictures
+from k5train.ui.runs.compare_view import CompareView, view_of
+from k5train.ui.runs.state import BADGES
+from k5train.ui.runs.view import RunView, read_run
 from k5train.ui.templating import fragment
 
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parents[1] / "static"
 BEGINS = b"<!doctype html>\n<!-- k5train report -->\n"
 MAX_BYTES = 18 * 2**20
 """Mails may have 25 MB, and an attachment grows by a third on its way."""

@@ -17,6 +17,7 @@ from k5train.runs.compared_panels import Course, course_of, part_rows, step_rows
 from k5train.runs.metrics import read_metrics
 from k5train.runs.panels import Row
 from k5train.runs.record import Loss, Record, read_record
+from k5train.ui.runs.stamps import Stamp, stamp, stamps
 
 _MOST_VALUE = 120  # characters
 _MOST_REMEMBERED = 64  # runs whose curves are kept between two looks at a page
@@ -198,32 +199,25 @@ def _without(pictures: ComparedPictures) -> list[str]:
 
 def _record(root: Path) -> Record:
     """A run as its files tell it, read again when one of them has changed."""
-    stamps = []
-    for name in ("metrics.jsonl", "result.json", "run.json", "recipe.toml", ".", "checkpoints"):
-        try:
-            status = (root / name).stat()
-            stamps.append((status.st_mtime_ns, status.st_size))
-        except OSError:
-            stamps.append((0, 0))
-    return _record_of(root, tuple(stamps))
+    names = "metrics.jsonl", "result.json", "run.json", "recipe.toml", ".", "checkpoints"
+    return _record_of(root, stamps(root, *names))
 
 
 @lru_cache(_MOST_REMEMBERED)
-def _record_of(root: Path, stamps: tuple[tuple[int, int], ...]) -> Record:
+def _record_of(root: Path, stamps: tuple[Stamp, ...]) -> Record:
     return read_record(root)
 
 
 def _course(path: Path) -> Course:
     """The curves of a run; none if they cannot be read, which its remarks say."""
     try:
-        status = path.stat()
-        return _course_of(path, status.st_mtime_ns, status.st_size)
+        return _course_of(path, stamp(path))
     except (K5Error, OSError):
         return Course()
 
 
 @lru_cache(_MOST_REMEMBERED)
-def _course_of(path: Path, changed: int, num_bytes: int) -> Course:
+def _course_of(path: Path, stamp: Stamp) -> Course:
     return course_of(read_metrics(path))
 
 

@@ -13,7 +13,8 @@ from k5train.runs.compared import compare
 from k5train.runs.folder import Run
 from k5train.runs.outcomes import FILE, read_outcomes
 from k5train.runs.record import Record, read_record
-from k5train.ui.run_state import BADGES
+from k5train.ui.runs.stamps import Stamp, stamp, stamps
+from k5train.ui.runs.state import BADGES
 
 _AXIS = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
 _BETWEEN = re.compile(r",(?=[\w.-]+=)")
@@ -72,13 +73,13 @@ def read_sweep(root: Path, runs: Sequence[Path], is_running: Callable[[Path], bo
         runs: the folders of its runs.
         is_running: whether a process trains the run in a folder.
     """
-    read = [_cell(run, _stamp(run)) for run in runs]
-    errors = _errors(root, _stamp_of(root / FILE))
+    read = [_cell(run, _stamps(run)) for run in runs]
+    errors = _errors(root, stamp(root / FILE))
     cells = [_with_word(cell, errors.get(cell.label, ""), is_running(cell.root)) for cell in read]
     # A run that began and left no folder, or whose folder was removed, is only on the list.
     there = {cell.label for cell in cells}
     cells += [Cell(label, root / label, "failed", why=why) for label, why in errors.items() if label not in there]
-    finished = tuple((cell.root, _stamp(cell.root)) for cell in cells if cell.word == "finished")
+    finished = tuple((cell.root, _stamps(cell.root)) for cell in cells if cell.word == "finished")
     best, verdict = _best(finished) if finished else (None, "No run is finished yet")
     cells = [replace(cell, is_best=cell.root.name == best) for cell in cells]
     words = [cell.word for cell in cells]
@@ -196,14 +197,6 @@ def _errors(root: Path, stamp: object) -> dict[str, str]:
     return {outcome.label: outcome.error for outcome in read_outcomes(root) if outcome.error}
 
 
-def _stamp(root: Path) -> tuple[object, ...]:
+def _stamps(root: Path) -> tuple[Stamp, ...]:
     """Changes when a run goes on."""
-    return tuple(_stamp_of(root / name) for name in ("metrics.jsonl", "result.json", "recipe.toml", "samples"))
-
-
-def _stamp_of(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
+    return stamps(root, "metrics.jsonl", "result.json", "recipe.toml", "samples")

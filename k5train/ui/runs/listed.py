@@ -21,7 +21,8 @@ from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job
 from k5train.ui.listing import Entry
 from k5train.ui.project import Project
-from k5train.ui.run_state import BADGES, RunState, read_state
+from k5train.ui.runs.stamps import Stamp, stamps
+from k5train.ui.runs.state import BADGES, RunState, read_state
 
 PAGE = 24
 """Runs on a page."""
@@ -153,18 +154,11 @@ def _with_facts(project: Project, item: Item) -> Item:
 
 def read_facts(root: Path) -> Facts:
     """How a run goes. Remembered until its files change."""
-    stamps = []
-    for name in ("metrics.jsonl", "recipe.toml", "samples"):
-        try:
-            status = (root / name).stat()
-            stamps.append((status.st_mtime_ns, status.st_size))
-        except OSError:
-            stamps.append((0, 0))
-    return _facts(root, tuple(stamps))
+    return _facts(root, stamps(root, "metrics.jsonl", "recipe.toml", "samples"))
 
 
 @lru_cache(512)
-def _facts(root: Path, stamps: tuple[tuple[int, int], ...]) -> Facts:
+def _facts(root: Path, stamps: tuple[Stamp, ...]) -> Facts:
     run = Run(root)
     step, training, held_out, losses = _read_metrics(run.metrics)
     best = min(((loss, at) for at, loss in held_out), default=(None, None))

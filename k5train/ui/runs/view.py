@@ -24,10 +24,11 @@ from k5train.runs.folder import Run, open_run
 from k5train.runs.panels import COLOURS, GREY, PALE_GREY, Level, Line, Panel, Row
 from k5train.runs.recipe import read_facts
 from k5train.runs.record import Record, flat, read_record
-from k5train.ui.compare_view import PictureStep, step_pictures
 from k5train.ui.jobs.job import Job
-from k5train.ui.run_metrics import Lines, follow
-from k5train.ui.run_state import RunState, read_state
+from k5train.ui.runs.compare_view import PictureStep, step_pictures
+from k5train.ui.runs.metrics import Lines, follow
+from k5train.ui.runs.stamps import Stamp, stamps
+from k5train.ui.runs.state import RunState, read_state
 
 _RISEN = 1.02  # a held-out loss this many times its lowest has risen
 
@@ -109,7 +110,7 @@ def read_run(root: Path, job: Job | None = None, named: Path | None = None) -> R
     if not record.is_ours:
         return RunView(root, record.name, replace(state, word="damaged"), 0, None, "It cannot be shown", "", (),
                        record.problems, (), (), (), (), "", (), ())  # fmt: skip
-    opened = _opened(root, _stamp(root / "run.json"), _stamp(root / "recipe.toml"))
+    opened = _opened(root, *stamps(root, "run.json", "recipe.toml"))
     steps = _steps(lines, opened.config)
     told = [
         remark
@@ -139,15 +140,15 @@ def read_run(root: Path, job: Job | None = None, named: Path | None = None) -> R
 
 def pictures_of(record: Record) -> tuple[PictureStep, ...]:
     """What the run drew, by step, beside the base model and, for pairs, the sources and targets."""
-    stamps = [_stamp(record.root / "samples"), _stamp(record.root / "samples" / "step-000000" / "drawn.json")]
+    names = ["samples", "samples/step-000000/drawn.json"]
     for step in shared_steps([record])[-1:]:
-        folder = Run(record.root).samples(step)
-        stamps += [_stamp(folder / "drawn.json"), _stamp(folder / "ema" / "drawn.json")]
-    return _pictures(record.root, tuple(stamps))
+        folder = Run(record.root).samples(step).relative_to(record.root).as_posix()
+        names += [f"{folder}/drawn.json", f"{folder}/ema/drawn.json"]
+    return _pictures(record.root, stamps(record.root, *names))
 
 
 @lru_cache(64)
-def _pictures(root: Path, stamps: tuple[Any, ...]) -> tuple[PictureStep, ...]:
+def _pictures(root: Path, stamps: tuple[Stamp, ...]) -> tuple[PictureStep, ...]:
     record = read_record(root, ())
     return tuple(step_pictures([record], compare_pictures([record])))
 
@@ -164,16 +165,8 @@ class _Opened:
     """Which of its options do nothing, or harm."""
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
 @lru_cache(256)
-def _opened(root: Path, *stamps: tuple[int, int] | None) -> _Opened:
+def _opened(root: Path, *stamps: Stamp) -> _Opened:
     """The recipe, read once until its files change. Empty if it cannot be read, which the record's problems say."""
     try:
         _, model, config, cache = open_run(root)
