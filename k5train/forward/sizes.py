@@ -47,7 +47,9 @@ class SizedInputs(NamedTuple):
         num_tokens, num_text_tokens = chosen
 
         def stand_in(tensor: Any, axis: int | None, size: int) -> Any:
-            if tensor is None or axis is None or tensor.shape[axis] == 1:
+            if axis is None:  # captions in the plan's size may be shorter than these
+                return None if tensor is None else torch.ones_like(tensor)
+            if tensor is None or tensor.shape[axis] == 1:
                 return tensor
             shape = [*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]]
             return tensor.new_zeros(shape).requires_grad_(tensor.requires_grad)
