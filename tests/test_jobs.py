@@ -336,21 +336,8 @@ def test_the_command_is_told_its_gpu_and_to_print_plainly(tmp_path, monkeypatch)
     assert worker.command_of(["k5train", "run"]) == [sys.executable, "-P", "-m", "k5train", "run"]
 
 
-def test_gpus_are_those_that_the_driver_lists_and_the_variable_names():
-    listing = (
-        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa1111-0000)\nGPU 1: NVIDIA A100 (UUID: GPU-bbbb2222-0000)\n"
-        "  MIG 3g.20gb     Device  0: (UUID: MIG-cccc)\n  MIG 3g.20gb     Device  1: (UUID: MIG-dddd)\n"
-    )
-    gpus = slots.listed(listing)
-    assert [(gpu.key, gpu.words) for gpu in gpus] == [
-        ("GPU-aaaa1111-0000", "GPU 0"), ("MIG-cccc", "GPU 1"), ("MIG-dddd", "GPU 1"),
-    ]  # fmt: skip
-    assert gpus[0].env == {"CUDA_VISIBLE_DEVICES": "GPU-aaaa1111-0000"}
-    assert gpus[2].name == "NVIDIA A100, MIG 3g.20gb"
-    for variable, keys in (
-        (None, [0, 1, 2]), ("0", [0]), ("MIG-dddd,0", [2, 0]), ("GPU-aaaa", [0]), ("", []), ("-1", []), ("0,7,1", [0]),
-    ):  # fmt: skip
-        assert slots.visible(gpus, variable) == tuple(gpus[n] for n in keys), variable
+def test_a_command_of_a_terminal_uses_the_first_gpu_that_its_variables_name():
+    gpus = tuple(slots.Slot(key, n, "a GPU", slots.NVIDIA) for n, key in enumerate(("GPU-aaaa1111", "MIG-cccc")))
     for variables, expected in (
         ({}, 0), (None, 0), ({"CUDA_VISIBLE_DEVICES": "MIG-cccc,0"}, 1), ({"CUDA_VISIBLE_DEVICES": ""}, None),
     ):  # fmt: skip
