@@ -59,7 +59,7 @@ class Committer:
             # 256 images at 1024 px fill a shard: two minutes of a small GPU, hours of a CPU.
             if writer.num_bytes >= self.shard_bytes or time.monotonic() - opened >= SECONDS_AT_RISK:
                 finished, writer = writer, None
-                self._add(finished.finish())
+                self.add([finished.finish()])
             is_between_rows = True
 
         try:
@@ -69,14 +69,14 @@ class Committer:
             is_wanted = isinstance(error, KeyboardInterrupt) and is_between_rows and not interrupt.is_second(error)
             try:
                 if writer and is_wanted:
-                    self._add(writer.finish())
+                    self.add([writer.finish()])
             finally:
                 if writer:
                     writer.abort()  # does nothing to a finished shard
             raise
         if writer:
             with interrupt.deferred():
-                self._add(writer.finish())
+                self.add([writer.finish()])
 
     def index(
         self,
@@ -116,8 +116,10 @@ class Committer:
         write_manifest(self.root, self.manifest)
         return True
 
-    def _add(self, shard: ShardInfo) -> None:
-        self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+    def add(self, shards: Sequence[ShardInfo]) -> None:
+        """Name shards that are whole on disk. One that is written again, to the same bytes, is named once."""
+        named = {shard.file: shard for shard in (*self.manifest.shards, *shards)}
+        self.manifest = replace(self.manifest, shards=tuple(named.values()))
         write_manifest(self.root, self.manifest)
 
 

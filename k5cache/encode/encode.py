@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def encode_source(
     with lock(root, options.wait_seconds):
         # The manifest is read again: another process may have written it while we waited for the lock.
         request = replace(request, manifest=manifest_of(root, request.recipe))
-        report = bring_up_to_date(request, options, bars)
+        with options.engine.opened(root, options.device, bars) if options.engine else nullcontext() as passes:
+            report = bring_up_to_date(request, options, bars, passes)
     return replace(report, seconds=time.monotonic() - started)
 
 

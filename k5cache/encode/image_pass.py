@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from k5cache.buckets import Bucket
@@ -103,9 +103,14 @@ def encode_bucket(
     vae: Vae,
     failed: dict[str, UnreadableImage],
     advance: Callable[..., None],
+    loaded: Iterable[torch.Tensor | UnreadableImage] | None = None,
 ) -> None:
     """The images of one bucket into shards, targets and sources. The reasons of those that cannot be read are added to
-    ``failed``."""
+    ``failed``.
+
+    Args:
+        loaded: the pixels of each, as ``load_pixels`` gives them. None: threads of this process load them.
+    """
     from k5cache.encoders.hostio import fetched
 
     height, width = bucket.latent_shape
@@ -113,23 +118,32 @@ def encode_bucket(
     channels = read_config(job.folder, "vae")["latent_channels"]
     specs = {name: TensorSpec("float16", (height, width, channels)) for name in names}
 
-    def read(latent_job: LatentJob) -> Content:
-        return (job.read_source if latent_job.is_source else job.read)(latent_job.path)
-
     def encoded() -> Iterator[tuple[str, torch.Tensor]]:
-        # With its hash: an image that changed since the plan must not be stored under the old content's key.
-        wanted = ((latent_job, latent_job.geometry, latent_job.content_hash) for latent_job in latent_jobs)
-        for i, pixels in images.load_many(wanted, read):
+        for latent_job, pixels in zip(latent_jobs, loaded or load_pixels(job, latent_jobs), strict=True):
             if isinstance(pixels, UnreadableImage):
-                failed[latent_jobs[i].key] = pixels
+                failed[latent_job.key] = pixels
                 advance(1)
             else:
-                yield latent_jobs[i].key, vae.moments(pixels, names)
+                yield latent_job.key, vae.moments(pixels, names)
 
     with row_writer(sink, job.config, "latents", specs, bucket) as put:
         for key, moments in fetched(encoded()):
             put({"key": key} | dict(zip(names, moments, strict=True)))
             advance(1)
+
+
+def load_pixels(
+    job: Job, latent_jobs: Sequence[LatentJob], workers: int | None = None
+) -> Iterator[torch.Tensor | UnreadableImage]:
+    """The crop of each image, uint8 ``[3, H, W]``, or why there is none. Threads load ahead; ``images.load_ahead``."""
+
+    def read(latent_job: LatentJob) -> Content:
+        return (job.read_source if latent_job.is_source else job.read)(latent_job.path)
+
+    # With its hash: an image that changed since the plan must not be stored under the old content's key.
+    wanted = ((latent_job, latent_job.geometry, latent_job.content_hash) for latent_job in latent_jobs)
+    for _, pixels in images.load_many(wanted, read, workers):
+        yield pixels
 
 
 def encode_masks(

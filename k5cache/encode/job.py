@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from k5cache.buckets import Geometry
 from k5cache.options import CacheConfig
+from k5cache.shared import console
 from k5cache.sources.items import Content
 
 
@@ -82,6 +83,8 @@ class Job:
     """Bytes of VRAM to plan for; None plans for what is free."""
     read_source: Callable[[str], Content] = no_sources
     """A source, the picture that is edited, by its path. Only for image-to-image."""
+    note: Callable[[str], object] = console.note
+    """Tells the user something that the passes find out."""
 
     @contextmanager
     def progress_bar(self, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:

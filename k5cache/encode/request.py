@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from k5cache.encode import differences
+from k5cache.encode.engine import Engine
 from k5cache.encoders.pipeline import prompt_template
 from k5cache.options import CacheConfig
 from k5cache.shared import fingerprint
@@ -46,6 +47,8 @@ class EncodeOptions:
     device: str = "auto"
     vram: int | None = None
     """Bytes of VRAM to plan for, as if the card had no more; None plans for what is free."""
+    engine: Engine | None = None
+    """What runs the encoders' passes; None: this process."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ when it is done: more captions need no more memory, and a crash loses no more wo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,12 +30,17 @@ from k5cache.store.tensors import TensorSpec, from_bytes, to_bytes
 if TYPE_CHECKING:
     import torch
 
+    from k5cache.encoders.clip import Clip
     from k5cache.encoders.qwen import Qwen, Tokens
 
 _POOLED_IN_MEMORY = 2**26  # bytes of pooled vectors, 40,000 captions; more than this goes to a file
 _CLIP_CAPTIONS = 50_000  # captions that CLIP encodes before Qwen begins: minutes of a GPU
 _CLIP_BATCH = 64  # captions at once where batches need not be exact
 _INT8_ERROR_CAPTIONS = 4  # captions that the error of an int8 text encoder is measured on
+
+
+FirstChunk = Callable[[], Chunk | None]
+"""Waits for the tokens of the first chunk of captions."""
 
 
 class PipelineFails(UnreadableImage):
@@ -59,11 +65,7 @@ def encode_texts(
         ModelError: the checkpoint has no vision tower or image processor, and there are sources.
     """
     failed = {} if failed is None else failed
-    sources = _sources(job) if estimate.has_sources(text_jobs) else None
-    if sources:
-        reasons = {text_job.key: sources.reason(text_job) for text_job in text_jobs}
-        failed.update({key: PipelineFails(reason) for key, reason in reasons.items() if reason})
-        text_jobs = in_order_of_sources([text_job for text_job in text_jobs if text_job.key not in failed])
+    text_jobs, sources = encodable(job, text_jobs, failed)
     if not text_jobs:
         return ()
     plan = estimate.plan_text(
@@ -76,18 +78,46 @@ def encode_texts(
         part = text_jobs[start : start + _CLIP_CAPTIONS]
         with SpooledTemporaryFile(_POOLED_IN_MEMORY, dir=str(job.root)) as file:
             with one_encoder(job.device, job.vram, "CLIP"):
-                pooled = _encode_pooled(job, part, file)
+                pooled = encode_pooled(job, load_clip(job), part, file)
             with one_encoder(job.device, job.vram, "Qwen2.5-VL", plan.vram):
-                truncated += _encode_prompts(job, sink, part, plan, pooled, sources, failed)
+                load = functools.partial(load_qwen, job, plan, sources)
+                texts = encode_prompts(job, sink, part, plan, pooled, sources, failed, load)
+        warn_of_lost(texts.lost)
+        truncated += texts.truncated
     return truncated
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is worth knowing of texts that were encoded."""
+
+    truncated: tuple[tuple[str, int], ...]
+    """(cleaned caption, how many of its last characters were cut off)."""
+    lost: tuple[str, ...]
+    """Instructions of which Qwen's embeddings hold nothing."""
+
+
+def encodable(
+    job: Job, text_jobs: Sequence[TextJob], failed: dict[str, UnreadableImage]
+) -> tuple[Sequence[TextJob], Sources | None]:
+    """The texts that the pipeline can encode, in the order of the pass, and the sources of instructions.
+
+    Those on which it fails go into ``failed``.
+    """
+    sources = sources_of(job) if estimate.has_sources(text_jobs) else None
+    if sources:
+        reasons = {text_job.key: sources.reason(text_job) for text_job in text_jobs}
+        failed.update({key: PipelineFails(reason) for key, reason in reasons.items() if reason})
+        text_jobs = in_order_of_sources([text_job for text_job in text_jobs if text_job.key not in failed])
+    return text_jobs, sources
 
 
 def tokenizer_of(job: Job, *, is_with_sources: bool) -> Callable[[TextJob], Tokens]:
     """What gives the token ids of a text, as an encode has them."""
-    return _tokenizer(job, _sources(job) if is_with_sources else None)
+    return _tokenizer(job, sources_of(job) if is_with_sources else None)
 
 
-def _sources(job: Job) -> Sources:
+def sources_of(job: Job) -> Sources:
     """The sources of instructions."""
     from k5cache.encoders.pipeline import pipeline_template
     from k5cache.encoders.vision import check_tower
@@ -99,7 +129,7 @@ def _sources(job: Job) -> Sources:
 
 
 @dataclass(frozen=True)
-class _PooledFile:
+class PooledFile:
     """CLIP's vectors of some captions, one after another in a temporary file."""
 
     file: IO[bytes]
@@ -115,35 +145,45 @@ class _PooledFile:
         return from_bytes(self.file.read(self.num_bytes), self.spec)
 
 
-def _encode_pooled(job: Job, text_jobs: Sequence[TextJob], file: IO[bytes]) -> _PooledFile:
+def load_clip(job: Job) -> Clip:
+    """CLIP in the precision that is asked for."""
+    from k5cache.encoders import clip
+
+    with console.doing(job.bars, "loading CLIP"):
+        return clip.load_clip(job.folder, job.device, torch_dtype(job.config.text_encoder_2_precision))
+
+
+def encode_pooled(job: Job, tower: Clip, text_jobs: Sequence[TextJob], file: IO[bytes]) -> PooledFile:
     """CLIP's vector of every caption, into ``file``. Instructions that several sources share are encoded once."""
     from k5cache.encoders import clip
 
     is_exact = job.config.text_batching == "exact"
     batch = 1 if is_exact else _CLIP_BATCH
-    precision = job.config.text_encoder_2_precision
     captions = list(dict.fromkeys(text_job.caption for text_job in text_jobs))
-    with console.doing(job.bars, "loading CLIP"):
-        tower = clip.load_clip(job.folder, job.device, torch_dtype(precision))
     with job.progress_bar("CLIP", len(captions), "caption") as advance:
         for start in range(0, len(captions), batch):
             vectors = clip.encode_pooled(tower, captions[start : start + batch], exact=is_exact)
             file.write(to_bytes(vectors))
             advance(len(vectors))
-    spec = TensorSpec(DTYPES[precision], (int(vectors.shape[1]),))
-    return _PooledFile(file, spec, file.tell() // len(captions), {caption: i for i, caption in enumerate(captions)})
+    spec = TensorSpec(DTYPES[job.config.text_encoder_2_precision], (int(vectors.shape[1]),))
+    return PooledFile(file, spec, file.tell() // len(captions), {caption: i for i, caption in enumerate(captions)})
 
 
-def _encode_prompts(
+def encode_prompts(
     job: Job,
     sink: RowSink,
     text_jobs: Sequence[TextJob],
     plan: memory_plan.TextPlan,
-    pooled: _PooledFile,
+    pooled: PooledFile,
     sources: Sources | None,
     failed: dict[str, UnreadableImage],
-) -> tuple[tuple[str, int], ...]:
-    """Qwen over every caption, a chunk at a time. While it runs, a thread tokenises the next chunk."""
+    load: Callable[[FirstChunk], Qwen],
+) -> Texts:
+    """Qwen over every caption, a chunk at a time. While it runs, a thread tokenises the next chunk.
+
+    Args:
+        load: gives the encoder, while the first chunk is tokenised.
+    """
     from k5cache.encoders.pipeline import pipeline_template
 
     pipeline_template()  # imports diffusers: its lazy imports fail if two threads trigger them at once
@@ -153,7 +193,7 @@ def _encode_prompts(
     with ThreadPoolExecutor(1) as pool, progress_bar as advance:
         chunks = _chunks(_tokenizer(job, sources), text_jobs, plan.chunk_tokens)
         next_chunk = pool.submit(next, chunks, None)
-        encoder = _load_qwen(job, plan, sources, lambda: next_chunk.result())
+        encoder = load(lambda: next_chunk.result())
         advance(0, "Qwen2.5-VL")
         embeds_spec = TensorSpec(DTYPES[job.config.text_encoder_1_precision], (None, encoder.embeddings.shape[1]))
         specs = {"prompt_embeds": embeds_spec, "pooled": pooled.spec}
@@ -173,13 +213,10 @@ def _encode_prompts(
                         "n_tokens": chunk.tokens[i].n_tokens, "caption": text_job.caption,
                     })  # fmt: skip
                     advance(1)
-    _warn_of_lost(list(lost))
-    return tuple(truncated)
+    return Texts(tuple(truncated), tuple(lost))
 
 
-def _load_qwen(
-    job: Job, plan: memory_plan.TextPlan, sources: Sources | None, first_chunk: Callable[[], Chunk | None]
-) -> Qwen:
+def load_qwen(job: Job, plan: memory_plan.TextPlan, sources: Sources | None, first_chunk: FirstChunk) -> Qwen:
     """The text encoder as planned; if it is in 8 bits, its error is printed first."""
     from k5cache.encoders import qwen, streaming
 
@@ -195,7 +232,7 @@ def _load_qwen(
         encoder = qwen.load_qwen(job.folder, job.device, dtype, streamed=True, int8=True, kind=kind)
         if some.tokens:
             error = streaming.int8_error(encoder, some.tokens, some.pictures)
-            console.note(
+            job.note(
                 f"The text encoder in int8 gives embeddings that differ from bf16 by {error:.2%} "
                 f"({count_of(len(some.tokens), 'caption')})"
             )
@@ -251,7 +288,7 @@ def _chunks(tokenize: Callable[[TextJob], Tokens], text_jobs: Sequence[TextJob],
         yield Chunk(text_jobs[first:], chunk)
 
 
-def _warn_of_lost(lost: Sequence[str]) -> None:
+def warn_of_lost(lost: Sequence[str]) -> None:
     """Say which instructions leave no trace in Qwen's embeddings."""
     if not lost:
         return

@@ -14,13 +14,15 @@ from rich.progress import Progress
 
 from k5cache.encode.commit import Committer, drop_damaged
 from k5cache.encode.differences import refuse
+from k5cache.encode.engine import Passes
 from k5cache.encode.estimate import duration, estimate, modes
 from k5cache.encode.examined import mask_reason, source_reason
 from k5cache.encode.image_pass import encode_latents, encode_masks
-from k5cache.encode.job import Job, LatentJob
+from k5cache.encode.job import Job, LatentJob, TextJob
 from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
+from k5cache.encode.sink import RowSink
 from k5cache.encode.source_note import MOST_NAMED, note_left_out, note_truncated, take_note
 from k5cache.encode.text_pass import PipelineFails, encode_texts
 from k5cache.shared import console
@@ -32,8 +34,14 @@ from k5cache.store.manifest import Edit, LeftOut, SourceNote, require_files
 from k5cache.store.skipped import write_skipped
 
 
-def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progress) -> EncodeReport:
-    """Encode what is new or changed and commit it. The caller holds the lock. Raises as ``encode_source``."""
+def bring_up_to_date(
+    request: ListedRequest, options: EncodeOptions, bars: Progress, passes: Passes | None = None
+) -> EncodeReport:
+    """Encode what is new or changed and commit it. The caller holds the lock. Raises as ``encode_source``.
+
+    Args:
+        passes: of an engine; None: the passes run in this process.
+    """
     if request.differences and not options.update:  # another process has changed the cache while we waited
         raise refuse(request.root, request.differences)
     manifest, repaired = drop_damaged(request.root, request.manifest) if options.repair else (request.manifest, ())
@@ -47,7 +55,7 @@ def bring_up_to_date(request: ListedRequest, options: EncodeOptions, bars: Progr
     plan = plan_request(request, committer, options.rehash, bars)
     if not plan.rows:
         raise _nothing_readable(request, plan.skipped)
-    encoded = _run_passes(request, committer, plan, options, bars)
+    encoded = _run_passes(request, committer, plan, options, passes or _InThisProcess(options.device), bars)
     edits = tuple(edit for edit in plan.edits if encoded.failure_of_edit(edit) is None)
     rows = [row for row in plan.rows if encoded.failure(row) is None]
     unreadable = {row.path: skip for row in plan.rows if (skip := encoded.failure(row)) is not None}
@@ -134,8 +142,30 @@ class _Encoded:
         return next((error for error in errors if error), None)
 
 
+class _InThisProcess:
+    """The passes, one encoder after another on one device."""
+
+    def __init__(self, device: str) -> None:
+        self._name = device
+
+    @property
+    def device(self) -> str:
+        return pick_device(self._name)
+
+    def announce(self, job: Job, text_jobs: Sequence[TextJob], latent_jobs: Sequence[LatentJob]) -> None:
+        _announce(job, text_jobs, latent_jobs)
+
+    def encode_texts(
+        self, job: Job, sink: RowSink, text_jobs: Sequence[TextJob], failed: dict[str, UnreadableImage]
+    ) -> tuple[tuple[str, int], ...]:
+        return encode_texts(job, sink, text_jobs, failed)
+
+    def encode_latents(self, job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) -> dict[str, UnreadableImage]:
+        return encode_latents(job, sink, latent_jobs)
+
+
 def _run_passes(
-    request: ListedRequest, committer: Committer, plan: Plan, options: EncodeOptions, bars: Progress
+    request: ListedRequest, committer: Committer, plan: Plan, options: EncodeOptions, passes: Passes, bars: Progress
 ) -> _Encoded:
     """Masks, texts and latents into shards; torch is imported only if there is a text or an image to encode."""
     failed = encode_masks(request.listing.read, committer, plan.mask_jobs)
@@ -143,14 +173,14 @@ def _run_passes(
     if not plan.text_jobs and not plan.latent_jobs:
         return _Encoded(failed, mask_paths)
     with console.doing(bars, "importing torch"):
-        device = pick_device(options.device)
+        device = passes.device
     job = Job(request.listing.read, request.root, request.folder, request.config, device, bars, options.vram)
     job = replace(job, read_source=plan.read_source)
-    _announce(job, plan)
+    passes.announce(job, plan.text_jobs, plan.latent_jobs)
     failed_texts: dict[str, UnreadableImage] = {}
-    truncated = encode_texts(job, committer, plan.text_jobs, failed_texts)
+    truncated = passes.encode_texts(job, committer, plan.text_jobs, failed_texts)
     latent_jobs = _wanted_latents(plan, failed_texts)
-    failed |= encode_latents(job, committer, latent_jobs)
+    failed |= passes.encode_latents(job, committer, latent_jobs)
     num_latents = sum(latent_job.key not in failed for latent_job in latent_jobs)
     return _Encoded(failed, mask_paths, truncated, failed_texts, num_latents)
 
@@ -165,9 +195,9 @@ def _wanted_latents(plan: Plan, failed_texts: Mapping[str, UnreadableImage]) -> 
     return [latent_job for latent_job in plan.latent_jobs if latent_job.key in keys]
 
 
-def _announce(job: Job, plan: Plan) -> None:
+def _announce(job: Job, text_jobs: Sequence[TextJob], latent_jobs: Sequence[LatentJob]) -> None:
     """Print how it will go, before anything is loaded. What does not fit is refused now, not hours later."""
-    jobs = plan.text_jobs, plan.latent_jobs
+    jobs = text_jobs, latent_jobs
     if job.device == "cpu":
         with console.doing(job.bars, "measuring this machine"):
             on_cpu = estimate(job.folder, job.config, job.device, None, *jobs)
