@@ -189,7 +189,7 @@ def test_bisection_finds_every_one_of_many_keys_and_no_other(tmp_path: Path) -> 
         for key in keys:
             writer.append({"key": key, "mean": torch.zeros(1, dtype=torch.uint8)})
         shard = writer.finish()
-    info = locations.write_locations(tmp_path, [shard], 0)
+    info, _ = locations.write_locations(tmp_path, [shard], 0)
     table = locations.Locations(tmp_path, info, [shard])
     assert [table.find("latents", key) for key in keys] == [(shard, row) for row in range(200)]
     assert [table.find("latents", key) for key in ("", "0", "g", keys[0][:-1], keys[0] + "0")] == [None] * 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from k5cache.encoders.memory_plan import SECONDS_AT_RISK
 from k5cache.shared import interrupt
 from k5cache.shared.errors import CacheError
 from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
-from k5cache.store.index import IndexRow, index_rows, read_index, with_index
+from k5cache.store.index import IndexRows, index_rows, read_index, with_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
 from k5cache.store.manifest import Edit, IndexInfo, LeftOut, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
@@ -80,7 +80,7 @@ class Committer:
 
     def index(
         self,
-        rows: Sequence[IndexRow],
+        rows: IndexRows,
         prompts: dict[str, str],
         recipe: dict[str, Any],
         versions: dict[str, str],
@@ -109,7 +109,7 @@ class Committer:
             before.index
             and before.locations
             and before == self.manifest
-            and _same(rows, index_rows(read_index(self.root, before.index, before.format)))
+            and rows.has_same_items(index_rows(read_index(self.root, before.index, before.format)), before.format)
         ):
             return False
         self.manifest = with_index(self.root, replace(self.manifest, created_by=versions), rows)
@@ -147,10 +147,3 @@ def _is_whole(root: Path, info: IndexInfo | None, schema: pa.Schema) -> bool:
     except CacheError:
         return False
     return True
-
-
-def _same(rows: Sequence[IndexRow], before: Sequence[IndexRow]) -> bool:
-    """Whether two indexes say the same. ``caption_lengths`` follow from the keys and are not known before writing."""
-    if len(rows) != len(before):
-        return False
-    return all(replace(old, caption_lengths=()) == new for old, new in zip(before, rows, strict=True))

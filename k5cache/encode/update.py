@@ -29,7 +29,7 @@ from k5cache.shared import console
 from k5cache.shared.device import pick_device
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.items import Skipped, UnreadableImage
-from k5cache.store.index import IndexRow
+from k5cache.store.index import IndexRow, IndexRows
 from k5cache.store.manifest import Edit, LeftOut, SourceNote, require_files
 from k5cache.store.skipped import write_skipped
 
@@ -75,7 +75,9 @@ def bring_up_to_date(
     cut = note_truncated(manifest.left_out, encoded.truncated, plan.text_jobs, needed)
     left_out = note_left_out(skipped, failed, cut)
     write_skipped(request.root, ((skip.path, skip.reason) for skip in skipped))
-    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits, classes)
+    is_written = committer.index(
+        IndexRows.of(rows), plan.prompts, request.recipe, versions(), note, left_out, edits, classes
+    )
     num_latents = encoded.num_latents
     num_texts = sum(job.key not in encoded.failed_texts for job in plan.text_jobs)
     return EncodeReport(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,14 +36,14 @@ SCHEMA = pa.schema(
 
 def write_locations(
     root: Path, shards: Sequence[ShardInfo], generation: int, previous: IndexInfo | None = None
-) -> IndexInfo:
-    """Write ``locations-<generation>.parquet`` for all rows of ``shards``.
+) -> tuple[IndexInfo, Located]:
+    """Write ``locations-<generation>.parquet`` for all rows of ``shards``. Returns also what it says.
 
     Args:
         previous: the last locations file. Footers are read only of shards that it does not cover.
     """
     table = locate(root, shards, previous)
-    return tables.write_table(root, table, f"locations-{generation:06d}.parquet")
+    return tables.write_table(root, table, f"locations-{generation:06d}.parquet"), Located(table)
 
 
 def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None = None) -> pa.Table:
@@ -63,6 +63,30 @@ def locate(root: Path, shards: Sequence[ShardInfo], previous: IndexInfo | None =
     order = [("is_text", "ascending"), ("key", "ascending"), ("shard", "ascending"), ("row", "ascending")]
     table = pa.concat_tables(parts).sort_by(order) if parts else SCHEMA.empty_table()
     return table.replace_schema_metadata({FILES_KEY: json.dumps(list(numbers))})
+
+
+class Located:
+    """Where many keys are, at once: what a writer asks of the table of ``locate``."""
+
+    def __init__(self, table: pa.Table) -> None:
+        num_latents = len(table) - (pc.sum(table["is_text"]).as_py() or 0)
+        self._images, self._texts = table.slice(0, num_latents), table.slice(num_latents)
+
+    def text_lengths(self, keys: pa.Array) -> pa.Array:
+        """``n_tokens`` of each of these texts. Raises KeyError for the first that has no row."""
+        return pc.take(self._texts["n_tokens"], _places(keys, self._texts["key"])).combine_chunks()
+
+    def check_latents(self, keys: pa.Array) -> None:
+        """Raise KeyError for the first of ``keys`` that no row of latents or masks has."""
+        _places(keys, self._images["key"])
+
+
+def _places(keys: pa.Array, known: pa.ChunkedArray) -> pa.Array:
+    """The place of each key among those that are known."""
+    places = pc.index_in(keys, value_set=known.combine_chunks())
+    if places.null_count:
+        raise KeyError(keys.filter(places.is_null())[0].as_py())
+    return places
 
 
 @dataclass(frozen=True)
@@ -133,13 +157,6 @@ class Locations:
         table = self._table
         texts = slice(table.num_latents, None)
         return dict(zip(table.key[texts].to_pylist(), table.n_tokens[texts].to_pylist(), strict=True))
-
-    def check_latents(self, keys: Iterable[str]) -> None:
-        """Raise KeyError for the first of ``keys`` that no row of latents or masks has."""
-        known = set(self._table.key[: self._table.num_latents].to_pylist())
-        for key in keys:
-            if key not in known:
-                raise KeyError(key)
 
 
 def _rows_of(shard: Shard, number: int) -> pa.Table:

@@ -33,10 +33,14 @@ _SETTINGS: dict[str, Any] = {
 
 
 def write_table(root: Path, table: pa.Table, name: str) -> IndexInfo:
-    """Write a table file. It is uncompressed and without dictionaries, so a small file cannot claim many rows."""
+    """Write a table file. It is uncompressed and without dictionaries, so a small file cannot claim many rows.
+
+    One row group after another is laid out in one piece and written, so the table is never copied whole.
+    """
     with new_file(root / name) as file:
         with pq.ParquetWriter(pa.PythonFile(file, mode="w"), table.schema, **_SETTINGS) as writer:
-            writer.write_table(table, row_group_size=ROW_GROUP)
+            for first in range(0, max(1, table.num_rows), ROW_GROUP):
+                writer.write_table(table.slice(first, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
             writer.add_key_value_metadata(table.schema.metadata or {})
         return IndexInfo(name, table.num_rows, file.num_bytes, file.sha256.hexdigest())
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k5cache.shared.files import sync_folder
 from k5cache.store import files
-from k5cache.store.index import IndexRow, index_rows, read_index, with_index
+from k5cache.store.index import IndexRows, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
 from k5cache.store.ours import unnamed_files
 from k5cache.store.shards import Shard, ShardWriter
@@ -67,18 +67,18 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
     return replace(collected, unnamed=tuple(sorted({*temporary_files, *collected.unnamed})))
 
 
-def _read_rows(root: Path, manifest: Manifest) -> list[IndexRow]:
+def _read_rows(root: Path, manifest: Manifest) -> IndexRows:
     require_files(root, manifest)
-    return list(index_rows(read_index(root, manifest.index, manifest.format))) if manifest.index else []
+    return index_rows(read_index(root, manifest.index, manifest.format)) if manifest.index else IndexRows.of([])
 
 
-def _needed_keys(manifest: Manifest, rows: Sequence[IndexRow]) -> dict[str, set[str]]:
+def _needed_keys(manifest: Manifest, rows: IndexRows) -> dict[str, set[str]]:
     """The keys of each kind that must stay."""
     return {
-        "latents": {key for row in rows for key in row.latent_keys} | {edit.source_key for edit in manifest.edits},
-        "masks": {row.mask_key for row in rows if row.mask_key},
+        "latents": {*rows.latent_keys.to_pylist(), *(edit.source_key for edit in manifest.edits)},
+        "masks": {*rows.keys("mask_key").to_pylist()},
         "text": {
-            *(key for row in rows for key in row.text_keys),
+            *rows.text_keys.to_pylist(),
             *manifest.prompts.values(),
             *manifest.classes.values(),
             *(key for edit in manifest.edits for key in edit.text_keys),
@@ -110,7 +110,7 @@ def _commit(
     root: Path,
     manifest: Manifest,
     collected: Collected,
-    rows: Sequence[IndexRow],
+    rows: IndexRows,
     needed: Mapping[str, Set[str]],
 ) -> Manifest:
     """Name the new shards instead of the old, with an index and locations to match."""
@@ -123,7 +123,7 @@ def _commit(
             shards.append(shard)
         missing[shard.kind] -= set(Shard(root, shard).keys)
     lean = replace(manifest, shards=tuple(shards))
-    lean = with_index(root, lean, [replace(row, caption_lengths=()) for row in rows])
+    lean = with_index(root, lean, rows)
     write_manifest(root, lean)
     return lean
 

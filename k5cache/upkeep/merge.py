@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from k5cache.encode.differences import differences
 from k5cache.shared.errors import CacheError, CacheStale
@@ -14,7 +19,8 @@ from k5cache.shared.files import make_folder, new_file, sync_folder
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.outputs import check_writable
 from k5cache.store import files
-from k5cache.store.index import IndexRow, index_rows, read_index, with_index
+from k5cache.store.columns import flags, numbers, one_array
+from k5cache.store.index import IndexRows, read_index, with_index
 from k5cache.store.manifest import Edit, Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
 from k5cache.store.ours import check_root
 from k5cache.store.shards import verify_shard
@@ -104,32 +110,46 @@ def _require_one_recipe(parts: Sequence[Path], manifests: Sequence[Manifest]) ->
             )
 
 
-def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[list[IndexRow], tuple[str, ...]]:
+def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[IndexRows, tuple[str, ...]]:
     """The rows of all parts by path, and the paths that several parts have."""
-    rows: dict[tuple[str, bool], tuple[IndexRow, Path]] = {}
-    duplicates: dict[str, None] = {}
-    for root, manifest in zip(parts, manifests, strict=True):
-        for row in index_rows(read_index(root, finished_index(root, manifest), manifest.format)):
-            first_row, first_root = rows.setdefault((row.path, row.flipped), (row, root))
-            if first_root is root:
-                continue
-            if _keys(first_row) != _keys(row):
-                raise CacheError(
-                    f"{row.path} is one item in {first_root} and another in {root}",
-                    "Rename it in one of the sources and encode that again; a path stands for one image",
-                )
-            duplicates[row.path] = None
-    return [replace(rows[name][0], caption_lengths=()) for name in sorted(rows)], tuple(duplicates)
+    tables = [
+        read_index(root, finished_index(root, manifest), manifest.format).append_column(
+            "part", pa.array(np.full(manifest.index.num_rows if manifest.index else 0, number, "int32"))
+        )
+        for number, (root, manifest) in enumerate(zip(parts, manifests, strict=True))
+    ]
+    table = pa.concat_tables(tables)
+    tables.clear()
+    table = table.sort_by([(name, "ascending") for name in ("path", "flipped", "part")]).combine_chunks()
+    of_part = numbers(one_array(table["part"]))
+    rows = IndexRows(table.drop_columns(["part"]))
+    del table
+    again = np.concatenate([[False], *_repeats(rows)])[: len(rows)]
+    firsts = np.maximum.accumulate(np.where(again, 0, np.arange(len(rows))))
+    (repeated,) = np.nonzero(again & (of_part != of_part[firsts]))
+    if len(repeated):
+        is_same = rows.take(pa.array(repeated)).have_same_keys(rows.take(pa.array(firsts[repeated])))
+        if not pc.all(is_same).as_py():
+            row = repeated[is_same.index(False).as_py()]
+            first_root, root = parts[of_part[firsts[row]]], parts[of_part[row]]
+            raise CacheError(
+                f"{rows[row].path} is one item in {first_root} and another in {root}",
+                "Rename it in one of the sources and encode that again; a path stands for one image",
+            )
+    duplicates = tuple(dict.fromkeys(rows.column("path").take(pa.array(repeated)).to_pylist()))
+    return (rows.where(~again) if again.any() else rows), duplicates
+
+
+def _repeats(rows: IndexRows) -> list[np.ndarray[Any, Any]]:
+    """Of each row but the first, whether it is the item of the row before it."""
+    pairs = [pc.equal(column[1:], column[:-1]) for column in (rows.column("path"), rows.column("flipped"))]
+    return [flags(pc.and_(*pairs))] if len(rows) else []
 
 
 def _merge_edits(manifests: Sequence[Manifest]) -> tuple[Edit, ...]:
     """The pairs to draw of all parts, each once."""
     edits = [edit for manifest in manifests for edit in manifest.edits]
     return tuple({(edit.source_hash, edit.prompt): edit for edit in reversed(edits)}.values())[::-1]
-
-
-def _keys(row: IndexRow) -> tuple[object, ...]:
-    return row.latent_keys, row.mask_key, row.text_keys
 
 
 def _bring(root: Path, out: Path, shard: ShardInfo) -> bool:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from k5cache.shared.errors import CacheError
+from k5cache.shared.kind import Kind
 from k5cache.store import tables
-from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
+from k5cache.store.index import IndexRow, index_rows, read_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import Locations, file_names, locate
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
@@ -96,7 +97,7 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{root} holds no finished index: its encode was interrupted"
         return
     try:
-        rows = tables.read_table(tables.open_table(root, manifest.index, INDEX_SCHEMAS[manifest.format])).to_pylist()
+        rows = index_rows(read_index(root, manifest.index, manifest.format))
         locations = Locations(root, manifest.locations, manifest.shards)
         lengths = locations.text_lengths()
     except CacheError as error:
@@ -111,28 +112,29 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
         if not all(key in lengths for key in edit.text_keys) or not locations.find("latents", edit.source_key):
             yield f"{root}: the pair to draw of {edit.source[:200]} and {edit.prompt[:80]!r} lacks a row"
     for row in rows:
-        for problem in _check_index_row(row, locations, lengths):
-            yield f"{root / manifest.index.file}: {row['path'][:200]} {problem}"
+        for problem in _check_index_row(row, manifest.kind, locations, lengths):
+            yield f"{root / manifest.index.file}: {row.path[:200]} {problem}"
 
 
-def _check_index_row(row: dict[str, Any], locations: Locations, lengths: Mapping[str, int]) -> Iterator[str]:
+def _check_index_row(
+    row: IndexRow, kind_of_cache: Kind, locations: Locations, lengths: Mapping[str, int]
+) -> Iterator[str]:
     """What is wrong with one row of the index, given where rows are and how many tokens each text has."""
-    bucket = (row["bucket_width"], row["bucket_height"])
-    wanted: tuple[tuple[ShardKind, str, str], ...] = (
-        ("latents", "latent_key", "latents"),
-        ("masks", "mask_key", "masks"),
-        ("latents", "source_key", "latents of its source"),
+    bucket = (row.bucket_width, row.bucket_height)
+    wanted: tuple[tuple[ShardKind, str | None, str], ...] = (
+        ("latents", row.latent_key, "latents"),
+        ("masks", row.mask_key, "masks"),
+        ("latents", row.source_key, "latents of its source"),
     )
-    for kind, column, name in wanted:
-        key = row.get(column)
+    for kind, key, name in wanted:
         place = locations.find(kind, key) if key else None
         if key and (place is None or place[0].bucket != bucket):
             yield f"has no {name} of {bucket[0]}x{bucket[1]}"
-    if "source_key" in row and not row["source_key"]:
+    if kind_of_cache == "i2i" and not row.source_key:
         yield "has no source"
-    if row.get("empty_key") and row["empty_key"] not in lengths:
+    if row.empty_key and row.empty_key not in lengths:
         yield "has no empty instruction"
-    if [lengths.get(key) for key in row["caption_keys"]] != row["caption_lengths"] or not row["caption_keys"]:
+    if tuple(lengths.get(key) for key in row.caption_keys) != row.caption_lengths or not row.caption_keys:
         yield "has no captions of the lengths it says"
 
 
