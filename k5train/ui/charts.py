@@ -6,7 +6,11 @@ what they are in light and in dark; curves differ in dashes or in the shapes of 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -44,7 +48,11 @@ SHAPES = (
     "m-1.3-4.2h2.6v2.9h2.9v2.6h-2.9v2.9h-2.6v-2.9h-2.9v-2.6h2.9z",  # cross
     "m0-4.6l1.2 3.4h3.4l-2.7 2.1l1 3.5l-2.9-2l-2.9 2l1-3.5l-2.7-2.1h3.4z",  # star
 )
+MOST_REMEMBERED = 64
+"""Figures of up to some 20 KB, which are drawn again only once they change."""
 Place = tuple[float, float]
+_figures: OrderedDict[bytes, Markup] = OrderedDict()
+_lock = threading.Lock()
 
 
 def svg(rows: Sequence[Row], title: str = "", width: int = 960, is_final: bool = False) -> Markup:
@@ -70,6 +78,19 @@ def _row(row: Row, width: int) -> Markup:
 
 
 def _figure(panel: Panel, width: int, height: int) -> Markup:
+    """A panel as it was drawn before, if it holds what it held then."""
+    key = hashlib.blake2b(pickle.dumps((panel, width, height)), digest_size=16).digest()
+    with _lock:
+        known = _figures.pop(key, None)
+    figure = _figure_now(panel, width, height) if known is None else known
+    with _lock:
+        _figures[key] = figure
+        while len(_figures) > MOST_REMEMBERED:
+            _figures.popitem(last=False)
+    return figure
+
+
+def _figure_now(panel: Panel, width: int, height: int) -> Markup:
     note = Markup("<small>{}</small>").format(shown(panel.note)) if panel.note else ""
     dashes = _dashes(panel)
     entries = _joined(

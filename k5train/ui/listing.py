@@ -91,7 +91,7 @@ def leading_out(project: Project) -> list[str]:
     return sorted(map(project.relative, found))
 
 
-def _below(project: Project, place: str, is_one: Callable[[Path], bool]) -> Iterator[Entry]:
+def _below(project: Project, place: str, is_one: Callable[[str], bool]) -> Iterator[Entry]:
     """The folders in a folder of the project that are what is asked for, by name."""
     folder = project.root / place
     if not folder.is_dir() or not is_inside(project.root, folder):
@@ -99,19 +99,18 @@ def _below(project: Project, place: str, is_one: Callable[[Path], bool]) -> Iter
     with os.scandir(folder) as found:
         entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in entries:
-        path = folder / entry.name
         try:
-            is_here = entry.is_dir() and (not entry.is_symlink() or is_inside(project.root, path))
-            if is_here and is_one(path):
+            is_here = entry.is_dir() and (not entry.is_symlink() or is_inside(project.root, Path(entry.path)))
+            if is_here and is_one(entry.path):
                 relative = f"{place}/{entry.name}"
-                yield Entry(id_of(relative), entry.name, path, relative, entry.stat().st_mtime)
+                yield Entry(id_of(relative), entry.name, Path(entry.path), relative, entry.stat().st_mtime)
         except OSError:  # it was deleted meanwhile, or may not be read
             continue
 
 
-def _is_run(path: Path) -> bool:
+def _is_run(path: str) -> bool:
     return _has(path, "run.json")
 
 
-def _has(path: Path, name: str) -> bool:
-    return (path / name).is_file()
+def _has(path: str, name: str) -> bool:
+    return os.path.isfile(f"{path}/{name}")  # noqa: PTH113 (of hundreds of folders, for which no paths are made)

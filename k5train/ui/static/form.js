@@ -87,4 +87,4 @@ document.getElementById("filter").addEventListener("input", (event) => {
     [fold.hidden, fold.open] = [boxes.every((box) => box.hidden), word !== ""];
   }
 });
-check();
+afterPaint(check);

@@ -5,6 +5,9 @@
 // whose content has changed. A browser allows six connections to a host, so a tab that is hidden has none.
 const sources = new Map();
 
+// What the server has to work for waits until the page is painted. A hidden tab is not painted, and asks for nothing.
+const afterPaint = (then) => requestAnimationFrame(() => setTimeout(then));
+
 function listen() {
   for (const element of document.querySelectorAll("[data-live]")) {
     const url = element.dataset.live;
@@ -30,9 +33,12 @@ function hush() {
 // Puts new HTML into an element; what was open, and the focus, stay. Other scripts hear of it by the event "live".
 function replace(element, html) {
   if (!element) return;
+  const parsed = document.createElement("template");
+  parsed.innerHTML = html;
+  if (parsed.innerHTML === element.innerHTML) return; // a stream begins with what the page has already
   const focused = element.contains(document.activeElement) ? document.activeElement.id : "";
   const open = [...element.querySelectorAll("details[open][id]")].map((details) => details.id);
-  element.innerHTML = html;
+  element.replaceChildren(parsed.content);
   for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   element.dispatchEvent(new CustomEvent("live", { bubbles: true }));
@@ -40,7 +46,7 @@ function replace(element, html) {
 
 document.addEventListener("visibilitychange", () => (document.hidden ? hush() : listen()));
 window.addEventListener("pagehide", hush);
-window.addEventListener("pageshow", () => document.hidden || listen());
+window.addEventListener("pageshow", () => afterPaint(() => document.hidden || listen()));
 
 // <button data-copy="ID"> copies the text of the element with that id.
 document.addEventListener("click", async (event) => {
