@@ -6,13 +6,10 @@ what they are in light and in dark; curves differ in dashes or in the shapes of 
 
 from __future__ import annotations
 
-import hashlib
 import math
-import pickle
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -51,8 +48,6 @@ SHAPES = (
 MOST_REMEMBERED = 64
 """Figures of up to some 20 KB, which are drawn again only once they change."""
 Place = tuple[float, float]
-_figures: OrderedDict[bytes, Markup] = OrderedDict()
-_lock = threading.Lock()
 
 
 def svg(rows: Sequence[Row], title: str = "", width: int = 960, is_final: bool = False) -> Markup:
@@ -73,24 +68,18 @@ def svg(rows: Sequence[Row], title: str = "", width: int = 960, is_final: bool =
 def _row(row: Row, width: int) -> Markup:
     num = max(1, len(row.panels))
     each = max(200, (width - GAP * (num - 1)) // num)
-    figures = _joined(_figure(panel, each, max(120, row.height - HEAD)) for panel in row.panels)
+    figures = _joined(_figure(_hashable(panel), each, max(120, row.height - HEAD)) for panel in row.panels)
     return Markup('<div class="chart-row of-{}">{}</div>').format(min(num, 4), figures)
 
 
+def _hashable(panel: Panel) -> Panel:
+    """The panel with tuples for lists, so that what was drawn of it is found again."""
+    lines = tuple(replace(line, points=tuple(line.points)) for line in panel.lines)
+    return replace(panel, lines=lines, levels=tuple(panel.levels), marks=tuple(panel.marks))
+
+
+@lru_cache(MOST_REMEMBERED)
 def _figure(panel: Panel, width: int, height: int) -> Markup:
-    """A panel as it was drawn before, if it holds what it held then."""
-    key = hashlib.blake2b(pickle.dumps((panel, width, height)), digest_size=16).digest()
-    with _lock:
-        known = _figures.pop(key, None)
-    figure = _figure_now(panel, width, height) if known is None else known
-    with _lock:
-        _figures[key] = figure
-        while len(_figures) > MOST_REMEMBERED:
-            _figures.popitem(last=False)
-    return figure
-
-
-def _figure_now(panel: Panel, width: int, height: int) -> Markup:
     note = Markup("<small>{}</small>").format(shown(panel.note)) if panel.note else ""
     dashes = _dashes(panel)
     entries = _joined(
