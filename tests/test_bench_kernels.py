@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -159,3 +163,20 @@ def test_the_compiled_baseline_compiles_diffusers_blocks(monkeypatch):
     result = baseline.time_baseline(small, cpu, 1, 0, how="compiled")
     assert (result.baseline, len(compiled)) == ("compiled", 1)
     assert result.name == "baseline: diffusers + peft + quanto, compiled, checkpointing"
+
+
+def test_every_function_of_ours_that_multiplies_is_known_to_the_groups():
+    """Its adapters' products come from torch's own matmuls, whose names do not say whose they are."""
+    import k5train.forward
+
+    for module in pkgutil.iter_modules(k5train.forward.__path__, "k5train.forward."):
+        if module.name.endswith((".kernels", ".row_kernels", ".hopper", ".few_keys")):
+            continue  # these need Triton, and have kernels
+        importlib.import_module(module.name)
+    ours = [f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("k5train.")]
+    multiply = {f.__name__ for f in ours if re.search(r"\bmm\(| @ |adapter_grads", inspect.getsource(f))}
+    groups = {"_Linear": "LoRA", "_FeedForward": "LoRA", "_Int8Matmul": "matmul"}  # the last has frozen weights alone
+    assert multiply == set(groups)
+    for name, group in groups.items():
+        for call in (name, f"{name}Backward"):
+            assert group_of(Launch("nvjet_sm90_tst", 1.0, ("aten::mm", "aten::matmul", call))) == group

@@ -24,6 +24,7 @@ from k5train.bench.baseline import time_baseline
 from k5train.bench.case import CARDS, EDITS, MUST_REACH, SIZES, Case, inputs_for, routes_for
 from k5train.forward import compile, execute
 from k5train.forward.block import Modes, gather
+from k5train.forward.levels import run_at_level
 from k5train.forward.predict_velocity import predict_velocity
 from k5train.options.adapter import LoraConfig, RankConfig
 from k5train.options.memory import MemoryConfig
@@ -39,7 +40,8 @@ from k5train.training import out_of_memory
 GIB = 2**30
 CPU = torch.device("cpu")
 FULL = architecture(FULL_SIZE)
-WORK = Work(1, 4096, 256, 24_739_840, 16 * 6, "int8-quanto")  # r16 on q, k, v of both attentions
+# r16 on q, k, v of both attentions, whose inputs are the picture's tokens twice
+WORK = Work(1, 4096, 256, 24_739_840, 16 * 6, "int8-quanto", (2 * 2 * 2560, 0))
 SMALL = {
     **FULL_SIZE, "model_dim": 256, "ff_dim": 1024, "time_dim": 32, "num_visual_blocks": 1,
     "in_text_dim": 64, "in_text_dim2": 48,
@@ -50,26 +52,54 @@ def gib(plan: memory.Plan) -> float:
     return plan.peak / GIB
 
 
+QKV, FF_OUT = LoraConfig(rank=4, targets=("qkv",)), LoraConfig(rank=4, targets=("feed_forward.out_layer",))
+OFFICIAL, DROPOUT = LoraConfig(rank=4), LoraConfig(rank=4, dropout=0.1)
+
+
 @pytest.mark.parametrize(
-    ("precision", "levels"),
+    ("precision", "lora", "levels"),
     [
-        pytest.param("int8-quanto", ["selective"], id="quanto"),
-        pytest.param("int8-dynamic", ["selective", "all"], id="dynamic", marks=pytest.mark.long),
+        pytest.param("int8-quanto", QKV, ["selective"], id="quanto, qkv"),
+        pytest.param("int8-quanto", OFFICIAL, ["all"], id="quanto, official"),
+        pytest.param("int8-dynamic", OFFICIAL, ["all"], id="dynamic, official"),
+        *(
+            pytest.param(precision, lora, levels, id=f"{precision} {i}", marks=pytest.mark.long)
+            for i, (precision, lora, levels) in enumerate((
+                ("int8-dynamic", QKV, ["selective", "all"]), ("int8-quanto", FF_OUT, ["all"]),
+                ("int8-dynamic", FF_OUT, ["all"]), ("int8-quanto", OFFICIAL, ["matmuls"]),
+                ("int8-quanto", DROPOUT, ["selective", "all"]), ("int8-dynamic", DROPOUT, ["all"]),
+            ))
+        ),
     ],
-)
-def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monkeypatch):
+)  # fmt: skip
+def test_a_compiled_block_keeps_what_the_planner_counts(precision, lora, levels, monkeypatch):
     # aot_eager: the partitioner that decides what is kept, without the code generator.
     monkeypatch.setattr(
         execute.torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     )
-    run = compile.compile_block()
+    counted, saved, casts = kept_by_a_block(precision, lora, levels, compile.compile_block())
+    for level in levels:
+        assert counted[level] * 0.97 < saved[level] < (counted[level] + casts) * 1.01, level
+
+
+def test_an_eager_block_keeps_what_the_planner_counts():
+    for lora in (QKV, OFFICIAL):
+        counted, saved, casts = kept_by_a_block("int8-quanto", lora, ["all"], None)
+        assert counted["all"] * 0.97 < saved["all"] < (counted["all"] + casts) * 1.01, lora.targets
+
+
+def kept_by_a_block(precision: Any, lora: LoraConfig, levels: Any, run_compiled: Any) -> tuple[Any, Any, int]:
+    """Bytes that are counted and kept at each level, and those of the adapters as they are multiplied."""
     transformer = random_weights.random_transformer(SMALL, precision, CPU)
-    attach.add_lora(transformer, LoraConfig(rank=4, targets=("qkv",)), seed=0)
-    block = gather(transformer.visual_transformer_blocks[0], dropout=False)
+    attach.add_lora(transformer, lora, seed=0)
+    block = gather(transformer.visual_transformer_blocks[0], dropout=lora.dropout > 0)
     tokens, text_tokens, arch = 192, 24, architecture(SMALL)
-    work = Work(1, tokens, text_tokens, 0, 4 * 6, precision)
-    modes = Modes(precision == "int8-dynamic", cudnn=False)
+    config = TrainConfig(base_model_precision=precision, lora=lora)
+    work = work_for(SMALL, config, (tokens, text_tokens), compiled=bool(run_compiled))
+    is_dynamic = precision == "int8-dynamic"
+    modes = Modes(is_dynamic, cudnn=False, rows=is_dynamic)
     casts = 2 * sum(p.numel() for p in transformer.visual_transformer_blocks.parameters() if p.requires_grad)
+    kept = {}
     for level in levels:
         x = torch.randn(1, tokens, 256, dtype=torch.bfloat16).requires_grad_()
         text = torch.randn(1, text_tokens, 256, dtype=torch.bfloat16).requires_grad_()
@@ -85,9 +115,10 @@ def test_a_compiled_block_keeps_what_the_planner_counts(precision, levels, monke
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            run(x, text, rope, None, modulation, block, modes, level)
-        counted = memory.kept_bytes(level, arch, work)
-        assert counted * 0.99 < sum(saved.values()) < (counted + casts) * 1.01, level
+            out = (run_compiled or run_at_level)(x, text, rope, None, modulation, block, modes, level)
+        kept[level] = sum(saved.values())
+        del out  # what is kept has its place until now
+    return {level: memory.kept_bytes(level, arch, work) for level in levels}, kept, casts
 
 
 def test_tokens_that_always_skip_blocks_are_not_planned_for():

@@ -46,7 +46,7 @@ _BY_KERNEL = (
     ("copies", ("memcpy", "memset", "direct_copy", "catarray")),
     ("elementwise", ("elementwise", "reduce", "norm", "softmax", "scatter", "gather", "index")),
 )
-_COMPILED = ("CompiledFunction", "Torch-Compiled", "## Call CompiledFxGraph", "_Linear")
+_COMPILED = ("CompiledFunction", "Torch-Compiled", "## Call CompiledFxGraph", "_Linear", "_FeedForward")
 """How names of calls begin in which the only matmuls outside of our ops are those of adapters."""
 _LIMITS = {
     "matmuls": ("matmul", "LoRA"),

@@ -71,8 +71,12 @@ def _policy(level: Level, op: Any, *args: Any) -> CheckpointPolicy:
         # Self attention has as many keys as queries. Cross attention is cheap: it is kept only with its linears.
         is_self = args[0].shape == args[1].shape
         is_kept = bool(level.matmuls) or (level.attention and is_self)
+    elif op in _LORA_MATMULS:
+        # Only down-projections. What dropout leaves of them is projected up in a product of its own, as wide as the
+        # linear's output, which no gradient needs.
+        is_kept = bool(level.matmuls) and args[-1].shape[1] < args[-2].shape[1]
     else:
-        is_kept = (op in _MATMULS and args[-1] in level.matmuls) or (op in _LORA_MATMULS and bool(level.matmuls))
+        is_kept = op in _MATMULS and args[-1] in level.matmuls
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.MUST_RECOMPUTE
 
 

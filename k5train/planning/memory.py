@@ -45,9 +45,9 @@ _ALLOCATOR_BYTES = 128 * 2**20  # cuBLAS and cuDNN workspaces, and what rounding
 _GRAPH_BYTES = 128 * 2**20
 _MARGIN = 0.03  # share of the budget that is left free: predictions are at best this good
 _FEW = 0.1  # share of the blocks that is too small for a level of its own: 1 % of a step, and a compilation
-# Rows that a block keeps at "all" beyond its matmuls: elementwise results, as the compiler's partitioner and as eager
-# execution keep them.
-_EXTRA_ROWS = {"compiled": 5.5, "eager": 15.0}
+# Rows that a block keeps at "all" beyond its matmuls and its adapters' inputs: elementwise results, as the compiler's
+# partitioner, eager execution and peft's modules keep them.
+_EXTRA_ROWS = {"compiled": 3.5, "eager": 13.0, "modules": 15.0}
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ class Work:
     adapters_width: int
     """Sum of the ranks over a visual block's adapted linears: what their down-projections keep."""
     precision: Literal["int8-quanto", "int8-dynamic", "no_change"]
+    adapter_inputs: tuple[int, int] = (0, 0)
+    """Bytes for each token of the picture and of the caption that a visual block's adapters keep of their inputs at
+    level "all", beyond what the block keeps anyway."""
     bytes_per_element: int = 2
     """Of activations: 2 in bf16, 4 in fp32."""
     compiled: bool = True
@@ -193,7 +196,9 @@ def kept_bytes(level: LevelName, arch: Architecture, work: Work) -> int:
         kept += tokens * work.as_modules.per_token + work.as_modules.weights
         kept += work.batch_size * work.num_text_tokens * work.as_modules.per_text_token
     if level == "all":
-        kept += int(_EXTRA_ROWS["compiled" if work.compiled else "eager"] * row)
+        how = "modules" if work.as_modules else "compiled" if work.compiled else "eager"
+        kept += int(_EXTRA_ROWS[how] * row) + tokens * work.adapter_inputs[0]
+        kept += work.batch_size * work.num_text_tokens * work.adapter_inputs[1]
     return kept
 
 

@@ -114,6 +114,8 @@ def work_for(
 ) -> Work:
     """The largest forward and backward pass of a run."""
     parameters, width = adapter_size(transformer_config, config.lora)
+    element = DTYPES[config.mixed_precision].itemsize
+    gelu_again = compiled and precision_of(config) == "int8-dynamic"
     # A ramp or masks let all tokens through at times: the largest pass is then one without a route.
     is_routed = config.tread.routes and not config.tread.ramp_down and not config.tread.keep_masked
     return Work(
@@ -123,11 +125,12 @@ def work_for(
         lora_parameters=parameters,
         adapters_width=width,
         precision=precision_of(config),
-        bytes_per_element=DTYPES[config.mixed_precision].itemsize,
+        adapter_inputs=adapter_inputs(transformer_config, config.lora, element, gelu_again),
+        bytes_per_element=element,
         compiled=compiled,
         bytes_per_lora_parameter=8 + _STATE_BYTES[config.optim.optimizer] + (4 if config.optim.ema_decay else 0),
         condition_channels=transformer_config["in_visual_dim"] + 1 if transformer_config.get("visual_cond") else 0,
-        as_modules=as_modules(transformer_config, config.lora, DTYPES[config.mixed_precision].itemsize),
+        as_modules=as_modules(transformer_config, config.lora, element),
         token_shares=token_shares(config.tread.routes, transformer_config["num_visual_blocks"]) if is_routed else (),
     )
 
@@ -145,6 +148,42 @@ def adapter_size(transformer_config: Mapping[str, Any], config: LoraConfig) -> t
     blocks = max(1, len(transformer.visual_transformer_blocks))
     in_blocks = sum(rank for name, rank in ranks.items() if name.startswith("visual_transformer_blocks."))
     return parameters, -(-in_blocks // blocks)
+
+
+def adapter_inputs(
+    transformer_config: Mapping[str, Any], config: LoraConfig, element: int, gelu_again: bool
+) -> tuple[int, int]:
+    """What the adapters of a visual block keep of their inputs at level "all", as a mean over the blocks.
+
+    Linears of one input keep it once; an attention's output and the caption are kept anyway. With dropout, each adapter
+    has an input of its own, and a mask of one byte an element.
+
+    Args:
+        element: bytes of an activation.
+        gelu_again: the feed-forward is one function, which computes gelu again for the backward pass.
+
+    Returns:
+        Bytes for each token of the picture, and for each of the caption.
+    """
+    if config.algo in ("dora", "lokr"):
+        return 0, 0  # ``as_modules`` counts these
+    transformer = _without_weights(transformer_config)
+    sizes = targets.linear_sizes(transformer)
+    kept: dict[str, dict[str, int]] = {"token": {}, "text token": {}}
+    for name in targets.match_targets(transformer, config.targets).modules:
+        if not name.startswith("visual_transformer_blocks."):
+            continue
+        is_text = re.search(r"cross_attention\.to_(?:key|value)$", name)
+        of = kept["text token" if is_text else "token"]
+        if config.dropout:
+            of[name] = (element + 1) * sizes[name][1]
+        elif name.endswith("feed_forward.out_layer") and gelu_again:
+            continue
+        elif not is_text and not name.endswith("attention.out_layer"):
+            of[re.sub(r"to_(?:query|key|value)$", "to_qkv", name)] = element * sizes[name][1]
+    blocks = max(1, len(transformer.visual_transformer_blocks))
+    token, text_token = (-(-sum(inputs.values()) // blocks) for inputs in kept.values())
+    return token, text_token
 
 
 def as_modules(transformer_config: Mapping[str, Any], config: LoraConfig, element: int) -> AsModules | None:
