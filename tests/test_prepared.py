@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from k5cache.shared.errors import ModelError, OutputError, RunError
 from k5cache.shared.home import make_home
+from k5cache.shared.lock import lock_file
 from k5train.base import prepared
 from k5train.base.prepared import load_prepared, prepare, prepared_path
 from k5train.base.prepared_files import list_bases, remove
@@ -55,6 +58,20 @@ def test_a_second_use_reads_the_file_and_not_the_checkpoint(toy_model, monkeypat
     load_prepared(toy_model, torch.bfloat16, CPU)
     monkeypatch.setattr(prepared, "converted", lambda *a: pytest.fail("quantised again"))
     load_prepared(toy_model, torch.bfloat16, CPU)
+
+
+def test_processes_that_start_together_quantise_once(toy_model, k5_home, tmp_path, monkeypatch, capsys):
+    path = prepare(toy_model, torch.bfloat16, CPU)
+    made = tmp_path / "made"
+    path.rename(made)
+    monkeypatch.setattr(prepared, "converted", lambda *a: pytest.fail("quantised again"))
+    with ThreadPoolExecutor(1) as pool:
+        with lock_file(next((k5_home / "base").glob(".lock-*"))):
+            other = pool.submit(prepare, toy_model, torch.bfloat16, CPU)
+            while f"Waiting for process {os.getpid()} on" not in capsys.readouterr().err:
+                time.sleep(0.02)
+            made.rename(path)  # as the first one does at its end
+        assert other.result(30) == path
 
 
 def test_it_is_a_plain_safetensors_file(toy_model):
@@ -284,7 +301,7 @@ def test_an_interrupted_quantisation_leaves_no_file(toy_model, monkeypatch, k5_h
     monkeypatch.setattr(prepared, "converted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(toy_model, torch.bfloat16, CPU)
-    assert list((k5_home / "base").iterdir()) == []
+    assert [path.name for path in (k5_home / "base").iterdir() if not path.name.startswith(".lock-")] == []
 
 
 def test_what_a_killed_process_left_is_cleared(toy_model, k5_home):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import stat
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from k5cache.shared.errors import OutputError
 from k5cache.shared.files import remove_leftovers, write_whole
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.home import check_trusted, k5_home, make_home
+from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.outputs import check_writable
 from k5train.base.prepared_files import CHECKSUM, DIGITS, FOLDER, HEADER_BYTES, Damaged, Opened, home, opened
 from k5train.base.quantize import converted, empty_transformer, finish, place
@@ -60,8 +63,9 @@ def prepare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Pat
         RunError: another user could have written what lies there.
     """
     path = prepared_path(folder, dtype)
+    seen = _version(path)
     if not _is_usable(path):
-        _quantise(path, folder, dtype, device)
+        _quantise(path, seen, folder, dtype, device)
     return path
 
 
@@ -82,14 +86,16 @@ def load_prepared(
         OutputError, RunError: as ``prepare``.
     """
     path = prepared_path(folder, dtype)
+    seen = _version(path)
     if not _is_usable(path):
-        _quantise(path, folder, dtype, device)
+        _quantise(path, seen, folder, dtype, device)
+        seen = _version(path)
     transformer = empty_transformer(folder)
     try:
         _fill(transformer, path, device, on_host)
     except Damaged as damage:
         _warn_of(path, damage)
-        _quantise(path, folder, dtype, device)
+        _quantise(path, seen, folder, dtype, device)
         transformer = empty_transformer(folder)
         _fill(transformer, path, device, on_host)
     return finish(transformer, device)
@@ -103,7 +109,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether there is a prepared file whose header is the one that was written. Notes why not.
+    """Whether there is a prepared file whose header is the one that was written. Warns of a damaged one.
 
     Raises:
         OutputError, RunError: as ``prepare``.
@@ -111,7 +117,6 @@ def _is_usable(path: Path) -> bool:
     if not path.is_file():
         _check_writable(path)
         make_home(FOLDER)
-        console.note(f"First use of this checkpoint: quantising it once into {path}")
         return False
     for part in (k5_home(), path.parent, path):
         check_trusted(part)
@@ -127,9 +132,46 @@ def _warn_of(path: Path, damage: Damaged) -> None:
     console.warn(f"{path} is damaged ({damage}): quantising the checkpoint again")
 
 
-def _quantise(path: Path, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Write the file, in the place of a damaged one."""
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process of this user quantise into a folder: each would read and write the same gigabytes."""
+    lock = folder / f".lock-{system.user_id() or 0}"  # another user's could not be opened
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(lock))
+        except Locked as error:
+            console.note(f"Waiting for {error.owner}, which quantises a checkpoint")
+            stack.enter_context(lock_file(lock, math.inf))
+        yield
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that takes its place; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _quantise(
+    path: Path, seen: tuple[int, int] | None, folder: Path, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Write the file, in the place of a damaged one, unless another process does so meanwhile.
+
+    Args:
+        seen: the ``_version`` of the file that is missing or damaged.
+    """
     _check_writable(path)
+    with _one_at_a_time(path.parent):
+        if _version(path) not in (None, seen):  # whole, since it appears under its name at once
+            return
+        if seen is None:
+            console.note(f"First use of this checkpoint: quantising it once into {path}")
+        _write_file(path, folder, dtype, device)
+
+
+def _write_file(path: Path, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
