@@ -387,7 +387,7 @@ def test_a_run_in_a_terminal_is_stopped_only_if_it_is_surely_the_process_that_ha
     script = project.root / "k5train"  # the name by which it is known
     script.write_text(RUN_IN_TERMINAL)
     command = [sys.executable, str(script), "run", str(run / ".lock")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=queue.environment()) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=system.environment()) as process:
         assert process.stdout.readline() == b"ready\n"
         for found in (processes.working([run / ".lock"], run), processes.working([])):
             assert process.pid in [other.pid for other in found]

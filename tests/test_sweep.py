@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from k5cache.shared import gpus
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.origins import Document
 from k5cache.shared.outputs import kind_of
@@ -89,6 +90,27 @@ def test_each_run_is_the_run_alone_bit_for_bit(tmp_path, swept, toy_cache, toy_m
     assert same(load_file(swept[0] / label / f"{label}.safetensors"), lora_of(tmp_path / "alone"))
 
 
+def test_two_gpus_train_the_same_runs_in_two_processes(swept, tmp_path, toy_cache, monkeypatch):
+    # On this machine neither process sees a GPU, so that both train on the processor.
+    two = tuple(gpus.Slot(f"GPU-{n}", n, "a GPU", gpus.NVIDIA) for n in range(2))
+    monkeypatch.setattr(gpus, "installed", lambda: two)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    out = swept[0].parent / "on-two"
+    done = Cli(out.parent)(
+        app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--gpus", "2", "--set", "train.device=auto",
+        "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2,1e5", "-o", "on-two",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert {f"on GPU {n}" in done.err for n in range(2)} == {True}
+    untimed = [[replace(o, seconds=None, seconds_to_start=None) for o in read_outcomes(of)] for of in (swept[0], out)]
+    assert untimed[0] == untimed[1]
+    assert (out / "samples.png").read_bytes() == (swept[0] / "samples.png").read_bytes()
+    for label in ("rank=2,lr=1e-2", "rank=4,lr=1e-2"):
+        files = [load_file(of / label / f"{label}.safetensors") for of in (swept[0], out)]
+        assert same(*files)
+    assert not list(out.glob("*lr=1e-2/state"))
+
+
 def test_a_run_whose_loss_explodes_is_marked_and_the_others_go_on(swept):
     rows = {row.label: row for row in read_outcomes(swept[0])}
     assert list(rows) == ["rank=2,lr=1e-2", "rank=2,lr=1e5", "rank=4,lr=1e-2", "rank=4,lr=1e5"]
@@ -149,7 +171,7 @@ def test_a_sweep_that_is_stopped_in_its_first_run_is_a_sweep_already(tmp_path, t
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("k5train.training.sweep.train", stop)
+    monkeypatch.setattr("k5train.training.sweep_setting.train", stop)
     monkeypatch.setattr("k5train.training.shared_base.load_base", lambda *args: None)
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("MODEL", str(toy_model)))
     sweep = ("sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--grid", "train.lora.rank=2,4", "-o", "out")

@@ -190,7 +190,7 @@ def test_a_kill_at_any_time_leaves_a_sweep_that_goes_on(tmp_path, cache, toy_mod
     config = replace(CONFIG, steps=1, checkpoint_every=250, optim=OptimConfig(lr=1e-2, warmup_steps=0))
     runs = [SweepRun(name, replace(config, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
     out, model = tmp_path / "out", ModelConfig(path=str(toy_model))
-    for where in ("loop.Loop.save_state", "sweep.remove_states", "sweep.write_outcomes"):
+    for where in ("loop.Loop.save_state", "sweep_outcomes.remove_states", "sweep_outcomes.write_outcomes"):
         with monkeypatch.context() as patched:
             patched.setattr(f"k5train.training.{where}", lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError), only_training():

@@ -20,6 +20,7 @@ pytest.importorskip("starlette")
 
 from starlette.testclient import TestClient
 
+from k5cache.shared import system
 from k5cache.shared.model import ModelConfig
 from k5train.options.train import TrainConfig
 from k5train.recipes.listed import PACKAGED
@@ -495,4 +496,4 @@ def test_a_file_of_the_project_that_is_named_as_a_module_is_not_imported_by_the_
     before = planner.COMMAND[: planner.COMMAND.index("-m")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep)  # an empty place is the current folder
     command = [*before, "-c", "import wave"]
-    assert subprocess.run(command, cwd=tmp_path, env=planner.environment(), check=False).returncode == 0
+    assert subprocess.run(command, cwd=tmp_path, env=system.environment(), check=False).returncode == 0

@@ -164,6 +164,8 @@ def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 def progress() -> Progress:
     """A progress display on stderr: bars, or a line a minute where there is no terminal. See ``shared/progress.py``."""
+    if (reporter := progress_file.reporter()) and reporter.is_display:
+        return Lines(lambda line: None)
     return Bars(err) if err.is_terminal and not err.is_dumb_terminal else Lines(note)
 
 

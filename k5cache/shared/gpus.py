@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k5cache.shared.errors import K5Error
@@ -47,42 +47,54 @@ class Slot:
 
 
 def choose_gpus(count: int, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The first ``count`` of ``visible_gpus``.
+    """The first ``count`` of ``visible_gpus``. Raises as ``choose_slots``."""
+    return tuple(slot.key for slot in choose_slots(count, env))
+
+
+def choose_slots(count: int, env: Mapping[str, str] = os.environ) -> tuple[Slot, ...]:
+    """The first ``count`` of ``visible_slots``.
 
     Raises:
         K5Error: there are fewer, or ``count`` is below 1.
     """
-    gpus = visible_gpus(env)
+    slots = visible_slots(env)
     if count < 1:
         raise K5Error(
             f"--gpus {count} is not a number of GPUs", "Give 1 or more, or leave --gpus out to use the first GPU alone"
         )
-    if count <= len(gpus):
-        return gpus[:count]
+    if count <= len(slots):
+        return slots[:count]
     every, hidden = installed(), variable_of(env)
     if not every:
         problem = "neither nvidia-smi nor AMD's driver lists a GPU here"
         raise K5Error(f"--gpus {count}: {problem}", "Leave --gpus out; k5train doctor looks at the driver")
-    if len(gpus) < len(every):
-        of = f"{hidden}={env[hidden]} shows {len(gpus)} of this machine's {count_of(len(every), 'GPU')}"
+    if len(slots) < len(every):
+        of = f"{hidden}={env[hidden]} shows {len(slots)} of this machine's {count_of(len(every), 'GPU')}"
     else:
         of = f"this machine has {count_of(len(every), 'GPU')}"
-    fix = f"Use --gpus {len(gpus)}" if gpus else "Leave --gpus out"
-    raise K5Error(f"--gpus {count}: {of}", fix + (f", or change {hidden}" if len(gpus) < len(every) else ""))
+    fix = f"Use --gpus {len(slots)}" if slots else "Leave --gpus out"
+    raise K5Error(f"--gpus {count}: {of}", fix + (f", or change {hidden}" if len(slots) < len(every) else ""))
 
 
 def visible_gpus(env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """What to put into ``variable_of(env)`` for each GPU that a process with these variables may use.
+    """What to put into ``variable_of(env)`` for each GPU that a process with these variables may use."""
+    return tuple(slot.key for slot in visible_slots(env))
+
+
+def visible_slots(env: Mapping[str, str] = os.environ) -> tuple[Slot, ...]:
+    """The GPUs that a process with these variables may use, each with what a process is given to see it alone.
 
     Entries of the variable are passed on as they are. A number in it counts in CUDA's own order, in which the fastest
     GPU is first unless CUDA_DEVICE_ORDER says otherwise, and the driver's tool counts in the order of the slots. Where
     the variable is not set, these are UUIDs, which mean the same in any order.
     """
-    slots = allowed(env)
-    value = _value(env)
+    slots, value = allowed(env), _value(env)
     if value is None:
-        return tuple(slot.key for slot in slots)
-    return tuple(entry.strip() for entry in value.split(",")[: len(slots)])
+        return slots
+    entries = [entry.strip() for entry in value.split(",")]
+    return tuple(
+        replace(slot, key=entry, variable=variable_of(env)) for slot, entry in zip(slots, entries, strict=False)
+    )
 
 
 def variable_of(env: Mapping[str, str] = os.environ) -> str:

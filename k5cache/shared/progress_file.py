@@ -22,7 +22,10 @@ SECONDS = 1.0
 class Reporter:
     """Writes the tasks of all progress displays of this process, while there are any."""
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    is_display = False
+    """Whether who reads it shows it in this process's place, so that no lines need be printed."""
+
+    def __init__(self, path: Path | None, seconds: float) -> None:
         self.path, self.seconds = path, seconds
         self._displays: list[Progress] = []
         self._ended = Event()
@@ -58,11 +61,16 @@ class Reporter:
         text = json.dumps({"tasks": [_of(task) for task in tasks]})
         if text == self._last:
             return
-        temporary = self.path.with_name(f"{self.path.name}.new")
         with suppress(OSError):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path)
+            self.put(text)
             self._last = text
+
+    def put(self, text: str) -> None:
+        """Replace the file."""
+        assert self.path is not None
+        temporary = self.path.with_name(f"{self.path.name}.new")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path)
 
 
 def _of(task: Task) -> dict[str, Any]:
@@ -89,7 +97,12 @@ class _Of:
 def take() -> None:
     """Take the variable out of the environment as a command begins: a process that it starts reports nothing."""
     if path := os.environ.pop(VARIABLE, None):
-        _Of.reporter, _Of.pid = Reporter(Path(path), SECONDS), os.getpid()
+        use(Reporter(Path(path), SECONDS))
+
+
+def use(reporter: Reporter) -> None:
+    """Report to this one."""
+    _Of.reporter, _Of.pid = reporter, os.getpid()
 
 
 def reporter() -> Reporter | None:

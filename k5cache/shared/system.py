@@ -199,6 +199,13 @@ def start_apart(command: Sequence[str], *, is_in_same_console: bool = False, **o
     return subprocess.Popen(command, start_new_session=True, creationflags=flags, **options)
 
 
+def environment() -> dict[str, str]:
+    """This process's variables, with which a Python that it starts finds our packages from any folder."""
+    ours = str(Path(__file__).parents[2])
+    given = [str(Path(place).absolute()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([ours, *given]))}
+
+
 def interrupt_child(process: subprocess.Popen[bytes]) -> None:
     """Do what Ctrl-C does to a process that ``start_apart`` has started in this console, if it is still running."""
     if os.name == "nt":

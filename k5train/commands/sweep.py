@@ -49,19 +49,22 @@ def sweep(
     recipe: Recipe = None,
     model: Model = None,
     vram: Vram = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="Train this many runs at a time, each on a GPU of its own.")] = 1,
     options: Set = None,
 ) -> None:
     """Train many LoRAs on one cache with the base loaded once, and compare them.
 
-    The same command again skips the finished runs and continues one that was stopped. Another grid in the same folder
-    adds its runs, and all are compared.
+    The same command again skips the finished runs and continues those that were stopped, also with another --gpus.
+    Another grid in the same folder adds its runs, and all are compared.
     """
     with interrupt.saying(f"Stopped before training began. To start again: {console.this_command()}"):
         from k5cache.options import CacheConfig
+        from k5cache.shared.gpus import choose_slots
         from k5train.training import sweep as sweeping
         from k5train.training.start import resolved
         from k5train.training.sweep_runs import sweep_runs
 
+    slots = choose_slots(gpus) if gpus != 1 else ()
     document = read_document(recipe, model, with_vram(options, vram))
     model_config, runs = sweep_runs(document, grid or [], listed, {"cache": CacheConfig})
     for line in overruled(options or [], resolved(parse_document(document)[1]), [run.config for run in runs]):
@@ -73,7 +76,7 @@ def sweep(
     name = cache.resolve().name if cache else Path(runs[0].config.data[0].cache).name
     target = out or Path("sweeps") / name
     with _going_on_with_the_same_command():
-        swept = sweeping.sweep(cache, target, model_config, runs)
+        swept = sweeping.sweep(cache, target, model_config, runs, slots)
     print_sweep(swept)
     labels = {sweep_run.label for sweep_run in runs}
     if all(outcome.problem for outcome in swept.outcomes if outcome.label in labels):

@@ -76,12 +76,13 @@ def read_saved_plan(saved: SavedState | None, deterministic: bool) -> SavedPlan 
                 f"{run} has a memory plan of another version: levels {', '.join(sorted(unknown))}",
                 f"Use that version, or resume with a new plan, which changes the last bits: {inexactly}",
             )
-        return SavedPlan(run, _read(saved.facts["plan"]))
+        return SavedPlan(run, plan_of(saved.facts["plan"]))
     except (KeyError, TypeError, ValueError) as error:
         raise broken(saved.folder / MANIFEST, error) from error
 
 
-def _read(document: Mapping[str, Any]) -> Plan:
+def plan_of(document: Mapping[str, Any]) -> Plan:
+    """A plan from its fields, as JSON has them."""
     streaming, sizes = document["streaming"], document["sizes"]
     return Plan(
         tuple(document["levels"]),

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from k5cache.shared import console
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.files import make_folder
+from k5cache.shared.gpus import Slot
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.model import ModelConfig
-from k5cache.shared.outputs import kind_of
-from k5train.data.mixture import Mixture
+from k5cache.shared.units import count_of
 from k5train.forward.precision import announce, chosen
 from k5train.options.precision import can_be_dynamic, is_open, with_precision
-from k5train.options.train import BaseModelPrecision, TrainConfig
+from k5train.options.train import BaseModelPrecision
 from k5train.pictures.drawings import note_sizes
 from k5train.runs.compared import Comparison, compare
-from k5train.runs.folder import Run, create_run
-from k5train.runs.outcomes import FILE, Outcome, write_outcomes
-from k5train.runs.resume_state import latest_state, remove_states
+from k5train.runs.outcomes import Outcome
 from k5train.training.cautions import cautions
-from k5train.training.overwriting import check_beginning
 from k5train.training.start import PARTS, open_data
-from k5train.training.sweep_folder import (
-    check_out,
-    draw_grids,
-    open_same,
-    outcome_of,
-    outcomes_before,
-    precision_in,
-    runs_in,
-)
+from k5train.training.sweep_folder import Place, check_out, draw_grids, precision_in
+from k5train.training.sweep_job import Job
+from k5train.training.sweep_outcomes import Outcomes
 from k5train.training.sweep_runs import SweepRun, warnings_of
-from k5train.training.train import train
-
-if TYPE_CHECKING:
-    from k5train.training.shared_base import SharedBase
+from k5train.training.sweep_setting import is_to_be_trained, saved_plan_of, train_setting
 
 
 @dataclass(frozen=True)
@@ -59,10 +45,15 @@ class Swept:
     """What would help each run that failed now, by its label."""
 
 
-def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]) -> Swept:
+def sweep(
+    cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun], gpus: Sequence[Slot] = ()
+) -> Swept:
     """Train every run in ``out/<label>``. Finished runs there are skipped, and one that was stopped goes on.
 
     Runs of an earlier sweep in ``out`` stay, and are compared with these.
+
+    Args:
+        gpus: where as many runs are trained at a time, in a process each. One or none: in this process.
 
     Raises:
         RunError: ``out`` has runs of these names that were started with other options, or runs over another base or
@@ -72,15 +63,22 @@ def sweep(cache: Path | None, out: Path, model: ModelConfig, sweep_runs: Sequenc
     first = cache or Path(sweep_runs[0].config.data[0].cache)
     sweep_runs = with_known_precision(out, sweep_runs)
     check_out(out, first, model, sweep_runs)
-    folder = model_folder(model, PARTS)  # refused before a folder is made for the sweep
-    sweep_runs = decide_together(sweep_runs)
+    place = Place(cache, out, model, model_folder(model, PARTS))  # refused before a folder is made for the sweep
+    if len(gpus) > 1:
+        check_devices(sweep_runs)
+        gpus = used_gpus(gpus, sum(is_to_be_trained(out / sweep_run.label) for sweep_run in sweep_runs))
+    if len(gpus) < 2:
+        sweep_runs = decide_together(sweep_runs)
     with _locked(out):
-        for line in warnings_of(sweep_runs, partial(_cautions, cache, model)):
-            console.warn(line)
-        by_label, advice = _train_all(cache, out, model, folder, sweep_runs)
-        outcomes = tuple(by_label.values())
-        finished = [out / outcome.label for outcome in outcomes if not outcome.problem]
-        return Swept(outcomes, compare(finished) if finished else None, tuple(draw_grids(out, outcomes)), advice)
+        outcomes = Outcomes(out, [sweep_run.label for sweep_run in sweep_runs])
+        if len(gpus) < 2:
+            _say_before(place, sweep_runs)
+            _train_all(place, sweep_runs, outcomes)
+        else:
+            _train_on(gpus, place, sweep_runs, outcomes)
+        finished = [out / outcome.label for outcome in outcomes.all() if not outcome.problem]
+        grids = tuple(draw_grids(out, outcomes.all()))
+        return Swept(tuple(outcomes.all()), compare(finished) if finished else None, grids, outcomes.advice)
 
 
 def with_known_precision(out: Path, sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
@@ -107,59 +105,73 @@ def _all_with(sweep_runs: Sequence[SweepRun], precision: BaseModelPrecision) -> 
     return [replace(run, config=with_precision(run.config, precision)) for run in sweep_runs]
 
 
-def _cautions(cache: Path | None, model: ModelConfig, sweep_run: SweepRun) -> list[str]:
+def check_devices(sweep_runs: Sequence[SweepRun]) -> None:
+    """Refuse a recipe that names its device, where a process is given each GPU.
+
+    Raises:
+        RecipeError: it does.
+    """
+    device = sweep_runs[0].config.device  # the same for all of them
+    if device not in ("auto", "cuda"):
+        raise RecipeError(
+            f"train.device={device} and several GPUs contradict each other",
+            "Leave one of train.device and --gpus out; CUDA_VISIBLE_DEVICES says which GPUs --gpus counts",
+        )
+
+
+def used_gpus(gpus: Sequence[Slot], num_waiting: int) -> Sequence[Slot]:
+    """As many of the GPUs as there are runs to train. Says so if that is not all of them."""
+    if num_waiting < len(gpus):
+        runs = f"{count_of(num_waiting, 'run')} {'is' if num_waiting == 1 else 'are'} left to train"
+        console.note(f"{runs}, so {count_of(num_waiting, 'GPU')} of {len(gpus)} will be used")
+    return gpus[:num_waiting]
+
+
+def _say_before(place: Place, sweep_runs: Sequence[SweepRun]) -> None:
+    for line in warnings_of(sweep_runs, partial(_cautions, place)):
+        console.warn(line)
+    note_sizes(open_data(place.cache, sweep_runs[0].config).first, sweep_runs[0].config.validation)
+
+
+def _cautions(place: Place, sweep_run: SweepRun) -> list[str]:
     try:
-        return cautions(sweep_run.config, open_data(cache, sweep_run.config), model)
+        return cautions(sweep_run.config, open_data(place.cache, sweep_run.config), place.model)
     except RecipeError:  # that run reports it when its turn comes
         return []
 
 
-def _train_all(
-    cache: Path | None, out: Path, model: ModelConfig, folder: Path, sweep_runs: Sequence[SweepRun]
-) -> tuple[dict[str, Outcome], dict[str, str]]:
-    """How every run in the folder ended, and what would help those that failed now, by their labels.
+def _train_all(place: Place, sweep_runs: Sequence[SweepRun], outcomes: Outcomes) -> None:
+    """Train one run after another in this process."""
+    from k5train.training.shared_base import share_base  # torch is imported here
 
-    ``sweep.json`` is written after each run.
-    """
-    advice: dict[str, str] = {}
-    configs = [sweep_run.config for sweep_run in sweep_runs]
-    outcomes = outcomes_before(out, [sweep_run.label for sweep_run in sweep_runs])
-    if not (out / FILE).exists():  # from now on the folder is a sweep's
-        write_outcomes(out, list(outcomes.values()))
-    data = open_data(cache, configs[0])
-    note_sizes(data.first, configs[0].validation)
-    from k5train.training.shared_base import SharedBase, most_demanding  # torch is imported here
-
-    base = SharedBase(out, folder, most_demanding(data, folder, configs), sweep_runs)
+    base = share_base(place, sweep_runs, saved_plan_of(place.out, sweep_runs))
     for number, sweep_run in enumerate(sweep_runs, 1):
         console.note(f"Run {number} of {len(sweep_runs)}: {sweep_run.label}", "bold")
-        data = open_data(cache, sweep_run.config)
-        run = _open(out / sweep_run.label, data, model, sweep_run.config)
         problem = None
-        if _is_to_be_trained(run):
-            try:
-                _train(data, folder, sweep_run.config, run, base)
-            except (RunError, RecipeError, DoesNotFit) as error:
-                problem, advice[sweep_run.label] = error.problem, error.fix
-                console.warn(f"{sweep_run.label}: {problem}. {error.fix}")
-        outcome = outcomes[sweep_run.label] = outcome_of(run.root, problem)
-        if not outcome.problem:
-            remove_states(run.state)  # three times the size of the LoRA. Also what a kill kept of a finished run
-        write_outcomes(out, list(outcomes.values()))
-    return outcomes, advice
+        try:
+            train_setting(place, sweep_run, base)
+        except (RunError, RecipeError, DoesNotFit) as error:
+            problem = error
+            console.warn(f"{sweep_run.label}: {error.problem}. {error.fix}")
+        outcomes.note(sweep_run.label, problem)
 
 
-def _is_to_be_trained(run: Run) -> bool:
-    """Also a run whose LoRA was deleted and can be written again from its state."""
-    return not run.is_finished or (not run.lora.is_file() and latest_state(run.state) is not None)
+def _train_on(gpus: Sequence[Slot], place: Place, sweep_runs: Sequence[SweepRun], outcomes: Outcomes) -> None:
+    """Train as many runs at a time as there are GPUs, in a process each."""
+    from k5train.training.sweep_on_gpus import Crew
 
+    job = Job(place, tuple(sweep_runs), saved_plan_of(place.out, sweep_runs))
+    waiting = [run.label for run in sweep_runs if is_to_be_trained(place.out / run.label)]
+    for run in sweep_runs:
+        if run.label not in waiting:
+            outcomes.note(run.label, None)
 
-def _train(data: Mixture, folder: Path, config: TrainConfig, run: Run, base: SharedBase) -> None:
-    if latest_state(run.state) is None:
-        check_beginning(run, data, config)  # as train does, but before the base is loaded
-    if not run.samples(0).exists():
-        _copy_base_pictures(run)
-    train(data, folder, replace(config, name=run.name), run, base.load(data), always_probe=True)
+    def decided(precision: BaseModelPrecision | None) -> None:
+        if precision:
+            announce(precision)
+        _say_before(place, sweep_runs if precision is None else _all_with(sweep_runs, precision))
+
+    Crew(job, waiting, decided, outcomes.note).run(gpus)
 
 
 @contextmanager
@@ -173,17 +185,3 @@ def _locked(out: Path) -> Iterator[None]:
                 f"{out} is being written by {error.owner}", "Wait for it, or give another folder with -o"
             ) from None
         yield
-
-
-def _open(root: Path, data: Mixture, model: ModelConfig, config: TrainConfig) -> Run:
-    if kind_of(root) != "run":
-        return create_run(root, data.first.root, model, replace(config, name=root.name))
-    return open_same(root, data.first.root, model, config)
-
-
-def _copy_base_pictures(target: Run) -> None:
-    """The base model's pictures are the same for every run. A run with other drawing options draws its own."""
-    for root in runs_in(target.root.parent):
-        if Run(root).samples(0).is_dir():
-            shutil.copytree(Run(root).samples(0), target.samples(0))
-            return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,18 @@ from k5train.training.sweep_runs import SweepRun
 
 GRID_FILE = "samples.png"
 """Further grids, of runs that drew other prompts, are ``samples-2.png``, ``samples-3.png`` ..."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all runs of a sweep have in common."""
+
+    cache: Path | None
+    """None: the recipe names the caches."""
+    out: Path
+    model: ModelConfig
+    folder: Path
+    """The checkpoint."""
 
 
 def check_out(out: Path, cache: Path, model: ModelConfig, sweep_runs: Sequence[SweepRun]) -> None:

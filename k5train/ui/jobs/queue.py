@@ -309,17 +309,10 @@ def _spawn(project: Project, module: str, argument: str) -> subprocess.Popen[byt
     silent = subprocess.DEVNULL
     command = [sys.executable, "-P", "-m", module, argument]
     process = system.start_apart(
-        command, cwd=project.root, env=environment(), stdin=silent, stdout=silent, stderr=silent
+        command, cwd=project.root, env=system.environment(), stdin=silent, stdout=silent, stderr=silent
     )
     _children.append(process)
     return process
-
-
-def environment() -> dict[str, str]:
-    """This process's variables, with which Python finds our packages from any folder."""
-    ours = str(Path(__file__).parents[3])
-    given = [str(Path(place).absolute()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([ours, *given]))}
 
 
 def _reap() -> None:

@@ -133,7 +133,7 @@ def command_of(argv: list[str]) -> list[str]:
 
 def variables(started: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """The environment of the command: one GPU, plain text at once, and where to write how far it is."""
-    env = {name: value for name, value in queue.environment().items() if name not in _COLOURS}
+    env = {name: value for name, value in system.environment().items() if name not in _COLOURS}
     given = started.get("env")
     env |= {str(name): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}

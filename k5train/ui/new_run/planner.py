@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared import system
 from k5train.ui.jobs.slots import AMD, NVIDIA, Slot
 from k5train.ui.new_run.planner_process import Question
 
@@ -105,7 +105,7 @@ class Planner:
                 self._process = subprocess.Popen(
                     [*COMMAND, str(seconds)],
                     cwd=self._folder,
-                    env={**environment(), **env, "HF_HUB_OFFLINE": "1"},
+                    env={**system.environment(), **env, "HF_HUB_OFFLINE": "1"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -123,13 +123,6 @@ class Planner:
             for pipe in (process.stdin, process.stdout):
                 with suppress(OSError):  # what was not sent is of no use any more
                     pipe.close() if pipe else None
-
-
-def environment() -> dict[str, str]:
-    """This process's variables, with which Python finds our packages from any folder."""
-    ours = str(Path(__file__).parents[3])
-    given = [str(Path(place).absolute()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([ours, *given]))}
 
 
 def _key(line: str, env: Mapping[str, str]) -> str:

@@ -1,0 +1,214 @@
+"""A sweep over several GPUs: who is done gets the next run, who is lost costs one, and all stop together.
+
+A small script stands for the workers here; ``test_sweep.py`` has a sweep with two real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from k5cache.shared import gpus
+from k5cache.shared.errors import DoesNotFit, K5Error, RecipeError
+from k5cache.shared.gpus import Slot
+from k5cache.shared.model import ModelConfig
+from k5train.cli import app
+from k5train.options.data import DataConfig
+from k5train.options.train import TrainConfig
+from k5train.planning.memory import Plan, Streaming
+from k5train.planning.saved_plan import SavedPlan
+from k5train.training import sweep_on_gpus
+from k5train.training.gpu_process import module
+from k5train.training.sweep import check_devices, used_gpus
+from k5train.training.sweep_folder import Place
+from k5train.training.sweep_job import Job, read_job
+from k5train.training.sweep_on_gpus import Crew, check_host_memory, names_of, together
+from k5train.training.sweep_runs import SweepRun
+from tests.cli import Cli
+
+TWO = tuple(Slot(f"GPU-{n}", n, "a GPU", gpus.NVIDIA) for n in range(2))
+WORKER = """
+import json, os, signal, sys, time
+gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+def say(event, **facts):
+    print(json.dumps({"event": event, **facts}), flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    label = order.get("label", "")
+    if order["do"] == "end":
+        break
+    elif order["do"] == "stop":
+        say("stopped", said="Stopped and saved at step 7. Go on with: k5train resume x")
+        sys.exit(130)
+    elif order["do"] == "begin":
+        if order["job"].get("dies") == gpu:
+            sys.exit("no driver")
+        print("Loading torch ...", file=sys.stderr, flush=True)
+        say("begun", precision=None)
+    elif order["do"] == "plan":
+        if gpu in os.environ.get("REFUSING", ""):
+            say("refused", problem="The plan needs 40 GiB", fix="Use a larger card")
+        else:
+            say("planned", host_bytes=0)
+    elif order["do"] == "load":
+        say("loaded")
+    elif label.startswith("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif label.startswith("long"):
+        say("progress", tasks=[{"name": "training", "completed": 7, "total": 9, "unit": "step", "note": ""}])
+    elif label.startswith("bad"):
+        say("ended", label=label, problem="the loss is not finite", fix="Lower train.optim.lr")
+    else:
+        time.sleep(0.4 if gpu == "GPU-0" else 0.02)
+        say("ended", label=label, problem=None, fix=None)
+"""
+
+
+class Ended:
+    """What a crew says of its runs' ends."""
+
+    def __init__(self) -> None:
+        self.problems: dict[str, str | None] = {}
+        self.stop_after = ""
+
+    def __call__(self, label: str, error: K5Error | None) -> None:
+        self.problems[label] = error.problem if error else None
+        if label == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def crew_of(monkeypatch):
+    """``crew_of(labels)``: a crew of scripts, and what it says."""
+    monkeypatch.setattr(sweep_on_gpus, "WORKER", [sys.executable, "-S", "-E", "-c", WORKER])
+
+    def make(*labels: str, **facts: object) -> tuple[Crew, Ended]:
+        runs = [SimpleNamespace(label=label) for label in labels]
+        ended = Ended()
+        return Crew(SimpleNamespace(to_json=lambda: facts, sweep_runs=runs), labels, lambda _: None, ended), ended
+
+    return make
+
+
+def test_a_fast_gpu_trains_more_runs(crew_of, capsys):
+    crew, ended = crew_of(*"abcdefgh")
+    crew.run(TWO)
+    assert ended.problems == dict.fromkeys("abcdefgh")
+    told = capsys.readouterr().err
+    assert told.count("on GPU 1: ") > 2 * told.count("on GPU 0: ") > 0
+    assert told.count("Loading torch ...") == 1
+
+
+def test_a_run_that_fails_and_a_worker_that_is_killed_cost_only_themselves(crew_of, capsys):
+    crew, ended = crew_of("bad", "kill", "a", "b", "c")
+    crew.run(TWO)
+    assert ended.problems.pop("bad") == "the loss is not finite"
+    lost = str(ended.problems.pop("kill"))
+    assert lost.startswith("it was not finished on GPU ")
+    assert lost.endswith("its process was killed by signal 9, as the system does when memory runs out")
+    assert ended.problems == dict.fromkeys("abc")
+    assert "The same command goes on with it, from the last state that it saved" in capsys.readouterr().err
+
+
+def test_a_gpu_on_which_workers_are_lost_again_and_again_is_given_up(crew_of, capsys):
+    crew, ended = crew_of("a", "b", dies="GPU-0")
+    crew.run(TWO)
+    assert ended.problems == {"a": None, "b": None}
+    told = capsys.readouterr().err
+    assert told.count("GPU 0 was lost before it could train: its process ended with exit code 1: no driver") == 2
+    crew, ended = crew_of("kill-1", "kill-2", "kill-3", "kill-4", "a")
+    crew.run(TWO)
+    assert ended.problems["a"] == "not begun: no GPU was left that could train it"
+
+
+def test_ctrl_c_stops_all_and_says_what_each_has_saved(crew_of):
+    crew, ended = crew_of("long", "a")
+    ended.stop_after = "a"
+    with pytest.raises(KeyboardInterrupt, match=r"^Stopped; long: saved at step 7$"):
+        crew.run(TWO)
+    assert [worker.how_it_ended for worker in crew._all if worker.gpu.key == "GPU-0"] == [
+        "its process ended with exit code 130: Loading torch ..."
+    ]
+
+
+def test_a_gpu_without_room_is_left_out_and_none_with_room_is_an_error(crew_of, monkeypatch, capsys):
+    monkeypatch.setenv("REFUSING", "GPU-0")
+    crew, ended = crew_of("a", "b")
+    crew.run(TWO)
+    assert ended.problems == {"a": None, "b": None}
+    assert "GPU 0 is not used: The plan needs 40 GiB. Use a larger card" in capsys.readouterr().err
+    monkeypatch.setenv("REFUSING", "GPU-0 GPU-1")
+    with pytest.raises(K5Error, match="The plan needs 40 GiB\nUse a larger card"):
+        crew_of("a", "b")[0].run(TWO)
+    assert "is not used" not in capsys.readouterr().err
+
+
+def test_workers_that_stream_more_than_there_is_say_how_many_fit():
+    check_host_memory([0, 0], 0)
+    check_host_memory([6 * 2**30] * 2, 14 * 2**30)
+    with pytest.raises(DoesNotFit) as raised:
+        check_host_memory([6 * 2**30] * 4, 23 * 2**30)
+    assert raised.value.problem == (
+        "4 GPUs need 28.0 GiB of host memory together, as each streams up to 6.0 GiB of weights from it, and 23.0 GiB "
+        "is free"
+    )
+    assert raised.value.fix.startswith("Use --gpus 3, close other programs")
+
+
+def test_int8_tensor_cores_are_used_if_all_gpus_have_them():
+    assert together([None, None]) is None
+    assert together(["int8-dynamic", "int8-dynamic"]) == "int8-dynamic"
+    assert together(["int8-dynamic", "int8-quanto"]) == "int8-quanto"
+
+
+def test_parts_of_a_divided_gpu_have_names_of_their_own():
+    parts = [Slot("MIG-a", 1, "", gpus.NVIDIA), Slot("GPU-0", 0, "", gpus.NVIDIA), Slot("MIG-b", 1, "", gpus.NVIDIA)]
+    assert names_of(parts) == ["GPU 1, part 1", "GPU 0", "GPU 1, part 2"]
+
+
+def test_no_more_gpus_than_runs_are_used_and_a_named_device_is_refused(capsys):
+    assert used_gpus(TWO, 3) == TWO
+    assert capsys.readouterr().err == ""
+    assert used_gpus(TWO, 1) == TWO[:1]
+    assert "1 run is left to train, so 1 GPU of 2 will be used" in capsys.readouterr().err
+    config = TrainConfig()
+    check_devices([SweepRun("a", config), SweepRun("b", replace(config, device="cuda"))])
+    with pytest.raises(RecipeError, match=r"train.device=cuda:1 and several GPUs contradict each other"):
+        check_devices([SweepRun("a", replace(config, device="cuda:1"))])
+
+
+def test_a_job_arrives_as_it_was_sent():
+    config = TrainConfig(data=(DataConfig(cache="a", repeats=2), DataConfig(cache="b")), epochs=2, max_hours=0.5)
+    place = Place(None, Path("out"), ModelConfig("t2i-lite-pretrain"), Path("model"))
+    plan = Plan(("all", "nothing"), Streaming(2), {"weights": 5}, 100, 7, (64, 9), True)
+    job = Job(place, (SweepRun("a", config), SweepRun("b", TrainConfig())), SavedPlan(Path("out/a"), plan))
+    assert read_job(json.loads(json.dumps(job.to_json()))) == job
+    other = Job(replace(place, cache=Path("c")), job.sweep_runs)
+    assert read_job(json.loads(json.dumps(other.to_json()))) == other
+    assert {run.config.base_model_precision for run in job.with_precision("int8-quanto").sweep_runs} == {"int8-quanto"}
+
+
+def test_a_worker_whose_parent_was_killed_stops():
+    done = subprocess.run(
+        module("k5train.training.sweep_worker"), input=b"", capture_output=True, timeout=60, check=False,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (done.returncode, json.loads(done.stdout)) == (130, {"event": "stopped", "said": ""})
+
+
+def test_a_number_of_gpus_that_cannot_be_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "installed", lambda: TWO)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, problem in (
+        ("3", "--gpus 3: this machine has 2 GPUs"), ("0", "--gpus 0 is not a number"), ("-1", "--gpus -1 is not a"),
+    ):  # fmt: skip
+        done = Cli(tmp_path)(app, "sweep", "cache", "--grid", "train.lora.rank=2,4", "--gpus", count)
+        assert done.code == 2
+        assert f"error: {problem}" in done.err
+        assert not list(tmp_path.iterdir())
