@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from k5cache.cli import app as cache_app
 from k5cache.options import CacheConfig
+from k5cache.remote import mirror
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import parse, read
 from k5train.cli import app as train_app
@@ -79,7 +80,8 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
     return command, rest
 
 
-def test_every_command_line_that_a_page_shows_parses():
+def test_every_command_line_that_a_page_shows_parses(monkeypatch):
+    monkeypatch.setattr(mirror, "folder_of", lambda path, is_new=False: path)  # no store is asked
     lines = command_lines()
     assert len(lines) > 40
     for page, line in lines:

@@ -8,11 +8,35 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.shared import console
+from k5cache.shared.urls import is_url
 
 if TYPE_CHECKING:
     from k5cache.options import CacheConfig
     from k5cache.shared.model import Drawn, ModelConfig
     from k5cache.store.manifest import Manifest
+
+
+def _here(path: Path | None) -> Path | None:
+    """The folder of this machine that stands for the cache at a URL; any other path as it is."""
+    return _folder_of(path, is_new=False)
+
+
+def _here_or_new(path: Path | None) -> Path | None:
+    """The same for a cache that may not be there yet."""
+    return _folder_of(path, is_new=True)
+
+
+def _all_here(paths: list[Path]) -> list[Path]:
+    return [_folder_of(path, is_new=False) or path for path in paths]
+
+
+def _folder_of(path: Path | None, is_new: bool) -> Path | None:
+    if path is None or not is_url(path):
+        return path
+    from k5cache.remote.mirror import folder_of
+
+    return folder_of(path, is_new)
+
 
 Recipe = Annotated[
     Path | None,
@@ -25,7 +49,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Source = Annotated[
     Path,
     typer.Argument(
-        help="A folder of images with .txt captions, a table, tars, or the name of a dataset (see `k5cache options`)."
+        help="A folder of images with .txt captions, a table, tars, a URL of these, or the name of a dataset (see "
+        "`k5cache options`)."
     ),
 ]
 Sources = Annotated[
@@ -35,7 +60,13 @@ Sources = Annotated[
         help="For image-to-image: the folder with the pictures before the edit, named like those in SOURCE.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The cache. Default: cache/<name of SOURCE>.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", callback=_here_or_new,
+        help="The cache, a folder or a URL such as s3://bucket/cats. Default: cache/<name of SOURCE>.",
+    ),
+]  # fmt: skip
 Rehash = Annotated[
     bool, typer.Option("--rehash", help="Read every image instead of trusting its size, mtime and inode.")
 ]
@@ -43,7 +74,14 @@ Wait = Annotated[float, typer.Option(help="Seconds to wait for another process t
 Vram = Annotated[
     str | None, typer.Option(help="Plan for a card of this size, for example 4GB, instead of the card that is there.")
 ]
-CachePath = Annotated[Path, typer.Argument(help="A cache made by `k5cache encode`.")]
+CachePath = Annotated[
+    Path,
+    typer.Argument(callback=_here, help="A cache made by `k5cache encode`: a folder, or a URL (s3://bucket/cats)."),
+]
+CachePaths = Annotated[list[Path], typer.Argument(callback=_all_here, help="Two or more caches with the same recipe.")]
+NewCache = Annotated[
+    Path, typer.Option("--out", "-o", callback=_here_or_new, help="The merged cache: a new folder, or a URL.")
+]
 
 
 def vram_bytes(text: str | None) -> int | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from k5cache.commands.arguments import Json, suggest_training
+from k5cache.commands.arguments import CachePaths, Json, NewCache, suggest_training
 from k5cache.commands.listing import print_some
 from k5cache.shared import console
 
@@ -16,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def merge(
-    caches: Annotated[list[Path], typer.Argument(help="Two or more caches with the same recipe.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The merged cache: a new folder.")],
+    caches: CachePaths,
+    out: NewCache,
     as_json: Json = False,
 ) -> None:
     """Merge caches into one, for example caches of parts that were encoded on several machines."""

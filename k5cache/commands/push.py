@@ -10,6 +10,8 @@ import typer
 
 from k5cache.commands.arguments import CachePath, Json, Wait, suggest_training
 from k5cache.shared import console
+from k5cache.shared.errors import StoreError
+from k5cache.shared.urls import is_url
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -17,7 +19,12 @@ if TYPE_CHECKING:
     from k5cache.upkeep.pull import Pulled
     from k5cache.upkeep.push import Pushed
 
-Repository = Annotated[str, typer.Argument(help="A dataset of the hub: owner/name; for push, a name alone is yours.")]
+Repository = Annotated[
+    str,
+    typer.Argument(
+        help="A dataset of the hub: owner/name; for push, a name alone is yours. Or a URL: s3://bucket/cats."
+    ),
+]
 
 
 def push(
@@ -30,12 +37,18 @@ def push(
 ) -> None:
     """Send a cache to the hub, as a private dataset. What is there already is not sent again.
 
-    Log in first with `hf auth login`, or set HF_TOKEN. Every byte is checked before anything is sent.
+    Log in first with `hf auth login`, or set HF_TOKEN. Every byte is checked before anything is sent. To a URL such as
+    s3://bucket/cats it goes with the store's own credentials, and the bucket's policy decides who can see it.
     """
+    from k5cache.upkeep.at_url import send_cache
     from k5cache.upkeep.push import push_cache
 
     with console.progress() as bars:
-        pushed = push_cache(cache, repo, public, _advance(bars))
+        if is_url(repo):
+            _refuse(repo, "--public", public)
+            pushed = send_cache(cache, Path(repo), _advance(bars))
+        else:
+            pushed = push_cache(cache, repo, public, _advance(bars))
     if as_json:
         console.print_json(pushed)
         return
@@ -52,16 +65,31 @@ def pull(
 ) -> None:
     """Fetch a cache from the hub. An interrupted pull goes on, and an earlier state is brought up to date."""
     from k5cache.store.manifest import read_manifest
+    from k5cache.upkeep.at_url import fetch_cache
     from k5cache.upkeep.pull import pull_cache
 
-    root = cache or Path("cache") / repo.rpartition("/")[2]
+    root = cache or Path("cache") / repo.rstrip("/").rpartition("/")[2]
     with console.progress() as bars:
-        pulled = pull_cache(repo, root, revision, wait, _advance(bars))
+        if is_url(repo):
+            _refuse(repo, "--revision", revision)
+            pulled = fetch_cache(Path(repo), root, wait, _advance(bars))
+        else:
+            pulled = pull_cache(repo, root, revision, wait, _advance(bars))
     if as_json:
         console.print_json(pulled)
         return
     print_pulled(pulled)
     suggest_training(root, read_manifest(root))
+
+
+def _refuse(url: str, option: str, value: object) -> None:
+    """Refuse an option of the hub for a URL.
+
+    Raises:
+        StoreError: it was given.
+    """
+    if value:
+        raise StoreError(f"{option} is for the hub, and {url} is in an object store", f"Leave {option} out")
 
 
 def _advance(bars: Progress) -> Callable[[str, int, int], None]:
@@ -80,7 +108,8 @@ def print_pushed(pushed: Pushed, root: Path) -> None:
     """What was sent, and who can see it."""
     table = console.table(f"Pushed {root}", "what", "value", numbers=("value",))
     table.add_row("to", pushed.url)
-    table.add_row("visible", "to everybody" if pushed.is_public else "only to you and who you let in")
+    if pushed.url.startswith("http"):  # in an object store the bucket's policy decides
+        table.add_row("visible", "to everybody" if pushed.is_public else "only to you and who you let in")
     table.add_row("items", str(pushed.num_items))
     table.add_row("files sent", f"{pushed.num_files}, {console.human_bytes(pushed.num_bytes)}")
     table.add_row("files that were there", str(pushed.num_there))
@@ -93,7 +122,8 @@ def print_pulled(pulled: Pulled) -> None:
     """What was fetched."""
     table = console.table(f"Pulled {pulled.repo}", "what", "value", numbers=("value",))
     table.add_row("to", str(pulled.root))
-    table.add_row("commit", pulled.commit[:8])
+    if pulled.commit:
+        table.add_row("commit", pulled.commit[:8])
     table.add_row("items", str(pulled.num_items))
     fetched = "nothing: it is up to date" if pulled.is_unchanged else console.human_bytes(pulled.num_bytes)
     table.add_row("fetched", fetched)

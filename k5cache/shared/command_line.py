@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from k5cache.shared.urls import with_urls
+
 
 def command(*words: object, **options: object) -> str:
     """A command line to copy, quoted for a shell. Options that are None are left out; a list repeats its option."""
@@ -13,7 +15,7 @@ def command(*words: object, **options: object) -> str:
     for name, value in options.items():
         for item in value if isinstance(value, list | tuple) else [value]:
             line += [] if item is None else [f"--{name}", str(item)]
-    return shlex.join(line)
+    return shlex.join(map(with_urls, line))
 
 
 def this_command(*words: object, **options: object) -> str:

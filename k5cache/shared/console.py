@@ -30,6 +30,7 @@ from k5cache.shared.progress import Bars, Lines
 from k5cache.shared.progress import doing as doing
 from k5cache.shared.units import human_bytes as human_bytes
 from k5cache.shared.units import human_seconds as human_seconds
+from k5cache.shared.urls import with_urls
 
 out = Terminal()
 err = Terminal(stderr=True)
@@ -149,7 +150,9 @@ def print_json(value: object) -> None:
             return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return str(value)
 
-    print(json.dumps(value, default=plain, indent=1), file=out.file)  # not through rich: it would wrap and colour
+    print(
+        with_urls(json.dumps(value, default=plain, indent=1)), file=out.file
+    )  # not through rich: it would wrap and colour
 
 
 def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:

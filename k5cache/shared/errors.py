@@ -6,6 +6,8 @@ bug, and its traceback is shown.
 
 from __future__ import annotations
 
+from k5cache.shared.urls import with_urls
+
 
 class K5Error(Exception):
     """An error that the user can correct.
@@ -16,9 +18,9 @@ class K5Error(Exception):
     """
 
     def __init__(self, problem: str, fix: str) -> None:
-        super().__init__(f"{problem}\n{fix}")
-        self.problem = problem
-        self.fix = fix
+        self.problem = with_urls(problem)
+        self.fix = with_urls(fix)
+        super().__init__(f"{self.problem}\n{self.fix}")
 
     def __reduce__(self) -> tuple[type[K5Error], tuple[str, str]]:
         return type(self), (self.problem, self.fix)
@@ -42,6 +44,10 @@ class ModelError(K5Error):
 
 class HubError(K5Error):
     """The hub cannot be reached, or refuses what it is asked."""
+
+
+class StoreError(K5Error):
+    """An object store cannot be reached, or refuses what it is asked."""
 
 
 class CacheError(K5Error):

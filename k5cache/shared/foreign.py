@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from k5cache.shared.urls import with_urls
+
 # C0 and C1 control characters without tab and line break; marks that reverse or hide what follows; lone surrogates,
 # which stand for bytes of a file name that are no text and cannot be printed.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -44,7 +46,8 @@ class Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """rich's own segments, with their text made visible. Its control segments, which move the cursor, stay."""
         for segment in super().render(renderable, options):
-            if segment.control or not _UNSEEN.search(segment.text):
+            text = segment.text if segment.control else with_urls(segment.text)
+            if text is segment.text and (segment.control or not _UNSEEN.search(text)):
                 yield segment
             else:
-                yield Segment(visible(segment.text), segment.style)
+                yield Segment(visible(text), segment.style)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from k5cache.shared import console
 from k5cache.shared.model import ModelConfig
+from k5cache.shared.urls import is_url, url_of, with_urls
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,15 @@ def model_near(model: ModelConfig, root: Path) -> ModelConfig:
 
 def comparable(path: str) -> str:
     """A path written as any other that leads to the same place. One that leads nowhere is as it is."""
+    named = with_urls(path)
+    if is_url(named):
+        return url_of(named)
     return _readable(os.path.realpath(path), "") if os.path.exists(path) else path
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path. Of a URL only its store knows, and it says so itself."""
+    return is_url(path) or path.exists()
 
 
 def is_model(path: str) -> bool:

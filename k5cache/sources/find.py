@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.shared.kind import Kind
+from k5cache.shared.urls import is_url
 from k5cache.sources import folder, metadata, source_folder
 from k5cache.sources.finished import finished, notices_of_files
 from k5cache.sources.items import IMAGE_SUFFIXES, METADATA, Content, Skipped, SourceItem, UnreadableImage
@@ -60,9 +62,46 @@ def find(source: Path, config: CacheConfig, kind: Kind = "t2i") -> Source:
         source: a folder of images, or of tars or Parquet files; a table, a tar, or a pattern of them (``cats-*.tar``);
             a folder of ``Dataset.save_to_disk``; or the name of a dataset on the hub.
 
+            Folders, tables, tars and patterns may be at a URL; so may ``cache.source_dir``.
+
     Raises:
         DatasetError: nothing is there, or no image can be used.
+        StoreError: the store of a URL cannot be reached, or refuses.
     """
+    if is_url(source) or is_url(config.source_dir or ""):
+        return _at_urls(source, config, kind)
+    return _find(source, config, kind)
+
+
+def _at_urls(source: Path, config: CacheConfig, kind: Kind) -> Source:
+    """The same where URLs are named: of each there is a folder on this machine. Pictures are read from the store."""
+    from k5cache.sources.shadow import Shadow
+
+    shadows = []
+    if is_url(source):
+        shadows.append(Shadow(source, config))
+        source = shadows[-1].path
+    if config.source_dir is not None and is_url(config.source_dir):
+        shadows.append(Shadow(Path(config.source_dir), config))
+        config = replace(config, source_dir=str(shadows[-1].path))
+    images = _find(source, config, kind)
+    if sum(shadow.look_again(images.skipped) for shadow in shadows):
+        images = _find(source, config, kind)
+
+    def from_stores(read: Callable[[str], Content]) -> Callable[[str], Content]:
+        return lambda path: reduce(lambda content, shadow: shadow.content(content), shadows, read(path))
+
+    return replace(
+        images,
+        items=[reduce(lambda item, shadow: shadow.item(item), shadows, item) for item in images.items],
+        skipped=[*images.skipped, *(skip for shadow in shadows for skip in shadow.skipped)],
+        read=from_stores(images.read),
+        read_source=from_stores(images.read_source),
+        is_plain=False,  # its stats are not those of files
+    )
+
+
+def _find(source: Path, config: CacheConfig, kind: Kind) -> Source:
     if config.caption_suffixes is not None and not IMAGE_SUFFIXES.isdisjoint(config.caption_suffixes):
         raise DatasetError(
             f"cache.caption_extension = {config.caption_extension} is the suffix of pictures",

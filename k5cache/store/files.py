@@ -9,6 +9,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from k5cache.remote.behind import mirror_of
 from k5cache.shared import system
 from k5cache.shared.command_line import command
 from k5cache.shared.disk_errors import named
@@ -45,9 +46,12 @@ def open_inside(root: Path, file: str, num_bytes: int | None = None) -> int:
 
     Raises:
         CacheCorrupt: the file is missing or has another size.
+        StoreError: the cache is at a URL, from which the file cannot be fetched.
         CacheError: it is not a plain file, or it is a link that leads out of the cache.
     """
     path = root / file
+    if mirror := mirror_of(root):
+        mirror.bring(file, num_bytes)
     if not is_inside(root, path):
         raise CacheError(
             f"{path} is a link that leads out of the cache",

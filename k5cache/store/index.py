@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k5cache.remote.behind import mirror_of
 from k5cache.store import columns, locations, tables
 from k5cache.store.manifest import IndexInfo, Manifest
 from k5cache.store.ours import TABLE_KEYS
@@ -273,7 +275,12 @@ def row_of(values: Mapping[str, Any]) -> IndexRow:
 
 
 def _next_generation(root: Path, manifest: Manifest) -> int:
-    """One more than the manifest's, and more if a file has that name already: it may be anyone's."""
+    """One more than the manifest's, and more if a file has that name already: it may be anyone's.
+
+    Behind a URL other machines write too, and an object would be written over: there a number that nobody else draws.
+    """
+    if mirror_of(root):
+        return secrets.randbelow(10**12 - 10**11) + 10**11
     generation = 1 + max((_generation(info) for info in (manifest.index, manifest.locations) if info), default=-1)
     while any(os.path.lexists(root / f"{kind}-{generation:06d}.parquet") for kind in TABLE_KEYS):
         generation += 1

@@ -14,17 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from k5cache.shared.command_line import command
+from k5cache.remote.behind import mirror_of
 from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.shared.files import make_folder, new_file
 from k5cache.shared.inside import check_inside
 from k5cache.shared.kind import KINDS, Kind, kind_of_recipe
 from k5cache.shared.lock import Locked, lock_file
-from k5cache.shared.outputs import HARMLESS, kind_of
 from k5cache.shared.sealed import Changed, seal, unseal
 from k5cache.store import files, values
-from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root
+from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root, how_to_make_one
 
 FORMATS: dict[Kind, int] = {"t2i": 1, "i2i": 2}
 """A cache for text-to-image is still of format 1, byte for byte."""
@@ -166,15 +165,6 @@ class Manifest:
         return {shard.file for shard in self.shards} | self.tables
 
 
-def _how_to_make_one(root: Path) -> str:
-    """A command that can be pasted: a run, or a folder of images, cannot become a cache."""
-    if kind_of(root) or root.is_file():
-        return "Give a folder made by `k5cache encode`"
-    if root.is_dir() and any(not HARMLESS.fullmatch(path.name) for path in root.iterdir()):
-        return f"If these are images to train on, encode them first: {command('k5cache', 'encode', root)}"
-    return f"Make one: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
-
-
 def read_manifest(root: Path) -> Manifest:
     """Read and check ``root/manifest.json``.
 
@@ -185,7 +175,7 @@ def read_manifest(root: Path) -> Manifest:
     path = root / FILE
     if not path.is_file():
         reason = "has no manifest.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
-        raise CacheError(f"{root} is not a cache: it {reason}", _how_to_make_one(root))
+        raise CacheError(f"{root} is not a cache: it {reason}", how_to_make_one(root))
     fd = files.open_inside(root, FILE)
     with named(path), open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
         size = os.fstat(fd).st_size
@@ -210,6 +200,8 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         file.write(raw)
     for name in replaced:
         (root / name).unlink(missing_ok=True)
+    if mirror := mirror_of(root):
+        mirror.committed(raw)
 
 
 def require_files(root: Path, manifest: Manifest) -> None:
@@ -218,8 +210,9 @@ def require_files(root: Path, manifest: Manifest) -> None:
     Raises:
         CacheCorrupt: a file is missing or has another size; names the first.
     """
+    mirror = mirror_of(root)
     for info in (*manifest.shards, manifest.index, manifest.locations):
-        if info:
+        if info and not (mirror and mirror.has(info.file, info.num_bytes)):
             os.close(files.open_inside(root, info.file, info.num_bytes))
 
 
@@ -260,7 +253,10 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
                 f"{root} cannot be written: {error.strerror}",
                 "Change its permissions, or choose another folder",
             ) from None
-        yield files.remove_leftovers(root)
+        leftovers = files.remove_leftovers(root)
+        if mirror := mirror_of(root):
+            stack.enter_context(mirror.writing())
+        yield leftovers
 
 
 def encode_document(document: dict[str, Any]) -> bytes:

@@ -14,7 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from k5cache.remote.behind import mirror_of
 from k5cache.shared import outputs
+from k5cache.shared.command_line import command
+from k5cache.shared.urls import is_url, url_of
 from k5cache.store import files, skipped
 from k5cache.store.footer import footer_of
 
@@ -59,7 +62,12 @@ def check_root(root: Path, reads: Iterable[Path] = ()) -> None:
     Raises:
         OutputError: says what is there.
     """
+    reads = list(reads)
     outputs.check_folder(root, "cache", is_unfinished, reads)
+    if mirror := mirror_of(root):
+        for path in reads:
+            if is_url(path):
+                mirror.check_apart(url_of(path))
 
 
 def is_unfinished(root: Path) -> bool:
@@ -67,6 +75,17 @@ def is_unfinished(root: Path) -> bool:
     if not _is_our_lock(root / LOCK):
         return False
     return not unnamed_files(root, set()).foreign and not (root / FILE).exists()
+
+
+def how_to_make_one(root: Path) -> str:
+    """What to do where there is no cache: a command to paste. A run, or a folder of images, cannot become one."""
+    if outputs.kind_of(root) or root.is_file():
+        return "Give a folder made by `k5cache encode`"
+    if root.is_dir() and any(
+        not outputs.HARMLESS.fullmatch(path.name) and path.name != LOCK for path in root.iterdir()
+    ):
+        return f"If these are images to train on, encode them first: {command('k5cache', 'encode', root)}"
+    return f"Make one: {command('k5cache', 'encode', 'SOURCE', '-o', root)}"
 
 
 def _names(root: Path) -> Iterator[str]:

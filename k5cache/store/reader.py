@@ -29,6 +29,7 @@ from k5cache.shared import system
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.kind import Kind
+from k5cache.shared.urls import is_url
 from k5cache.store import files, tables
 from k5cache.store.columns import getter
 from k5cache.store.index import SCHEMAS, IndexRow, row_of
@@ -285,14 +286,22 @@ def _shown(prompt: str) -> str:
 def open_cache(path: str | Path, pin_memory: bool = False) -> Cache:
     """Open the cache at ``path`` for reading. No lock is taken and nothing is written.
 
+    ``path`` may be a URL, such as ``s3://bucket/cache``: then shards are copied to this machine as they are read,
+    within a bound (``K5_REMOTE_SIZE``).
+
     Args:
         pin_memory: read tensors into page-locked memory, so that copies to a GPU are asynchronous.
 
     Raises:
         CacheError: there is no cache, it is not finished, or it has a newer format.
         CacheCorrupt: its manifest, index or locations are not the bytes that were written.
+        StoreError: the store of a URL cannot be reached, or refuses.
     """
     root = Path(path)
+    if is_url(root):
+        from k5cache.remote.mirror import folder_of
+
+        root = folder_of(root)
     manifest = read_manifest(root)
     while True:
         try:

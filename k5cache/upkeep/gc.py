@@ -6,6 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from k5cache.remote.mirror import behind
 from k5cache.shared.files import sync_folder
 from k5cache.store import files
 from k5cache.store.index import IndexRows, index_rows, read_index, with_index
@@ -49,6 +50,7 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
     manifest = read_manifest(root)  # before the lock, which would create the folder of a mistyped name
     if dry_run:
         return _look(root, manifest, _needed_keys(manifest, _read_rows(root, manifest)))
+    mirror = behind(root)
     with lock(root, wait_seconds) as temporary_files:
         manifest = read_manifest(root)
         rows = _read_rows(root, manifest)
@@ -64,6 +66,8 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
         for folder in files.FOLDERS:
             if (root / folder).is_dir():
                 sync_folder(root / folder)
+    if mirror:  # the store's manifest does not name them any more
+        mirror.delete({*collected.dropped, *collected.rewritten, *collected.unnamed})
     return replace(collected, unnamed=tuple(sorted({*temporary_files, *collected.unnamed})))
 
 
@@ -88,7 +92,9 @@ def _needed_keys(manifest: Manifest, rows: IndexRows) -> dict[str, set[str]]:
 
 def _look(root: Path, manifest: Manifest, needed: Mapping[str, Set[str]]) -> Collected:
     """What can be deleted; nothing is changed."""
+    foreign = mirror.bring_unnamed(manifest.named) if (mirror := behind(root)) else []
     unnamed = unnamed_files(root, manifest.named)
+    unnamed = replace(unnamed, foreign=tuple(sorted({*unnamed.foreign, *foreign})))
     num_rows, num_bytes = 0, sum((root / name).stat().st_size for name in unnamed.ours)
     if manifest.index is None:  # an interrupted encode goes on from here: all its rows are needed
         return Collected((), (), unnamed.ours, unnamed.foreign, num_rows, num_bytes)

@@ -67,13 +67,13 @@ def pull_cache(
         if lacking := sorted(manifest.named - names):
             raise HubError(f"{repo} is incomplete: it lacks {lacking[0]}", "Push it again: k5cache push CACHE REPO")
         check_root(root)
-        _check_earlier(root, repo, manifest)
+        check_earlier(root, repo, manifest)
         with lock(root, wait_seconds):
             wanted: list[ShardInfo | IndexInfo] = [*manifest.shards]
             wanted += [table for table in (manifest.index, manifest.locations) if table]
             total = sum(file.num_bytes for file in wanted)
             check = partial(advance, "checking")
-            absent = [file for file in wanted if not _is_here(root, file, lambda read: check(read, total))]
+            absent = [file for file in wanted if not is_here(root, file, lambda read: check(read, total))]
             if absent:
                 _fetch(repo, str(info.sha), root, absent, total, advance)
             is_unchanged = not absent and (root / FILE).is_file() and (root / FILE).read_bytes() == raw
@@ -85,7 +85,7 @@ def pull_cache(
     return Pulled(root, repo, str(info.sha), num_items, fetched, len(wanted) - len(absent), is_unchanged)
 
 
-def _check_earlier(root: Path, repo: str, manifest: Manifest) -> None:
+def check_earlier(root: Path, repo: str, manifest: Manifest) -> None:
     """Refuse a cache at ``root`` from which a pull would take rows away.
 
     Raises:
@@ -101,7 +101,7 @@ def _check_earlier(root: Path, repo: str, manifest: Manifest) -> None:
         )
 
 
-def _is_here(root: Path, file: ShardInfo | IndexInfo, advance: Callable[[int], None]) -> bool:
+def is_here(root: Path, file: ShardInfo | IndexInfo, advance: Callable[[int], None]) -> bool:
     """Whether a file of the manifest is in the folder with the bytes that it should have."""
     try:
         fd = files.open_inside(root, file.file, file.num_bytes)
@@ -157,7 +157,7 @@ def _fetch(
                     force_download=names is damaged,  # its client takes what it once fetched for whole
                 )
     for file in absent:
-        if not _is_here(root, file, lambda read: advance("checking", read, total)):
+        if not is_here(root, file, lambda read: advance("checking", read, total)):
             (root / file.file).unlink(missing_ok=True)  # it was fetched a moment ago
             raise CacheError(
                 f"{root / file.file} did not arrive with the bytes that the manifest of {repo} names",

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
 
 from k5cache.encode.differences import Difference, refuse_model, table_of
+from k5cache.remote.behind import mirror_of
 from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.device import pick_device
 from k5cache.shared.errors import OutputError
@@ -67,12 +68,13 @@ def write_contact_sheet(
 
 
 def free_default(cache: Path) -> Path:
-    """``<CACHE>.png`` beside the cache, unless a picture of someone else has that name.
+    """``<CACHE>.png`` beside the cache, or here if that is at a URL; unless a picture of someone else has that name.
 
     Raises:
         OutputError: the file was not drawn here.
     """
-    path = cache.resolve().with_name(f"{cache.resolve().name}.png")
+    folder = Path.cwd() if mirror_of(cache) else cache.resolve().parent
+    path = folder / f"{cache.resolve().name}.png"
     if path.is_file() and not _is_sheet(path):
         raise OutputError(
             f"{path} is there already and was not drawn by k5cache show",

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from k5cache.remote.mirror import behind
 from k5cache.shared.errors import CacheError
 from k5cache.shared.kind import Kind
 from k5cache.store import tables
@@ -61,6 +62,9 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         CacheError: there is no cache at ``root`` at all.
     """
     started = time.monotonic()
+    mirror = behind(root)
+    if mirror:
+        mirror.forget()  # what the store holds is verified, and not the copies of it
     if not (root / "manifest.json").exists():
         read_manifest(root)  # raises, saying what is there instead
     try:
@@ -73,6 +77,7 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         problems += verify_shard(root, shard, partial(norms.visit, shard))
         advance(shard.num_bytes)
     problems += norms.out_of_line(root)
+    foreign = mirror.bring_unnamed(manifest.named) if mirror else ()
     unnamed = unnamed_files(root, manifest.named)
     return Verified(
         root=root,
@@ -81,7 +86,7 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         num_rows=sum(shard.num_rows for shard in manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         unnamed=unnamed.ours,
-        foreign=unnamed.foreign,
+        foreign=tuple(sorted({*unnamed.foreign, *foreign})),
         seconds=time.monotonic() - started,
     )
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import RecipeError, RunError
+from k5cache.shared.places import is_there
 from k5train.commands.arguments import RunPath, Set, Vram, with_vram
 from k5train.commands.lora import lora_in
 
@@ -81,7 +82,7 @@ def sample(
         measured = config if measure else None
         config = replace(config, validation=changed.validation, memory=changed.memory)
         check_out(opened, out)
-        if cache is None and not recorded_cache.exists():
+        if cache is None and not is_there(recorded_cache):
             moved = console.command("k5train", "sample", run, cache="PATH")
             raise RunError(f"{run} was trained on {recorded_cache}, which is not there", f"If it has moved: {moved}")
         named = [*([] if step is None else [str(step)]), *(which or [])]

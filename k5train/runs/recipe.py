@@ -23,6 +23,7 @@ from k5cache.shared.places import Place, find, is_cache, is_model, place_of
 from k5cache.shared.plain import read_plain
 from k5cache.shared.recipe import parse, read, set_option, to_dict, to_toml, toml_value
 from k5cache.shared.sealed import unseal_if_sealed, write_sealed
+from k5cache.shared.urls import with_urls
 from k5train.options.removed import without_removed
 from k5train.options.train import TrainConfig
 from k5train.runs.differences import differences
@@ -73,8 +74,9 @@ def read_facts(root: Path) -> Facts:
 def write_new(root: Path, cache: Path, versions: Mapping[str, str], model: ModelConfig, config: TrainConfig) -> None:
     """Write the two files of a new run. ``recipe.toml`` is the last: with it the folder is a run."""
     document = _document(model, config)
-    text, paths = to_toml(document), [str(cache), *(path for path, _, _ in _paths(document))]
-    _write_facts(root, Facts(str(cache), versions, text, places=_places(root, paths, {}, {})))
+    named = with_urls(str(cache))
+    text, paths = to_toml(document), [named, *(path for path, _, _ in _paths(document))]
+    _write_facts(root, Facts(named, versions, text, places=_places(root, paths, {}, {})))
     _write_text(root, text)
 
 
@@ -90,7 +92,7 @@ def write_recipe(root: Path, model: ModelConfig, config: TrainConfig, cache: Pat
     facts, document = read_facts(root), _document(model, config)
     before = tomllib.loads(facts.recipe) if facts.recipe else {}
     names = {find(name, facts.places.get(name), root, is_it): name for name, is_it, _ in _paths(before)}
-    here = str(cache or cache_of(root, facts))
+    here = with_urls(str(cache or cache_of(root, facts)))
     named = here if cache else facts.cache
     paths = [here, *(path for path, _, _ in _paths(document))]
     now = _places(root, paths, {**names, here: named}, facts.places)

@@ -1,0 +1,74 @@
+"""An S3 that tests start in this process, and what of it fails when."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from k5cache.remote import behind, copies, mirror, objects
+
+BUCKET = "bucket"
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """Serve an empty S3 with one bucket; yields its address. Skips the module if moto or s3fs is missing."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e .[test]")
+    server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install -e .[test]")
+    server = server_module.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    try:
+        _, port = server.get_host_and_port()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.stop()
+
+
+def point_at(address: str, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """The environment of a user of that server, and copies in ``home``."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true", "K5_HOME": str(home),
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    patch.setattr(objects, "WAITS", (0.01, 0.01))
+    another_machine(home, patch)
+
+
+def another_machine(home: Path, patch: pytest.MonkeyPatch) -> None:
+    """From now on, this process knows nothing of what it did so far, as on a machine with another ``K5_HOME``."""
+    patch.setenv("K5_HOME", str(home))
+    behind.MIRRORS.clear()
+    mirror._URLS.clear()
+    copies._held, copies._added = 0, None
+
+
+def in_store(prefix: str) -> dict[str, bytes]:
+    """Every object below a prefix of the bucket."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    begin = f"{BUCKET}/{prefix}/"
+    return {path.removeprefix(begin): fs.cat_file(path) for path in fs.find(begin)}
+
+
+def put(prefix: str, files: dict[str, bytes]) -> None:
+    """Write objects below a prefix of the bucket, which is made if there is none."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    if not fs.exists(BUCKET):
+        fs.mkdir(BUCKET)
+    for name, content in files.items():
+        fs.pipe_file(f"{BUCKET}/{prefix}/{name}", content)
+
+
+def environment() -> dict[str, str]:
+    """Of this process."""
+    return dict(os.environ)
