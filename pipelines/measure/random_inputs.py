@@ -20,7 +20,10 @@ NUM_ROWS = 48
 CAPTION_LENGTHS = tuple(range(200, 328, 16))  # in tokens, in turn; 256 on average, as in `k5train bench`
 SHARD_BYTES = 4 * 2**30
 
-VAE = {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611}  # Flux's
+VAE = {
+    "_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "latent_channels": 16,
+    "block_out_channels": [128, 256, 512, 512],
+}  # Flux's  # fmt: skip
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
 
 
@@ -75,13 +78,14 @@ def _row(i: int, side: int) -> IndexRow:
 
 
 def model_folder(folder: Path, model: Mapping[str, Any]) -> Path:
-    """Write what a run reads of a checkpoint besides its weights: three configs, and a tensor to identify it by."""
+    """Write what a run reads of a checkpoint besides its weights: three configs, and tensors to identify it by."""
     for part, document in (("transformer", dict(model)), ("vae", VAE)):
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(document), encoding="utf-8")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
-    save_file({"none": torch.zeros(1)}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    for part in ("transformer", "vae"):
+        save_file({"none": torch.zeros(1)}, folder / part / "diffusion_pytorch_model.safetensors")
     return folder
 
 

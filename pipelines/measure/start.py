@@ -86,6 +86,7 @@ def time_starts(
         write_cache(root / "cache", model, side)
         report(f"wrote a random checkpoint and a cache in {time.monotonic() - begin:.0f} s")
         run = ["run", str(root / "cache"), "--model", str(folder), "--set", "train.steps=3", "--set",
+               "train.optim.warmup_steps=0", "--set",
                "train.loss_limit=0", "--set", f"train.memory.vram={vram}", "-o"]  # fmt: skip
         add("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root)
         for i, label in enumerate(("first start: blocks are compiled", "second start")):
