@@ -20,7 +20,7 @@ from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import job as job_module
 from k5train.ui.jobs import processes, queue, slots, waits, worker
 from k5train.ui.jobs.again import again
-from k5train.ui.jobs.job import Job
+from k5train.ui.jobs.job import Job, gpus_of
 from k5train.ui.jobs.view import queue_view
 from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
@@ -134,6 +134,27 @@ def test_two_gpus_take_two_jobs_and_one_that_uses_what_another_makes_comes_after
     assert wait.words == "encode cache/a, which did not finish. Do that again, or remove it from the list"
     queue.start_anyway(project, run.id)
     until(lambda: state(project, run) == "finished")
+
+
+def test_a_job_of_two_gpus_waits_for_both_and_smaller_ones_do_not_pass_it(project, monkeypatch):
+    monkeypatch.setenv(fake_jobs.GPUS, "2")
+    (project.root / "go").touch()
+    show = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)"
+    first = add(project, UNTIL_GONE, "runs/a")
+    both = queue.add(project, ["k5train", "sweep", show, "--gpus", "2"], "both", "sweep", "sweeps/b")
+    last = add(project, "", "runs/c")
+    assert states(project) == ["running", "waiting", "waiting"]  # a GPU is free, and is kept
+    waits = queue.waits_for(project, queue.jobs(project))
+    assert [waits[job.id].words for job in (both, last)] == ["runs/a", "runs/a and the job before it"]
+    (project.root / "go").unlink()
+    until(lambda: states(project) == ["finished"] * 3)
+    both = queue.find(project, both.id)
+    assert (both.gpu, both.slots, queue.tail(both)) == (
+        "GPUs 0 and 1", ("GPU-0abc", "GPU-1abc"), "GPU-0abc,GPU-1abc\n"
+    )  # fmt: skip
+    assert queue.find(project, first.id).slots == ("GPU-0abc",)
+    for words, count in ((["--gpus=3"], 3), (["--gpus", "x"], 1), (["--gpus", "0"], 1), (["--gpus"], 1), ([], 1)):
+        assert gpus_of(["k5train", "run", *words]) == count
 
 
 def test_a_job_that_is_stopped_saves_first_and_one_that_hangs_can_be_ended_at_once(project, monkeypatch):
@@ -341,9 +362,10 @@ def test_a_command_of_a_terminal_uses_the_first_gpu_that_its_variables_name():
     for variables, expected in (
         ({}, 0), (None, 0), ({"CUDA_VISIBLE_DEVICES": "MIG-cccc,0"}, 1), ({"CUDA_VISIBLE_DEVICES": ""}, None),
     ):  # fmt: skip
-        slot = slots.slot_of(gpus, variables)
-        assert slot == (None if expected is None else gpus[expected])
-    assert slots.slot_of((slots.PROCESSOR,), {"CUDA_VISIBLE_DEVICES": ""}) == slots.PROCESSOR
+        assert slots.slots_of(gpus, variables) == (() if expected is None else (gpus[expected],))
+    for variables, expected in ((None, (0, 1)), ({"CUDA_VISIBLE_DEVICES": "MIG-cccc,0,7"}, (1, 0))):
+        assert slots.slots_of(gpus, variables, 3) == tuple(gpus[number] for number in expected)
+    assert slots.slots_of((slots.PROCESSOR,), {"CUDA_VISIBLE_DEVICES": ""}) == (slots.PROCESSOR,)
     assert slots.PROCESSOR.env == {}
 
 

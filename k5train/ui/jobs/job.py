@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,8 +55,8 @@ class Job:
     """What ended its process, if that was a signal."""
     gpu: str | None = None
     """``GPU 0``, ``processor``; None if it needs none or has not begun."""
-    slot: str | None = None
-    """The key of its slot."""
+    slots: tuple[str, ...] = ()
+    """The keys of its slots: several if its command has ``--gpus``."""
     problem: str | None = None
     """Why it could not be started, or what is lost."""
     is_stopping: bool = False
@@ -83,6 +83,11 @@ class Job:
         return self.kind not in WITHOUT_GPU
 
     @property
+    def num_gpus(self) -> int:
+        """How many GPUs it waits for."""
+        return gpus_of(self.argv) if self.needs_gpu else 0
+
+    @property
     def is_over(self) -> bool:
         """Whether it has ended and nothing of it runs."""
         return self.state not in ("waiting", "running") and self.command is None
@@ -96,6 +101,15 @@ class Job:
     def line(self) -> str:
         """Its command, to copy."""
         return command(*self.argv)
+
+
+def gpus_of(words: Sequence[str]) -> int:
+    """How many GPUs a command asks for with ``--gpus``; 1 if it says nothing that can be."""
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        value = following if word == "--gpus" else word.removeprefix("--gpus=") if word.startswith("--gpus=") else ""
+        if value.isdecimal() and len(value) < 4:
+            return max(1, int(value))
+    return 1
 
 
 def read_job(folder: Path) -> Job:
@@ -118,7 +132,7 @@ def read_job(folder: Path) -> Job:
             return Job(**facts, state="failed", problem="job.json is not the file that was written")
         return Job(**facts, state="waiting")
     started = started or {}
-    facts |= {"gpu": _text(started.get("gpu")), "slot": _text(started.get("slot")), "since": _number(started.get("at"))}
+    facts |= {"gpu": _text(started.get("gpu")), "slots": _slots(started), "since": _number(started.get("at"))}
     facts |= {"worker": worker_pid, "command": command_pid}
     if ended is not None:
         return _ended(facts, ended)
@@ -266,6 +280,11 @@ def error_of(job: Job) -> tuple[str, str] | None:
         return None
     found = _ERROR.findall(tail(job, _MOST_PROBLEM_BYTES))
     return (found[-1][0], found[-1][1]) if found else None
+
+
+def _slots(started: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of the slots that a job was given; earlier versions gave it one."""
+    return _texts(started.get("slots")) or _texts([started.get("slot")])
 
 
 def _text(value: object) -> str | None:

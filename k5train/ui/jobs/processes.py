@@ -164,11 +164,17 @@ def _has_lock(pid: int, lock: Path) -> bool:
     try:
         process = psutil.Process(pid)
         is_users = system.user_id() is None or process.uids().effective == system.user_id()
-        if not is_users or not command_of(process.cmdline()):
+        line = process.cmdline()
+        if not is_users or not (command_of(line) or _is_part_of_ours(line)):
             return False
         return any(_is_same(Path(opened.path), lock) for opened in process.open_files())
     except (psutil.Error, OSError):
         return False
+
+
+def _is_part_of_ours(line: Sequence[str]) -> bool:
+    """Whether a command of ours started it, such as a worker of a sweep, with which the whole sweep stops."""
+    return any(word == "-m" and name.partition(".")[0] in PROGRAMS for word, name in pairwise(line[:8]))
 
 
 def _is_same(one: Path, other: Path) -> bool:

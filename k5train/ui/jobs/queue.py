@@ -22,7 +22,7 @@ from k5cache.shared.outputs import check_writable
 from k5train.ui.jobs import folder as job_files
 from k5train.ui.jobs import processes, slots
 from k5train.ui.jobs.job import PROGRAMS, WITHOUT_GPU, Job, error_of, now, progress, read_job, tail
-from k5train.ui.jobs.slots import Slot
+from k5train.ui.jobs.slots import Slot, env_of, words_of
 from k5train.ui.jobs.waits import Wait, first_unfinished, in_use, place_of, waits_for
 from k5train.ui.listing import NotHere
 from k5train.ui.project import Project
@@ -264,31 +264,32 @@ def _advance(project: Project, queue: Path, is_waiter: bool = False) -> bool:
         return False
     all_slots = slots.slots()
     used = in_use(project, all_jobs, all_slots)
-    ours = {job.slot for job in all_jobs if job.state == "running" and job.slot}
+    ours = {key for job in all_jobs if job.state == "running" for key in job.slots}
     others = set(used) - ours
+    free = [slot for slot in all_slots if slot.key not in used]
     by_id = {job.id: job for job in all_jobs}
     left = 0
     for job in waiting:
         if first_unfinished(job, by_id):
             left += 1
             continue
-        slot = next((slot for slot in all_slots if slot.key not in used), None) if job.needs_gpu else None
-        if job.needs_gpu and slot is None:
+        count = min(job.num_gpus, len(all_slots))  # a command that asks for more than there are says so itself
+        if count > len(free):
             left += 1
+            free = []  # kept for it: smaller jobs would pass it for ever
             continue
-        _start(project, job, slot)
-        if slot is not None:
-            used[slot.key] = job.label
+        given, free = free[:count], free[count:]
+        _start(project, job, given)
     is_waited_for = bool(left and others)
     if is_waited_for and not is_waiter:
         _start_waiter(project)
     return is_waited_for
 
 
-def _start(project: Project, job: Job, slot: Slot | None) -> None:
-    """Start the worker of a job, which starts its command."""
-    started = {"gpu": slot.words if slot else None, "slot": slot.key if slot else None, **now()}
-    started |= {"env": slot.env if slot else {}, "launcher": job_files.process_of(os.getpid())}
+def _start(project: Project, job: Job, given: Sequence[Slot]) -> None:
+    """Start the worker of a job, which starts its command, on the GPUs that it is given."""
+    started = {"gpu": words_of(given), "slots": [slot.key for slot in given], **now()}
+    started |= {"env": env_of(given), "launcher": job_files.process_of(os.getpid())}
     job_files.write(job.folder, job_files.STARTED, started)  # first: killed in between, it does not begin twice
     try:
         worker = _spawn(project, WORKER, str(job.folder))

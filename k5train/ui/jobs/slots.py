@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from k5cache.shared.gpus import AMD, NVIDIA, Slot, allowed, visible
 
-__all__ = ["AMD", "NVIDIA", "PROCESSOR", "Slot", "slot_of", "slots"]
+__all__ = ["AMD", "NVIDIA", "PROCESSOR", "Slot", "env_of", "slots", "slots_of", "words_of"]
 
 PROCESSOR = Slot("cpu", 0, "the processor")
 
@@ -17,21 +17,36 @@ def slots(env: Mapping[str, str] = os.environ) -> tuple[Slot, ...]:
     return allowed(env) or (PROCESSOR,)
 
 
-def slot_of(all_slots: Sequence[Slot], variables: Mapping[str, str] | None) -> Slot | None:
+def slots_of(all_slots: Sequence[Slot], variables: Mapping[str, str] | None, count: int = 1) -> tuple[Slot, ...]:
     """Which of the slots a process uses that was started otherwise: the first that it may see.
 
     Args:
         variables: its environment. None: it is not known, and it is taken for one without these variables.
+        count: how many GPUs it uses.
 
     Returns:
-        None if it uses none of them: its variables name another GPU, or none at all.
+        nothing if it uses none of them: its variables name other GPUs, or none at all.
     """
     first = all_slots[0]
     if first.variable is None:
-        return first
+        return (first,)
     variable = (variables or {}).get(first.variable)
     if variable is None and first.variable == AMD:
         variable = (variables or {}).get(NVIDIA)
     if variable is None:
-        return min(all_slots, key=lambda slot: slot.number)
-    return next(iter(visible(all_slots, variable.split(",")[0])), None)
+        return tuple(sorted(all_slots, key=lambda slot: slot.number)[:count])
+    return tuple(slot for entry in variable.split(",")[:count] for slot in visible(all_slots, entry))
+
+
+def env_of(given: Sequence[Slot]) -> dict[str, str]:
+    """The variables with which a process sees these GPUs alone."""
+    variables = {slot.variable for slot in given if slot.variable}
+    return {variable: ",".join(slot.key for slot in given) for variable in variables}
+
+
+def words_of(given: Sequence[Slot]) -> str | None:
+    """``GPU 0``, ``GPUs 0 and 1`` or ``processor``; None if there are none."""
+    if len(given) < 2:
+        return given[0].words if given else None
+    *first, last = [str(slot.number) for slot in given]
+    return f"GPUs {', '.join(first)} and {last}"

@@ -73,7 +73,7 @@ def queue_view(project: Project) -> Queue:
     all_slots = slots.slots()
     others = waits.others(project, all_jobs, all_slots)
     going = [job for job in reversed(all_jobs) if job.state != "waiting" and not job.is_over]
-    on = {job.slot: job for job in going if job.slot}
+    on = {key: job for job in going for key in job.slots}
     places = [Place(slot.words, slot.name, on.get(slot.key), tuple(others.get(slot.key, ()))) for slot in all_slots]
     waited = waits.waits_for(project, all_jobs, waits.in_use(project, all_jobs, all_slots, others))
     waiting = sorted((job for job in all_jobs if job.state == "waiting"), key=waits.place_of)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from k5train.ui.jobs import processes, slots
-from k5train.ui.jobs.job import Job
+from k5train.ui.jobs.job import Job, gpus_of
 from k5train.ui.jobs.slots import Slot
 from k5train.ui.project import Project
 
@@ -35,20 +35,19 @@ def waits_for(project: Project, all_jobs: Sequence[Job], used: Mapping[str, str]
         return {}
     all_slots = slots.slots()
     used = in_use(project, all_jobs, all_slots) if used is None else used
-    free = [slot for slot in all_slots if slot.key not in used]
     by_id = {job.id: job for job in all_jobs}
     waits: dict[str, Wait] = {}
-    before = 0
+    room, before = len(all_slots) - len(used.keys() & {slot.key for slot in all_slots}), 0
     for job in waiting:
         wait = first_unfinished(job, by_id) if job.is_ours else Wait(f"{_FOREIGN}: {job.line}", is_blocked=True)
-        if wait is None and job.needs_gpu and before < len(free):
-            wait = Wait("nothing: it can begin", is_due=True)
-            before += 1
+        needed = min(job.num_gpus, len(all_slots))
+        if wait is None and job.needs_gpu and needed <= room:
+            room -= needed
         elif wait is None and job.needs_gpu:
-            number = before - len(free)
-            ahead = f" and the {'job' if number == 1 else f'{number} jobs'} before it" if number else ""
-            wait = Wait(" or ".join(used[slot.key] for slot in all_slots if slot.key in used) + ahead)
-            before += 1
+            users = list(dict.fromkeys(used[slot.key] for slot in all_slots if slot.key in used))
+            ahead = f" and the {'job' if before == 1 else f'{before} jobs'} before it" if before else ""
+            wait = Wait((" and " if needed == len(all_slots) else " or ").join(users) + ahead)
+            room, before = 0, before + 1  # what is free is kept for it
         waits[job.id] = wait or Wait("nothing: it can begin", is_due=True)
     return waits
 
@@ -66,7 +65,10 @@ def in_use(
     """
     of_others = others(project, all_jobs, all_slots) if of_others is None else of_others
     used = {
-        job.slot: job.about or job.label for job in all_jobs if job.slot and not job.is_over and job.state != "waiting"
+        key: job.about or job.label
+        for job in all_jobs
+        if not job.is_over and job.state != "waiting"
+        for key in job.slots
     }
     return {key: words[0] for key, words in of_others.items()} | used
 
@@ -78,8 +80,7 @@ def others(project: Project, all_jobs: Sequence[Job], all_slots: Sequence[Slot])
     for process in external(project, ours, all_slots):
         if all_slots[0].variable is not None and processes.is_on_processor(process.words):
             continue
-        slot = slots.slot_of(all_slots, process.variables)
-        if slot is not None:
+        for slot in slots.slots_of(all_slots, process.variables, gpus_of(process.words)):
             found.setdefault(slot.key, []).append(process.says)
     return found
 
