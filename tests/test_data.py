@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -347,7 +346,6 @@ def test_rolled_rows_end_on_the_grid_and_a_group_without_any_has_no_path(caches)
 
 def test_a_row_that_ends_a_run_is_named_with_its_cache_where_there_are_several(caches):
     several, single = open_mixture(entries(caches)), open_mixture(entries(caches)[:1])
-    first, last = SimpleNamespace(rows=[0]), SimpleNamespace(rows=[len(several) - 1])
-    said = exploded("The loss is nan", [first, last], several).problem  # type: ignore[list-item]
+    said = exploded("The loss is nan", [0, len(several) - 1], several).problem
     assert all(f"{path.name}: " in said for path in map(Path, caches))
-    assert f"{Path(caches[0]).name}: " not in exploded("The loss is nan", [first], single).problem  # type: ignore[list-item]
+    assert f"{Path(caches[0]).name}: " not in exploded("The loss is nan", [0], single).problem

@@ -260,7 +260,7 @@ def test_a_bad_loss_or_norm_stops_before_the_update_and_names_the_rows(broken, l
 
     def one_update(batch: Batch) -> None:
         losses = accumulate(toy, [batch], cache_of_names, CPU, limit, loss_of, graphs=graphs, clip=clip)
-        update(optimizer, losses.norm, partial(exploded, batches=[batch], cache=cache_of_names), graphs)
+        update(optimizer, losses.norm, partial(exploded, rows=batch.rows, cache=cache_of_names), graphs)
 
     with pytest.raises(RunError, match=words) as caught:
         one_update(a_batch(bad))

@@ -22,7 +22,7 @@ MOST_LINES_OF_SCRIPTS = 400
 FLOORS = {
     "k5train": ("__main__", "cli", "commands", "ui", "configure", "moving", "recipes", "doctor", "publish", "exact",
                 "bench", "training", "data", "objective", "pictures", "forward", "planning", "adapter runs",
-                "base options"),
+                "base options parallel"),
     "k5cache": ("__main__", "cli", "commands", "exact", "upkeep", "bench", "encode", "encoders sources", "store",
                 "remote", "options", "buckets", "shared"),
 }  # fmt: skip

@@ -232,8 +232,8 @@ def test_measuring_changes_no_bit_of_training_and_the_bar_ends_full(tmp_path, me
             self.tasks.append([name, total, 0])
             return len(self.tasks) - 1
 
-        def advance(self, task):
-            self.tasks[task][2] += 1
+        def advance(self, task, count=1):
+            self.tasks[task][2] += count
 
         def remove_task(self, task):
             if self.tasks[task][1] is not None:  # the others are spinners

@@ -81,6 +81,11 @@ def deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def is_pending() -> bool:
+    """Whether a signal waits for the end of a ``deferred`` block."""
+    return _State.is_pending
+
+
 @contextmanager
 def saying(sentence: str) -> Iterator[None]:
     """If the block is stopped and does not say itself what is kept and how to go on, say this."""

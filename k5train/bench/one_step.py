@@ -41,7 +41,7 @@ class OneStep:
         losses = accumulate(self._predict, batches, self._cache, session.base.device, 0.0, loss_function(self.config),
                             None, session.graphs, partial(session.clip, 1.0))  # fmt: skip
         assert losses.norm is not None
-        session.update(batches, self._cache, losses.norm)
+        session.update(self.batch.rows, self._cache, losses.norm)
         return losses.norm
 
     def warm_up(self) -> None:

@@ -29,6 +29,10 @@ Vram = Annotated[
         "--vram", help="Plan for a card of this size, such as 12GB, whichever card is there: train.memory.vram."
     ),
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", help="Train on this many GPUs of this machine together. Several machines: torchrun."),
+]
 RunPath = Annotated[Path, typer.Argument(help="A folder made by `k5train run`.")]
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k5cache.shared import console, interrupt
+from k5cache.shared.recipe import to_dict
 from k5cache.shared.template import PIPELINES
 from k5cache.shared.units import count_of
 from k5train.commands.arguments import (
+    Gpus,
     Model,
     Recipe,
     RunPath,
@@ -24,6 +26,7 @@ from k5train.commands.arguments import (
     read_recipe,
     with_vram,
 )
+from k5train.commands.ranks import all_ranks, follow, start_others
 
 if TYPE_CHECKING:
     from k5train.training.result import Result
@@ -44,6 +47,7 @@ def run(
         bool, typer.Option("--new", help="Start a new run, even if this command was stopped before.")
     ] = False,
     vram: Vram = None,
+    gpus: Gpus = None,
     options: Set = None,
 ) -> None:
     """Train a LoRA on a cache. Loads the transformer only, never a text encoder.
@@ -52,11 +56,15 @@ def run(
     """
     model_config, config = read_recipe(recipe, model, with_vram(options, vram))
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
-    with _before_the_first_step():
+    start_others(gpus)
+    with _before_the_first_step(), all_ranks(config.device, {"train": to_dict(config)}) as ranks:
+        if not ranks.is_first:
+            follow(ranks)
+            return
         from k5train.training.start import named, start
 
         chosen = model_config or model_of_cache(caches[0] if caches else Path(config.data[0].cache))
-        result = start(*named(caches, config), out, chosen, is_new)
+        result = start(*named(caches, config), out, chosen, is_new, ranks)
     print_result(result)
 
 
@@ -67,14 +75,28 @@ def resume(
         int | None, typer.Option(help="Go on from the state of this step. Default: the newest; the last two are kept.")
     ] = None,
     vram: Vram = None,
+    gpus: Gpus = None,
     options: Set = None,
 ) -> None:
     """Continue a run that was stopped, exactly as if it had not stopped, or train a finished one for more steps."""
-    with _before_the_first_step():
+    changed = with_vram(options, vram)
+    start_others(gpus)
+    with _before_the_first_step(), all_ranks(_device_of(run, changed), {"set": changed, "step": step}) as ranks:
+        if not ranks.is_first:
+            follow(ranks)
+            return
         from k5train.training import start
 
-        result = start.resume(run, with_vram(options, vram), cache, step)
+        result = start.resume(run, changed, cache, step, ranks)
     print_result(result)
+
+
+def _device_of(run: Path, options: list[str]) -> str:
+    """``train.device`` of a run, for the process that must choose its GPU before torch is imported."""
+    from k5train.parallel.world import world_of
+    from k5train.runs.folder import open_run
+
+    return open_run(run, options)[2].device if world_of() else "auto"
 
 
 def _before_the_first_step() -> AbstractContextManager[None]:

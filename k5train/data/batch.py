@@ -70,6 +70,8 @@ class Batch:
     rows: tuple[int, ...]
     """Row numbers of the mixture. With a single cache they are positions in its index."""
     groups: tuple[Group, ...]
+    num_rows_of_update: int | None = None
+    """Rows of all micro-batches of its update, of which other processes may have some. None: this process has all."""
 
     @property
     def num_rows(self) -> int:

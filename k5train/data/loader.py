@@ -36,20 +36,26 @@ class Loader:
         config: seeds, sizes, dropout, objective, TREAD and rollout.
         scaling_factor: from the config of the VAE that encoded the cache.
         inference_sigmas: the scheduler's, from 1 down to 0. Rollouts step along them.
+        num_ranks: processes that share the micro-batches of an update, of which each has
+            ``gradient_accumulation_steps``.
 
     Raises:
         RecipeError: an option needs masks, and no row has one; or next to no sigma is in the range asked for.
     """
 
     def __init__(
-        self, data: Mixture | Cache, config: TrainConfig, scaling_factor: float, inference_sigmas: Tensor | None = None
-    ) -> None:
+        self, data: Mixture | Cache, config: TrainConfig, scaling_factor: float,
+        inference_sigmas: Tensor | None = None, num_ranks: int = 1,
+    ) -> None:  # fmt: skip
         self.data = (
             data
             if isinstance(data, Mixture)
             else Mixture([Source(data, config.repeats, repeats_by_folder=config.repeats_by_folder)])
         )
         self.config, self.scaling_factor, self.inference_sigmas = config, scaling_factor, inference_sigmas
+        self.per_update = config.gradient_accumulation_steps * num_ranks
+        """Micro-batches of an update, over all processes."""
+        self._is_shared = num_ranks > 1
         check_masks(self.data, config)
         check_classes(self.data, config)
         self._check_sigmas()
@@ -92,7 +98,7 @@ class Loader:
     def first_of_each_size(self, most: int) -> list[int]:
         """The first micro-batch of each bucket and number of rows among the first few thousand, at most ``most``."""
         first: dict[tuple[int, int, int], int] = {}
-        for micro in range(min(_LOOKED_AT, self.config.steps * self.config.gradient_accumulation_steps)):
+        for micro in range(min(_LOOKED_AT, self.config.steps * self.per_update)):
             rows = self.rows_of(micro)
             row = self.data.row(rows[0])
             first.setdefault((row.bucket_width, row.bucket_height, len(rows)), micro)
@@ -116,7 +122,12 @@ class Loader:
             alike.setdefault((min(num_class_tokens, 1),) if is_padded else lengths, []).append(group)
         join = pad if is_padded else concatenate
         groups = [join(members) for _, members in sorted(alike.items())]
-        return Batch(tuple(rows), tuple(self._route(group, micro) for group in groups))
+        num_rows = self._num_rows(self._step(micro)) if self._is_shared else None
+        return Batch(tuple(rows), tuple(self._route(group, micro) for group in groups), num_rows)
+
+    def _num_rows(self, step: int) -> int:
+        """Rows of all micro-batches of an update."""
+        return sum(len(self.rows_of(micro)) for micro in range(step * self.per_update, (step + 1) * self.per_update))
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._epochs:
@@ -127,7 +138,7 @@ class Loader:
         return self._epochs[epoch]
 
     def _step(self, micro: int) -> int:
-        return micro // self.config.gradient_accumulation_steps
+        return micro // self.per_update
 
     def _draw(self, row_index: int, micro: int, place: int) -> Group:
         config, objective = self.config, self.config.objective
@@ -199,7 +210,7 @@ class Loader:
 
     def _stratified(self, u: Tensor, micro: int, place: int) -> Tensor:
         """``u`` moved into one of n equal slices of 0 to 1: each of the n rows of an update has its own slice."""
-        step, count = self._step(micro), self.config.gradient_accumulation_steps
+        step, count = self._step(micro), self.per_update
         if self._slices[0] != step:
             sizes = [len(self.rows_of(m)) for m in range(step * count, (step + 1) * count)]
             order = torch.randperm(sum(sizes), generator=_generator(self.config.seed, "slices", step)).tolist()

@@ -13,8 +13,10 @@ from k5train.data.batch import Batch
 LOOK_AHEAD = 4  # batches that are read ahead; one is under 10 MB at 1024x1024
 
 
-def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
-    """Yield ``read(first) .. read(last - 1)`` in order, read ahead by a background thread.
+def prefetch(
+    read: Callable[[int], Batch], first: int, last: int, pin: bool, every: int = 1
+) -> Generator[Batch, None, None]:
+    """Yield ``read(first)``, ``read(first + every)`` and so on, below ``last``, read ahead by a background thread.
 
     An error in the thread is raised here, at the batch that it belongs to.
     """
@@ -29,7 +31,7 @@ def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> 
 
     def work() -> None:
         try:
-            for micro in range(first, last):
+            for micro in range(first, last, every):
                 batch = read(micro)
                 put(replace(batch, groups=tuple(g.pin() for g in batch.groups)) if pin else batch)
                 if stop.is_set():
@@ -40,7 +42,7 @@ def prefetch(read: Callable[[int], Batch], first: int, last: int, pin: bool) -> 
     thread = threading.Thread(target=work, name="k5-loader", daemon=True)
     thread.start()
     try:
-        for _ in range(first, last):
+        for _ in range(first, last, every):
             value = ready.get()
             if isinstance(value, BaseException):
                 raise value

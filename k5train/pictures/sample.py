@@ -21,6 +21,7 @@ from k5cache.shared.handed_over import handed_over
 from k5cache.shared.vram import left
 from k5train.forward.condition import condition_of
 from k5train.forward.predict_velocity import predict_velocity
+from k5train.parallel.ranks import ALONE, Ranks, united
 from k5train.pictures.drawing import Drawing, Posterior, SampleSettings
 
 if TYPE_CHECKING:
@@ -37,17 +38,34 @@ def draw(
     drawings: Sequence[Drawing],
     bars: Progress,
     description: str,
+    ranks: Ranks = ALONE,
 ) -> list[Image.Image]:
-    """All pictures, from the same noise where they have one size: draw all latents, then load the VAE and decode."""
+    """All pictures, from the same noise where they have one size: draw all latents, then load the VAE and decode.
+
+    Args:
+        ranks: the processes that share the drawings. The first one decodes them; the others return nothing.
+    """
     task = bars.add_task(description, total=sum(d.settings.num_inference_steps for d in drawings), unit="step", note="")
     scheduler = load_scheduler(folder)
-    on_step = partial(bars.advance, task)
+    on_step = partial(bars.advance, task, ranks.size)
     latents = [
-        sample_latents(transformer, scheduler, d.prompt, d.negative, d.settings, on_step, d.source) for d in drawings
+        sample_latents(transformer, scheduler, d.prompt, d.negative, d.settings, on_step, d.source)
+        for d in ranks.share(drawings)
     ]
-    pictures = decode(folder, latents, transformer.device)
+    if ranks.size > 1:
+        latents = _collected(latents, ranks)
+    pictures = decode(folder, latents, transformer.device) if ranks.is_first else []
     bars.remove_task(task)
     return pictures
+
+
+def _collected(latents: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """The latents of all drawings on the first process, with every bit."""
+    from safetensors.torch import load, save
+
+    own = {f"{place:06d}": tensor.cpu().contiguous() for place, tensor in enumerate(latents)}
+    shares = [load(data) for data in ranks.collect(save(own))]
+    return list(united([[share[name] for name in sorted(share)] for share in shares]))
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:

@@ -44,13 +44,15 @@ _STATE_BYTES = {
 
 
 def plan_training(
-    folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int], saved_plan: SavedPlan | None = None
-) -> Plan:
+    folder: Path, config: TrainConfig, device: torch.device, sizes: tuple[int, int],
+    saved_plan: SavedPlan | None = None, agreed: Callable[[int | None], int | None] = lambda budget: budget,
+) -> Plan:  # fmt: skip
     """What a run will keep, recompute and stream on ``device``. Reads the checkpoint's config.json, but no weights.
 
     Args:
         sizes: the most tokens of a picture and of a caption, from ``largest_sizes``.
         saved_plan: the plan that the run must go on with.
+        agreed: what the processes of a run plan with, given the bytes of VRAM that this one has.
 
     Raises:
         DoesNotFit: no plan fits, or not the saved one, or not the one that the recipe asks for.
@@ -58,7 +60,7 @@ def plan_training(
         RunError: the GPU has no bfloat16.
     """
     check_bfloat16(device, config.mixed_precision)
-    budget = vram.budget(device, config.memory.vram)
+    budget = agreed(vram.budget(device, config.memory.vram))
     transformer_config = read_config(folder, "transformer")
     plan = saved_plan.within(budget) if saved_plan else plan_for(transformer_config, config, device, sizes, budget)
     if device.type == "cpu":

@@ -86,6 +86,23 @@ class Metrics:
         self._num_bytes += len(line)
 
 
+class Unwritten(Metrics):
+    """Takes measurements and keeps none, for a process that leaves writing to another one."""
+
+    def __init__(self) -> None:
+        self.trackers = ()
+
+    def write(self, *, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def written(self) -> Digest:
+        """Of nothing."""
+        return Digest(0, hashlib.sha256().hexdigest())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Nothing is open."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``. A last line that a crash cut off is left out.
 

@@ -20,6 +20,7 @@ from k5train.data.loader import Loader
 from k5train.data.mixture import Mixture
 from k5train.objective.tread import check_routes
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.pictures.drawings import draws_any
 from k5train.pictures.sample import inference_sigmas
 from k5train.runs.folder import Run
@@ -31,6 +32,7 @@ from k5train.training.device import pick_device
 from k5train.training.loop import Loop
 from k5train.training.result import Result
 from k5train.training.session import attach
+from k5train.training.shared_out import facts_of
 from k5train.training.validation import HELD_OUT, Validation
 from k5train.training.which_plan import decide_plan
 
@@ -38,8 +40,12 @@ from k5train.training.which_plan import decide_plan
 def carry_out(
     data: Mixture, folder: Path, config: TrainConfig, run: Run, run_identity: dict[str, Any], saved: SavedState | None,
     called: float, base: Base | None, accepted: Callable[[], object] | None, always_probe: bool,
-) -> Result:  # fmt: skip
+    ranks: Ranks = ALONE,
+) -> Result | None:  # fmt: skip
     """Train one LoRA, of which ``train`` has checked what needs no torch. Arguments and errors are those of ``train``.
+
+    Returns:
+        None on another process than the first of several.
 
     Args:
         data: without what the run holds out.
@@ -47,26 +53,32 @@ def carry_out(
         called: when ``train`` was called, in seconds of the monotonic clock.
     """
     device = base.device if base else pick_device(config.device, folder)
+    ranks.connect(device, config.deterministic)
     if config.lora.init_lora and not saved:
         check_start(empty_transformer(folder), config.lora)
     is_probed = always_probe or (saved is not None and HELD_OUT in saved.progress.validated)
-    validation = Validation(data, folder, config, run, is_probed)
-    loader, config = open_loader(data, folder, config)
-    plan = decide_plan(data, folder, config, device, saved, base.plan if base else None)
+    validation = Validation(data, folder, config, run, is_probed, ranks)
+    loader, config = open_loader(data, folder, config, ranks.size)
+    plan = decide_plan(data, folder, config, device, saved, base.plan if base else None, ranks)
     with determinism(config.deterministic, (plan.sizes, config.lora)):
         base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
-        with closing(attach(base, config, saved)) as session:
+        with closing(attach(base, config, saved, ranks)) as session:
+            ranks.gather("ready")  # all have read the state, which the first one may now remove
             # Whatever is refused before this line leaves a finished run as it is.
-            run.result.unlink(missing_ok=True)
-            if accepted:
-                accepted()
+            if ranks.is_first:
+                run.result.unlink(missing_ok=True)
+                if accepted:
+                    accepted()
             progress = replace(saved.progress) if saved else Progress()
-            if saved:
+            if saved and ranks.is_first:
                 remove_after(run.state, progress.step)
                 console.note(f"Going on from step {progress.step}")
-            loop = Loop(data, config, run, session, loader, validation, progress, run_identity)
+            loop = Loop(data, config, run, session, loader, validation, progress, run_identity, ranks,
+                        facts_of(ranks, saved))  # fmt: skip
             with named(run.root):
                 ended_by = loop.run_to_end()
+                if not ranks.is_first:
+                    return None
                 check = console.command("k5train", "check-lora", run.lora, model=folder)
                 with interrupt.saying(f"Stopped after the last step. To see what loads the LoRA: {check}"):
                     with interrupt.deferred():
@@ -79,8 +91,11 @@ def carry_out(
     return result
 
 
-def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loader, TrainConfig]:
+def open_loader(data: Mixture, folder: Path, config: TrainConfig, num_ranks: int = 1) -> tuple[Loader, TrainConfig]:
     """The batches of a run, and its recipe with ``epochs`` translated to ``steps``.
+
+    Args:
+        num_ranks: processes that train together.
 
     Raises:
         RecipeError: a TREAD route does not fit the transformer, or the recipe uses masks and the cache has none.
@@ -89,9 +104,9 @@ def open_loader(data: Mixture, folder: Path, config: TrainConfig) -> tuple[Loade
     scaling_factor = read_config(folder, "vae")["scaling_factor"]
     if config.epochs is not None:
         micro_batches = Loader(data, config, scaling_factor).micro_batches(config.epochs)
-        config = replace(config, steps=-(-micro_batches // config.gradient_accumulation_steps))
+        config = replace(config, steps=-(-micro_batches // (config.gradient_accumulation_steps * num_ranks)))
     grid = inference_sigmas(folder, config.rollout.num_inference_steps) if config.rollout.probability else None
-    return Loader(data, config, scaling_factor, grid), config
+    return Loader(data, config, scaling_factor, grid, num_ranks), config
 
 
 def _result(

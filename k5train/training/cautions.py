@@ -16,12 +16,13 @@ from k5train.options.train import TrainConfig
 from k5train.options.without_effect import never_reached, options_without_effect
 
 
-def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str]:
+def cautions(config: TrainConfig, data: Mixture, model: ModelConfig, num_ranks: int = 1) -> list[str]:
     """One line for each. A run and each run of a sweep print them.
 
     Args:
         data: the caches of the run, whole.
         model: only its transformer's config.json is read.
+        num_ranks: processes that train together.
 
     Raises:
         RecipeError: a target of the LoRA matches nothing.
@@ -30,7 +31,7 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig) -> list[str
     lines = [*options_without_effect(config), *rate_warnings(config), *extreme_values(config)]
     if config.epochs is not None:
         micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
-        lines += never_reached(config, -(-micro_batches // config.gradient_accumulation_steps))
+        lines += never_reached(config, -(-micro_batches // (config.gradient_accumulation_steps * num_ranks)))
     lines += [*batch_warnings(data, config), *_of_folders(data), *class_warnings(data, config)]
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
 

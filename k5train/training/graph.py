@@ -64,7 +64,8 @@ class GraphedPasses:
         self._is_settled = False
         """A training pass was done since something else ran, so that what a pass prepares on the host is there."""
         for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            # Those that are there may be views of one tensor, which several processes add up.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
     @property
     def is_off(self) -> bool:

@@ -19,6 +19,7 @@ from k5train.data.mixture import Mixture
 from k5train.data.split import held_out_rows
 from k5train.forward.condition import condition_of
 from k5train.objective import flow
+from k5train.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
@@ -63,15 +64,18 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def measure(
-        self, predict: Predict, device: torch.device, on_step: Callable[[], object] = lambda: None
+        self, predict: Predict, device: torch.device, on_step: Callable[[], object] = lambda: None, ranks: Ranks = ALONE
     ) -> list[float]:
         """The plain flow-matching loss in each part of (0, 1), low noise first: means over the rows.
 
         Each row has its first caption and the mean of its posterior, and its source has the mean of its own. Weights,
         masks and routes are not used.
+
+        Args:
+            ranks: the processes that share the rows. The sums are those of one process.
         """
-        sums = [0.0] * self.num_sigmas
-        for number in self.rows:
+        by_row: list[list[float]] = []
+        for number in ranks.share(self.rows):
             source, item = self.data.locate(number)
             row = source.cache.row(item)
             text = source.cache.text(row.caption_keys[0])
@@ -79,10 +83,15 @@ class HeldOutLoss:
             latents = self._mean(source.cache, row.latent_key)
             condition = condition_of(self._mean(source.cache, row.source_key)) if row.source_key else None
             extra = {} if condition is None else {"condition": condition.to(device)}
+            losses = []
             for i, sigma in enumerate(sigmas_of(row.latent_key, self.num_sigmas)):
-                noise = torch.randn(latents.shape, generator=_generator(row.latent_key, "noise", i))
-                sums[i] += _loss(partial(predict, **extra), latents.to(device), noise.to(device), sigma, embeds, pooled)
+                noise = torch.randn(latents.shape, generator=_generator(row.latent_key, "noise", i)).to(device)
+                losses.append(_loss(partial(predict, **extra), latents.to(device), noise, sigma, embeds, pooled))
                 on_step()
+            by_row.append(losses)
+        sums = [0.0] * self.num_sigmas
+        for losses in ranks.unite(by_row):
+            sums = [total + loss for total, loss in zip(sums, losses, strict=True)]
         return [total / len(self.rows) for total in sums]
 
     def _mean(self, cache: Cache, key: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,10 +23,11 @@ from k5train.forward.without_adapter import adapter_layers, without_adapter
 from k5train.objective import flow
 from k5train.objective.rollout import Cost
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, RankLost, Ranks
 from k5train.planning.saved_plan import SavedPlan, plan_facts, read_saved_plan
 from k5train.runs import requests
 from k5train.runs.folder import Run
-from k5train.runs.metrics import Metrics
+from k5train.runs.metrics import Metrics, Unwritten
 from k5train.runs.resume_state import Progress, latest_state, save_state
 from k5train.runs.trackers import open_trackers
 from k5train.runs.written import recorded
@@ -39,7 +40,7 @@ from k5train.training.step import accumulate, by_sigma, loss_function, preservat
 from k5train.training.validation import Validation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from k5train.data.batch import Batch, Group
 
@@ -52,14 +53,18 @@ class Loop:
     Args:
         progress: how far the run is. The loop updates it.
         run_identity: what must be the same for the run to go on, saved with its state.
+        ranks: the processes that train together.
+        facts: what else is saved with the state.
     """
 
     def __init__(
         self, data: Mixture, config: TrainConfig, run: Run, session: Session, loader: Loader, validation: Validation,
-        progress: Progress, run_identity: dict[str, Any],
+        progress: Progress, run_identity: dict[str, Any], ranks: Ranks = ALONE,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.data, self.config, self.run, self.session = data, config, run, session
         self.loader, self.validation, self.progress, self.run_identity = loader, validation, progress, run_identity
+        self.ranks, self.facts = ranks, facts or {}
         self.transformer, self.device = session.base.transformer, session.base.device
         self.predict = partial(predict_velocity, self.transformer)
         self.cost = Cost()
@@ -76,18 +81,14 @@ class Loop:
 
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
-        progress, run = self.progress, self.run
-        trackers = open_trackers(self.config.trackers, run, self.run_identity["train"], progress.step)
+        go_on = partial(console.command, "k5train", "resume", self.run.root, gpus=self.ranks.gpus)
         with (
             interrupt.installed(),
             console.progress() as bars,
-            Metrics(run.metrics, progress.step, trackers, progress.metrics) as metrics,
+            self.open_metrics() as metrics,
             when_memory_ends(
-                lambda: self.session.base.plan,
-                partial(self.save_after_error, metrics),
-                partial(console.command, "k5train", "resume", run.root),
-                self.saved_plan,
-            ),  # fmt: skip
+                lambda: self.session.base.plan, partial(self.save_after_error, metrics), go_on, self.saved_plan
+            ),
         ):
             try:
                 with console.doing(bars, "preparing the first step"):
@@ -96,8 +97,20 @@ class Loop:
                 return self.steps(bars, metrics)
             except KeyboardInterrupt as stopped:
                 saved = self.save_stopped(metrics)
-                go_on = console.command("k5train", "resume", run.root)
-                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on}") from stopped
+                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on()}") from stopped
+            except RankLost as lost:
+                saved = self.save_stopped(metrics)
+                told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {go_on()}")
+                told.is_told = lost.is_told
+                raise told from lost
+
+    def open_metrics(self) -> Metrics:
+        """The run's measurements, which only the first of several processes writes."""
+        if not self.ranks.is_first:
+            return Unwritten()
+        progress, run = self.progress, self.run
+        trackers = open_trackers(self.config.trackers, run, self.run_identity["train"], progress.step)
+        return Metrics(run.metrics, progress.step, trackers, progress.metrics)
 
     def warm_up(self) -> None:
         """Compile in a step that changes nothing. If it needs more VRAM than planned, plan for less, once."""
@@ -112,6 +125,9 @@ class Loop:
             leaner = None if self.saved_plan() else plan_for_less(self.session, self.config)
             if leaner is None:
                 raise
+        # All processes have one plan, which decides the last bits: whoever had room plans for less with the rest.
+        if any(self.ranks.gather(leaner is not None)) and leaner is None:
+            leaner = plan_for_less(self.session, self.config)
         if leaner is not None and leaner.execution is not None:  # not in the handler: the error keeps the step's memory
             self.session = leaner
             torch.cuda.empty_cache()
@@ -147,9 +163,9 @@ class Loop:
         config, progress = self.config, self.progress
         task = bars.add_task(f"training {self.run.name}", total=config.steps, completed=progress.step,
                              unit="step", note="")  # fmt: skip
-        per_update = config.gradient_accumulation_steps
-        batches = prefetch(self.loader.batch, progress.step * per_update, config.steps * per_update,
-                           pin=self.device.type == "cuda")  # fmt: skip
+        per_update, ranks = self.loader.per_update, self.ranks
+        batches = prefetch(self.loader.batch, progress.step * per_update + ranks.rank, config.steps * per_update,
+                           pin=self.device.type == "cuda", every=ranks.size)  # fmt: skip
         try:
             while True:
                 reason = self.reason_to_end()
@@ -166,7 +182,10 @@ class Loop:
                 if reason:
                     self.save_finished()
                     return reason
-                self.losses.append(self.step(batches, metrics))
+                with interrupt.deferred() if ranks.size > 1 else nullcontext():  # all stop after the same step
+                    self.losses.append(self.step(batches, metrics))
+                if ranks.is_stopping:
+                    raise KeyboardInterrupt
                 mean = _tail_mean(self.losses)
                 bars.update(task, advance=1, note=f"loss {mean:.4f}")
         finally:
@@ -181,28 +200,42 @@ class Loop:
         rate = learning_rate(progress.step, config.optim, config.steps)
         set_rate(optimizer, rate)
         if config.lora.dropout:
-            torch.manual_seed(config.seed * 1_000_003 + progress.step)  # like every draw, of the seed and the step
+            self.seed_dropout(0)
+        self.session.begin()
         asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
         waited = time.monotonic() - asked
         losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of,
                             self.preserve, self.session.graphs,
-                            partial(self.session.clip, config.optim.max_grad_norm))  # fmt: skip
+                            partial(self.session.clip, config.optim.max_grad_norm), self.ranks,
+                            self.seed_dropout if config.lora.dropout and self.ranks.size > 1 else None)  # fmt: skip
         assert losses.norm is not None
         with interrupt.deferred():
             self.is_between_updates = False
-            self.session.update(step_batches, self.data, losses.norm)
+            self.session.update(losses.rows, self.data, losses.norm)
             progress.step += 1
             self.is_between_updates = True
             seconds = time.monotonic() - began
             metrics.write(step=progress.step, loss=losses.mean,
                           **({} if losses.preservation is None else {"preservation_loss": losses.preservation}),
                           loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
-                          grad_norm=losses.norm, lr=rate, **_prodigy(optimizer), **_rows(step_batches, seconds),
+                          grad_norm=losses.norm, lr=rate, **_prodigy(optimizer), **_rows(losses.rows, seconds),
                           seconds=seconds, loader_seconds=waited,
                           **self.cost.take(), **_memory(self.device, self.session.base.plan.peak),
                           **_steps_of(config))  # fmt: skip
         return losses.mean
+
+    def seed_dropout(self, number: int) -> None:
+        """Make what the adapter's dropout draws a function of the seed and the step, like every draw.
+
+        Of several processes each begins every batch anew, so that their number changes nothing.
+
+        Args:
+            number: of the batch among those of this process in the update.
+        """
+        step, ranks = self.progress.step, self.ranks
+        micro = step * self.loader.per_update + number * ranks.size + ranks.rank
+        torch.manual_seed(self.config.seed * 1_000_003 + (step if ranks.size == 1 else micro))
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
         """Draw pictures and measure the held-out loss if they are due."""
@@ -215,7 +248,8 @@ class Loop:
         Returns:
             what was asked for and can be done. A save that is asked for is noted before the state is written.
         """
-        progress, asked = self.progress, requests.take(self.run)
+        progress, ranks = self.progress, self.ranks
+        asked = set(ranks.agree(list(requests.take(self.run) if ranks.is_first else ())))
         if "sample" in asked and not self.validation.draw(self.session, progress, metrics, bars):
             console.warn("Asked for pictures, and the recipe has no validation prompts or pairs to draw")
             asked -= {"sample"}
@@ -224,7 +258,10 @@ class Loop:
         return asked
 
     def reason_to_end(self) -> str | None:
-        """Why no step follows this one; None if one does."""
+        """Why no step follows this one; None if one does. The first process's clock decides."""
+        return self.ranks.agree(self._reason_to_end())
+
+    def _reason_to_end(self) -> str | None:
         config, progress = self.config, self.progress
         if progress.step >= config.steps:
             return "steps"
@@ -235,7 +272,9 @@ class Loop:
         return None
 
     def save_lora(self, path: Path) -> None:
-        """Write the adapter as a LoRA for use."""
+        """Write the adapter as a LoRA for use. Of several processes the first one does."""
+        if not self.ranks.is_first:
+            return
         self.run.check_there()
         facts = metadata(self.data, self.config, self.run_identity, self.run, self.progress.step)
         with self.session.settled(), recorded(self.run.root, path) as record:
@@ -250,7 +289,7 @@ class Loop:
 
     def save_checkpoint(self) -> Path | None:
         """Write the LoRA under its step's name and remove the oldest ones beyond the limit, but those asked for."""
-        if not self.progress.step:
+        if not self.progress.step or not self.ranks.is_first:
             return None
         path = self.run.checkpoint(self.progress.step)
         self.save_lora(path)
@@ -261,13 +300,16 @@ class Loop:
         return path
 
     def save_state(self, metrics: Metrics) -> None:
-        """Write all that is needed to resume from this step."""
+        """Write all that is needed to resume from this step. Of several processes the first one does."""
+        if not self.ranks.is_first:
+            return
         self.run.check_there()
         self.progress.seconds = self.clock.seconds()
         self.progress.metrics = metrics.written()
         parts, plain = self.session.parts()
         plan = plan_facts(self.session.base.plan, self.config.deterministic)
-        save_state(self.run.state, self.progress, parts, {**plain, **plan, "identity": self.run_identity})
+        facts = {**plain, **plan, **self.facts, "identity": self.run_identity}
+        save_state(self.run.state, self.progress, parts, facts)
 
     def save_stopped(self, metrics: Metrics) -> str:
         """Write the state to resume from, and say so. A signal that comes meanwhile waits; one more does not.
@@ -306,10 +348,9 @@ class Clock:
         return time.monotonic() - self._start
 
 
-def _rows(batches: Sequence[Batch], seconds: float) -> dict[str, Any]:
+def _rows(rows: Sequence[int], seconds: float) -> dict[str, Any]:
     """Which rows an update trained on. A long list is left out: the file would be as large as the LoRA."""
-    rows = [row for batch in batches for row in batch.rows]
-    named = {"rows": rows} if len(rows) <= MOST_ROWS else {}
+    named = {"rows": list(rows)} if len(rows) <= MOST_ROWS else {}
     return {"num_rows": len(rows), **named, "images_per_second": float(f"{len(rows) / seconds:.4g}")}
 
 

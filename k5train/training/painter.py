@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 
 from k5cache.shared.files import write_whole
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.pictures import sample, sheet
 from k5train.pictures.drawing import Drawing
 from k5train.pictures.drawings import described
@@ -29,10 +30,13 @@ class Painter:
 
     Args:
         drawings: from ``drawings_for``.
+        ranks: the processes that share the drawings. The first one writes them.
     """
 
-    def __init__(self, drawings: list[Drawing], folder: Path, config: TrainConfig, run: Run) -> None:
-        self.folder, self.run, self.drawings = folder, run, drawings
+    def __init__(
+        self, drawings: list[Drawing], folder: Path, config: TrainConfig, run: Run, ranks: Ranks = ALONE
+    ) -> None:
+        self.folder, self.run, self.drawings, self.ranks = folder, run, drawings, ranks
         self.heads = [drawing.head for drawing in drawings]
         self.drawn = described(drawings, config.validation)
         """What is drawn, and how. Saved beside the pictures, so that later rows of the grid are comparable."""
@@ -48,15 +52,19 @@ class Painter:
             kind: the label of a second row at the same step, such as ``EMA``.
 
         Returns:
-            the pictures by their names or prompts.
+            the pictures by their names or prompts. Nothing on another process than the first.
         """
         transformer.eval()
-        folder = self.run.samples(step) / kind.lower()
+        folder, ranks = self.run.samples(step) / kind.lower(), self.ranks
         # A sweep copies the base model's pictures here.
-        pictures = read_pictures(folder, self.drawn) if step == 0 else None
-        if pictures is None:
+        pictures = read_pictures(folder, self.drawn) if step == 0 and ranks.is_first else None
+        are_there = ranks.agree(pictures is not None)
+        if not are_there:
             with _without_adapter(transformer) if step == 0 else nullcontext():
-                pictures = sample.draw(transformer, self.folder, self.drawings, bars, f"sampling at step {step}")
+                pictures = sample.draw(transformer, self.folder, self.drawings, bars, f"sampling at step {step}", ranks)
+        if pictures is None or not ranks.is_first:
+            return {}
+        if not are_there:
             self.run.check_there()
             save_pictures(folder, pictures, self.drawn)
         self.write_grid(step, references(self.run, self.drawings, self.drawn, self.folder, transformer.device))

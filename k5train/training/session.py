@@ -19,6 +19,8 @@ from k5train.adapter.lora_file import refuse_not_finite
 from k5train.forward.load import execute
 from k5train.forward.predict_velocity import predict_velocity, rotary
 from k5train.options.train import TrainConfig
+from k5train.parallel.gradients import FlatGradients
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.planning.graph import why_no_graph
 from k5train.planning.plan import announce, how_to_run, leaner_budget, plan_for
 from k5train.runs.resume_state import SavedState, broken
@@ -33,7 +35,7 @@ from k5train.training.step import clip_gradients, compute_on, exploded, loss_fun
 if TYPE_CHECKING:
     from diffusers import Kandinsky5Transformer3DModel
 
-    from k5train.data.batch import Batch, Group
+    from k5train.data.batch import Group
     from k5train.data.mixture import Mixture
     from k5train.forward.execute import Execution
 
@@ -49,18 +51,37 @@ class Session:
     execution: Execution | None
     graphs: GraphedPasses | None = None
     """Does the passes on fixed buffers, captured as CUDA graphs. None: each pass is done as it comes."""
+    gradients: FlatGradients | None = None
+    """Of a run of several processes. None: each parameter's gradient is a tensor of its own."""
+    ranks: Ranks = ALONE
+
+    def begin(self) -> None:
+        """Prepare for the passes of an update."""
+        if self.gradients:
+            self.gradients.attach()
 
     def clip(self, max_grad_norm: float) -> Tensor:
-        """Clip the gradients; return their norm before, without waiting for it."""
-        return clip_gradients(list(self.parameters.values()), max_grad_norm)
+        """Clip the gradients; return their norm before, without waiting for it.
 
-    def update(self, batches: Sequence[Batch], cache: Mixture, norm: float) -> None:
+        Gradients of several processes are added up first; then it waits, so that a process that died is noticed.
+        """
+        if self.gradients:
+            self.gradients.add_up()
+        norm = clip_gradients(list(self.parameters.values()), max_grad_norm)
+        if self.gradients:
+            self.ranks.wait_for_device()
+        return norm
+
+    def update(self, rows: Sequence[int], cache: Mixture, norm: float) -> None:
         """Take one step of the optimizer and of the average.
+
+        Args:
+            rows: that the gradients are of.
 
         Raises:
             RunError: ``norm``, of the gradients, is not finite. The error names the rows, and nothing was updated.
         """
-        explain = partial(exploded, batches=batches, cache=cache)
+        explain = partial(exploded, rows=rows, cache=cache)
         update(self.optimizer, norm, explain, self.graphs)
         if self.ema:
             self.ema.update()
@@ -130,38 +151,43 @@ class Session:
         self.base.transformer.unload_lora()
 
 
-def attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
+def attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ranks = ALONE) -> Session:
     """Attach the recipe's adapter to the base, new or as it was saved.
+
+    Args:
+        ranks: the processes that train it together. All begin with the first one's.
 
     Raises:
         RecipeError: a target matches nothing.
         RunError: the saved state cannot be read or does not fit. The base is left without an adapter.
     """
     try:
-        return _attach(base, config, saved)
+        return _attach(base, config, saved, ranks)
     except BaseException:
         if getattr(base.transformer, "_hf_peft_config_loaded", False):
             base.transformer.unload_lora()
         raise
 
 
-def _attach(base: Base, config: TrainConfig, saved: SavedState | None) -> Session:
+def _attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ranks) -> Session:
     start = replace(config.lora, init_lora=None) if saved else config.lora  # the saved state has all of it
     console.note(targets.describe(add_lora(base.transformer, start, config.seed)))
     console.note(f"{config.optim.optimizer} at a learning rate of {config.optim.lr:g}")
-    session = session_of(base, config)
+    ranks.copy_from_first(p for p in base.transformer.parameters() if p.requires_grad)
+    session = session_of(base, config, ranks)
     if saved:
         session.restore(saved)
     return session
 
 
-def session_of(base: Base, config: TrainConfig) -> Session:
+def session_of(base: Base, config: TrainConfig, ranks: Ranks = ALONE) -> Session:
     """The session of an adapter that is on its base already."""
     parameters = {name: p for name, p in base.transformer.named_parameters() if p.requires_grad}
+    gradients = FlatGradients(list(parameters.values()), ranks) if ranks.size > 1 else None
     optimizer = make_optimizer(parameters.values(), config.optim)
     ema = Ema(parameters.values(), config.optim.ema_decay) if config.optim.ema_decay else None
     execution = execute(base.transformer, config, base.device, base.plan, base.any_rank)
-    session = Session(base, parameters, optimizer, ema, execution)
+    session = Session(base, parameters, optimizer, ema, execution, gradients=gradients, ranks=ranks)
     return replace(session, graphs=_graphs(session, config))
 
 

@@ -23,6 +23,7 @@ from k5train.options.data import DataConfig
 from k5train.options.precision import is_open, with_precision
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.pictures.drawings import note_sizes
 from k5train.runs.differences import differences
 from k5train.runs.folder import (
@@ -62,13 +63,16 @@ def named(caches: Sequence[Path], config: TrainConfig) -> tuple[Path | None, Tra
     return None, replace(config, data=tuple(_entry(cache, config) for cache in caches))
 
 
-def start(cache: Path | None, config: TrainConfig, out: Path | None, model: ModelConfig, is_new: bool) -> Result:
+def start(
+    cache: Path | None, config: TrainConfig, out: Path | None, model: ModelConfig, is_new: bool, ranks: Ranks = ALONE
+) -> Result:
     """Train a new run, or go on with the one that the same command started and that was stopped before its end.
 
     Args:
         cache: None: the recipe's ``[[train.data]]``.
         out: the run's folder. None: ``runs/<train.name>``, or else ``runs/<name of the cache>``, ``-2``, ``-3`` ...
         is_new: never go on with a stopped run.
+        ranks: the processes that train together, of which this is the first.
 
     Raises:
         RecipeError: ``train.name`` is not the name of one folder.
@@ -84,13 +88,13 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
     data = open_data(cache, config)
     check_options(data, config)
     config = resolved(config)
-    for line in cautions(config, data, model):
+    for line in cautions(config, data, model, ranks.size):
         console.warn(line)
     unfinished = _unfinished(data, out, model, config) if not is_new else None
     if unfinished:
         run, config = unfinished
         console.note(f"{run.root} was stopped before its end: going on. --new starts another run", "bold")
-        return train(data, model_folder(model, PARTS), replace(config, name=run.name), run)
+        return train(data, model_folder(model, PARTS), replace(config, name=run.name), run, ranks=ranks)
     target = target or free_name(Path("runs"), data.first.root.resolve().name)
     check_new(target)
     if not out and not config.name and target.name != data.first.root.resolve().name:
@@ -99,16 +103,17 @@ def start(cache: Path | None, config: TrainConfig, out: Path | None, model: Mode
     folder = model_folder(model, PARTS)
     config = decide_precision(replace(config, name=name_of(target)), data, folder)
     with new_run(target, data.first.root, model, config) as run:
-        return train(data, folder, config, run)
+        return train(data, folder, config, run, ranks=ranks)
 
 
-def resume(root: Path, options: list[str], cache: Path | None, step: int | None = None) -> Result:
+def resume(root: Path, options: list[str], cache: Path | None, step: int | None = None, ranks: Ranks = ALONE) -> Result:
     """Go on with a run from its last saved state, exactly as if it had not stopped.
 
     Args:
         options: ``table.key=value``, which override the run's recipe. What would change the numbers is refused.
         cache: where the cache is now, if it has moved.
         step: go on from the state of this step and not from the newest; a finished run may.
+        ranks: the processes that train together, of which this is the first.
 
     Raises:
         RunError: the run is finished, was started differently, or its cache is not there.
@@ -133,7 +138,7 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
         check_may_go_on(run, config, saved)
     # Written before training, so that a run that is stopped again goes on with these options.
     accepted = partial(write_recipe, root, model, config, cache)
-    return train(data, model_folder(model, PARTS), config, run, accepted=accepted, step=step)
+    return train(data, model_folder(model, PARTS), config, run, accepted=accepted, step=step, ranks=ranks)
 
 
 def _check_caches_exist(root: Path, config: TrainConfig, cache: Path | None, recorded_cache: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from k5train.data.batch import Batch, Group
 from k5train.data.mixture import Mixture
 from k5train.objective import flow, rollout
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
@@ -41,6 +42,8 @@ class Losses:
     row has one."""
     norm: float | None = None
     """Of the gradients before they were clipped. None: they were not."""
+    rows: tuple[int, ...] = ()
+    """That the update is of, over all processes."""
 
 
 def train_step(
@@ -145,6 +148,8 @@ def accumulate(
     preserve: tuple[float, Predict] | None = None,
     graphs: GraphedPasses | None = None,
     clip: Callable[[], Tensor] | None = None,
+    ranks: Ranks = ALONE,
+    seed: Callable[[int], object] | None = None,
 ) -> Losses:
     """Compute the gradients of one update. Every row has the same weight, however rows fall into batches and groups.
 
@@ -153,58 +158,91 @@ def accumulate(
         loss_of: ``train_step``, with the recipe's objective.
         preserve: the weight of ``preservation_loss`` and the transformer without its adapter.
         graphs: does the passes, by ``compute_on`` with the same functions. None: they are done here.
-        clip: clips the gradients and returns their norm before.
+        clip: clips the gradients and returns their norm before. With several processes it adds them up first.
+        ranks: the processes that do the update together. Each has some of its batches, and all get the same losses.
+        seed: called with the number of a batch, before its first pass.
 
     Raises:
         RunError: the loss is not finite, or beyond the limit. The error names the rows, and nothing was updated.
     """
-    num_rows = sum(batch.num_rows for batch in batches)
-    groups = [(batch, group) for batch in batches for group in batch.groups]
+    num_rows = batches[0].num_rows_of_update or sum(batch.num_rows for batch in batches)
     results: list[Tensor] = []
-    preserved: list[tuple[Batch, int, Tensor]] = []
-    for batch, group in groups:
-        count = group.latents.shape[0]
-        if graphs is not None:
-            results.append(graphs.run(group, count / num_rows))
-            continue
-        here = group.to(device)
-        is_preserved = preserve is not None and here.class_embeds is not None
-        inputs: list[Tensor] = []
-        loss_here = partial(loss_of, inputs=inputs) if is_preserved else loss_of
-        results.append(compute_on(predict, loss_here, here, count / num_rows))
-        if preserve is not None and is_preserved:  # after the backward pass, so that one pass at a time takes memory
-            loss = preservation_loss(predict, preserve[1], here, inputs[0])
-            torch.autograd.backward(loss * (preserve[0] * count / num_rows))
-            preserved.append((batch, count, loss.detach()))
+    preserved: list[Tensor] = []
+    passes: list[tuple[int, Group, bool]] = []
+    for number, batch in enumerate(batches):
+        if seed:
+            seed(number)
+        for group in batch.groups:
+            share = group.latents.shape[0] / num_rows
+            is_preserved = preserve is not None and group.class_embeds is not None
+            passes.append((number, group, is_preserved))
+            if graphs is not None:
+                results.append(graphs.run(group, share))
+                continue
+            here = group.to(device)
+            inputs: list[Tensor] = []
+            loss_here = partial(loss_of, inputs=inputs) if is_preserved else loss_of
+            results.append(compute_on(predict, loss_here, here, share))
+            if (
+                preserve is not None and is_preserved
+            ):  # after the backward pass, so that one pass at a time takes memory
+                loss = preservation_loss(predict, preserve[1], here, inputs[0])
+                torch.autograd.backward(loss * (preserve[0] * share))
+                preserved.append(loss.detach().reshape(1))
     norms = [clip().reshape(1)] if clip else []
     # The only wait for the GPU, which has the work of the whole update by now, but for the optimizer's.
-    values = torch.cat([*results, *(loss.reshape(1) for _, _, loss in preserved), *norms]).tolist()
-    total, row_errors, at = 0.0, [], 0
-    for (batch, group), result in zip(groups, results, strict=True):
+    values = torch.cat([*results, *preserved, *norms]).tolist()
+    of_classes = iter(values[sum(map(len, results)) :])
+    measured = [_Measured(batch.rows, []) for batch in batches]
+    at = 0
+    for (number, group, is_preserved), result in zip(passes, results, strict=True):
         loss_value, *of_rows = values[at : at + len(result)]
-        if not math.isfinite(loss_value) or 0 < loss_limit < loss_value:
-            raise exploded(f"The loss is {loss_value:.4g}", [batch], cache)
-        total += loss_value * (group.latents.shape[0] / num_rows)
-        row_errors += [(s, error) for s, error in zip(_trained_sigmas(group), of_rows, strict=True) if s is not None]
+        errors = [(s, error) for s, error in zip(_trained_sigmas(group), of_rows, strict=True) if s is not None]
+        of_class = next(of_classes) if is_preserved and graphs is None else None
+        measured[number].passes.append((group.latents.shape[0], loss_value, errors, of_class))
         at += len(result)
-    of_classes = values[at : at + len(preserved)]
-    norm = values[-1] if clip else None
-    return Losses(total, tuple(row_errors), _mean_preservation(preserved, of_classes, cache), norm)
+    if ranks.size > 1:
+        measured = [_Measured(*one) for one in ranks.unite(measured)]
+    return replace(_losses(measured, num_rows, loss_limit, cache), norm=values[-1] if clip else None)
 
 
-def _mean_preservation(
-    preserved: Sequence[tuple[Batch, int, Tensor]], values: Sequence[float], cache: Cache | Mixture
-) -> float | None:
+class _Measured(NamedTuple):
+    """What the passes over a batch gave. It is sent to other processes as JSON."""
+
+    rows: Sequence[int]
+    passes: list[tuple[int, float, Sequence[tuple[float, float]], float | None]]
+    """Of each group: how many rows it has, its loss, ``Losses.errors`` and what was preserved."""
+
+
+def _losses(batches: Sequence[_Measured], num_rows: int, loss_limit: float, cache: Cache | Mixture) -> Losses:
+    """The losses of an update.
+
+    Raises:
+        RunError: one is not finite, or beyond the limit.
+    """
+    total, errors, preserved = 0.0, [], []
+    for batch in batches:
+        for count, loss, of_rows, preservation in batch.passes:
+            if not math.isfinite(loss) or 0 < loss_limit < loss:
+                raise exploded(f"The loss is {loss:.4g}", batch.rows, cache)
+            total += loss * (count / num_rows)
+            errors += [(sigma, error) for sigma, error in of_rows]
+            if preservation is not None:
+                preserved.append((batch.rows, count, preservation))
+    rows = tuple(row for batch in batches for row in batch.rows)
+    return Losses(total, tuple(errors), _mean_preservation(preserved, cache), rows=rows)
+
+
+def _mean_preservation(preserved: Sequence[tuple[Sequence[int], int, float]], cache: Cache | Mixture) -> float | None:
     """The mean over rows of what was preserved; None without any.
 
     Raises:
         RunError: it is not finite.
     """
-    for (batch, _, _), value in zip(preserved, values, strict=True):
+    for rows, _, value in preserved:
         if not math.isfinite(value):
-            raise exploded(f"The preservation loss is {value:.4g}", [batch], cache)
-    counts = [count for _, count, _ in preserved]
-    return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts) if counts else None
+            raise exploded(f"The preservation loss is {value:.4g}", rows, cache)
+    return sum(n * value for _, n, value in preserved) / sum(n for _, n, _ in preserved) if preserved else None
 
 
 def by_sigma(errors: Sequence[tuple[float, float]], count: int) -> list[float | None]:
@@ -259,8 +297,8 @@ def update(
     optimizer.zero_grad(set_to_none=True)
 
 
-def exploded(problem: str, batches: Sequence[Batch], cache: Cache | Mixture) -> RunError:
+def exploded(problem: str, rows: Sequence[int], cache: Cache | Mixture) -> RunError:
     """The error that ends a run before an update: the problem and the rows it occurs on."""
     name = cache.name if isinstance(cache, Mixture) else lambda i: cache.row(i).path
-    names = ", ".join(dict.fromkeys(name(i) for batch in batches for i in batch.rows))
+    names = ", ".join(dict.fromkeys(name(i) for i in rows))
     return RunError(f"{problem} at {names}; nothing was updated", ADVICE)

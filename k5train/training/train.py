@@ -16,6 +16,7 @@ from k5train.data.split import split_off
 from k5train.options.precision import with_precision
 from k5train.options.rate import with_usual_rate
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.runs import requests
 from k5train.runs.folder import Run, lock_run, remove_leftovers
 from k5train.runs.metrics import check_metrics
@@ -25,6 +26,7 @@ from k5train.runs.written import check_recorded
 from k5train.training.identity import check_same, identity
 from k5train.training.overwriting import check_overwrites
 from k5train.training.result import Result
+from k5train.training.shared_out import as_one, check_alike, order_of, seen, shared_out
 
 if TYPE_CHECKING:
     from k5train.training.base import Base
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 def train(
     data: Mixture, folder: Path, config: TrainConfig, run: Run, base: Base | None = None,
     accepted: Callable[[], object] | None = None, step: int | None = None, always_probe: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Result:  # fmt: skip
     """Train one LoRA. A run with a saved state goes on from there.
 
@@ -44,6 +47,7 @@ def train(
         step: go on from the state of this step, and remove those after it. None: from the newest.
         always_probe: measure the loss on some images that are trained on, before the first step and after the last,
             also without a split. A run that measured it before the first step goes on to do so.
+        ranks: the processes that train it together, of which this is the first. The others ``follow``.
 
     Raises:
         CacheStale: the cache does not fit the transformer.
@@ -60,7 +64,8 @@ def train(
     with lock_run(run), requests.dropped(run):
         remove_leftovers(run)
         saved = latest_state(run.state, step)
-        run_identity = identity(data, folder, config)
+        config = shared_out(config, run, saved, ranks.size)
+        run_identity = identity(data, folder, as_one(config, ranks.size))
         if saved:
             check_same(saved, run_identity)
             saved.check()
@@ -69,9 +74,15 @@ def train(
             check_start(config)
         check_overwrites(run, saved, data, config, run_identity)
         check_widths(data.first, folder)  # imports torch, as every line from here on
+        if ranks.size > 1:
+            caches = [source.cache.root for source in data.sources]
+            ranks.agree(order_of(run, folder, config, caches, saved.progress.step if saved else None))
+            check_alike(ranks, seen(run_identity, saved))
         from k5train.training.carry_out import carry_out
 
-        return carry_out(data, folder, config, run, run_identity, saved, called, base, accepted, always_probe)
+        result = carry_out(data, folder, config, run, run_identity, saved, called, base, accepted, always_probe, ranks)
+        assert result is not None, "the first process has the result"
+        return result
 
 
 def check_recipe(data: Mixture, folder: Path, config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from k5cache.shared.files import write_whole
 from k5train.data.mixture import Mixture
 from k5train.data.split import held_out_rows, probe_rows
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.pictures.drawings import drawings_for, draws_any
 from k5train.runs.folder import Run
 from k5train.runs.loss_curve import draw_losses
@@ -42,19 +43,23 @@ class Validation:
     Args:
         data: from ``split_off``.
         always_probe: measure the probe loss before the first step and after the last also without a split.
+        ranks: the processes that share the work.
 
     Raises:
         CacheError: a prompt or a pair to draw is not in the cache.
         RecipeError: guidance needs empty instructions, and the cache has none.
     """
 
-    def __init__(self, data: Mixture, folder: Path, config: TrainConfig, run: Run, always_probe: bool = False) -> None:
-        self.config, self.run = config.validation, run
+    def __init__(
+        self, data: Mixture, folder: Path, config: TrainConfig, run: Run, always_probe: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.ranks = config.validation, run, ranks
         self._objective = objective_of(config)
         self._curve_due_at = -math.inf
         held_out = data.sources[0].split
         drawings = drawings_for(data.first, self.config, held_out) if draws_any(data.first, self.config) else []
-        self.painter = Painter(drawings, folder, config, run) if drawings else None
+        self.painter = Painter(drawings, folder, config, run, ranks) if drawings else None
         scaling_factor = read_config(folder, "vae")["scaling_factor"]
         of_subject, of_prior = held_out_rows(data)
         is_probed = self.config.split or always_probe
@@ -96,7 +101,7 @@ class Validation:
         is_wanted = bool(progress.step) or self.config.before
         if self.painter and is_wanted and _is_due("pictures", progress, self.config.every, is_last):
             self.draw(session, progress, metrics, bars)
-        if is_last or time.monotonic() >= self._curve_due_at:
+        if self.ranks.is_first and (is_last or time.monotonic() >= self._curve_due_at):
             self._draw_curve()
 
     def _measured(self, session: Session, predict: Predict, step: int, bars: Bars) -> dict[str, Any]:
@@ -110,7 +115,7 @@ class Validation:
         num_passes = sum(loss.num_passes for loss in (*self.losses.values(), of_average) if loss)
         task = bars.add_task("held-out loss" if HELD_OUT in self.losses else "probe loss", total=num_passes,
                              unit="step", note="")  # fmt: skip
-        arguments = predict, session.base.device, partial(bars.advance, task)
+        arguments = predict, session.base.device, partial(bars.advance, task, self.ranks.size), self.ranks
         measured: dict[str, Any] = {}
         with session.settled():
             for name, loss in self.losses.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import ALONE, Ranks
 from k5train.planning.memory import Plan
 from k5train.planning.plan import largest_sizes, plan_training
 from k5train.planning.saved_plan import SavedPlan, read_saved_plan
@@ -26,12 +28,14 @@ def decide_plan(
     device: torch.device,
     saved: SavedState | None,
     shared: Plan | None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """The memory plan of a run. It is decided once, before anything is loaded.
 
     Args:
         saved: the state that the run resumes from. A deterministic run also resumes with the plan in it.
         shared: the plan of the base that the run shares with the other runs of a sweep.
+        ranks: the processes that train together. All plan for the GPU with the least VRAM.
 
     Raises:
         DoesNotFit: no plan fits, or there is no room for the saved plan.
@@ -45,7 +49,14 @@ def decide_plan(
         )
     if shared is not None:
         return plan_on_shared_base(shared, saved_plan)
-    return plan_training(folder, config, device, largest_sizes(*(source.cache for source in data.sources)), saved_plan)
+    sizes = largest_sizes(*(source.cache for source in data.sources))
+    return plan_training(folder, config, device, sizes, saved_plan, partial(_least, ranks))
+
+
+def _least(ranks: Ranks, budget: int | None) -> int | None:
+    """The least budget of all processes."""
+    budgets = [one for one in ranks.gather(budget) if one is not None]
+    return min(budgets, default=None)
 
 
 def plan_on_shared_base(shared: Plan, saved_plan: SavedPlan | None) -> Plan:

@@ -1,0 +1,307 @@
+"""How do the processes of a run find each other, add up their gradients, and end together?
+
+torch's store brings them together, ``channel.py`` carries what is said on the host, and NCCL, or gloo on CPUs, adds up
+gradients. Whoever waits for the others asks the channel meanwhile, because NCCL itself waits for a dead one forever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from k5cache.shared import console, disk_errors, interrupt, system
+from k5cache.shared.errors import K5Error, RunError
+from k5train.parallel import channel as channels
+from k5train.parallel.channel import DONE, FAILED, STOPPED, Channel
+from k5train.parallel.ranks import RankLost, Ranks
+from k5train.parallel.world import World, gpu_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed.distributed_c10d import Store
+
+T = TypeVar("T")
+SECONDS_TO_COME = 120.0
+_POLL = 0.0005  # seconds; an update takes a hundred times that
+_CHUNK = 1 << 24  # elements that are gathered from all processes at once: 64 MB from each
+# NCCL's own watchers would end the process before the run's state is saved.
+_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+class Together(Ranks):
+    """One of several processes.
+
+    Args:
+        store: of torch, by which the processes find each other.
+    """
+
+    def __init__(self, world: World, channel: Channel, store: Store) -> None:
+        self.rank, self.size, self.gpus = world.rank, world.size, world.size if world.is_launched else None
+        self.channel, self._store = channel, store
+        self._device: torch.device | None = None
+        self._is_deterministic = False
+        self._backend = "gloo"
+
+    def agree(self, value: T) -> T:
+        """As ``Ranks``."""
+        agreed: T = json.loads(self.channel.broadcast(json.dumps(value).encode()))
+        return agreed
+
+    def gather(self, value: Any) -> list[Any]:
+        """As ``Ranks``. Also tells the others if this process was asked to stop."""
+        own = json.dumps({"value": value, "stop": interrupt.is_pending()}).encode()
+        everyones = self.channel.broadcast(b"[" + b",".join(self.channel.collect(own)) + b"]")
+        parts = json.loads(everyones)
+        self.is_stopping = any(part["stop"] for part in parts)
+        return [part["value"] for part in parts]
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """As ``Ranks``."""
+        return self.channel.collect(data)
+
+    def connect(self, device: torch.device, is_deterministic: bool) -> None:
+        """As ``Ranks``.
+
+        Raises:
+            RunError: NCCL or gloo cannot connect the processes; with the first line of what it said.
+        """
+        import torch
+        from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        card = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+        cards = self.gather([socket.gethostname(), card])
+        are_apart = len({tuple(c) for c in cards}) == self.size
+        is_nccl = device.type == "cuda" and are_apart and distributed.is_nccl_available()
+        if device.type == "cuda" and not are_apart and self.is_first:
+            console.warn("Several processes train on one GPU: they take turns, and it is not faster than one")
+        for name, value in _NCCL.items():
+            os.environ.setdefault(name, value)
+        self._backend, self._device, self._is_deterministic = "nccl" if is_nccl else "gloo", device, is_deterministic
+        with self._named():
+            distributed.init_process_group(
+                self._backend, store=PrefixStore("k5", self._store), rank=self.rank, world_size=self.size,
+                timeout=timedelta(minutes=30),
+            )  # fmt: skip
+        ones = torch.ones(8, device=device)
+        self.add_up(ones)  # makes the connections
+        self.wait_for_device()
+        if ones[0].item() != self.size:
+            raise RunError(f"{self._backend} adds up wrongly: {self.size} ones give {ones[0].item():g}", _NCCL_ADVICE)
+
+    def add_up(self, values: Tensor) -> None:
+        """As ``Ranks``.
+
+        Two numbers have the same sum in either order, and three do not. So a deterministic run of more than two
+        processes gathers the values and adds them up in the order of the ranks.
+        """
+        import torch
+        from torch import distributed
+
+        if self.size == 2 or not self._is_deterministic:
+            self._do(lambda: distributed.all_reduce(values, async_op=True))
+            return
+        for chunk in torch.split(values, _CHUNK):
+            parts = [torch.empty_like(chunk) for _ in range(self.size)]
+            self._do(lambda parts=parts, chunk=chunk: distributed.all_gather(parts, chunk, async_op=True))  # type: ignore[misc]
+            chunk.copy_(parts[0])
+            for part in parts[1:]:
+                chunk.add_(part)
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """As ``Ranks``."""
+        from torch import distributed
+
+        for tensor in tensors:
+            self._do(lambda tensor=tensor: distributed.broadcast(tensor.detach(), 0, async_op=True))  # type: ignore[misc]
+        self.wait_for_device()
+
+    def wait_for_device(self) -> None:
+        """As ``Ranks``."""
+        if self._device is None or self._device.type != "cuda":
+            self.channel.check()
+            return
+        import torch
+
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._until(event.query)
+
+    def end(self, kind: str, problem: str = "", fix: str = "") -> None:
+        """Say to the others how this process ends, and leave them."""
+        from torch import distributed
+
+        self.channel.end(kind, problem, fix)
+        if distributed.is_initialized():
+            if kind == DONE:
+                distributed.destroy_process_group()
+            else:
+                self._abort()
+
+    def _do(self, start: Callable[[], Any]) -> None:
+        with self._named():
+            work = start()
+        if self._backend == "gloo":
+            self._until(work.is_completed)
+        with self._named():
+            work.wait()  # of NCCL it is the stream that waits, and wait_for_device that notices if it does so forever
+
+    def _until(self, is_done: Callable[[], bool]) -> None:
+        try:
+            with self._named():
+                while not is_done():
+                    self.channel.check()
+                    time.sleep(_POLL)
+        except BaseException:
+            self._abort()  # else the GPU waits on, and nothing could be saved
+            raise
+
+    def _abort(self) -> None:
+        from torch import distributed
+
+        if self._backend == "nccl" and distributed.is_initialized():
+            with suppress(RuntimeError, ValueError, AttributeError):
+                distributed.distributed_c10d._abort_process_group()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn an error of NCCL or gloo into who has died, or else into two lines."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's errors are of this type
+            self.channel.wait_for_news(10)
+            raise lost_connection(self._backend, error) from error
+
+
+_NCCL_ADVICE = "Set NCCL_DEBUG=INFO to see more, and NCCL_P2P_DISABLE=1 to try without direct copies between the GPUs"
+
+
+def lost_connection(backend: str, error: Exception) -> RankLost:
+    """The error for what NCCL or gloo said, which is a page long."""
+    lines = [
+        line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception raised")
+    ]
+    of_nccl = [line for line in lines if line.startswith(("Last error", "ncclUnhandled", "ncclSystem", "ncclInternal"))]
+    last = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []
+    words = " ".join([*lines[:1], *of_nccl[:1], *last])[:300]
+    return RankLost(
+        f"The processes of this run lost each other: {backend}: {words}",
+        _NCCL_ADVICE if backend == "nccl" else "Set GLOO_SOCKET_IFNAME to the network interface that they share",
+    )
+
+
+@contextmanager
+def joined(world: World, device: str) -> Iterator[Together]:
+    """Find the other processes, and tell them how this one ends.
+
+    Args:
+        device: ``train.device``.
+
+    Raises:
+        RunError: another process failed, died or did not come; a port is taken. On another process than the first it
+            names the rank.
+        SystemExit: the first process has said why it ended. It prints it.
+    """
+    os.environ.update(gpu_of(world, device))
+    if world.rank:
+        console.err.quiet = console.out.quiet = True
+    _follow_parent(world)
+    ranks: Together | None = None
+    try:
+        ranks = _meet(world)
+        yield ranks
+    except BaseException as error:
+        if ranks is not None:
+            ranks.end(*_words_of(error))
+        _answer(world, error)
+    ranks.end(DONE)
+
+
+def _words_of(error: BaseException) -> tuple[str, str, str]:
+    """How a process ends by an error, for the others."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED, "", ""
+    if answer := _two_lines(error):
+        return FAILED, *answer
+    first = (str(error).strip() or "no message").splitlines()[0][:200]
+    return FAILED, f"{type(error).__name__}: {first}", "Its own output has the traceback"
+
+
+def _answer(world: World, error: BaseException) -> NoReturn:
+    """Raise what this process's own command line is to say."""
+    if world.rank == 0:
+        raise error
+    if isinstance(error, RankLost) and error.is_told:
+        raise SystemExit(2) from error
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    console.err.quiet = False
+    if answer := _two_lines(error):
+        raise RunError(f"Rank {world.rank}: {answer[0]}", answer[1]) from error
+    raise error
+
+
+def _two_lines(error: BaseException) -> tuple[str, str] | None:
+    """The problem and the fix of an error that a command line prints as two lines; None if it is a bug."""
+    if isinstance(error, K5Error):
+        return error.problem, error.fix
+    return disk_errors.sentence(error) if isinstance(error, Exception) else None
+
+
+def _meet(world: World) -> Together:
+    from torch.distributed import DistError
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=SECONDS_TO_COME)))
+        return Together(world, _channel(world, store), store)
+    except (DistError, OSError, ValueError) as error:
+        raise _did_not_meet(world, error) from error
+
+
+def _channel(world: World, store: Store) -> Channel:
+    address = os.environ["MASTER_ADDR"]
+    if world.rank == 0:
+        is_here = world.local_size == world.size
+        host = "127.0.0.1" if is_here else ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        listener, port, word = channels.listen(host)
+        store.set("k5-channel", json.dumps([host if is_here else address, port, word]))
+        return channels.accept(listener, word, world.size, SECONDS_TO_COME)
+    host, port, word = json.loads(store.get("k5-channel"))
+    return channels.call(host, port, word, world.rank, world.size, os.getpid(), SECONDS_TO_COME)
+
+
+def _did_not_meet(world: World, error: Exception) -> RunError:
+    address, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+    words = str(error).partition("\n")[0][:200]
+    if "EADDRINUSE" in words or "address already in use" in words.lower():
+        return RunError(
+            f"Port {port} of {address} is taken, by which the {world.size} processes were to find each other",
+            "Run it again" if world.is_launched else "Give torchrun another one: --master-port 29501",
+        )
+    return RunError(
+        f"The {world.size} processes of this run did not find each other at {address}, port {port}: {words}",
+        "Look at what the others printed; each must reach that address",
+    )
+
+
+def _follow_parent(world: World) -> None:
+    """Stop this process if the one that started it by ``--gpus`` dies: the pipe that is its input then ends."""
+    if not world.is_launched or sys.stdin is None:
+        return
+
+    def wait() -> None:
+        with suppress(OSError, ValueError):
+            os.read(sys.stdin.fileno(), 1)  # not through Python's buffer, whose lock a thread must not hold at exit
+        system.interrupt()
+
+    threading.Thread(target=wait, name="k5-parent", daemon=True).start()

@@ -1,0 +1,218 @@
+"""Training on several processes: the numbers of one that accumulates, one writer, and an end that says which one died.
+
+gloo on the CPU stands for NCCL on GPUs; tests/gpu/test_parallel_gpu.py has those.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from k5cache.shared.errors import K5Error, RunError
+from k5train.parallel import launch as launching
+from k5train.parallel.ranks import ALONE, united
+from k5train.parallel.world import World, gpu_of, world_of
+from k5train.runs.folder import Run
+from k5train.runs.resume_state import latest_state
+from tests.ranks import Ranks
+from tests.runs import lora_of, metrics_of, numbers, same, state_of
+
+# The toy has three buckets and captions of four lengths. All that is shared out is on.
+RECIPE = """
+[model]
+path = "{model}"
+[train]
+steps = 4
+batch_size = 2
+checkpoint_every = 100
+base_model_precision = "no_change"
+mixed_precision = "fp32"
+device = "cpu"
+unequal_captions = "mask"
+[train.lora]
+rank = 2
+targets = ["qkv"]
+[train.optim]
+lr = 1e-2
+warmup_steps = 2
+ema_decay = 0.9
+[train.objective]
+stratified_sigmas = true
+[train.tread]
+routes = [{{selection_ratio = 0.5, start_layer_idx = 1, end_layer_idx = -1}}]
+[train.validation]
+split = 0.2
+held_out_every = 2
+prompts = ["a red fox in the snow", "blurry", "“nothing” but noise &amp; grain"]
+num_inference_steps = 2
+width = 64
+height = 64
+before = false
+every = 100
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    processes = Ranks(tmp_path_factory.mktemp("output"))
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, toy_model, toy_cache):
+    """``words(folder, option...)``: the command line of a run."""
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=toy_model), encoding="utf-8")
+
+    def line(root: Path, *options: str) -> list[str]:
+        sets = [word for option in options for word in ("--set", f"train.{option}")]
+        return ["run", str(toy_cache("fp32")), "-r", str(recipe), "-o", str(root), *sets]
+
+    return line
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, ranks, words) -> Path:
+    """A run of two processes, deterministic."""
+    root = tmp_path_factory.mktemp("two") / "two"
+    ended = ranks(*[words(root, "deterministic=true")] * 2)
+    assert ended.codes == [0, 0], ended.said
+    assert ended.said[1] == ""  # only the first one talks
+    return root
+
+
+def pictures_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("samples/**/*.png"))}
+
+
+def test_two_processes_train_bit_for_bit_what_one_does_that_accumulates_two_batches(tmp_path, two, ranks, words):
+    one = tmp_path / "two"  # the same name, which is in the LoRA
+    assert ranks(words(one, "deterministic=true", "gradient_accumulation_steps=2")).codes == [0]
+    # A sum of two numbers has no order, so every bit is the same; of more it would be the same within rounding.
+    assert same(state_of(two), state_of(one))
+    assert same(lora_of(two), lora_of(one))
+    assert numbers_of(two) == numbers_of(one)
+    assert {row["num_rows"] for row in metrics_of(two) if "loss" in row} > {4}  # buckets leave batches of one row too
+    assert len(pictures_of(two)) == 6  # three prompts, and the average's
+    assert pictures_of(two) == pictures_of(one)
+
+
+def numbers_of(root: Path) -> list[dict]:
+    return numbers(metrics_of(root))
+
+
+def test_a_process_that_is_killed_ends_the_run_with_its_state_saved_and_it_goes_on_on_one_or_two(
+    tmp_path, two, ranks, words
+):
+    for name, count in (("again", 2), ("alone", 1)):
+        root = tmp_path / name / "two"
+        ended = ranks(*[words(root, f"deterministic={json.dumps(count == 2)}")] * 2, at=(1, 2, "kill"))
+        assert ended.codes == [2, -9]
+        assert ended.seconds < 30
+        assert "error: Rank 1 (process " in ended.said[0]
+        assert "ended without a word" in ended.said[0]
+        assert "saved at step 2" in ended.said[0]
+        assert "Traceback" not in ended.said[0]
+        saved = latest_state(Run(root).state)
+        assert saved is not None
+        assert (saved.progress.step, saved.facts["ranks"]) == (2, 2)
+        assert ranks(*[["resume", root]] * count).codes == [0] * count
+        assert same(state_of(root), state_of(two))  # one process does two batches in turn: as above
+        assert numbers_of(root) == numbers_of(two)
+
+
+def test_a_deterministic_run_does_not_go_on_with_another_number_of_processes(two, ranks):
+    ended = ranks(["resume", two, "--step", "4", "--set", "train.steps=6"])
+    assert ended.codes == [2]
+    assert "is deterministic and was trained on 2 GPUs" in ended.said[0]
+    assert "--gpus 2" in ended.said[0]
+
+
+def test_ctrl_c_at_one_process_stops_all_after_the_same_step_and_an_error_of_one_names_it(tmp_path, ranks, words):
+    root = tmp_path / "run"
+    ended = ranks(*[words(root)] * 2, at=(1, 1, "stop"))
+    assert ended.codes == [130, 130]
+    assert "Stopped and saved at step 2" in ended.said[0]
+    ended = ranks(*[words(root)] * 2, at=(1, 2, "fail"))  # which went on with the run
+    assert ended.codes == [2, 1]
+    assert "error: Rank 1 (process " in ended.said[0]
+    assert "ValueError: of a bug" in ended.said[0]
+    ended = ranks(*[words(root)] * 2, at=(0, 3, "kill"))
+    assert ended.codes == [-9, 2]
+    assert "Rank 1: Rank 0 (on 127.0.0.1) ended without a word" in ended.said[1]
+
+
+def test_processes_that_were_given_other_recipes_or_see_another_run_are_refused_before_any_work(
+    tmp_path, two, ranks, words
+):
+    ended = ranks(words(tmp_path / "run"), words(tmp_path / "run", "seed=7"))
+    assert ended.codes == [2, 2]
+    assert "Rank 1 does not see what rank 0 sees: train.seed: 42, there 7" in ended.said[0]
+    assert not (tmp_path / "run").exists()
+    ended = ranks(*[words(two, "deterministic=true", "seed=7")] * 2)  # the first one refuses
+    assert ended.codes == [2, 2]
+    assert "error:" in ended.said[0]
+    assert ended.said[1] == ""
+
+
+def test_torchruns_variables_say_which_process_this_is_and_which_gpu_is_its_own(monkeypatch):
+    assert world_of({}) is None
+    assert world_of({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert world_of(env) == World(5, 8, 1, 4)
+    with pytest.raises(RunError, match="are no numbers"):
+        world_of({"RANK": "x", "WORLD_SIZE": "2"})
+    world = World(1, 2, 1, 2)
+    monkeypatch.setattr("k5train.parallel.world.visible_gpus", lambda env: ("GPU-a", "GPU-b"))
+    assert gpu_of(world, "auto", {}) == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
+    assert gpu_of(world, "cpu", {}) == {}
+    with pytest.raises(RunError, match="device=cuda:1 is one GPU"):
+        gpu_of(world, "cuda:1", {})
+    with pytest.raises(RunError, match="3 processes were started on this machine, and it has 2 GPUs"):
+        gpu_of(World(2, 3, 2, 3), "auto", {})
+
+
+def test_items_that_were_dealt_out_come_back_in_their_order():
+    items = list(range(7))
+    assert list(united([items[rank::3] for rank in range(3)])) == items
+    assert ALONE.unite(ALONE.share(items)) == items
+
+
+SCRIPT = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+print("out", rank, flush=True)
+print("err", rank, file=sys.stderr, flush=True)
+if rank == 1:
+    os.kill(os.getpid(), 9)
+time.sleep(0.5)
+sys.exit(2)
+"""
+
+
+def test_gpus_starts_a_process_each_of_which_the_first_has_the_terminal(capfd, monkeypatch):
+    assert launching.launch([sys.executable, "-S", "-c", SCRIPT], 2) == 2
+    out, err = capfd.readouterr()
+    assert out == "out 0\n"
+    assert "err 0" in err
+    assert "rank 1: err 1" in err
+    script = SCRIPT.replace("rank == 1", "rank == 0")
+    with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
+        launching.launch([sys.executable, "-S", "-c", script], 2)
+    assert launching.launch([sys.executable, "-S", "-c", "pass"], 2) == 0
+    # One that does not end by itself, after another one failed, is ended.
+    monkeypatch.setattr(launching, "PATIENCE", 0.3)
+    waits = "import os, time; os.environ['RANK'] == '1' and os._exit(1); time.sleep(60)"
+    with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
+        launching.launch([sys.executable, "-S", "-c", waits], 2)
+
+
+def test_a_deterministic_sum_over_three_processes_is_in_the_order_of_their_ranks(ranks):
+    ended = ranks(["add-up"], ["add-up"], ["add-up"])
+    assert ended.codes == [0, 0, 0], ended.said
+    # In float32 1 + 1e8 is 1e8. Any other order of the first sum would give 1.
+    assert ended.said == ["[[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]\n"] * 3
