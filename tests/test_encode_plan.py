@@ -351,9 +351,13 @@ def test_planning_ten_thousand_unchanged_images_takes_well_under_a_second():
     for i in range(10_000):
         folder.put(f"{i:05}.jpg", str(i), f"a photo of number {i}")
     folder.encode()
-    started = time.process_time()
-    assert summary(folder.plan()) == {}
-    assert time.process_time() - started < 0.9  # 0.2 s measured
+
+    def seconds() -> float:
+        started = time.process_time()
+        assert summary(folder.plan()) == {}
+        return time.process_time() - started
+
+    assert min(seconds() for _ in range(3)) < 0.9  # 0.3 s measured; twice that beside ten other processes
 
 
 def test_planning_needs_no_torch():

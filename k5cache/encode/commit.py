@@ -19,6 +19,7 @@ from k5cache.shared import interrupt
 from k5cache.shared.errors import CacheError
 from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
 from k5cache.store.index import IndexRows, index_rows, read_index, with_index
+from k5cache.store.keys import Keys
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
 from k5cache.store.manifest import Edit, IndexInfo, LeftOut, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
@@ -34,13 +35,14 @@ class Committer:
         self.root, self.manifest, self.shard_bytes = root, manifest, shard_bytes
         self._located: pa.Table | None = None
 
-    def keys(self, kind: ShardKind) -> set[str]:
+    def keys(self, kind: ShardKind) -> Keys:
         """Keys of every committed row of this kind. Reads the footers of shards that no index names yet."""
         if self._located is None:
             self._located = locate(self.root, self.manifest.shards, self.manifest.locations)
         shards = self.manifest.shards
         numbers = pa.array([i for i, shard in enumerate(shards) if shard.kind == kind], pa.int32())
-        return set(self._located.filter(pc.is_in(self._located["shard"], numbers))["key"].to_pylist())
+        located = self._located.filter(pc.is_in(self._located["shard"], value_set=numbers))
+        return Keys(located["key"].combine_chunks())
 
     @contextmanager
     def shards(self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None) -> Iterator[Append]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from k5cache.buckets import Framing, Geometry
 from k5cache.encode.previous_index import PreviousIndex
 from k5cache.encode.wanted import Picture, Probes, Wanted
 from k5cache.sources.items import PictureFile, Skipped, SourceItem, UnreadableImage
-from k5cache.store.index import IndexRow
 
 
 @dataclass(frozen=True)
@@ -25,33 +24,27 @@ class Image:
     """The picture before the edit, for image-to-image."""
 
 
-def examine_images(
-    wanted: Wanted, previous: PreviousIndex, probes: Probes, rehash: bool
-) -> tuple[list[Image], list[Skipped]]:
-    """The images that can be used, and those that cannot. A file is read only if its stat is not that in the index."""
-    images: list[Image] = []
-    unreadable: list[Skipped] = []
+def examine_images(wanted: Wanted, previous: PreviousIndex, probes: Probes, rehash: bool) -> Iterator[Image | Skipped]:
+    """Look at each image; one that cannot be used is ``Skipped``. A file is read only if its stat is not that in the
+    index."""
     crops, sources = _Crops(wanted.framing), _Sources(previous, probes.source, rehash)
     for item in wanted.items:
-        row = None if rehash else previous.same_file(item)
+        known = None if rehash else previous.same_file(item)
         try:
-            identity = probes.image(item) if row is None else (row.content_hash, row.width, row.height)
-            content_hash, width, height = identity
+            content_hash, width, height = known or probes.image(item)
             geometries = crops.of(width, height, content_hash)
             mask_hash = None if rehash else previous.mask_hash(item)
             if item.mask and mask_hash is None:
                 mask_hash = probes.mask(item, width, height)
             source = sources.of(item.source) if item.source else None
         except UnreadableImage as error:
-            unreadable.append(Skipped(item.path, error.reason, error.is_lasting))
+            yield Skipped(item.path, error.reason, error.is_lasting)
         else:
-            images.append(Image(item, content_hash, geometries, mask_hash, source))
-    return images, unreadable
+            yield Image(item, content_hash, geometries, mask_hash, source)
 
 
-def num_unknown(items: Sequence[SourceItem], rows: Iterable[IndexRow], rehash: bool = False) -> int:
+def num_unknown(items: Sequence[SourceItem], previous: PreviousIndex, rehash: bool = False) -> int:
     """How many pictures of ``items`` ``examine_images`` will probe, given the previous index."""
-    previous = PreviousIndex(rows, items)
     sources = {item.source for item in items if item.source}
     return sum(rehash or previous.same_file(item) is None for item in items) + sum(
         rehash or previous.same_source(source) is None for source in sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from k5cache.buckets import Bucket
 from k5cache.encode import estimate
 from k5cache.encode.job import Job, LatentJob, MaskJob
 from k5cache.encode.one_encoder import one_encoder
+from k5cache.encode.planned_jobs import at
 from k5cache.encode.precision import torch_dtype
 from k5cache.encode.sink import RowSink
 from k5cache.encode.write_rows import row_writer
@@ -35,9 +37,9 @@ def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) ->
     """
     if not latent_jobs:
         return {}
-    by_bucket: dict[Bucket, list[LatentJob]] = {}
-    for latent_job in latent_jobs:
-        by_bucket.setdefault(latent_job.geometry.bucket, []).append(latent_job)
+    by_bucket: dict[Bucket, array[int]] = {}
+    for place, latent_job in enumerate(latent_jobs):
+        by_bucket.setdefault(latent_job.geometry.bucket, array("q")).append(place)
     failed: dict[str, UnreadableImage] = {}
     planned = estimate.plan_vae(job.folder, job.config, job.device, job.vram, latent_jobs).vram
     with (
@@ -45,9 +47,9 @@ def encode_latents(job: Job, sink: RowSink, latent_jobs: Sequence[LatentJob]) ->
         job.progress_bar("VAE", len(latent_jobs), "image") as advance,
     ):
         vae = Vae(job, latent_jobs)
-        for bucket, jobs_of_bucket in sorted(by_bucket.items()):
+        for bucket, places in sorted(by_bucket.items()):
             advance(0, f"VAE: {bucket.name}")
-            encode_bucket(job, sink, bucket, jobs_of_bucket, vae, failed, advance)
+            encode_bucket(job, sink, bucket, at(latent_jobs, places), vae, failed, advance)
     return failed
 
 

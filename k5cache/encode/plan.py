@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
 
 from k5cache.buckets import Geometry, is_turned, source_geometry
 from k5cache.encode.examined import Image, examine_images, mask_reason, source_reason
 from k5cache.encode.job import LatentJob, MaskJob, TextJob, no_sources
 from k5cache.encode.keys import canonical, latent_key_of, mask_key
+from k5cache.encode.planned_jobs import latent_jobs_of
 from k5cache.encode.previous_index import PreviousIndex, captions_hash, mask_stat
 from k5cache.encode.text_keys import Seen, TextKeys
 from k5cache.encode.wanted import ExaminedEdit, Probes, Stored, Wanted
 from k5cache.sources.items import Content, Flawed, Skipped, SourceItem
-from k5cache.store.geometry import geometry_of, source_of_row
-from k5cache.store.index import IndexRow
+from k5cache.store.geometry import source_of_row
+from k5cache.store.index import IndexRow, IndexRows
 from k5cache.store.manifest import Edit
 
 
@@ -22,9 +25,9 @@ from k5cache.store.manifest import Edit
 class Plan:
     """What the cache will hold (``rows``), and what must be computed for it (the jobs, one per key)."""
 
-    rows: tuple[IndexRow, ...]
-    latent_jobs: tuple[LatentJob, ...]
-    text_jobs: tuple[TextJob, ...]
+    rows: IndexRows
+    latent_jobs: Sequence[LatentJob]
+    text_jobs: Sequence[TextJob]
     mask_jobs: tuple[MaskJob, ...]
     prompts: dict[str, str]
     """Raw prompt to text key."""
@@ -58,93 +61,127 @@ class Plan:
     """A source by its path in a job: of an item or of a pair to draw."""
 
 
-def make_plan(wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = False) -> Plan:
+def make_plan(
+    wanted: Wanted, stored: Stored, probes: Probes, rehash: bool = False, previous: PreviousIndex | None = None
+) -> Plan:
     """Compare a source with the cache that was made of it.
 
     Args:
         rehash: probe every item, also those whose size, time and inode are the ones in the index.
+        previous: the index of ``stored``, if it was looked up before.
     """
-    previous = PreviousIndex(stored.rows, wanted.items)
-    keys = _Keys(wanted, stored.latents, TextKeys(wanted.text_recipe, probes.clean, stored, previous))
+    previous = previous or PreviousIndex(stored.rows, wanted.items, stored.texts)
+    keys = _Keys(wanted, TextKeys(wanted.text_recipe, probes.clean, stored, previous))
     prompts = {prompt: keys.texts.of_prompt(prompt) for prompt in wanted.prompts}
-    images, unreadable = examine_images(wanted, previous, probes, rehash)
-    rows: list[IndexRow] = []
-    failed: dict[str, str] = {}
-    for image in images:
-        rows_of_image = [keys.row(image, geometry) for geometry in image.geometries]
-        known = {key: stored.failed[key] for key in _image_keys(rows_of_image) if key in stored.failed}
-        failed |= known
-        if not rows_of_image[0].caption_keys:  # such as ``&nbsp;``: it would be trained on as if it were dropped
-            unreadable.append(Skipped(image.item.path, "empty caption"))
-        elif known:
-            unreadable.append(_skipped_again(image.item, rows_of_image, known))
-        else:
-            rows += rows_of_image
+    met = _Met(stored)
+    images = examine_images(wanted, previous, probes, rehash)
+    rows = IndexRows.of(met.rows(images, keys), 2 if any(item.source for item in wanted.items) else 1)
     edits = (*wanted.kept_edits, *(keys.edit(edit) for edit in wanted.edits))
     changes = previous.changes(rows)
-    needed_texts = {key for row in rows for key in row.text_keys} | {*prompts.values()}
-    needed_texts |= {key for edit in edits for key in edit.text_keys}
-    classes = {key: keys.classes[key] for row in rows for key in row.caption_keys if key in keys.classes}
-    needed_texts |= {*classes.values()}
-    needed_latents = {key for row in rows for key in row.latent_keys} | {edit.source_key for edit in edits}
+    captions = {*rows.keys("caption_keys").to_pylist()} if keys.classes else set()
+    classes = {key: of_class for key, of_class in keys.classes.items() if key in captions}
+    others = [*prompts.values(), *(key for edit in edits for key in edit.text_keys), *classes.values()]
+    needed_texts = pa.concat_arrays([rows.text_keys, pa.array(others, pa.string())])
+    sources = [edit.source_key for edit in edits]
+    latent_jobs, num_reused_latents = latent_jobs_of(rows, sources, keys.jobs_of_edits, stored.latents)
+    text_jobs, num_reused_texts = keys.texts.texts.jobs(needed_texts, stored.texts)
     return Plan(
-        rows=tuple(rows),
-        latent_jobs=tuple(job for key, job in keys.latent_jobs.items() if key in needed_latents),
-        text_jobs=tuple(job for key, job in keys.texts.jobs.items() if key in needed_texts and key not in stored.texts),
-        mask_jobs=_mask_jobs(images, rows, stored.masks),
+        rows=rows,
+        latent_jobs=latent_jobs,
+        text_jobs=text_jobs,
+        mask_jobs=tuple(met.mask_jobs.values()),
         prompts=prompts,
-        num_reused_latents=len(needed_latents & stored.latents),
-        num_reused_texts=len(needed_texts & stored.texts),
+        num_reused_latents=num_reused_latents,
+        num_reused_texts=num_reused_texts,
         added=changes.added,
         removed=changes.removed,
         renamed=changes.renamed,
         changed=changes.changed,
-        skipped=(*wanted.skipped, *unreadable),
-        upscaled=_paths(row for row in rows if geometry_of(row).upscaled),
-        failed=failed,
+        skipped=(*wanted.skipped, *met.unusable),
+        upscaled=tuple(met.upscaled),
+        failed=met.failed,
         edits=edits,
         classes=classes,
-        stretched=_paths(row for row in rows if row.source_path and source_of_row(row).stretched),
-        turned=_paths(row for row in rows if row.source_path and _is_turned(row)),
-        same_as_target=_paths(row for row in rows if row.source_hash == row.content_hash),
+        stretched=tuple(met.stretched),
+        turned=tuple(met.turned),
+        same_as_target=tuple(met.same_as_target),
     )
 
 
-def _is_turned(row: IndexRow) -> bool:
-    return is_turned(geometry_of(row), row.source_width, row.source_height)
+class _Met:
+    """What comes to light while images become rows. Of paths each is noted once: a flip is a row of its own."""
 
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self.unusable: list[Skipped] = []
+        self.failed: dict[str, str] = {}
+        """As in ``Plan``."""
+        self.mask_jobs: dict[str, MaskJob] = {}
+        """One job per key that is not stored."""
+        self.upscaled: dict[str, None] = {}
+        self.stretched: dict[str, None] = {}
+        self.turned: dict[str, None] = {}
+        self.same_as_target: dict[str, None] = {}
 
-def _paths(rows: Iterable[IndexRow]) -> tuple[str, ...]:
-    """Each path once: a flip is a row of its own."""
-    return tuple(dict.fromkeys(row.path for row in rows))
+    def rows(self, images: Iterable[Image | Skipped], keys: _Keys) -> Iterator[IndexRow]:
+        """The rows of the images that can be used, one after another."""
+        for image in images:
+            if isinstance(image, Skipped):
+                self.unusable.append(image)
+                continue
+            rows = [keys.row(image, geometry) for geometry in image.geometries]
+            known = {key: self._stored.failed[key] for key in _image_keys(rows) if key in self._stored.failed}
+            self.failed |= known
+            if not rows[0].caption_keys:  # such as ``&nbsp;``: it would be trained on as if it were dropped
+                self.unusable.append(Skipped(image.item.path, "empty caption"))
+            elif known:
+                self.unusable.append(_skipped_again(image.item, rows, known))
+            else:
+                for row, geometry in zip(rows, image.geometries, strict=True):
+                    self._note(image, row, geometry)
+                yield from rows
+
+    def _note(self, image: Image, row: IndexRow, geometry: Geometry) -> None:
+        if row.mask_key and image.item.mask and row.mask_key not in self._stored.masks:
+            self.mask_jobs.setdefault(
+                row.mask_key, MaskJob(row.mask_key, image.item.mask.path, geometry, row.mask_hash or "")
+            )
+        if geometry.upscaled:
+            self.upscaled[row.path] = None
+        if row.source_path:
+            if source_of_row(row).stretched:
+                self.stretched[row.path] = None
+            if is_turned(geometry, row.source_width, row.source_height):
+                self.turned[row.path] = None
+            if row.source_hash == row.content_hash:
+                self.same_as_target[row.path] = None
 
 
 class _Keys:
-    """The keys of rows and pairs to draw. What their rows would be made of is collected as jobs."""
+    """The keys of rows and pairs to draw. The texts that their rows would be made of are collected."""
 
-    def __init__(self, wanted: Wanted, stored: Set[str], texts: TextKeys) -> None:
-        self._wanted, self._stored, self.texts = wanted, stored, texts
+    def __init__(self, wanted: Wanted, texts: TextKeys) -> None:
+        self._wanted, self.texts = wanted, texts
         self._recipe = canonical(wanted.latent_recipe)
         self.classes: dict[str, str] = {}
         """Key of a caption -> that of its class caption."""
-        self.latent_jobs: dict[str, LatentJob] = {}
-        """One job per key that is not stored, in the order of first use: an image that is there twice is encoded once.
-        """
+        self.jobs_of_edits: dict[str, LatentJob] = {}
+        """By the keys of their sources' latents."""
 
     def row(self, image: Image, geometry: Geometry) -> IndexRow:
         """The index row of one crop of one image."""
         item = image.item
-        latent_key = self._latents(item.path, geometry, image.content_hash)
+        latent_key = latent_key_of(image.content_hash, geometry, self._recipe)
         seen = Seen()
         if item.source and image.source:
             of_source = source_geometry(geometry, image.source.width, image.source.height)
-            source_key = self._latents(item.source.path, of_source, image.source.content_hash, is_source=True)
+            source_key = latent_key_of(image.source.content_hash, of_source, self._recipe)
             seen = Seen.of(item.source.path, image.source, of_source, self._wanted.source_view, source_key)
-        empty = self.texts.of_empty(seen)
-        caption_keys = tuple(key for key in self.texts.of_captions(item, seen) if key != empty)
+        empty, captions = self.texts.of_empty(seen), captions_hash(item)
+        caption_keys = tuple(key for key in self.texts.of_captions(item, seen, captions) if key != empty)
         if self._wanted.class_of:
             self.classes |= self.texts.of_classes(item, seen, caption_keys, self._wanted.class_of)
-        row = _row(image, geometry, latent_key, caption_keys)
+        row = _row(image, geometry, latent_key, caption_keys, captions)
         if not item.source or not image.source:
             return row
         return replace(
@@ -165,7 +202,10 @@ class _Keys:
         picture = wanted.picture
         framing = replace(self._wanted.framing, flip=False)
         (geometry,) = framing.frame(picture.width, picture.height, picture.content_hash)
-        source_key = self._latents(wanted.path, geometry, picture.content_hash, is_source=True)
+        source_key = latent_key_of(picture.content_hash, geometry, self._recipe)
+        self.jobs_of_edits[source_key] = LatentJob(
+            source_key, wanted.path, geometry, picture.content_hash, is_source=True
+        )
         seen = Seen.of(wanted.path, picture, geometry, self._wanted.source_view, source_key)
         return Edit(
             source=wanted.source,
@@ -177,12 +217,6 @@ class _Keys:
             width=geometry.bucket.width,
             height=geometry.bucket.height,
         )
-
-    def _latents(self, path: str, geometry: Geometry, content_hash: str, is_source: bool = False) -> str:
-        key = latent_key_of(content_hash, geometry, self._recipe)
-        if key not in self._stored and key not in self.latent_jobs:
-            self.latent_jobs[key] = LatentJob(key, path, geometry, content_hash, is_source)
-        return key
 
 
 def _image_keys(rows: Sequence[IndexRow]) -> Iterator[str]:
@@ -200,21 +234,7 @@ def _skipped_again(item: SourceItem, rows: Sequence[IndexRow], failed: Mapping[s
     return Skipped(item.path, mask_reason(item.mask.path if item.mask else "", next(iter(failed.values()))))
 
 
-def _mask_jobs(images: Sequence[Image], rows: Sequence[IndexRow], stored: Set[str]) -> tuple[MaskJob, ...]:
-    """One job per key that is not stored."""
-    paths = {image.item.path: image.item.mask.path for image in images if image.item.mask}
-    firsts: dict[str, IndexRow] = {}
-    for row in rows:
-        if row.mask_key:
-            firsts.setdefault(row.mask_key, row)
-    return tuple(
-        MaskJob(key, paths[row.path], geometry_of(row), row.mask_hash or "")
-        for key, row in firsts.items()
-        if key not in stored
-    )
-
-
-def _row(image: Image, geometry: Geometry, latent_key: str, caption_keys: tuple[str, ...]) -> IndexRow:
+def _row(image: Image, geometry: Geometry, latent_key: str, caption_keys: tuple[str, ...], captions: str) -> IndexRow:
     """The index row of one crop of one image, without its source."""
     item = image.item
     mask_num_bytes, mask_mtime_ns, mask_inode = mask_stat(item)
@@ -240,5 +260,5 @@ def _row(image: Image, geometry: Geometry, latent_key: str, caption_keys: tuple[
         mask_num_bytes=mask_num_bytes,
         mask_mtime_ns=mask_mtime_ns,
         mask_inode=mask_inode,
-        captions_hash=captions_hash(item),
+        captions_hash=captions,
     )

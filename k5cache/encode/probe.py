@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from k5cache.encode.commit import Committer
 from k5cache.encode.edits import reader, sort_edits
 from k5cache.encode.examined import num_unknown
 from k5cache.encode.plan import Plan, make_plan
+from k5cache.encode.previous_index import PreviousIndex
 from k5cache.encode.request import ListedRequest
 from k5cache.encode.source_note import decoders
 from k5cache.encode.wanted import Probes, Stored, Wanted
@@ -49,8 +50,8 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
         kept_edits=edits.kept,
         edits=edits.examined,
     )
-    progress = _ProbeProgress(bars, num_unknown(listing.items, stored.rows, rehash))
-
+    previous = PreviousIndex(stored.rows, listing.items, stored.texts)
+    progress = _ProbeProgress(bars, lambda: num_unknown(listing.items, previous, rehash))
     flawed: list[items.Flawed] = []
 
     def probe_image(item: items.SourceItem) -> tuple[str, int, int]:
@@ -71,7 +72,7 @@ def plan_request(request: ListedRequest, committer: Committer, rehash: bool, bar
         return masks.check(listing.read, item, width, height)
 
     probes = Probes(probe_image, probe_mask, progress.clean, probe_source)
-    plan = make_plan(wanted, stored, probes, rehash)
+    plan = make_plan(wanted, stored, probes, rehash, previous)
     progress.end()
     return replace(plan, flawed=tuple(flawed), read_source=reader(listing.read_source, edits.examined))
 
@@ -86,8 +87,8 @@ def _has_same_classes(request: ListedRequest) -> bool:
 class _ProbeProgress:
     """Shows what planning is doing: importing diffusers, which takes seconds, and a bar while images are read."""
 
-    def __init__(self, bars: Progress | None, num_images: int) -> None:
-        self._bars, self._num_images = bars, num_images
+    def __init__(self, bars: Progress | None, count_images: Callable[[], int]) -> None:
+        self._bars, self._count_images = bars, count_images
         self._task: TaskID | None = None
 
     def clean(self, caption: str) -> str:
@@ -103,7 +104,7 @@ class _ProbeProgress:
     def one_image(self) -> Iterator[None]:
         """Advance the bar when the image is read; the first image shows the bar."""
         if self._bars and self._task is None:
-            self._task = self._bars.add_task("hashing images", total=self._num_images, unit="image", note="")
+            self._task = self._bars.add_task("hashing images", total=self._count_images(), unit="image", note="")
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ This file imports nothing heavy: an encode with nothing to do ends within a seco
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 from k5cache.encode.job import TextJob
@@ -54,18 +54,21 @@ def note_truncated(
     before: LeftOut,
     truncated: Sequence[tuple[str, int]],
     text_jobs: Sequence[TextJob],
-    needed: Set[str] | None = None,
+    needed: Callable[[Set[str]], Set[str]] | None = None,
 ) -> tuple[tuple[str, int, str], ...]:
     """``LeftOut.truncated`` after an encode.
 
     Args:
         truncated: (cleaned caption, how many of its last characters were cut off) of ``text_jobs``.
-        needed: the text keys of all items, prompts and pairs to draw. None: those before are still needed.
+        needed: tells which of some text keys an item, a prompt or a pair to draw has. None: those before are still
+            needed.
     """
     cut = dict(truncated)
-    now = {job.key: (job.key, cut[job.caption], job.caption[:_MOST_SHOWN]) for job in text_jobs if job.caption in cut}
+    jobs = text_jobs if cut else ()
+    now = {job.key: (job.key, cut[job.caption], job.caption[:_MOST_SHOWN]) for job in jobs if job.caption in cut}
     known = {entry[0]: entry for entry in before.truncated} | now
-    return tuple(entry for key, entry in known.items() if needed is None or key in needed)
+    kept = needed(known.keys()) if needed else known.keys()
+    return tuple(entry for key, entry in known.items() if key in kept)
 
 
 def decoders() -> str:

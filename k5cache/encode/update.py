@@ -57,8 +57,7 @@ def bring_up_to_date(
         raise _nothing_readable(request, plan.skipped)
     encoded = _run_passes(request, committer, plan, options, passes or _InThisProcess(options.device), bars)
     edits = tuple(edit for edit in plan.edits if encoded.failure_of_edit(edit) is None)
-    rows = [row for row in plan.rows if encoded.failure(row) is None]
-    unreadable = {row.path: skip for row in plan.rows if (skip := encoded.failure(row)) is not None}
+    rows, unreadable = encoded.usable(plan.rows)
     not_drawn = [skip for edit in plan.edits if (skip := encoded.failure_of_edit(edit)) is not None]
     skipped = (*plan.skipped, *unreadable.values(), *not_drawn)
     if not rows:
@@ -68,18 +67,18 @@ def bring_up_to_date(
     # What the system could not read may be readable next time: the source is then looked at again.
     is_known = len(skipped) <= MOST_NAMED and all(s.is_lasting for s in {*skipped} - {*request.listing.skipped})
     note = take_note(request.source, request.config, request.listing) if is_known else SourceNote()
-    needed = {key for row in rows for key in row.text_keys} | {key for edit in edits for key in edit.text_keys}
-    captions = {key for row in rows for key in row.caption_keys}
+    captions = {*rows.keys("caption_keys").to_pylist()} if plan.classes else set()
     classes = {k: v for k, v in plan.classes.items() if k in captions and v not in encoded.failed_texts}
-    needed |= {*plan.prompts.values(), *manifest.prompts.values(), *classes.values()}
-    cut = note_truncated(manifest.left_out, encoded.truncated, plan.text_jobs, needed)
+    others = {*plan.prompts.values(), *manifest.prompts.values(), *classes.values()}
+    others |= {key for edit in edits for key in edit.text_keys}
+    cut = note_truncated(
+        manifest.left_out, encoded.truncated, plan.text_jobs, lambda keys: (keys & others) | rows.named_texts(keys)
+    )
     left_out = note_left_out(skipped, failed, cut)
     write_skipped(request.root, ((skip.path, skip.reason) for skip in skipped))
-    is_written = committer.index(
-        IndexRows.of(rows), plan.prompts, request.recipe, versions(), note, left_out, edits, classes
-    )
+    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits, classes)
     num_latents = encoded.num_latents
-    num_texts = sum(job.key not in encoded.failed_texts for job in plan.text_jobs)
+    num_texts = _num_done(plan.text_jobs, encoded.failed_texts)
     return EncodeReport(
         num_items=len(rows),
         num_latents=num_latents,
@@ -100,7 +99,7 @@ def bring_up_to_date(
         notices=request.listing.notices,
         flawed=tuple(image for image in plan.flawed if image.path not in unreadable),
         repaired=repaired,
-        num_buckets=len({(row.bucket_width, row.bucket_height) for row in rows}),
+        num_buckets=rows.num_buckets,
         num_bytes=sum(shard.num_bytes for shard in committer.manifest.shards),
         is_unchanged=not (is_written or repaired or num_latents or num_texts),
     )
@@ -120,6 +119,18 @@ class _Encoded:
     """Text key -> why its source could not be read. Only for image-to-image."""
     num_latents: int = 0
     """Latents that were encoded."""
+
+    def usable(self, rows: IndexRows) -> tuple[IndexRows, dict[str, Skipped]]:
+        """The rows that have all they name, and of the others the paths, and why."""
+        if not self.failed and not self.failed_texts:
+            return rows, {}
+        flags, unreadable = bytearray(), dict[str, Skipped]()
+        for row in rows:
+            failure = self.failure(row)
+            flags.append(failure is None)
+            if failure:
+                unreadable[row.path] = failure
+        return rows.where(flags), unreadable
 
     def failure(self, row: IndexRow) -> Skipped | None:
         """Why the latents, the texts or the mask of this row are missing; None if they are there."""
@@ -183,8 +194,12 @@ def _run_passes(
     truncated = passes.encode_texts(job, committer, plan.text_jobs, failed_texts)
     latent_jobs = _wanted_latents(plan, failed_texts)
     failed |= passes.encode_latents(job, committer, latent_jobs)
-    num_latents = sum(latent_job.key not in failed for latent_job in latent_jobs)
-    return _Encoded(failed, mask_paths, truncated, failed_texts, num_latents)
+    return _Encoded(failed, mask_paths, truncated, failed_texts, _num_done(latent_jobs, failed))
+
+
+def _num_done(jobs: Sequence[TextJob] | Sequence[LatentJob], failed: Mapping[str, UnreadableImage]) -> int:
+    """How many jobs have not failed."""
+    return len(jobs) - (sum(job.key in failed for job in jobs) if failed else 0)
 
 
 def _wanted_latents(plan: Plan, failed_texts: Mapping[str, UnreadableImage]) -> Sequence[LatentJob]:

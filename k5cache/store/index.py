@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, overload
 
@@ -116,6 +117,7 @@ class IndexRows(Sequence[IndexRow]):
     def __init__(self, table: pa.Table) -> None:
         """``table``: the columns of an index of either format."""
         self.table = table
+        self._getters: dict[str, Callable[[int], Any]] = {}
 
     @classmethod
     def of(cls, rows: Iterable[IndexRow], format: int = max(SCHEMAS)) -> IndexRows:
@@ -123,11 +125,15 @@ class IndexRows(Sequence[IndexRow]):
         if isinstance(rows, IndexRows):
             return rows
         remaining = iter(rows)
+        schema = SCHEMAS[format]
+        values_of = attrgetter(*schema.names)
         batches = []
-        while piece := list(islice(remaining, _PIECE)):
-            columns = {name: [getattr(row, name) for row in piece] for name in SCHEMAS[format].names}
-            batches.append(pa.RecordBatch.from_pydict(columns, schema=SCHEMAS[format]))
-        return cls(pa.Table.from_batches(batches, SCHEMAS[format]).combine_chunks())
+        while piece := [values_of(row) for row in islice(remaining, _PIECE)]:
+            arrays = [
+                pa.array(values, field.type) for field, values in zip(schema, zip(*piece, strict=True), strict=True)
+            ]
+            batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        return cls(pa.Table.from_batches(batches, schema).combine_chunks())
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -144,7 +150,7 @@ class IndexRows(Sequence[IndexRow]):
             return self.take(pa.array(range(start, stop, step), pa.int64()))
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        return row_of({name: value(i % len(self)) for name, value in self._getters.items()})
+        return row_of({name: self.getter(name)(i % len(self)) for name in self.table.column_names})
 
     def __iter__(self) -> Iterator[IndexRow]:
         for batch in self.table.to_batches(_PIECE):
@@ -185,9 +191,20 @@ class IndexRows(Sequence[IndexRow]):
         """Of all captions and, for image-to-image, the empty instructions."""
         return self.keys("caption_keys", "empty_key")
 
-    def where(self, flags: Sequence[bool] | np.ndarray[Any, Any]) -> IndexRows:
+    def named_texts(self, keys: Set[str]) -> set[str]:
+        """Which of these few text keys a row has."""
+        wanted = pa.array(keys, pa.string())
+        return {*wanted.filter(pc.is_in(wanted, value_set=self.text_keys)).to_pylist()}
+
+    @property
+    def num_buckets(self) -> int:
+        """How many sizes the images are trained at."""
+        sizes = self.column("bucket_width").cast(pa.int64()), self.column("bucket_height").cast(pa.int64())
+        return len(pc.add(pc.shift_left(sizes[0], 32), sizes[1]).unique())
+
+    def where(self, flags: Sequence[bool] | bytearray | np.ndarray[Any, Any]) -> IndexRows:
         """The rows whose flag is True."""
-        return IndexRows(self.table.filter(pa.array(flags, pa.bool_())).combine_chunks())
+        return IndexRows(self.table.filter(pa.array(np.asarray(flags, bool))).combine_chunks())
 
     def has_same_items(self, other: IndexRows, format: int) -> bool:
         """Whether two indexes say the same. ``caption_lengths`` follow from the keys and need not be known yet."""
@@ -208,9 +225,15 @@ class IndexRows(Sequence[IndexRow]):
         schema = SCHEMAS[format]
         return pa.Table.from_arrays([self.column(name) for name in schema.names], schema=schema)
 
-    @functools.cached_property
-    def _getters(self) -> dict[str, Callable[[int], Any]]:
-        return {name: columns.getter(self.column(name)) for name in self.table.column_names}
+    def only_keys(self) -> IndexRows:
+        """These rows without what ``have_same_keys`` does not look at, apart from their paths. Not to be iterated."""
+        return IndexRows(self.table.select([name for name in ("path", *_KEYS) if self.has_column(name)]))
+
+    def getter(self, name: str) -> Callable[[int], Any]:
+        """One field as a function of a row's number."""
+        if name not in self._getters:
+            self._getters[name] = columns.getter(self.column(name))
+        return self._getters[name]
 
 
 def _default(name: str, count: int) -> pa.Array:
