@@ -3,8 +3,8 @@
     python -m pipelines.measure.sweep_gpus --gpus 2 --steps 600
 
 Each sweep is a command as a user would type it, timed from its beginning to its end, with the base prepared and the
-blocks compiled before, as of a second sweep. Downloads nothing; writes 18 GB to a temporary folder, or to --folder, where
-they are used again.
+blocks compiled before, as of a second sweep. Downloads nothing; writes 18 GB to a temporary folder, or to --folder,
+where they are used again.
 """
 
 from __future__ import annotations
