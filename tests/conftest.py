@@ -20,12 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.fsync = lambda descriptor: None
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests import it from the checkout
 progress.SECONDS_TO_THE_FIRST = 60.0  # on a busy machine a test would read a line that it does not expect
+gc.disable()  # until all tests are imported: their modules make a million objects, of which none is garbage
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 MANY_MODULES = 100
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.enable()
     spare_the_collector()
 
 
