@@ -132,17 +132,22 @@ def test_from_an_empty_folder_to_a_lora(browser, serve, tmp_path, toy_model):
         page.get_by_text("1 prompt is not in cache/cats yet").wait_for()
         page.locator("#plan", has_text="GiB").wait_for(timeout=LONG)
         page.get_by_label("Name of the run").fill("first")
+        # Another one is written in a tab of its own before the first starts: what trains meanwhile takes a core.
+        other = context.new_page()
+        other.goto(served.url)
+        go(other, "New run")
+        other.get_by_role("link", name=re.compile("^Defaults")).click()
+        other.get_by_role("checkbox", name="cats", exact=True).check()
+        for option, value in {**SMALL, "train.steps": "2", "train.validation.prompts": ""}.items():
+            put(other, option, value)
+        other.get_by_label("Name of the run").fill("second")
+        other.locator("#said", has_text="no problems").wait_for()
         press(page, "Start")
         page.get_by_role("heading", name="run first").wait_for()
         # Another waits for it.
-        go(page, "New run")
-        page.get_by_role("link", name=re.compile("^Defaults")).click()
-        page.get_by_role("checkbox", name="cats", exact=True).check()
-        for option, value in {**SMALL, "train.steps": "2", "train.validation.prompts": ""}.items():
-            put(page, option, value)
-        page.get_by_label("Name of the run").fill("second")
-        page.locator("#said", has_text="no problems").wait_for()
-        press(page, "Put in the queue")
+        press(other, "Start")
+        other.wait_for_url("**/jobs/*")
+        other.close()
         go(page, "Queue")
         page.locator("#queue-jobs", has_text="run second").wait_for()
         # The page is killed in mid-run, and finds the run again.

@@ -326,6 +326,12 @@ def test_a_run_that_cannot_start_is_refused_and_everything_typed_stays(page, pro
     assert 'name="o.train.seed" value="7"' in done.text
 
 
+def test_the_button_says_whether_the_run_begins_or_waits(page, monkeypatch):
+    for used_by, button in ((None, "Start"), ("run first", "Put in the queue")):
+        monkeypatch.setattr(planning.queue, "gpu_in_use", lambda project, used_by=used_by: used_by)
+        assert f'formaction="/new/start">{button}</button>' in page.get("/new?from=defaults").text
+
+
 def test_prompts_that_the_cache_lacks_are_encoded_before_the_run(page, project, added, monkeypatch):
     held = to_encode.Held("m", "t2i", frozenset(["", "a cat"]), frozenset())
     monkeypatch.setattr(to_encode, "held_by", lambda project, cache: held)
