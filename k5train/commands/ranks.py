@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5train.parallel.ranks import ALONE, Ranks
 from k5train.parallel.world import world_of
@@ -40,7 +41,9 @@ def start_others(gpus: int | None) -> None:
     if gpus > 1:
         from k5train.parallel.launch import launch, this_program
 
-        raise typer.Exit(launch(this_program(), gpus))
+        code = launch(this_program(), gpus)
+        console.err.quiet = code == console.STOPPED  # the first process has said it
+        raise typer.Exit(code)
 
 
 @contextmanager
