@@ -28,7 +28,7 @@ from k5train.runs.folder import Run, create_run
 from k5train.runs.metrics import Metrics
 from k5train.ui.app import create_app
 from k5train.ui.ids import id_of
-from k5train.ui.jobs.slots import PROCESSOR, Slot
+from k5train.ui.jobs.slots import NVIDIA, PROCESSOR, Slot
 from k5train.ui.new_run import launching, planner, planning, to_encode
 from k5train.ui.new_run.fields import fields
 from k5train.ui.new_run.planner import Planner
@@ -354,12 +354,19 @@ def test_prompts_that_the_cache_lacks_are_encoded_before_the_run(page, project, 
     ]
 
 
-def test_a_sweep_tries_the_values_of_options(page, added):
+def test_a_sweep_tries_the_values_of_options(page, added, monkeypatch):
     form = form_of("", cache=id_of("cache/cats"), axis=["train.lora.rank", "train.optim.lr"], values=["8, 16", ""])
     done = page.post("/new/sweep", data={**form, "name": "ranks"})
     assert done.status_code == 303
     assert added[0].argv == ["k5train", "sweep", "cache/cats", "--recipe", "{job}/recipe.toml",
                              "--grid", "train.lora.rank=8, 16", "--out", "sweeps/ranks"]  # fmt: skip
+    assert 'name="gpus"' not in page.get("/new?recipe=style-16gb").text  # there is only the processor
+    monkeypatch.setattr(planning.slots, "slots", lambda: tuple(Slot(f"GPU-{n}", n, "", NVIDIA) for n in range(2)))
+    monkeypatch.setattr(planning.queue, "in_use", lambda *args: {})
+    assert 'name="gpus" type="number" min="1" max="2" value="1"' in page.get("/new?recipe=style-16gb").text
+    for gpus, words in (("2", ["--gpus", "2"]), ("1", []), ("x", [])):
+        page.post("/new/sweep", data={**form, "name": "on", "gpus": gpus})
+        assert added.pop().argv[7:] == [*words, "--out", "sweeps/on"]
     wrong = {
         "": "No values are given to try",
         "8, x": "train.lora.rank=x: train.lora.rank must be a whole number",

@@ -113,7 +113,7 @@ def _started(request: Request, draft: Draft, is_sweep: bool) -> Response:
         name = draft.name or launching.free_name(project, view(project, draft).base_name, kind)
         planner_of(request).end()  # before the run looks for free memory
         if is_sweep:
-            job = launching.start_sweep(project, draft.text, name, chosen, draft.axes)
+            job = launching.start_sweep(project, draft.text, name, chosen, draft.axes, draft.gpus)
         else:
             job = launching.start(project, draft.text, name, chosen)
     except K5Error as error:

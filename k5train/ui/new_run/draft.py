@@ -7,6 +7,7 @@ fields are sent back as they are.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ class Draft:
     """Of a sweep: an option and its values."""
     replaces: str = ""
     """A hash of the file that may be replaced."""
+    gpus: int = 1
+    """How many runs of a sweep are trained at a time, each on a GPU of its own."""
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
@@ -83,6 +86,7 @@ def sent(form: Mapping[str, Sequence[str]]) -> Draft:
         one("text"), one("base") or one("text"), {}, tuple(given.get("cache", [])[:_MOST_ITEMS]), one("name").strip(),
         one("file"), one("seen"), one("save_as").strip(), one("title")[:_MOST_ITEMS],
         tuple((option, values.strip()) for option, values in axes if values.strip()), one("replaces"),
+        int(one("gpus")) if re.fullmatch(r"[1-9]\d?", one("gpus"), re.ASCII) else 1,
     )  # fmt: skip
     return _with_fields(draft, given)
 

@@ -46,12 +46,13 @@ def start(project: Project, text: str, name: str, caches: Sequence[Entry]) -> Jo
 
 
 def start_sweep(
-    project: Project, text: str, name: str, caches: Sequence[Entry], axes: Sequence[tuple[str, str]]
+    project: Project, text: str, name: str, caches: Sequence[Entry], axes: Sequence[tuple[str, str]], gpus: int = 1
 ) -> Job:
     """Put a sweep into the queue. Raises as ``start``, and if its options or values cannot be swept over.
 
     Args:
         axes: options and their values, with commas: ``("train.lora.rank", "8,16")``.
+        gpus: how many runs are trained at a time, each on a GPU of its own. The job waits for as many.
     """
     config = _check_recipe(project, text, caches)
     if len(caches) > 1:
@@ -63,6 +64,7 @@ def start_sweep(
     target = check_name(project, name, "sweep")
     _encode_first(project, config, text, caches, name)
     options = [word for line in grid for word in ("--grid", line)]
+    options += ["--gpus", str(gpus)] if gpus > 1 else []
     argv = ["k5train", "sweep", *_named(text, caches), "--recipe", _RECIPE, *options, "--out", target]
     uses = tuple(cache.relative for cache in caches)
     return queue.add(project, argv, f"sweep {name}", "sweep", target, files={"recipe.toml": text}, uses=uses)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from k5cache.shared.inside import name_problem
 from k5cache.shared.option_list import Table
 from k5train.options.train import FIXED
+from k5train.ui.jobs import slots
 from k5train.ui.listing import Entry, caches, runs
 from k5train.ui.new_run import to_encode
 from k5train.ui.new_run.allowed import models_of
@@ -111,6 +112,8 @@ class View:
     room: Room
     changed: Changed | None
     sweepable: tuple[str, ...]
+    num_gpus: int
+    """How many GPUs there are; 1 where there is only the processor."""
 
     @property
     def num_problems(self) -> int:
@@ -179,6 +182,7 @@ def view(project: Project, draft: Draft) -> View:
         draft, checked, tuple(shown[name] for name in FIRST), folds, tuple(problems),
         tuple(said for said in checked.cautions if not said.name), tuple(caches(project)), tuple(chosen), own,
         base, free_name(project, base), here.used_by, here, changed(project, draft), tuple(_sweepable()),
+        len(slots.slots()),
     )  # fmt: skip
 
 
