@@ -18,7 +18,7 @@ from k5train.data.batch import Batch, Group
 from k5train.forward.routing import Route, come_back, leave
 from k5train.options.train import TrainConfig
 from k5train.training import graph as graph_module
-from k5train.training.fixed_inputs import kind_of
+from k5train.training.fixed_inputs import Buffers, FixedInputs, kind_of
 from k5train.training.graph import GraphedPasses, can_be_captured
 from k5train.training.step import accumulate, clip_gradients, compute_on, exploded, loss_function, update
 
@@ -104,6 +104,14 @@ STEPS = {
     "a source": [[a_batch(a_group(i, condition=a_group(i + 9).latents[..., :1].expand(-1, -1, -1, -1, 17)))]
                  for i in range(4)],
     "routes": [[a_batch(a_group(i, routes=kept(i)))] for i in range(4)],
+    "groups with weights, a source and routes": [
+        [a_batch(*(
+            a_group(i + n, rows, tokens=n, weight=torch.full((rows,), 0.3 * n), routes=kept(i + n, rows),
+                    condition=a_group(i + 9 * n, rows).latents[..., :1].expand(-1, -1, -1, -1, 17))
+            for n, rows in ((3, 1), (i + 4, 2), (12, 1))
+        ))]
+        for i in range(4)
+    ],
     "a caption longer than the buffer": [[a_batch(a_group(i, tokens=n))] for i, n in enumerate((3, 20, 20, 3, 20))],
 }  # fmt: skip
 
@@ -153,13 +161,13 @@ def test_what_is_captured_has_the_bits_of_what_is_not():
 
 
 def test_a_kind_is_the_shapes_and_fields_of_a_group_and_not_its_captions_lengths():
-    plain = kind_of(a_group(), ROOM)
-    assert plain == kind_of(a_group(5, tokens=ROOM), ROOM) == kind_of(a_group(text_lengths=(1, 3)), ROOM)
+    plain = kind_of([a_group()], ROOM)
+    assert plain == kind_of([a_group(5, tokens=ROOM)], ROOM) == kind_of([a_group(text_lengths=(1, 3))], ROOM)
     others = [
         a_group(rows=1), a_group(side=6), a_group(tokens=ROOM + 1), a_group(mask=MASK), a_group(weight=torch.ones(2)),
         a_group(routes=kept(0)), a_group(routes=(replace(kept(0)[0], end=-1),)),
     ]  # fmt: skip
-    assert len({plain, *(kind_of(group, ROOM) for group in others)}) == 1 + len(others)
+    assert len({plain, *(kind_of([group], ROOM) for group in others)}) == 1 + len(others)
 
 
 def test_the_first_pass_of_a_kind_is_plain_and_then_all_are_captured_the_largest_first():
@@ -178,21 +186,21 @@ def test_the_first_pass_of_a_kind_is_plain_and_then_all_are_captured_the_largest
         partial(compute_on, toy, loss_function(TrainConfig())), list(toy.parameters()), ROOM, CPU, Noting()
     )
     small, large = a_group(side=4), a_group(side=6)
-    graphs.run(small, 1.0)
-    graphs.run(large, 1.0)
+    graphs.run([small], 1.0)
+    graphs.run([large], 1.0)
     assert recorder.recorded == 0
-    graphs.run(small, 1.0)
+    graphs.run([small], 1.0)
     assert order == [large.latents.numel(), small.latents.numel()]
-    graphs.run(large, 1.0)
+    graphs.run([large], 1.0)
     assert (recorder.recorded, recorder.repeated, recorder.released) == (2, 2, 0)
-    graphs.run(a_group(side=8), 1.0)  # needs the memory that the others hold
+    graphs.run([a_group(side=8)], 1.0)  # needs the memory that the others hold
     assert (recorder.repeated, recorder.released, graphs.num_graphs) == (2, 1, 0)
-    graphs.run(small, 1.0)
+    graphs.run([small], 1.0)
     assert (order[2:], graphs.num_graphs) == ([2 * 64 * 16, 2 * 36 * 16, 2 * 16 * 16], 3)
     graphs.release()  # as before pictures are drawn: the pass after them is plain, whatever its kind
-    graphs.run(small, 1.0)
+    graphs.run([small], 1.0)
     assert graphs.num_graphs == 0
-    graphs.run(large, 1.0)
+    graphs.run([large], 1.0)
     assert graphs.num_graphs == 3
 
 
@@ -201,11 +209,11 @@ def test_trying_out_changes_nothing_and_is_done_once_a_kind():
     graphs = GraphedPasses(
         partial(compute_on, toy, loss_function(TrainConfig())), list(toy.parameters()), ROOM, CPU, Counted()
     )
-    graphs.try_out(a_group())
-    graphs.try_out(a_group(1))
+    graphs.try_out([a_group()])
+    graphs.try_out([a_group(1)])
     assert graphs.num_graphs == 0
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in toy.parameters())
-    graphs.run(a_group(), 1.0)
+    graphs.run([a_group()], 1.0)
     assert graphs.num_graphs == 1
 
 
@@ -238,6 +246,38 @@ def test_beyond_the_most_kinds_nothing_is_captured_any_more(monkeypatch, capsys)
     assert seen[0].num_graphs == 0
     assert recorder.recorded == 3  # one kind, and then both
     assert capsys.readouterr().err.count("more than 2 kinds") == 1
+
+
+def test_batches_of_seven_buckets_stay_captured_whatever_groups_their_captions_make():
+    """Batches of 4 rows are split by the lengths of captions in all ways; a bucket's last batch has 3 rows."""
+    splits = [(4,), (3, 1), (2, 2), (2, 1, 1), (1, 1, 1, 1), (1, 3), (3,), (1, 2), (1, 1, 1)]
+    batches = [
+        a_batch(*(a_group(100 * side + 10 * i + n, rows, side, tokens=2 + 3 * n) for n, rows in enumerate(split)))
+        for i, split in enumerate(splits)
+        for side in (4, 6, 8, 10, 12, 14, 16)
+    ]
+    seen: list[GraphedPasses] = []
+    recorder = Counted()
+    ours, weights = train([[batch] for batch in batches], TrainConfig(), recorder, seen)
+    plain, plain_weights = train([[batch] for batch in batches], TrainConfig(), None)
+    assert not seen[0].is_off
+    assert seen[0].num_graphs == 7 * 2
+    assert recorder.repeated >= len(batches) - 14
+    assert [list(o) for o in ours] == [pytest.approx(list(p), rel=1e-5) for p in plain]
+    for a, b in zip(weights, plain_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # sums over rows instead of over groups
+
+
+def test_kinds_share_their_buffers():
+    buffers = Buffers(CPU)
+    small, large = (FixedInputs([a_group(rows=rows, side=side)], ROOM, buffers) for rows, side in ((2, 6), (4, 4)))
+    places = [
+        [t.untyped_storage().data_ptr() for t in (x.group.prompt_embeds, x.group.latents)] for x in (small, large)
+    ]
+    assert places[0][1] == places[1][1]  # 4 pictures of 4 x 4 fit where 2 of 6 x 6 do
+    assert places[0][0] != places[1][0]  # captions of 4 rows do not fit where those of 2 do, which stay where they are
+    again = FixedInputs([a_group(rows=3, side=4)], ROOM, buffers)
+    assert again.group.prompt_embeds.untyped_storage().data_ptr() == places[1][0]
 
 
 @pytest.mark.parametrize(
@@ -292,9 +332,9 @@ def test_the_update_is_captured_once_it_has_a_state_and_reads_the_rate_of_its_st
         parameters = list(toy.parameters())
         graphs = GraphedPasses(partial(compute_on, toy, loss_function(TrainConfig())), parameters, ROOM, CPU, recorder)
         optimizer = OnGpu(parameters)
-        graphs.try_out(a_group())
+        graphs.try_out([a_group()])
         for step in range(4):
-            graphs.run(a_group(step), 1.0)
+            graphs.run([a_group(step)], 1.0)
             optimizer.param_groups[0]["lr"].fill_(0.1 / (step + 1))
             assert can_be_captured(optimizer) == (step > 0)
             graphs.update(optimizer)

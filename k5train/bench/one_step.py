@@ -57,7 +57,7 @@ class OneStep:
     def _pass_once(self) -> None:
         (group,) = self.batch.groups
         if self.session.graphs:
-            self.session.graphs.try_out(group)
+            self.session.graphs.try_out(self.batch.groups)
             return
         loss = loss_function(self.config)(self._predict, group.to(self.session.base.device))
         torch.autograd.backward(loss)

@@ -34,8 +34,8 @@ class TrainConfig:
     batch_size: int = 1
     """Rows of a micro-batch, all from one bucket. See ``unequal_captions`` for captions that differ in length."""
     unequal_captions: Literal["split", "mask"] = "split"
-    """Captions of different lengths in a batch. ``split``: one forward pass for each length. ``mask``: one forward
-    pass, with padding that is masked out."""
+    """Captions of different lengths in a batch. ``split``: one forward pass for each length, except
+    where steps are captured as CUDA graphs. ``mask``: one forward pass, with padding that is masked out."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of one optimizer update."""
     repeats: int = 1

@@ -15,11 +15,12 @@ from torch import Tensor
 from k5cache.shared import console, interrupt
 from k5cache.shared.errors import K5Error
 from k5train.data.batch import Group
-from k5train.training.fixed_inputs import FixedInputs, kind_of
+from k5train.training.fixed_inputs import Buffers, FixedInputs, kind_of
 from k5train.training.recorder import Recorder, Work
 
 MOST_KINDS = 16
-"""Kinds of batches of which each has a graph: the sizes of pictures, times the sizes of groups."""
+"""Kinds of batches of which each has a graph: the sizes of pictures, times the numbers of rows. A bucket has full
+batches and one that has what is left, so this is enough for eight buckets."""
 
 
 class GraphedPasses:
@@ -31,8 +32,8 @@ class GraphedPasses:
     given back and captured again, which takes less than half a second each.
 
     Args:
-        compute: takes a group on the device and the share of its mean loss, adds to the gradients and returns the loss
-            and the rows' errors, ``[1 + B]``. It must not read the tensors on the host.
+        compute: takes a group on the device, the rows of a micro-batch, and the share of its mean loss; adds to the
+            gradients and returns the loss and the rows' errors, ``[1 + B]``. It must not read the tensors on the host.
         parameters: what is trained.
         text_width: tokens that captions have room for.
         recorder: captures, or on a CPU does work again.
@@ -51,7 +52,7 @@ class GraphedPasses:
         may_capture: Callable[[], bool] = lambda: True,
     ) -> None:
         self._compute, self._parameters = compute, list(parameters)
-        self._text_width, self._device, self._recorder = text_width, device, recorder
+        self._text_width, self._buffers, self._recorder = text_width, Buffers(device), recorder
         self._prepare, self._may_capture = prepare, may_capture
         self._inputs: dict[Hashable, FixedInputs] = {}
         self._known: set[Hashable] = set()
@@ -77,19 +78,19 @@ class GraphedPasses:
         """Kinds that are captured now."""
         return len(self._replays)
 
-    def run(self, group: Group, share: float) -> Tensor:
-        """Add a group's gradients to ``parameter.grad``, without waiting for the GPU.
+    def run(self, groups: Sequence[Group], share: float) -> Tensor:
+        """Add the gradients of a micro-batch to ``parameter.grad`` in one pass, without waiting for the GPU.
 
         Args:
-            group: in host memory or on the device, of any kind.
-            share: what the gradients of its mean loss are multiplied by.
+            groups: in host memory or on the device, of any kind; all with the same fields. Their captions are padded.
+            share: what the gradients of the rows' mean loss are multiplied by.
 
         Returns:
-            ``[1 + B]`` on the device: the loss, and the error of each row.
+            ``[1 + B]`` on the device: the loss, and the error of each row, in the order of the groups.
         """
-        kind = kind_of(group, self._text_width)
-        inputs = self._inputs_of(kind, group)
-        inputs.fill(group, share)
+        kind = kind_of(groups, self._text_width)
+        inputs = self._inputs_of(kind, groups)
+        inputs.fill(groups, share)
         if kind not in self._replays and kind in self._known and self._can_capture():
             self._capture_all()
         if kind in self._replays:
@@ -101,12 +102,12 @@ class GraphedPasses:
             self._is_settled = True
         return inputs.result.clone()
 
-    def try_out(self, group: Group) -> None:
-        """Do a pass of a group's kind that changes nothing, unless one was done."""
-        if kind_of(group, self._text_width) in self._known:
+    def try_out(self, groups: Sequence[Group]) -> None:
+        """Do a pass of a micro-batch's kind that changes nothing, unless one was done."""
+        if kind_of(groups, self._text_width) in self._known:
             return
         try:
-            self.run(group, 0.0)
+            self.run(groups, 0.0)
         finally:
             self.clear()
 
@@ -138,14 +139,14 @@ class GraphedPasses:
         self._is_off = True
         self._give_back()
 
-    def _inputs_of(self, kind: Hashable, group: Group) -> FixedInputs:
+    def _inputs_of(self, kind: Hashable, groups: Sequence[Group]) -> FixedInputs:
         if kind not in self._inputs:
             if len(self._inputs) >= MOST_KINDS:
                 self.give_up(f"batches are of more than {MOST_KINDS} kinds")
                 oldest = next(iter(self._inputs))
                 del self._inputs[oldest]
                 self._known.discard(oldest)
-            self._inputs[kind] = FixedInputs(group, self._text_width, self._device)
+            self._inputs[kind] = FixedInputs(groups, self._text_width, self._buffers)
         return self._inputs[kind]
 
     def _can_capture(self) -> bool:

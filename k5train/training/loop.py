@@ -136,14 +136,13 @@ class Loop:
     def try_out(self, session: Session) -> None:
         """Do a pass that changes nothing, so that it is compiled; of every size, if passes are to be captured."""
         assert session.execution is not None
-        group = self.loader.batch(0).groups[0]
+        groups = self.loader.batch(0).groups
         if session.graphs is None:
-            session.execution.warm_up(partial(self.pass_once, session, group.to(self.device)))
+            session.execution.warm_up(partial(self.pass_once, session, groups[0].to(self.device)))
             return
-        session.execution.warm_up(partial(session.graphs.try_out, group))
+        session.execution.warm_up(partial(session.graphs.try_out, groups))
         for micro in self.loader.first_of_each_size(MOST_KINDS):
-            for group in self.loader.batch(micro).groups:
-                session.graphs.try_out(group)
+            session.graphs.try_out(self.loader.batch(micro).groups)
 
     def pass_once(self, session: Session, group: Group) -> None:
         """The passes over a group, whose gradients are forgotten."""

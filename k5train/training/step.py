@@ -168,24 +168,24 @@ def accumulate(
     num_rows = batches[0].num_rows_of_update or sum(batch.num_rows for batch in batches)
     results: list[Tensor] = []
     preserved: list[Tensor] = []
-    passes: list[tuple[int, Group, bool]] = []
+    passes: list[tuple[int, tuple[Group, ...], bool]] = []
     for number, batch in enumerate(batches):
         if seed:
             seed(number)
-        for group in batch.groups:
-            share = group.latents.shape[0] / num_rows
-            is_preserved = preserve is not None and group.class_embeds is not None
-            passes.append((number, group, is_preserved))
+        for groups in _passes(batch, graphs):
+            share = sum(len(group.latents) for group in groups) / num_rows
             if graphs is not None:
-                results.append(graphs.run(group, share))
+                passes.append((number, groups, False))
+                results.append(graphs.run(groups, share))
                 continue
-            here = group.to(device)
+            (here,) = (group.to(device) for group in groups)
+            is_preserved = preserve is not None and here.class_embeds is not None
+            passes.append((number, groups, is_preserved))
             inputs: list[Tensor] = []
             loss_here = partial(loss_of, inputs=inputs) if is_preserved else loss_of
             results.append(compute_on(predict, loss_here, here, share))
-            if (
-                preserve is not None and is_preserved
-            ):  # after the backward pass, so that one pass at a time takes memory
+            # After the backward pass, so that one pass at a time takes memory.
+            if preserve is not None and is_preserved:
                 loss = preservation_loss(predict, preserve[1], here, inputs[0])
                 torch.autograd.backward(loss * (preserve[0] * share))
                 preserved.append(loss.detach().reshape(1))
@@ -195,15 +195,21 @@ def accumulate(
     of_classes = iter(values[sum(map(len, results)) :])
     measured = [_Measured(batch.rows, []) for batch in batches]
     at = 0
-    for (number, group, is_preserved), result in zip(passes, results, strict=True):
+    for (number, groups, is_preserved), result in zip(passes, results, strict=True):
         loss_value, *of_rows = values[at : at + len(result)]
-        errors = [(s, error) for s, error in zip(_trained_sigmas(group), of_rows, strict=True) if s is not None]
-        of_class = next(of_classes) if is_preserved and graphs is None else None
-        measured[number].passes.append((group.latents.shape[0], loss_value, errors, of_class))
+        sigmas = [sigma for group in groups for sigma in _trained_sigmas(group)]
+        errors = [(s, error) for s, error in zip(sigmas, of_rows, strict=True) if s is not None]
+        of_class = next(of_classes) if is_preserved else None
+        measured[number].passes.append((len(of_rows), loss_value, errors, of_class))
         at += len(result)
     if ranks.size > 1:
         measured = [_Measured(*one) for one in ranks.unite(measured)]
     return replace(_losses(measured, num_rows, loss_limit, cache), norm=values[-1] if clip else None)
+
+
+def _passes(batch: Batch, graphs: GraphedPasses | None) -> list[tuple[Group, ...]]:
+    """The groups of each pass: one, or on fixed buffers all of them, where the lengths of captions are data."""
+    return [(group,) for group in batch.groups] if graphs is None else [batch.groups]
 
 
 class _Measured(NamedTuple):
@@ -211,7 +217,7 @@ class _Measured(NamedTuple):
 
     rows: Sequence[int]
     passes: list[tuple[int, float, Sequence[tuple[float, float]], float | None]]
-    """Of each group: how many rows it has, its loss, ``Losses.errors`` and what was preserved."""
+    """Of each pass: how many rows it has, its loss, ``Losses.errors`` and what was preserved."""
 
 
 def _losses(batches: Sequence[_Measured], num_rows: int, loss_limit: float, cache: Cache | Mixture) -> Losses:
