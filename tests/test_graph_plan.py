@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from k5train.planning.described import describe
 from k5train.planning.graph import text_width, why_no_graph
 from k5train.planning.plan import plan_for
 from k5train.planning.saved_plan import _read
+from k5train.training import session
 
 GIB = 2**30
 GPU = torch.device("cuda")
@@ -74,6 +76,21 @@ def test_a_few_blocks_are_streamed_for_a_graph_and_where_there_is_no_room_nothin
     least = plan(1e12, graph="off", activations="nothing", enable_group_offload=True).peak / 0.97 + 2**20
     assert not plan(least).is_captured
     assert plan(least + memory._GRAPH_BYTES / 0.97).is_captured
+
+
+def test_a_run_whose_plan_does_not_count_its_graph_says_which_of_three_reasons_it_has():
+    def reason(plan: memory.Plan) -> str:
+        base = SimpleNamespace(transformer=SimpleNamespace(config=FULL_SIZE), plan=plan, device=GPU)
+        return session._why_not_planned(base, AUTO)  # type: ignore[arg-type]
+
+    dropout = replace(AUTO, lora=replace(AUTO.lora, dropout=0.1))  # of a sweep: it needs most, and captures nothing
+    shared = plan_for(FULL_SIZE, dropout, GPU, (4096, 256), 16 * GIB)
+    assert reason(shared).startswith("the memory plan is that of another run of the sweep")
+    streamed = MemoryConfig(graph="off", activations="nothing", enable_group_offload=True)
+    least = plan_for(FULL_SIZE, replace(AUTO, memory=streamed), GPU, (4096, 256), int(1e12))
+    full = replace(least, budget=int(least.peak / 0.97) + 2**20)
+    assert reason(full) == "the memory plan has no room for them"
+    assert reason(replace(full, budget=2 * GIB)) == "this run has a memory plan that was made for others"
 
 
 @pytest.mark.parametrize("config", [AUTO, replace(AUTO, memory=MemoryConfig(graph="off"))], ids=["auto", "off"])

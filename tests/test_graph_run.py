@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,20 @@ def test_it_is_near_the_run_that_takes_each_pass_as_it_comes(tmp_path, cache, to
         assert ours["rows"] == plain["rows"]
     go_on(tmp_path / "captured", steps=5)  # with the saved plan, and no graph: the machine changed
     assert metrics_of(tmp_path / "captured")[-1]["step"] == 5
+
+
+def test_what_cublas_keeps_in_the_pool_of_graphs_goes_with_them(monkeypatch):
+    """A workspace that lived on would hold the pool, and every session of a process would leave one behind."""
+    order: list[str] = []
+    for owner, name in ((torch._C, "_cuda_clearCublasWorkspaces"), (torch.cuda, "empty_cache"),
+                        (torch.cuda, "synchronize")):  # fmt: skip
+        monkeypatch.setattr(owner, name, lambda *_, name=name: order.append(name), raising=False)
+    graphs = object.__new__(recorder.CudaGraphs)  # as it is after a capture; there is no GPU here
+    graphs.device, graphs._pool = torch.device("cuda"), object()
+    graphs._graphs = [SimpleNamespace(reset=lambda: order.append("reset"))]
+    graphs.release()
+    graphs.release()
+    assert order == ["synchronize", "reset", "_cuda_clearCublasWorkspaces", "empty_cache"]
 
 
 def test_the_stand_in_does_work_again():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from k5cache.shared import console, device
 from k5cache.shared.errors import K5Error, RunError
-from k5train.forward import checks, execute, ops
+from k5train.forward import attention, checks, execute, ops
 from k5train.forward.tiles import tile_for
 
 GPU = torch.device("cuda")
@@ -38,15 +40,16 @@ def test_an_amd_card_is_called_cuda_and_is_named_once_as_untried(amd):
 
 
 def test_its_numbers_are_not_taken_for_nvidias(amd):
-    for attention, kernel, int_mm in ((True, True, False), (False, False, True)):
-        amd.setattr(execute, "attention_works", lambda device, cudnn, works=attention: works or cudnn)
-        amd.setattr(execute, "few_keys_work", lambda device, works=kernel: works)
+    for flash, kernel, int_mm in ((True, True, False), (False, False, True)):
+        amd.setattr(execute, "attention_works", lambda device, cudnn, works=flash: works or cudnn)
+        amd.setattr(execute, "few_keys_work", lambda device: True)
+        amd.setattr(execute, "lengths_work", lambda device, works=kernel: works)
         amd.setattr(ops, "kernel_works", lambda device, works=kernel: works)
         amd.setattr(execute, "gelu_works", lambda device: True)
         amd.setattr(execute, "modulations_work", lambda device: True)
         amd.setattr(execute, "rotary_works", lambda device, works=kernel: works)
         amd.setattr(checks, "int_mm_works", lambda device, works=int_mm: works)
-        expected = (True, False, attention, attention and kernel, kernel)
+        expected = (True, False, flash, flash and kernel, kernel)
         assert execute.choose_modes(GPU, "int8-dynamic") == expected
     amd.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
     assert execute.choose_modes(GPU, "int8-dynamic").int8_dynamic  # it works, whatever its number is
@@ -58,6 +61,23 @@ def test_its_numbers_are_not_taken_for_nvidias(amd):
     amd.setattr(ops, "kernel_works", lambda device: True)
     with pytest.raises(RunError, match="has no int8 tensor cores"):  # NVIDIA's before Ampere
         execute.choose_modes(GPU, "int8-dynamic")
+
+
+def test_kernels_with_lengths_and_without_are_judged_apart(monkeypatch):
+    """Each kind has cases of its own: what one gets wrong does not turn the other off."""
+    for broken in (True, False):
+        asked: list[Any] = []
+
+        def agrees(
+            device: Any, num_queries: int, num_keys: int, given: Any, broken: bool = broken, asked=asked
+        ) -> bool:
+            asked.append(given)
+            return (given is None) != broken
+
+        monkeypatch.setattr(attention, "_agrees", agrees)
+        kinds = (attention._few_keys_agree, attention._lengths_agree)
+        assert [kind(GPU) for kind in kinds] == [not broken, broken]
+        assert {given is None for given in asked} == {True, False}
 
 
 def test_a_matmul_of_int8_that_torch_lacks_or_gets_wrong_is_not_used(monkeypatch):

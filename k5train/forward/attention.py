@@ -82,11 +82,30 @@ def _has_few_keys(query: Tensor, key: Tensor) -> bool:
 
 @functools.cache
 def few_keys_work(device: torch.device) -> bool:
-    """Whether the kernels for few keys agree with plain attention on small cases."""
+    """Whether the backward kernels for few keys, all of which count, agree with plain attention on small cases."""
     return triton_works(device, _few_keys_agree)
 
 
+@functools.cache
+def lengths_work(device: torch.device) -> bool:
+    """Whether the kernels with a length for each row, forward and backward, agree with it."""
+    return triton_works(device, _lengths_agree)
+
+
 def _few_keys_agree(device: torch.device) -> bool:
+    return all(_agrees(device, *case, None) for case in ((500, 77), (1024, 256)))
+
+
+def _lengths_agree(device: torch.device) -> bool:
+    return all(_agrees(device, *case) for case in ((500, 300, (77, 300)), (150, 150, (1, 20))))
+
+
+def _agrees(device: torch.device, num_queries: int, num_keys: int, given: tuple[int, ...] | None) -> bool:
+    """Whether the kernels agree with plain attention on random numbers.
+
+    Args:
+        given: the lengths of the rows. None: all keys count.
+    """
     from k5train.forward import few_keys
 
     generator = torch.Generator(device).manual_seed(0)
@@ -94,34 +113,28 @@ def _few_keys_agree(device: torch.device) -> bool:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
 
-    for num_queries, num_keys, given in (
-        (500, 77, None),
-        (1024, 256, None),
-        (500, 300, (77, 300)),
-        (150, 150, (1, 20)),
-    ):
-        batch = len(given or (1, 1))
-        query, grad = numbers(batch, num_queries, 2, 128), numbers(batch, num_queries, 2, 128)
-        fused = numbers(batch, num_keys, 4, 128)  # as a block has them: keys and values are parts of one tensor
-        query, key, value = leaves = [t.requires_grad_() for t in (query, *fused.chunk(2, dim=2))]
-        lengths = None if given is None else torch.tensor(given, device=device, dtype=torch.int32)
-        with torch.enable_grad():
-            plain_out, logsumexp = _plain(query, key, value, lengths)
-            plain = torch.autograd.grad(plain_out, leaves, grad.float())
-        query, key, value = (t.detach() for t in leaves)
-        out, logsumexp = plain_out.detach().bfloat16(), logsumexp.detach()
-        if lengths is not None:  # padding is never read
-            padding = ~length_mask(lengths, num_keys).reshape(batch, num_keys, 1, 1)
-            key, value = (t.masked_fill(padding, float("nan")) for t in (key, value))
-        for _ in range(2):  # the first compiles, the second launches directly
-            try:
-                ours = few_keys.backward(grad, query, key, value, out, logsumexp, lengths)
-                forward = () if lengths is None else few_keys.forward(query, key, value, lengths)
-            except Exception:  # Triton, ptxas, gcc and the driver each fail in their own way, with one answer
-                return False
-            expected = (*plain, plain_out, logsumexp)
-            if not all(_is_close(a, b) for a, b in zip((*ours, *forward), expected, strict=False)):
-                return False
+    batch = len(given or (1, 1))
+    query, grad = numbers(batch, num_queries, 2, 128), numbers(batch, num_queries, 2, 128)
+    fused = numbers(batch, num_keys, 4, 128)  # as a block has them: keys and values are parts of one tensor
+    query, key, value = leaves = [t.requires_grad_() for t in (query, *fused.chunk(2, dim=2))]
+    lengths = None if given is None else torch.tensor(given, device=device, dtype=torch.int32)
+    with torch.enable_grad():
+        plain_out, logsumexp = _plain(query, key, value, lengths)
+        plain = torch.autograd.grad(plain_out, leaves, grad.float())
+    query, key, value = (t.detach() for t in leaves)
+    out, logsumexp = plain_out.detach().bfloat16(), logsumexp.detach()
+    if lengths is not None:  # padding is never read
+        padding = ~length_mask(lengths, num_keys).reshape(batch, num_keys, 1, 1)
+        key, value = (t.masked_fill(padding, float("nan")) for t in (key, value))
+    for _ in range(2):  # the first compiles, the second launches directly
+        try:
+            ours = few_keys.backward(grad, query, key, value, out, logsumexp, lengths)
+            forward = () if lengths is None else few_keys.forward(query, key, value, lengths)
+        except Exception:  # Triton, ptxas, gcc and the driver each fail in their own way, with one answer
+            return False
+        expected = (*plain, plain_out, logsumexp)
+        if not all(_is_close(a, b) for a, b in zip((*ours, *forward), expected, strict=False)):
+            return False
     return True
 
 
@@ -178,7 +191,7 @@ def fits(query: Tensor) -> bool:
 
 
 def fits_padded(query: Tensor) -> bool:
-    """Whether ``attention`` takes these heads with ``lengths``, where ``few_keys_work``."""
+    """Whether ``attention`` takes these heads with ``lengths``, where ``lengths_work``."""
     return query.is_cuda and query.dtype == torch.bfloat16 and query.shape[-1] == 128
 
 

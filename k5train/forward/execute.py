@@ -13,7 +13,7 @@ from k5cache.shared import console
 from k5cache.shared.device import is_rocm
 from k5cache.shared.errors import K5Error, RunError
 from k5train.forward import checks, ops
-from k5train.forward.attention import attention_works, few_keys_work
+from k5train.forward.attention import attention_works, few_keys_work, lengths_work
 from k5train.forward.block import Block, Modes, adapter_state, bare, gather
 from k5train.forward.choices import leave_rows
 from k5train.forward.compile import compile_block
@@ -254,6 +254,7 @@ def choose_modes(device: torch.device, precision: str) -> Modes:
     rows = gelu_works(device) and rotary_works(device)
     # These are asked for again at the first step. Now there are no activations yet beside what the checks need.
     modulations_work(device)
+    few_keys_work(device)
     if precision == "int8-dynamic":
         ops.hopper_works(device)
-    return Modes(precision == "int8-dynamic", cudnn, flash, padded=flash and few_keys_work(device), rows=rows)
+    return Modes(precision == "int8-dynamic", cudnn, flash, padded=flash and lengths_work(device), rows=rows)

@@ -196,7 +196,7 @@ def _graphs(session: Session, config: TrainConfig) -> GraphedPasses | None:
     base, execution = session.base, session.execution
     reason = why_no_graph(config, base.device.type, how_to_run(config, base.device))
     if reason is None and not base.plan.is_captured:
-        reason = "the memory plan does not count them: there is no room, or an earlier version made it"
+        reason = _why_not_planned(base, config)
     if reason is None and execution is not None and base.plan.sizes:
         predict, width = partial(predict_velocity, base.transformer), base.plan.sizes[1]
         return GraphedPasses(
@@ -207,6 +207,19 @@ def _graphs(session: Session, config: TrainConfig) -> GraphedPasses | None:
     if base.device.type == "cuda" and config.memory.graph != "off":
         console.note(f"Steps are not captured as CUDA graphs: {reason}")
     return None
+
+
+def _why_not_planned(base: Base, config: TrainConfig) -> str:
+    """Why the memory plan does not count captured steps: a new one for this run tells."""
+    plan = base.plan
+    try:
+        assert plan.sizes is not None
+        new = plan_for(base.transformer.config, config, base.device, plan.sizes, plan.budget)
+    except DoesNotFit:
+        return "this run has a memory plan that was made for others"
+    if new.is_captured:
+        return "the memory plan is that of another run of the sweep, or of an earlier version, and does not count them"
+    return "the memory plan has no room for them"
 
 
 def _rope_of(transformer: Kandinsky5Transformer3DModel, group: Group) -> object:
