@@ -17,7 +17,7 @@ from k5train.planning import graph, memory
 from k5train.planning.described import describe
 from k5train.planning.graph import text_width, why_no_graph
 from k5train.planning.plan import plan_for
-from k5train.planning.saved_plan import _read
+from k5train.planning.saved_plan import plan_of
 from k5train.training import session
 
 GIB = 2**30
@@ -97,6 +97,6 @@ def test_a_run_whose_plan_does_not_count_its_graph_says_which_of_three_reasons_i
 def test_a_saved_plan_says_whether_it_captured_and_an_older_one_did_not(config):
     plan = plan_for(FULL_SIZE, config, GPU, (4096, 256), 16 * GIB)
     document = asdict(plan)
-    assert _read(document) == plan
+    assert plan_of(document) == plan
     del document["is_captured"]
-    assert _read(document) == replace(plan, is_captured=False)
+    assert plan_of(document) == replace(plan, is_captured=False)
