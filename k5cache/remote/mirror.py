@@ -22,12 +22,13 @@ from k5cache.remote import copies
 from k5cache.remote.behind import MIRRORS
 from k5cache.remote.objects import Entry, Objects
 from k5cache.remote.sending import Sender
-from k5cache.shared.console import note
+from k5cache.shared.console import note, warn
 from k5cache.shared.errors import CacheCorrupt, OutputError, StoreError
 from k5cache.shared.files import new_file
 from k5cache.shared.inside import as_file_names
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.sealed import seal, unseal
+from k5cache.shared.units import human_bytes
 from k5cache.shared.urls import stands_for, url_of
 
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -39,6 +40,7 @@ _ID = re.compile(r"([0-9a-f]{16})\.parquet")  # of a shard: its sha256 begins so
 _STALE_SECONDS = 86_400
 """An object that no manifest names may be one that another machine is about to name; not if it is a day old."""
 _NAMES = re.compile(rb'"file": "([^"]+)"')
+_SIZES = re.compile(rb'"num_bytes": (\d+)')
 _URLS: dict[str, Mirror] = {}
 
 
@@ -55,6 +57,8 @@ def folder_of(path: Path, is_new: bool = False) -> Path:
     url = url_of(path)
     mirror = _URLS.get(url) or Mirror(Objects(url))
     mirror.look(is_new)
+    if url not in _URLS and not is_new:
+        mirror.warn_of_size()
     _URLS[url] = MIRRORS[mirror.root] = mirror
     return mirror.root
 
@@ -86,6 +90,16 @@ class Mirror:
             raise OutputError(
                 f"{self.objects.url} is not empty and not a cache: it holds {', '.join(others[:3])}",
                 f"Choose a new folder, for example -o {self.objects.url}-cache",
+            )
+
+    def warn_of_size(self) -> None:
+        """Say so if the copies of a whole cache do not fit: rows are read in random order, so all are wanted at once."""
+        path = self.root / MANIFEST
+        size = sum(map(int, _SIZES.findall(path.read_bytes()))) if path.is_file() else 0
+        if size > (bound := copies.bound()):
+            warn(
+                f"{self.objects.url} has {human_bytes(size)}, and copies may take {human_bytes(bound)} here: shards are "
+                f"fetched again and again. Set {copies.VARIABLE} to more, or pull the cache to a larger disk"
             )
 
     def _take_over(self) -> bool:
