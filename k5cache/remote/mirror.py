@@ -93,13 +93,13 @@ class Mirror:
             )
 
     def warn_of_size(self) -> None:
-        """Say so if the copies of a whole cache do not fit: rows are read in random order, so all are wanted at once."""
+        """Say so if the copies of a whole cache do not fit: rows are read in random order, so all are wanted."""
         path = self.root / MANIFEST
         size = sum(map(int, _SIZES.findall(path.read_bytes()))) if path.is_file() else 0
         if size > (bound := copies.bound()):
             warn(
-                f"{self.objects.url} has {human_bytes(size)}, and copies may take {human_bytes(bound)} here: shards are "
-                f"fetched again and again. Set {copies.VARIABLE} to more, or pull the cache to a larger disk"
+                f"{self.objects.url} has {human_bytes(size)}, and copies may take {human_bytes(bound)} here: shards "
+                f"are fetched again and again. Set {copies.VARIABLE} to more, or pull the cache to a larger disk"
             )
 
     def _take_over(self) -> bool:
