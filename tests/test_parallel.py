@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from k5cache.shared.errors import K5Error, RunError
+from k5train.options.train import TrainConfig
 from k5train.parallel import launch as launching
 from k5train.parallel.ranks import ALONE, united
+from k5train.parallel.ranks import Ranks as RanksOfRun
 from k5train.parallel.world import World, gpu_of, world_of
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state
+from k5train.training.shared_out import check_alike, shared_out
 from tests.ranks import Ranks
-from tests.runs import lora_of, metrics_of, numbers, same, state_of
+from tests.runs import CONFIG, lora_of, metrics_of, numbers, same, state_of
 
 # The toy has three buckets and captions of four lengths. All that is shared out is on.
 RECIPE = """
@@ -47,7 +53,7 @@ routes = [{{selection_ratio = 0.5, start_layer_idx = 1, end_layer_idx = -1}}]
 split = 0.2
 held_out_every = 2
 prompts = ["a red fox in the snow", "blurry", "“nothing” but noise &amp; grain"]
-num_inference_steps = 2
+num_inference_steps = 1
 width = 64
 height = 64
 before = false
@@ -206,9 +212,13 @@ def test_gpus_starts_a_process_each_of_which_the_first_has_the_terminal(capfd, m
     assert launching.launch([sys.executable, "-S", "-c", "pass"], 2) == 0
     # One that does not end by itself, after another one failed, is ended.
     monkeypatch.setattr(launching, "PATIENCE", 0.3)
+    monkeypatch.setattr(launching, "MORE_PATIENCE", 0.3)
     waits = "import os, time; os.environ['RANK'] == '1' and os._exit(1); time.sleep(60)"
-    with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
+    with pytest.raises(K5Error, match="Rank 0 was ended by SIGINT"):
         launching.launch([sys.executable, "-S", "-c", waits], 2)
+    deaf = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {waits}"
+    with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
+        launching.launch([sys.executable, "-S", "-c", deaf], 2)
 
 
 def test_a_deterministic_sum_over_three_processes_is_in_the_order_of_their_ranks(ranks):
@@ -216,3 +226,50 @@ def test_a_deterministic_sum_over_three_processes_is_in_the_order_of_their_ranks
     assert ended.codes == [0, 0, 0], ended.said
     # In float32 1 + 1e8 is 1e8. Any other order of the first sum would give 1.
     assert ended.said == ["[[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]\n"] * 3
+
+
+class Seen(RanksOfRun):
+    """The first of two processes, of which the other one sees something else."""
+
+    size = 2
+
+    def __init__(self, other: dict[str, Any]) -> None:
+        self.other = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, {**value, **self.other}]
+
+
+def test_what_another_process_sees_otherwise_is_named():
+    check_alike(Seen({}), {"cache": {"rows": "abc"}})
+    for other, words in (
+        ({"cache": {"rows": "abd"}}, "Rank 1 does not see what rank 0 sees: cache.rows: other images or captions"),
+        ({"transformer": "a"}, 'transformer: "b", there "a"'),
+        ({"version": {}}, r"version\.torch: .*, there not set"),
+    ):
+        with pytest.raises(RunError, match=words):
+            check_alike(Seen(other), {"cache": {"rows": "abc"}, "transformer": "b"})
+
+
+def test_a_resumed_run_keeps_the_micro_batches_of_an_update_on_any_number_of_gpus_that_divides_them(tmp_path):
+    def saved(of_update: int, **facts: int) -> Any:
+        return SimpleNamespace(facts={"identity": {"train": {"gradient_accumulation_steps": of_update}}, **facts})
+
+    run, config = Run(tmp_path), replace(CONFIG, gradient_accumulation_steps=2)
+
+    def own(state: Any, count: int, config: TrainConfig = config) -> int:
+        return shared_out(config, run, state, count).gradient_accumulation_steps
+
+    assert own(None, 4) == 2  # a new run
+    assert own(saved(4, ranks=2), 1) == 4
+    assert own(saved(4, ranks=2), 4) == 1
+    assert own(saved(4, ranks=1), 1) == 4  # which had been on two before
+    assert own(saved(4), 2) == 2
+    assert own(saved(3), 1) == 2  # a recipe that was changed: refused where identities are compared
+    with pytest.raises(RunError, match="has 4 micro-batches, which 3 GPUs cannot share evenly") as refused:
+        own(saved(4, ranks=2), 3)
+    assert "--gpus with one of 1, 2, 4" in refused.value.fix
+    exact = replace(config, deterministic=True)
+    assert own(saved(4, ranks=2), 2, exact) == 2
+    with pytest.raises(RunError, match="is deterministic and was trained on 1 GPU"):
+        own(saved(4), 2, exact)

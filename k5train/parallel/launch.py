@@ -23,8 +23,10 @@ from k5cache.shared import console, progress_file, system
 from k5cache.shared.errors import RunError
 from k5train.parallel.world import LAUNCHED
 
-PATIENCE = 45.0
-"""Seconds in which the others may save and end after one has failed."""
+PATIENCE = 30.0
+"""Seconds in which the others may save and end by themselves after one has failed. Then they are asked to stop."""
+MORE_PATIENCE = 25.0
+"""Seconds until those that were asked are ended."""
 _LINES = 12  # of a process that died
 _REPORTED = progress_file.VARIABLE
 
@@ -100,19 +102,27 @@ def _start(command: Sequence[str], rank: int, shared: Mapping[str, str]) -> _Chi
 
 def _wait(children: Sequence[_Child]) -> None:
     """Wait for all processes. A signal to this one goes to all of them, once each time it comes."""
-    deadline = float("inf")
+    failed_at, is_asked = float("inf"), False
     while running := [child for child in children if child.process.poll() is None]:
         try:
-            if deadline == float("inf") and any(child.process.poll() for child in children):
-                deadline = time.monotonic() + PATIENCE
-            if time.monotonic() > deadline:
+            if failed_at == float("inf") and any(child.process.poll() for child in children):
+                failed_at = time.monotonic()
+            waited = time.monotonic() - failed_at
+            if waited > PATIENCE and not is_asked:
+                is_asked = True
+                _interrupt(running)
+            if waited > PATIENCE + MORE_PATIENCE:
                 for child in running:
                     system.end_with_children(child.process)
             time.sleep(0.05)
         except KeyboardInterrupt:
-            for child in running:
-                with suppress(OSError):
-                    system.interrupt_child(child.process)
+            _interrupt(running)
+
+
+def _interrupt(children: Sequence[_Child]) -> None:
+    for child in children:
+        with suppress(OSError):
+            system.interrupt_child(child.process)
 
 
 def _code(children: Sequence[_Child]) -> int:

@@ -61,6 +61,9 @@ class Ranks:
         """The bytes of all processes on the first one; nothing on the others. All of them call this."""
         return [data]
 
+    def check(self) -> None:
+        """Raise ``RankLost`` or ``KeyboardInterrupt`` if another process has ended. For long work between the rest."""
+
     def connect(self, device: torch.device, is_deterministic: bool) -> None:
         """Prepare ``add_up`` and ``copy_from_first`` on a device."""
 

@@ -68,6 +68,10 @@ class Together(Ranks):
         """As ``Ranks``."""
         return self.channel.collect(data)
 
+    def check(self) -> None:
+        """As ``Ranks``."""
+        self.channel.check()
+
     def connect(self, device: torch.device, is_deterministic: bool) -> None:
         """As ``Ranks``.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,11 @@ def draw(
     """
     task = bars.add_task(description, total=sum(d.settings.num_inference_steps for d in drawings), unit="step", note="")
     scheduler = load_scheduler(folder)
-    on_step = partial(bars.advance, task, ranks.size)
+
+    def on_step() -> None:
+        ranks.check()
+        bars.advance(task, ranks.size)
+
     latents = [
         sample_latents(transformer, scheduler, d.prompt, d.negative, d.settings, on_step, d.source)
         for d in ranks.share(drawings)

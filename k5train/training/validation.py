@@ -115,7 +115,12 @@ class Validation:
         num_passes = sum(loss.num_passes for loss in (*self.losses.values(), of_average) if loss)
         task = bars.add_task("held-out loss" if HELD_OUT in self.losses else "probe loss", total=num_passes,
                              unit="step", note="")  # fmt: skip
-        arguments = predict, session.base.device, partial(bars.advance, task, self.ranks.size), self.ranks
+
+        def on_step() -> None:
+            self.ranks.check()
+            bars.advance(task, self.ranks.size)
+
+        arguments = predict, session.base.device, on_step, self.ranks
         measured: dict[str, Any] = {}
         with session.settled():
             for name, loss in self.losses.items():
