@@ -9,7 +9,8 @@ from k5cache.cli import app
 from k5cache.encode.job import TextJob
 from k5cache.encode.source_note import note_truncated
 from k5cache.store import skipped
-from k5cache.store.manifest import LeftOut, read_manifest
+from k5cache.store.manifest import read_manifest
+from k5cache.store.notes import LeftOut
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli

@@ -23,7 +23,8 @@ from k5cache.sources import find, images
 from k5cache.sources.items import UnreadableImage, stat_numbers
 from k5cache.store import tables
 from k5cache.store.index import IndexRow, with_index
-from k5cache.store.manifest import LeftOut, Manifest, lock, write_manifest
+from k5cache.store.manifest import Manifest, lock, write_manifest
+from k5cache.store.notes import LeftOut
 from k5cache.store.shards import ShardWriter
 from k5cache.store.skipped import write_skipped
 from k5cache.store.tensors import TensorSpec

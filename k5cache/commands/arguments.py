@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from k5cache.options import CacheConfig
     from k5cache.shared.model import Drawn, ModelConfig
     from k5cache.store.manifest import Manifest
+    from k5cache.store.notes import Part
 
 
 def _here(path: Path | None) -> Path | None:
@@ -74,6 +75,14 @@ Wait = Annotated[float, typer.Option(help="Seconds to wait for another process t
 Vram = Annotated[
     str | None, typer.Option(help="Plan for a card of this size, for example 4GB, instead of the card that is there.")
 ]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Encode only part I of N, for example 3/8, into a cache of its own; `k5cache merge` joins them.",
+    ),
+]
 CachePath = Annotated[
     Path,
     typer.Argument(callback=_here, help="A cache made by `k5cache encode`: a folder, or a URL (s3://bucket/cats)."),
@@ -96,6 +105,43 @@ def vram_bytes(text: str | None) -> int | None:
         return console.parse_bytes(text) if text is not None else None
     except ValueError:
         raise K5Error(f"--vram {text} is not an amount of memory", "Write it like 4GB or 3500MB") from None
+
+
+def read_part(text: str | None) -> Part | None:
+    """``--part``; None if it was not given.
+
+    Raises:
+        K5Error: ``text`` is not a part.
+    """
+    import re
+
+    from k5cache.shared.errors import K5Error
+    from k5cache.store.notes import MOST_PARTS, Part
+
+    if text is None:
+        return None
+    numbers = re.fullmatch(r"(\d{1,7})/(\d{1,7})", text, re.ASCII)
+    if not numbers:
+        raise K5Error(
+            f"--part {text} is not a part of a whole", "Write it as I/N, for example 3/8: the third of 8 parts"
+        )
+    number, of = map(int, numbers.groups())
+    if not 1 <= of <= MOST_PARTS:
+        raise K5Error(f"--part {text}: there can be 1 to {MOST_PARTS:,} parts", "Write it as I/N, for example 3/8")
+    if number == 0:
+        add = f"For a scheduler that counts from 0, add 1: --part $((INDEX + 1))/{of}"
+        raise K5Error(f"--part {text}: parts are counted from 1", f"Write --part 1/{of} to --part {of}/{of}. {add}")
+    if number > of:
+        raise K5Error(f"--part {text}: there is no part {number} of {of}", f"Write --part 1/{of} to --part {of}/{of}")
+    return Part((number,), of)
+
+
+def default_root(source: Path, part: Part | None) -> Path:
+    """The cache of an encode without ``--out``; each part has its own."""
+    from k5cache.sources.find import default_name
+
+    name = default_name(source)
+    return Path("cache") / (f"{name}-{part.numbers[0]}-of-{part.of}" if part else name)
 
 
 def read_configs(

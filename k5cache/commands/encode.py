@@ -14,6 +14,7 @@ from k5cache.commands.arguments import (
     Json,
     Model,
     Out,
+    PartOption,
     Recipe,
     Rehash,
     Set,
@@ -21,21 +22,27 @@ from k5cache.commands.arguments import (
     Sources,
     Vram,
     Wait,
+    default_root,
     read_configs,
+    read_part,
     vram_bytes,
 )
 from k5cache.commands.listing import print_skipped, print_some, shorten
 from k5cache.shared import console, interrupt
 from k5cache.shared.units import count_of
 
+_MOST_PARTS_NAMED = 16
+
 if TYPE_CHECKING:
     from k5cache.encode.preview import Preview
     from k5cache.encode.request import EncodeReport
+    from k5cache.store.notes import Part
 
 
 def encode(
     source: Source,
     sources: Sources = None,
+    part: PartOption = None,
     out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -63,21 +70,37 @@ def encode(
     from k5cache.encode.encode import encode_source
     from k5cache.encode.request import EncodeOptions
     from k5cache.shared.device import check_name
-    from k5cache.sources.find import default_name
 
     model_config, cache_config, drawn, has_own_caches = read_configs(recipe, model, options, sources)
-    root = out or Path("cache") / default_name(source)
-    encode_options = EncodeOptions(update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram))
+    own_part = read_part(part)
+    root = out or default_root(source, own_part)
+    encode_options = EncodeOptions(
+        update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram), part=own_part
+    )
     with _keeping_what_is_encoded(root), console.progress() as bars:
         report = encode_source(source, root, model_config, cache_config, drawn, bars, encode_options)
     if as_json:
         console.print_json(report)
         return
     print_report(report, root)
+    if own_part:
+        suggest_merge(root, own_part, default_root(source, None))
+        return
     of_the_run = [option for option in options or [] if not option.startswith("cache.")]
     caches = [] if has_own_caches else [root]  # a recipe with [[train.data]] names them itself
     arguments = {"recipe": recipe, "model": model, "set": of_the_run}
     console.next_step("Next, train a LoRA", console.command("k5train", "run", *caches, **arguments))
+
+
+def suggest_merge(root: Path, part: Part, whole: Path) -> None:
+    """Print the command that joins this part with the others, if their names follow from its own."""
+    own = f"-{part.numbers[0]}-of-{part.of}"
+    parts = [root.with_name(f"{root.name.removesuffix(own)}-{i}-of-{part.of}") for i in range(1, part.of + 1)]
+    is_one_of_them = root.name.endswith(own) and part.of <= _MOST_PARTS_NAMED
+    names = parts if is_one_of_them else ["EVERY_PART"]
+    merged = root.with_name(root.name.removesuffix(own)) if is_one_of_them else whole
+    message = f"Next, when all {part.of} parts are encoded" if part.of > 1 else "Next"
+    console.next_step(message, console.command("k5cache", "merge", *names, "-o", merged))
 
 
 def _keeping_what_is_encoded(root: Path) -> AbstractContextManager[None]:
@@ -90,6 +113,7 @@ def _keeping_what_is_encoded(root: Path) -> AbstractContextManager[None]:
 def plan(
     source: Source,
     sources: Sources = None,
+    part: PartOption = None,
     out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -103,13 +127,15 @@ def plan(
     from k5cache.encode.preview import estimate_encode
     from k5cache.encode.request import EncodeOptions, read_listed_request
     from k5cache.shared.device import check_name
-    from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
     model_config, cache_config, drawn, _ = read_configs(recipe, model, options, sources)
-    root = out or Path("cache") / default_name(source)
+    own_part = read_part(part)
+    root = out or default_root(source, own_part)
     check_root(root, reads=[source])
-    encode_options = EncodeOptions(update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram))
+    encode_options = EncodeOptions(
+        update=True, is_preview=True, device=check_name(device), vram=vram_bytes(vram), part=own_part
+    )
     with console.progress() as bars:
         with console.doing(bars, "looking at the images and the model"):
             request = read_listed_request(source, root, model_config, cache_config, drawn, encode_options)
@@ -118,11 +144,13 @@ def plan(
         console.print_json(estimate)
         return
     table = console.table("Stage 1", "what", "value")
+    if own_part:
+        table.add_row("part", own_part.name.partition(" ")[2])
     for row in rows(estimate):
         table.add_row(*row)
     console.out.print(table)
     print_notices(request.listing.num_multiline, request.listing.notices)
-    arguments = {"sources": sources, "recipe": recipe, "model": model, "set": options, "vram": vram}
+    arguments = {"sources": sources, "part": part, "recipe": recipe, "model": model, "set": options, "vram": vram}
     arguments["device"] = None if device == "auto" else device
     console.next_step("Next, encode", console.command("k5cache", "encode", source, "-o", root, **arguments))
 
@@ -130,6 +158,7 @@ def plan(
 def diff(
     source: Source,
     sources: Sources = None,
+    part: PartOption = None,
     out: Out = None,
     recipe: Recipe = None,
     model: Model = None,
@@ -140,13 +169,13 @@ def diff(
     """Show what encode would do with the same arguments. Loads no model and writes nothing."""
     from k5cache.encode.preview import preview_encode
     from k5cache.encode.request import EncodeOptions, read_listed_request
-    from k5cache.sources.find import default_name
     from k5cache.store.ours import check_root
 
     model_config, cache_config, drawn, _ = read_configs(recipe, model, options, sources)
-    root = out or Path("cache") / default_name(source)
+    own_part = read_part(part)
+    root = out or default_root(source, own_part)
     check_root(root, reads=[source])
-    preview_options = EncodeOptions(update=True, is_preview=True)
+    preview_options = EncodeOptions(update=True, is_preview=True, part=own_part)
     with console.progress() as bars:
         with console.doing(bars, "looking at the images and the model"):
             request = read_listed_request(source, root, model_config, cache_config, drawn, preview_options)

@@ -55,6 +55,7 @@ def info_json(cache: Cache) -> dict[str, Any]:
         "skipped": [list(pair) for pair in manifest.left_out.skipped],
         "truncated": [[caption, count] for _, count, caption in manifest.left_out.truncated],
         **({"edits": [[edit.source, edit.prompt] for edit in manifest.edits]} if cache.kind == "i2i" else {}),
+        **({"part": str(manifest.part)} if manifest.part else {}),
         "recipe": manifest.recipe,
         "created_by": manifest.created_by,
     }
@@ -77,6 +78,8 @@ def _fact_table(cache: Cache) -> Table:
     manifest = cache.manifest
     table = console.table("", "what", "value")
     table.add_row("for", LONG_NAMES[cache.kind])
+    if manifest.part:
+        table.add_row("part", manifest.part.name.partition(" ")[2])
     table.add_row("items", _items(cache))
     lengths = sorted(cache.text_lengths().values())
     table.add_row("captions and prompts", str(len(lengths)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from k5cache.commands.arguments import CachePaths, Json, NewCache, suggest_training
 from k5cache.commands.listing import print_some
@@ -16,14 +18,21 @@ if TYPE_CHECKING:
 def merge(
     caches: CachePaths,
     out: NewCache,
+    incomplete: Annotated[
+        bool,
+        typer.Option(
+            "--incomplete",
+            help="Merge although parts are missing, or were encoded before others changed. More can be merged later.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge caches into one, for example caches of parts that were encoded on several machines."""
+    """Merge caches into one, for example the parts of `k5cache encode --part` from several GPUs or machines."""
     from k5cache.store.manifest import read_manifest
     from k5cache.upkeep.merge import merge_caches
 
     with console.working(f"merging {len(caches)} caches"):
-        merged = merge_caches(caches, out)
+        merged = merge_caches(caches, out, incomplete)
     if as_json:
         console.print_json(merged)
         return

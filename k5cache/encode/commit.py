@@ -22,8 +22,11 @@ from k5cache.store.index import IndexRows, index_rows, read_index, with_index
 from k5cache.store.keys import Keys
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import locate
-from k5cache.store.manifest import Edit, IndexInfo, LeftOut, Manifest, ShardInfo, ShardKind, SourceNote, write_manifest
+from k5cache.store.manifest import Edit, IndexInfo, Manifest, ShardInfo, ShardKind, write_manifest
+from k5cache.store.notes import LeftOut, SourceNote
 from k5cache.store.shards import ShardWriter, verify_shard
+from k5cache.store.split import SCHEMA as SPLIT_SCHEMA
+from k5cache.store.split import write_split
 from k5cache.store.tables import open_table, read_table
 from k5cache.store.tensors import TensorSpec
 
@@ -90,6 +93,7 @@ class Committer:
         left_out: LeftOut = LeftOut(),  # noqa: B008 (frozen)
         edits: tuple[Edit, ...] = (),
         classes: Mapping[str, str] | None = None,
+        split: pa.Table | None = None,
     ) -> bool:
         """Write the index and name it, with the recipe that made its rows. From then on readers see these rows.
 
@@ -97,6 +101,7 @@ class Committer:
             prompts: added to those that the manifest has.
             edits: all pairs to draw.
             classes: the keys of class captions, by those of captions. None: those that the manifest has.
+            split: of the source, if this is a part of one. None: that which the manifest has.
 
         Returns:
             False if the cache says all this already; then nothing is written.
@@ -106,6 +111,7 @@ class Committer:
         self.manifest = replace(
             before, prompts=prompts, recipe=recipe, source=source, left_out=left_out, edits=edits,
             classes=before.classes if classes is None else dict(classes),
+            split=before.split if split is None else write_split(self.root, before, split),
         )  # fmt: skip
         if (
             before.index
@@ -139,6 +145,9 @@ def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, .
     if not _is_whole(root, manifest.locations, LOCATIONS_SCHEMA):
         damaged.add(manifest.locations.file if manifest.locations else "")
         manifest = replace(manifest, locations=None)
+    if not _is_whole(root, manifest.split, SPLIT_SCHEMA):
+        damaged.add(manifest.split.file if manifest.split else "")
+        manifest = replace(manifest, split=None)
     return manifest, tuple(sorted(damaged))
 
 

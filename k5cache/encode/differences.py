@@ -12,6 +12,7 @@ from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.kind import LONG_NAMES, Kind
 from k5cache.shared.model import ModelConfig
+from k5cache.store.notes import Part
 
 TABLES = ("text", "latents", "selection")
 """The parts of a recipe that decide rows. ``text`` is part of every text key, ``latents`` of every latent key, and
@@ -87,6 +88,16 @@ def refuse_kind(root: Path, cached: Kind, wanted: Kind, model: ModelConfig, sour
         f"{root} was encoded for {LONG_NAMES[cached]}, and {model.source} is for {LONG_NAMES[wanted]}",
         f"Encode into another cache: {again}",
     )
+
+
+def refuse_part(root: Path, cached: Part | None, wanted: Part | None) -> CacheStale:
+    """The error for a cache of another part of a source, or of the whole of it."""
+    holds = f"holds {cached.name} of a source" if cached else "was encoded without --part"
+    asked = f"part {wanted} was asked for" if wanted else "the whole source was asked for"
+    own = f"give --part {cached}" if cached else "leave --part out"
+    if cached and len(cached.numbers) > 1:
+        own = "encode the parts that are missing and merge them with it"
+    return CacheStale(f"{root} {holds}, and {asked}", f"Encode into another cache with -o OTHER, or {own}")
 
 
 def refuse_model(root: Path, model: str, differing: Sequence[Difference], fix: str) -> CacheStale:

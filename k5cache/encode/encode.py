@@ -30,6 +30,7 @@ from k5cache.sources import find
 from k5cache.sources.items import Skipped
 from k5cache.sources.unchanged import is_untouched, listing_digest
 from k5cache.store.manifest import Manifest, lock, require_files
+from k5cache.store.notes import Part
 from k5cache.store.ours import check_root
 
 
@@ -54,7 +55,7 @@ def encode_source(
         OutputError: ``root`` holds something other than a cache, or cannot be written. This is found before any work.
         DatasetError: ``source`` holds no usable image.
         ModelError: the checkpoint lacks an encoder.
-        CacheStale: ``root`` was made by another recipe, and ``update`` is not set.
+        CacheStale: ``root`` was made by another recipe, and ``update`` is not set; or it holds another part.
         CacheCorrupt: a file of ``root`` is damaged, and ``repair`` is not set.
         CacheLocked: another process is writing ``root``.
         DoesNotFit: an encoder fits in no mode, or memory ran out while it was running.
@@ -64,7 +65,7 @@ def encode_source(
     check_root(root, reads=[source])
     listing = None
     if not (options.rehash or options.repair):
-        local_request = _request_on_this_machine(source, root, model, config, drawn)
+        local_request = _request_on_this_machine(source, root, model, config, drawn, options.part)
         if local_request:
             manifest = local_request.manifest
             if not is_untouched(source, config, manifest.source):
@@ -81,14 +82,14 @@ def encode_source(
 
     with lock(root, options.wait_seconds):
         # The manifest is read again: another process may have written it while we waited for the lock.
-        request = replace(request, manifest=manifest_of(root, request.recipe))
+        request = replace(request, manifest=manifest_of(root, request.recipe, options.part))
         with options.engine.opened(root, options.device, bars) if options.engine else nullcontext() as passes:
             report = bring_up_to_date(request, options, bars, passes)
     return replace(report, seconds=time.monotonic() - started)
 
 
 def _request_on_this_machine(
-    source: Path, root: Path, model: ModelConfig, config: CacheConfig, drawn: Drawn
+    source: Path, root: Path, model: ModelConfig, config: CacheConfig, drawn: Drawn, part: Part | None
 ) -> Request | None:
     """The request, if the model is on this machine and the cache already has what its recipe asks for.
 
@@ -98,7 +99,7 @@ def _request_on_this_machine(
         return None
     try:
         folder = folder_on_disk(model, ENCODER_PARTS)
-        request = read_request(source, root, folder, model, config, drawn) if folder else None
+        request = read_request(source, root, folder, model, config, drawn, part=part) if folder else None
     except ModelError:  # not complete on this machine: the hub is asked
         return None
     if request is None:

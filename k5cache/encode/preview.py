@@ -11,6 +11,7 @@ from k5cache.encode.estimate import Estimate, estimate
 from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, ListedRequest
+from k5cache.encode.shares import own_share
 from k5cache.shared.device import pick_device
 from k5cache.sources.items import Flawed, Skipped
 from k5cache.store.manifest import require_files
@@ -82,4 +83,5 @@ def estimate_encode(request: ListedRequest, options: EncodeOptions, bars: Progre
 
 def _plan(request: ListedRequest, rehash: bool, bars: Progress | None) -> Plan:
     require_files(request.root, request.manifest)
-    return plan_request(request, Committer(request.root, request.manifest, 0), rehash, bars)
+    share, _ = own_share(request, rehash, bars)
+    return plan_request(share, Committer(request.root, request.manifest, 0), rehash, bars)

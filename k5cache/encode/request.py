@@ -25,6 +25,7 @@ from k5cache.shared.preprocessor import preprocessor_values
 from k5cache.shared.template import cleaning, version
 from k5cache.sources import find, items
 from k5cache.store.manifest import Manifest, read_manifest
+from k5cache.store.notes import Part
 
 RESIZE = "bicubic-antialias"  # images.load_pixels
 SOURCE_RESIZE = "same as target, else lanczos"  # buckets.source_geometry, images.load_pixels
@@ -49,6 +50,8 @@ class EncodeOptions:
     """Bytes of VRAM to plan for, as if the card had no more; None plans for what is free."""
     engine: Engine | None = None
     """What runs the encoders' passes; None: this process."""
+    part: Part | None = None
+    """The part of the source to encode; None for the whole of it. It changes no number, so no recipe has it."""
 
 
 @dataclass(frozen=True)
@@ -232,20 +235,21 @@ def read_request(
     config: CacheConfig,
     drawn: Drawn,
     is_preview: bool = False,
+    part: Part | None = None,
 ) -> Request:
     """Read the checkpoint's fingerprints and the manifest.
 
     Raises:
         ModelError: the checkpoint lacks an encoder.
         RecipeError: an option, or what is to be drawn, is for the other kind of model.
-        CacheStale: the cache was encoded for the other kind of model.
+        CacheStale: the cache was encoded for the other kind of model, or holds another part.
         CacheCorrupt: the manifest is damaged.
     """
-    recipe = build_recipe(model, config, folder, manifest_of(root, {}).recipe, is_preview)
+    recipe = build_recipe(model, config, folder, manifest_of(root, {}, part).recipe, is_preview)
     kind = kind_of_recipe(recipe)
     check_options(config, kind, model)
     drawn.check(kind)
-    manifest = manifest_of(root, recipe)
+    manifest = manifest_of(root, recipe, part)
     if manifest.kind != kind:
         raise differences.refuse_kind(root, manifest.kind, kind, model, source)
     raw_prompts = () if kind == "i2i" else tuple(dict.fromkeys(["", *manifest.prompts, *drawn.prompts]))
@@ -273,7 +277,8 @@ def read_listed_request(
     check_options(config, kind, model)
     listing = listing or find.find(source, config, kind)
     find_folder = folder_without_weights if options.is_preview else model_folder
-    request = read_request(source, root, find_folder(model, ENCODER_PARTS), model, config, drawn, options.is_preview)
+    folder = find_folder(model, ENCODER_PARTS)
+    request = read_request(source, root, folder, model, config, drawn, options.is_preview, options.part)
     if request.differences and not options.update:
         raise differences.refuse(root, request.differences)
     if (kind := kind_of_recipe(request.recipe)) != listing.kind:  # a repository of the hub, unknown until it was here
@@ -281,11 +286,19 @@ def read_listed_request(
     return ListedRequest(**vars(request), listing=listing)
 
 
-def manifest_of(root: Path, recipe: dict[str, Any]) -> Manifest:
-    """The manifest of this cache, or a first one."""
+def manifest_of(root: Path, recipe: dict[str, Any], part: Part | None) -> Manifest:
+    """The manifest of this cache, or a first one.
+
+    Raises:
+        CacheStale: the cache holds another part of its source than ``part``.
+        CacheCorrupt: the manifest is damaged.
+    """
     if not (root / "manifest.json").exists():
-        return Manifest(recipe=recipe, created_by=versions())
-    return read_manifest(root)
+        return Manifest(recipe=recipe, created_by=versions(), part=part)
+    manifest = read_manifest(root)
+    if manifest.part != part:
+        raise differences.refuse_part(root, manifest.part, part)
+    return manifest
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from k5cache.shared.template import version
 from k5cache.sources import find
 from k5cache.sources.items import PICTURE_DECODER, Skipped
 from k5cache.sources.unchanged import is_settled, listing_digest, stats_of
-from k5cache.store.manifest import LeftOut, SourceNote
+from k5cache.store.notes import LeftOut, SourceNote
 
 _MOST_SHOWN = 80  # characters of a caption that was cut off
 MOST_NAMED = 10_000

@@ -22,6 +22,7 @@ from k5cache.encode.job import Job, LatentJob, TextJob
 from k5cache.encode.plan import Plan
 from k5cache.encode.probe import plan_request
 from k5cache.encode.request import EncodeOptions, EncodeReport, ListedRequest, versions
+from k5cache.encode.shares import own_share
 from k5cache.encode.sink import RowSink
 from k5cache.encode.source_note import MOST_NAMED, note_left_out, note_truncated, take_note
 from k5cache.encode.text_pass import PipelineFails, encode_texts
@@ -30,7 +31,8 @@ from k5cache.shared.device import pick_device
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.items import Skipped, UnreadableImage
 from k5cache.store.index import IndexRow, IndexRows
-from k5cache.store.manifest import Edit, LeftOut, SourceNote, require_files
+from k5cache.store.manifest import Edit, require_files
+from k5cache.store.notes import LeftOut, SourceNote
 from k5cache.store.skipped import write_skipped
 
 
@@ -52,15 +54,16 @@ def bring_up_to_date(
         )  # images that could not be read are tried again
     request = replace(request, manifest=manifest)
     committer = Committer(request.root, manifest, request.config.shard_mb * 2**20)
-    plan = plan_request(request, committer, options.rehash, bars)
-    if not plan.rows:
+    share, split = own_share(request, options.rehash, bars)
+    plan = plan_request(share, committer, options.rehash, bars)
+    if not plan.rows and split is None:  # a part may be empty: a merge takes it as it is
         raise _nothing_readable(request, plan.skipped)
     encoded = _run_passes(request, committer, plan, options, passes or _InThisProcess(options.device), bars)
     edits = tuple(edit for edit in plan.edits if encoded.failure_of_edit(edit) is None)
     rows, unreadable = encoded.usable(plan.rows)
     not_drawn = [skip for edit in plan.edits if (skip := encoded.failure_of_edit(edit)) is not None]
     skipped = (*plan.skipped, *unreadable.values(), *not_drawn)
-    if not rows:
+    if not rows and split is None:
         raise _nothing_readable(request, skipped[len(plan.skipped) :])
     of_images = {key: error.reason for key, error in encoded.failed.items() if error.is_lasting}
     failed = {**plan.failed, **of_images}
@@ -76,7 +79,7 @@ def bring_up_to_date(
     )
     left_out = note_left_out(skipped, failed, cut)
     write_skipped(request.root, ((skip.path, skip.reason) for skip in skipped))
-    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits, classes)
+    is_written = committer.index(rows, plan.prompts, request.recipe, versions(), note, left_out, edits, classes, split)
     num_latents = encoded.num_latents
     num_texts = _num_done(plan.text_jobs, encoded.failed_texts)
     return EncodeReport(

@@ -33,7 +33,7 @@ from k5cache.shared.urls import stands_for, url_of
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 OUR_NAMES = re.compile(
-    r"manifest\.json|skipped\.csv|\.lock|(index|locations)-\d{6,12}\.parquet|(latents|masks|text)/.*", re.DOTALL
+    r"manifest\.json|skipped\.csv|\.lock|(index|locations|split)-\d{6,12}\.parquet|(latents|masks|text)/.*", re.DOTALL
 )
 MOST_BYTES = 1 << 28  # of a manifest, as in store/manifest.py
 _ID = re.compile(r"([0-9a-f]{16})\.parquet")  # of a shard: its sha256 begins so

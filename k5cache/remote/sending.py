@@ -40,7 +40,7 @@ class _Offer:
     @classmethod
     def of(cls, raw: bytes) -> _Offer:
         document = unseal(raw)
-        tables = [info for info in (document["index"], document["locations"]) if info]
+        tables = [info for info in (document["index"], document["locations"], document.get("split")) if info]
         sizes = {info["file"]: info["num_bytes"] for info in (*document["shards"], *tables)}
         return cls(raw, sizes, frozenset(info["file"] for info in tables))
 

@@ -14,7 +14,7 @@ from k5cache.options import CacheConfig
 from k5cache.sources.caption_files import OTHER_SUFFIXES, SUFFIXES
 from k5cache.sources.folder import MASK_SUFFIXES, walk
 from k5cache.sources.items import IMAGE_SUFFIXES, NAMED_SUFFIXES, PICTURE_DECODER, Skipped, fitting_ns
-from k5cache.store.manifest import SourceNote
+from k5cache.store.notes import SourceNote
 
 if TYPE_CHECKING:
     from k5cache.sources.find import Source

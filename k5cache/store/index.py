@@ -256,7 +256,7 @@ def with_index(root: Path, manifest: Manifest, rows: Iterable[IndexRow]) -> Mani
     Raises:
         KeyError: a row names a latent or text key that no shard of ``manifest`` has.
     """
-    generation = _next_generation(root, manifest)
+    generation = next_generation(root, manifest)
     info, located = locations.write_locations(root, manifest.shards, generation, manifest.locations)
     rows = IndexRows.of(rows, manifest.format)
     table = rows.in_format(manifest.format)
@@ -297,14 +297,15 @@ def row_of(values: Mapping[str, Any]) -> IndexRow:
     return IndexRow(**arguments)
 
 
-def _next_generation(root: Path, manifest: Manifest) -> int:
+def next_generation(root: Path, manifest: Manifest) -> int:
     """One more than the manifest's, and more if a file has that name already: it may be anyone's.
 
     Behind a URL other machines write too, and an object would be written over: there a number that nobody else draws.
     """
     if mirror_of(root):
         return secrets.randbelow(10**12 - 10**11) + 10**11
-    generation = 1 + max((_generation(info) for info in (manifest.index, manifest.locations) if info), default=-1)
+    tables_now = (manifest.index, manifest.locations, manifest.split)
+    generation = 1 + max((_generation(info) for info in tables_now if info), default=-1)
     while any(os.path.lexists(root / f"{kind}-{generation:06d}.parquet") for kind in TABLE_KEYS):
         generation += 1
     return generation

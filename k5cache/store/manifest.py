@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from k5cache.shared.kind import KINDS, Kind, kind_of_recipe
 from k5cache.shared.lock import Locked, lock_file
 from k5cache.shared.sealed import Changed, seal, unseal
 from k5cache.store import files, values
+from k5cache.store.notes import LeftOut, Part, SourceNote, read_left_out, read_part, read_source_note
 from k5cache.store.ours import FILE, LOCK, SHARD_FILE, TABLE_FILE, check_root, how_to_make_one
 
 FORMATS: dict[Kind, int] = {"t2i": 1, "i2i": 2}
@@ -33,7 +33,6 @@ MAX_FILE_BYTES = 1 << 48
 MAX_SIDE = 1 << 31
 
 ShardKind = Literal["latents", "masks", "text"]
-_SOURCE = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,38 +60,6 @@ class IndexInfo:
     num_rows: int
     num_bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class SourceNote:
-    """Two hashes of the source that was encoded. In the JSON they are one string, one after the other."""
-
-    listing: str = ""
-    """Hash of paths, sizes, times, captions and masks: 32 hex digits, or empty if nothing is noted."""
-    stats: str = ""
-    """Hash of the files' stats: 32 hex digits, or empty if stats alone cannot show that the source is the same."""
-
-    @classmethod
-    def parse(cls, text: str) -> SourceNote:
-        """The note in a manifest's ``source``."""
-        return cls(text[:32], text[32:])
-
-    def __str__(self) -> str:
-        return self.listing + self.stats
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What the last encode could not use, so that the next one says so without trying it again."""
-
-    skipped: tuple[tuple[str, str], ...] = ()
-    """(path, reason) of everything in the source that has no row."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Key of latents or of a mask -> why the image or mask of these bytes cannot be decoded."""
-    decoders: str = ""
-    """The versions of what tried to decode them: others may succeed."""
-    truncated: tuple[tuple[str, int, str], ...] = ()
-    """(text key, number of characters, beginning of the caption) of captions whose last characters were cut off."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +102,18 @@ class Manifest:
     """Raw prompt -> text key. A finished encode for text-to-image always has the empty prompt, others have none."""
     created_by: dict[str, str] = field(default_factory=dict)
     """Package -> version."""
-    source: SourceNote = SourceNote()
+    source: SourceNote = SourceNote()  # noqa: RUF009 (frozen)
     """What the encoder compares to see whether the source has changed. Readers do not use it."""
-    left_out: LeftOut = LeftOut()
+    left_out: LeftOut = LeftOut()  # noqa: RUF009 (frozen)
     """What the encoder could not use. Readers do not use it."""
     edits: tuple[Edit, ...] = ()
     """Pairs to draw. Only for image-to-image."""
     classes: dict[str, str] = field(default_factory=dict)
     """Text key of a caption -> that of its class caption, for differential output preservation."""
+    part: Part | None = None
+    """Which part of a source it holds; None for the whole of it. Readers do not use it."""
+    split: IndexInfo | None = None
+    """Only of a part: to which part each image of the source belongs (``split.py``). Readers do not use it."""
 
     @property
     def kind(self) -> Kind:
@@ -156,8 +127,8 @@ class Manifest:
 
     @property
     def tables(self) -> set[str]:
-        """The names of the index and the locations, as far as there are any."""
-        return {info.file for info in (self.index, self.locations) if info}
+        """The names of the index, the locations and the split, as far as there are any."""
+        return {info.file for info in (self.index, self.locations, self.split) if info}
 
     @property
     def named(self) -> set[str]:
@@ -211,7 +182,7 @@ def require_files(root: Path, manifest: Manifest) -> None:
         CacheCorrupt: a file is missing or has another size; names the first.
     """
     mirror = mirror_of(root)
-    for info in (*manifest.shards, manifest.index, manifest.locations):
+    for info in (*manifest.shards, manifest.index, manifest.locations, manifest.split):
         if info and not (mirror and mirror.has(info.file, info.num_bytes)):
             os.close(files.open_inside(root, info.file, info.num_bytes))
 
@@ -271,6 +242,8 @@ def _document(manifest: Manifest) -> dict[str, Any]:
         del document["edits"]  # format 1 has none
     if not manifest.classes:  # caches without any are as they were before there were any
         del document["classes"]
+    if not manifest.part:
+        del document["part"], document["split"]
     if not manifest.left_out.truncated:  # caches from before it was noted have no such key
         del document["left_out"]["truncated"]
     return document
@@ -324,10 +297,12 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         locations=_table(document.get("locations"), "locations-"),
         prompts=values.strings(document, "prompts"),
         created_by=values.strings(document, "created_by"),
-        source=SourceNote.parse(values.match({"source": "", **document}, "source", _SOURCE)),
-        left_out=_left_out(document.get("left_out", {})),
+        source=read_source_note(document),
+        left_out=read_left_out(document.get("left_out", {})),
         edits=tuple(_edit(value) for value in values.items(document, "edits")) if version > 1 else (),
         classes=values.strings({"classes": {}, **document}, "classes"),
+        part=read_part(document.get("part")),
+        split=_table(document.get("split"), "split-"),
     )
 
 
@@ -372,16 +347,6 @@ def _edit(document: object) -> Edit:
         width=values.count(value, "width", MAX_SIDE),
         height=values.count(value, "height", MAX_SIDE),
     )
-
-
-def _left_out(document: object) -> LeftOut:
-    value = {"skipped": [], "failed": {}, "decoders": "", "truncated": [], **values.mapping(document, "left_out")}
-    skipped, truncated = value["skipped"], value["truncated"]
-    is_sound = values.are_lists_of(skipped, str, str) and values.are_lists_of(truncated, str, int, str)
-    if not is_sound or not isinstance(value["decoders"], str):
-        values.wrong("left_out", value)
-    failed = values.strings(value, "failed")
-    return LeftOut(tuple(map(tuple, skipped)), failed, value["decoders"], tuple(map(tuple, truncated)))
 
 
 def _table(document: object, prefix: str) -> IndexInfo | None:

@@ -26,8 +26,8 @@ LOCK = ".lock"
 SHARD_FILE = re.compile(
     r"((latents|masks)/[1-9]\d{0,4}x[1-9]\d{0,4}-[0-9a-f]{16}|text/[0-9a-f]{16})\.parquet", re.ASCII
 )
-TABLE_FILE = re.compile(r"(index|locations)-\d{6,12}\.parquet", re.ASCII)
-TABLE_KEYS = {"index": b"k5cache.index", "locations": b"k5cache.files"}
+TABLE_FILE = re.compile(r"(index|locations|split)-\d{6,12}\.parquet", re.ASCII)
+TABLE_KEYS = {"index": b"k5cache.index", "locations": b"k5cache.files", "split": b"k5cache.split"}
 """The key in a table's metadata that proves it ours."""
 SHARD_KEYS = (b"k5cache", b"k5cache.rows")
 

@@ -29,6 +29,14 @@ def is_ours(root: Path) -> bool:
         return False
 
 
+def read_skipped(root: Path) -> list[tuple[str, str]]:
+    """(path, reason) of every row of the file; none if the cache has no such file of ours."""
+    if not is_ours(root):
+        return []
+    text = (root / NAME).read_bytes().decode("utf-8", "replace")
+    return [(row[0], row[1]) for row in csv.reader(io.StringIO(text, newline="")) if len(row) == 2][1:]
+
+
 def write_skipped(root: Path, skipped: Iterable[tuple[str, str]]) -> None:
     """Write the file, or delete it if nothing was skipped. What is not ours is neither overwritten nor deleted.
 

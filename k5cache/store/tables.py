@@ -39,7 +39,7 @@ def write_table(root: Path, table: pa.Table, name: str) -> IndexInfo:
     """
     with new_file(root / name) as file:
         with pq.ParquetWriter(pa.PythonFile(file, mode="w"), table.schema, **_SETTINGS) as writer:
-            for first in range(0, max(1, table.num_rows), ROW_GROUP):
+            for first in range(0, table.num_rows, ROW_GROUP):
                 writer.write_table(table.slice(first, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
             writer.add_key_value_metadata(table.schema.metadata or {})
         return IndexInfo(name, table.num_rows, file.num_bytes, file.sha256.hexdigest())

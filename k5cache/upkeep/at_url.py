@@ -82,6 +82,7 @@ def _with_tables(root: Path, out: Path, manifest: Manifest, theirs: Manifest) ->
         manifest,
         index=table(manifest.index, theirs.index, "index"),
         locations=table(manifest.locations, theirs.locations, "locations"),
+        split=table(manifest.split, theirs.split, "split"),
     )
 
 
@@ -116,7 +117,7 @@ def fetch_cache(url: Path, root: Path, wait_seconds: float = 0, advance: Advance
     check_earlier(root, objects.url, manifest)
     with lock(root, wait_seconds):
         wanted: list[ShardInfo | IndexInfo] = [*manifest.shards]
-        wanted += [table for table in (manifest.index, manifest.locations) if table]
+        wanted += [table for table in (manifest.index, manifest.locations, manifest.split) if table]
         total = sum(file.num_bytes for file in wanted)
         absent = [file for file in wanted if not is_here(root, file, lambda read: advance("checking", read, total))]
         size = sum(file.num_bytes for file in absent)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k5cache.encode.differences import differences
-from k5cache.shared.errors import CacheError, CacheStale
+from k5cache.shared.errors import CacheError
 from k5cache.shared.files import make_folder, new_file, sync_folder
-from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.outputs import check_writable
 from k5cache.store import files
 from k5cache.store.columns import flags, numbers, one_array
 from k5cache.store.index import IndexRows, read_index, with_index
 from k5cache.store.manifest import Edit, Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
+from k5cache.store.notes import Part
 from k5cache.store.ours import check_root
 from k5cache.store.shards import verify_shard
+from k5cache.store.skipped import read_skipped, write_skipped
+from k5cache.store.split import write_split
 from k5cache.upkeep.finished import finished_index
+from k5cache.upkeep.parts import merge_left_out, merge_source, require_one_recipe, require_rows, require_whole
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Merged:
     """Whether the shards are hard links: one copy on disk for both caches."""
 
 
-def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
+def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) -> Merged:
     """Merge caches into a new one.
 
     The parts stay as they are. Shards on the same disk are linked, not copied.
@@ -48,9 +50,10 @@ def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
     Args:
         parts: two or more finished caches with the same recipe.
         out: a folder that is not there yet, or one that an interrupted merge left.
+        is_incomplete: of the parts of a source some may be missing, and some may be of an earlier state of it.
 
     Raises:
-        CacheStale: two recipes differ; the message names the fields.
+        CacheStale: two recipes differ, or parts of a source are missing or doubled; the message names them.
         CacheCorrupt: a shard is damaged; it is named before anything is linked to it.
         CacheError: a path stands for different images in two caches, or ``out`` is a cache already.
         OutputError: ``out`` is one of the parts, holds something other than a cache, or cannot be written.
@@ -59,14 +62,18 @@ def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
     if (out / "manifest.json").exists():
         raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
     check_writable(out)
-    if len(parts) < 2:
-        raise CacheError("There is one cache to merge", "Name two or more: k5cache merge A B -o C")
     manifests = [_read_finished(root) for root in parts]
-    _require_one_recipe(parts, manifests)
+    if len(parts) < 2 and manifests[0].part != Part((1,), 1):
+        raise CacheError("There is one cache to merge", "Name two or more: k5cache merge A B -o C")
+    require_one_recipe(parts, manifests)
+    whole = require_whole(parts, manifests, is_incomplete)
     with lock(out):
         if (out / "manifest.json").exists():  # another process has made it while the parts were read
             raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
         rows, duplicates = _merge_rows(parts, manifests)
+        require_rows(len(rows), parts)
+        order = whole.order(rows.column("path"))
+        rows = rows if order is None else rows.take(order)
         shards: dict[str, ShardInfo] = {}
         is_linked = True
         for root, manifest in zip(parts, manifests, strict=True):
@@ -79,8 +86,16 @@ def merge_caches(parts: Sequence[Path], out: Path) -> Merged:
             shards=tuple(shards.values()),
             prompts={raw: key for manifest in reversed(manifests) for raw, key in manifest.prompts.items()},
             created_by=manifests[0].created_by,
+            source=merge_source(whole, manifests),
+            left_out=merge_left_out(manifests),
             edits=_merge_edits(manifests),
+            part=whole.part,
             classes={key: of_class for manifest in reversed(manifests) for key, of_class in manifest.classes.items()},
+        )
+        if whole.part and whole.split:
+            merged = replace(merged, split=write_split(out, merged, whole.split))
+        write_skipped(
+            out, dict.fromkeys(entry for pair in zip(parts, manifests, strict=True) for entry in _skipped(*pair))
         )
         write_manifest(out, with_index(out, merged, rows))
     num_bytes = sum(shard.num_bytes for shard in shards.values())
@@ -94,20 +109,9 @@ def _read_finished(root: Path) -> Manifest:
     return manifest
 
 
-def _require_one_recipe(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    for root, manifest in zip(parts[1:], manifests[1:], strict=True):
-        if manifest.kind != manifests[0].kind:
-            first, other = LONG_NAMES[manifests[0].kind], LONG_NAMES[manifest.kind]
-            raise CacheStale(
-                f"{parts[0]} was encoded for {first} and {root} for {other}", "Merge caches of one kind of model"
-            )
-        differing = differences(manifests[0].recipe, manifest.recipe)
-        if differing:
-            sentences = "; ".join(difference.between(parts[0], root) for difference in differing)
-            raise CacheStale(
-                f"{parts[0]} and {root} have different recipes: {sentences}",
-                "Encode one of them again with the recipe of the other, and --update",
-            )
+def _skipped(root: Path, manifest: Manifest) -> Iterable[tuple[str, str]]:
+    """(path, reason) of everything that an encode could not use; the manifest has only the first."""
+    return read_skipped(root) or manifest.left_out.skipped
 
 
 def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[IndexRows, tuple[str, ...]]:

@@ -70,7 +70,7 @@ def pull_cache(
         check_earlier(root, repo, manifest)
         with lock(root, wait_seconds):
             wanted: list[ShardInfo | IndexInfo] = [*manifest.shards]
-            wanted += [table for table in (manifest.index, manifest.locations) if table]
+            wanted += [table for table in (manifest.index, manifest.locations, manifest.split) if table]
             total = sum(file.num_bytes for file in wanted)
             check = partial(advance, "checking")
             absent = [file for file in wanted if not is_here(root, file, lambda read: check(read, total))]

@@ -20,6 +20,7 @@ from k5cache.store.locations import Locations, file_names, locate
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
 from k5cache.store.ours import unnamed_files
 from k5cache.store.shards import StoredRow, verify_shard
+from k5cache.store.split import read_split
 from k5cache.upkeep.columns import column_problems
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
     try:
         if manifest.locations and not _locations_are_true(root, manifest, manifest.locations):
             yield f"{root / manifest.locations.file}: it does not say where the rows of the shards are"
+    except CacheError as error:
+        yield error.problem
+    try:
+        if manifest.split:
+            read_split(root, manifest.split)
     except CacheError as error:
         yield error.problem
     if manifest.index is None:

@@ -98,7 +98,7 @@ def cache_state(project: Project, entry: Entry, source: Entry | None) -> CacheSt
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    tables = [info.num_bytes for info in (manifest.index, manifest.locations) if info]
+    tables = [info.num_bytes for info in (manifest.index, manifest.locations, manifest.split) if info]
     selection = manifest.recipe.get("selection", {})
     resolution = selection.get("resolution")
     return {
