@@ -205,3 +205,23 @@ def test_running_out_of_memory_while_compiling_is_no_reason_to_run_eagerly(toy_m
 
     with pytest.raises(torch.OutOfMemoryError):
         execution.warm_up(step)
+
+
+def test_captions_of_other_lengths_in_a_captured_step_compile_nothing(toy_model, monkeypatch):
+    """Their buffer is as wide as the plan says, and their lengths are data."""
+    compiling = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(execute.torch, "compile", compiling)
+    transformer = model(toy_model)
+    plan = Plan(("all",) * len(transformer.visual_transformer_blocks), None, {}, None, 0, (16, 16))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    execution = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+    inputs = batch(transformer, 16, 8)
+    given = [execution.policies, None]
+    compiled = []
+    for given_lengths in ((16, 16), (3, 9), (1, 2), (9, 1)):
+        lengths = torch.tensor(given_lengths, dtype=torch.int32)
+        ours, plain = (predict_velocity(transformer, *inputs, block_policies=p, text_lengths=lengths) for p in given)
+        assert (ours - plain).norm() <= WITHIN * plain.norm()
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled == [1] * 4
