@@ -61,8 +61,12 @@ class FixedInputs:
         shape = (rows, _fitting(like, text_width), text.shape[2])
         fields: dict[str, Any] = {n: buffer(n, t) for n, t in vars(first).items() if isinstance(t, Tensor)}
         fields["prompt_embeds"] = buffers.take("prompt_embeds", shape, text.dtype)
-        fields["text_lengths"] = buffers.take("text_lengths", (rows,), torch.int32)
-        kept = [replace(r, kept=buffer(f"route {i}", r.kept)) for i, r in enumerate(first.routes)]
+        # Not shared, so that they always fit the kind's own sizes: kernels read where they say.
+        fields["text_lengths"] = torch.ones(rows, dtype=torch.int32, device=buffers.device)
+        kept = [
+            replace(r, kept=torch.zeros(rows, *r.kept.shape[1:], dtype=r.kept.dtype, device=buffers.device))
+            for r in first.routes
+        ]
         self.group = replace(first, **fields, routes=tuple(kept))
         """What the pass computes on: the rows of all groups, with their captions padded."""
         self.share = torch.zeros((), device=buffers.device)
