@@ -62,6 +62,9 @@ for line in sys.stdin:
         os.kill(os.getpid(), signal.SIGKILL)
     elif label.startswith("long"):
         say("progress", tasks=[{"name": "training", "completed": 7, "total": 9, "unit": "step", "note": ""}])
+    elif label.startswith("told"):
+        say("stopped", said="Stopped in the middle of step 3, which is not saved. Go on with: k5train resume x")
+        sys.exit(130)
     elif label.startswith("bad"):
         say("ended", label=label, problem="the loss is not finite", fix="Lower train.optim.lr")
     else:
@@ -135,6 +138,15 @@ def test_ctrl_c_stops_all_and_says_what_each_has_saved(crew_of):
     assert [worker.how_it_ended for worker in crew._all if worker.gpu.key == "GPU-0"] == [
         "its process ended with exit code 130: Loading torch ..."
     ]
+
+
+def test_a_worker_that_somebody_stops_stops_the_sweep(crew_of, capsys):
+    crew, _ = crew_of("long", "told", "never")  # as the page does with a run of a sweep
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        crew.run(TWO)
+    said = {"long: saved at step 7", "told: in the middle of step 3, which is not saved"}
+    assert set(str(stopped.value).removeprefix("Stopped; ").split("; ")) == said
+    assert "Stopping: each run saves its state first" in capsys.readouterr().err
 
 
 def test_a_gpu_without_room_is_left_out_and_none_with_room_is_an_error(crew_of, monkeypatch, capsys):

@@ -227,6 +227,8 @@ class Crew:
     def stop(self) -> None:
         """Tell all to stop, and wait for what they save. A second Ctrl-C does not wait for that, a third not at all."""
         self.is_stopping = True
+        if self.training:
+            console.note("Stopping: each run saves its state first", "yellow")
         for attempt in range(3):
             for worker in self.states:
                 worker.order("stop") if attempt < 2 else worker.kill()
