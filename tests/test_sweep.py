@@ -98,12 +98,12 @@ def test_two_gpus_train_the_same_runs_in_two_processes(swept, tmp_path, toy_cach
     out = swept[0].parent / "on-two"
     done = Cli(out.parent)(
         app, "sweep", str(toy_cache("fp32")), "-r", "recipe.toml", "--gpus", "2", "--set", "train.device=auto",
-        "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2,1e5", "-o", "on-two",
+        "--grid", "train.lora.rank=2,4", "--grid", "train.optim.lr=1e-2", "-o", "on-two",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert {f"on GPU {n}" in done.err for n in range(2)} == {True}
     untimed = [[replace(o, seconds=None, seconds_to_start=None) for o in read_outcomes(of)] for of in (swept[0], out)]
-    assert untimed[0] == untimed[1]
+    assert [outcome for outcome in untimed[0] if not outcome.problem] == untimed[1]
     assert (out / "samples.png").read_bytes() == (swept[0] / "samples.png").read_bytes()
     for label in ("rank=2,lr=1e-2", "rank=4,lr=1e-2"):
         files = [load_file(of / label / f"{label}.safetensors") for of in (swept[0], out)]
