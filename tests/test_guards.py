@@ -23,8 +23,8 @@ FLOORS = {
     "k5train": ("__main__", "cli", "commands", "ui", "configure", "moving", "recipes", "doctor", "publish", "exact",
                 "bench", "training", "data", "objective", "pictures", "forward", "planning", "adapter runs",
                 "base options parallel"),
-    "k5cache": ("__main__", "cli", "commands", "exact", "upkeep", "bench", "encode", "encoders sources", "store",
-                "remote", "options", "buckets", "shared"),
+    "k5cache": ("__main__", "cli", "commands", "exact", "upkeep", "bench", "engines", "encode", "encoders sources",
+                "store", "remote", "options", "buckets", "shared"),
 }  # fmt: skip
 """The rooms of each package from the top floor down; each imports only from floors below its own."""
 SHARED = {"shared", "store", "buckets", "options"}

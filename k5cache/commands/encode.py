@@ -33,6 +33,18 @@ from k5cache.shared.units import count_of
 
 _MOST_PARTS_NAMED = 16
 
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        help="What runs the encoders: embedded, in this process on one GPU; or ray, on several GPUs and machines."
+    ),
+]
+Gpus = Annotated[int | None, typer.Option(help="Use so many GPUs, with --engine ray. Default there: all.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Use this Ray cluster: auto, or HOST:6379. Without it, --engine ray starts one on this machine."),
+]
+
 if TYPE_CHECKING:
     from k5cache.encode.preview import Preview
     from k5cache.encode.request import EncodeReport
@@ -57,6 +69,9 @@ def encode(
     ] = False,
     wait: Wait = 0,
     vram: Vram = None,
+    engine: Engine = None,
+    gpus: Gpus = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Encode images and captions into a cache, or bring one up to date.
@@ -69,13 +84,15 @@ def encode(
     """
     from k5cache.encode.encode import encode_source
     from k5cache.encode.request import EncodeOptions
+    from k5cache.engines.choose import engine_for
     from k5cache.shared.device import check_name
 
     model_config, cache_config, drawn, has_own_caches = read_configs(recipe, model, options, sources)
     own_part = read_part(part)
     root = out or default_root(source, own_part)
+    runs_on = engine_for(engine, address, gpus, check_name(device))
     encode_options = EncodeOptions(
-        update, rehash, repair, wait, device=check_name(device), vram=vram_bytes(vram), part=own_part
+        update, rehash, repair, wait, device=device, vram=vram_bytes(vram), part=own_part, engine=runs_on
     )
     with _keeping_what_is_encoded(root), console.progress() as bars:
         report = encode_source(source, root, model_config, cache_config, drawn, bars, encode_options)

@@ -83,7 +83,9 @@ def encode_source(
     with lock(root, options.wait_seconds):
         # The manifest is read again: another process may have written it while we waited for the lock.
         request = replace(request, manifest=manifest_of(root, request.recipe, options.part))
-        with options.engine.opened(root, options.device, bars) if options.engine else nullcontext() as passes:
+        engine = options.engine
+        at = (source, root, request.folder, options.device, bars)
+        with engine.opened(*at) if engine else nullcontext() as passes:
             report = bring_up_to_date(request, options, bars, passes)
     return replace(report, seconds=time.monotonic() - started)
 

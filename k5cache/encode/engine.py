@@ -49,11 +49,15 @@ class Passes(Protocol):
 class Engine(Protocol):
     """Where passes come from."""
 
-    def opened(self, root: Path, device: str, bars: Progress) -> AbstractContextManager[Passes]:
+    def opened(
+        self, source: Path, root: Path, folder: Path, device: str, bars: Progress
+    ) -> AbstractContextManager[Passes]:
         """Start what the passes need, before anything is planned, and end it.
 
         Args:
+            source: as the user named it.
             root: the cache, whose lock the caller has.
+            folder: of the checkpoint.
             device: as the user named it.
         """
         ...

@@ -24,14 +24,14 @@ def one_encoder(device: str, card_bytes: int | None, name: str, planned: int = 0
     import torch
 
     if not device.startswith("cuda"):
-        with _when_memory_ends(device, name, planned):
+        with when_memory_ends(device, name, planned):
             yield
         gc.collect()
         return
     vram.limit_to_card(device, card_bytes)
     before = torch.cuda.memory_allocated(device)
     try:
-        with _when_memory_ends(device, name, planned):
+        with when_memory_ends(device, name, planned):
             yield
     finally:
         left = vram.release(device) - before
@@ -40,7 +40,7 @@ def one_encoder(device: str, card_bytes: int | None, name: str, planned: int = 0
         console.note(f"{name} left {console.human_bytes(left)} of VRAM behind")
 
 
-def _when_memory_ends(device: str, name: str, planned: int) -> AbstractContextManager[None]:
+def when_memory_ends(device: str, name: str, planned: int) -> AbstractContextManager[None]:
     """Turn running out of memory into an error that names the setting to change."""
 
     def refuse(words: str) -> DoesNotFit:

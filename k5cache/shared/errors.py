@@ -66,6 +66,10 @@ class CacheLocked(CacheError):
     """Another process is writing this cache."""
 
 
+class EngineError(K5Error):
+    """An engine that spreads an encode over several processes is missing, cannot be reached or lost its workers."""
+
+
 class RunError(K5Error):
     """A training run cannot start, continue or be read."""
 

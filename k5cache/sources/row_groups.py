@@ -51,6 +51,10 @@ class GroupReader:
         self._kept: OrderedDict[tuple[Hashable, int], pa.Array] = OrderedDict()
         """(group, first row) -> batch; the one used last comes last."""
 
+    def __reduce__(self) -> tuple[type[GroupReader], tuple[()]]:
+        """In another process it begins anew."""
+        return GroupReader, ()
+
     def read(self, group: Group, row: int) -> bytes:
         """The bytes in a row of a group.
 

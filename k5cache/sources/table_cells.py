@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -45,7 +46,7 @@ def cells_of(table: Table, column: str) -> list[tuple[Cell | str | None, str]]:
 
 
 def _embedded(piece: Piece, rows: FileRows, column: str, row: int) -> Cell:
-    return Cell(row_stat(piece, f"{column} {row}"), lambda: rows.read(column, row))
+    return Cell(row_stat(piece, f"{column} {row}"), functools.partial(rows.read, column, row))
 
 
 def _named_by(piece: Piece, name: str) -> Cell | str | None:

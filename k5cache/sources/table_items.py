@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -220,7 +221,7 @@ def _rows_of_tars(table: Table, source_field: str | None, in_pairs: bool) -> lis
 
 
 def _member(piece: Piece, tar: Tar, member: Member) -> Cell:
-    return Cell(row_stat(piece, member.name), lambda: tar.content(member))
+    return Cell(row_stat(piece, member.name), functools.partial(tar.content, member))
 
 
 def _tar_names(table: Table) -> dict[Path, str]:

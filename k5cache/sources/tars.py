@@ -180,6 +180,10 @@ class _Stream:
         self._stack = ExitStack()
         self._stream: IO[bytes] | None = None
 
+    def __reduce__(self) -> tuple[type[_Stream], tuple[Path, bool]]:
+        """In another process it opens the tar itself."""
+        return _Stream, (self._file, self._is_compressed)
+
     def __del__(self) -> None:
         self._close()
 

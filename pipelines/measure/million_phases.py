@@ -92,7 +92,7 @@ class StubEngine:
         self.device = "cpu"
 
     @contextmanager
-    def opened(self, root: Path, device: str, bars: object) -> Iterator[StubEngine]:
+    def opened(self, source: Path, root: Path, folder: Path, device: str, bars: object) -> Iterator[StubEngine]:
         """There is nothing to start."""
         self._clock.lap("list")
         yield self

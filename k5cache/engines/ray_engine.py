@@ -1,0 +1,325 @@
+"""``--engine ray``: Ray Data decodes on all processors, its actors hold an encoder each, and this process commits.
+
+The plan of an encode is the same as on one machine, and so are the passes over it; only the work is divided, into
+orders. An order whose worker dies is encoded again by another. What is committed stays, whatever happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+from k5cache.encode import estimate
+from k5cache.encode.engine import ShardSink
+from k5cache.encode.job import Job, LatentJob, TextJob
+from k5cache.encoders.memory_plan import SECONDS_AT_RISK, TextArchitecture, TextPlan
+from k5cache.engines import cluster, orders
+from k5cache.engines.cluster import Cluster
+from k5cache.engines.running import Pass, Running
+from k5cache.engines.wire import Report, json_of
+from k5cache.shared import console, interrupt
+from k5cache.shared.checkpoint import read_config
+from k5cache.shared.errors import EngineError
+from k5cache.shared.units import count_of
+from k5cache.sources.items import UnreadableImage
+from k5cache.store import files
+from k5cache.store.manifest import ShardInfo
+from k5cache.store.ours import LOCK
+
+if TYPE_CHECKING:
+    from k5cache.engines.workers import Place, Setup
+
+SHARDS_A_COMMIT = 16
+SECONDS_A_COMMIT = 30.0
+"""The manifest is written after so many shards or so long: it grows with the cache, so not after each shard."""
+_SECONDS_OF_A_LOOK = 180.0  # a machine may import torch from a slow disk
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """An ``Engine`` on Ray."""
+
+    address: str | None = None
+    """Of a cluster; None: this machine."""
+    gpus: int | None = None
+    """How many to use; None: all."""
+    cpu_workers: int | None = None
+    """Processes that encode where there is no GPU; None: one a machine."""
+
+    @contextmanager
+    def opened(self, source: Path, root: Path, folder: Path, device: str, bars: Progress) -> Iterator[RayPasses]:
+        """Start Ray or join the cluster, and have each machine look whether it sees all that it needs.
+
+        Raises:
+            EngineError: there is no Ray, or not so many GPUs, or a machine does not see the images or the cache.
+        """
+        with ExitStack() as stack:
+            stack.callback(files.remove_leftovers, root)  # of workers that are ended
+            activity = f"joining Ray at {self.address}" if self.address else "starting Ray"
+            with console.doing(bars, activity):
+                of_cluster = stack.enter_context(cluster.joined(self.address, self.gpus, device))
+            with console.doing(bars, f"looking at {count_of(len(of_cluster.nodes), 'machine')} of Ray"):
+                place = _place(source, root, folder)
+                _look(of_cluster, place)
+            yield RayPasses(of_cluster, place, self.cpu_workers)
+
+
+class RayPasses:
+    """The ``Passes`` of one encode."""
+
+    def __init__(self, of_cluster: Cluster, place: Place, cpu_workers: int | None) -> None:
+        self._cluster, self._place = of_cluster, place
+        self.num_workers = of_cluster.num_gpus or cpu_workers or len(of_cluster.nodes)
+        self._text_plan: TextPlan | None = None
+        self._num_tokens = 0
+        self._seconds: dict[str, float] = {}
+        """Of one text and of one image; only where there is no GPU."""
+
+    @property
+    def device(self) -> str:
+        """Of the workers."""
+        return "cuda" if self._cluster.num_gpus else "cpu"
+
+    def announce(self, job: Job, text_jobs: Sequence[TextJob], latent_jobs: Sequence[LatentJob]) -> None:
+        """Have a worker plan for its card, and print the plan."""
+        import ray
+
+        from k5cache.engines import workers
+
+        self._num_tokens = sum(estimate.token_counts(job.config, text_jobs)) if text_jobs else 0
+        if self.device == "cpu":
+            with console.doing(job.bars, "measuring this machine"):
+                on_cpu = estimate.estimate(job.folder, job.config, "cpu", None, text_jobs, latent_jobs)
+            self._seconds = {
+                "text": (on_cpu.text_seconds or 0.0) / max(1, len(text_jobs)),
+                "image": (on_cpu.vae_seconds or 0.0) / max(1, len(latent_jobs)),
+            }
+        with console.doing(job.bars, "having a worker look at its card"):
+            plan = ray.remote(num_gpus=min(1, self._cluster.num_gpus), num_cpus=0)(workers.plan_here)
+            setup, largest = self._setup(job), [json_of(each) for each in orders.extremes(latent_jobs)]
+            plans = _answer(plan.remote(setup, self._num_tokens, estimate.has_sources(text_jobs), largest))
+        self._text_plan, vae_plan = plans
+        modes = [f"text encoder {self._text_plan.mode}"] if self._text_plan else []
+        modes += [f"VAE {vae_plan.mode}"] if vae_plan else []
+        kind = "GPU" if self._cluster.num_gpus else "CPU worker"
+        console.note(f"Planned on {count_of(self.num_workers, kind)} of Ray: {', then '.join(modes)}")
+
+    def encode_texts(
+        self, job: Job, sink: ShardSink, text_jobs: Sequence[TextJob], failed: dict[str, UnreadableImage]
+    ) -> tuple[tuple[str, int], ...]:
+        """As ``text_pass.encode_texts``; each worker has CLIP and Qwen."""
+        from k5cache.encode.text_pass import encodable, warn_of_lost
+        from k5cache.engines import workers
+
+        text_jobs, _ = encodable(job, text_jobs, failed)
+        if not text_jobs:
+            return ()
+        assert self._text_plan, "announced"
+        is_resident = self._text_plan.mode == "resident"
+        parts = orders.text_orders(text_jobs, self.num_workers, self._texts_an_order(job, len(text_jobs)), is_resident)
+        arguments = (self._num_tokens, estimate.has_sources(text_jobs))
+        truncated: list[tuple[str, int]] = []
+        lost: list[str] = []
+
+        def take(report: Report) -> None:
+            failed.update(report.failed)
+            truncated.extend(report.truncated)
+            lost.extend(report.lost)
+
+        self._run(job, sink, "Qwen2.5-VL", "caption", parts, workers.TextWorker, arguments, take)
+        warn_of_lost(list(dict.fromkeys(lost)))
+        return tuple(truncated)
+
+    def encode_latents(self, job: Job, sink: ShardSink, latent_jobs: Sequence[LatentJob]) -> dict[str, UnreadableImage]:
+        """As ``image_pass.encode_latents``; images are decoded on all processors, and each worker has the VAE."""
+        from k5cache.engines import workers
+
+        if not latent_jobs:
+            return {}
+        most_rows = _at_risk(self._seconds.get("image"))
+        pixel_bytes = min(orders.PIXEL_BYTES, self._cluster.object_bytes // (8 * self.num_workers))
+        parts = orders.latent_orders(latent_jobs, self.num_workers, most_rows, pixel_bytes)
+        arguments = ([json_of(each) for each in orders.extremes(latent_jobs)],)
+        failed: dict[str, UnreadableImage] = {}
+        self._run(job, sink, "VAE", "image", parts, workers.VaeWorker, arguments, lambda r: failed.update(r.failed))
+        return failed
+
+    def _run(
+        self,
+        job: Job,
+        sink: ShardSink,
+        name: str,
+        unit: str,
+        parts: Iterator[Sequence[LatentJob | TextJob]],
+        worker: type,
+        arguments: tuple[Any, ...],
+        take: Callable[[Report], object],
+    ) -> None:
+        """Have workers encode the orders, commit their shards, and hand each report to ``take``."""
+        import pyarrow as pa
+        import ray
+
+        from k5cache.engines import workers
+
+        sizes: list[int] = []
+        names: list[str] = []
+        tables: list[pa.Table] = []
+        for number, part in enumerate(parts):
+            sizes.append(len(part))
+            names.append(part[0].path if isinstance(part[0], LatentJob) else repr(part[0].caption[:40]))
+            tables.append(pa.table({"order": [number] * len(part), "job": [json_of(each) for each in part]}))
+        try:
+            readers = ray.put(workers.Readers(job.read, job.read_source))
+        except (TypeError, AttributeError) as error:  # of what holds an open file or a connection
+            raise EngineError(
+                f"The images of {self._place.source or 'this source'} cannot be read by other processes: {error}",
+                "Leave --engine out, or write the images into a folder",
+            ) from error
+        ledger = ray.remote(num_cpus=0)(workers.Ledger).remote()
+        dataset = self._dataset(job, tables, readers, ledger, worker, arguments)
+        commits = _Commits(sink)
+        seen: set[str] = set()
+        with job.progress_bar(f"{name}: starting {count_of(self.num_workers, 'worker')}", sum(sizes), unit) as advance:
+            work = Pass(sizes, names, unit, functools.partial(advance, description=name))
+            with Running(dataset, ledger, work) as running:
+                try:
+                    for report in running:
+                        commits.add(report.shards)
+                        if report.error:
+                            raise report.error
+                        take(report)
+                        for note in report.notes:
+                            if not seen:  # each worker measures the error of int8 on other captions
+                                job.note(note)
+                            seen.add(note)
+                finally:
+                    with interrupt.deferred():
+                        commits.add([shard for report in running.arrived() for shard in report.shards])
+                        commits.end()
+
+    def _dataset(
+        self, job: Job, tables: list[Any], readers: Any, ledger: Any, worker: type, arguments: tuple[Any, ...]
+    ) -> Any:
+        """The orders, and what is done with each. Nothing runs yet."""
+        import ray.data
+
+        from k5cache.engines import workers
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.target_max_block_size = None  # an order is one block, which is one shard
+        setup, num_workers = self._setup(job), min(self.num_workers, len(tables))
+        shape = {"batch_size": None, "batch_format": "pyarrow"}
+        dataset = ray.data.from_arrow(tables)
+        if worker is workers.VaeWorker:
+            # A quarter of a machine's processors an order: others are decoded meanwhile, and few wait in memory.
+            num_cpus = min(8.0, self._cluster.num_cpus / 4)
+            decoder = workers.Decoder(setup, readers, max(1, round(num_cpus)))
+            dataset = dataset.map_batches(decoder, num_cpus=num_cpus, **shape)
+        # Actors that take whole processors leave none to those that decode for them.
+        beside = -(-self.num_workers // len(self._cluster.nodes))
+        num_cpus = 0.1 if self._cluster.num_gpus else self._cluster.num_cpus / 2 / beside
+        return dataset.map_batches(
+            worker,
+            fn_constructor_args=(setup, readers, ledger, *arguments),
+            compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=2),
+            num_gpus=1 if self._cluster.num_gpus else None,
+            num_cpus=num_cpus,
+            **shape,
+        )
+
+    def _setup(self, job: Job) -> Setup:
+        import torch
+
+        from k5cache.engines.workers import Setup
+
+        return Setup(self._place, job.config, self.device, job.vram, torch.get_num_threads())
+
+    def _texts_an_order(self, job: Job, count: int) -> int:
+        """As many as fill a shard or, where each order reads all weights, as may wait for that between layers."""
+        assert self._text_plan, "announced"
+        num_tokens = max(1, self._num_tokens // count)
+        if self._text_plan.mode == "streamed":
+            return max(1, min(self._text_plan.chunk_tokens // num_tokens, _at_risk(self._seconds.get("text"))))
+        hidden_size = TextArchitecture.of(read_config(job.folder, "text_encoder")).hidden_size
+        of_a_shard = job.config.shard_mb * 2**20 // (2 * hidden_size * num_tokens)
+        return max(1, min(of_a_shard, _at_risk(self._seconds.get("text"))))
+
+
+class _Commits:
+    """Names shards in the manifest, several at once."""
+
+    def __init__(self, sink: ShardSink) -> None:
+        self._sink = sink
+        self._shards: list[ShardInfo] = []
+        self._last = time.monotonic()
+
+    def add(self, shards: Sequence[ShardInfo]) -> None:
+        self._shards += shards
+        if len(self._shards) >= SHARDS_A_COMMIT or time.monotonic() - self._last >= SECONDS_A_COMMIT:
+            self.end()
+
+    def end(self) -> None:
+        if self._shards:
+            self._sink.add(self._shards)
+        self._shards, self._last = [], time.monotonic()
+
+
+def _at_risk(seconds: float | None) -> int:
+    """How many rows that take so long each may be lost if a worker dies. None or 0: any number."""
+    return max(1, int(SECONDS_AT_RISK / seconds)) if seconds else 2**31
+
+
+def _place(source: Path, root: Path, folder: Path) -> Place:
+    from k5cache.engines.workers import Place, package_version
+
+    lock = (root / LOCK).read_text(encoding="utf-8", errors="replace")
+    there = str(source) if source.exists() else ""
+    return Place(os.getcwd(), there, root, lock, folder, package_version())  # noqa: PTH109 (as workers change to it)
+
+
+def _look(of_cluster: Cluster, place: Place) -> None:
+    """Ask each machine whether it sees what it needs. Raises ``EngineError``, which names those that do not."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from k5cache.engines import workers
+
+    look = ray.remote(num_cpus=0)(workers.problem_here)
+    asked = {
+        node.name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(place)
+        for node in of_cluster.nodes
+    }
+    problems = {name: _answer(ref, f"{name} did not answer") for name, ref in asked.items()}
+    if blind := [f"{name} {problem}" for name, problem in problems.items() if problem]:
+        more = f", and so do {count_of(len(blind) - 3, 'more machine')}" if len(blind) > 3 else ""
+        raise EngineError("; ".join(blind[:3]) + more, workers.SHARE)
+
+
+def _answer(reference: Any, silence: str = "No worker answered") -> Any:
+    """What a task returned, waited for within bounds. Raises what it raised, as it was."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+    try:
+        return ray.get(reference, timeout=_SECONDS_OF_A_LOOK)
+    except GetTimeoutError:
+        raise EngineError(
+            f"{silence} within {_SECONDS_OF_A_LOOK:.0f} s", "See with `ray status` whether other jobs have the machines"
+        ) from None
+    except RayTaskError as error:
+        if isinstance(error.cause, ModuleNotFoundError):
+            raise EngineError(
+                f"A machine of Ray has no module {error.cause.name}", f"Install it there: {cluster.INSTALL}"
+            ) from None
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    except RayError as error:
+        raise EngineError(f"Ray ended a task: {str(error).splitlines()[0][:300]}", cluster.CHECK) from None
