@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import socket
 import tarfile
 from dataclasses import replace
@@ -170,17 +169,20 @@ def rows_of(root: Path) -> dict[tuple[str, str], tuple[object, ...]]:
 
 
 def described(root: Path) -> dict[str, object]:
-    """What the manifest and the index say, without the names of files."""
+    """What the manifest and the index say, without the names of files and the captions that were cut off: those are
+    noted by the encode that writes the index, if it encoded them."""
     manifest = read_manifest(root)
     assert manifest.index
-    document = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-    for name in ("shards", "index", "locations", "checksum", "sha256"):
-        document.pop(name, None)
-    rows = [str(row) for row in index_rows(read_index(root, manifest.index, manifest.format))]
     skipped = root / "skipped.csv"
-    text = skipped.read_text(encoding="utf-8") if skipped.exists() else ""
-    return {"manifest": manifest.left_out, "prompts": manifest.prompts, "recipe": manifest.recipe, "rows": rows,
-            "edits": manifest.edits, "skipped": text, "source": manifest.source}  # fmt: skip
+    return {
+        "left out": replace(manifest.left_out, truncated=()),
+        "prompts": manifest.prompts,
+        "recipe": manifest.recipe,
+        "edits": manifest.edits,
+        "source": manifest.source,
+        "rows": [str(row) for row in index_rows(read_index(root, manifest.index, manifest.format))],
+        "skipped": skipped.read_text(encoding="utf-8") if skipped.exists() else "",
+    }
 
 
 def pictures(shop: Workshop) -> None:
@@ -205,7 +207,8 @@ def test_two_workers_write_the_rows_of_one_process_though_stopped_and_killed(
     shop = Workshop(tmp_path, toy_model)
     pictures(shop)
     options = {"flip": True, "max_sequence_length": 32}
-    shop.encode("to be drawn", **options)
+    truncated = shop.encode("to be drawn", **options).truncated
+    assert truncated
     by_one, shop.root = shop.root, tmp_path / "by_two"
 
     add = ray_engine._Commits.add
@@ -217,10 +220,19 @@ def test_two_workers_write_the_rows_of_one_process_though_stopped_and_killed(
             first.extend(shards)
             raise KeyboardInterrupt
 
+    encode_texts = ray_engine.RayPasses.encode_texts
+    cut: list[tuple[str, int]] = []
+
+    def watched(*arguments):
+        cut.extend(encode_texts(*arguments))
+        return tuple(cut)
+
     with monkeypatch.context() as patch:
         patch.setattr(ray_engine._Commits, "add", stopped)
+        patch.setattr(ray_engine.RayPasses, "encode_texts", watched)
         with pytest.raises(KeyboardInterrupt):
             shop.encode("to be drawn", engine=two_workers, **options)
+    assert tuple(cut) == truncated
     stopped_at = read_manifest(shop.root)
     assert stopped_at.index is None
     assert {*first} <= {*stopped_at.shards}

@@ -126,17 +126,17 @@ class RayPasses:
         is_resident = self._text_plan.mode == "resident"
         parts = orders.text_orders(text_jobs, self.num_workers, self._texts_an_order(job, len(text_jobs)), is_resident)
         arguments = (self._num_tokens, estimate.has_sources(text_jobs))
-        truncated: list[tuple[str, int]] = []
-        lost: list[str] = []
+        found: dict[int, Report] = {}
 
         def take(report: Report) -> None:
             failed.update(report.failed)
-            truncated.extend(report.truncated)
-            lost.extend(report.lost)
+            if report.truncated or report.lost:
+                found[report.order] = report
 
         self._run(job, sink, "Qwen2.5-VL", "caption", parts, workers.TextWorker, arguments, take)
-        warn_of_lost(list(dict.fromkeys(lost)))
-        return tuple(truncated)
+        in_order = [found[order] for order in sorted(found)]  # and not as they came
+        warn_of_lost(list(dict.fromkeys(caption for report in in_order for caption in report.lost)))
+        return tuple(cut for report in in_order for cut in report.truncated)
 
     def encode_latents(self, job: Job, sink: ShardSink, latent_jobs: Sequence[LatentJob]) -> dict[str, UnreadableImage]:
         """As ``image_pass.encode_latents``; images are decoded on all processors, and each worker has the VAE."""
@@ -224,9 +224,10 @@ class RayPasses:
             num_cpus = min(8.0, self._cluster.num_cpus / 4)
             decoder = workers.Decoder(setup, readers, max(1, round(num_cpus)))
             dataset = dataset.map_batches(decoder, num_cpus=num_cpus, **shape)
-        # Actors that take whole processors leave none to those that decode for them.
+        # Actors that take whole processors leave none to those that decode for them. And another number than theirs,
+        # since Ray Data makes one step of two that want the same.
         beside = -(-self.num_workers // len(self._cluster.nodes))
-        num_cpus = 0.1 if self._cluster.num_gpus else self._cluster.num_cpus / 2 / beside
+        num_cpus = 0.1 if self._cluster.num_gpus else self._cluster.num_cpus * 0.4 / beside
         return dataset.map_batches(
             worker,
             fn_constructor_args=(setup, readers, ledger, *arguments),
