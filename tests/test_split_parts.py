@@ -17,10 +17,12 @@ from k5cache.shared.errors import CacheError, CacheStale, K5Error
 from k5cache.shared.model import WantedEdit
 from k5cache.sources import images
 from k5cache.store.manifest import lock, read_manifest, write_manifest
-from k5cache.store.notes import Part
+from k5cache.store.notes import Part, SourceNote
 from k5cache.store.reader import open_cache
+from k5cache.store.split import SCHEMA
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.merge import merge_caches
+from k5cache.upkeep.parts import Whole, merge_source
 from k5cache.upkeep.verify import verify_cache
 from k5train.cli import app as train_app
 from tests.cli import Cli
@@ -94,7 +96,15 @@ def test_merged_parts_hold_the_rows_of_one_encode_by_key_and_by_bytes(seven, tmp
     manifest = read_manifest(tmp_path / "merged")
     assert (manifest.part, manifest.split) == (None, None)
     assert (tmp_path / "merged" / "skipped.csv").read_bytes() == (shop.root / "skipped.csv").read_bytes()
-    assert manifest.source == read_manifest(shop.root).source  # so the next encode of the whole has nothing to do
+    assert (
+        manifest.source.listing == read_manifest(shop.root).source.listing != ""
+    )  # so the next encode has nothing to do
+    notes = [
+        replace(read_manifest(root), source=SourceNote("a", stats)) for root, stats in zip(roots, "bb", strict=False)
+    ]
+    assert merge_source(Whole(split=SCHEMA.empty_table()), [*notes, replace(notes[0], source=SourceNote("a"))]) == (
+        SourceNote("a", "b")
+    )
 
 
 @pytest.fixture

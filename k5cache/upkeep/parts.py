@@ -118,9 +118,11 @@ def merge_left_out(manifests: Sequence[Manifest]) -> LeftOut:
 
 def merge_source(whole: Whole, manifests: Sequence[Manifest]) -> SourceNote:
     """The note of the source, if all parts of one source are there and say the same of it."""
-    notes = {manifest.source for manifest in manifests}
-    is_whole = whole.split is not None and whole.part is None and len(notes) == 1
-    return notes.pop() if is_whole else SourceNote()
+    listings = {manifest.source.listing for manifest in manifests}
+    if whole.split is None or whole.part is not None or len(listings) > 1:
+        return SourceNote()
+    stats = {manifest.source.stats for manifest in manifests} - {""}  # a part has none if its files were still fresh
+    return SourceNote(listings.pop(), stats.pop() if len(stats) == 1 else "")
 
 
 def _missing(merged: Part, missing: Sequence[int]) -> CacheStale:
