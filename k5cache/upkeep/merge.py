@@ -70,7 +70,7 @@ def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) 
     with lock(out):
         if (out / "manifest.json").exists():  # another process has made it while the parts were read
             raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
-        rows, duplicates = _merge_rows(parts, manifests)
+        rows, duplicates = merge_rows(parts, manifests)
         require_rows(len(rows), parts)
         order = whole.order(rows.column("path"))
         rows = rows if order is None else rows.take(order)
@@ -114,7 +114,7 @@ def _skipped(root: Path, manifest: Manifest) -> Iterable[tuple[str, str]]:
     return read_skipped(root) or manifest.left_out.skipped
 
 
-def _merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[IndexRows, tuple[str, ...]]:
+def merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[IndexRows, tuple[str, ...]]:
     """The rows of all parts by path, and the paths that several parts have."""
     tables = [
         read_index(root, finished_index(root, manifest), manifest.format).append_column(

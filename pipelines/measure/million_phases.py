@@ -8,35 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from k5cache.encode.encode import encode_source
 from k5cache.encode.engine import ShardSink
 from k5cache.encode.job import Job, LatentJob, TextJob
+from k5cache.encode.plan import make_plan
 from k5cache.encode.request import EncodeOptions
+from k5cache.encode.wanted import Probes, Stored, Wanted
 from k5cache.options import CacheConfig
 from k5cache.shared import console
 from k5cache.shared.model import Drawn, ModelConfig
-from k5cache.sources import find
-from k5cache.sources.items import UnreadableImage
+from k5cache.sources.items import SourceItem, UnreadableImage
+from k5cache.store import locations, tables
 from k5cache.store.index import IndexRow, with_index
-from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, lock, write_manifest
+from k5cache.store.keys import Keys
+from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.shards import ShardWriter
 from k5cache.store.tensors import TensorSpec
-from k5cache.upkeep.merge import merge_caches
+from k5cache.upkeep.merge import merge_rows
 
 TEXT = {"prompt_embeds": TensorSpec("bfloat16", (None, 8)), "pooled": TensorSpec("bfloat16", (8,))}
 LATENTS = {name: TensorSpec("float16", (1, 1, 16)) for name in ("mean", "std")}
@@ -120,51 +124,115 @@ class StubEngine:
         return {}
 
 
-def encode(root: Path, model: Path) -> None:
-    """Encode the source, all of it or what is new."""
+def encode(root: Path) -> None:
+    """Encode the source, all of it or what is new, with the fingerprints of a toy model."""
+    from pipelines.demo.make_checkpoint import make
+
+    if not (root / "model").exists():
+        make(root / "model")
     clock = Clock()
     with console.progress() as bars:
         report = encode_source(
-            root / "images", root / "cache", ModelConfig(path=str(model)), CONFIG, Drawn(), bars,
+            root / "images", root / "cache", ModelConfig(path=str(root / "model")), CONFIG, Drawn(), bars,
             EncodeOptions(engine=StubEngine(clock)),
         )  # fmt: skip
     clock.lap("commit", items=report.num_items, added=len(report.added))
 
 
-# --- caches of parts, and a merge of them ---
+# --- what grows with the count, without images and rows ---
 
 
-def write_parts(root: Path, count: int) -> None:
-    """Two caches of halves of the images, by the store alone."""
-    for name, numbers in (("a", range(count // 2)), ("b", range(count // 2, count))):
-        cache = root / name
-        with lock(cache):
-            shards = [
-                write_shard(cache, kind, (_row_of(kind, number) for number in numbers[first : first + num_rows]))
-                for kind, num_rows in ROWS_A_SHARD.items() for first in range(0, len(numbers), num_rows)
-            ]  # fmt: skip
-            clock = Clock()
-            manifest = Manifest(recipe={}, shards=tuple(shards), created_by={"k5cache": "0"})
-            write_manifest(cache, with_index(cache, manifest, map(_index_row, numbers)))
-            clock.lap(f"index of part {name}")
-
-
-def merge(root: Path) -> None:
-    """Join the parts."""
+def plan(count: int) -> None:
+    """Plan an encode of new images, and of the same images again, with one that is new."""
     clock = Clock()
-    merged = merge_caches([root / "a", root / "b"], root / "cache")
-    clock.lap("merge", items=merged.num_items)
+    items = [
+        SourceItem(_path(number), 300_000, 1_700_000_000_000_000_000 + number, number, (f"picture number {number}",))
+        for number in range(count + 1)
+    ]
+    clock.lap("list")
+    probes = Probes(lambda item: (_key("content", item.inode), 1200, 1200), _no_mask, str.strip)
+    wanted = Wanted(items[:count], (), ("",), CONFIG.framing, {}, {})
+    first = make_plan(wanted, Stored(), probes)
+    clock.lap("plan", texts=len(first.text_jobs), latents=len(first.latent_jobs))
+    stored = Stored(
+        rows=first.rows, prompts=first.prompts,
+        latents=Keys(first.rows.latent_keys.take(pc.sort_indices(first.rows.latent_keys))),
+        texts=Keys(pa.array(sorted([*first.rows.text_keys.to_pylist(), first.prompts[""]]))),
+    )  # fmt: skip
+    clock.lap("what the cache has")
+    again = make_plan(replace(wanted, items=items), stored, probes)
+    assert (len(again.latent_jobs), again.added) == (1, (_path(count),))
+    clock.lap("plan again")
 
 
-def open_and_read(root: Path) -> None:
-    """Open a cache and read the rows of 1,000 images."""
+def write_tables(root: Path, count: int) -> None:
+    """The index, the locations and the manifest of an encode that has written its shards."""
+    cache = root / "cache"
+    with lock(cache):
+        manifest = _manifest_of_shards(cache, range(count))
+        clock = Clock()
+        manifest = with_index(cache, manifest, map(_index_row, range(count)))
+        write_manifest(cache, manifest)
+        clock.lap("index")
+
+
+def write_halves(root: Path, count: int) -> None:
+    """Two caches of half of the images each."""
+    halves = [root / "a", root / "b"]
+    for cache, numbers in zip(halves, (range(count // 2), range(count // 2, count)), strict=True):
+        with lock(cache):
+            write_manifest(cache, with_index(cache, _manifest_of_shards(cache, numbers), map(_index_row, numbers)))
+
+
+def join_tables(root: Path, count: int) -> None:
+    """Merge what ``write_halves`` has written."""
+    clock = Clock()
+    halves = [root / "a", root / "b"]
+    rows, _ = merge_rows(halves, [read_manifest(half) for half in halves])
+    assert len(rows) == count
+    clock.lap("rows of two caches as one")
+
+
+def open_cache_of(root: Path) -> None:
+    """Open a cache, and find the row of an image."""
     clock = Clock()
     cache = open_cache(root / "cache")
-    clock.lap("open")
-    chance = random.Random(0)
-    for _ in range(1000):
-        cache[chance.randrange(len(cache))]
-    clock.lap("1,000 random images")
+    clock.lap("open", items=len(cache))
+    assert cache.row(len(cache) // 2).path == _path(len(cache) // 2)
+    clock.lap("decode the index")
+
+
+def _manifest_of_shards(root: Path, numbers: range) -> Manifest:
+    """A manifest of as many shards as rows of full size would fill, and locations that know their rows."""
+    shards, tables_of = list[ShardInfo](), list[pa.Table]()
+    for kind, num_rows in ROWS_A_SHARD.items():
+        for first in range(0, len(numbers), num_rows):
+            rows = numbers[first : first + num_rows]
+            name = hashlib.sha256(f"{kind} {rows}".encode()).hexdigest()
+            folder = "text/" if kind == "text" else "latents/64x64-"
+            size = None if kind == "text" else (64, 64)
+            shards.append(ShardInfo(f"{folder}{name[:16]}.parquet", kind, len(rows), 1 << 28, name, name, size))
+            here = len(rows)
+            values = {
+                "is_text": [kind == "text"] * here, "key": [_key(kind, number) for number in rows],
+                "shard": [len(shards) - 1] * here, "row": range(here), "n_tokens": [int(kind == "text")] * here,
+            }  # fmt: skip
+            tables_of.append(pa.table(values, locations.SCHEMA))
+    table = pa.concat_tables(tables_of).sort_by([("is_text", "ascending"), ("key", "ascending")])
+    table = table.replace_schema_metadata({locations.FILES_KEY: json.dumps([shard.file for shard in shards])})
+    known = tables.write_table(root, table, "locations-000000.parquet")
+    return Manifest(recipe={}, shards=tuple(shards), locations=known, created_by={"k5cache": "0"})
+
+
+def _no_mask(item: SourceItem, width: int, height: int) -> str:
+    raise LookupError(item.path)
+
+
+def _path(number: int) -> str:
+    return f"{number // 1000:06d}/{number:09d}.jpg"
+
+
+# --- rows ---
 
 
 def write_shard(root: Path, kind: ShardKind, rows: Iterator[dict[str, Any]]) -> ShardInfo:
@@ -186,11 +254,6 @@ def text_row(key: str, caption: str) -> dict[str, Any]:
     return {"key": key, "prompt_embeds": _EMBEDS, "pooled": _POOLED, "n_tokens": 1, "caption": caption}
 
 
-def _row_of(kind: ShardKind, number: int) -> dict[str, Any]:
-    key = _key(kind, number)
-    return latents_row(key) if kind == "latents" else text_row(key, f"picture number {number} of a large collection")
-
-
 def _key(kind: str, number: int) -> str:
     """As long as a real key, and as random."""
     return hashlib.sha256(f"{kind}{number}".encode()).hexdigest()[:32]
@@ -198,7 +261,7 @@ def _key(kind: str, number: int) -> str:
 
 def _index_row(number: int) -> IndexRow:
     return IndexRow(
-        path=f"{number // 1000:06d}/{number:09d}.jpg", content_hash=_key("content", number), num_bytes=300_000,
+        path=_path(number), content_hash=_key("content", number), num_bytes=300_000,
         mtime_ns=1_700_000_000_000_000_000 + number, inode=number, width=1200, height=1200,
         bucket_width=64, bucket_height=64, resized_width=64, resized_height=64, left=0, top=0, flipped=False,
         latent_key=_key("latents", number), caption_keys=(_key("text", number),),
@@ -206,29 +269,16 @@ def _index_row(number: int) -> IndexRow:
     )  # fmt: skip
 
 
-def list_only(root: Path) -> None:
-    """List the source."""
-    clock = Clock()
-    listing = find.find(root / "images", CONFIG)
-    clock.lap("list alone", items=len(listing.items))
-
-
-def main(phase: str, root: str, *rest: str) -> None:
-    """Run one phase."""
-    folder = Path(root)
-    if phase == "source":
-        make_source(folder, int(rest[0]))
-    elif phase == "list":
-        list_only(folder)
-    elif phase == "encode":
-        encode(folder, Path(rest[0]))
-    elif phase == "parts":
-        write_parts(folder, int(rest[0]))
-    elif phase == "merge":
-        merge(folder)
-    else:
-        open_and_read(folder)
+PHASES = {
+    "source": make_source,
+    "plan": lambda root, count: plan(count),
+    "tables": write_tables,
+    "halves": write_halves,
+    "merge": join_tables,
+    "open": lambda root, count: open_cache_of(root),
+    "encode": lambda root, count: encode(root),
+}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    PHASES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
