@@ -54,17 +54,19 @@ _EMBEDS, _POOLED = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(8, dtype
 
 
 class Clock:
-    """Seconds and peak memory of the parts of a process, printed as JSON, one line a part."""
+    """Seconds, seconds of CPU and peak memory of the parts of a process, printed as JSON, one line a part."""
 
     def __init__(self) -> None:
-        self._before = time.perf_counter()
+        self._before, self._cpu_before = time.perf_counter(), time.process_time()
 
     def lap(self, name: str, **numbers: float) -> None:
         """A part has ended."""
         now = time.perf_counter()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"part": name, "seconds": now - self._before, "peak_bytes": peak, **numbers}), flush=True)
-        self._before = time.perf_counter()
+        of_cpu = time.process_time() - self._cpu_before
+        numbers_of_part = {"seconds": now - self._before, "cpu_seconds": of_cpu, "peak_bytes": peak, **numbers}
+        print(json.dumps({"part": name, **numbers_of_part}), flush=True)
+        self._before, self._cpu_before = time.perf_counter(), time.process_time()
 
 
 # --- an encode with stub encoders ---
