@@ -70,7 +70,7 @@ def kept(seed: int, num_tokens: int = 1024) -> tuple[Route, ...]:
 MASK = (torch.arange(64 * 64).view(1, 1, 64, 64, 1) % 7 > 2).float()
 GROUPS: dict[str, Callable[[int], Group]] = {
     "two sizes, all lengths": lambda i: a_group(
-        i, (512, 512) if i % 3 else (640, 384), (1, 5, 77, 128, 200, 256)[i % 6]
+        i, (512, 512) if i // 2 % 3 else (640, 384), (1, 5, 77, 128, 200, 256)[i % 6]
     ),
     "routes, masks, weights": lambda i: a_group(i, routes=kept(i), mask=MASK, weight=torch.tensor([0.1 + i])),
     "captions of two lengths": lambda i: a_group(i, rows=2, tokens=100, text_lengths=((100, 7), (1, 100))[i % 2]),
