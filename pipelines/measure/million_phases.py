@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -152,7 +152,7 @@ def plan(count: int) -> None:
         for number in range(count + 1)
     ]
     clock.lap("list")
-    probes = Probes(lambda item: (_key("content", item.inode), 1200, 1200), _no_mask, str.strip)
+    probes = Probes(lambda item: (key_of("content", item.inode), 1200, 1200), _no_mask, str.strip)
     wanted = Wanted(items[:count], (), ("",), CONFIG.framing, {}, {})
     first = make_plan(wanted, Stored(), probes)
     clock.lap("plan", texts=len(first.text_jobs), latents=len(first.latent_jobs))
@@ -216,7 +216,7 @@ def _manifest_of_shards(root: Path, numbers: range) -> Manifest:
             shards.append(ShardInfo(f"{folder}{name[:16]}.parquet", kind, len(rows), 1 << 28, name, name, size))
             here = len(rows)
             values = {
-                "is_text": [kind == "text"] * here, "key": [_key(kind, number) for number in rows],
+                "is_text": [kind == "text"] * here, "key": [key_of(kind, number) for number in rows],
                 "shard": [len(shards) - 1] * here, "row": range(here), "n_tokens": [int(kind == "text")] * here,
             }  # fmt: skip
             tables_of.append(pa.table(values, locations.SCHEMA))
@@ -237,9 +237,9 @@ def _path(number: int) -> str:
 # --- rows ---
 
 
-def write_shard(root: Path, kind: ShardKind, rows: Iterator[dict[str, Any]]) -> ShardInfo:
-    """A shard of these rows."""
-    specs, size = (LATENTS, (64, 64)) if kind == "latents" else (TEXT, None)
+def write_shard(root: Path, kind: ShardKind, rows: Iterator[dict[str, Any]], side: int = 64) -> ShardInfo:
+    """A shard of these rows; of latents, in the square bucket of this side."""
+    specs, size = (LATENTS, (side, side)) if kind == "latents" else (TEXT, None)
     with ShardWriter(root, kind, specs, size) as writer:
         for row in rows:
             writer.append(row)
@@ -256,22 +256,22 @@ def text_row(key: str, caption: str) -> dict[str, Any]:
     return {"key": key, "prompt_embeds": _EMBEDS, "pooled": _POOLED, "n_tokens": 1, "caption": caption}
 
 
-def _key(kind: str, number: int) -> str:
+def key_of(kind: str, number: int) -> str:
     """As long as a real key, and as random."""
     return hashlib.sha256(f"{kind}{number}".encode()).hexdigest()[:32]
 
 
 def _index_row(number: int) -> IndexRow:
     return IndexRow(
-        path=_path(number), content_hash=_key("content", number), num_bytes=300_000,
+        path=_path(number), content_hash=key_of("content", number), num_bytes=300_000,
         mtime_ns=1_700_000_000_000_000_000 + number, inode=number, width=1200, height=1200,
         bucket_width=64, bucket_height=64, resized_width=64, resized_height=64, left=0, top=0, flipped=False,
-        latent_key=_key("latents", number), caption_keys=(_key("text", number),),
-        captions_hash=_key("captions", number)[:16],
+        latent_key=key_of("latents", number), caption_keys=(key_of("text", number),),
+        captions_hash=key_of("captions", number)[:16],
     )  # fmt: skip
 
 
-PHASES = {
+PHASES: dict[str, Callable[[Path, int], None]] = {
     "source": make_source,
     "plan": lambda root, count: plan(count),
     "tables": write_tables,

@@ -28,14 +28,14 @@ from k5cache.shared.model import ModelConfig
 from k5cache.shared.sealed import write_sealed
 from k5cache.sources.items import stat_numbers
 from k5cache.store.index import IndexRow, with_index
-from k5cache.store.manifest import Manifest, lock, write_manifest
+from k5cache.store.manifest import Manifest, ShardInfo, ShardKind, lock, write_manifest
 from k5train.options.train import TrainConfig
 from k5train.options.validation import ValidationConfig
 from k5train.pictures.saved import save_pictures
 from k5train.runs.folder import create_run
 from k5train.runs.metrics import Metrics
 from pipelines.measure import command_line
-from pipelines.measure.million import LATENTS, TEXT, _key, _write
+from pipelines.measure.million_phases import key_of, latents_row, text_row, write_shard
 
 SIDE = 1024
 NUM_LIKE = 20
@@ -113,18 +113,30 @@ def write_cache(root: Path, folder: Path) -> None:
     files = sorted(folder.glob("*.jpg"))
     root.mkdir(parents=True)
     with lock(root):
-        shards = [*_write(root, "latents", LATENTS, len(files), 256), *_write(root, "text", TEXT, len(files), 256)]
+        shards = [*_shards(root, "latents", len(files)), *_shards(root, "text", len(files))]
         manifest = Manifest(recipe={}, shards=tuple(shards), created_by={"k5cache": "0"})
         manifest = with_index(root, manifest, [_index_row(number, path) for number, path in enumerate(files)])
         write_manifest(root, manifest)
 
 
+def _shards(root: Path, kind: ShardKind, count: int) -> Iterator[ShardInfo]:
+    """Small rows of this many images, in shards of 256."""
+    for first in range(0, count, 256):
+        numbers = range(first, min(first + 256, count))
+        captions = (f"picture number {number} of a large collection" for number in numbers)
+        texts = (text_row(key_of("t", number), caption) for number, caption in zip(numbers, captions, strict=True))
+        yield write_shard(
+            root, kind, texts if kind == "text" else (latents_row(key_of("l", number)) for number in numbers), 1024
+        )
+
+
 def _index_row(number: int, path: Path) -> IndexRow:
     num_bytes, mtime_ns, inode = stat_numbers(path.stat())
     return IndexRow(
-        path=path.name, content_hash=_key("c", number), num_bytes=num_bytes, mtime_ns=mtime_ns, inode=inode, width=SIDE,
-        height=SIDE, bucket_width=SIDE, bucket_height=SIDE, resized_width=SIDE, resized_height=SIDE, left=0, top=0,
-        flipped=False, latent_key=_key("l", number), caption_keys=(_key("t", number),), captions_hash=_key("h", number),
+        path=path.name, content_hash=key_of("c", number), num_bytes=num_bytes, mtime_ns=mtime_ns, inode=inode,
+        width=SIDE, height=SIDE, bucket_width=SIDE, bucket_height=SIDE, resized_width=SIDE, resized_height=SIDE,
+        left=0, top=0, flipped=False, latent_key=key_of("l", number), caption_keys=(key_of("t", number),),
+        captions_hash=key_of("h", number),
     )  # fmt: skip
 
 
