@@ -32,6 +32,8 @@ SECONDS_TO_ANSWER = 60.0  # most of which a busy machine needs to import Ray
 _NO_REPORTS = {"RAY_USAGE_STATS_ENABLED": "0"}
 _QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -94,6 +96,8 @@ def joined(address: str | None, gpus: int | None, device: str) -> Iterator[Clust
         yield _cluster_of(sys.modules["ray"], address, gpus, device)
         return
     keys = () if address or device == "cpu" else (choose_gpus(gpus) if gpus is not None else visible_gpus())
+    if device == "cuda" and not (address or keys):
+        raise _no_gpu("this machine")
     variables = {name: value for name, value in _QUIET.items() if name not in os.environ} | _NO_REPORTS
     if address is None:
         if "ray" not in sys.modules:  # it reads the mode when it is imported
@@ -149,7 +153,7 @@ CHECK = "Close other programs and run the same command again; Ray's logs are in 
 
 
 def _answering(address: str) -> str:
-    """HOST:PORT of the cluster, which is asked by another process: Ray ends one that waits in vain.
+    """HOST:PORT of the cluster, which another process joins first: Ray ends one that waits in vain.
 
     Raises:
         EngineError: nothing answers there, or something that is no Ray.
@@ -157,10 +161,9 @@ def _answering(address: str) -> str:
     if address != "auto":
         _check_port(address)
     code = (
-        "import sys, ray._raylet as raylet, ray._private.services as services\n"
-        "address = services.canonicalize_bootstrap_address_or_die(sys.argv[1])\n"
-        "raylet.GcsClient(address=address)\n"
-        "print(address)"
+        "import sys, ray\n"
+        "joined = ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)\n"
+        "print(joined.address_info['gcs_address'])"
     )
     try:
         done = subprocess.run(
@@ -219,7 +222,7 @@ def _cluster_of(ray: Any, address: str | None, gpus: int | None, device: str) ->
             f"Use --gpus {found}" if found else "Leave --gpus out, and it computes on processors",
         )
     if device == "cuda" and not found:
-        raise EngineError(f"--device cuda: {where} has no GPU", "Use --device cpu")
+        raise _no_gpu(where)
     num_gpus = 0 if device == "cpu" else gpus or found
     of_use = tuple(node for node in nodes if node.num_gpus or (node.num_cpus and not num_gpus))
     of_use = of_use if num_gpus or of_use else nodes
@@ -228,6 +231,10 @@ def _cluster_of(ray: Any, address: str | None, gpus: int | None, device: str) ->
         raise EngineError(f"No machine of {where} has a processor for Ray", "Start it with --num-cpus 1 or more")
     store = min(node["Resources"].get("object_store_memory", 2**30) for node in alive)
     return Cluster(tuple(dict.fromkeys((*of_use, *decoding))), num_gpus, int(store))
+
+
+def _no_gpu(where: str) -> EngineError:
+    return EngineError(f"--device cuda: {where} has no GPU", "Use --device cpu")
 
 
 @contextmanager
