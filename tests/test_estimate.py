@@ -317,11 +317,11 @@ def test_memory_that_ends_in_an_encoder_is_two_lines_and_the_next_encode_goes_on
 
 
 def test_memory_that_ends_on_a_gpu_is_answered_by_the_plan_to_ask_for():
-    with pytest.raises(DoesNotFit) as refused, one_encoder._when_memory_ends("cuda", "The VAE", 4 * GIB):
+    with pytest.raises(DoesNotFit) as refused, one_encoder.when_memory_ends("cuda", "The VAE", 4 * GIB):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee the manual")
     assert refused.value.problem.startswith("The VAE ran out of memory, 4.0 GiB of VRAM were planned: CUDA out of")
     assert "the same `k5cache encode` with --vram 3.6GB" in refused.value.fix
-    with pytest.raises(RuntimeError, match="shapes"), one_encoder._when_memory_ends("cuda", "The VAE", 0):
+    with pytest.raises(RuntimeError, match="shapes"), one_encoder.when_memory_ends("cuda", "The VAE", 0):
         raise RuntimeError("shapes do not match")
 
 

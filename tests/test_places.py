@@ -180,7 +180,7 @@ def test_a_run_is_drawn_and_resumed_wherever_it_and_its_cache_are(toy_cache, toy
         used.append((cache, [choice.path for choice in choices]))
         return more_pictures.Resampled(run.grid)
 
-    def train(data, folder, config, run, accepted, step):
+    def train(data, folder, config, run, accepted, step, ranks):
         accepted()
         used.append((data.first.root, [run.lora]))
         raise RunError("far enough", "")

@@ -201,6 +201,7 @@ def pictures(shop: Workshop) -> None:
     (shop.source / "cut.png").write_bytes(whole[: len(whole) // 2])
 
 
+@pytest.mark.long
 @on_ray
 def test_two_workers_write_the_rows_of_one_process_though_stopped_and_killed(
     two_workers, toy_model, tmp_path, monkeypatch, capsys
@@ -268,6 +269,7 @@ def test_pairs_of_image_to_image_are_encoded_as_by_one_process(two_workers, toy_
     assert described(shop.root) == described(by_one)
 
 
+@pytest.mark.long
 @on_ray
 def test_an_order_that_kills_every_worker_ends_the_encode_by_name_and_what_is_committed_stays(
     two_workers, toy_model, tmp_path, monkeypatch

@@ -18,8 +18,13 @@ DISTRIBUTION = "kandinsky5-lora"
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w.-]+)["']""")
 
 
-FONTS = "fonts"
-"""The extra that is neither an optimizer nor a tracker."""
+OTHER_USES = {
+    "fonts": "letters of Chinese, Japanese and Korean on pictures",
+    "ui": "page of k5train ui and k5train report",
+    "ray": "encodes on several GPUs",
+    "s3": "images and caches at s3:// URLs",
+}
+"""What the extras are for that are neither an optimizer nor a tracker."""
 
 
 def installed_versions(requirements: Sequence[str]) -> dict[str, str]:
@@ -73,7 +78,7 @@ def judge_extras(requirements: Sequence[str], installed: Mapping[str, str]) -> C
         ranges = [f"{_name(extras[e])} {installed[_name(extras[e])]} is not in {_range(extras[e])}" for e in old]
         return Check("extras", "look at this", found, f"{'; '.join(ranges)}.", _install_extras(old))
     optimizers = [extra for extra in absent if extra in get_args(OptimizerName)]
-    trackers = [extra for extra in absent if extra not in (*optimizers, FONTS)]
+    trackers = [extra for extra in absent if extra not in (*optimizers, *OTHER_USES)]
     uses = [
         f"{'optimizers' if kind == 'optimizer' and len(names) > 1 else kind + 's' * (len(names) > 1)} "
         f"{', '.join(names)}"
@@ -82,8 +87,7 @@ def judge_extras(requirements: Sequence[str], installed: Mapping[str, str]) -> C
     ]
     if not absent:
         return Check("extras", "good", found, "Every optimizer and tracker can be used.")
-    if FONTS in absent:
-        uses.append("letters of Chinese, Japanese and Korean on pictures")
+    uses += [use for extra, use in OTHER_USES.items() if extra in absent]
     meaning = f"Only needed for the {' and the '.join(uses)}:"
     return Check("extras", "good", found, meaning, _install_extras(absent))
 
@@ -99,7 +103,7 @@ def _name(requirement: str) -> str:
 
 
 def _range(requirement: str) -> str:
-    return requirement.partition(";")[0].removeprefix(_name(requirement)).strip()
+    return re.sub(r"^\s*\[[^\]]*\]", "", requirement.partition(";")[0].removeprefix(_name(requirement))).strip()
 
 
 def _is_in_range(requirement: str, version: str) -> bool:
