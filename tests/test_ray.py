@@ -255,6 +255,7 @@ def test_two_workers_write_the_rows_of_one_process_though_stopped_and_killed(
     assert shop.encode("to be drawn", engine=None, **options).is_unchanged
 
 
+@pytest.mark.long
 @on_ray
 def test_pairs_of_image_to_image_are_encoded_as_by_one_process(two_workers, toy_edit_model, tmp_path):
     shop = EditShop(tmp_path, toy_edit_model)
