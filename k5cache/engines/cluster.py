@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ def joined(address: str | None, gpus: int | None, device: str) -> Iterator[Clust
         if "ray" not in sys.modules:  # it reads the mode when it is imported
             variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         variables |= {variable_of(): ",".join(keys)} if keys else {}
-    with _environment(variables), _signals_kept() as keep_signals:
+    with system.variables_set(variables), _signals_kept() as keep_signals:
         where = _answering(address) if address else "local"
         import ray
 
@@ -235,20 +235,6 @@ def _cluster_of(ray: Any, address: str | None, gpus: int | None, device: str) ->
 
 def _no_gpu(where: str) -> EngineError:
     return EngineError(f"--device cuda: {where} has no GPU", "Use --device cpu")
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -144,12 +144,11 @@ class Mirror:
             StoreError: the store cannot be reached.
         """
         path = self.root / name
-        is_whole = path.is_file() and num_bytes in (None, path.stat().st_size)
-        if is_whole or (path.is_file() and not copies.mark_of(self.home, name).exists()):
+        if _is_whole(path, num_bytes) or (path.is_file() and not copies.mark_of(self.home, name).exists()):
             copies.touch(self.home, name)
             return
         with self._locks.setdefault(name, threading.Lock()), self._alone(name):
-            if not path.is_file() or path.stat().st_size != num_bytes:
+            if not _is_whole(path, num_bytes):  # no other thread or process has fetched it meanwhile
                 self._fetch(name, path, num_bytes)
 
     @contextmanager
@@ -314,6 +313,11 @@ class Mirror:
         if document != self._note():
             with new_file(self.home / "note.json") as file:
                 file.write(json.dumps(document).encode())
+
+
+def _is_whole(path: Path, num_bytes: int | None) -> bool:
+    """Whether a file is here, with this size. None: with any."""
+    return path.is_file() and num_bytes in (None, path.stat().st_size)
 
 
 def _names_in(there: tuple[bytes, str] | None) -> set[str]:

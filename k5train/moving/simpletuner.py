@@ -75,7 +75,7 @@ RULES: Rules = {
     "tracker_project_name": takes("train.trackers.project"),
     "tracker_run_name": special("`train.name`", keys.take_name),
     "caption_dropout_probability": takes("train.caption_dropout_probability"),
-    "num_processes": unsupported("one process trains on one GPU", 1),
+    "num_processes": needless("the command says on how many GPUs to train: k5train run --gpus N"),
     **many(needless("this program names what it does by itself"), "i_know_what_i_am_doing", "logging_dir",
             "simpletuner_log_level", "debug_aspect_buckets", "debug_dataset_loader", "print_filenames",
             "print_sampler_statistics", "tracker_image_layout", "venv_path", "accelerate_extra_args"),

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FuturesTimeout
-from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from k5cache.shared.errors import OutputError
 from k5cache.shared.files import write_whole
+from k5cache.shared.system import variables_set
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Libraries read them when they are imported: processes that start with 1 compute with one thread each."""
 
 
 def do_all(
@@ -86,7 +87,7 @@ def _in_processes(
     work: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int, until: float
 ) -> Iterator[tuple[str, Any]]:
     fresh = multiprocessing.get_context("spawn")  # a fork of a process in which torch has computed may wait for ever
-    with _one_thread(), ProcessPoolExecutor(workers, fresh, _be_quiet) as pool:
+    with variables_set(dict.fromkeys(_THREADS, "1")), ProcessPoolExecutor(workers, fresh, _be_quiet) as pool:
         futures = {pool.submit(work, *arguments): name for name, arguments in jobs.items()}
         try:
             for future in as_completed(futures, None if until == inf else max(0, until - time.monotonic())):
@@ -101,18 +102,3 @@ def _in_processes(
 def _be_quiet() -> None:
     """Drop a job's notes and progress, which nobody could read beside those of others. Its errors reach the caller."""
     sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Processes that start now compute with one thread each: libraries read it when they are imported."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
