@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from k5cache.remote.objects import Objects
 from k5cache.shared.errors import DatasetError, StoreError
 from k5cache.sources import find
 from k5cache.sources.items import UnreadableImage
+from k5cache.sources.shadow import Shadow
 from tests.cli import Cli
 from tests.object_store import another_machine, point_at, put, s3_server
 from tests.workshop import Workshop
@@ -103,6 +106,18 @@ def test_tables_tars_and_parquet_are_read_as_they_are_here(shop, tmp_path):
     assert listed("s3://bucket/tables/rows.parquet") == listed(here / "rows.parquet")
     assert listed("s3://bucket/named", metadata) == listed(tmp_path / "named", metadata)
     assert len(listed("s3://bucket/tables/cats-*.tar")) == 2
+
+
+def test_another_process_reads_the_pictures_also_on_a_machine_without_copies(shop, monkeypatch):
+    put("sent", objects_of(shop.source))
+    shadow = Shadow(Path("s3://bucket/sent"), CacheConfig())
+    assert shadow.content(shadow.path / "sub/1.png") == (shop.source / "sub/1.png").read_bytes()  # threads run now
+    sent = pickle.dumps(shadow)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in sent
+    another_machine(shop.root.parent / "other", monkeypatch)
+    there = pickle.loads(sent)
+    for name in ("sub/0.png", "sub/1.png", "sub/2.png", "top.jpg"):
+        assert there.content(shadow.path / name) == (shop.source / name).read_bytes()
 
 
 def test_an_object_that_the_store_lists_late_is_asked_for_by_name(shop, monkeypatch):

@@ -86,6 +86,9 @@ class Objects:
         package = _PACKAGES.get(self.scheme, ("fsspec", "fsspec"))[1]
         raise StoreError(f"{self.url} needs the package {package}", f"Install it: pip install {package}")
 
+    def __reduce__(self) -> tuple[type[Objects], tuple[str]]:
+        return Objects, (self.url,)  # another process opens the store by itself, with its own credentials
+
     def stat(self, name: str) -> Entry | None:
         """One object; None if there is none."""
         return self._answer("look at", lambda: self._entry(name, self._fs.info(self._at(name))), name, absent=True)

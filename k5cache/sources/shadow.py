@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from k5cache.options import CacheConfig
 from k5cache.remote import copies
@@ -90,6 +91,19 @@ class Shadow:
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._ahead: dict[str, Future[bytes]] = {}
         self._last, self._in_a_row = -1, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that reads pictures and lists nothing: threads and what they fetch ahead stay here."""
+        own = ("_pool", "_ahead", "_stats")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Perhaps on another machine, with another place for copies."""
+        vars(self).update(state)
+        self._home = copies.home_of(self._home.name)
+        self._pool, self._ahead = ThreadPoolExecutor(AT_ONCE, "k5-fetch"), {}
+        self._last, self._in_a_row = -1, 0
+        stands_for(self._folder, self._objects.url)
 
     def _is_wanted(self, name: str) -> bool:
         if not self._is_files or not self._pattern.lower().endswith(_ALONE):
