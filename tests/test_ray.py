@@ -2,86 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import socket
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.progress import Progress
 
-from k5cache.buckets import Bucket, Geometry
-from k5cache.encode.job import LatentJob, SourceView, TextJob
-from k5cache.engines import choose, cluster, orders, wire
+from k5cache.buckets import Bucket, cover
+from k5cache.encode import image_pass, text_pass
+from k5cache.encode.commit import Committer
+from k5cache.encode.job import Job, LatentJob, TextJob
+from k5cache.engines import choose, cluster
 from k5cache.options import CacheConfig
-from k5cache.shared.errors import DoesNotFit, EngineError, K5Error, ModelError
+from k5cache.shared.errors import EngineError, K5Error, ModelError
 from k5cache.sources import find
-from k5cache.sources.items import UnreadableImage
+from k5cache.sources.images import hash_content
 from k5cache.store.index import index_rows, read_index
-from k5cache.store.manifest import ShardInfo, read_manifest
+from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest
 from k5cache.store.shards import Shard
 from k5cache.store.tensors import to_bytes
 from tests.workshop import EditShop, Workshop
+
+if TYPE_CHECKING:
+    from k5cache.engines.ray_engine import RayEngine
 
 
 def needs_ray() -> None:
     """Skip without Ray, which is not imported here: it reads its variables when it is."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip('Ray is not installed: pip install "kandinsky5-lora[ray]"')
-
-
-def latent_job(number: int, side: int = 64) -> LatentJob:
-    geometry = Geometry(side + number, side, Bucket(side, side), side + number, side, number // 2, 0)
-    return LatentJob(f"{number:032x}", f"{number}.png", geometry, "ab")
-
-
-def text_job(number: int, source: int | None = None) -> TextJob:
-    view = SourceView(f"{source}.png", f"{source}", latent_job(1).geometry) if source is not None else None
-    return TextJob(f"{number:032x}", f"caption {number}", view)
-
-
-def test_orders_have_every_job_once_one_bucket_each_and_become_small_at_the_end():
-    jobs = [latent_job(i, side) for i, side in enumerate([64, 128] * 100)]
-    found = list(orders.latent_orders(jobs, num_workers=2, most_rows=40))
-    assert sorted(job.key for order in found for job in order) == sorted(job.key for job in jobs)
-    assert all(len({job.geometry.bucket for job in order}) == 1 for order in found)
-    sizes = [len(order) for order in found]
-    assert sizes[:2] == [40, 40]
-    assert sizes[-1] <= orders.LEAST_ROWS
-    pixels = orders.latent_orders(jobs, 2, 40, pixel_bytes=5 * 3 * 64 * 64)
-    assert max(len(order) for order in pixels if order[0].geometry.bucket.width == 64) == 5
-
-
-def test_orders_of_texts_keep_those_of_a_source_together():
-    jobs = [text_job(i, source=i // 3) for i in range(60)]
-    found = list(orders.text_orders(jobs, num_workers=2, most_rows=10))
-    assert [job for order in found for job in order] == jobs
-    sources = [{job.source for job in order} for order in found]
-    assert not any(a & b for i, a in enumerate(sources) for b in sources[i + 1 :])
-    assert [len(order) for order in orders.text_orders([text_job(i) for i in range(30)], 2, 100, is_guided=False)] == [
-        15,
-        15,
-    ]
-
-
-def test_jobs_and_reports_travel_as_they_are():
-    jobs = [latent_job(3), replace(latent_job(4), is_source=True)]
-    assert [wire.latent_job(wire.json_of(job)) for job in jobs] == jobs
-    texts = [text_job(1), text_job(2, source=7), TextJob("k", "né [x] \ud800")]
-    assert [wire.text_job(wire.json_of(job)) for job in texts] == texts
-    shard = ShardInfo("latents/64x64-0123456789abcdef.parquet", "latents", 2, 3, "a" * 64, "b" * 64, (64, 64))
-    report = wire.Report(5, (shard,), {}, (("a", 2),), ("red",), ("note",))
-    assert wire.report_of(wire.json_of_report(report)) == report
-    for is_lasting in (True, False):
-        sent = wire.failure_of(wire.json_of_failure(UnreadableImage("is cut off", has_changed=not is_lasting)))
-        assert (sent.reason, sent.is_lasting) == ("is cut off", is_lasting)
-    for error in (DoesNotFit("a", "b"), OSError(28, "No space left on device", "/x")):
-        sent = wire.report_of(wire.json_of_report(wire.Report(0, error=error))).error
-        assert (type(sent), str(sent)) == (type(error), str(error))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +160,78 @@ def pictures(shop: Workshop) -> None:
     shop.put("cut.png", "cut off", seed=99)
     whole = (shop.source / "cut.png").read_bytes()
     (shop.source / "cut.png").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Workshop:
+    """A shop whose encoders are arithmetic, here and in workers. Those of the tests marked ``long`` are real ones."""
+    from k5cache.engines import workers
+    from tests import ray_workers
+
+    for owner, functions in ray_workers.small_encoders().items():
+        for name, function in functions.items():
+            monkeypatch.setattr(owner, name, function)
+    monkeypatch.setattr(workers, "TextWorker", ray_workers.SmallText)
+    monkeypatch.setattr(workers, "VaeWorker", ray_workers.SmallVae)
+    return Workshop(tmp_path, ray_workers.write_configs(tmp_path / "model"))
+
+
+@contextmanager
+def passes_of(engine: RayEngine | None, shop: Workshop) -> Iterator[tuple[Any, Job, Committer]]:
+    """The passes of an engine, None for the embedded one, with a job and a sink that write into ``shop.root``."""
+    config = CacheConfig(resolution=64, max_sequence_length=16)
+    job = Job(functools.partial(Path, shop.source), shop.root, shop.model, config, "cpu", Progress(disable=True))
+    with lock(shop.root):
+        sink = Committer(shop.root, Manifest(recipe={}), shard_bytes=2**14)
+        if engine is None:
+            yield (
+                SimpleNamespace(encode_texts=text_pass.encode_texts, encode_latents=image_pass.encode_latents),
+                job,
+                sink,
+            )
+        else:
+            with engine.opened(shop.source, shop.root, shop.model, "cpu", job.bars) as passes:
+                yield passes, job, sink
+
+
+@on_ray
+def test_workers_write_the_captions_of_one_process_though_one_is_killed(two_workers, small, tmp_path, capsys):
+    texts = [TextJob(f"{i:032x}", "caption " * (i % 3) + str(i)) for i in range(40)]
+    with passes_of(None, small) as (passes, job, sink):
+        cut = passes.encode_texts(job, sink, texts, {})
+    by_one, small.root = small.root, tmp_path / "by_two"
+    with passes_of(two_workers, small) as (passes, job, sink):
+        passes.announce(job, texts, [])
+        assert passes.encode_texts(job, sink, texts, {}) == cut != ()
+    assert (tmp_path / "died").exists()
+    assert "A worker died" in capsys.readouterr().err
+    rows = rows_of(small.root)
+    assert rows == rows_of(by_one)
+    assert len({str(values) for values, _, _ in rows.values()}) == len(rows) == 40
+    assert not list(small.root.glob("*/.tmp-*"))
+
+
+@on_ray
+def test_workers_write_the_latents_of_one_process_without_an_image_that_has_changed(two_workers, small, tmp_path):
+    files = [small.put(f"{i:02}.png", seed=i, size=(100, 80)) for i in range(26)]
+    images = [
+        LatentJob(f"{i:032x}", file.name, cover(100, 80, Bucket(128 if i % 3 else 64, 64)), hash_content(file))
+        for i, file in enumerate(files)
+    ]
+    small.put("07.png", seed=99, size=(100, 80))
+    with passes_of(None, small) as (passes, job, sink):
+        failed = passes.encode_latents(job, sink, images)
+    by_one, small.root = small.root, tmp_path / "by_two"
+    with passes_of(two_workers, small) as (passes, job, sink):
+        passes.announce(job, [], images)
+        failed_too = passes.encode_latents(job, sink, images)
+    rows = rows_of(small.root)
+    assert rows == rows_of(by_one)
+    assert len({str(values) for values, _, _ in rows.values()}) == len(rows) == 25
+    assert [(key, error.reason, error.is_lasting) for key, error in failed_too.items()] == [
+        (images[7].key, failed[images[7].key].reason, False)
+    ]
+    assert not list(small.root.glob("*/.tmp-*"))
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -62,8 +63,8 @@ class Cluster:
 
     @property
     def num_cpus(self) -> float:
-        """Of the machine with the fewest."""
-        return min(node.num_cpus for node in self.nodes)
+        """Of the machine with the fewest, of those that have some."""
+        return min(node.num_cpus for node in self.nodes if node.num_cpus)
 
 
 def check_installed() -> None:
@@ -149,7 +150,8 @@ _OPTIONS: dict[str, Any] = {
     "logging_level": logging.CRITICAL,
 }
 _HEAD = "Start one with `ray start --head --port 6379`, run this command on a machine of it, and give --address auto"
-CHECK = "Close other programs and run the same command again; Ray's logs are in /tmp/ray/session_latest/logs"
+LOGS = "Ray's logs are in /tmp/ray/session_latest/logs"
+CHECK = f"Close other programs and run the same command again; {LOGS}"
 
 
 def _answering(address: str) -> str:
@@ -167,14 +169,13 @@ def _answering(address: str) -> str:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, address], capture_output=True, stdin=subprocess.DEVNULL, text=True,
+            [sys.executable, "-P", "-c", code, address], capture_output=True, stdin=subprocess.DEVNULL, text=True,
             timeout=SECONDS_TO_ANSWER,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineError(f"What listens at {address} does not answer as a Ray cluster does", _HEAD) from None
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it ended without a word"]
-        raise EngineError(f"No Ray cluster answers at {address}: {last[0].rpartition('Error: ')[2][:300]}", _HEAD)
+        raise EngineError(f"No Ray cluster answers at {address}: {words_of(done.stderr)}", _HEAD)
     return done.stdout.split()[-1]
 
 
@@ -233,6 +234,26 @@ def _cluster_of(ray: Any, address: str | None, gpus: int | None, device: str) ->
     return Cluster(tuple(dict.fromkeys((*of_use, *decoding))), num_gpus, int(store))
 
 
+def missing() -> str:
+    """Which of Ray's two processes that this one needs has ended; empty if both are there.
+
+    Ray itself ends this process then, before anything can be said or committed.
+    """
+    import ray
+    from ray._private import worker
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not system.is_heard(family, (host.strip("[]"), int(port)), SECONDS_TO_CONNECT):
+        return "the head"
+    path = getattr(getattr(worker, "_global_node", None), "raylet_socket_name", None) or "tcp:"
+    of_paths = system.path_sockets()
+    if of_paths is None or path.startswith("tcp:"):
+        return ""
+    is_there = system.is_heard(of_paths, path.removeprefix("unix:"), SECONDS_TO_CONNECT)
+    return "" if is_there else "its process on this machine"
+
+
 def _no_gpu(where: str) -> EngineError:
     return EngineError(f"--device cuda: {where} has no GPU", "Use --device cpu")
 
@@ -265,6 +286,17 @@ def _silence() -> None:
 
 
 def _words(error: BaseException) -> str:
-    """The first line of an error, without a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    """What an error says."""
+    return words_of(str(error)) or type(error).__name__
+
+
+def words_of(text: str) -> str:
+    """What an error or a traceback says at its end, in one line: Ray puts a traceback into the text of its errors."""
+    lines = [" ".join(_COLOUR.sub("", line).split()) for line in text.splitlines() if line.strip()]
+    raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
+    said = " ".join(lines[raised[-1] :]) if raised else next(iter(lines), "")
+    return _RAISED.sub("", said, count=1)[:300]
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"[\w.]*(?:Error|Exception): ")

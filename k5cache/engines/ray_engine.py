@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,7 @@ class RayPasses:
         self._cluster, self._place = of_cluster, place
         self.num_workers = of_cluster.num_gpus or cpu_workers or len(of_cluster.nodes)
         self._text_plan: TextPlan | None = None
+        self._readers: Any = None
         self._num_tokens = 0
         self._seconds: dict[str, float] = {}
         """Of one text and of one image; only where there is no GPU."""
@@ -94,6 +96,7 @@ class RayPasses:
 
         from k5cache.engines import workers
 
+        self._sent(job)
         self._num_tokens = sum(estimate.token_counts(job.config, text_jobs)) if text_jobs else 0
         if self.device == "cpu":
             with console.doing(job.bars, "measuring this machine"):
@@ -176,20 +179,14 @@ class RayPasses:
             sizes.append(len(part))
             names.append(part[0].path if isinstance(part[0], LatentJob) else repr(part[0].caption[:40]))
             tables.append(pa.table({"order": [number] * len(part), "job": [json_of(each) for each in part]}))
-        try:
-            readers = ray.put(workers.Readers(job.read, job.read_source))
-        except (TypeError, AttributeError) as error:  # of what holds an open file or a connection
-            raise EngineError(
-                f"The images of {self._place.source or 'this source'} cannot be read by other processes: {error}",
-                "Leave --engine out, or write the images into a folder",
-            ) from error
-        ledger = ray.remote(num_cpus=0)(workers.Ledger).remote()
+        readers = self._sent(job)
+        ledger = _beside_this_process(ray.remote(workers.Ledger))
         dataset = self._dataset(job, tables, readers, ledger, worker, arguments)
         commits = _Commits(sink)
         seen: set[str] = set()
         with job.progress_bar(f"{name}: starting {count_of(self.num_workers, 'worker')}", sum(sizes), unit) as advance:
             work = Pass(sizes, names, unit, functools.partial(advance, description=name))
-            with Running(dataset, ledger, work) as running:
+            with Running(dataset, ledger, work, commits.look) as running:
                 try:
                     for report in running:
                         commits.add(report.shards)
@@ -204,6 +201,27 @@ class RayPasses:
                     with interrupt.deferred():
                         commits.add([shard for report in running.arrived() for shard in report.shards])
                         commits.end()
+
+    def _sent(self, job: Job) -> Any:
+        """A reference to what reads the images, by which other processes find it.
+
+        Raises:
+            EngineError: it holds an open file or a connection.
+        """
+        import ray
+
+        from k5cache.engines import workers
+
+        if self._readers is None:
+            try:
+                self._readers = ray.put(workers.Readers(job.read, job.read_source))
+            except (TypeError, AttributeError) as error:  # Ray adds a page of its own to the reason
+                raise EngineError(
+                    f"The images of {self._place.source or 'this source'} cannot be read by other processes: "
+                    f"{error.__cause__ or type(error).__name__}",
+                    "Leave --engine out, or write the images into a folder",
+                ) from error
+        return self._readers
 
     def _dataset(
         self, job: Job, tables: list[Any], readers: Any, ledger: Any, worker: type, arguments: tuple[Any, ...]
@@ -222,12 +240,12 @@ class RayPasses:
         if worker is workers.VaeWorker:
             # A quarter of a machine's processors an order: others are decoded meanwhile, and few wait in memory.
             num_cpus = min(8.0, self._cluster.num_cpus / 4)
-            decoder = workers.Decoder(setup, readers, max(1, round(num_cpus)))
+            decoder = workers.Decoder(setup, readers, ledger, max(1, round(num_cpus)))
             dataset = dataset.map_batches(decoder, num_cpus=num_cpus, **shape)
         # Actors that take whole processors leave none to those that decode for them. And another number than theirs,
         # since Ray Data makes one step of two that want the same.
         beside = -(-self.num_workers // len(self._cluster.nodes))
-        num_cpus = 0.1 if self._cluster.num_gpus else self._cluster.num_cpus * 0.4 / beside
+        num_cpus = 0 if self._cluster.num_gpus else self._cluster.num_cpus * 0.4 / beside
         return dataset.map_batches(
             worker,
             fn_constructor_args=(setup, readers, ledger, *arguments),
@@ -265,6 +283,10 @@ class _Commits:
 
     def add(self, shards: Sequence[ShardInfo]) -> None:
         self._shards += shards
+        self.look()
+
+    def look(self) -> None:
+        """Write the manifest if there are enough shards, or if it is long since it was written."""
         if len(self._shards) >= SHARDS_A_COMMIT or time.monotonic() - self._last >= SECONDS_A_COMMIT:
             self.end()
 
@@ -299,14 +321,27 @@ def _look(of_cluster: Cluster, place: Place) -> None:
         node.name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(place)
         for node in of_cluster.nodes
     }
-    problems = {name: _answer(ref, f"{name} did not answer") for name, ref in asked.items()}
+    problems = {name: _answer(ref, name) for name, ref in asked.items()}
     if blind := [f"{name} {problem}" for name, problem in problems.items() if problem]:
         more = f", and so do {count_of(len(blind) - 3, 'more machine')}" if len(blind) > 3 else ""
         raise EngineError("; ".join(blind[:3]) + more, workers.SHARE)
 
 
-def _answer(reference: Any, silence: str = "No worker answered") -> Any:
-    """What a task returned, waited for within bounds. Raises what it raised, as it was."""
+def _beside_this_process(actor: Any) -> Any:
+    """Start an actor on this machine: it is not lost with another one. If it is killed, it starts anew."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
+
+
+def _answer(reference: Any, who: str = "A worker") -> Any:
+    """What a task returned, waited for within bounds. Raises what it raised, as it was.
+
+    Args:
+        who: works on it, for messages.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
@@ -314,13 +349,16 @@ def _answer(reference: Any, silence: str = "No worker answered") -> Any:
         return ray.get(reference, timeout=_SECONDS_OF_A_LOOK)
     except GetTimeoutError:
         raise EngineError(
-            f"{silence} within {_SECONDS_OF_A_LOOK:.0f} s", "See with `ray status` whether other jobs have the machines"
+            f"{who} did not answer within {_SECONDS_OF_A_LOOK:.0f} s",
+            "See with `ray status` whether other jobs have the machines",
         ) from None
-    except RayTaskError as error:
-        if isinstance(error.cause, ModuleNotFoundError):
-            raise EngineError(
-                f"A machine of Ray has no module {error.cause.name}", f"Install it there: {cluster.INSTALL}"
-            ) from None
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
     except RayError as error:
-        raise EngineError(f"Ray ended a task: {str(error).splitlines()[0][:300]}", cluster.CHECK) from None
+        if missing := _MISSING.search(str(error)):  # found by Ray before the task began
+            raise EngineError(f"{who} has no module {missing[1]}", f"Install it there: {cluster.INSTALL}") from None
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(cause, Exception) and not isinstance(cause, RayError):
+            raise cause from None
+        raise EngineError(f"Ray ended a task: {cluster.words_of(str(error))}", cluster.CHECK) from None
+
+
+_MISSING = re.compile(r"No module named '([\w.]+)'")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Self
 
+from k5cache.engines import cluster
 from k5cache.engines.wire import Report, report_of
 from k5cache.shared import console
 from k5cache.shared.errors import EngineError, K5Error
@@ -22,6 +24,8 @@ SECONDS_OF_SILENCE = 1200.0
 SECONDS_AFTER_A_LOSS = 120.0
 """The same once a machine is gone."""
 _SECONDS_A_TICK = 0.5
+_SECONDS_TO_SEE_RAY = 2.0
+"""Ray ends this process, without a word, 10 s after its process on this machine has died."""
 _SECONDS_A_LOOK = 15.0
 AGAIN = "What was finished is kept. To go on, run the same command"
 
@@ -38,10 +42,12 @@ class Pass:
     advance: Callable[[int], object]
     num_done: int = 0
     """Rows of orders that are reported."""
+    done: set[int] = field(default_factory=set)
+    """Those orders."""
     shown: int = 0
     heard: float = field(default_factory=time.monotonic)
     """When a worker last had something new to say."""
-    said: set[tuple[int, int]] = field(default_factory=set)
+    said: set[tuple[str, int, int]] = field(default_factory=set)
 
     def show(self, num_rows: int) -> None:
         """So many rows are encoded."""
@@ -52,38 +58,45 @@ class Pass:
     def ended(self, report: Report) -> None:
         """An order is reported."""
         self.num_done += self.sizes[report.order]
+        self.done.add(report.order)
         self.heard = time.monotonic()
         self.show(max(self.shown, self.num_done))
 
-    def begun(self, processes: dict[int, list[int]]) -> None:
-        """Say that workers died, if orders were begun again. Raises ``EngineError`` if one order kills them all."""
+    def begun(self, processes: dict[int, list[int]], done: str = "encoded") -> None:
+        """Say that workers died, if orders were begun again. Raises ``EngineError`` if one order kills them all.
+
+        Args:
+            processes: by which each order was begun.
+            done: what they do with it, ``encoded`` or ``decoded``.
+        """
         for order, pids in processes.items():
-            if len(pids) > MOST_ATTEMPTS:
+            rows = count_of(self.sizes[order], self.unit)
+            if len(pids) > MOST_ATTEMPTS and order not in self.done:
                 raise EngineError(
-                    f"{MOST_ATTEMPTS} workers died one after another while they encoded "
-                    f"{count_of(self.sizes[order], self.unit)} from {self.names[order]} on",
+                    f"{MOST_ATTEMPTS} workers died one after another while they {done} {rows} from {self.names[order]} "
+                    "on",
                     f"Look for `out of memory` in the system's log (dmesg). {AGAIN}",
                 )
-            if (order, len(pids)) in self.said:
+            if (done, order, len(pids)) in self.said:
                 continue
-            self.said.add((order, len(pids)))
+            self.said.add((done, order, len(pids)))
             self.heard = time.monotonic()
             if len(pids) > 1:
-                rows = count_of(self.sizes[order], self.unit)
-                console.warn(f"A worker died. The {rows} that it had are encoded again")
+                console.warn(f"A worker died. The {rows} that it had are {done} again")
 
 
 class Running:
     """A dataset that is executed by a thread. Iterate over it for the reports, in the order in which they arrive."""
 
-    def __init__(self, dataset: Any, ledger: Any, work: Pass) -> None:
-        self._dataset, self._ledger, self._work = dataset, ledger, work
+    def __init__(self, dataset: Any, ledger: Any, work: Pass, on_tick: Callable[[], object] = lambda: None) -> None:
+        """``on_tick`` is called about twice a second."""
+        self._dataset, self._ledger, self._work, self._on_tick = dataset, ledger, work, on_tick
         self._arrived: SimpleQueue[Report | BaseException | None] = SimpleQueue()
         self._is_stopped = Event()
         self._ended: list[int] = []
         """Orders that are reported, and the ledger does not know it yet."""
         self._asked: Any = None
-        self._looked = time.monotonic()
+        self._looked = self._saw_ray = time.monotonic()
         self._machines = _alive()
 
     def __enter__(self) -> Self:
@@ -96,13 +109,20 @@ class Running:
         self._is_stopped.set()
 
     def __iter__(self) -> Iterator[Report]:
+        from ray.exceptions import RayError
+
         while True:
+            self._on_tick()
             try:
                 arrived = self._arrived.get(timeout=_SECONDS_A_TICK)
             except Empty:
-                self._tick()
+                try:
+                    self._tick()
+                except RayError as error:
+                    raise _understood(error) from error
                 continue
             if arrived is None:
+                self._say_who_died()
                 return
             if isinstance(arrived, BaseException):
                 raise _understood(arrived)
@@ -137,17 +157,37 @@ class Running:
         """Ask the workers how far they are, and show what they answered before."""
         import ray
 
+        self._look_for_ray()
         if self._asked is None:
             self._asked = self._ledger.state.remote(self._ended)
             self._ended = []
         elif ray.wait([self._asked], timeout=0)[0]:
-            num_rows, processes = ray.get(self._asked)
+            num_rows, begun, decoded = ray.get(self._asked)
             self._asked = None
-            gone = {*self._ended}
-            self._work.begun({order: pids for order, pids in processes.items() if order not in gone})
-            if not gone:
+            self._work.begun(begun, "encoded")
+            self._work.begun(decoded, "decoded")
+            if not self._ended:
                 self._work.show(self._work.num_done + num_rows)
         self._look_at_machines()
+
+    def _say_who_died(self) -> None:
+        """Of the last orders: they may end before the next tick."""
+        import ray
+        from ray.exceptions import RayError
+
+        with suppress(RayError):  # all that was to be encoded is
+            asked = [self._asked] if self._asked else []
+            for state in ray.get([*asked, self._ledger.state.remote(self._ended)], timeout=_SECONDS_A_LOOK):
+                self._work.begun(state[1], "encoded")
+                self._work.begun(state[2], "decoded")
+
+    def _look_for_ray(self) -> None:
+        """Raises ``EngineError`` if the Ray of this machine has ended: then nothing more may be asked of it."""
+        if time.monotonic() - self._saw_ray < _SECONDS_TO_SEE_RAY:
+            return
+        self._saw_ray = time.monotonic()
+        if what := cluster.missing():
+            raise EngineError(f"Ray has ended: {what} does not answer", f"{cluster.LOGS}. {AGAIN}")
 
     def _look_at_machines(self) -> None:
         now = time.monotonic()
@@ -179,6 +219,5 @@ def _understood(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, K5Error) else error
     if isinstance(error, RayError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return EngineError(f"Ray ended the work: {lines[0][:300] if lines else type(error).__name__}", AGAIN)
+        return EngineError(f"Ray ended the work: {cluster.words_of(str(error)) or type(error).__name__}", AGAIN)
     return error

@@ -145,27 +145,37 @@ def plan_here(
 class Decoder:
     """Reads and decodes the images of orders. A task of Ray Data: it may run anywhere, and again."""
 
-    def __init__(self, setup: Setup, readers: Any, num_threads: int) -> None:
-        """``readers``: a reference to ``Readers``."""
-        self.setup, self.readers, self.num_threads = setup, readers, num_threads
+    def __init__(self, setup: Setup, readers: Any, ledger: Any, num_threads: int) -> None:
+        """``readers``: a reference to ``Readers``. ``ledger``: to ``Ledger``."""
+        self.setup, self.readers, self.ledger, self.num_threads = setup, readers, ledger, num_threads
 
     def __call__(self, orders: pa.Table) -> pa.Table:
         """The orders, with the pixels of each image or the reason why there are none."""
+        for number in dict.fromkeys(orders["order"].to_pylist()):
+            _note(self.ledger.decode, number)
         problem = ""
         pixels: list[bytes | None] = []
         failures: list[str] = []
         try:
             job = job_of(self.setup, self.readers)
             jobs = [wire.latent_job(text) for text in orders["job"].to_pylist()]
-            for loaded in load_pixels(job, jobs, self.num_threads):
-                pixels.append(None if isinstance(loaded, UnreadableImage) else loaded.numpy().tobytes())
-                failures.append(wire.json_of_failure(loaded) if isinstance(loaded, UnreadableImage) else "")
-        except K5Error as error:
+            with when_memory_ends("cpu", "Decoding images", 0):
+                for loaded in load_pixels(job, jobs, self.num_threads):
+                    pixels.append(None if isinstance(loaded, UnreadableImage) else loaded.numpy().tobytes())
+                    failures.append(wire.json_of_failure(loaded) if isinstance(loaded, UnreadableImage) else "")
+        except (K5Error, OSError) as error:
             problem = wire.json_of_report(Report(orders["order"][0].as_py(), error=error))
             pixels, failures = [None] * len(orders), [""] * len(orders)
         columns = {"pixels": pa.array(pixels, pa.large_binary()), "failure": failures}
         columns["problem"] = pa.array([problem] * len(orders), pa.string())
         return pa.table({name: orders[name] for name in orders.column_names} | columns)
+
+
+def _note(begin: Any, order: int) -> None:
+    """Have the ledger know that this process begins an order, before it can die of it."""
+    import ray
+
+    ray.get(begin.remote(order, os.getpid()))
 
 
 _jobs: dict[tuple[Setup, str], Job] = {}
@@ -194,15 +204,15 @@ def job_of(setup: Setup, readers: Any, note: Callable[[str], object] = lambda _:
 class Shards(Committer):
     """The sink of one order: its shards are reported, and named in the manifest by the process that has the lock."""
 
-    def __init__(self, job: Job, tell: Callable[[int], object]) -> None:
+    def __init__(self, job: Job, written: list[ShardInfo], tell: Callable[[int], object]) -> None:
+        """``written`` gets each shard that is whole on disk."""
         super().__init__(job.root, Manifest(recipe={}), job.config.shard_mb * 2**20)
-        self.written: list[ShardInfo] = []
-        self._tell = tell
+        self._written, self._tell = written, tell
         self._num_rows, self._told = 0, time.monotonic()
 
     def add(self, shards: Sequence[ShardInfo]) -> None:
         """Keep them for the report."""
-        self.written += shards
+        self._written += shards
 
     @contextmanager
     def shards(self, kind: ShardKind, specs: dict[str, TensorSpec], bucket: Bucket | None = None) -> Iterator[Append]:
@@ -238,18 +248,19 @@ class _Worker:
             yield pa.table({"report": [wire.json_of_report(report)]})
 
     def _report(self, number: int, order: pa.Table) -> Report:
-        self.ledger.begin.remote(number, os.getpid())
+        _note(self.ledger.begin, number)
+        written: list[ShardInfo] = []
         try:
             job = job_of(self.setup, self.readers, self.notes.append)
             if job.device.startswith("cuda"):
                 vram.limit_to_card(job.device, job.vram)
-            sink = Shards(job, lambda count: self.ledger.tell.remote(number, count))
+            sink = Shards(job, written, lambda count: self.ledger.tell.remote(number, count))
             with when_memory_ends(job.device, self.name, self.planned):
                 report = self.encode(job, sink, order)
-        except (K5Error, OSError) as error:
-            return Report(number, error=error)
+        except (K5Error, OSError) as error:  # the shards before it are whole
+            return Report(number, tuple(written), error=error)
         notes, self.notes[:] = tuple(self.notes), []
-        return replace(report, order=number, shards=tuple(sink.written), notes=notes)
+        return replace(report, order=number, shards=tuple(written), notes=notes)
 
     def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
         """The rows of an order, into the sink."""
@@ -345,6 +356,11 @@ class Ledger:
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
         self._begun: dict[int, list[int]] = {}
+        self._decoded: dict[int, list[int]] = {}
+
+    def decode(self, order: int, process: int) -> None:
+        """The images of an order begin to be decoded, perhaps again."""
+        self._decoded.setdefault(order, []).append(process)
 
     def begin(self, order: int, process: int) -> None:
         """An order begins, perhaps again, since the worker that had it is gone."""
@@ -360,8 +376,12 @@ class Ledger:
         for order in orders:
             self._rows.pop(order, None)
             self._begun.pop(order, None)
+            self._decoded.pop(order, None)
 
-    def state(self, ended: Sequence[int]) -> tuple[int, dict[int, list[int]]]:
-        """Rows of the orders in work, without those that have ended, and by which processes each of these was begun."""
+    def state(self, ended: Sequence[int]) -> tuple[int, dict[int, list[int]], dict[int, list[int]]]:
+        """Rows of the orders in work, without those that have ended. And by which processes each was begun, and by
+        which it was decoded; of those that have ended, this once more.
+        """
+        begun, decoded = dict(self._begun), dict(self._decoded)
         self.end(ended)
-        return sum(self._rows.values()), dict(self._begun)
+        return sum(self._rows.values()), begun, decoded

@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,24 @@ def end_with_children(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
+
+
+def path_sockets() -> socket.AddressFamily | None:
+    """The family of sockets that are files; None where there are none."""
+    return getattr(socket, "AF_UNIX", None)
+
+
+def is_heard(family: socket.AddressFamily, address: Any, seconds: float) -> bool:
+    """Whether a process listens at an address. False only if it is sure that none does: some are slow, or far away."""
+    with socket.socket(family) as asking:
+        asking.settimeout(seconds)
+        try:
+            asking.connect(address)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def most_open_files() -> int | None:
