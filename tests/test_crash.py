@@ -22,7 +22,7 @@ from k5cache.cli import app
 from k5cache.encode import commit
 from k5cache.shared.errors import CacheError, CacheLocked
 from k5cache.store.index import with_index
-from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
+from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, write_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.shards import ShardWriter
 from k5cache.store.tensors import TensorSpec
@@ -221,6 +221,49 @@ def test_a_slow_encode_commits_every_three_minutes_however_small_the_shard(tmp_p
             append(latents_row(i))
             assert len(growing.manifest.shards) == (i + 1) // 3
     assert [shard.num_rows for shard in read_manifest(tmp_path).shards] == [3, 3, 1]
+
+
+def test_the_manifest_of_many_shards_takes_a_fiftieth_of_the_time_and_no_shard_waits_for_long(tmp_path, monkeypatch):
+    now, counts = [0.0], [0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: now[0])
+
+    def write(root, manifest):
+        counts.append(len(manifest.shards))
+        now[0] += 1e-4 * len(manifest.shards)  # it grows with the cache; this is slower than any machine we have seen
+
+    monkeypatch.setattr(commit, "time", clock)
+    monkeypatch.setattr(commit, "write_manifest", write)
+    growing = commit.Committer(tmp_path, Manifest(recipe={}), 2**28)
+    longest = 0.0
+    with growing:
+        for number in range(3000):
+            digest = f"{number:064x}"
+            growing.add([ShardInfo(f"text/{digest[-16:]}.parquet", "text", 1, 1, digest, digest)])
+            longest = max(longest, (number + 1 - counts[-1]) * 1.0)
+            now[0] += 1.0  # a shard a second
+    assert counts[:257] == [*range(257)], "a small manifest is written after each shard"
+    assert counts[257] > 257
+    assert counts[-1] == 3000, "at the end all are named"
+    late = [count for count in counts if count > 256]
+    assert 1e-4 * sum(late) <= (3000 - 256) / 50 * 1.1
+    assert 0 < longest <= 16, "50 times what writing 3000 takes"
+
+
+def test_shards_that_are_not_named_yet_are_named_when_an_error_ends_the_encode(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "_SMALL", 1)
+    monkeypatch.setattr(commit, "_LEAST_BETWEEN", 1e9)
+    growing = commit.Committer(tmp_path, Manifest(recipe={}), 1)
+
+    def fail_after_five() -> None:
+        with growing, growing.shards("latents", LATENTS, Bucket(64, 64)) as append:
+            for i in range(5):
+                append(latents_row(i))
+            assert len(read_manifest(tmp_path).shards) == 1
+            raise OSError("the picture is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fail_after_five()
+    assert [shard.num_rows for shard in read_manifest(tmp_path).shards] == [1] * 5
 
 
 def test_the_command_lists_problems_and_exits_with_one(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from k5cache.buckets import Bucket
 from k5cache.encode.sink import Append
 from k5cache.encoders.memory_plan import SECONDS_AT_RISK
 from k5cache.shared import interrupt
-from k5cache.shared.errors import CacheError
+from k5cache.shared.errors import CacheError, K5Error
 from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
 from k5cache.store.index import IndexRows, index_rows, read_index, with_index
 from k5cache.store.keys import Keys
@@ -30,13 +31,33 @@ from k5cache.store.split import write_split
 from k5cache.store.tables import open_table, read_table
 from k5cache.store.tensors import TensorSpec
 
+_SMALL = 256
+"""Shards of a manifest that is written after each of them: it takes about 10 ms."""
+_LEAST_BETWEEN = 50
+"""A larger one is written at most so often that writing takes one fiftieth of the time. It grows with the cache, so
+writing it after each of 50,000 shards would take ten hours, and write 430 GB."""
+
 
 class Committer:
-    """The ``RowSink`` that writes shards and names each in the manifest once it is whole on disk."""
+    """The ``RowSink`` that writes shards and names each in the manifest once it is whole on disk.
+
+    As a context manager it names at its end, whatever ended it, what ``add`` has not named yet.
+    """
 
     def __init__(self, root: Path, manifest: Manifest, shard_bytes: int) -> None:
         self.root, self.manifest, self.shard_bytes = root, manifest, shard_bytes
         self._located: pa.Table | None = None
+        self._waiting: list[ShardInfo] = []
+        self._due = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError, K5Error) if error else nullcontext():  # such as a full disk, which ended the block
+            self.commit()
 
     def keys(self, kind: ShardKind) -> Keys:
         """Keys of every committed row of this kind. Reads the footers of shards that no index names yet."""
@@ -106,6 +127,7 @@ class Committer:
         Returns:
             False if the cache says all this already; then nothing is written.
         """
+        self.commit()
         before = self.manifest
         prompts = {**before.prompts, **prompts}
         self.manifest = replace(
@@ -125,10 +147,25 @@ class Committer:
         return True
 
     def add(self, shards: Sequence[ShardInfo]) -> None:
-        """Name shards that are whole on disk. One that is written again, to the same bytes, is named once."""
-        named = {shard.file: shard for shard in (*self.manifest.shards, *shards)}
-        self.manifest = replace(self.manifest, shards=tuple(named.values()))
-        write_manifest(self.root, self.manifest)
+        """Name shards that are whole on disk: at once, or after a while if the manifest is large."""
+        self._waiting += shards
+        if len(self.manifest.shards) < _SMALL or time.monotonic() >= self._due:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write a manifest that names all shards. One that is written again, to the same bytes, is named once."""
+        if not self._waiting:
+            return
+        named = {shard.file: shard for shard in (*self.manifest.shards, *self._waiting)}
+        manifest = replace(self.manifest, shards=tuple(named.values()))
+        if len(named) < _SMALL:
+            write_manifest(self.root, manifest)
+        else:
+            began = time.thread_time()  # without the time that it waits for a store
+            write_manifest(self.root, manifest)
+            seconds = _LEAST_BETWEEN * (time.thread_time() - began)
+            self._due = time.monotonic() + min(seconds, SECONDS_AT_RISK)
+        self.manifest, self._waiting = manifest, []
 
 
 def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, ...]]:

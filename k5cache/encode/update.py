@@ -58,7 +58,8 @@ def bring_up_to_date(
     plan = plan_request(share, committer, options.rehash, bars)
     if not plan.rows and split is None:  # a part may be empty: a merge takes it as it is
         raise _nothing_readable(request, plan.skipped)
-    encoded = _run_passes(request, committer, plan, options, passes or _InThisProcess(options.device), bars)
+    with committer:
+        encoded = _run_passes(request, committer, plan, options, passes or _InThisProcess(options.device), bars)
     edits = tuple(edit for edit in plan.edits if encoded.failure_of_edit(edit) is None)
     rows, unreadable = encoded.usable(plan.rows)
     not_drawn = [skip for edit in plan.edits if (skip := encoded.failure_of_edit(edit)) is not None]

@@ -65,7 +65,8 @@ def add_edits(
         asked = [WantedEdit(source, prompt) for prompt in dict.fromkeys(prompts)]
         edits = sort_edits(asked, (), stored, is_as_before=True)
         plan = _plan(manifest, edits.examined, stored)
-        truncated = _encode(root, manifest, committer, plan, edits.examined, model, device, bars)
+        with committer:
+            truncated = _encode(root, manifest, committer, plan, edits.examined, model, device, bars)
         known = {(edit.source_hash, edit.prompt): edit for edit in (*manifest.edits, *plan.edits)}
         cut = note_truncated(manifest.left_out, truncated, plan.text_jobs)
         left_out = replace(manifest.left_out, truncated=cut)

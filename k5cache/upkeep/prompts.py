@@ -77,7 +77,8 @@ def add_prompts(
         truncated: tuple[tuple[str, int], ...] = ()
         if text_jobs:
             job = job_of(root, manifest, model, device, bars, ("text",))
-            truncated = encode_texts(job, committer, list(text_jobs.values()))
+            with committer:
+                truncated = encode_texts(job, committer, list(text_jobs.values()))
         rows = index_rows(read_index(root, index, manifest.format))
         cut = note_truncated(manifest.left_out, truncated, list(text_jobs.values()))
         left_out = replace(manifest.left_out, truncated=cut)
