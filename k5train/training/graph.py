@@ -142,7 +142,10 @@ class GraphedPasses:
     def _inputs_of(self, kind: Hashable, groups: Sequence[Group]) -> FixedInputs:
         if kind not in self._inputs:
             if len(self._inputs) >= MOST_KINDS:
-                self.give_up(f"batches are of more than {MOST_KINDS} kinds")
+                self.give_up(
+                    f"batches are of more than {MOST_KINDS} kinds, sizes of pictures times numbers of rows. A smaller"
+                    " train.batch_size, whole numbers of repeats or fewer sizes in the cache make fewer"
+                )
                 oldest = next(iter(self._inputs))
                 del self._inputs[oldest]
                 self._known.discard(oldest)
