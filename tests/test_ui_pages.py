@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import anyio
 import pytest
+from starlette.requests import Request
 
+from k5train.ui.actions import COOKIE
+from k5train.ui.app import create_app
+from k5train.ui.early import early
+from k5train.ui.listing import NotHere
+from k5train.ui.project import Project
 from tests.ui_project import NASTY, client_of, make_project, pages_of, parsed
 
 
@@ -65,11 +72,80 @@ def test_everything_has_a_name_that_a_reader_can_say(pages):
 
 
 def test_the_page_before_anything_is_there_says_the_first_step(tmp_path):
-    from k5train.ui.project import Project
-
     with client_of(Project(tmp_path))[0] as client:
         pages = pages_of(client)
     assert "There are no pictures yet" in pages["/"]
     assert [*tmp_path.iterdir()] == []
     for url in ("/data", "/new", "/runs", "/compare", "/queue"):
         assert 'class="empty"' in pages[url], url
+
+
+DOCUMENT = {"sec-fetch-dest": "document", "sec-fetch-mode": "navigate", "sec-fetch-site": "none"}
+"""What a browser says when it opens a page."""
+
+
+def test_a_browser_gets_the_same_page_in_two_parts(tmp_path):
+    project = make_project(tmp_path / "project")
+    with client_of(project)[0] as client:
+        wanted = [url for url in pages_of(client) if "?" not in url]
+        lengths = {}
+        for url in wanted:
+            whole, in_two = client.get(url), client.get(url, headers=DOCUMENT)
+            assert (in_two.status_code, in_two.text) == (whole.status_code, whole.text), url
+            assert in_two.headers["content-security-policy"] == whole.headers["content-security-policy"]
+            lengths[url] = in_two.headers.get("content-length")
+        assert client.get("/data/f/000000000000", headers=DOCUMENT).status_code == 404
+        assert client.post("/new", headers=DOCUMENT).status_code == 403  # from nowhere
+    early = {re.sub("[0-9a-f]{12}", "ID", url) for url, length in lengths.items() if length is None}
+    assert early >= {"/", "/data", "/data/f/ID", "/data/c/ID", "/new", "/runs", "/runs/ID", "/compare"}
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "is_bug"),
+    [
+        (NotHere("It is gone", "Choose another"), "It is gone", False),
+        (PermissionError(13, "Permission denied", "runs"), "change its permissions", False),
+        (OSError("of no kind"), "failed with an error of its own (OSError)", True),
+        (ZeroDivisionError(), "failed with an error of its own (ZeroDivisionError)", True),
+    ],
+)
+def test_the_top_of_a_page_is_sent_before_the_rest_is_known_and_an_error_stands_below_it(tmp_path, error, text, is_bug):
+    parts: list[bytes] = []
+    seen: list[int] = []
+
+    def endpoint(request):
+        seen.append(len(parts))
+        raise error
+
+    async def send(message):
+        parts.append(message.get("body", b""))
+
+    async def receive():
+        raise AssertionError
+
+    async def ask():
+        page = create_app(Project(tmp_path))
+        headers = [(b"sec-fetch-dest", b"document")]
+        scope = {"type": "http", "method": "GET", "path": "/runs", "query_string": b"", "headers": headers, "app": page}
+        response = await early("run_list.html", endpoint)(Request(scope))
+        await response(scope, receive, send)
+
+    if is_bug:
+        with pytest.raises(type(error)):
+            anyio.run(ask)
+    else:
+        anyio.run(ask)
+    assert seen == [2]  # the head of the answer, and the top of the page
+    _, top, rest = parts
+    assert b"<title>Runs" in top
+    assert top.rstrip().endswith(b"</header>")
+    assert rest.startswith(b"<main")
+    assert text in rest.decode()
+    assert rest.endswith(b"</html>")
+
+
+def test_what_an_action_did_is_said_once_to_a_browser_too(tmp_path):
+    with client_of(Project(tmp_path))[0] as client:
+        page = client.get("/runs", headers={**DOCUMENT, "cookie": f"{COOKIE}=saved"})
+    assert "Saved." in page.text
+    assert f'{COOKIE}=""; expires=' in page.headers["set-cookie"]

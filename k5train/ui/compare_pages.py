@@ -9,6 +9,7 @@ from starlette.routing import Route
 from k5cache.shared.errors import RunError
 from k5train.runs.compared import in_order
 from k5train.ui import listing
+from k5train.ui.early import early
 from k5train.ui.listing import Entry
 from k5train.ui.pages import project_of, render
 from k5train.ui.run_pictures import picture_src
@@ -54,4 +55,4 @@ def _newest_first(entries: list[Entry]) -> list[Entry]:
 
 def routes() -> list[Route]:
     """The URLs of this view."""
-    return [Route("/compare", compare)]
+    return [Route("/compare", early("compare.html", compare))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from starlette.datastructures import FormData
@@ -12,7 +12,9 @@ from starlette.routing import Route
 
 from k5train.ui import actions, listing
 from k5train.ui.data.limits import MOST_BYTES, MOST_FILES
+from k5train.ui.early import Known, early
 from k5train.ui.pages import project_of
+from k5train.ui.project import Project
 
 actions.NOTICES.update(
     received="The pictures are in the folder.",
@@ -33,6 +35,11 @@ def _read(name: str) -> Callable[[Request], Response]:
     return endpoint
 
 
+def _known(entries: Callable[[Project], Sequence[listing.Entry]]) -> Known:
+    """The folder or the cache that a request is about."""
+    return lambda request: {"entry": listing.find(entries(project_of(request)), request.path_params["id"])}
+
+
 def _change(name: str) -> Callable[[Request, FormData], Response]:
     """The same for an action."""
 
@@ -51,12 +58,9 @@ def _to_folder(request: Request) -> Response:
 def routes() -> list[Route]:
     """The URLs of this view."""
     pages = {
-        "/data": "data",
-        "/data/f/{id}": "folder",
         "/data/f/{id}/events": "folder_events",
         "/data/f/{id}/{picture}": "folder_item",
         "/data/f/{id}/{picture}/picture": "folder_picture",
-        "/data/c/{id}": "cache",
         "/data/c/{id}/events": "cache_events",
         "/data/c/{id}/{number:int}": "cache_item",
         "/data/c/{id}/{number:int}/picture": "cache_picture",
@@ -73,4 +77,9 @@ def routes() -> list[Route]:
     back = [Route(f"/data/f/{{id}}/{name}", _to_folder) for name in ("pictures", "encode")]
     posts = [Route(path, actions.action(_change(name)), methods=["POST"]) for path, name in changes.items()]
     gets = [Route(path, _read(name)) for path, name in pages.items()]
-    return [*posts, Route("/data/f/{id}/pictures", files, methods=["POST"]), *back, *gets]
+    grids = [
+        Route("/data", early("data.html", _read("data"))),
+        Route("/data/f/{id}", early("data_folder.html", _read("folder"), _known(listing.folders))),
+        Route("/data/c/{id}", early("data_cache.html", _read("cache"), _known(listing.caches))),
+    ]
+    return [*grids, *posts, Route("/data/f/{id}/pictures", files, methods=["POST"]), *back, *gets]

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from k5cache.shared.errors import K5Error, RecipeError
 from k5train.ui.actions import NOTICES, action, redirect
+from k5train.ui.early import early
 from k5train.ui.new_run import launching
 from k5train.ui.new_run.draft import Draft, begun, sent
 from k5train.ui.new_run.planner import Planner
@@ -29,7 +30,7 @@ _beginning = threading.Lock()
 def routes() -> list[Route]:
     """The view's pages."""
     return [
-        Route("/new", new),
+        Route("/new", early("new_run.html", new)),
         Route("/new", action(check_all), methods=["POST"]),
         Route("/new/check", action(check_typed), methods=["POST"]),
         Route("/new/plan", action(plan), methods=["POST"]),

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from k5train.ui.early import early
 from k5train.ui.events import stream
 from k5train.ui.overview_view import Overview, read_overview
 from k5train.ui.pages import fragment, project_of, render
@@ -36,4 +37,4 @@ def _parts(view: Overview) -> Mapping[str, str]:
 
 def routes() -> list[Route]:
     """The URLs of this view."""
-    return [Route("/", overview), Route("/events", events)]
+    return [Route("/", early("overview.html", overview)), Route("/events", events)]

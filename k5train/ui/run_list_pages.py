@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from k5train.ui import events
 from k5train.ui.compare_pages import MOST_TICKED
+from k5train.ui.early import early
 from k5train.ui.pages import project_of, render
 from k5train.ui.project import Project
 from k5train.ui.run_pictures import picture_src
@@ -77,4 +78,4 @@ def _named(asked: dict[str, Any]) -> dict[str, str]:
 
 def routes() -> list[Route]:
     """The URLs of this view."""
-    return [Route("/runs", runs), Route("/runs/events", changes)]
+    return [Route("/runs", early("run_list.html", runs)), Route("/runs/events", changes)]

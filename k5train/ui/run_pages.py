@@ -16,6 +16,7 @@ from k5cache.shared.inside import is_inside
 from k5train.runs.written import check_recorded
 from k5train.ui import listing
 from k5train.ui.charts import svg
+from k5train.ui.early import early
 from k5train.ui.events import stream
 from k5train.ui.jobs import queue
 from k5train.ui.jobs.job import Job, Progress, progress, tail
@@ -134,7 +135,7 @@ def _sweep(project: Project, entry: Entry) -> Entry | None:
 def routes() -> list[Route]:
     """The URLs of this view."""
     return [
-        Route("/runs/{id}", run_page),
+        Route("/runs/{id}", early("run.html", run_page, lambda request: {"entry": _entry(request)[1]})),
         Route("/runs/{id}/events", run_events),
         Route("/runs/{id}/files/{which}", run_file),
     ]
