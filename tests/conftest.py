@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.fsync = lambda descriptor: None
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests import it from the checkout
 progress.SECONDS_TO_THE_FIRST = 60.0  # on a busy machine a test would read a line that it does not expect
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` has it ignored, children too
 gc.disable()  # until all tests are imported: their modules make a million objects, of which none is garbage
 
 Once = Callable[[str, Callable[[Path], object]], Path]

@@ -31,9 +31,15 @@ def test_gpus_are_those_that_the_driver_lists_and_the_variable_names():
     assert slots[2].name == "NVIDIA A100, MIG 3g.20gb"
     for variable, numbers in (
         (None, [0, 1, 2]), ("0", [0]), ("MIG-dddd, 0", [2, 0]), ("GPU-aaaa", [0]), ("", []), ("-1", []),
-        ("0,7,1", [0]), ("0,0", []), ("0,GPU-aaaa", []),
+        ("0,7,1", [0]), ("0,0", []), ("0,GPU-aaaa", []), ("1", [1]), ("GPU-", []), ("NoDevFiles", []),
     ):  # fmt: skip
         assert gpus.visible(slots, variable) == tuple(slots[n] for n in numbers), variable
+
+
+def test_a_beginning_that_may_mean_several_gpus_names_none_as_in_the_driver():
+    alike = gpus.listed(LISTING.replace("MIG-dddd", "MIG-cccd"))
+    for variable, numbers in (("MIG-ccc", []), ("0,MIG-ccc", [0]), ("MIG-cccd,MIG-cccc", [2, 1])):
+        assert gpus.visible(alike, variable) == tuple(alike[n] for n in numbers), variable
 
 
 def test_what_a_person_wrote_into_the_variable_is_passed_on_as_it_is(three):
@@ -81,6 +87,32 @@ def test_cards_of_amd_are_named_by_hips_variable_unless_only_cudas_is_set(monkey
         ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, "HIP_VISIBLE_DEVICES", ("0",)),
     ):
         assert (gpus.variable_of(env), gpus.visible_gpus(env)) == (variable, keys)
+
+
+def test_amds_runtime_hides_cards_before_the_others_are_counted(tmp_path, monkeypatch):
+    """Slurm sets it. In torch too, HIP_VISIBLE_DEVICES counts among those that ROCR_VISIBLE_DEVICES shows."""
+    for number, properties in enumerate(
+        ("simd_count 0\ncpu_cores_count 16\n", *(f"simd_count 304\nunique_id {n}\n" for n in (0xABC, 0xDEF)))
+    ):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "properties").write_text(properties)
+    monkeypatch.setattr(gpus, "_TOPOLOGY", tmp_path)
+    monkeypatch.setattr(gpus, "_nvidia", tuple)
+    monkeypatch.setattr(gpus.os, "access", lambda *arguments: True)
+    gpus._amd.cache_clear()
+    try:
+        for env, keys in (
+            ({}, ("0", "1")), ({"ROCR_VISIBLE_DEVICES": "1"}, ("0",)), ({"ROCR_VISIBLE_DEVICES": "1,0"}, ("0", "1")),
+            ({"ROCR_VISIBLE_DEVICES": "GPU-0000000000000DEF"}, ("0",)), ({"ROCR_VISIBLE_DEVICES": ""}, ()),
+            ({"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "1"}, ("1",)),
+            ({"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "1"}, ()),
+        ):  # fmt: skip
+            assert gpus.visible_gpus(env) == keys, env
+        problem = "--gpus 2: ROCR_VISIBLE_DEVICES=1 shows 1 of this machine's 2 GPUs"
+        with pytest.raises(K5Error, match=f"^{problem}\nUse --gpus 1, or change ROCR_VISIBLE_DEVICES$"):
+            gpus.choose_gpus(2, {"ROCR_VISIBLE_DEVICES": "1"})
+    finally:
+        gpus._amd.cache_clear()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a script stands in for the driver's tool")

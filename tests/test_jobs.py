@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -367,6 +368,20 @@ def test_a_command_of_a_terminal_uses_the_first_gpu_that_its_variables_name():
     for variables, expected in ((None, (0, 1)), ({"CUDA_VISIBLE_DEVICES": "MIG-cccc,0,7"}, (1, 0))):
         assert slots.slots_of(gpus, variables, 3) == tuple(gpus[number] for number in expected)
     assert slots.slots_of((slots.PROCESSOR,), {"CUDA_VISIBLE_DEVICES": ""}) == (slots.PROCESSOR,)
+
+
+def test_a_card_that_amds_runtime_shows_alone_is_that_one(monkeypatch):
+    monkeypatch.delenv("ROCR_VISIBLE_DEVICES", raising=False)
+    cards = tuple(slots.Slot(str(n), n, "an AMD GPU", slots.AMD, f"GPU-{n:016x}") for n in range(3))
+    for variables, numbers in (
+        ({"ROCR_VISIBLE_DEVICES": "1"}, [1]), ({"ROCR_VISIBLE_DEVICES": "GPU-0000000000000002,1"}, [2, 1]),
+        ({"ROCR_VISIBLE_DEVICES": "1,2", "HIP_VISIBLE_DEVICES": "1"}, [2]), ({"ROCR_VISIBLE_DEVICES": ""}, []),
+    ):  # fmt: skip
+        assert slots.slots_of(cards, variables, 2) == tuple(cards[n] for n in numbers), variables
+    monkeypatch.setenv(
+        "ROCR_VISIBLE_DEVICES", "1,2"
+    )  # of a cluster, for the page too: the slots are counted among these
+    assert slots.slots_of(cards[:2], {"ROCR_VISIBLE_DEVICES": "1,2"}) == cards[:1]
     assert slots.PROCESSOR.env == {}
 
 
@@ -384,6 +399,50 @@ def test_commands_of_ours_are_known_however_they_are_started():
     assert processes.is_on_processor(("k5cache", "encode", "d", "--device", "cpu"))
     for words in (("k5train", "ui"), ("k5train", "run", "--help"), ("k5cache", "verify", "c"), ("k5train",), ()):
         assert not processes.uses_gpu(words), words
+
+
+SWEEP = """
+import subprocess, sys
+worker = [sys.executable, "-P", "-m", "k5train.training.sweep_worker"]
+print(subprocess.Popen(worker, stdin=int(sys.argv[2]), stdout=subprocess.DEVNULL).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_of_a_sweep_that_was_killed_still_have_their_gpus(project):
+    import subprocess
+
+    script = project.root / "k5train"
+    script.write_text(SWEEP)
+    orders, held = os.pipe()  # their input stays open: they have not noticed yet, or are saving
+    env = {**system.environment(), "CUDA_VISIBLE_DEVICES": "GPU-1"}
+    command = [sys.executable, str(script), "sweep", str(orders)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, pass_fds=[orders]) as sweep:
+        os.close(orders)
+        pid = int(sweep.stdout.readline())
+        assert pid not in [process.pid for process in processes.working([])]  # the sweep itself is there
+        sweep.kill()
+    try:
+        (left,) = [process for process in processes.working([]) if process.pid == pid]
+        gpus = tuple(slots.Slot(f"GPU-{n}", n, "a GPU", slots.NVIDIA) for n in range(2))
+        assert slots.slots_of(gpus, left.variables) == gpus[1:]
+    finally:
+        os.close(held)  # and with it, it ends
+
+
+@pytest.mark.parametrize(
+    ("line", "is_left"), [("k5train sweep c", False), ("k5train ui", True), ("/sbin/init", True), (None, True)]
+)
+def test_a_worker_is_left_alone_where_its_parent_is_no_sweep(line, is_left):
+    import psutil
+
+    def parent() -> SimpleNamespace:
+        if line is None:
+            raise psutil.NoSuchProcess(1)
+        return SimpleNamespace(cmdline=line.split)
+
+    assert processes._is_left_alone(SimpleNamespace(parent=parent)) == is_left
 
 
 RUN_IN_TERMINAL = """

@@ -5,18 +5,21 @@ A small script stands for the workers here; ``test_sweep.py`` has a sweep with t
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from k5cache.shared import gpus
+from k5cache.shared import gpus, system
 from k5cache.shared.errors import DoesNotFit, K5Error, RecipeError
 from k5cache.shared.gpus import Slot
+from k5cache.shared.lock import holder
 from k5cache.shared.model import ModelConfig
 from k5train.cli import app
 from k5train.options.data import DataConfig
@@ -24,12 +27,13 @@ from k5train.options.train import TrainConfig
 from k5train.planning.memory import Plan, Streaming
 from k5train.planning.saved_plan import SavedPlan
 from k5train.training import sweep_on_gpus
-from k5train.training.gpu_process import module
-from k5train.training.sweep import check_devices, used_gpus
+from k5train.training.gpu_process import Event, GpuProcess, module
+from k5train.training.sweep import check_devices, used_gpus, wait_for_what_is_saved
 from k5train.training.sweep_folder import Place
 from k5train.training.sweep_job import Job, read_job
 from k5train.training.sweep_on_gpus import Crew, check_host_memory, names_of, together
 from k5train.training.sweep_runs import SweepRun
+from k5train.training.sweep_worker import Worker
 from tests.cli import Cli
 
 TWO = tuple(Slot(f"GPU-{n}", n, "a GPU", gpus.NVIDIA) for n in range(2))
@@ -42,6 +46,8 @@ for line in sys.stdin:
     order = json.loads(line)
     label = order.get("label", "")
     if order["do"] == "end":
+        if gpu in os.environ.get("HANGS_AT_END", ""):
+            os.kill(os.getpid(), signal.SIGSTOP)
         break
     elif order["do"] == "stop":
         say("stopped", said="Stopped and saved at step 7. Go on with: k5train resume x")
@@ -52,6 +58,8 @@ for line in sys.stdin:
         print("Loading torch ...", file=sys.stderr, flush=True)
         say("begun", precision=None)
     elif order["do"] == "plan":
+        if gpu in os.environ.get("LOST", ""):
+            sys.exit("CUDA error")
         if gpu in os.environ.get("REFUSING", ""):
             say("refused", problem="The plan needs 40 GiB", fix="Use a larger card")
         else:
@@ -60,6 +68,9 @@ for line in sys.stdin:
         say("loaded")
     elif label.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
+    elif label.startswith("hang"):
+        print("hangs", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif label.startswith("long"):
         say("progress", tasks=[{"name": "training", "completed": 7, "total": 9, "unit": "step", "note": ""}])
     elif label.startswith("told"):
@@ -140,6 +151,43 @@ def test_ctrl_c_stops_all_and_says_what_each_has_saved(crew_of):
     ]
 
 
+def test_a_worker_that_hangs_is_named_and_a_second_ctrl_c_ends_it(crew_of, monkeypatch, capsys):
+    crew, ended = crew_of("hang", "a")
+    ended.stop_after = "a"
+    monkeypatch.setattr(sweep_on_gpus, "SECONDS_TO_END", 0.3)
+    warn, waited_for = sweep_on_gpus.console.warn, []
+
+    def press(line: str) -> None:
+        warn(line)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_on_gpus.console, "warn", press)
+    monkeypatch.setattr(GpuProcess, "wait", lambda self, seconds: waited_for.append((self.name, self._process.poll())))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        crew.run(TWO)
+    assert str(stopped.value) == "Stopped; hang: the last step that was saved stays"
+    (hung,) = [worker for worker in crew._all if "hangs" in worker.last_lines]
+    assert f"Still waiting for {hung.name} to stop. Ctrl-C again does not wait" in capsys.readouterr().err
+    assert (hung.name, -9) in waited_for  # it was told often enough, and is not waited for again
+
+
+def test_ctrl_c_while_the_last_ones_end_leaves_none_with_its_gpu(crew_of, monkeypatch):
+    monkeypatch.setenv("HANGS_AT_END", "GPU-0 GPU-1")
+    crew, _ = crew_of("a")
+    monkeypatch.setattr(GpuProcess, "wait", lambda *arguments: raises(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        crew.run(TWO)
+    assert [worker._process.poll() for worker in crew._all] == [-9, -9]
+
+
+def test_an_error_of_the_sweep_itself_lets_the_runs_that_are_trained_save(crew_of):
+    crew, _ = crew_of("long", "a")
+    crew.ended = lambda label, error: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        crew.run(TWO)
+    assert crew.stopped == {"long": "saved at step 7"}
+
+
 def test_a_worker_that_somebody_stops_stops_the_sweep(crew_of, capsys):
     crew, _ = crew_of("long", "told", "never")  # as the page does with a run of a sweep
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -159,6 +207,18 @@ def test_a_gpu_without_room_is_left_out_and_none_with_room_is_an_error(crew_of, 
     with pytest.raises(K5Error, match="The plan needs 40 GiB\nUse a larger card"):
         crew_of("a", "b")[0].run(TWO)
     assert "is not used" not in capsys.readouterr().err
+
+
+def test_a_refusal_is_said_if_the_others_are_lost_before_it_could_be(crew_of, monkeypatch, capsys):
+    monkeypatch.setenv("REFUSING", "GPU-1")
+    monkeypatch.setenv("LOST", "GPU-0")
+    crew, ended = crew_of("a")
+    gone = crew.on_gone
+    later = lambda worker, facts: crew._events.put(Event(worker, "gone"))  # noqa: E731
+    monkeypatch.setattr(crew, "on_gone", lambda *said: gone(*said) if crew.refusals else later(*said))
+    crew.run(TWO)
+    assert ended.problems == {"a": "not begun: no GPU was left that could train it"}
+    assert "GPU 1 is not used: The plan needs 40 GiB. Use a larger card" in capsys.readouterr().err
 
 
 def test_workers_that_stream_more_than_there_is_say_how_many_fit():
@@ -212,6 +272,43 @@ def test_a_worker_whose_parent_was_killed_stops():
         cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert (done.returncode, json.loads(done.stdout)) == (130, {"event": "stopped", "said": ""})
+
+
+def test_an_error_of_the_disk_is_an_answer_and_a_mistake_of_ours_is_not(monkeypatch):
+    said: list[tuple[str, dict]] = []
+    orders = iter([{"do": "load"}, {"do": "end"}])
+    channel = SimpleNamespace(next_order=lambda: next(orders), say=lambda event, **facts: said.append((event, facts)))
+    full = OSError(errno.ENOSPC, "No space left on device", "/k5/base.safetensors")
+    monkeypatch.setattr(Worker, "load", lambda self, order: raises(full))
+    Worker(channel).work()
+    ((event, facts),) = said
+    assert (event, facts["problem"]) == ("refused", "The disk is full while writing /k5/base.safetensors")
+    orders = iter([{"do": "load"}])
+    monkeypatch.setattr(Worker, "load", lambda self, order: raises(KeyError("a bug")))
+    with pytest.raises(KeyError):
+        Worker(channel).work()
+
+
+def raises(error: BaseException) -> None:
+    raise error
+
+
+def test_a_sweep_waits_for_what_a_killed_one_still_saves(tmp_path, capsys):
+    runs = [SweepRun(label, TrainConfig()) for label in "ab"]
+    (tmp_path / "b").mkdir()
+    script = "import sys; from k5cache.shared.lock import lock_file; from pathlib import Path\n"
+    script += "with lock_file(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path / "b" / ".lock")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=system.environment()) as saving:
+        saving.stdout.readline()
+        wait_for_what_is_saved(tmp_path, runs, seconds=0.2)  # in vain: the run itself is refused then
+        assert holder(tmp_path / "b" / ".lock").pid == saving.pid
+        threading.Timer(0.3, saving.stdin.close).start()
+        wait_for_what_is_saved(tmp_path, runs, seconds=60)
+        assert holder(tmp_path / "b" / ".lock") is None
+    said = f"Waiting for process {saving.pid}, which has {tmp_path / 'b'}, to save and end"
+    assert capsys.readouterr().err.replace("\n", "").count(said.replace("\n", "")) == 2
 
 
 def test_a_number_of_gpus_that_cannot_be_is_refused_before_anything_is_done(tmp_path, monkeypatch):

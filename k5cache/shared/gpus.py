@@ -16,6 +16,8 @@ from k5cache.shared.errors import K5Error
 from k5cache.shared.units import count_of
 
 NVIDIA, AMD = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+AMD_BELOW = "ROCR_VISIBLE_DEVICES"
+"""AMD's runtime reads it first. The other variables then count among the GPUs that it shows, as torch does."""
 _SECONDS = 20
 _GPU = re.compile(r"GPU (\d+): (.*) \(UUID: (GPU-[0-9a-fA-F-]+)\)")
 _PART = re.compile(r"\s+MIG (\S+)\s+Device\s+\d+: \(UUID: (MIG-[0-9a-zA-Z/-]+)\)")
@@ -34,11 +36,17 @@ class Slot:
     name: str
     variable: str | None = None
     """``CUDA_VISIBLE_DEVICES`` or ``HIP_VISIBLE_DEVICES``; None for the processor."""
+    unique: str = ""
+    """By which ``ROCR_VISIBLE_DEVICES`` may name it. NVIDIA's are named by their keys."""
 
     @property
     def words(self) -> str:
         """``GPU 0``, or ``processor``."""
         return f"GPU {self.number}" if self.variable else "processor"
+
+    def is_named(self, entry: str) -> bool:
+        """Whether an entry of a variable means it: the beginning of its key, or all of its unique name."""
+        return self.key.startswith(entry) or self.unique.casefold() == entry.casefold()
 
     @property
     def env(self) -> dict[str, str]:
@@ -64,7 +72,7 @@ def choose_slots(count: int, env: Mapping[str, str] = os.environ) -> tuple[Slot,
         )
     if count <= len(slots):
         return slots[:count]
-    every, hidden = installed(), variable_of(env)
+    every, hidden = installed(), _what_hides(env)
     if not every:
         problem = "neither nvidia-smi nor AMD's driver lists a GPU here"
         raise K5Error(f"--gpus {count}: {problem}", "Leave --gpus out; k5train doctor looks at the driver")
@@ -106,7 +114,17 @@ def variable_of(env: Mapping[str, str] = os.environ) -> str:
 
 def allowed(env: Mapping[str, str] = os.environ) -> tuple[Slot, ...]:
     """The GPUs that a process with these variables may use."""
-    return visible(installed(), _value(env))
+    gpus = installed()
+    if _is_amd() and AMD_BELOW in env:
+        shown = visible(gpus, env[AMD_BELOW])
+        gpus = tuple(replace(slot, key=str(number), number=number) for number, slot in enumerate(shown))
+    return visible(gpus, _value(env))
+
+
+def _what_hides(env: Mapping[str, str]) -> str:
+    """The variable by which a process sees fewer GPUs than there are."""
+    variable = variable_of(env)
+    return AMD_BELOW if variable not in env and _is_amd() and AMD_BELOW in env else variable
 
 
 def _value(env: Mapping[str, str]) -> str | None:
@@ -116,7 +134,8 @@ def _value(env: Mapping[str, str]) -> str | None:
 def visible(gpus: Sequence[Slot], value: str | None) -> tuple[Slot, ...]:
     """Those GPUs that the variable's value names, in its order.
 
-    As in the driver and in torch, it ends at the first entry that names none, and one that is named twice hides all.
+    As in the driver and in torch, it ends at the first entry that names none or may mean several, and one that is named
+    twice hides all.
 
     Args:
         value: numbers, or beginnings of names such as ``GPU-8932f937``. None: all.
@@ -125,8 +144,9 @@ def visible(gpus: Sequence[Slot], value: str | None) -> tuple[Slot, ...]:
         return tuple(gpus)
     chosen: list[Slot] = []
     for entry in (entry.strip() for entry in value.split(",")):
-        named = [gpu for gpu in gpus if (str(gpu.number) == entry) or (len(entry) > 4 and gpu.key.startswith(entry))]
-        if not named:
+        named = [gpu for gpu in gpus if str(gpu.number) == entry][:1]  # of a divided GPU, a process sees the first part
+        named = named or [gpu for gpu in gpus if len(entry) > 4 and gpu.is_named(entry)]
+        if len(named) != 1:
             break
         if named[0] in chosen:
             return ()
@@ -185,7 +205,8 @@ def _amd() -> tuple[Slot, ...]:
         minor = facts.get("drm_render_minor", 0)
         if facts.get("simd_count", 0) > 0 and os.access(f"/dev/dri/renderD{minor}", os.R_OK | os.W_OK):
             number = len(found)
-            found.append((facts.get("cpu_cores_count", 0) > 0, Slot(str(number), number, "an AMD GPU", AMD)))
+            unique = f"GPU-{facts.get('unique_id', 0):016x}"  # as rocminfo writes it
+            found.append((facts.get("cpu_cores_count", 0) > 0, Slot(str(number), number, "an AMD GPU", AMD, unique)))
     alone = tuple(slot for is_within, slot in found if not is_within)
     return alone or tuple(slot for _, slot in found)
 

@@ -61,6 +61,7 @@ class GpuProcess:
     def kill(self) -> None:
         """End it at once, with what it started."""
         system.end_with_children(self._process)
+        self.close()
 
     def close(self) -> None:
         """Give no more orders. If it was not told to end, it stops as if told to."""

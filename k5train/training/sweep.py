@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from k5cache.shared.checkpoint import model_folder
 from k5cache.shared.errors import DoesNotFit, RecipeError, RunError
 from k5cache.shared.files import make_folder
 from k5cache.shared.gpus import Slot
-from k5cache.shared.lock import Locked, lock_file
+from k5cache.shared.lock import Locked, holder, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.units import count_of
 from k5train.forward.precision import announce, chosen
@@ -29,6 +30,8 @@ from k5train.training.sweep_job import Job
 from k5train.training.sweep_outcomes import Outcomes
 from k5train.training.sweep_runs import SweepRun, warnings_of
 from k5train.training.sweep_setting import is_to_be_trained, saved_plan_of, train_setting
+
+SECONDS_TO_SAVE = 30.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def sweep(
     if len(gpus) < 2:
         sweep_runs = decide_together(sweep_runs)
     with _locked(out):
+        wait_for_what_is_saved(out, sweep_runs)
         outcomes = Outcomes(out, [sweep_run.label for sweep_run in sweep_runs])
         if len(gpus) < 2:
             _say_before(place, sweep_runs)
@@ -125,6 +129,21 @@ def used_gpus(gpus: Sequence[Slot], num_waiting: int) -> Sequence[Slot]:
         runs = f"{count_of(num_waiting, 'run')} {'is' if num_waiting == 1 else 'are'} left to train"
         console.note(f"{runs}, so {count_of(num_waiting, 'GPU')} of {len(gpus)} will be used")
     return gpus[:num_waiting]
+
+
+def wait_for_what_is_saved(out: Path, sweep_runs: Sequence[SweepRun], seconds: float = SECONDS_TO_SAVE) -> None:
+    """Wait for the processes of a sweep in this folder that was killed: they stop by themselves, and save first.
+
+    Whoever has a run after so long has it for another reason, which the run itself reports.
+    """
+    deadline = time.monotonic() + seconds
+    for root in (out / sweep_run.label for sweep_run in sweep_runs):
+        is_said = False
+        while time.monotonic() < deadline and (owner := holder(root / ".lock")) and owner.is_here:
+            if not is_said:
+                console.note(f"Waiting for process {owner.pid}, which has {root}, to save and end")
+                is_said = True
+            time.sleep(0.1)
 
 
 def _say_before(place: Place, sweep_runs: Sequence[SweepRun]) -> None:

@@ -88,11 +88,11 @@ class Crew:
             except KeyboardInterrupt as stopped:
                 self.stop()
                 raise KeyboardInterrupt(self.what_is_saved()) from stopped
+            except Exception:  # nothing is left of it for the runs that are being trained: they can go on
+                self.stop()
+                raise
             finally:
-                for worker in self._all:
-                    worker.close()
-                for worker in self._all:
-                    worker.wait(SECONDS_TO_END)
+                self.end_all()
         self.report_what_was_not_begun()
 
     def start(self, gpu: Slot, name: str) -> None:
@@ -162,7 +162,7 @@ class Crew:
         error = RunError(facts["problem"], facts["fix"])
         self.refusals[worker.name] = error
         self.send_away(worker)
-        if not self.states and len(self.left) == len(self.labels):
+        if not self.states and len(self.left) == len(self.labels) and not self.is_stopping:
             raise error
         if self.is_planned:
             self._warn_of(worker.name, error)
@@ -227,19 +227,39 @@ class Crew:
     def stop(self) -> None:
         """Tell all to stop, and wait for what they save. A second Ctrl-C does not wait for that, a third not at all."""
         self.is_stopping = True
-        if self.training:
-            console.note("Stopping: each run saves its state first", "yellow")
         for attempt in range(3):
-            for worker in self.states:
-                worker.order("stop") if attempt < 2 else worker.kill()
             with suppress(KeyboardInterrupt):
-                self._wait_for_all(SECONDS_TO_END if attempt else None)
-                return
+                if self.training and not attempt:
+                    console.note("Stopping: each run saves its state first", "yellow")
+                for worker in list(self.states):
+                    worker.order("stop") if attempt < 2 else worker.kill()
+                if self._have_ended(SECONDS_TO_END):
+                    return
+                if attempt == 0:
+                    names = ", ".join(worker.name for worker in self.states)
+                    console.warn(f"Still waiting for {names} to stop. Ctrl-C again does not wait for what is not saved")
+                    self._have_ended(None)
+                return  # end_all ends those that are left
 
-    def _wait_for_all(self, seconds: float | None) -> None:
+    def _have_ended(self, seconds: float | None) -> bool:
+        """Wait for the workers to end, for so long at most. Whether all of them have."""
         deadline = time.monotonic() + seconds if seconds else None
         while self.states and (deadline is None or time.monotonic() < deadline):
             self.take_event()
+        return not self.states
+
+    def end_all(self) -> None:
+        """Let the workers end by themselves, and end those that do not: at once if they were told to stop before."""
+        try:
+            for worker in self._all:
+                worker.kill() if worker in self.states and self.is_stopping else worker.close()
+            deadline = time.monotonic() + SECONDS_TO_END
+            for worker in self._all:
+                worker.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException:  # a Ctrl-C more: nobody is left to end them later
+            for worker in self._all:
+                worker.kill()
+            raise
 
     def what_is_saved(self) -> str:
         """One sentence about the runs that were being trained."""
@@ -249,6 +269,9 @@ class Crew:
 
     def report_what_was_not_begun(self) -> None:
         """Runs are left if every GPU was given up."""
+        if self.left and not self.is_planned:  # the others were lost before this could be said
+            for name, error in self.refusals.items():
+                self._warn_of(name, error)
         while self.left:
             fix = "What became of each GPU is said above. The same command goes on"
             self.ended(self.left.popleft(), RunError("not begun: no GPU was left that could train it", fix))

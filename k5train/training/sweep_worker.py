@@ -88,8 +88,8 @@ class Worker:
         while (order := self.channel.next_order())["do"] != "end":
             try:
                 actions[order["do"]](order)
-            except K5Error as error:
-                self.channel.say("refused", problem=error.problem, fix=error.fix)
+            except Exception as error:
+                self.channel.say("refused", **_for_a_person(error))
 
     def begin(self, order: Mapping[str, Any]) -> None:
         """Read the job; ask the GPU which precision it would take, if that is open."""
@@ -118,22 +118,28 @@ class Worker:
         """Train one run. Whatever a person can correct ends only that run."""
         assert self.job is not None
         run = next(run for run in self.job.sweep_runs if run.label == order["label"])
-        problem = None
+        answer: dict[str, str | None] = {"problem": None, "fix": None}
         try:
             train_setting(self.job.place, run, self.base)
-        except K5Error as error:
-            problem = (error.problem, error.fix)
         except Exception as error:
-            problem = disk_errors.sentence(error)
-            if problem is None:
-                raise
-        self.channel.say("ended", label=run.label, problem=problem and problem[0], fix=problem and problem[1])
+            answer |= _for_a_person(error)
+        self.channel.say("ended", label=run.label, **answer)
 
     def _data(self) -> Any:
         from k5train.training.start import open_data
 
         assert self.job is not None
         return open_data(self.job.place.cache, self.job.sweep_runs[0].config)
+
+
+def _for_a_person(error: Exception) -> dict[str, str]:
+    """Problem and fix, for an answer. An error that nobody can correct rises, and ends this process."""
+    if isinstance(error, K5Error):
+        return {"problem": error.problem, "fix": error.fix}
+    sentence = disk_errors.sentence(error)
+    if sentence is None:
+        raise error
+    return {"problem": sentence[0], "fix": sentence[1]}
 
 
 class _Sender(progress_file.Reporter):

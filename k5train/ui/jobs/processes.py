@@ -25,6 +25,8 @@ ON_GPU = {
     "k5train": ("run", "resume", "sweep", "sample", "bench", "selftest"),
     "k5cache": ("encode", "prompts", "bench", "selftest"),
 }
+_WORKERS = {"k5train.training.sweep_worker": ("k5train", "sweep")}
+"""What a command starts for each GPU. If the command is killed, these still have their GPUs while they save."""
 _SHOWN = 120
 _MOST_SECONDS = 20.0
 _others: MutableMapping[psutil.Process, float] = WeakKeyDictionary()
@@ -66,8 +68,12 @@ def working(locks: Sequence[Path], folder: Path | None = None) -> list[Process]:
             if process.pid not in holders and user is not None and process.uids().effective != user:
                 _remember(process)
                 continue
-            words = command_of(process.cmdline())
-            if not uses_gpu(words):
+            words = command_of(line := process.cmdline())
+            if worker := _worker_of(line):
+                if not _is_left_alone(process):
+                    continue
+                words = worker
+            elif not uses_gpu(words):
                 _remember(process)
                 continue
             if not (folder is None or process.pid in holders or _is_in(process, folder)):
@@ -98,6 +104,22 @@ def command_of(line: Sequence[str]) -> tuple[str, ...]:
         if number and not word.startswith("-"):  # a script of another program: ours may be among its arguments
             return ()
     return ()
+
+
+def _worker_of(line: Sequence[str]) -> tuple[str, ...]:
+    """The command that starts processes of this command line; nothing if it is not such a process."""
+    return next((_WORKERS[name] for word, name in pairwise(line[:8]) if word == "-m" and name in _WORKERS), ())
+
+
+def _is_left_alone(process: psutil.Process) -> bool:
+    """Whether the command that started it is gone. Its parent is then the first process, which may be one of ours."""
+    import psutil
+
+    try:
+        parent = process.parent()
+        return parent is None or not uses_gpu(command_of(parent.cmdline()))
+    except psutil.Error:  # gone this moment, or another user's
+        return True
 
 
 def uses_gpu(words: Sequence[str]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from k5cache.shared.gpus import AMD, NVIDIA, Slot, allowed, visible
+from k5cache.shared.gpus import AMD, AMD_BELOW, NVIDIA, Slot, allowed, visible
 
 __all__ = ["AMD", "NVIDIA", "PROCESSOR", "Slot", "env_of", "slots", "slots_of", "words_of"]
 
@@ -30,12 +31,19 @@ def slots_of(all_slots: Sequence[Slot], variables: Mapping[str, str] | None, cou
     first = all_slots[0]
     if first.variable is None:
         return (first,)
-    variable = (variables or {}).get(first.variable)
+    variables = variables or {}
+    variable = variables.get(first.variable)
     if variable is None and first.variable == AMD:
-        variable = (variables or {}).get(NVIDIA)
+        variable = variables.get(NVIDIA)
+    seen = {slot: slot for slot in sorted(all_slots, key=lambda slot: slot.number)}  # as the process counts them
+    if (
+        first.variable == AMD and AMD_BELOW in variables and AMD_BELOW not in os.environ
+    ):  # else the slots are that job's
+        shown = visible(all_slots, variables[AMD_BELOW])
+        seen = {replace(slot, key=str(number), number=number): slot for number, slot in enumerate(shown)}
     if variable is None:
-        return tuple(sorted(all_slots, key=lambda slot: slot.number)[:count])
-    return tuple(slot for entry in variable.split(",")[:count] for slot in visible(all_slots, entry))
+        return tuple(seen.values())[:count]
+    return tuple(seen[slot] for entry in variable.split(",")[:count] for slot in visible(tuple(seen), entry))
 
 
 def env_of(given: Sequence[Slot]) -> dict[str, str]:
