@@ -86,7 +86,7 @@ def use(root: Path) -> list[str]:
             Shard(root, info)
 
     def lengths() -> None:
-        open_cache(root).text_lengths()
+        open_cache(root).texts()
 
     wrong = []
     for action in (everything, shards, lengths, lambda: verify_cache(root), lambda: collect(root, dry_run=True)):

@@ -125,7 +125,8 @@ def test_caption_lengths_are_known_without_reading_a_shard(tmp_path: Path) -> No
     for shard in (*tmp_path.glob("text/*"), *tmp_path.glob("latents/*")):
         shard.unlink()
     cache = reader.open_cache(tmp_path)
-    assert cache.text_lengths() == {"t-cat": 3, "t-dog": 7, "t-empty": 1}
+    texts = cache.texts()
+    assert (texts.keys.to_pylist(), texts.n_tokens.tolist()) == (["t-cat", "t-dog", "t-empty"], [3, 7, 1])
     assert cache.columns("caption_lengths").to_pydict() == {"caption_lengths": [[3], [3], [3], [7, 3]]}
 
 

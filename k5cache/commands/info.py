@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from k5cache.sources.items import Skipped
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from k5cache.store.locations import Numbers
     from k5cache.store.reader import Cache
 
 
@@ -41,14 +41,14 @@ def info(cache: CachePath, as_json: Json = False) -> None:
 def info_json(cache: Cache) -> dict[str, Any]:
     """The same facts for a script."""
     manifest = cache.manifest
-    lengths = sorted(cache.text_lengths().values())
+    lengths = cache.texts().n_tokens
     return {
         "kind": cache.kind,
         "format": manifest.format,
         "items": len(cache),
         "buckets": {f"{width}x{height}": count for (width, height), count in sorted(_items_by_bucket(cache).items())},
         "captions": len(lengths),
-        "tokens": {"min": lengths[0], "median": median(lengths), "max": lengths[-1]} if lengths else None,
+        "tokens": _tokens(lengths),
         "shards": len(manifest.shards),
         "bytes": sum(shard.num_bytes for shard in manifest.shards),
         "prompts": list(manifest.prompts),
@@ -61,10 +61,24 @@ def info_json(cache: Cache) -> dict[str, Any]:
     }
 
 
-def _items_by_bucket(cache: Cache) -> Counter[tuple[int, int]]:
+def _tokens(lengths: Numbers) -> dict[str, float] | None:
+    """The least, the middle and the most tokens of a caption; None if there is none."""
+    if not len(lengths):
+        return None
+    middle = median(lengths.tolist())
+    return {"min": int(lengths.min()), "median": middle, "max": int(lengths.max())}
+
+
+def _items_by_bucket(cache: Cache) -> dict[tuple[int, int], int]:
     """Number of items of each (width, height)."""
-    sizes = cache.columns("bucket_width", "bucket_height")
-    return Counter(zip(*(column.to_pylist() for column in sizes.columns), strict=True))
+    import numpy as np
+
+    from k5cache.store.columns import numbers, one_array
+
+    columns = cache.columns("bucket_width", "bucket_height")
+    width, height = (numbers(one_array(columns[name])).astype("int64") for name in columns.column_names)
+    sizes, counts = np.unique(width << 32 | height, return_counts=True)
+    return {(size >> 32, size & 0xFFFFFFFF): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)}
 
 
 def _bucket_table(cache: Cache) -> Table:
@@ -81,10 +95,10 @@ def _fact_table(cache: Cache) -> Table:
     if manifest.part:
         table.add_row("part", manifest.part.name.partition(" ")[2])
     table.add_row("items", _items(cache))
-    lengths = sorted(cache.text_lengths().values())
+    lengths = cache.texts().n_tokens
     table.add_row("captions and prompts", str(len(lengths)))
-    if lengths:
-        table.add_row("tokens a caption", f"{lengths[0]} to {lengths[-1]}, median {median(lengths):.0f}")
+    if tokens := _tokens(lengths):
+        table.add_row("tokens a caption", f"{tokens['min']} to {tokens['max']}, median {tokens['median']:.0f}")
     for kind in ("latents", "masks", "text"):
         shards = [shard for shard in manifest.shards if shard.kind == kind]
         if shards:
@@ -103,12 +117,16 @@ def _fact_table(cache: Cache) -> Table:
 
 
 def _items(cache: Cache) -> str:
-    columns = cache.columns("flipped", "mask_key", "caption_keys").to_pydict()
-    num_flipped = sum(columns["flipped"])
-    num_masked = sum(key is not None for key in columns["mask_key"])
+    import pyarrow.compute as pc
+
+    from k5cache.store.columns import numbers, one_array
+
+    columns = cache.columns("flipped", "mask_key", "caption_keys")
+    num_flipped = pc.sum(columns["flipped"]).as_py() or 0
+    num_masked = len(columns) - columns["mask_key"].null_count
     flipped = f", {num_flipped} of them mirrored" if num_flipped else ""
     masked = f", {num_masked} with a mask" if num_masked else ""
-    num_several = sum(len(keys) > 1 for keys in columns["caption_keys"])
+    num_several = int((numbers(one_array(pc.list_value_length(columns["caption_keys"]))) > 1).sum())
     several = f", {num_several} with several captions" if num_several else ""
     return f"{len(cache)}{flipped}{masked}{several}"
 

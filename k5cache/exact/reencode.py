@@ -91,7 +91,8 @@ def reencode(
     if differing := differences(recipe, build_recipe(model, config, folder, recipe), ("text", "latents")):
         raise refuse_model(cache.root, model.source, differing, "Name the model that made it with --model DIR")
     generator = random.Random(seed)
-    keys = generator.sample(sorted(cache.text_lengths()), min(count, len(cache.text_lengths())))
+    texts = cache.texts().keys
+    keys = [texts[i].as_py() for i in generator.sample(range(len(texts)), min(count, len(texts)))]
     numbers = generator.sample(range(len(cache)), min(count, len(cache))) if source else []
     listing = find.find(source, with_source_dir(config, sources), cache.kind) if source else None
     read = listing.read if listing else Path

@@ -181,8 +181,8 @@ def _stored_texts(cache: Cache, count: int, sample: Sample) -> dict[str, Text]:
     """
     if cache.kind == "i2i":
         return {key: Text(cache.text(key).caption, source) for key, source in sample.instructions.items()}
-    keys = sorted(cache.text_lengths())
-    chosen = random.Random(0).sample(keys, min(count, len(keys)))
+    keys = cache.texts().keys
+    chosen = [keys[i].as_py() for i in random.Random(0).sample(range(len(keys)), min(count, len(keys)))]
     chosen += sorted(set(cache.manifest.prompts.values()) - set(chosen))[:count]
     return {key: Text(cache.text(key).caption) for key in chosen}
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k5cache.store import tables
+from k5cache.store import columns, tables
 from k5cache.store.manifest import IndexInfo, ShardInfo, ShardKind
 from k5cache.store.ours import TABLE_KEYS
 from k5cache.store.shards import Shard
@@ -89,6 +90,20 @@ def _places(keys: pa.Array, known: pa.ChunkedArray) -> pa.Array:
     return places
 
 
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Numbers = np.ndarray[tuple[int], np.dtype[np.int32]]
+Buckets = tuple[Numbers, Numbers]
+"""Widths and heights in pixels."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All captions and prompts of a cache, each once, in the order of their keys."""
+
+    keys: pa.StringArray
+    n_tokens: Numbers
+
+
 @dataclass(frozen=True)
 class _Columns:
     """The decoded table. Rows of latents and masks come first, then those of texts, each sorted by key."""
@@ -126,9 +141,9 @@ class Locations:
         else:
             table, names = locate(self._root, self._infos), [shard.file for shard in self._infos]
         by_name = {shard.file: shard for shard in self._infos}
-        is_text, *columns = [table.column(name).combine_chunks() for name in SCHEMA.names]
+        is_text, *others = [columns.one_array(table.column(name)) for name in SCHEMA.names]
         num_texts = pc.sum(is_text).as_py() or 0
-        return _Columns([by_name.get(name) for name in names], len(is_text) - num_texts, *columns)
+        return _Columns([by_name.get(name) for name in names], len(is_text) - num_texts, *others)
 
     def find(self, kind: ShardKind, key: str) -> tuple[ShardInfo, int] | None:
         """The shard and row of ``key``, or None if the cache has no such row. A key's first look-up takes 10 us."""
@@ -152,23 +167,44 @@ class Locations:
             return None
         return shard, row
 
-    def text_lengths(self) -> dict[str, int]:
-        """Text key -> ``n_tokens``, for every text row."""
+    def texts(self) -> Texts:
+        """The key and the length of every text: a million take 40 MB."""
         table = self._table
-        texts = slice(table.num_latents, None)
-        return dict(zip(table.key[texts].to_pylist(), table.n_tokens[texts].to_pylist(), strict=True))
+        keys, lengths = table.key[table.num_latents :], table.n_tokens[table.num_latents :]
+        if len(distinct := pc.unique(keys)) < len(keys):  # a merged cache may have a text twice
+            keys, lengths = distinct, lengths.take(pc.index_in(distinct, value_set=keys))
+        return Texts(keys, columns.numbers(lengths))
+
+    def in_bucket(self, kind: ShardKind, keys: pa.StringArray, buckets: Buckets) -> Flags:
+        """Whether a shard of its bucket has the row of each key. A key that is null needs none.
+
+        Args:
+            buckets: width and height for each key.
+        """
+        table = self._table
+        places = pc.index_in(keys, value_set=table.key[: table.num_latents])
+        shards = [shard if shard and shard.kind == kind else None for shard in table.shards]
+        # One more for keys that no shard has, and for numbers of shards that there are not.
+        sizes = np.array([(shard.bucket or (0, 0)) if shard else (0, 0) for shard in shards] + [(0, 0)], np.int64)
+        num_rows = np.array([shard.num_rows if shard else 0 for shard in shards] + [0], np.int64)
+        at = columns.numbers(places.fill_null(0))
+        number, row = columns.numbers(table.shard)[at], columns.numbers(table.row)[at]
+        is_there = ~columns.flags(places.is_null()) & (number >= 0) & (number < len(shards))
+        number = np.where(is_there, number, len(shards))
+        has_row = (row >= 0) & (row < num_rows[number]) & (sizes[number] == np.stack(buckets, 1)).all(1)
+        return has_row | columns.flags(keys.is_null())
 
 
 def _rows_of(shard: Shard, number: int) -> pa.Table:
     count = len(shard.keys)
-    columns = {
+    values = {
         "is_text": [shard.info.kind == "text"] * count,
         "key": shard.keys,
         "shard": [number] * count,
         "row": range(count),
         "n_tokens": shard.n_tokens or [0] * count,
     }
-    return pa.Table.from_pydict({name: pa.array(v, SCHEMA.field(name).type) for name, v in columns.items()}, SCHEMA)
+    return pa.Table.from_pydict({name: pa.array(v, SCHEMA.field(name).type) for name, v in values.items()}, SCHEMA)
 
 
 def file_names(root: Path, info: IndexInfo, schema: pa.Schema) -> list[str]:

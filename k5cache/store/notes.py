@@ -60,6 +60,16 @@ class Part:
         """``part 3 of 8``, or ``parts 1, 2 and 4 of 8``."""
         return f"{numbered(self.numbers)} of {self.of}"
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """For `k5cache encode`: ``--part 3/8``. Parts that were merged are encoded each by itself."""
+        return ("--part", str(self) if len(self.numbers) == 1 else f"I/{self.of}")
+
+
+def arguments_of(part: Part | None) -> tuple[str, ...]:
+    """``Part.arguments``; none for the whole of a source."""
+    return part.arguments if part else ()
+
 
 def numbered(numbers: tuple[int, ...]) -> str:
     """``part 3``, or ``parts 1, 2 and 4``."""

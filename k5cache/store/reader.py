@@ -33,8 +33,9 @@ from k5cache.shared.urls import is_url
 from k5cache.store import files, tables
 from k5cache.store.columns import getter
 from k5cache.store.index import SCHEMAS, IndexRow, row_of
-from k5cache.store.locations import Locations
+from k5cache.store.locations import Locations, Texts
 from k5cache.store.manifest import Edit, Manifest, ShardInfo, ShardKind, read_manifest
+from k5cache.store.notes import arguments_of
 from k5cache.store.shards import Shard, StoredRow
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ class Cache:
 
     def __init__(self, root: Path, manifest: Manifest, pin_memory: bool = False) -> None:
         if manifest.index is None:
+            again = command("k5cache", "encode", "SOURCE", *arguments_of(manifest.part), "-o", root)
             raise CacheError(
                 f"{root} is not finished: its encode was interrupted",
-                f"Run the same command again, and it continues: {command('k5cache', 'encode', 'SOURCE', '-o', root)}",
+                f"Run the same command again, and it continues: {again}",
             )
         self.root, self.manifest, self._pin_memory = root, manifest, pin_memory
         self._index_file = tables.open_table(root, manifest.index, SCHEMAS[manifest.format])
@@ -231,9 +233,9 @@ class Cache:
         words = ("--", prompt) if prompt.startswith("-") else (prompt,)
         return f"Add it: {command('k5cache', 'prompts', 'add', self.root, *options, *words)}"
 
-    def text_lengths(self) -> dict[str, int]:
-        """Text key -> ``n_tokens`` for all captions and prompts. No tensor is read."""
-        return self._locations.text_lengths()
+    def texts(self) -> Texts:
+        """The keys and lengths of all captions and prompts, as columns. No tensor is read."""
+        return self._locations.texts()
 
     @cached_property
     def _columns(self) -> dict[str, Callable[[int], Any]]:
@@ -251,10 +253,8 @@ class Cache:
     def _locate(self, kind: ShardKind, key: str) -> tuple[Shard, int]:
         location = self._locations.find(kind, key)
         if location is None:
-            raise CacheError(
-                f"{self.root} has no {kind} row with key {key[:80]!r}",
-                f"Encode again: {command('k5cache', 'encode', 'SOURCE', '-o', self.root)}",
-            )
+            again = command("k5cache", "encode", "SOURCE", *arguments_of(self.manifest.part), "-o", self.root)
+            raise CacheError(f"{self.root} has no {kind} row with key {key[:80]!r}", f"Encode again: {again}")
         info, row = location
         return self._shard(info), row
 
@@ -266,6 +266,15 @@ class Cache:
             while len(self._open) > most_open():
                 self._open.popitem(last=False)
         return shard
+
+
+def no_items(cache: Cache) -> CacheError:
+    """The error for a cache without items: a part of a source may have none."""
+    part = cache.manifest.part
+    if part is None:
+        return CacheError(f"{cache.root} holds no images", "Encode some first: k5cache encode SOURCE")
+    merge = command("k5cache", "merge", cache.root, "OTHERS", "-o", "NEW")
+    return CacheError(f"{cache.root} holds no images: {part.name} has none", f"Merge it with the other parts: {merge}")
 
 
 def most_open() -> int:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from k5cache.remote.mirror import behind
 from k5cache.shared.errors import CacheError
-from k5cache.shared.kind import Kind
 from k5cache.store import tables
-from k5cache.store.index import IndexRow, index_rows, read_index
+from k5cache.store.index import index_rows, read_index
 from k5cache.store.locations import SCHEMA as LOCATIONS_SCHEMA
 from k5cache.store.locations import Locations, file_names, locate
-from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, ShardKind, read_manifest
+from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, read_manifest
 from k5cache.store.ours import unnamed_files
-from k5cache.store.shards import StoredRow, verify_shard
+from k5cache.store.shards import Shard, StoredRow, verify_shard
 from k5cache.store.split import read_split
 from k5cache.upkeep.columns import column_problems
+from k5cache.upkeep.index_problems import problems_of_rows
 
 if TYPE_CHECKING:
     import torch
@@ -110,43 +115,26 @@ def _check_tables(root: Path, manifest: Manifest) -> Iterator[str]:
     try:
         rows = index_rows(read_index(root, manifest.index, manifest.format))
         locations = Locations(root, manifest.locations, manifest.shards)
-        lengths = locations.text_lengths()
+        texts = locations.texts()
     except CacheError as error:
         yield error.problem
         return
+
+    def lack(keys: Iterable[str]) -> list[str]:
+        wanted = pa.array(keys, pa.string())
+        return wanted.filter(pc.invert(pc.is_in(wanted, value_set=texts.keys))).to_pylist()
+
+    lacking = {*lack(manifest.prompts.values())}
     for raw, key in manifest.prompts.items():
-        if key not in lengths:
+        if key in lacking:
             yield f"{root}: the prompt {raw[:80]!r} has no row"
-    if lacking := [key for pair in manifest.classes.items() for key in pair if key not in lengths]:
-        yield f"{root}: {len(lacking)} class captions, or the captions that they belong to, have no row"
+    if of_classes := lack(key for pair in manifest.classes.items() for key in pair):
+        yield f"{root}: {len(of_classes)} class captions, or the captions that they belong to, have no row"
     for edit in manifest.edits:
-        if not all(key in lengths for key in edit.text_keys) or not locations.find("latents", edit.source_key):
+        if lack(edit.text_keys) or not locations.find("latents", edit.source_key):
             yield f"{root}: the pair to draw of {edit.source[:200]} and {edit.prompt[:80]!r} lacks a row"
-    for row in rows:
-        for problem in _check_index_row(row, manifest.kind, locations, lengths):
-            yield f"{root / manifest.index.file}: {row.path[:200]} {problem}"
-
-
-def _check_index_row(
-    row: IndexRow, kind_of_cache: Kind, locations: Locations, lengths: Mapping[str, int]
-) -> Iterator[str]:
-    """What is wrong with one row of the index, given where rows are and how many tokens each text has."""
-    bucket = (row.bucket_width, row.bucket_height)
-    wanted: tuple[tuple[ShardKind, str | None, str], ...] = (
-        ("latents", row.latent_key, "latents"),
-        ("masks", row.mask_key, "masks"),
-        ("latents", row.source_key, "latents of its source"),
-    )
-    for kind, key, name in wanted:
-        place = locations.find(kind, key) if key else None
-        if key and (place is None or place[0].bucket != bucket):
-            yield f"has no {name} of {bucket[0]}x{bucket[1]}"
-    if kind_of_cache == "i2i" and not row.source_key:
-        yield "has no source"
-    if row.empty_key and row.empty_key not in lengths:
-        yield "has no empty instruction"
-    if tuple(lengths.get(key) for key in row.caption_keys) != row.caption_lengths or not row.caption_keys:
-        yield "has no captions of the lengths it says"
+    for path, problem in problems_of_rows(rows, manifest.kind, locations, texts):
+        yield f"{root / manifest.index.file}: {path[:200]} {problem}"
 
 
 def _locations_are_true(root: Path, manifest: Manifest, info: IndexInfo) -> bool:
@@ -168,7 +156,7 @@ class _Norms:
     """The last size of every tensor's shape, which is the same in all rows."""
     checked: set[str] = field(default_factory=set)
     """Shards whose columns were compared: a shard has one shape for all of its rows."""
-    seen: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
+    seen: dict[str, _Seen] = field(default_factory=dict)
 
     def visit(self, shard: ShardInfo, row: int, stored: StoredRow) -> Iterator[str]:
         """What is wrong with the columns and the numbers of one row."""
@@ -185,15 +173,41 @@ class _Norms:
                 if tensor.min() < 0:
                     yield f"std of {stored.key} is negative"
             else:
-                self.seen.setdefault(name, []).append((rms, f"{shard.file}, row {row}: {name} of {stored.key}"))
+                self.seen.setdefault(name, _Seen()).add(shard, row, rms)
 
     def out_of_line(self, root: Path) -> Iterator[str]:
         """Rows whose norm is far from the median of their kind."""
-        for rows in self.seen.values():
-            usual = median(rms for rms, _ in rows)
-            for rms, row in rows:
-                if rms == 0 or not usual / OUT_OF_LINE <= rms <= usual * OUT_OF_LINE:
-                    yield f"{root / row} has a norm out of line: {rms:.3g}, the median is {usual:.3g}"
+        for name, seen in self.seen.items():
+            norms = np.frombuffer(seen.norms)
+            usual = float(np.median(norms))
+            is_usual = (norms != 0) & (usual / OUT_OF_LINE <= norms) & (norms <= usual * OUT_OF_LINE)
+            opened: Shard | None = None
+            for i in np.flatnonzero(~is_usual).tolist():
+                info, row = seen.shards[bisect_right(seen.firsts, i) - 1], seen.rows[i]
+                if opened is None or opened.info is not info:
+                    opened = Shard(root, info)
+                place = f"{opened.path}, row {row}: {name} of {opened.keys[row]}"
+                yield f"{place} has a norm out of line: {norms[i]:.3g}, the median is {usual:.3g}"
+
+
+@dataclass
+class _Seen:
+    """The norms of all tensors of one name: 12 bytes a row, whatever the names of shards and keys take."""
+
+    norms: array[float] = field(default_factory=lambda: array("d"))
+    rows: array[int] = field(default_factory=lambda: array("i"))
+    """Their numbers in their shards."""
+    shards: list[ShardInfo] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    """Of each shard, the number of its first norm."""
+
+    def add(self, shard: ShardInfo, row: int, norm: float) -> None:
+        """Note one. Shards come one after another."""
+        if not self.shards or self.shards[-1] is not shard:
+            self.shards.append(shard)
+            self.firsts.append(len(self.norms))
+        self.norms.append(norm)
+        self.rows.append(row)
 
 
 def _measure(tensor: torch.Tensor) -> tuple[bool, float]:

@@ -12,6 +12,7 @@ from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.kind import LONG_NAMES, Kind, kind_of_recipe
 from k5cache.shared.model import model_name
+from k5cache.store.notes import arguments_of
 from k5train.data.template import check_template
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def check_encoders(cache: Cache, folder: Path) -> None:
         if (cached := _cached(recipe, part)) and _differs(folder, part, cached, kind_of_recipe(recipe))
     ]
     if different:
-        again = command("k5cache", "encode", "SOURCE", "-o", cache.root, "--update", model=folder)
+        of_part = arguments_of(cache.manifest.part)
+        again = command("k5cache", "encode", "SOURCE", *of_part, "-o", cache.root, "--update", model=folder)
         raise CacheStale(
             f"{cache.root} does not belong to the model in {folder}: {'; '.join(different)}",
             f"Train with the model that encoded it ({model_name(recipe)}), or encode with this one: {again}",
@@ -123,7 +125,7 @@ def _check_sizes(cache: Cache) -> None:
     """Refuse latents and captions for which the transformer has no positions. Our own encode makes none."""
     buckets = {Bucket(*shard.bucket) for shard in cache.manifest.shards if shard.bucket}
     too_large = sorted(b.name for b in buckets if not (is_side(b.width) and is_side(b.height)))
-    longest = max(cache.text_lengths().values(), default=0)
+    longest = int(cache.texts().n_tokens.max(initial=0))
     if longest > MAX_TEXT_TOKENS:
         too_large.append(f"a caption of {longest} tokens")
     if too_large:

@@ -241,7 +241,8 @@ def largest_sizes(*caches: Cache) -> tuple[int, int]:
     """The most tokens of a picture and of a caption in some caches."""
     buckets = [shard.bucket for cache in caches for shard in cache.manifest.shards if shard.bucket]
     pictures = max(((w // 16) * (h // 16) for w, h in buckets), default=0)
-    return pictures, max((n for cache in caches for n in cache.text_lengths().values()), default=1)
+    lengths = [cache.texts().n_tokens for cache in caches]
+    return pictures, max((int(n.max()) for n in lengths if len(n)), default=1)
 
 
 def leaner_budget(plan: Plan) -> int | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from k5cache.shared.checkpoint import folder_without_weights, read_config
 from k5cache.shared.console import human_bytes
 from k5cache.shared.host_memory import free_ram
@@ -112,5 +114,6 @@ def sizes_of(*caches: Cache) -> list[Size]:
     for shard in (shard for cache in caches for shard in cache.manifest.shards):
         if shard.kind == "latents" and shard.bucket:
             rows[(shard.bucket[0] // 16) * (shard.bucket[1] // 16)] += shard.num_rows
-    lengths = sorted(n for cache in caches for n in cache.text_lengths().values()) or [1]
-    return [Size(tokens, lengths[len(lengths) // 2], n / rows.total()) for tokens, n in sorted(rows.items())]
+    lengths = np.sort(np.concatenate([cache.texts().n_tokens for cache in caches]))
+    middle = int(lengths[len(lengths) // 2]) if len(lengths) else 1
+    return [Size(tokens, middle, n / rows.total()) for tokens, n in sorted(rows.items())]

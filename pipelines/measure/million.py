@@ -1,8 +1,8 @@
-"""What grows with the number of images? Planning, indexing, merging and opening, and on request whole encodes.
+"""What grows with the number of images? Planning, indexing, merging, opening and reading, and on request whole encodes.
 
-Each phase runs in a process of its own (``million_phases``), so that its peak memory is its own. Only what grows with
-the count is done: images are not decoded, and shards are named without being there. ``--encode`` also encodes tiny
-images from Parquet files with stub encoders, from the first file to the last commit.
+Each phase runs in a process of its own (``million_phases``, ``million_uses``), so that its peak memory is its own. Only
+what grows with the count is done: images are not decoded, and shards are named without being there. ``--encode`` also
+encodes tiny images from Parquet files with stub encoders, from the first file to the last commit, and reads all of it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import typer
 
 from k5cache.shared.console import human_bytes
 from pipelines.measure import command_line
+from pipelines.measure.million_uses import OF_SHARDS, OF_TABLES
 
-PHASES = ("plan", "tables", "open", "halves", "merge")
-OF_AN_ENCODE = ("source", "encode", "encode")
+PHASES = ("plan", "tables", "open", *OF_TABLES, "halves", "merge")
+OF_AN_ENCODE = ("source", "encode", "encode", *OF_SHARDS)
 """The second encode finds nothing new."""
 
 
 def main(
     counts: Annotated[str, typer.Option(help="Numbers of images, ascending.")] = "10000,100000,1000000",
-    encode: Annotated[str, typer.Option(help="Numbers of images of whole encodes; a million take hours.")] = "",
+    encode: Annotated[str, typer.Option(help="Numbers of images of whole encodes; a million take an hour.")] = "",
     out: command_line.Out = None,
 ) -> None:
     """Print seconds and peak memory of each phase. Needs no GPU; a million take 2 GB of disk and minutes."""
@@ -47,7 +48,8 @@ def main(
 
 def measure(root: Path, phase: str, count: int) -> list[dict[str, Any]]:
     """The parts of one phase, in the order in which they ran."""
-    program = [sys.executable, "-m", "pipelines.measure.million_phases", phase, str(root), str(count)]
+    module = "million_uses" if phase in (*OF_TABLES, *OF_SHARDS) else "million_phases"
+    program = [sys.executable, "-m", f"pipelines.measure.{module}", phase, str(root), str(count)]
     done = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -49,8 +49,8 @@ ROWS_A_SHARD: dict[ShardKind, int] = {"latents": 256, "text": 142}
 CONFIG = CacheConfig(resolution=64)
 IMAGES_A_FILE = 50_000
 
-_NUMBERS = torch.zeros(1, 1, 16, dtype=torch.float16)
-_EMBEDS, _POOLED = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16)
+_NUMBERS = torch.ones(1, 1, 16, dtype=torch.float16)
+_EMBEDS, _POOLED = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
 
 
 class Clock:
@@ -91,7 +91,7 @@ def make_source(root: Path, count: int) -> None:
 
 
 class StubEngine:
-    """Encoders that write rows of zeros, in shards of as many rows as real ones would have."""
+    """Encoders that write rows of ones, in shards of as many rows as real ones would have."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
