@@ -18,7 +18,7 @@ class Recorded:
     """A stand-in for a cache: only its recipe is read."""
 
     def __init__(self, recipe: dict) -> None:
-        self.root, self.manifest = Path("cache/mine"), type("Manifest", (), {"recipe": recipe})
+        self.root, self.manifest = Path("cache/mine"), type("Manifest", (), {"recipe": recipe, "part": None})
 
 
 @pytest.fixture

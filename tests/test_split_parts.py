@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from k5cache.cli import app
 from k5cache.commands.arguments import read_part
@@ -16,89 +15,40 @@ from k5cache.encode import shares
 from k5cache.shared.errors import CacheError, CacheStale, K5Error
 from k5cache.shared.model import WantedEdit
 from k5cache.sources import images
-from k5cache.store.manifest import lock, read_manifest, write_manifest
+from k5cache.store.manifest import read_manifest
 from k5cache.store.notes import Part, SourceNote
 from k5cache.store.reader import open_cache
 from k5cache.store.split import SCHEMA
 from k5cache.upkeep.gc import collect
 from k5cache.upkeep.merge import merge_caches
-from k5cache.upkeep.parts import Whole, merge_source
+from k5cache.upkeep.parts import Whole
+from k5cache.upkeep.united import merge_source
 from k5cache.upkeep.verify import verify_cache
 from k5train.cli import app as train_app
 from tests.cli import Cli
+from tests.conftest import Once
+from tests.split_parts import Seven, assert_same_rows, changed, encode_parts, paths_of, seven_in_parts
 from tests.table_files import parquet, png, tar
 from tests.workshop import EditShop, Workshop
 
 
-def encode_parts(shop: Workshop, of: int, *drawn: object, only: tuple[int, ...] = (), **options: object) -> list[Path]:
-    """The caches of the parts, each encoded by itself."""
-    whole, roots = shop.root, []
-    for number in only or range(1, of + 1):
-        shop.root = whole.with_name(f"cache-{number}-of-{of}")
-        shop.encode(*drawn, part=Part((number,), of), **options)
-        roots.append(shop.root)
-    shop.root = whole
-    return roots
-
-
-def bits(value: object) -> object:
-    """Tensors as lists of their bits, so that ``==`` compares them."""
-    if isinstance(value, torch.Tensor):
-        return (str(value.dtype), list(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
-    if isinstance(value, dict):
-        return {name: bits(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [bits(entry) for entry in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: bits(getattr(value, name)) for name in value.__dataclass_fields__}
-    return value
-
-
-def assert_same_rows(merged: Path, whole: Path) -> None:
-    """The same index, in the same order, and the same bytes of each row, prompts and pairs to draw."""
-    ours, theirs = open_cache(merged), open_cache(whole)
-    assert [ours.row(i) for i in range(len(ours))] == [theirs.row(i) for i in range(len(theirs))]
-    for i in range(len(theirs)):
-        assert bits(ours[i]) == bits(theirs[i]), theirs.row(i).path
-    assert ours.manifest.prompts == theirs.manifest.prompts
-    for raw in theirs.manifest.prompts:
-        assert bits(ours.prompt(raw)) == bits(theirs.prompt(raw))
-    assert ours.manifest.edits == theirs.manifest.edits
-    assert ours.manifest.left_out == theirs.manifest.left_out
-    assert verify_cache(merged).problems == ()
-
-
-@pytest.fixture(scope="module")
-def seven(tmp_path_factory, toy_model) -> tuple[Workshop, list[Path]]:
-    """Seven images, one of them broken, one twice, one with a mask; the cache of all, and the three of parts."""
-    shop = Workshop(tmp_path_factory.mktemp("seven"), toy_model)
-    for i, name in enumerate(("b/1", "b-2", "b/3", "a", "c", "d")):
-        shop.put(f"{name}.png", f"cat {i % 3}\na dog", seed=i, size=(64, 96) if i % 2 else (64, 64))
-    shutil.copy(shop.source / "a.png", shop.source / "a copy.png")
-    (shop.source / "a copy.txt").write_text("another caption")
-    shutil.copy(shop.source / "c.png", shop.source / "c.mask.png")
-    (shop.source / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    (shop.source / "broken.txt").write_text("a broken picture")
-    (shop.source / "alone.txt").write_text("no picture")
-    options = {"flip": True, "caption_lines": "lines", "wildcards": True}
-    shop.encode("a fox", **options)
-    return shop, encode_parts(shop, 3, "a fox", **options)
+@pytest.fixture
+def seven(once: Once, toy_model: Path) -> Seven:
+    return seven_in_parts(once, toy_model)
 
 
 def test_merged_parts_hold_the_rows_of_one_encode_by_key_and_by_bytes(seven, tmp_path):
-    shop, roots = seven
+    roots, paths = seven.parts, paths_of(seven.parts)
     assert [read_manifest(root).part for root in roots] == [Part((n,), 3) for n in (1, 2, 3)]
-    paths = [{open_cache(root).row(i).path for i in range(len(open_cache(root)))} for root in roots]
     assert sum(map(len, paths)) == 7
     assert any({"a.png", "a copy.png"} <= of_part for of_part in paths)  # identical images stay together
     merge_caches(roots[::-1], tmp_path / "merged")
-    assert_same_rows(tmp_path / "merged", shop.root)
-    manifest = read_manifest(tmp_path / "merged")
+    assert_same_rows(tmp_path / "merged", seven.whole)
+    manifest, of_whole = read_manifest(tmp_path / "merged"), read_manifest(seven.whole)
     assert (manifest.part, manifest.split) == (None, None)
-    assert (tmp_path / "merged" / "skipped.csv").read_bytes() == (shop.root / "skipped.csv").read_bytes()
-    assert (
-        manifest.source.listing == read_manifest(shop.root).source.listing != ""
-    )  # so the next encode has nothing to do
+    assert (tmp_path / "merged" / "skipped.csv").read_bytes() == (seven.whole / "skipped.csv").read_bytes()
+    assert manifest.source.listing == of_whole.source.listing != ""  # so the next encode has nothing to do
+    assert (manifest.recipe, manifest.created_by) == (of_whole.recipe, of_whole.created_by)
     notes = [
         replace(read_manifest(root), source=SourceNote("a", stats)) for root, stats in zip(roots, "bb", strict=False)
     ]
@@ -122,10 +72,6 @@ def read(monkeypatch) -> dict[str, list[str]]:
     return names
 
 
-def paths_of(roots: list[Path]) -> list[set[str]]:
-    return [{open_cache(root).row(i).path for i in range(len(open_cache(root)))} for root in roots]
-
-
 def test_a_part_reads_its_own_images_whole_and_of_others_a_sample_once_and_new_images_move_none(
     tmp_path, toy_model, read
 ):
@@ -142,7 +88,7 @@ def test_a_part_reads_its_own_images_whole_and_of_others_a_sample_once_and_new_i
     files = {path: path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()}
     shop.put("0.png", "cat 0", seed=0)  # written again, with the same bytes
     shop.put("new.png", "a new cat", seed=9)
-    encode_parts(shop, 2)
+    _encode_one_after_the_other(shop, roots, tmp_path)
     assert (sorted(read["sampled"]), sorted(read["whole"])) == (
         ["0.png", "0.png", "new.png", "new.png"],
         ["0.png", "new.png"],
@@ -155,8 +101,23 @@ def test_a_part_reads_its_own_images_whole_and_of_others_a_sample_once_and_new_i
         for path, data in files.items()
         if path.parent.name in ("text", "64x64")
     )
+    merge_caches(roots, tmp_path / "later")
+    shop.encode()
+    assert_same_rows(tmp_path / "later", shop.root)
     for root in roots:
         assert (collect(root).dropped, verify_cache(root).problems, verify_cache(root).unnamed) == ((), (), ())
+
+
+def _encode_one_after_the_other(shop: Workshop, roots: list[Path], tmp_path: Path) -> None:
+    """Both parts of a source that has changed. They do not merge while only one has seen the change."""
+    encode_parts(shop, 2, only=(2,))
+    with pytest.raises(CacheStale) as caught:
+        merge_caches(roots, tmp_path / "merged")
+    assert caught.value.problem == (
+        "The source has changed between the encodes of its parts: part 1 saw other images than part 2"
+    )
+    merge_caches(roots, tmp_path / "merged", is_incomplete=True)
+    encode_parts(shop, 2, only=(1,))
 
 
 def test_the_part_of_an_image_is_a_function_of_its_bytes_and_changes_with_any_sample(tmp_path):
@@ -189,14 +150,13 @@ def test_a_part_without_images_is_a_cache_that_a_merge_takes_and_a_run_refuses(t
 
 
 def test_a_merge_names_the_parts_that_are_missing_doubled_or_of_another_split(seven, tmp_path):
-    shop, roots = seven
-    out = tmp_path / "merged"
-    (half,) = encode_parts(shop, 2, "a fox", only=(1,), flip=True, caption_lines="lines", wildcards=True)
+    roots, out = seven.parts, tmp_path / "merged"
+    half = changed(roots[0], tmp_path / "half", part=Part((1,), 2))
     cases = (
         (roots[::2], "Parts 1 and 3 of 3: part 2 is missing", "--incomplete"),
         ([roots[0], *roots], f"Part 1 of 3 is in {roots[0]} and in {roots[0]}", "once"),
         ([roots[0], half], f"{roots[0]} holds part 1 of 3, and {half} part 1 of 2", "--part I/3"),
-        ([shop.root, roots[0]], "Part 1 of 3: parts 2 and 3 are missing", "--part 2/3"),
+        ([seven.whole, roots[0]], "Part 1 of 3: parts 2 and 3 are missing", "--part 2/3"),
     )
     for parts, problem, fix in cases:
         with pytest.raises(CacheStale) as caught:
@@ -204,44 +164,26 @@ def test_a_merge_names_the_parts_that_are_missing_doubled_or_of_another_split(se
         assert caught.value.problem == problem
         assert fix in caught.value.fix
         assert not out.exists()
-    shutil.rmtree(half)
 
 
 def test_parts_that_are_merged_early_merge_with_the_rest_later(seven, tmp_path):
-    shop, roots = seven
+    roots = seven.parts
     merge_caches([roots[0], roots[2]], tmp_path / "some", is_incomplete=True)
     assert read_manifest(tmp_path / "some").part == Part((1, 3), 3)
     assert verify_cache(tmp_path / "some").problems == ()
     merge_caches([tmp_path / "some", roots[1]], tmp_path / "all")
-    assert_same_rows(tmp_path / "all", shop.root)
-
-
-def test_parts_of_a_source_that_changed_in_between_are_refused(tmp_path, toy_model):
-    shop = Workshop(tmp_path, toy_model)
-    for i in range(6):
-        shop.put(f"{i}.png", f"cat {i}", seed=i)
-    roots = encode_parts(shop, 3)
-    shop.put("new.png", "a new cat", seed=9)
-    encode_parts(shop, 3, only=(2,))
-    with pytest.raises(CacheStale) as caught:
-        merge_caches(roots, tmp_path / "merged")
-    assert caught.value.problem == (
-        "The source has changed between the encodes of its parts: parts 1 and 3 saw other images than part 2"
-    )
-    merge_caches(roots, tmp_path / "merged", is_incomplete=True)
-    encode_parts(shop, 3)
-    merge_caches(roots, tmp_path / "later")
-    shop.encode()
-    assert_same_rows(tmp_path / "later", shop.root)
+    assert_same_rows(tmp_path / "all", seven.whole)
 
 
 def test_pairs_go_with_their_targets_and_their_pairs_to_draw_are_in_every_part(tmp_path, toy_edit_model):
     shop = EditShop(tmp_path, toy_edit_model)
     for i in range(4):
-        shop.put_pair(f"{i}.png", f"turn the whole bright day into a dark and starry night {i}", seed=i)
+        instruction = f"turn the whole bright day into a dark and starry night {i}"
+        shop.put_pair(f"{i}.png", f"{instruction}\n{instruction} without a moon", seed=i)
+    shutil.copy(shop.sources / "0.png", shop.sources / "1.png")  # one source of two targets
     drawn = WantedEdit(str(shop.sources / "0.png"), "make the whole sky much bluer and the sea very calm")
     shop.encode(drawn, flip=True)
-    roots = encode_parts(shop, 3, drawn, flip=True)
+    roots = encode_parts(shop, 2, drawn, flip=True)
     merge_caches(roots, tmp_path / "merged")
     assert_same_rows(tmp_path / "merged", shop.root)
 
@@ -261,19 +203,18 @@ def test_rows_of_tables_and_tars_keep_the_order_of_the_source(tmp_path, toy_mode
     assert len(set(map(str, paths_of(roots)))) == 2
 
 
-def test_a_cache_of_a_part_is_only_encoded_as_that_part(seven, tmp_path):
-    shop, roots = seven
-    cli = Cli(tmp_path)
-    model = ("--model", str(shop.model), "--device", "cpu", "--set", "cache.resolution=64")
+def test_a_cache_of_a_part_is_only_encoded_as_that_part(seven, toy_model, tmp_path):
+    roots, cli = seven.parts, Cli(tmp_path)
+    model = ("--model", str(toy_model), "--device", "cpu", "--set", "cache.resolution=64")
     cases = (
         (roots[0], ("--part", "2/3"), f"{roots[0]} holds part 1 of 3 of a source, and part 2/3 was asked for"),
         (roots[0], (), f"{roots[0]} holds part 1 of 3 of a source, and the whole source was asked for"),
-        (shop.root, ("--part", "2/3"), f"{shop.root} was encoded without --part, and part 2/3 was asked for"),
+        (seven.whole, ("--part", "2/3"), f"{seven.whole} was encoded without --part, and part 2/3 was asked for"),
     )
     for command in ("encode", "plan", "diff"):
         for root, part, problem in cases:
             device = model if command != "diff" else model[:2] + model[4:]
-            done = cli(app, command, str(shop.source), "-o", str(root), *part, *device)
+            done = cli(app, command, str(seven.source), "-o", str(root), *part, *device)
             assert (done.code, problem in " ".join(done.err.split())) == (2, True), (command, done.err)
 
 
@@ -318,31 +259,3 @@ def test_the_command_line_encodes_plans_and_tells_of_parts_and_names_the_merge(t
     done = cli(app, *merge.split()[1:])
     assert done.code == 0, done.err
     assert "is up to date: 4 items" in cli(app, "encode", "images", *options).out
-
-
-def test_a_cache_of_an_earlier_version_is_told_from_one_of_another_model(seven, tmp_path):
-    roots = [Path(shutil.copytree(root, tmp_path / root.name)) for root in seven[1][:2]]
-
-    def refusal(change) -> CacheStale:
-        manifest = read_manifest(seven[1][0])
-        recipe = json.loads(json.dumps(manifest.recipe))
-        created = dict(manifest.created_by)
-        change(recipe, created)
-        with lock(roots[0]):
-            write_manifest(roots[0], replace(manifest, recipe=recipe, created_by=created))
-        with pytest.raises(CacheStale) as caught:
-            merge_caches(roots, tmp_path / "merged")
-        return caught.value
-
-    error = refusal(lambda recipe, created: recipe["text"].update(text_encoder="0" * 32))
-    assert "text.text_encoder has other weights (00000000 in" in error.problem
-    assert "of an early version, whose fingerprint covers weights that are not used" in error.fix
-    error = refusal(lambda recipe, created: recipe["selection"].pop("crop"))
-    assert (
-        f"{roots[0]} is of an earlier version, which did not note this. Bring it up to date: k5cache encode"
-        in error.fix
-    )
-    error = refusal(
-        lambda recipe, created: (recipe["text"].update(prompt_template="promt"), created.update(diffusers="0.40.0"))
-    )
-    assert f"({roots[0]} was made with diffusers 0.40.0; {roots[1]} with diffusers " in error.problem

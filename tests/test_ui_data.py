@@ -23,8 +23,8 @@ from k5cache.sources import find, images
 from k5cache.sources.items import UnreadableImage, stat_numbers
 from k5cache.store import tables
 from k5cache.store.index import IndexRow, with_index
-from k5cache.store.manifest import Manifest, lock, write_manifest
-from k5cache.store.notes import LeftOut
+from k5cache.store.manifest import Manifest, lock, read_manifest, write_manifest
+from k5cache.store.notes import LeftOut, Part
 from k5cache.store.shards import ShardWriter
 from k5cache.store.skipped import write_skipped
 from k5cache.store.tensors import TensorSpec
@@ -598,6 +598,9 @@ def test_an_encode_again_takes_the_options_and_the_model_of_the_cache(project, c
     assert commands.argv("diff", new, source, None, CacheConfig()) == [
         "k5cache", "diff", "datasets/cats", "-o", "cache/cats", "--model", "other/model",
     ]  # fmt: skip
+    with lock(cache.path):
+        write_manifest(cache.path, replace(read_manifest(cache.path), part=Part((2,), 8)))
+    assert commands.argv("diff", project, source, cache, base)[3:7] == ["-o", "cache/cats", "--part", "2/8"]
 
 
 def test_a_button_puts_the_encode_into_the_queue(project, cats, page, monkeypatch):

@@ -37,6 +37,13 @@ def merge(
         console.print_json(merged)
         return
     print_merged(merged, out)
+    if not merged.has_one_state:
+        up_to_date = console.command("k5cache", "encode", "SOURCE", "-o", out)
+        console.out.print(
+            "The parts saw the same images, but other captions, masks or times of the files. This encodes what is "
+            f"new, if anything: {up_to_date}",
+            markup=False,
+        )
     suggest_training(out, read_manifest(out))
 
 

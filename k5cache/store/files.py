@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -16,7 +17,9 @@ from k5cache.shared.disk_errors import named
 from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import TEMPORARY
 from k5cache.shared.inside import is_inside
+from k5cache.store.notes import Part, arguments_of, read_part
 
+_MOST_READ = 1 << 28  # as manifest.MAX_BYTES
 FOLDERS = ("latents", "masks", "text")
 TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}\d+-[0-9a-f]{{12}}", re.ASCII)  # as NewFile gives it
 
@@ -84,9 +87,23 @@ def sha256_of(fd: int) -> str:
 def corrupt(root: Path, problem: str) -> CacheCorrupt:
     """The error for bytes that are not the bytes that were written."""
     verify = command("k5cache", "verify", root)
-    repair = command("k5cache", "encode", "SOURCE", "-o", root, "--repair")
     return CacheCorrupt(
         problem,
-        f"{verify} lists all damage; {repair} encodes only what is damaged (if the manifest is damaged, restore it "
-        "from a copy or encode into a new cache)",
+        f"{verify} lists all damage; {repair(root)} encodes only what is damaged (if the manifest is damaged, restore "
+        "it from a copy or encode into a new cache)",
     )
+
+
+def repair(root: Path) -> str:
+    """The command that mends a cache."""
+    return command("k5cache", "encode", "SOURCE", *arguments_of(_part(root)), "-o", root, "--repair")
+
+
+def _part(root: Path) -> Part | None:
+    """The part that a cache says it holds, as far as its manifest can be read: it may be what is damaged."""
+    try:
+        with (root / "manifest.json").open("rb") as file:
+            document = json.loads(file.read(_MOST_READ))
+        return read_part(document.get("part")) if isinstance(document, dict) else None
+    except (OSError, ValueError, RecursionError):
+        return None

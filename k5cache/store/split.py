@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from k5cache.shared.errors import CacheError
 from k5cache.store import columns, tables
 from k5cache.store.index import next_generation
 from k5cache.store.manifest import IndexInfo, Manifest
@@ -47,12 +48,22 @@ def columns_of(table: pa.Table) -> list[Numbers]:
 
 
 def write_split(root: Path, manifest: Manifest, table: pa.Table) -> IndexInfo:
-    """Write the next split of a cache, unless the one that it has says the same. The manifest is not written."""
-    if manifest.split and read_split(root, manifest.split).equals(table):
+    """Write the next split of a cache, unless the one that it has says the same. The manifest is not written.
+
+    One that is damaged is replaced: nothing but the files of the source is needed to make it again.
+    """
+    if manifest.split and _is(root, manifest.split, table):
         return manifest.split
     generation = next_generation(root, manifest)
     keyed = table.replace_schema_metadata({TABLE_KEYS["split"]: '{"format": 1}'})
     return tables.write_table(root, keyed, f"split-{generation:06d}.parquet")
+
+
+def _is(root: Path, info: IndexInfo, table: pa.Table) -> bool:
+    try:
+        return bool(read_split(root, info).equals(table))
+    except CacheError:
+        return False
 
 
 def read_split(root: Path, info: IndexInfo) -> pa.Table:

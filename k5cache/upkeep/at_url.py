@@ -18,6 +18,7 @@ from k5cache.shared.errors import CacheCorrupt, CacheError, OutputError, StoreEr
 from k5cache.shared.files import make_folder, new_file, sync_folder
 from k5cache.shared.units import human_bytes
 from k5cache.shared.urls import url_of
+from k5cache.store import files
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, lock, read_manifest, write_manifest
 from k5cache.store.ours import FILE, check_root
 from k5cache.upkeep.finished import finished_index
@@ -52,7 +53,7 @@ def send_cache(root: Path, url: Path, advance: Advance = lambda *numbers: None) 
     if problems := verify_cache(root, lambda read: advance("verifying", read, total)).problems:
         raise CacheCorrupt(
             f"{root} is damaged and is not sent: {problems[0]}",
-            f"See all of it with {command('k5cache', 'verify', root)}, and mend it: k5cache encode SOURCE --repair",
+            f"See all of it with {command('k5cache', 'verify', root)}, and mend it: {files.repair(root)}",
         )
     absent = [shard for shard in manifest.shards if shard.file not in there]
     with lock(out):

@@ -26,7 +26,8 @@ from k5cache.store.shards import verify_shard
 from k5cache.store.skipped import read_skipped, write_skipped
 from k5cache.store.split import write_split
 from k5cache.upkeep.finished import finished_index
-from k5cache.upkeep.parts import merge_left_out, merge_source, require_one_recipe, require_rows, require_whole
+from k5cache.upkeep.parts import require_one_recipe, require_rows, require_whole
+from k5cache.upkeep.united import merge_left_out, merge_recipe, merge_source, merge_versions
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Merged:
     """Paths that several caches had, with the same image, captions and crop. The merged cache has each once."""
     is_linked: bool
     """Whether the shards are hard links: one copy on disk for both caches."""
+    has_one_state: bool = True
+    """False if parts of one source saw the same images, but other captions or masks, or other times of the files."""
 
 
 def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) -> Merged:
@@ -82,10 +85,10 @@ def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) 
                     is_linked = _bring(root, out, shard) and is_linked
                     shards[shard.file] = shard
         merged = Manifest(
-            recipe=manifests[0].recipe,
+            recipe=merge_recipe(manifests),
             shards=tuple(shards.values()),
             prompts={raw: key for manifest in reversed(manifests) for raw, key in manifest.prompts.items()},
-            created_by=manifests[0].created_by,
+            created_by=merge_versions(manifests),
             source=merge_source(whole, manifests),
             left_out=merge_left_out(manifests),
             edits=_merge_edits(manifests),
@@ -99,7 +102,8 @@ def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) 
         )
         write_manifest(out, with_index(out, merged, rows))
     num_bytes = sum(shard.num_bytes for shard in shards.values())
-    return Merged(len(rows), len(shards), num_bytes, duplicates, is_linked)
+    listings = {manifest.source.listing for manifest in manifests} - {""} if whole.split else set()
+    return Merged(len(rows), len(shards), num_bytes, duplicates, is_linked, len(listings) < 2)
 
 
 def _read_finished(root: Path) -> Manifest:
@@ -135,13 +139,18 @@ def merge_rows(parts: Sequence[Path], manifests: Sequence[Manifest]) -> tuple[In
         is_same = rows.take(pa.array(repeated)).have_same_keys(rows.take(pa.array(firsts[repeated])))
         if not pc.all(is_same).as_py():
             row = repeated[is_same.index(False).as_py()]
-            first_root, root = parts[of_part[firsts[row]]], parts[of_part[row]]
-            raise CacheError(
-                f"{rows[row].path} is one item in {first_root} and another in {root}",
-                "Rename it in one of the sources and encode that again; a path stands for one image",
-            )
+            first, other = of_part[firsts[row]], of_part[row]
+            are_parts = manifests[first].part is not None and manifests[other].part is not None
+            raise _two_items(rows[row].path, parts[first], parts[other], are_parts)
     duplicates = tuple(dict.fromkeys(rows.column("path").take(pa.array(repeated)).to_pylist()))
     return (rows.where(~again) if again.any() else rows), duplicates
+
+
+def _two_items(path: str, first: Path, other: Path, are_parts: bool) -> CacheError:
+    fix = "Rename it in one of the sources and encode that again; a path stands for one image"
+    if are_parts:
+        fix = "It has changed between the encodes of these parts: encode both again, which encodes only what is new"
+    return CacheError(f"{path} is one item in {first} and another in {other}", fix)
 
 
 def _repeats(rows: IndexRows) -> list[np.ndarray[Any, Any]]:

@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from k5cache.encode.differences import Difference, differences
-from k5cache.encode.source_note import MOST_NAMED
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheError, CacheStale
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.units import count_of
 from k5cache.store import columns
 from k5cache.store.manifest import Manifest
-from k5cache.store.notes import LeftOut, Part, SourceNote, numbered
+from k5cache.store.notes import Part, arguments_of, numbered
 from k5cache.store.split import columns_of, path_hashes, read_split
 
 _MERGE_ANYWAY = "merge what is there with --incomplete"
@@ -102,29 +101,6 @@ def require_whole(roots: Sequence[Path], manifests: Sequence[Manifest], is_incom
     return Whole(merged if missing else None, split if len(parts) == len(roots) else None)
 
 
-def merge_left_out(manifests: Sequence[Manifest]) -> LeftOut:
-    """What several caches could not use, each once. Every part names what its source has besides images."""
-    named = dict.fromkeys(entry for manifest in manifests for entry in manifest.left_out.skipped)
-    failed = {key: reason for manifest in manifests for key, reason in manifest.left_out.failed.items()}
-    cut = {entry[0]: entry for manifest in manifests for entry in manifest.left_out.truncated}
-    decoders = {manifest.left_out.decoders for manifest in manifests} - {""}
-    return LeftOut(
-        tuple(named)[:MOST_NAMED],
-        failed,
-        decoders.pop() if len(decoders) == 1 else "",
-        tuple(cut.values())[:MOST_NAMED],
-    )
-
-
-def merge_source(whole: Whole, manifests: Sequence[Manifest]) -> SourceNote:
-    """The note of the source, if all parts of one source are there and say the same of it."""
-    listings = {manifest.source.listing for manifest in manifests}
-    if whole.split is None or whole.part is not None or len(listings) > 1:
-        return SourceNote()
-    stats = {manifest.source.stats for manifest in manifests} - {""}  # a part has none if its files were still fresh
-    return SourceNote(listings.pop(), stats.pop() if len(stats) == 1 else "")
-
-
 def _missing(merged: Part, missing: Sequence[int]) -> CacheStale:
     shown = tuple(missing[:16])
     are = f"{numbered(shown)} {'is' if len(missing) == 1 else 'are'} missing"
@@ -179,7 +155,8 @@ def _one_recipe(
     }
     if len(lacking) == 1:
         older = lacking.pop()
-        update = command("k5cache", "encode", "SOURCE", "-o", older, "--update")
+        part = first_manifest.part if older == first else manifest.part
+        update = command("k5cache", "encode", "SOURCE", *arguments_of(part), "-o", older, "--update")
         return f"{older} is of an earlier version, which did not note this. Bring it up to date: {update}"
     return "Encode one of them again with the recipe of the other, and --update"
 

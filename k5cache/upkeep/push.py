@@ -14,6 +14,7 @@ from k5cache.shared.errors import CacheCorrupt, CacheError, HubError
 from k5cache.shared.kind import LONG_NAMES
 from k5cache.shared.model import FLAVOURS
 from k5cache.shared.units import count_of
+from k5cache.store import files
 from k5cache.store.manifest import Manifest
 from k5cache.store.ours import FILE, SHARD_FILE, TABLE_FILE
 from k5cache.upkeep.finished import finished_index
@@ -71,7 +72,7 @@ def push_cache(
         if verified.problems:
             raise CacheCorrupt(
                 f"{root} is damaged and is not pushed: {verified.problems[0]}",
-                f"See all of it with {command('k5cache', 'verify', root)}, and mend it: k5cache encode SOURCE --repair",
+                f"See all of it with {command('k5cache', 'verify', root)}, and mend it: {files.repair(root)}",
             )
         named: dict[str, upload.Content] = {name: root / name for name in sorted(manifest.named)}
         to_send = upload.absent(destination, named)

@@ -23,7 +23,7 @@ from k5cache.shared.fingerprint import fingerprint
 from k5cache.shared.fonts import Font, font_for, wrap, write
 from k5cache.shared.model import ModelConfig
 from k5cache.store.index import IndexRow
-from k5cache.store.reader import Cache
+from k5cache.store.reader import Cache, no_items
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,12 @@ def write_contact_sheet(
     """Write a contact sheet of ``count`` random items, or all if there are fewer. Returns how many.
 
     Raises:
+        CacheError: the cache has no item.
         CacheStale: the VAE is not the one that encoded the cache.
         CacheCorrupt: a row is damaged.
     """
+    if not len(cache):
+        raise no_items(cache)
     numbers = sorted(random.Random(seed).sample(range(len(cache)), min(count, len(cache))))
     sheet = contact_sheet(decode(cache, numbers, model, device, bars))
     data, note = BytesIO(), PngInfo()

@@ -7,6 +7,7 @@ from operator import attrgetter
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.kind import LONG_NAMES, Kind
+from k5cache.store.notes import arguments_of
 from k5train.data.mixture import Mixture
 from k5train.options.train import TrainConfig
 
@@ -48,7 +49,8 @@ def check_options(data: Mixture, config: TrainConfig) -> None:
     if kind == "i2i" and config.caption_dropout_probability:
         for source in data.sources:
             if source.cache.columns("empty_key").column(0).null_count:
-                again = command("k5cache", "encode", "TARGETS", "--sources", "SOURCES", "-o", source.cache.root,
+                again = command("k5cache", "encode", "TARGETS", "--sources", "SOURCES",
+                                *arguments_of(source.cache.manifest.part), "-o", source.cache.root,
                                 "--set", "cache.empty_instruction=true")  # fmt: skip
                 raise RecipeError(
                     f"train.caption_dropout_probability is {config.caption_dropout_probability:g}, and "
@@ -68,7 +70,8 @@ def check_classes(data: Mixture, config: TrainConfig) -> None:
     trained_on = [source for source in data.sources if not source.is_regularisation_data]
     for source in trained_on:
         if not source.cache.manifest.classes:
-            again = command("k5cache", "encode", "SOURCE", "-o", source.cache.root, "--set", "cache.trigger=WORD",
+            again = command("k5cache", "encode", "SOURCE", *arguments_of(source.cache.manifest.part),
+                            "-o", source.cache.root, "--set", "cache.trigger=WORD",
                             "--set", "cache.class_word=CLASS", "--update")  # fmt: skip
             raise RecipeError(
                 f"train.objective.preservation_weight is set, and {source.cache.root} holds no class captions",

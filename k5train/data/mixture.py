@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k5cache.shared.errors import CacheError, CacheStale, RecipeError
+from k5cache.shared.errors import CacheStale, RecipeError
 from k5cache.shared.kind import LONG_NAMES
-from k5cache.store.reader import Cache, open_cache
+from k5cache.store.reader import Cache, no_items, open_cache
 from k5train.data.folder_repeats import folder_repeats, used_never
 from k5train.options.data import DataConfig
 
@@ -157,7 +157,7 @@ def open_mixture(entries: Sequence[DataConfig]) -> Mixture:
             "Rename the folder and encode again, which encodes no image anew; or set repeats_by_folder=false",
         )
     if not len(mixture):
-        raise CacheError(f"{mixture.first.root} holds no images", "Encode some first: k5cache encode SOURCE")
+        raise no_items(mixture.first)
     for other in sources[1:]:
         first = mixture.first
         if other.cache.kind != first.kind:

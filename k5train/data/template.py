@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheStale
 from k5cache.shared.template import Template, installed_template
+from k5cache.store.notes import arguments_of
 
 if TYPE_CHECKING:
     from k5cache.store.reader import Cache
@@ -39,8 +41,9 @@ def check_template(cache: Cache) -> None:
     else:
         difference = f"another crop ({cached.encode_start_idx} tokens then, {installed.encode_start_idx} now)"
     then = cache.manifest.created_by.get("diffusers", "another version")
-    pin = f", or train and draw with that version: pip install diffusers=={then}" if then[0].isdigit() else ""
-    again = command("k5cache", "encode", "SOURCE", "-o", cache.root, "--update")
+    is_one = re.fullmatch(r"\d[\w.]*", then)  # parts of a merged cache may be of several versions
+    pin = f", or train and draw with that version: pip install diffusers=={then}" if is_one else ""
+    again = command("k5cache", "encode", "SOURCE", *arguments_of(cache.manifest.part), "-o", cache.root, "--update")
     raise CacheStale(
         f"The captions in {cache.root} were encoded under diffusers {then}, and the installed {version('diffusers')} "
         f"has {difference}: a LoRA trained on them would get other embeddings when diffusers draws with it",

@@ -14,6 +14,7 @@ from k5cache.shared.content import possible_hashes
 from k5cache.shared.errors import RecipeError
 from k5cache.shared.units import count_of
 from k5cache.store.manifest import Edit
+from k5cache.store.notes import arguments_of
 from k5cache.store.reader import Cache
 from k5train.options.validation import EditConfig, ValidationConfig
 from k5train.pictures.drawing import Drawing, Posterior, SampleSettings
@@ -155,8 +156,8 @@ def _pair(
     settings = _settings(validation, *size)
     if settings.guidance_scale > 1 and empty is None:
         again = console.command(
-            "k5cache", "encode", "TARGETS", "--sources", "SOURCES", "-o", cache.root, "--set",
-            "cache.empty_instruction=true",
+            "k5cache", "encode", "TARGETS", "--sources", "SOURCES", *arguments_of(cache.manifest.part),
+            "-o", cache.root, "--set", "cache.empty_instruction=true",
         )  # fmt: skip
         raise RecipeError(
             f"train.validation.guidance_scale is {settings.guidance_scale:g}, and {cache.root} was encoded without the"

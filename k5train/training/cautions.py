@@ -32,7 +32,7 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig, num_ranks: 
     if config.epochs is not None:
         micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
         lines += never_reached(config, -(-micro_batches // (config.gradient_accumulation_steps * num_ranks)))
-    lines += [*batch_warnings(data, config), *_of_folders(data), *class_warnings(data, config)]
+    lines += [*batch_warnings(data, config), *_of_folders(data), *of_parts(data), *class_warnings(data, config)]
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
 
 
@@ -43,6 +43,19 @@ def _of_folders(data: Mixture) -> list[str]:
     if images := described(data.paths()):
         return [f"By the names of their folders, an epoch has {images}"]
     return ["repeats_by_folder does nothing here: no image is in a folder with a name such as 10_cat"]
+
+
+def of_parts(data: Mixture) -> list[str]:
+    """Which caches are parts of a source whose other parts the run does not have."""
+    parts = [(source.cache.root, part) for source in data.sources if (part := source.cache.manifest.part)]
+    held: dict[int, set[int]] = {}
+    for _, part in parts:
+        held.setdefault(part.of, set()).update(part.numbers)
+    return [
+        f"{root} holds only {part.name} of its source. To train on all images, merge the parts with k5cache merge"
+        for root, part in parts
+        if len(held[part.of]) < part.of
+    ]
 
 
 def _of_lokr(config: LoraConfig, model: ModelConfig) -> list[str]:

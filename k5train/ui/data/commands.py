@@ -9,6 +9,7 @@ from k5cache.shared.errors import CacheError
 from k5cache.shared.inside import is_inside
 from k5cache.shared.model import ModelConfig, model_of
 from k5cache.store.manifest import Manifest, read_manifest
+from k5cache.store.notes import arguments_of
 from k5train.ui.data.options import sets
 from k5train.ui.data.origin import sources_of
 from k5train.ui.listing import Entry
@@ -35,6 +36,7 @@ def argv(
     words = ["k5cache", what, source.relative, "-o", target]
     apart = sources_of(project, cache, source) if cache and manifest and manifest.kind == "i2i" else None
     words += ["--sources", apart.relative] if apart else []
+    words += arguments_of(manifest.part) if manifest else ()
     words += _model_words(project, manifest)
     for option in sets(config):
         words += [] if option.startswith("cache.source_dir=") else ["--set", option]
