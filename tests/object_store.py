@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from k5cache.remote import behind, copies, mirror, objects
+from k5cache.store.manifest import read_manifest
+from k5cache.store.reader import open_cache
+from k5cache.store.tensors import to_bytes
 
 BUCKET = "bucket"
 
@@ -72,3 +75,16 @@ def put(prefix: str, files: dict[str, bytes]) -> None:
 def environment() -> dict[str, str]:
     """Of this process."""
     return dict(os.environ)
+
+
+def rows_of(root: Path | str) -> dict[tuple[str, str], tuple[bytes, ...]]:
+    """Every stored row that the index of a cache names, by kind and key, in bytes."""
+    cache = open_cache(root)
+    rows = cache.rows(range(len(cache)))
+    keys = {("latents", row.latent_key) for row in rows} | {("text", key) for row in rows for key in row.caption_keys}
+    return {(kind, key): tuple(map(to_bytes, cache._read(kind, key).tensors.values())) for kind, key in keys}
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """A cache as objects."""
+    return {name: (root / name).read_bytes() for name in ("manifest.json", *read_manifest(root).named)}

@@ -18,12 +18,11 @@ from k5cache.shared.errors import CacheCorrupt, StoreError
 from k5cache.shared.sealed import seal, unseal
 from k5cache.store.manifest import read_manifest
 from k5cache.store.reader import open_cache
-from k5cache.store.tensors import to_bytes
 from k5cache.upkeep.gc import collect
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state
 from tests.cli import Cli
-from tests.object_store import another_machine, in_store, point_at, put, s3_server
+from tests.object_store import another_machine, files_of, in_store, point_at, put, rows_of, s3_server
 from tests.runs import CONFIG, go_on, start_run
 from tests.workshop import Workshop
 
@@ -56,19 +55,6 @@ def shop(tmp_path, once, toy_model) -> Workshop:
     shop = Workshop.__new__(Workshop)
     shop.source, shop.root, shop.model = tmp_path / "shop/images", tmp_path / "shop/cache", toy_model
     return shop
-
-
-def rows_of(root: Path | str) -> dict[tuple[str, str], tuple[bytes, ...]]:
-    """Every stored row that the index of a cache names, by kind and key, in bytes."""
-    cache = open_cache(root)
-    rows = cache.rows(range(len(cache)))
-    keys = {("latents", row.latent_key) for row in rows} | {("text", key) for row in rows for key in row.caption_keys}
-    return {(kind, key): tuple(map(to_bytes, cache._read(kind, key).tensors.values())) for kind, key in keys}
-
-
-def files_of(root: Path) -> dict[str, bytes]:
-    """A cache as objects."""
-    return {name: (root / name).read_bytes() for name in ("manifest.json", *read_manifest(root).named)}
 
 
 def fail_from(number: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[str]:
@@ -243,6 +229,8 @@ def test_wrong_urls_end_in_two_lines_without_credentials(store, shop, monkeypatc
         ("s3://me:hunter2@bucket/cats", "A URL may hold no user and no password", "Leave them out."),
         ("s3://bucket/../cats", "s3://bucket/../cats is not the URL of a folder in a bucket", "Write it as"),
         ("gs://bucket/cats", "gs://bucket/cats needs the package gcsfs", "Install it: pip install gcsfs"),
+        ("S3://bucket/none", "s3://bucket/none is not a cache", "Make one: k5cache encode SOURCE -o s3://bucket/none"),
+        ("s3://My_Bucket!/c", "Parameter validation failed: Invalid bucket name", "Set AWS_PROFILE"),
         ("sftp://host/cats", "sftp://host/cats is not of a kind that is read", "Copy it to a folder of this machine"),
     ):
         done = cli(app, "info", url)
@@ -254,6 +242,15 @@ def test_wrong_urls_end_in_two_lines_without_credentials(store, shop, monkeypatc
     put("pictures", {"a.png": b"no cache"})
     done = cli(app, "encode", str(shop.source), "-o", "s3://bucket/pictures", "--model", str(shop.model))
     assert (done.code, "not empty and not a cache: it holds a.png" in done.err) == (2, True)
+    for name, value, problem in (
+        ("AWS_ENDPOINT_URL", "localhost:9000", "Invalid endpoint: localhost:9000"),
+        ("AWS_PROFILE", "nobody", "The config profile (nobody) could not be found"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            another_machine(store / "third", patch)
+            done = cli(app, "info", "s3://bucket/none")
+        assert (done.code, problem in done.err, "Set AWS_PROFILE" in done.err) == (2, True, True), done.err
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(store / "none"))

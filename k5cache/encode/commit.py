@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from k5cache.buckets import Bucket
 from k5cache.encode.sink import Append
 from k5cache.encoders.memory_plan import SECONDS_AT_RISK
+from k5cache.remote.behind import mirror_of
 from k5cache.shared import interrupt
 from k5cache.shared.errors import CacheError, K5Error
 from k5cache.store.index import SCHEMAS as INDEX_SCHEMAS
@@ -173,7 +174,12 @@ def drop_damaged(root: Path, manifest: Manifest) -> tuple[Manifest, tuple[str, .
 
     Nothing changes on disk: no file is deleted, and the manifest is written with the next commit.
     """
+    mirror = mirror_of(root)
+    if mirror:
+        mirror.forget()  # what the store holds is checked, and not the copies of it
     damaged = {shard.file for shard in manifest.shards if verify_shard(root, shard)}
+    if mirror:
+        mirror.send_again(damaged)
     intact = tuple(shard for shard in manifest.shards if shard.file not in damaged)
     manifest = replace(manifest, shards=intact)
     if not _is_whole(root, manifest.index, INDEX_SCHEMAS[manifest.format]):

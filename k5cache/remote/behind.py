@@ -19,6 +19,18 @@ class Behind(Protocol):
     def has(self, name: str, num_bytes: int) -> bool:
         """Whether a file is in the store with this size."""
 
+    def forget(self) -> None:
+        """Whatever is read next is read from the store."""
+
+    def again(self, names: set[str]) -> bool:
+        """Copies of these files are damaged. Returns whether there were any: the files are then fetched again."""
+
+    def is_here(self, name: str) -> bool:
+        """Whether a file that was brought has not made room since."""
+
+    def send_again(self, names: set[str]) -> None:
+        """These files are damaged in the store."""
+
     def committed(self, raw: bytes) -> None:
         """A manifest has been written in the folder."""
 

@@ -5,6 +5,7 @@ A copy has a mark beside it, in a folder of marks. What has none, such as a shar
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -61,15 +62,27 @@ def touch(home: Path, name: str) -> None:
         os.utime(mark_of(home, name))
 
 
-def add(home: Path, folder: str, name: str, num_bytes: int) -> None:
+def mark(home: Path, folder: str, name: str, sha256: str = "") -> Path:
+    """Note that ``home/folder/name`` is a copy, or will be one in a moment. Returns its mark."""
+    mark = mark_of(home, name)
+    mark.write_text(f"{folder}/{name}" + (f"\n{sha256}" if sha256 else ""), encoding="utf-8")
+    return mark
+
+
+def is_as_written(home: Path, name: str, raw: bytes) -> bool:
+    """Whether the bytes of a copy are those that were fetched."""
+    noted = mark_of(home, name).read_text(encoding="utf-8").rpartition("\n")[2]
+    return noted == hashlib.sha256(raw).hexdigest()
+
+
+def add(home: Path, folder: str, name: str, num_bytes: int, sha256: str = "") -> None:
     """Note a new copy, ``home/folder/name``, and remove as many others as its bytes need."""
     global _held, _added
-    mark = mark_of(home, name)
-    mark.write_text(f"{folder}/{name}", encoding="utf-8")
+    noted = mark(home, folder, name, sha256)
     with _LOCK:
         _held += num_bytes
         if _added is None or _held > bound() or _added > bound() // 10:
-            _make_room(mark)
+            _make_room(noted)
         else:
             _added += num_bytes
 
@@ -85,7 +98,7 @@ def forget(home: Path, names: set[str] | None = None) -> None:
 
 def _copy_of(mark: Path) -> Path | None:
     try:
-        return mark.parent.parent / mark.read_text(encoding="utf-8")
+        return mark.parent.parent / mark.read_text(encoding="utf-8").partition("\n")[0]
     except OSError:  # another process removed it
         return None
 

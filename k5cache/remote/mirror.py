@@ -23,7 +23,7 @@ from k5cache.remote.behind import MIRRORS
 from k5cache.remote.objects import Entry, Objects
 from k5cache.remote.sending import Sender
 from k5cache.shared.console import note, warn
-from k5cache.shared.errors import CacheCorrupt, OutputError, StoreError
+from k5cache.shared.errors import CacheCorrupt, CacheLocked, OutputError, StoreError
 from k5cache.shared.files import new_file
 from k5cache.shared.inside import as_file_names
 from k5cache.shared.lock import Locked, lock_file
@@ -37,10 +37,14 @@ OUR_NAMES = re.compile(
 )
 MOST_BYTES = 1 << 28  # of a manifest, as in store/manifest.py
 _ID = re.compile(r"([0-9a-f]{16})\.parquet")  # of a shard: its sha256 begins so
+_MOST_WAIT = 3600
+"""Seconds for which another process of this machine may ask the store for one file."""
 _STALE_SECONDS = 86_400
 """An object that no manifest names may be one that another machine is about to name; not if it is a day old."""
 _NAMES = re.compile(rb'"file": "([^"]+)"')
 _SIZES = re.compile(rb'"num_bytes": (\d+)')
+_BESIDE = (copies.MARKS, "locks", "look.lock", "note.json", "pending.json")
+"""What is beside the folder of a cache, so that a cache called copies has a folder called copies-2."""
 _URLS: dict[str, Mirror] = {}
 
 
@@ -74,7 +78,7 @@ class Mirror:
     def __init__(self, objects: Objects) -> None:
         self.objects = objects
         self.home = copies.home_of(hashlib.sha256(objects.url.encode()).hexdigest()[:16])
-        self.root = self.home / as_file_names([objects.url.rpartition("/")[2]])[0]
+        self.root = self.home / as_file_names([*_BESIDE, objects.url.rpartition("/")[2]])[-1]
         self.root.mkdir(exist_ok=True)
         self._sender: Sender | None = None
         self._listing: dict[str, Entry] | None = None
@@ -107,7 +111,7 @@ class Mirror:
 
         Returns whether the store has one. A manifest here that the store has not seen is kept as ``pending.json``.
         """
-        with lock_file(self.home / "look.lock", wait_seconds=600):
+        with self._turn("look.lock"):
             there = self.objects.read(MANIFEST, MOST_BYTES)
             self._listing = None
             if self._sender is None and not self._is_being_written():
@@ -154,10 +158,21 @@ class Mirror:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """One process at a time fetches a file: the ranks of a run want the same."""
-        locks = self.home / "locks"
-        locks.mkdir(exist_ok=True)
-        with lock_file(locks / f"{copies.mark_of(self.home, name).name}.lock", wait_seconds=3600):
+        (self.home / "locks").mkdir(exist_ok=True)
+        with self._turn(f"locks/{copies.mark_of(self.home, name).name}.lock"):
             yield
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        """Wait until no other process of this machine is in the block."""
+        try:
+            with lock_file(self.home / name, wait_seconds=_MOST_WAIT):
+                yield
+        except Locked as error:
+            raise CacheLocked(
+                f"{self.objects.url} has been asked for {_MOST_WAIT // 60} minutes by {error.owner}",
+                "See whether that process still works, and end it if it does not",
+            ) from None
 
     def _fetch(self, name: str, path: Path, num_bytes: int | None) -> None:
         entry = self.objects.stat(name)
@@ -166,6 +181,7 @@ class Mirror:
             raise self._corrupt(f"{self.objects.url}/{name} is missing")
         if num_bytes is not None and entry.num_bytes != num_bytes:
             raise self._corrupt(f"{self.objects.url}/{name} has {entry.num_bytes} bytes, {num_bytes} were written")
+        copies.mark(self.home, self.root.name, name)  # before it is there: after a kill, it can still make room
         sha256 = self.objects.fetch(name, path, num_bytes)
         wanted = _ID.search(name)
         if wanted and not sha256.startswith(wanted[1]):
@@ -185,7 +201,9 @@ class Mirror:
     def has(self, name: str, num_bytes: int) -> bool:
         """Whether the store has a file with this size. It is not fetched. What is not listed is asked for by name."""
         if self._listing is None:
-            self._listing = {entry.name: entry for entry in self.objects.entries()}
+            self._listing = {}
+            with suppress(StoreError):  # who may read may not always list
+                self._listing = {entry.name: entry for entry in self.objects.entries()}
         entry = self._listing.get(name) or self.objects.stat(name)
         return entry is not None and entry.num_bytes == num_bytes
 
@@ -193,7 +211,22 @@ class Mirror:
         """Remove all copies, so that everything is read from the store again."""
         copies.forget(self.home)
 
+    def again(self, names: set[str]) -> bool:
+        """Remove the copies of these names: their bytes are not those that were written. False if there are none."""
+        there = [name for name in names if copies.mark_of(self.home, name).exists()]
+        copies.forget(self.home, names)
+        return bool(there)
+
+    def is_here(self, name: str) -> bool:
+        """Whether a file is still here, or has made room."""
+        return (self.root / name).exists()
+
     # What a writer says.
+
+    def send_again(self, names: set[str]) -> None:
+        """Objects of these names are damaged: if a shard gets one of the names again, it is sent again."""
+        if self._sender:
+            self._sender.send_again(names)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -226,7 +259,7 @@ class Mirror:
 
     def _begin(self) -> tuple[bytes, str] | None:
         """Take over the store's manifest under the writer's lock, and keep one that was not sent."""
-        with lock_file(self.home / "look.lock", wait_seconds=600):
+        with self._turn("look.lock"):
             there = self.objects.read(MANIFEST, MOST_BYTES)
             self._put_down(there)
         return there
@@ -256,13 +289,17 @@ class Mirror:
             nothing = {**ours, "shards": [], "index": None, "locations": None}
             theirs = unseal(path.read_bytes()) if path.exists() else nothing
             known = {shard["file"] for shard in theirs["shards"]}
-            lost = [s for s in ours["shards"] if s["file"] not in known and (self.root / s["file"]).is_file()]
+            lost = [s for s in ours["shards"] if s["file"] not in known and self._is_somewhere(s)]
             if lost and ours["format"] == theirs["format"]:
                 raw = seal({**theirs, "shards": [*theirs["shards"], *lost]}, allow_nan=False)
                 with new_file(path) as file:
                     file.write(raw)
                 self.committed(raw)
         pending.unlink()
+
+    def _is_somewhere(self, shard: dict[str, Any]) -> bool:
+        """Whether a shard is here, or was sent before it made room."""
+        return (self.root / shard["file"]).is_file() or self.has(shard["file"], shard["num_bytes"])
 
     def committed(self, raw: bytes) -> None:
         """Send the files that a manifest names, and then the manifest itself. Returns at once.

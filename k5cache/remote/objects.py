@@ -35,9 +35,13 @@ _LOGIN = {
     "hf": "Log in with `hf auth login`, or set HF_TOKEN",
     "memory": "Name another URL",
 }
+_MOST_READS = 10
 _TAGS = ("ETag", "etag", "generation", "blob_id")
 _TIMES = ("LastModified", "updated", "mtime", "created", "timeCreated")
 _SINGLE = 5 << 30  # bytes of the largest object that S3 takes in one request, which alone can be conditional
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+"""An address with its query, which may hold a signature."""
 Value = TypeVar("Value")
 
 
@@ -99,7 +103,7 @@ class Objects:
         Raises:
             StoreError: it has more than ``most`` bytes.
         """
-        while True:
+        for _ in range(_MOST_READS):
             entry = self.stat(name)
             if entry is None:
                 return None
@@ -109,6 +113,11 @@ class Objects:
             after = self.stat(name)
             if raw is not None and after and after.tag == entry.tag and len(raw) == entry.num_bytes:
                 return bytes(raw), entry.tag
+        raise StoreError(
+            f"Cannot read {self.url}/{name}: it has changed each of the {_MOST_READS} times that it was read, or the "
+            "store says another size than it sends",
+            "Try again when nobody writes it",
+        )
 
     def entries(self) -> list[Entry]:
         """All objects below the URL, by name. A store may list an object late: look for one by ``stat``.
@@ -240,14 +249,19 @@ class Objects:
         raise AssertionError("unreachable")
 
     def _refuse(self, verb: str, what: str, error: Exception) -> NoReturn:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = without_credentials(shown(lines[0], 240))
+        words = " ".join(str(error).split()) or type(error).__name__
+        reason = without_credentials(shown(_QUERY.sub(r"\1", words), 240))
         if isinstance(error, FileNotFoundError):
             bucket = self.url.partition("://")[2].partition("/")[0]
             if _is_bucket(error):
                 raise StoreError(f"Cannot {verb} {what}: there is no bucket {bucket}", "Correct its name, or make it")
             raise StoreError(f"Cannot {verb} {what}: there is no such object", "Look at what the store holds") from None
-        if isinstance(error, PermissionError) or "redentials" in type(error).__name__ + reason:
+        if "RequestTimeTooSkewed" in repr(error.__cause__):
+            raise StoreError(f"Cannot {verb} {what}: {reason}", "Set the clock of this machine") from None
+        if isinstance(error, PermissionError):
+            may = f"They must allow to list, read and write below {self.url}, or to read it if nothing is written there"
+            raise StoreError(f"Cannot {verb} {what}: {reason}", f"{_LOGIN[self.scheme]}. {may}") from None
+        if "redentials" in type(error).__name__ + reason or _is_setting(error):
             raise StoreError(f"Cannot {verb} {what}: {reason}", _LOGIN[self.scheme]) from None
         raise StoreError(
             f"Cannot {verb} {what}: {reason}", "Check the network and try again: what has arrived is kept"
@@ -267,11 +281,17 @@ class _Short(OSError):
     """Fewer bytes arrived than there are."""
 
 
+def _is_setting(error: Exception) -> bool:
+    """Whether an error is about how the store is named, which no second try changes."""
+    is_invalid = isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")
+    return is_invalid or type(error).__name__ in ("ParamValidationError", "ProfileNotFound", "ConfigParseError")
+
+
 def is_clean(name: str) -> bool:
     """Whether the name of an object can be the name of a file below a folder of this machine."""
     parts = PurePosixPath(name).parts
     is_relative = bool(parts) and "/".join(parts) == name and not name.startswith("/") and ".." not in parts
-    return is_relative and "\\" not in name and not any(ord(letter) < 32 for letter in name) and name.isprintable()
+    return is_relative and "\\" not in name and not _CONTROL.search(name)
 
 
 def _check(url: str, scheme: str, rest: str) -> None:
@@ -297,6 +317,10 @@ def _is_of_store(error: Exception) -> bool:
     """Whether an error is the store's or the network's, and not one of this code."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return False  # this machine's disk
+    if isinstance(error, OSError) and error.errno and Path(str(error.filename)).is_absolute():
+        return False  # a file of this machine; those of stores are no paths
+    if _is_setting(error):
+        return True
     roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError | TimeoutError | EOFError) or bool(roots & _LIBRARIES)
 
@@ -305,7 +329,7 @@ def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed."""
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
         return False
-    if "redentials" in type(error).__name__ or type(error).__name__ in ("ParamValidationError", "ProfileNotFound"):
+    if "redentials" in type(error).__name__ or _is_setting(error):
         return False
     status = getattr(getattr(error, "response", None), "status_code", None)
     is_invalid = isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EPERM, errno.EACCES)

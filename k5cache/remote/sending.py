@@ -64,6 +64,7 @@ class Sender:
         self._newest: _Offer | None = None
         self._done: _Offer | None = None
         self._there = set(there)
+        self._damaged: set[str] = set()
         self._tables = frozenset(name for name in there if "/" not in name)
         self._is_ending = self._is_stopped = False
         self._error: BaseException | None = None
@@ -86,6 +87,12 @@ class Sender:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._error is not None or self._num_waiting() <= copies.bound())
         self._raise()
+
+    def send_again(self, names: set[str]) -> None:
+        """Send files of these names, if there will be any, also where the store has some."""
+        with self._changed:
+            self._there -= names
+            self._damaged |= names
 
     def finish(self) -> None:
         """Wait until everything is in the store.
@@ -168,7 +175,7 @@ class Sender:
     def _send_file(self, name: str, num_bytes: int) -> None:
         if self._is_stopped:
             return
-        there = self._objects.stat(name)
+        there = None if name in self._damaged else self._objects.stat(name)
         if there is None or there.num_bytes != num_bytes:
             self._objects.send(name, self._root / name)
         with self._changed:

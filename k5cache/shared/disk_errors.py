@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from k5cache.shared.urls import copy_of
+
 _AGAIN = "run the same command again: what was finished is kept"
 _PERMISSION = ("There is no permission for", "Use another folder, or change its permissions")
 _GONE = ("There is no longer a file or folder", f"Put it back, if it was moved, and {_AGAIN}")
@@ -44,6 +46,8 @@ def sentence(error: BaseException) -> tuple[str, str] | None:
     if found is None:
         return None
     number, path, words = found
+    if copy := copy_of(path):  # else the message would name the URL, whose store is not full
+        path = f"the copies of {copy[0]} in {copy[1]}"
     problem, fix = _SENTENCES.get(number, (f"{words or os.strerror(number)}:", f"Correct this and {_AGAIN}"))
     return (f"{problem} {path}" if path else _BEFORE_PATH.sub("", problem)), fix
 

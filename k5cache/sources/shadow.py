@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -49,6 +50,8 @@ _OF_THE_NAME = frozenset({errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno
 _PICTURES = "pictures"
 AT_ONCE = 16
 """Requests at the same time, for small files and ahead of who reads pictures one by one."""
+_MOST_AHEAD = 2 * AT_ONCE
+"""Pictures that wait in memory for whoever reads them."""
 _IN_A_ROW = 3
 """Pictures that are read one after the other before the next are fetched ahead."""
 _MOST_ASKED = 2000
@@ -82,6 +85,7 @@ class Shadow:
         if not entries:
             raise DatasetError(f"There is nothing at {url}", "Give the URL of a folder of images, a table or tars")
         self._entries = {entry.name: entry for entry in entries}
+        self._leave_out_folders()
         self.skipped += [Skipped(name, "has a name that no file here can have") for name in self._objects.unusable()]
         suffixes = {_suffix(name) for name in self._entries}
         self._has_pictures = not self._is_files and not IMAGE_SUFFIXES.isdisjoint(suffixes)
@@ -89,7 +93,7 @@ class Shadow:
         self._bring()
         self._names = sorted(name for name in self._entries if _suffix(name) in IMAGE_SUFFIXES)
         self._numbers = {name: number for number, name in enumerate(self._names)}
-        self._ahead: dict[str, Future[bytes]] = {}
+        self._ahead: OrderedDict[str, Future[bytes]] = OrderedDict()
         self._last, self._in_a_row = -1, 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,9 +105,16 @@ class Shadow:
         """Perhaps on another machine, with another place for copies."""
         vars(self).update(state)
         self._home = copies.home_of(self._home.name)
-        self._pool, self._ahead = ThreadPoolExecutor(AT_ONCE, "k5-fetch"), {}
+        self._pool, self._ahead = ThreadPoolExecutor(AT_ONCE, "k5-fetch"), OrderedDict()
         self._last, self._in_a_row = -1, 0
         stands_for(self._folder, self._objects.url)
+
+    def _leave_out_folders(self) -> None:
+        """A store may have both cat and cat/a.png; here cat is a folder then."""
+        folders = {folder.as_posix() for name in self._entries for folder in Path(name).parents}
+        for name in sorted(folders & self._entries.keys()):
+            del self._entries[name]
+            self.skipped.append(Skipped(name, "is a folder too, and cannot be both here"))
 
     def _is_wanted(self, name: str) -> bool:
         if not self._is_files or not self._pattern.lower().endswith(_ALONE):
@@ -118,19 +129,24 @@ class Shadow:
             note_file = self._home / "source.json"
             known: dict[str, str] = {}
             with suppress(OSError, ValueError):
-                known = json.loads(note_file.read_text(encoding="utf-8"))
+                document = json.loads(note_file.read_text(encoding="utf-8"))
+                known = document if isinstance(document, dict) else {}
             self._remove(known.keys() - self._entries.keys())
             self._whole = {name for name in self._entries if self._is_copied(name)}
             noted = {name: f"{entry.tag} {name in self._whole}" for name, entry in self._entries.items()}
             changed = [
                 entry for name, entry in self._entries.items()
-                if known.get(name) != noted[name] or not (self._folder / name).is_file()
+                if known.get(name) != noted[name] or not self._is_here(entry)
             ]  # fmt: skip
             self._check_room([entry for entry in changed if entry.name in self._whole])
             list(self._pool.map(self._bring_one, changed))
             if noted != known:
                 write_json(note_file, noted)
             self._stats = self._stats_by_file()
+
+    def _is_here(self, entry: Entry) -> bool:
+        path = self._folder / entry.name
+        return path.is_file() and (entry.name not in self._whole or path.stat().st_size == entry.num_bytes)
 
     def _is_copied(self, name: str) -> bool:
         """Whether the bytes of a file are needed to list the source."""
@@ -240,6 +256,9 @@ class Shadow:
             for following in self._names[number + 1 : number + 1 + AT_ONCE]:
                 if following not in self._whole and following not in self._ahead:
                     self._ahead[following] = self._pool.submit(self._read, following)
+            while len(self._ahead) > _MOST_AHEAD:  # nobody has asked for these, such as pictures that are encoded
+                with suppress(KeyError):  # another thread has
+                    self._ahead.popitem(last=False)
         ahead = self._ahead.pop(name, None)
         return ahead.result() if ahead else self._read(name)
 
@@ -252,15 +271,17 @@ class Shadow:
         path = self._home / _PICTURES / copy
         with suppress(OSError):  # there is none, or it has just made room for another
             raw = path.read_bytes()
-            copies.touch(self._home, copy)
-            return raw
+            if copies.is_as_written(self._home, copy, raw):
+                copies.touch(self._home, copy)
+                return raw
+        copies.mark(self._home, _PICTURES, copy)
         try:
-            self._objects.fetch(name, path, entry.num_bytes)
+            sha256 = self._objects.fetch(name, path, entry.num_bytes)
         except StoreError:
             if self._objects.stat(name) is None:
                 raise UnreadableImage("is no longer there", has_changed=True) from None
             raise
-        copies.add(self._home, _PICTURES, copy, entry.num_bytes)
+        copies.add(self._home, _PICTURES, copy, entry.num_bytes, sha256)
         with suppress(OSError):
             return path.read_bytes()
         return self._objects.bytes_of(name)

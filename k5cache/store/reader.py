@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from k5cache.remote.behind import mirror_of
 from k5cache.shared import system
 from k5cache.shared.command_line import command
 from k5cache.shared.errors import CacheCorrupt, CacheError
@@ -244,6 +245,15 @@ class Cache:
 
     def _read(self, kind: ShardKind, key: str) -> StoredRow:
         shard, row = self._locate(kind, key)
+        try:
+            return shard.read(row, key, self._pin_memory)
+        except CacheCorrupt:
+            mirror = mirror_of(self.root)
+            if not mirror or not mirror.again({shard.info.file}):
+                raise
+        with self._lock:  # the copy of a URL's shard was damaged: another one is fetched
+            self._open.pop(shard.info.file, None)
+        shard, row = self._locate(kind, key)
         return shard.read(row, key, self._pin_memory)
 
     def _value(self, kind: ShardKind, key: str, column: str) -> bytes:
@@ -261,10 +271,24 @@ class Cache:
     def _shard(self, info: ShardInfo) -> Shard:
         """An open shard. The least recently used makes room; if a thread is reading it, it closes after that read."""
         with self._lock:
-            shard = self._open.pop(info.file, None) or Shard(self.root, info)
+            shard = self._open.pop(info.file, None) or self._opened(info)
             self._open[info.file] = shard
             while len(self._open) > most_open():
                 self._open.popitem(last=False)
+        return shard
+
+    def _opened(self, info: ShardInfo) -> Shard:
+        mirror = mirror_of(self.root)
+        if not mirror:
+            return Shard(self.root, info)
+        try:
+            shard = Shard(self.root, info)
+        except CacheCorrupt:
+            if not mirror.again({info.file}):
+                raise
+            shard = Shard(self.root, info)
+        for name in [name for name in self._open if not mirror.is_here(name)]:
+            del self._open[name]  # it has made room, but the disk has none until it is closed
         return shard
 
 
@@ -316,7 +340,7 @@ def open_cache(path: str | Path, pin_memory: bool = False) -> Cache:
         try:
             return Cache(root, manifest, pin_memory)
         except CacheCorrupt:  # perhaps a writer replaced the index after we read the manifest
-            newer = read_manifest(root)
-            if newer == manifest:
+            newer, mirror = read_manifest(root), mirror_of(root)
+            if newer == manifest and not (mirror and mirror.again(manifest.tables)):
                 raise
             manifest = newer
