@@ -153,6 +153,35 @@ def test_names_that_lead_out_are_no_files_and_are_named(shop, tmp_path, monkeypa
     assert not list(tmp_path.rglob("evil.png"))
 
 
+def test_names_with_unusual_spaces_are_read_and_a_name_that_is_a_folder_too_is_skipped(shop):
+    picture = (shop.source / "sub/0.png").read_bytes()
+    names = ["shot\u202f3 PM.png", "a#b?c%20.png", "ü\u3000.png"]
+    put("spaces", dict.fromkeys(names, picture) | {"cat.png": picture, "cat.png/one.png": picture})
+    images = find.find(Path("s3://bucket/spaces"), CacheConfig(caption_strategy="filename"))
+    assert sorted(item.path for item in images.items) == sorted([*names, "cat.png/one.png"])
+    assert all(images.read(name) == picture for name in names)
+    assert [(skip.path, skip.reason) for skip in images.skipped] == [
+        ("cat.png", "is a folder too, and cannot be both here")
+    ]
+
+
+def test_a_damaged_copy_of_a_picture_is_fetched_again_and_what_nobody_asks_for_is_not_kept(shop, monkeypatch):
+    picture = (shop.source / "sub/0.png").read_bytes()
+    put("kept", {f"{number:03}.png": picture for number in range(60)})
+    images = find.find(Path("s3://bucket/kept"), CacheConfig(caption_strategy="filename"))
+    assert images.read("000.png") == picture
+    (copy,) = copies.k5_home().rglob("pictures/*")
+    copy.write_bytes(picture[:-1] + b"x")
+    assert images.read("000.png") == picture
+    shadows: list[Shadow] = []
+    content = Shadow.content
+    monkeypatch.setattr(Shadow, "content", lambda self, path: shadows.append(self) or content(self, path))
+    for begin in (1, 20, 40):
+        for number in range(begin, begin + 5):
+            assert images.read(f"{number:03}.png") == picture
+    assert len(shadows[-1]._ahead) <= 32
+
+
 def test_pictures_are_copied_within_a_bound_and_one_that_is_gone_is_skipped(shop, monkeypatch):
     put("gone", objects_of(shop.source))
     monkeypatch.setenv("K5_REMOTE_SIZE", "0.02MB")
