@@ -111,7 +111,12 @@ class Shadow:
 
     def _leave_out_folders(self) -> None:
         """A store may have both cat and cat/a.png; here cat is a folder then."""
-        folders = {folder.as_posix() for name in self._entries for folder in Path(name).parents}
+        folders: set[str] = set()
+        for name in self._entries:
+            folder = name.rpartition("/")[0]
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = folder.rpartition("/")[0]
         for name in sorted(folders & self._entries.keys()):
             del self._entries[name]
             self.skipped.append(Skipped(name, "is a folder too, and cannot be both here"))
