@@ -122,7 +122,7 @@ class Running:
                     raise _understood(error) from error
                 continue
             if arrived is None:
-                self._say_who_died()
+                self._end()
                 return
             if isinstance(arrived, BaseException):
                 raise _understood(arrived)
@@ -170,8 +170,8 @@ class Running:
                 self._work.show(self._work.num_done + num_rows)
         self._look_at_machines()
 
-    def _say_who_died(self) -> None:
-        """Of the last orders: they may end before the next tick."""
+    def _end(self) -> None:
+        """Say who died of the last orders, which may end before the next tick, and end the ledger."""
         import ray
         from ray.exceptions import RayError
 
@@ -180,6 +180,7 @@ class Running:
             for state in ray.get([*asked, self._ledger.state.remote(self._ended)], timeout=_SECONDS_A_LOOK):
                 self._work.begun(state[1], "encoded")
                 self._work.begun(state[2], "decoded")
+            ray.kill(self._ledger)
 
     def _look_for_ray(self) -> None:
         """Raises ``EngineError`` if the Ray of this machine has ended: then nothing more may be asked of it."""
