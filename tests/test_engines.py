@@ -129,3 +129,9 @@ def test_a_worker_that_fails_reports_the_shards_that_it_has_finished(tmp_path, m
     (answer,) = Fails(None, None, ledger)(pa.table({"order": [4, 4], "job": ["", ""]}))
     report = wire.report_of(answer["report"][0].as_py())
     assert (report.order, report.shards, report.error.errno) == (4, (SHARD,), 28)
+
+
+def test_a_command_whose_stderr_is_closed_starts_ray_too(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with cluster._nothing_printed():
+        pass

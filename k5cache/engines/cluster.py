@@ -197,6 +197,9 @@ def _check_port(address: str) -> None:
 @contextmanager
 def _nothing_printed() -> Iterator[None]:
     """Ray's own code writes a line to stderr while it starts."""
+    if sys.stderr is None:  # closed: `2>&-`
+        yield
+        return
     sys.stderr.flush()
     before = os.dup(2)
     try:
