@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -272,6 +273,48 @@ def test_a_worker_whose_parent_was_killed_stops():
         cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert (done.returncode, json.loads(done.stdout)) == (130, {"event": "stopped", "said": ""})
+
+
+SAVES_SLOWLY = """
+from k5train.training import sweep_worker
+def work(worker):
+    try:
+        worker.channel.say("begun")
+        worker.channel.next_order()
+    except KeyboardInterrupt:
+        worker.channel.say("saving")
+        worker.channel.next_order()
+        raise KeyboardInterrupt("all is saved")
+sweep_worker.Worker.work = work
+sweep_worker.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there SIGTERM ends a process at once")
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [("SIGTERM", "stop", "all is saved"), ("stop", "SIGTERM", "all is saved"), ("stop", "hurry", "")],
+)
+def test_a_sigterm_to_all_and_the_order_of_the_parent_are_one_ctrl_c(first, then, said):
+    """As a cluster sends it to every process of a job: a second Ctrl-C would not wait for what is being saved."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SAVES_SLOWLY]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=system.environment()) as worker:
+
+        def tell(what: str) -> None:
+            if what == "SIGTERM":
+                worker.terminate()
+            else:
+                worker.stdin.write(json.dumps({"do": what}).encode() + b"\n")
+                worker.stdin.flush()
+
+        assert json.loads(worker.stdout.readline()) == {"event": "begun"}
+        tell(first)
+        assert json.loads(worker.stdout.readline()) == {"event": "saving"}
+        tell(then)
+        if said:
+            tell("it is saved now")
+        assert json.loads(worker.stdout.readline()) == {"event": "stopped", "said": said}
 
 
 def test_an_error_of_the_disk_is_an_answer_and_a_mistake_of_ours_is_not(monkeypatch):

@@ -23,9 +23,11 @@ class _State:
 
     is_deferring = False
     is_pending = False
+    has_come = False
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    _State.has_come = True
     if not _State.is_deferring or _State.is_pending:
         raise KeyboardInterrupt
     _State.is_pending = True
@@ -51,6 +53,7 @@ def installed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _State.has_come = False
     unraisable = sys.unraisablehook
     before = {number: signal.getsignal(number) for number in system.stop_signals()}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
@@ -63,6 +66,13 @@ def installed() -> Iterator[None]:
         sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ask_once() -> None:
+    """Do what a first Ctrl-C does, from any thread. Whoever was stopped already, by whatever signal, saves in peace."""
+    if not _State.has_come:
+        _State.has_come = True
+        system.interrupt()
 
 
 @contextmanager

@@ -232,7 +232,7 @@ class Crew:
                 if self.training and not attempt:
                     console.note("Stopping: each run saves its state first", "yellow")
                 for worker in list(self.states):
-                    worker.order("stop") if attempt < 2 else worker.kill()
+                    worker.order(("stop", "hurry")[attempt]) if attempt < 2 else worker.kill()
                 if self._have_ended(SECONDS_TO_END):
                     return
                 if attempt == 0:

@@ -7,6 +7,7 @@
     {"do": "load"}                   {"event": "loaded"}
     {"do": "train", "label": ...}    {"event": "ended", "label": ..., "problem": ..., "fix": ...}
     {"do": "stop"}                   as Ctrl-C: {"event": "stopped", "said": ...}, and it ends
+    {"do": "hurry"}                  as a second Ctrl-C: it does not wait for what is not saved
     {"do": "end"}                    it ends
 
 An answer may be {"event": "refused", "problem": ..., "fix": ...} instead. If whoever gives the orders is killed, it
@@ -64,12 +65,14 @@ class Channel:
         for line in sys.stdin:
             order = json.loads(line)
             if order["do"] == "stop":
+                interrupt.ask_once()
+            elif order["do"] == "hurry":
                 system.interrupt()
             else:
                 self._orders.put(order)
                 if order["do"] == "end":
                     return
-        system.interrupt()  # the parent is gone
+        interrupt.ask_once()  # the parent is gone
 
 
 class Worker:
@@ -163,6 +166,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where nohup has it ignored: "stop" is sent as one
     try:
         with interrupt.installed(), announced(console.note):
+            # A cluster sends it to all processes at once, and the parent passes its own on: both are one Ctrl-C.
+            signal.signal(signal.SIGTERM, lambda *_: interrupt.ask_once())
             channel.listen()
             Worker(channel).work()
     except KeyboardInterrupt as stopped:
