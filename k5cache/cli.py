@@ -9,6 +9,7 @@ import typer
 
 from k5cache.commands import bench, encode, gc, info, merge, options, prompts, push, selftest, show, verify
 from k5cache.shared import console, help
+from k5cache.shared.torchrun import refuse_torchrun
 
 MAKE = "Make a cache"
 LOOK = "Look into a cache"
@@ -32,8 +33,9 @@ add = partial(help.add, app)
 
 
 @app.callback()
-def k5cache(version: Annotated[bool, help.version_option("k5cache")] = False) -> None:
+def k5cache(ctx: typer.Context, version: Annotated[bool, help.version_option("k5cache")] = False) -> None:
     """What is given before the command."""
+    refuse_torchrun("k5cache", ctx.invoked_subcommand, shared=(), on_gpus=("encode",))
 
 
 add(

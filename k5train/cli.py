@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from k5cache.shared import console, help
+from k5cache.shared.torchrun import refuse_torchrun
 from k5train.commands import (
     base,
     bench,
@@ -52,8 +53,9 @@ add = partial(help.add, app)
 
 
 @app.callback()
-def k5train(version: Annotated[bool, help.version_option("k5train")] = False) -> None:
+def k5train(ctx: typer.Context, version: Annotated[bool, help.version_option("k5train")] = False) -> None:
     """What is given before the command."""
+    refuse_torchrun("k5train", ctx.invoked_subcommand, shared=("run", "resume"), on_gpus=("sweep",))
 
 
 add(

@@ -1,7 +1,8 @@
 """Runs of several processes on the CPU, each forked from one that has imported everything. ``python -m tests.ranks``.
 
 A line of JSON on stdin is a job: ``words``, the command line of each process; and ``at``, what happens to one of them
-in the update after a step: ``[rank, step, "kill"]``, ``"stop"`` or ``"fail"``. A line of JSON answers: the exit codes.
+in the update after a step: ``[rank, step, "kill"]``, ``"stop"``, ``"hang"`` or ``"fail"``. A line of JSON answers: the
+exit codes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,13 @@ def serve(folder: Path) -> None:
             if pid == 0:
                 be_rank(rank, len(job["words"]), port, words, job["at"], paths[rank])
             pids.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        hangs = job["at"][0] if job["at"] and job["at"][2] == "hang" else None
+        ended = {}
+        for rank in sorted(range(len(pids)), key=lambda rank: rank == hangs):  # who hangs must not be waited for
+            if rank == hangs:
+                os.kill(pids[rank], signal.SIGKILL)
+            ended[rank] = os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1])
+        codes = [ended[rank] for rank in range(len(pids))]
         said = [path.read_text(encoding="utf-8") for path in paths]
         print(json.dumps({"codes": codes, "said": said, "seconds": time.monotonic() - began}), flush=True)
 
@@ -88,16 +95,19 @@ def be_rank(rank: int, size: int, port: int, words: list[str], at: list | None, 
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in world.items()}})
     from k5train.cli import main
+    from k5train.parallel import line
     from k5train.training.loop import Loop
     from tests.runs import only_training
 
+    if at and at[2] == "hang":
+        line.BEAT, line.SILENT = 0.1, 20
     accumulate, code = Loop.step, 1
 
     def step(self, *arguments):
         if at and (rank, self.progress.step) == tuple(at[:2]):
             if at[2] == "fail":
                 raise ValueError("of a bug")
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGINT}[at[2]])
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGINT, "hang": signal.SIGSTOP}[at[2]])
         return accumulate(self, *arguments)
 
     Loop.step = step

@@ -6,6 +6,7 @@ gloo on the CPU stands for NCCL on GPUs; tests/gpu/test_parallel_gpu.py has thos
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from k5cache.cli import app as encode_app
 from k5cache.shared.errors import K5Error, RunError
+from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
 from k5train.parallel import launch as launching
 from k5train.parallel.ranks import ALONE, united
@@ -23,8 +26,11 @@ from k5train.parallel.world import World, gpu_of, world_of
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state
 from k5train.training.shared_out import check_alike, shared_out
-from tests.ranks import Ranks
+from tests.cli import Cli
+from tests.ranks import ROOT, Ranks
 from tests.runs import CONFIG, lora_of, metrics_of, numbers, same, state_of
+from tests.test_masks import mask_file, white_left
+from tests.workshop import Workshop
 
 # The toy has three buckets and captions of four lengths. All that is shared out is on.
 RECIPE = """
@@ -38,13 +44,19 @@ base_model_precision = "no_change"
 mixed_precision = "fp32"
 device = "cpu"
 unequal_captions = "mask"
+loss_limit = 0.0
 [train.lora]
 rank = 2
 targets = ["qkv"]
+dropout = 0.3
 [train.optim]
 lr = 1e-2
 warmup_steps = 2
 ema_decay = 0.9
+[train.rollout]
+probability = 0.6
+num_inference_steps = 8
+ramp_steps = 2
 [train.objective]
 stratified_sigmas = true
 [train.tread]
@@ -103,8 +115,43 @@ def test_two_processes_train_bit_for_bit_what_one_does_that_accumulates_two_batc
     assert same(lora_of(two), lora_of(one))
     assert numbers_of(two) == numbers_of(one)
     assert {row["num_rows"] for row in metrics_of(two) if "loss" in row} > {4}  # buckets leave batches of one row too
+    assert any("rollout_passes" in row for row in metrics_of(two))
     assert len(pictures_of(two)) == 6  # three prompts, and the average's
     assert pictures_of(two) == pictures_of(one)
+
+
+# What the recipe above leaves out, or cannot have beside it.
+OTHERS = {
+    "schedule-free, streamed, a prior, class captions and masks": (
+        'base_model_precision="int8-quanto"', "memory.enable_group_offload=true", 'optim.optimizer="schedulefree"',
+        "optim.ema_decay=0.0", "tread.routes=[]", "rollout.probability=0.0", "objective.preservation_weight=0.5",
+        "objective.masked_loss=true", "objective.prior_loss_weight=0.3", "validation.prompts=[]", "steps=2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_option_trains_on_two_processes_what_it_trains_on_one(tmp_path, name, ranks, words, toy_model):
+    shop, prior = (Workshop(tmp_path / folder, toy_model) for folder in ("classes", "prior"))
+    for i, caption in enumerate(("sks", "sks on a hill", "a dog", "a portrait of sks")):
+        shop.put(f"{i}.png", caption, seed=i)
+        prior.put(f"{i}.png", "a cat" * (i % 2 + 1), seed=i + 9)
+    mask_file(shop.source / "0.mask.png", white_left(64, 64, 24))
+    shop.encode(class_replaces="sks", class_word="old cat")
+    prior.encode()
+    data = f"data=[{{cache='{shop.root}'}}, {{cache='{prior.root}', is_regularisation_data=true}}]"
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    line = [words(root, data, *OTHERS[name]) for root in (one, two)]
+    for line_of in line:
+        del line_of[1]  # the cache: the recipe names its own
+    assert ranks([*line[0], "--set", "train.gradient_accumulation_steps=2"]).codes == [0]
+    ended = ranks(*[line[1]] * 2)
+    assert ended.codes == [0, 0], ended.said
+    assert same(state_of(two), state_of(one))
+    assert same(lora_of(two), lora_of(one))
+    assert numbers_of(two) == numbers_of(one)
+    assert all(row["preservation_loss"] > 0 for row in metrics_of(two) if "loss" in row)
 
 
 def numbers_of(root: Path) -> list[dict]:
@@ -147,6 +194,10 @@ def test_ctrl_c_at_one_process_stops_all_after_the_same_step_and_an_error_of_one
     assert ended.codes == [2, 1]
     assert "error: Rank 1 (process " in ended.said[0]
     assert "ValueError: of a bug" in ended.said[0]
+    ended = ranks(*[words(root)] * 2, at=(1, 2, "hang"))  # a minute takes two seconds here
+    assert ended.codes == [2, -9]
+    assert "hangs: it has given no sign of life for 2 s. The run has ended and saved at step 2" in ended.said[0]
+    assert "error: Rank 1 (process " in ended.said[0]
     ended = ranks(*[words(root)] * 2, at=(0, 3, "kill"))
     assert ended.codes == [-9, 2]
     assert "Rank 1: Rank 0 (on 127.0.0.1) ended without a word" in ended.said[1]
@@ -170,8 +221,9 @@ def test_torchruns_variables_say_which_process_this_is_and_which_gpu_is_its_own(
     assert world_of({"RANK": "0", "WORLD_SIZE": "1"}) is None
     env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert world_of(env) == World(5, 8, 1, 4)
-    with pytest.raises(RunError, match="are no numbers"):
-        world_of({"RANK": "x", "WORLD_SIZE": "2"})
+    for rank in ("x", "2", "-1"):
+        with pytest.raises(RunError, match="are no numbers"):
+            world_of({"RANK": rank, "WORLD_SIZE": "2"})
     world = World(1, 2, 1, 2)
     monkeypatch.setattr("k5train.parallel.world.visible_gpus", lambda env: ("GPU-a", "GPU-b"))
     assert gpu_of(world, "auto", {}) == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
@@ -180,6 +232,25 @@ def test_torchruns_variables_say_which_process_this_is_and_which_gpu_is_its_own(
         gpu_of(world, "cuda:1", {})
     with pytest.raises(RunError, match="3 processes were started on this machine, and it has 2 GPUs"):
         gpu_of(World(2, 3, 2, 3), "auto", {})
+
+
+def test_a_command_that_is_one_process_refuses_torchrun_and_says_how_it_uses_several_gpus(monkeypatch, tmp_path):
+    for rank in ("0", "1"):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        for app, program, words, instead in (
+            (train_app, "k5train", ["sweep", "cache/a", "--grid", "train.lora.rank=8,16"], " --gpus 2"),
+            (train_app, "k5train", ["sample", "runs/a"], ""),
+            (encode_app, "k5cache", ["encode", "pictures"], " --gpus 2"),
+        ):
+            done = Cli(tmp_path)(app, *words)
+            line = f"error: {program} {words[0]} is one process, and torchrun has started 2 of it\n"
+            assert (done.code, done.out) == (2, "")
+            assert done.err.startswith(line if rank == "0" else "")
+            assert done.err.endswith(f"{' '.join(words)}{instead}\n" if rank == "0" else "")
+            assert done.err.count("\n") == (2 if rank == "0" else 0)
+    monkeypatch.delenv("LOCAL_RANK")  # a cluster that numbers its pods
+    assert "torchrun" not in Cli(tmp_path)(train_app, "sample", "runs/a").err
 
 
 def test_items_that_were_dealt_out_come_back_in_their_order():
@@ -216,9 +287,34 @@ def test_gpus_starts_a_process_each_of_which_the_first_has_the_terminal(capfd, m
     waits = "import os, time; os.environ['RANK'] == '1' and os._exit(1); time.sleep(60)"
     with pytest.raises(K5Error, match="Rank 0 was ended by SIGINT"):
         launching.launch([sys.executable, "-S", "-c", waits], 2)
-    deaf = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {waits}"
+    deaf = f"import signal; [signal.signal(number, signal.SIG_IGN) for number in (2, 15)]; {waits}"
     with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
         launching.launch([sys.executable, "-S", "-c", deaf], 2)
+    # With the first one the run has ended, also if another one hangs.
+    monkeypatch.setattr(launching, "PATIENCE_WITH_THE_REST", 0.3)
+    hangs = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP); sys.exit(2)"
+    assert launching.launch([sys.executable, "-S", "-c", hangs], 2) == 2
+
+
+IGNORING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from k5cache.shared import interrupt
+from k5train.parallel.launch import launch
+sleeps = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print(flush=True); time.sleep(60)"
+with interrupt.installed():
+    sys.exit(launch([sys.executable, "-S", "-c", sleeps], 2))
+"""
+
+
+def test_what_a_script_started_in_the_background_stops_at_sigterm(tmp_path):
+    """A shell's ``command &`` ignores Ctrl-C, and so do the processes that it starts."""
+    process = subprocess.Popen([sys.executable, "-c", IGNORING], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout
+    assert process.stdout.readline() == b"\n"  # the first one is there
+    process.terminate()
+    assert process.communicate(timeout=30)[0] == b""
+    assert process.returncode == 7
 
 
 def test_a_deterministic_sum_over_three_processes_is_in_the_order_of_their_ranks(ranks):

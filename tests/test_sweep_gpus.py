@@ -25,6 +25,7 @@ from k5cache.shared.model import ModelConfig
 from k5train.cli import app
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
+from k5train.planning.host_memory import check_host_memory
 from k5train.planning.memory import Plan, Streaming
 from k5train.planning.saved_plan import SavedPlan
 from k5train.training import sweep_on_gpus
@@ -32,7 +33,7 @@ from k5train.training.gpu_process import Event, GpuProcess, module
 from k5train.training.sweep import check_devices, used_gpus, wait_for_what_is_saved
 from k5train.training.sweep_folder import Place
 from k5train.training.sweep_job import Job, read_job
-from k5train.training.sweep_on_gpus import Crew, check_host_memory, names_of, together
+from k5train.training.sweep_on_gpus import Crew, names_of, together
 from k5train.training.sweep_runs import SweepRun
 from k5train.training.sweep_worker import Worker
 from tests.cli import Cli

@@ -133,11 +133,12 @@ def is_another_process(pid: int) -> bool:
 
 
 def interrupt() -> None:
-    """Do what Ctrl-C does to this process, from any of its threads."""
+    """Do what Ctrl-C does to this process, from any of its threads; also to one that ignores Ctrl-C (``command &``)."""
     if os.name == "nt":
         _thread.interrupt_main()  # there, os.kill ends the process
     else:
-        os.kill(os.getpid(), signal.SIGINT)  # ends a call that waits, too
+        is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM if is_ignored else signal.SIGINT)  # ends a call that waits, too
 
 
 def stop_signals() -> list[int]:
@@ -227,7 +228,7 @@ def interrupt_child(process: subprocess.Popen[bytes]) -> None:
     if os.name == "nt":
         process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))  # Ctrl-C cannot be sent to one process
     else:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM if _ignores_interrupt(process.pid) else signal.SIGINT)
 
 
 def interrupt_process(pid: int, is_right: Callable[[], bool]) -> bool:

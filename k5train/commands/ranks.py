@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-def start_others(gpus: int | None) -> None:
+def start_others(gpus: int | None, *chosen: Path) -> None:
     """With ``--gpus``, run this command line in a process on each GPU, and end with their exit code.
 
     In one of these processes, and without the option, this does nothing.
+
+    Args:
+        chosen: arguments that were not given: the only cache, or the one that a person has chosen.
 
     Raises:
         K5Error: there are fewer GPUs; or torchrun starts processes already.
@@ -41,7 +45,7 @@ def start_others(gpus: int | None) -> None:
     if gpus > 1:
         from k5train.parallel.launch import launch, this_program
 
-        code = launch(this_program(), gpus)
+        code = launch(this_program(*map(str, chosen)), gpus)
         console.err.quiet = code == console.STOPPED  # the first process has said it
         raise typer.Exit(code)
 

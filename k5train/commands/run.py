@@ -56,8 +56,9 @@ def run(
     """
     model_config, config = read_recipe(recipe, model, with_vram(options, vram))
     caches = cache or ([] if config.data else [find_cache(Path("cache"))])
-    start_others(gpus)
-    with _before_the_first_step(), all_ranks(config.device, {"train": to_dict(config)}) as ranks:
+    start_others(gpus, *([] if cache else caches))
+    given = {"caches": [str(path) for path in caches], "out": str(out), "model": str(model), "new": is_new}
+    with _before_the_first_step(), all_ranks(config.device, {"train": to_dict(config), **given}) as ranks:
         if not ranks.is_first:
             follow(ranks)
             return

@@ -13,13 +13,14 @@ MOST_NAMED = 3
 FULL = 0.75  # of batch_size on average: the last batch of each bucket has what is left, which is no surprise
 
 
-def batch_warnings(data: Mixture, config: TrainConfig) -> list[str]:
+def batch_warnings(data: Mixture, config: TrainConfig, num_ranks: int = 1) -> list[str]:
     """What is to be said of batches with fewer rows than ``batch_size``, and of updates longer than an epoch.
 
     Args:
         data: without what the run holds out.
+        num_ranks: processes that train together, of which each accumulates.
     """
-    size, per_update = config.batch_size, config.gradient_accumulation_steps
+    size, per_update = config.batch_size, config.gradient_accumulation_steps * num_ranks
     rows = {bucket: ceil(sum(pool.rate for pool in pools)) for bucket, pools in data.pools.items()}
     count = _num_batches(rows.values(), size)
     lines = []
@@ -29,9 +30,11 @@ def batch_warnings(data: Mixture, config: TrainConfig) -> list[str]:
         lines.append(f"train.batch_size is {size}, but {_found(rows, size)}. {use}")
     if count and per_update > count:
         batches = "one batch" if count == 1 else f"{count} batches"
+        on = "" if num_ranks == 1 else f" on each of {num_ranks} GPUs"
+        fewer = f"--set train.gradient_accumulation_steps={count // num_ranks}" if count >= num_ranks else "fewer GPUs"
         lines.append(
-            f"train.gradient_accumulation_steps is {per_update}, but an epoch has {batches}: each update goes"
-            f" {per_update / count:.2g} times through the images. Use --set train.gradient_accumulation_steps={count}"
+            f"train.gradient_accumulation_steps is {per_update // num_ranks}{on}, but an epoch has {batches}: each"
+            f" update goes {per_update / count:.2g} times through the images. Use {fewer}"
         )
     return lines
 

@@ -24,9 +24,11 @@ from k5cache.shared.errors import RunError
 from k5train.parallel.world import LAUNCHED
 
 PATIENCE = 30.0
-"""Seconds in which the others may save and end by themselves after one has failed. Then they are asked to stop."""
-MORE_PATIENCE = 25.0
-"""Seconds until those that were asked are ended."""
+"""Seconds for which processes may end by themselves after one has failed. Then they are asked to."""
+MORE_PATIENCE = 600.0
+"""Seconds until the first process is ended, which may be saving the state on a slow disk."""
+PATIENCE_WITH_THE_REST = 10.0
+"""The same for both with the others once the first one has ended: they have nothing to save."""
 _LINES = 12  # of a process that died
 _REPORTED = progress_file.VARIABLE
 
@@ -67,7 +69,7 @@ def launch(command: Sequence[str], count: int, env: Mapping[str, str] | None = N
         env: instead of this process's variables.
 
     Returns:
-        the exit code of the first process, or that of another one if the first has none.
+        the exit code of the first process.
 
     Raises:
         RunError: a process was killed, and the first one could not say so.
@@ -101,21 +103,27 @@ def _start(command: Sequence[str], rank: int, shared: Mapping[str, str]) -> _Chi
 
 
 def _wait(children: Sequence[_Child]) -> None:
-    """Wait for all processes. A signal to this one goes to all of them, once each time it comes."""
-    failed_at, is_asked = float("inf"), False
+    """Wait for all processes. A signal to this one goes to all of them, once each time it comes; a third ends them."""
+    num_signals, is_asked, failed_at, left_at = 0, False, float("inf"), float("inf")
     while running := [child for child in children if child.process.poll() is None]:
         try:
-            if failed_at == float("inf") and any(child.process.poll() for child in children):
-                failed_at = time.monotonic()
-            waited = time.monotonic() - failed_at
-            if waited > PATIENCE and not is_asked:
+            now, is_first_there = time.monotonic(), children[0] in running
+            if any(child.process.poll() for child in children):
+                failed_at = min(now, failed_at)
+            if not is_first_there:
+                left_at = min(now, left_at)
+            waited = now - failed_at if is_first_there else now - left_at
+            patience = PATIENCE if is_first_there else PATIENCE_WITH_THE_REST
+            # Whoever was asked by a signal is not asked again: a second one would cut short what is being saved.
+            if waited > patience and not is_asked and not num_signals:
                 is_asked = True
                 _interrupt(running)
-            if waited > PATIENCE + MORE_PATIENCE:
+            if num_signals > 2 or waited > patience + (MORE_PATIENCE if is_first_there else PATIENCE_WITH_THE_REST):
                 for child in running:
                     system.end_with_children(child.process)
             time.sleep(0.05)
         except KeyboardInterrupt:
+            num_signals += 1
             _interrupt(running)
 
 
@@ -126,10 +134,11 @@ def _interrupt(children: Sequence[_Child]) -> None:
 
 
 def _code(children: Sequence[_Child]) -> int:
-    """The exit code of the whole, after what a process that died had to say."""
+    """The exit code of the whole, after what a process that died had to say. It is the first one's, which has the run's
+    files, if it has one."""
     first = children[0].process.returncode
     for child in children[1:]:
-        if child.process.returncode < 0 or child.process.returncode == 1:
+        if child.process.returncode < 0 or child.process.returncode == 1 or first < 0:
             for line in child.said:
                 console.note(f"rank {child.rank}: {line}")
     if first < 0:
@@ -138,8 +147,7 @@ def _code(children: Sequence[_Child]) -> int:
             f"Rank 0 was ended by {killer}, and with it the run; its last saved state stays",
             f"To go on, run the same command again: {console.this_command()}",
         )
-    codes = [first, *(child.process.returncode for child in children[1:])]
-    return next((code if code > 0 else 2 for code in codes if code), 0)
+    return first
 
 
 def _free_port() -> int:
@@ -148,6 +156,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def this_program() -> list[str]:
-    """The command line of this process, for another one like it."""
-    return [sys.executable, "-m", "k5train", *sys.argv[1:]]
+def this_program(*more: str) -> list[str]:
+    """The command line of this process, for another one like it.
+
+    Args:
+        more: arguments that were not given, and that a process without a terminal cannot ask for.
+    """
+    return [sys.executable, "-m", "k5train", *sys.argv[1:], *more]

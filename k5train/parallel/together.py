@@ -6,6 +6,7 @@ gradients. Whoever waits for the others asks the channel meanwhile, because NCCL
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from k5cache.shared import console, disk_errors, interrupt, system
 from k5cache.shared.errors import K5Error, RunError
 from k5train.parallel import channel as channels
-from k5train.parallel.channel import DONE, FAILED, STOPPED, Channel
+from k5train.parallel.channel import Channel
+from k5train.parallel.line import DONE, FAILED, STOPPED
 from k5train.parallel.ranks import RankLost, Ranks
 from k5train.parallel.world import World, gpu_of
 
@@ -33,6 +35,8 @@ T = TypeVar("T")
 SECONDS_TO_COME = 120.0
 _POLL = 0.0005  # seconds; an update takes a hundred times that
 _CHUNK = 1 << 24  # elements that are gathered from all processes at once: 64 MB from each
+LATE = 1800.0
+"""Seconds for which a sum waits for the others. They live and may be slow, but not by so much."""
 # NCCL's own watchers would end the process before the run's state is saved.
 _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
@@ -50,6 +54,7 @@ class Together(Ranks):
         self._device: torch.device | None = None
         self._is_deterministic = False
         self._backend = "gloo"
+        self._work: Any = None
 
     def agree(self, value: T) -> T:
         """As ``Ranks``."""
@@ -82,9 +87,15 @@ class Together(Ranks):
         from torch import distributed
         from torch.distributed.distributed_c10d import PrefixStore
 
-        card = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-        cards = self.gather([socket.gethostname(), card])
+        is_gpu = device.type == "cuda"
+        card = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else ""
+        cards = self.gather([socket.gethostname(), card, torch.cuda.get_device_name(device) if is_gpu else ""])
         are_apart = len({tuple(c) for c in cards}) == self.size
+        if len(kinds := {kind for *_, kind in cards}) > 1 and self.is_first:
+            console.warn(
+                f"The GPUs are of several kinds ({', '.join(sorted(kinds))}): all go at the pace of the slowest, and a"
+                " resumed run is the same within rounding only"
+            )
         is_nccl = device.type == "cuda" and are_apart and distributed.is_nccl_available()
         if device.type == "cuda" and not are_apart and self.is_first:
             console.warn("Several processes train on one GPU: they take turns, and it is not faster than one")
@@ -94,10 +105,12 @@ class Together(Ranks):
         with self._named():
             distributed.init_process_group(
                 self._backend, store=PrefixStore("k5", self._store), rank=self.rank, world_size=self.size,
-                timeout=timedelta(minutes=30),
+                timeout=timedelta(seconds=SECONDS_TO_COME),
             )  # fmt: skip
         ones = torch.ones(8, device=device)
         self.add_up(ones)  # makes the connections
+        # From here on it is ``_until`` that gives up.
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4 * LATE))
         self.wait_for_device()
         if ones[0].item() != self.size:
             raise RunError(f"{self._backend} adds up wrongly: {self.size} ones give {ones[0].item():g}", _NCCL_ADVICE)
@@ -152,18 +165,23 @@ class Together(Ranks):
                 self._abort()
 
     def _do(self, start: Callable[[], Any]) -> None:
+        self.channel.pulse.place += 1
         with self._named():
             work = start()
+        self._work = work
         if self._backend == "gloo":
             self._until(work.is_completed)
         with self._named():
             work.wait()  # of NCCL it is the stream that waits, and wait_for_device that notices if it does so forever
 
     def _until(self, is_done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LATE
         try:
             with self._named():
                 while not is_done():
                     self.channel.check()
+                    if time.monotonic() > deadline:
+                        raise too_late(self.channel.behind(), self._backend)
                     time.sleep(_POLL)
         except BaseException:
             self._abort()  # else the GPU waits on, and nothing could be saved
@@ -172,9 +190,15 @@ class Together(Ranks):
     def _abort(self) -> None:
         from torch import distributed
 
-        if self._backend == "nccl" and distributed.is_initialized():
-            with suppress(RuntimeError, ValueError, AttributeError):
+        if not distributed.is_initialized():
+            return
+        with suppress(RuntimeError, ValueError, AttributeError):
+            if self._backend == "nccl":
                 distributed.distributed_c10d._abort_process_group()
+            else:  # it cannot be aborted, and to free it would wait for a process that hangs
+                group = distributed.distributed_c10d._get_default_group()
+                assert self._device is not None
+                never_free(group, group._get_backend(self._device), self._work)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -186,6 +210,30 @@ class Together(Ranks):
             raise lost_connection(self._backend, error) from error
 
 
+def never_free(*objects: object) -> None:
+    """Keep objects until the system ends this process, so that nothing waits for what they wait for."""
+    for one in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+
+
+def too_late(behind: str, backend: str) -> RankLost:
+    """The error for a sum that does not end although all processes live.
+
+    Args:
+        behind: the names of those that have not come to it.
+    """
+    if behind:
+        return RankLost(
+            f"{behind} lives, but the others have waited for it for {LATE / 60:.0f} min",
+            "See where it is (py-spy dump --pid): a file system or a GPU may not answer",
+        )
+    return RankLost(
+        f"{backend} has not added up the gradients in {LATE / 60:.0f} min, and all processes wait",
+        _NCCL_ADVICE if backend == "nccl" else _GLOO_ADVICE,
+    )
+
+
+_GLOO_ADVICE = "Set GLOO_SOCKET_IFNAME to the network interface that they share"
 _NCCL_ADVICE = "Set NCCL_DEBUG=INFO to see more, and NCCL_P2P_DISABLE=1 to try without direct copies between the GPUs"
 
 
@@ -199,7 +247,7 @@ def lost_connection(backend: str, error: Exception) -> RankLost:
     words = " ".join([*lines[:1], *of_nccl[:1], *last])[:300]
     return RankLost(
         f"The processes of this run lost each other: {backend}: {words}",
-        _NCCL_ADVICE if backend == "nccl" else "Set GLOO_SOCKET_IFNAME to the network interface that they share",
+        _NCCL_ADVICE if backend == "nccl" else _GLOO_ADVICE,
     )
 
 
@@ -226,7 +274,7 @@ def joined(world: World, device: str) -> Iterator[Together]:
     except BaseException as error:
         if ranks is not None:
             ranks.end(*_words_of(error))
-        _answer(world, error)
+        _answer(world, error, ranks)
     ranks.end(DONE)
 
 
@@ -240,7 +288,7 @@ def _words_of(error: BaseException) -> tuple[str, str, str]:
     return FAILED, f"{type(error).__name__}: {first}", "Its own output has the traceback"
 
 
-def _answer(world: World, error: BaseException) -> NoReturn:
+def _answer(world: World, error: BaseException, ranks: Together | None) -> NoReturn:
     """Raise what this process's own command line is to say."""
     if world.rank == 0:
         raise error
@@ -248,10 +296,26 @@ def _answer(world: World, error: BaseException) -> NoReturn:
         raise SystemExit(2) from error
     if isinstance(error, KeyboardInterrupt):
         raise error
+    answer = _two_lines(error)
+    if answer and _says_the_same(ranks, answer):
+        raise SystemExit(2) from error
     console.err.quiet = False
-    if answer := _two_lines(error):
+    if answer:
         raise RunError(f"Rank {world.rank}: {answer[0]}", answer[1]) from error
     raise error
+
+
+def _says_the_same(ranks: Together | None, answer: tuple[str, str]) -> bool:
+    """Whether the first process ends by the same error, which all find at once where it is in what all know."""
+    if ranks is None:
+        return False
+    try:
+        ranks.channel.wait_for_news(2)
+    except RankLost as lost:
+        return lost.is_told and lost.problem.endswith(answer[0])
+    except KeyboardInterrupt:
+        pass
+    return False
 
 
 def _two_lines(error: BaseException) -> tuple[str, str] | None:

@@ -39,9 +39,12 @@ def world_of(env: Mapping[str, str] = os.environ) -> World | None:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", rank))
         world = World(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)), LAUNCHED in env)
+        if not 0 <= rank < max(size, 1):
+            raise ValueError(rank)
     except ValueError:
         raise RunError(
-            f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, as torchrun sets them, and are no numbers",
+            f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, as torchrun sets them, and are no numbers"
+            " of a process and of all",
             "Unset both, or start the run by torchrun",
         ) from None
     return world if size > 1 else None

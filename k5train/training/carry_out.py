@@ -32,7 +32,7 @@ from k5train.training.device import pick_device
 from k5train.training.loop import Loop
 from k5train.training.result import Result
 from k5train.training.session import attach
-from k5train.training.shared_out import facts_of
+from k5train.training.shared_out import check_room, facts_of
 from k5train.training.validation import HELD_OUT, Validation
 from k5train.training.which_plan import decide_plan
 
@@ -60,6 +60,8 @@ def carry_out(
     validation = Validation(data, folder, config, run, is_probed, ranks)
     loader, config = open_loader(data, folder, config, ranks.size)
     plan = decide_plan(data, folder, config, device, saved, base.plan if base else None, ranks)
+    if ranks.size > 1:
+        check_room(ranks, plan.host_bytes)
     with determinism(config.deterministic, (plan.sizes, config.lora)):
         base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
         with closing(attach(base, config, saved, ranks)) as session:

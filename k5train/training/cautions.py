@@ -32,7 +32,8 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig, num_ranks: 
     if config.epochs is not None:
         micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
         lines += never_reached(config, -(-micro_batches // (config.gradient_accumulation_steps * num_ranks)))
-    lines += [*batch_warnings(data, config), *_of_folders(data), *of_parts(data), *class_warnings(data, config)]
+    notes = [*_of_folders(data), *of_parts(data), *class_warnings(data, config)]
+    lines += [*batch_warnings(data, config, num_ranks), *notes]
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
 
 

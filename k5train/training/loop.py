@@ -198,8 +198,6 @@ class Loop:
             self.transformer.train()
         rate = learning_rate(progress.step, config.optim, config.steps)
         set_rate(optimizer, rate)
-        if config.lora.dropout:
-            self.seed_dropout(0)
         self.session.begin()
         asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
@@ -207,8 +205,9 @@ class Loop:
         losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of,
                             self.preserve, self.session.graphs,
                             partial(self.session.clip, config.optim.max_grad_norm), self.ranks,
-                            self.seed_dropout if config.lora.dropout and self.ranks.size > 1 else None)  # fmt: skip
+                            self.seed_dropout if config.lora.dropout else None)  # fmt: skip
         assert losses.norm is not None
+        cost = self.cost_of_rollouts()
         with interrupt.deferred():
             self.is_between_updates = False
             self.session.update(losses.rows, self.data, losses.norm)
@@ -220,21 +219,27 @@ class Loop:
                           loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
                           grad_norm=losses.norm, lr=rate, **_prodigy(optimizer), **_rows(losses.rows, seconds),
                           seconds=seconds, loader_seconds=waited,
-                          **self.cost.take(), **_memory(self.device, self.session.base.plan.peak),
+                          **cost, **_memory(self.device, self.session.base.plan.peak),
                           **_steps_of(config))  # fmt: skip
         return losses.mean
 
     def seed_dropout(self, number: int) -> None:
-        """Make what the adapter's dropout draws a function of the seed and the step, like every draw.
-
-        Of several processes each begins every batch anew, so that their number changes nothing.
+        """Make what the adapter's dropout draws in a batch a function of the seed and the micro-batch, like every draw.
 
         Args:
             number: of the batch among those of this process in the update.
         """
-        step, ranks = self.progress.step, self.ranks
-        micro = step * self.loader.per_update + number * ranks.size + ranks.rank
-        torch.manual_seed(self.config.seed * 1_000_003 + (step if ranks.size == 1 else micro))
+        micro = self.progress.step * self.loader.per_update + number * self.ranks.size + self.ranks.rank
+        torch.manual_seed(self.config.seed * 1_000_003 + micro)
+
+    def cost_of_rollouts(self) -> dict[str, float]:
+        """What rollouts cost in this update: the passes of all processes, and the seconds of the slowest one."""
+        own = self.cost.take()
+        if self.ranks.size == 1 or not self.config.rollout.probability:
+            return own
+        costs = [cost for cost in self.ranks.gather(own) if cost]
+        passes, seconds = ([cost[name] for cost in costs] for name in ("rollout_passes", "rollout_seconds"))
+        return {"rollout_passes": sum(passes), "rollout_seconds": max(seconds)} if costs else {}
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
         """Draw pictures and measure the held-out loss if they are due."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
+from k5cache.shared.host_memory import free_ram
 from k5cache.shared.recipe import to_dict
 from k5cache.shared.units import count_of
 from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.parallel.ranks import Ranks
+from k5train.planning.host_memory import check_host_memory
 from k5train.runs.differences import differences
 
 if TYPE_CHECKING:
@@ -93,6 +96,22 @@ def check_alike(ranks: Ranks, facts: Mapping[str, Any]) -> None:
                 f"Rank {rank} does not see what rank 0 sees: {'; '.join(_worded(lines))}",
                 "Give every process the same command, the same versions and the same files, and start them again",
             )
+
+
+def check_room(ranks: Ranks, num_bytes: int) -> None:
+    """Refuse to load if the processes of this machine together stream more weights from host memory than is free.
+
+    Args:
+        num_bytes: what each process streams.
+
+    Raises:
+        DoesNotFit: says for how many there is room.
+    """
+    host = socket.gethostname()
+    num_here = ranks.gather(host).count(host)
+    if num_here > 1:
+        check_host_memory([num_bytes] * num_here, free_ram())
+    ranks.gather("room")  # nobody loads before all have looked
 
 
 def _worded(lines: Sequence[str]) -> list[str]:

@@ -119,6 +119,7 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
         RunError: the run is finished, was started differently, or its cache is not there.
     """
     run, model, config, recorded_cache = open_run(root, options)
+    _check_accumulation(root, config, options)
     if is_open(config):  # by an option, as a run's own recipe has what was decided
         config = with_precision(config, open_run(root)[2].base_model_precision)
     check_writable(root)
@@ -139,6 +140,17 @@ def resume(root: Path, options: list[str], cache: Path | None, step: int | None 
     # Written before training, so that a run that is stopped again goes on with these options.
     accepted = partial(write_recipe, root, model, config, cache)
     return train(data, model_folder(model, PARTS), config, run, accepted=accepted, step=step, ranks=ranks)
+
+
+def _check_accumulation(root: Path, config: TrainConfig, options: Sequence[str]) -> None:
+    """Refuse another accumulation: what each GPU does follows from what an update had, and from their number."""
+    was = open_run(root)[2].gradient_accumulation_steps if options else config.gradient_accumulation_steps
+    if was != config.gradient_accumulation_steps:
+        raise RunError(
+            f"The run in {root} was started differently: train.gradient_accumulation_steps: {was}, now"
+            f" {config.gradient_accumulation_steps}",
+            "Change that back to resume the run, or start another one: k5train run --new, or -o OTHER",
+        )
 
 
 def _check_caches_exist(root: Path, config: TrainConfig, cache: Path | None, recorded_cache: Path) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 from rich.progress import TaskID
 
 from k5cache.shared import console
-from k5cache.shared.errors import DoesNotFit, K5Error, RunError
+from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.gpus import Slot
 from k5cache.shared.host_memory import free_ram
-from k5cache.shared.units import count_of
 from k5train.options.train import BaseModelPrecision
+from k5train.planning.host_memory import check_host_memory
 from k5train.training.gpu_process import Event, GpuProcess, module
 from k5train.training.sweep_job import Job
 
@@ -29,8 +29,6 @@ SECONDS = 0.5
 SECONDS_TO_END = 20.0
 MOST_DEATHS = 2
 """A GPU on which so many processes in a row were lost is not used any more."""
-HOST_RESERVE = 2**30
-"""Bytes of host memory that stay free for each worker beside the weights that it streams."""
 
 Worker = GpuProcess
 
@@ -303,30 +301,6 @@ def together(precisions: Sequence[BaseModelPrecision | None]) -> BaseModelPrecis
     if not known:
         return None
     return "int8-dynamic" if all(precision == "int8-dynamic" for precision in known) else "int8-quanto"
-
-
-def check_host_memory(num_bytes: Sequence[int], free: int) -> None:
-    """Refuse workers that stream more weights from host memory, together, than is free.
-
-    Args:
-        num_bytes: what each worker streams.
-
-    Raises:
-        DoesNotFit: says for how many there is room.
-    """
-    if not any(num_bytes):
-        return
-    needed = [HOST_RESERVE + streamed for streamed in num_bytes]
-    if sum(needed) <= free:
-        return
-    fitting = sum(1 for count in range(1, len(needed)) if sum(needed[:count]) <= free)
-    most = console.human_bytes(max(num_bytes))
-    raise DoesNotFit(
-        f"{count_of(len(needed), 'GPU')} need {console.human_bytes(sum(needed))} of host memory together, as each "
-        f"streams up to {most} of weights from it, and {console.human_bytes(free)} is free",
-        f"Use --gpus {max(1, fitting)}, close other programs, or stream less: a lower resolution or batch size leaves "
-        "more weights on the GPU",
-    )
 
 
 def names_of(gpus: Sequence[Slot]) -> list[str]:
