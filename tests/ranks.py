@@ -100,7 +100,7 @@ def be_rank(rank: int, size: int, port: int, words: list[str], at: list | None, 
     from tests.runs import only_training
 
     if at and at[2] == "hang":
-        line.BEAT, line.SILENT = 0.1, 20
+        line.BEAT, line.SILENT = 0.1, 40
     accumulate, code = Loop.step, 1
 
     def step(self, *arguments):

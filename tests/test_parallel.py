@@ -6,6 +6,7 @@ gloo on the CPU stands for NCCL on GPUs; tests/gpu/test_parallel_gpu.py has thos
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,7 +166,6 @@ def test_a_process_that_is_killed_ends_the_run_with_its_state_saved_and_it_goes_
         root = tmp_path / name / "two"
         ended = ranks(*[words(root, f"deterministic={json.dumps(count == 2)}")] * 2, at=(1, 2, "kill"))
         assert ended.codes == [2, -9]
-        assert ended.seconds < 30
         assert "error: Rank 1 (process " in ended.said[0]
         assert "ended without a word" in ended.said[0]
         assert "saved at step 2" in ended.said[0]
@@ -194,13 +194,14 @@ def test_ctrl_c_at_one_process_stops_all_after_the_same_step_and_an_error_of_one
     assert ended.codes == [2, 1]
     assert "error: Rank 1 (process " in ended.said[0]
     assert "ValueError: of a bug" in ended.said[0]
-    ended = ranks(*[words(root)] * 2, at=(1, 2, "hang"))  # a minute takes two seconds here
+    ended = ranks(*[words(root)] * 2, at=(1, 2, "hang"))  # a minute takes four seconds here
     assert ended.codes == [2, -9]
-    assert "hangs: it has given no sign of life for 2 s. The run has ended and saved at step 2" in ended.said[0]
+    assert "hangs: it has given no sign of life for 4 s. The run has ended and saved at step 2" in ended.said[0]
     assert "error: Rank 1 (process " in ended.said[0]
     ended = ranks(*[words(root)] * 2, at=(0, 3, "kill"))
     assert ended.codes == [-9, 2]
     assert "Rank 1: Rank 0 (on 127.0.0.1) ended without a word" in ended.said[1]
+    assert "saved" not in ended.said[1]
 
 
 def test_processes_that_were_given_other_recipes_or_see_another_run_are_refused_before_any_work(
@@ -296,22 +297,32 @@ def test_gpus_starts_a_process_each_of_which_the_first_has_the_terminal(capfd, m
     assert launching.launch([sys.executable, "-S", "-c", hangs], 2) == 2
 
 
-IGNORING = """
+IGNORING = '''
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from k5cache.shared import interrupt
 from k5train.parallel.launch import launch
-sleeps = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print(flush=True); time.sleep(60)"
+sleeps = """
+import os, signal, sys, time
+signal.signal(15, lambda *_: sys.exit(7))
+if os.environ["RANK"] == "1":
+    open("there", "x").close()
+while not os.path.exists("there"):
+    time.sleep(0.01)
+print(flush=True)
+time.sleep(60)
+"""
 with interrupt.installed():
     sys.exit(launch([sys.executable, "-S", "-c", sleeps], 2))
-"""
+'''
 
 
 def test_what_a_script_started_in_the_background_stops_at_sigterm(tmp_path):
     """A shell's ``command &`` ignores Ctrl-C, and so do the processes that it starts."""
-    process = subprocess.Popen([sys.executable, "-c", IGNORING], stdout=subprocess.PIPE, cwd=ROOT)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", IGNORING], stdout=subprocess.PIPE, cwd=tmp_path, env=env)
     assert process.stdout
-    assert process.stdout.readline() == b"\n"  # the first one is there
+    assert process.stdout.readline() == b"\n"  # both are there
     process.terminate()
     assert process.communicate(timeout=30)[0] == b""
     assert process.returncode == 7

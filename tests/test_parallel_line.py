@@ -11,9 +11,11 @@ import pytest
 
 from k5cache.shared import interrupt
 from k5train.parallel import line as of_line
-from k5train.parallel.channel import Channel
+from k5train.parallel.channel import Channel, accept, call, listen
 from k5train.parallel.line import DONE, FAILED, SILENT, STOPPED, Line, Pulse
 from k5train.parallel.ranks import RankLost
+from k5train.parallel.together import Together
+from k5train.parallel.world import World
 
 
 class Pair:
@@ -80,6 +82,51 @@ def test_a_process_says_how_it_ends_after_its_last_message_and_whoever_says_noth
             with pytest.raises(error, match=words):
                 ask()
         pair.close()
+
+
+def test_what_a_process_said_before_it_ended_is_heard_however_late(pair):
+    pair.there.send(b"last")
+    pair.there.end({"kind": FAILED, "problem": "the disk is full", "fix": "free some"})
+    pair.there.check()  # it can still hear the others, of which none has ended
+    pair.here.check()
+    pair.pulse.beats += 10 * SILENT
+    pair.here.check()
+    assert pair.here.receive() == b"last"
+    with pytest.raises(RankLost, match="Rank 1: the disk is full"):
+        pair.here.check()
+
+
+def test_who_has_come_hears_signs_of_life_while_the_first_process_waits_for_the_others(monkeypatch):
+    monkeypatch.setattr(of_line, "BEAT", 0.01)
+    listener, port, word = listen("127.0.0.1")
+    arrived: list[Channel] = []
+    waits = threading.Thread(target=lambda: arrived.append(accept(listener, word, 3, 60)))
+    waits.start()
+    channels = [call("127.0.0.1", port, word, 1, 3, 1, 60)]
+    assert select.select([channels[0].lines[0].socket], [], [], 30)[0]
+    assert not arrived
+    channels.append(call("127.0.0.1", port, word, 2, 3, 2, 60))
+    waits.join()
+    for channel in (*arrived, *channels):
+        channel.end(DONE)
+        for line in channel.lines.values():
+            line.socket.close()
+
+
+def test_a_sum_waits_half_an_hour_in_which_the_process_was_running(pair):
+    together = Together(World(0, 2, 0, 2), Channel(0, 2, {1: pair.here}, pair.pulse), None)
+
+    def is_done() -> bool:
+        pair.other_pulse.place = 1
+        pair.there.beat()
+        pair.pulse.beats += SILENT - 1
+        return False
+
+    together.channel.pulse.place = 2
+    with pytest.raises(RankLost, match="Rank 1 lives, but the others have waited for it for 30 min"):
+        together._until(is_done)
+    assert 1800 < pair.pulse.beats < 1900
+    together.channel.end(DONE)
 
 
 def test_a_message_that_a_second_ctrl_c_cuts_is_followed_by_nothing(pair, monkeypatch):

@@ -106,7 +106,7 @@ def accept(listener: socket.socket, word: str, size: int, seconds: float) -> Cha
     pulse = Pulse()
     with listener:
         while len(lines) < size - 1:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            listener.settimeout(max(0.01, min(of_line.BEAT, deadline - time.monotonic())))
             try:
                 connection, _ = listener.accept()
                 connection.settimeout(10)
@@ -118,6 +118,8 @@ def accept(listener: socket.socket, word: str, size: int, seconds: float) -> Cha
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(rank) for rank in range(1, size) if rank not in lines)
                     raise not_come(missing, size, seconds) from None
+                for line in lines.values():  # those that have come wait for longer than a silent process may be
+                    line.beat()
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of ours
     return Channel(0, size, lines, pulse)

@@ -113,7 +113,7 @@ class Line:
         """Read all that has come, without waiting. Raises ``RankLost`` if nothing has come for too long."""
         self._read()
         silent = self._pulse.beats - self._heard
-        if silent >= SILENT:
+        if silent >= SILENT and not self._is_closed:
             raise RankLost(
                 f"{self.name} hangs: it has given no sign of life for {silent * BEAT:.0f} s",
                 "See whether it was stopped (SIGSTOP, a debugger), or its machine hangs or is out of memory",
@@ -140,6 +140,8 @@ class Line:
                 self.socket.settimeout(5)
                 self.socket.sendall(_HEAD.pack(_END, len(data)) + data)
             self.socket.shutdown(socket.SHUT_WR)
+        with suppress(OSError):
+            self.socket.setblocking(False)  # what the other one says can still be read
 
     def _read(self) -> None:
         while not self._is_closed:

@@ -22,7 +22,7 @@ from k5cache.shared import console, disk_errors, interrupt, system
 from k5cache.shared.errors import K5Error, RunError
 from k5train.parallel import channel as channels
 from k5train.parallel.channel import Channel
-from k5train.parallel.line import DONE, FAILED, STOPPED
+from k5train.parallel.line import BEAT, DONE, FAILED, STOPPED
 from k5train.parallel.ranks import RankLost, Ranks
 from k5train.parallel.world import World, gpu_of
 
@@ -36,7 +36,7 @@ SECONDS_TO_COME = 120.0
 _POLL = 0.0005  # seconds; an update takes a hundred times that
 _CHUNK = 1 << 24  # elements that are gathered from all processes at once: 64 MB from each
 LATE = 1800.0
-"""Seconds for which a sum waits for the others. They live and may be slow, but not by so much."""
+"""Seconds for which a sum waits for the others, which live and may be slow. Those of a suspended job do not count."""
 # NCCL's own watchers would end the process before the run's state is saved.
 _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
@@ -105,12 +105,10 @@ class Together(Ranks):
         with self._named():
             distributed.init_process_group(
                 self._backend, store=PrefixStore("k5", self._store), rank=self.rank, world_size=self.size,
-                timeout=timedelta(seconds=SECONDS_TO_COME),
+                timeout=timedelta(seconds=2 * LATE),  # later than ``_until`` gives up, which says who is late
             )  # fmt: skip
         ones = torch.ones(8, device=device)
         self.add_up(ones)  # makes the connections
-        # From here on it is ``_until`` that gives up.
-        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4 * LATE))
         self.wait_for_device()
         if ones[0].item() != self.size:
             raise RunError(f"{self._backend} adds up wrongly: {self.size} ones give {ones[0].item():g}", _NCCL_ADVICE)
@@ -175,12 +173,13 @@ class Together(Ranks):
             work.wait()  # of NCCL it is the stream that waits, and wait_for_device that notices if it does so forever
 
     def _until(self, is_done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + LATE
+        pulse = self.channel.pulse
+        last = pulse.beats + LATE / BEAT
         try:
             with self._named():
                 while not is_done():
                     self.channel.check()
-                    if time.monotonic() > deadline:
+                    if pulse.beats > last:
                         raise too_late(self.channel.behind(), self._backend)
                     time.sleep(_POLL)
         except BaseException:

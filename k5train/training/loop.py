@@ -99,6 +99,8 @@ class Loop:
                 saved = self.save_stopped(metrics)
                 raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on()}") from stopped
             except RankLost as lost:
+                if not self.ranks.is_first:
+                    raise  # it is the first process that saves, and says so
                 saved = self.save_stopped(metrics)
                 told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {go_on()}")
                 told.is_told = lost.is_told
