@@ -14,6 +14,7 @@ from k5train.options.optimizer import OptimConfig
 from k5train.runs import written
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import remove_states
+from k5train.training.overwriting import check_beginning
 from k5train.training.start import resume
 from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, metrics_of, same, start_run
@@ -95,8 +96,10 @@ def test_the_other_run_that_is_offered_instead_can_be_started(tmp_path, run, cac
 def test_what_a_stop_before_the_first_state_leaves_is_trained_again_and_says_so(run, whole, capsys):
     delete(run, "result.json", "run.safetensors", "run-ema.safetensors", "checkpoints/*")
     assert sorted(path.name for path in run.root.glob("*.safetensors")) == ["run-best.safetensors"]
+    check_beginning(run, None, None)  # as a sweep does before it loads the base
     go_on(run.root)
-    assert "was stopped at step 4 and has no saved state: it begins again at step 0" in capsys.readouterr().err
+    said = "was stopped at step 4 and has no saved state: it begins again at step 0"
+    assert capsys.readouterr().err.count(said) == 1
     assert same(lora_of(run.root), lora_of(whole))
     assert [row["step"] for row in metrics_of(run.root) if "loss" in row] == [1, 2, 3, 4]
 

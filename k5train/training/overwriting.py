@@ -35,6 +35,7 @@ def check_overwrites(
     """
     if saved is None:
         check_beginning(run, data, config)
+        _say_what_was_lost(run)
     step = saved.progress.step if saved and not config.checkpoints_total_limit else 0
     later = [path for number, path in run.checkpoints().items() if number >= step]
     for path in (run.lora, run.best, run.ema, *later):
@@ -46,7 +47,7 @@ def check_overwrites(
 
 
 def check_beginning(run: Run, data: Mixture, config: TrainConfig) -> None:
-    """Refuse to begin a run that has trained already and lost its state. Say so if a stop lost its first steps.
+    """Refuse to begin a run that has trained already and lost its state.
 
     The first state is written before the first checkpoint, so a run that was stopped before it has no LoRA but that
     with the lowest held-out loss.
@@ -66,6 +67,9 @@ def check_beginning(run: Run, data: Mixture, config: TrainConfig) -> None:
             f"{run.root} has no saved state to go on from, and beginning again would overwrite {loras[0]}",
             start_another(run, data, config),
         )
+
+
+def _say_what_was_lost(run: Run) -> None:
     step = max((row["step"] for row in _rows(run)), default=0)
     if step:
         console.warn(f"{run.root} was stopped at step {step} and has no saved state: it begins again at step 0")
