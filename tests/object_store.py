@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from k5cache.remote import behind, copies, mirror, objects
+from k5cache.remote import behind, copies, mirror, objects, sending
 from k5cache.store.manifest import read_manifest
 from k5cache.store.reader import open_cache
 from k5cache.store.tensors import to_bytes
+from tests.workshop import Workshop
 
 BUCKET = "bucket"
 
@@ -88,3 +90,26 @@ def rows_of(root: Path | str) -> dict[tuple[str, str], tuple[bytes, ...]]:
 def files_of(root: Path) -> dict[str, bytes]:
     """A cache as objects."""
     return {name: (root / name).read_bytes() for name in ("manifest.json", *read_manifest(root).named)}
+
+
+def make_store(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which commands reach an empty bucket, and send what is committed at once."""
+    point_at(server, tmp_path / "home", monkeypatch)
+    monkeypatch.setattr(sending, "SECONDS", 0.0)
+    put("made", {"it": b""})
+    return tmp_path
+
+
+def shop_of_six(tmp_path: Path, once: Callable[[str, Callable[[Path], None]], Path], toy_model: Path) -> Workshop:
+    """Six pictures and their cache, in ``shop/cache``."""
+
+    def make(folder: Path) -> None:
+        shop = Workshop(folder / "shop", toy_model)
+        for number in range(6):
+            shop.put(f"{number}.png", f"picture {number}", seed=number)
+        shop.encode()
+
+    shutil.copytree(once("shop_of_six", make) / "shop", tmp_path / "shop")
+    shop = Workshop.__new__(Workshop)
+    shop.source, shop.root, shop.model = tmp_path / "shop/images", tmp_path / "shop/cache", toy_model
+    return shop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from safetensors.torch import load
 
 from k5cache.cli import app
-from k5cache.remote import mirror, sending
+from k5cache.remote import mirror
 from k5cache.remote.mirror import folder_of
 from k5cache.remote.objects import Changed, Objects
 from k5cache.shared.errors import CacheCorrupt, StoreError
@@ -22,7 +21,7 @@ from k5cache.upkeep.gc import collect
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state
 from tests.cli import Cli
-from tests.object_store import another_machine, files_of, in_store, point_at, put, rows_of, s3_server
+from tests.object_store import another_machine, files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
 from tests.runs import CONFIG, go_on, start_run
 from tests.workshop import Workshop
 
@@ -35,26 +34,12 @@ def server():
 
 @pytest.fixture
 def store(server, tmp_path, monkeypatch):
-    point_at(server, tmp_path / "home", monkeypatch)
-    monkeypatch.setattr(sending, "SECONDS", 0.0)
-    put("made", {"it": b""})
-    return tmp_path
+    return make_store(server, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def shop(tmp_path, once, toy_model) -> Workshop:
-    """Six pictures and their cache, in ``shop/cache``."""
-
-    def make(folder: Path) -> None:
-        shop = Workshop(folder / "shop", toy_model)
-        for number in range(6):
-            shop.put(f"{number}.png", f"picture {number}", seed=number)
-        shop.encode()
-
-    shutil.copytree(once("shop_of_six", make) / "shop", tmp_path / "shop")
-    shop = Workshop.__new__(Workshop)
-    shop.source, shop.root, shop.model = tmp_path / "shop/images", tmp_path / "shop/cache", toy_model
-    return shop
+    return shop_of_six(tmp_path, once, toy_model)
 
 
 def fail_from(number: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[str]:

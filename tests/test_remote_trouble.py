@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from k5cache.cli import app
-from k5cache.remote import sending
 from k5cache.remote.mirror import folder_of
 from k5cache.remote.objects import Objects
 from k5cache.shared.errors import StoreError
 from k5cache.store.reader import open_cache
 from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
-from tests.object_store import files_of, in_store, point_at, put, rows_of, s3_server
+from tests.object_store import files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
 from tests.workshop import Workshop
 
 
@@ -28,26 +26,12 @@ def server():
 
 @pytest.fixture
 def store(server, tmp_path, monkeypatch):
-    point_at(server, tmp_path / "home", monkeypatch)
-    monkeypatch.setattr(sending, "SECONDS", 0.0)
-    put("made", {"it": b""})
-    return tmp_path
+    return make_store(server, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def shop(tmp_path, once, toy_model) -> Workshop:
-    """Six pictures and their cache, in ``shop/cache``."""
-
-    def make(folder: Path) -> None:
-        shop = Workshop(folder / "shop", toy_model)
-        for number in range(6):
-            shop.put(f"{number}.png", f"picture {number}", seed=number)
-        shop.encode()
-
-    shutil.copytree(once("shop_of_six", make) / "shop", tmp_path / "shop")
-    shop = Workshop.__new__(Workshop)
-    shop.source, shop.root, shop.model = tmp_path / "shop/images", tmp_path / "shop/cache", toy_model
-    return shop
+    return shop_of_six(tmp_path, once, toy_model)
 
 
 def test_repair_looks_at_the_store_and_sends_a_damaged_shard_again_under_its_own_name(store, shop):
