@@ -15,7 +15,17 @@ import torch
 
 from k5train.bench import baseline, steps
 from k5train.bench.case import Case, Measured
-from k5train.bench.kernels import GROUPS, Launch, Share, busy_milliseconds, by_group, group_of, limit_of, longest
+from k5train.bench.kernels import (
+    GROUPS,
+    Launch,
+    Share,
+    busy_milliseconds,
+    by_group,
+    copying_alone,
+    group_of,
+    limit_of,
+    longest,
+)
 from k5train.bench.timing import Timing
 
 IN_FORWARD = ("k5::matmul", "## Call CompiledFxGraph f3 ##", "CompiledFunction")
@@ -102,10 +112,35 @@ def test_what_limits_a_step_is_said_in_words():
     assert limit_of(105, launches(60, 30, 10)).startswith("matmuls, of 100 ms on the GPU")
     assert limit_of(105, launches(30, 60, 10)).startswith("attention, ")
     assert limit_of(105, launches(30, 10, 60)).startswith("memory, ")
-    assert limit_of(120, launches(60, 30, 10, streamed=115)).startswith(
-        "copies of streamed weights, which take 115 of 120 ms"
+    assert limit_of(120, launches(60, 30, 10, streamed=115), waiting=15) == (
+        "copies of streamed weights: the GPU waits for them for 15 of 120 ms (matmuls 60, attention 30, memory 10)"
     )
-    assert limit_of(105, launches(60, 30, 10, streamed=90)).startswith("matmuls, of 100 ms on the GPU")
+    assert limit_of(120, launches(60, 30, 10, streamed=115), waiting=5).startswith("launches: ")
+    assert limit_of(105, launches(60, 30, 10, streamed=90), waiting=4).startswith("matmuls, of 100 ms on the GPU")
+    # A captured step is timed, and launched one by one it only says which kernel is of what.
+    assert limit_of(120, launches(60, 30, 10), busy=115).startswith("matmuls, of 115 ms on the GPU")
+
+
+def test_the_gpu_waits_for_copies_where_nothing_else_runs():
+    def at(begin: float, milliseconds: float, kernel: str = "_int8_matmul") -> Launch:
+        return Launch(kernel, milliseconds, (), begin)
+
+    up, down = "Memcpy HtoD (Pinned -> Device)", "Memcpy DtoH (Device -> Pageable)"
+    kernels = [at(10, 5), at(12, 1), at(20, 5)]
+    assert copying_alone(kernels) == 0
+    assert copying_alone([*kernels, at(11, 3, up)]) == 0
+    assert copying_alone([*kernels, at(8, 4, up), at(9, 2, up), at(14, 8, up)]) == 2 + 5
+    assert copying_alone([*kernels, at(15, 5, down)]) == 0
+    assert copying_alone([at(0, 2, up)]) == 2
+
+
+def test_of_compiled_diffusers_no_matmul_is_told_as_an_adapters():
+    gemm = Launch("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", 3.0, ("aten::mm", "CompiledFunction"))
+    step = Launch("void at::native::elementwise_kernel<4>", 1.0, ("aten::mul", "aten::_foreach_mul_"))
+    timing = Timing(4.0, 4.0, 1.0, 8.0, (gemm, step), 4.0)
+    plain = Measured("a", 4.0, 4.0, None, 8.0, 4.0, 1.0, "all recomputed", 1.0, "compiled")
+    assert plain.on_gpu(timing).groups == {"matmul": Share(3.0, 1), "optimizer": Share(1.0, 1)}
+    assert replace(plain, baseline=None).on_gpu(timing).groups == {"LoRA": Share(3.0, 1), "optimizer": Share(1.0, 1)}
 
 
 def measured(name: str, milliseconds: float, busy: float, how: Any = None) -> Measured:

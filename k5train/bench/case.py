@@ -11,7 +11,7 @@ from torch import Tensor
 from k5cache.shared.console import parse_bytes
 from k5cache.shared.vram import for_torch
 from k5train.base.quantize import Precision
-from k5train.bench.kernels import Share, by_group, limit_of, longest
+from k5train.bench.kernels import Share, by_group, limit_of, longest, without_adapters_apart
 from k5train.bench.timing import Timing
 from k5train.forward import routing
 from k5train.forward.condition import condition_of
@@ -91,11 +91,12 @@ class Measured:
         """The same with what the step's kernels say, if they were seen."""
         if not timing.launches:
             return self
+        launches = without_adapters_apart(timing.launches) if self.baseline else timing.launches
         return replace(
             self,
-            limit=limit_of(timing.median, timing.launches),
-            groups=by_group(timing.launches),
-            longest=tuple(longest(timing.launches, NUM_LONGEST)),
+            limit=limit_of(timing.median, launches, timing.busy, timing.waiting),
+            groups=by_group(launches),
+            longest=tuple(longest(launches, NUM_LONGEST)),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from k5train.bench.kernels import Launch, busy_milliseconds, launches_of
+from k5train.bench.kernels import Launch, busy_milliseconds, copying_alone, launches_of
 from k5train.planning.memory import Architecture, Work
 
 
@@ -26,6 +26,8 @@ class Timing:
     """What one step launches on the GPU."""
     busy: float | None = None
     """Milliseconds in which the GPU computes."""
+    waiting: float = 0.0
+    """Milliseconds in which it computes nothing, as weights are still being copied."""
 
 
 def time_steps(
@@ -58,10 +60,13 @@ def time_steps(
         if on_gpu:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - tick))
-    reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
-    busy = busy_milliseconds(launches_of(step)) if on_gpu else None
-    launches = tuple(launches_of(launched or step)) if on_gpu else None
-    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved, launches, busy)
+    median, fastest = sorted(times)[len(times) // 2], min(times)
+    if not on_gpu:
+        return Timing(median, fastest, first, None, None)
+    reserved = torch.cuda.max_memory_reserved() / 2**30
+    as_timed = launches_of(step)
+    launches = tuple(launches_of(launched) if launched else as_timed)
+    return Timing(median, fastest, first, reserved, launches, busy_milliseconds(as_timed), copying_alone(as_timed))
 
 
 def flops(arch: Architecture, work: Work) -> float:
