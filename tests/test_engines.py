@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from k5cache.buckets import Bucket, Geometry
 from k5cache.encode.job import Job, LatentJob, SourceView, TextJob
@@ -16,8 +17,10 @@ from k5cache.engines.running import Pass
 from k5cache.options import CacheConfig
 from k5cache.shared import system
 from k5cache.shared.errors import DoesNotFit, EngineError
+from k5cache.sources import images
 from k5cache.sources.items import UnreadableImage
 from k5cache.store.manifest import ShardInfo
+from tests.workshop import Workshop
 
 SHARD = ShardInfo("latents/64x64-0123456789abcdef.parquet", "latents", 2, 3, "a" * 64, "b" * 64, (64, 64))
 
@@ -135,3 +138,40 @@ def test_a_command_whose_stderr_is_closed_starts_ray_too(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     with cluster._nothing_printed():
         pass
+
+
+class Starts(Exception):
+    """An engine was started."""
+
+
+class FakeEngine:
+    """Says that it was started."""
+
+    def opened(self, *_):
+        raise Starts
+
+
+def test_an_engine_starts_only_when_something_is_to_be_encoded(toy_model, tmp_path):
+    shop, engine = Workshop(tmp_path, toy_model), FakeEngine()
+    for i, name in enumerate(("cat", "dog")):
+        shop.put(f"{name}.png", seed=i)
+    shop.encode()
+    (shop.source / "cat.png").touch()
+    assert shop.encode(engine=engine).num_items == 2
+    Image.new("L", (64, 64), 9).save(shop.source / "cat.mask.png")
+    assert shop.encode(engine=engine).changed == ("cat.png",)
+    (shop.source / "dog.png").unlink()
+    assert shop.encode(engine=engine).removed == ("dog.png",)
+    for option in ("rehash", "repair"):
+        assert shop.encode(engine=engine, **{option: True}).num_items == 1
+    (shop.source / "cat.txt").write_text("a new caption", encoding="utf-8")
+    with pytest.raises(Starts):
+        shop.encode(engine=engine)
+
+
+def test_an_engine_starts_before_a_first_encode_reads_its_images(toy_model, tmp_path, monkeypatch):
+    shop = Workshop(tmp_path, toy_model)
+    shop.put("cat.png")
+    monkeypatch.setattr(images, "hash_content", lambda _: pytest.fail("it was read"))
+    with pytest.raises(Starts):
+        shop.encode(engine=FakeEngine())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,13 +81,16 @@ def encode_source(
         request = read_listed_request(source, root, model, config, drawn, options, listing)
     from k5cache.encode.update import bring_up_to_date  # pyarrow, numpy and Pillow: not needed if nothing is to be done
 
-    with lock(root, options.wait_seconds):
+    with lock(root, options.wait_seconds), ExitStack() as stack:
         # The manifest is read again: another process may have written it while we waited for the lock.
         request = replace(request, manifest=manifest_of(root, request.recipe, options.part))
-        engine = options.engine
-        at = (source, root, request.folder, options.device, bars)
-        with engine.opened(*at) if engine else nullcontext() as passes:
-            report = bring_up_to_date(request, options, bars, passes)
+        passes_of_engine = None
+        if engine := options.engine:
+            at = (source, root, request.folder, options.device, bars)
+            passes_of_engine = functools.cache(lambda: stack.enter_context(engine.opened(*at)))
+            if request.manifest.index is None:  # there is something to encode: refuse before all images are read
+                passes_of_engine()
+        report = bring_up_to_date(request, options, bars, passes_of_engine)
     return replace(report, seconds=time.monotonic() - started)
 
 

@@ -52,7 +52,7 @@ class Engine(Protocol):
     def opened(
         self, source: Path, root: Path, folder: Path, device: str, bars: Progress
     ) -> AbstractContextManager[Passes]:
-        """Start what the passes need, before anything is planned, and end it.
+        """Start what the passes need, and end it. Not entered if there is nothing to encode.
 
         Args:
             source: as the user named it.

@@ -7,7 +7,7 @@ the manifest names and goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.progress import Progress
@@ -37,12 +37,13 @@ from k5cache.store.skipped import write_skipped
 
 
 def bring_up_to_date(
-    request: ListedRequest, options: EncodeOptions, bars: Progress, passes: Passes | None = None
+    request: ListedRequest, options: EncodeOptions, bars: Progress, start: Callable[[], Passes] | None = None
 ) -> EncodeReport:
     """Encode what is new or changed and commit it. The caller holds the lock. Raises as ``encode_source``.
 
     Args:
-        passes: of an engine; None: the passes run in this process.
+        start: gives the passes of an engine. It is called when there is something to encode, and at most once. None:
+            the passes run in this process.
     """
     if request.differences and not options.update:  # another process has changed the cache while we waited
         raise refuse(request.root, request.differences)
@@ -59,7 +60,7 @@ def bring_up_to_date(
     if not plan.rows and split is None:  # a part may be empty: a merge takes it as it is
         raise _nothing_readable(request, plan.skipped)
     with committer:
-        encoded = _run_passes(request, committer, plan, options, passes or _InThisProcess(options.device), bars)
+        encoded = _run_passes(request, committer, plan, options, start, bars)
     edits = tuple(edit for edit in plan.edits if encoded.failure_of_edit(edit) is None)
     rows, unreadable = encoded.usable(plan.rows)
     not_drawn = [skip for edit in plan.edits if (skip := encoded.failure_of_edit(edit)) is not None]
@@ -182,13 +183,19 @@ class _InThisProcess:
 
 
 def _run_passes(
-    request: ListedRequest, committer: Committer, plan: Plan, options: EncodeOptions, passes: Passes, bars: Progress
+    request: ListedRequest,
+    committer: Committer,
+    plan: Plan,
+    options: EncodeOptions,
+    start: Callable[[], Passes] | None,
+    bars: Progress,
 ) -> _Encoded:
     """Masks, texts and latents into shards; torch is imported only if there is a text or an image to encode."""
     failed = encode_masks(request.listing.read, committer, plan.mask_jobs)
     mask_paths = {mask_job.key: mask_job.path for mask_job in plan.mask_jobs}
     if not plan.text_jobs and not plan.latent_jobs:
         return _Encoded(failed, mask_paths)
+    passes = start() if start else _InThisProcess(options.device)
     with console.doing(bars, "importing torch"):
         device = passes.device
     job = Job(request.listing.read, request.root, request.folder, request.config, device, bars, options.vram)
