@@ -53,6 +53,7 @@ def needs_ray() -> None:
         (("embedded", "auto", 2, "auto"), "--address and --gpus are for --engine ray"),
         (("ray", None, None, "cuda:1"), "--device cuda:1 is one GPU"),
         ((None, None, 2, "cpu"), "--gpus 2 and --device cpu exclude each other"),
+        (("ray", "", None, "auto"), "--address is empty"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_once(arguments, words):
@@ -84,14 +85,17 @@ def test_without_options_the_passes_run_in_this_process_and_ray_is_not_looked_fo
 
 def test_an_address_where_no_cluster_answers_is_named_within_bounds(monkeypatch):
     needs_ray()
-    monkeypatch.setattr(cluster, "SECONDS_TO_ANSWER", 4.0)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, monkeypatch.context() as patch:
         port = listening.getsockname()[1]
+        patch.setattr(cluster, "SECONDS_TO_ANSWER", 4.0)
         with pytest.raises(EngineError, match=f"127.0.0.1:{port} does not answer as a Ray cluster does"):
             cluster._answering(f"127.0.0.1:{port}")
     with pytest.raises(EngineError, match=f"No Ray cluster answers at 127.0.0.1:{port}: Connection refused"):
         cluster._answering(f"127.0.0.1:{port}")
-    for address in ("ray://head:10001", "head", "http://head:6379", ":6379"):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")  # as a Ray that was killed leaves its own in a file
+    with pytest.raises(EngineError, match=rf"answers at auto, which is [\d.]+:{port}: Connection refused"):
+        cluster._answering("auto")
+    for address in ("ray://head:10001", "head", "http://head:6379", ":6379", "head:65536"):
         with pytest.raises(EngineError, match="is not an address of a cluster"):
             cluster._answering(address)
 

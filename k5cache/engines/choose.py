@@ -22,6 +22,10 @@ def engine_for(name: str | None, address: str | None, gpus: int | None, device: 
         K5Error: this machine has not so many GPUs.
     """
     given = [option for option, value in (("--address", address), ("--gpus", gpus)) if value is not None]
+    if address is not None and not address.strip():  # of a variable that is not set, perhaps
+        raise EngineError(
+            "--address is empty", "Give auto or HOST:6379; or leave it out, and a Ray of this machine is started"
+        )
     name = name or (RAY if given else EMBEDDED)
     if name not in (EMBEDDED, RAY):
         raise EngineError(f"--engine {name} is not an engine", f"Use {EMBEDDED} or {RAY}")

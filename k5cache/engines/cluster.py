@@ -154,6 +154,21 @@ LOGS = "Ray's logs are in /tmp/ray/session_latest/logs"
 CHECK = f"Close other programs and run the same command again; {LOGS}"
 
 
+_JOIN = """
+import socket, sys
+import ray
+address = sys.argv[1]
+if address == "auto":
+    from ray._private.services import canonicalize_bootstrap_address
+    address = canonicalize_bootstrap_address(address)
+    print(address, flush=True)
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), float(sys.argv[2])).close()
+joined = ray.init(address=address, log_to_driver=False, configure_logging=False)
+print(joined.address_info["gcs_address"])
+"""
+
+
 def _answering(address: str) -> str:
     """HOST:PORT of the cluster, which another process joins first: Ray ends one that waits in vain.
 
@@ -162,27 +177,30 @@ def _answering(address: str) -> str:
     """
     if address != "auto":
         _check_port(address)
-    code = (
-        "import sys, ray\n"
-        "joined = ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)\n"
-        "print(joined.address_info['gcs_address'])"
-    )
+    command = [sys.executable, "-P", "-c", _JOIN, address, str(SECONDS_TO_CONNECT)]
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code, address], capture_output=True, stdin=subprocess.DEVNULL, text=True,
-            timeout=SECONDS_TO_ANSWER,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"What listens at {address} does not answer as a Ray cluster does", _HEAD) from None
+            command, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=SECONDS_TO_ANSWER
+        )
+    except subprocess.TimeoutExpired as error:
+        where = _where(address, os.fsdecode(error.stdout or b""))
+        raise EngineError(f"What listens at {where} does not answer as a Ray cluster does", _HEAD) from None
     if done.returncode:
-        raise EngineError(f"No Ray cluster answers at {address}: {words_of(done.stderr)}", _HEAD)
+        where = _where(address, done.stdout)
+        raise EngineError(f"No Ray cluster answers at {where}: {words_of(done.stderr)}", _HEAD)
     return done.stdout.split()[-1]
+
+
+def _where(address: str, output: str) -> str:
+    """An address as it was given, and what ``auto`` stands for: a Ray that was killed leaves its address in a file."""
+    meant = next(iter(output.split()), "")
+    return f"{address}, which is {meant}" if meant else address
 
 
 def _check_port(address: str) -> None:
     """Raises ``EngineError`` if nothing listens there."""
     host, _, port = address.rpartition(":")
-    if "/" in address or not host or not port.isdigit():
+    if "/" in address or not host or not port.isdigit() or int(port) >= 2**16:
         raise EngineError(
             f"--address {address} is not an address of a cluster",
             "Give auto, or HOST:6379 of `ray start --head`, on a machine of the cluster",
@@ -298,8 +316,9 @@ def words_of(text: str) -> str:
     lines = [" ".join(_COLOUR.sub("", line).split()) for line in text.splitlines() if line.strip()]
     raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
     said = " ".join(lines[raised[-1] :]) if raised else next(iter(lines), "")
-    return _RAISED.sub("", said, count=1)[:300]
+    return _NUMBER.sub("", _RAISED.sub("", said, count=1))[:300]
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception): ")
+_NUMBER = re.compile(r"^\[Errno \d+\] ")
