@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from dataclasses import replace
@@ -25,8 +26,9 @@ from k5train.bench.kernels import (
     group_of,
     limit_of,
     longest,
+    spent_on,
 )
-from k5train.bench.timing import Timing
+from k5train.bench.timing import Seen
 
 IN_FORWARD = ("k5::matmul", "## Call CompiledFxGraph f3 ##", "CompiledFunction")
 IN_BACKWARD = ("k5::int8_matmul", "CompiledFunctionBackward", "autograd::engine::evaluate_function")
@@ -105,20 +107,25 @@ def test_groups_and_the_longest_kernels_are_sums_over_launches():
     assert busy_milliseconds(launches(10, 5, 1, streamed=100)) == 16
 
 
+def limit(milliseconds: float, *spent: float, waiting: float = 0, busy: float | None = None) -> str:
+    seen = launches(*spent, streamed=1000)
+    return limit_of(milliseconds, spent_on(seen), sum(spent) if busy is None else busy, waiting)
+
+
 def test_what_limits_a_step_is_said_in_words():
-    assert limit_of(200, launches(60, 30, 10)) == (
+    assert limit(200, 60, 30, 10) == (
         "launches: the GPU computes for 100 of 200 ms (matmuls 60, attention 30, memory 10)"
     )
-    assert limit_of(105, launches(60, 30, 10)).startswith("matmuls, of 100 ms on the GPU")
-    assert limit_of(105, launches(30, 60, 10)).startswith("attention, ")
-    assert limit_of(105, launches(30, 10, 60)).startswith("memory, ")
-    assert limit_of(120, launches(60, 30, 10, streamed=115), waiting=15) == (
-        "copies of streamed weights: the GPU waits for them for 15 of 120 ms (matmuls 60, attention 30, memory 10)"
+    assert limit(105, 60, 30, 10).startswith("matmuls, of 100 ms on the GPU")
+    assert limit(105, 30, 60, 10).startswith("attention, ")
+    assert limit(105, 30, 10, 60).startswith("memory, ")
+    assert limit(120, 60, 30, 10, waiting=15) == (
+        "copies of streamed weights: the GPU waits for 15 of 120 ms (matmuls 60, attention 30, memory 10)"
     )
-    assert limit_of(120, launches(60, 30, 10, streamed=115), waiting=5).startswith("launches: ")
-    assert limit_of(105, launches(60, 30, 10, streamed=90), waiting=4).startswith("matmuls, of 100 ms on the GPU")
-    # A captured step is timed, and launched one by one it only says which kernel is of what.
-    assert limit_of(120, launches(60, 30, 10), busy=115).startswith("matmuls, of 115 ms on the GPU")
+    assert limit(120, 60, 30, 10, waiting=5).startswith("launches: ")
+    assert limit(105, 60, 30, 10, waiting=4).startswith("matmuls, of 100 ms on the GPU")
+    # A captured step is what is timed; launched one by one, it only says which kernel is of what.
+    assert limit(120, 60, 30, 10, busy=115).startswith("matmuls, of 115 ms on the GPU")
 
 
 def test_the_gpu_waits_for_copies_where_nothing_else_runs():
@@ -137,16 +144,15 @@ def test_the_gpu_waits_for_copies_where_nothing_else_runs():
 def test_of_compiled_diffusers_no_matmul_is_told_as_an_adapters():
     gemm = Launch("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", 3.0, ("aten::mm", "CompiledFunction"))
     step = Launch("void at::native::elementwise_kernel<4>", 1.0, ("aten::mul", "aten::_foreach_mul_"))
-    timing = Timing(4.0, 4.0, 1.0, 8.0, (gemm, step), 4.0)
-    plain = Measured("a", 4.0, 4.0, None, 8.0, 4.0, 1.0, "all recomputed", 1.0, "compiled")
-    assert plain.on_gpu(timing).groups == {"matmul": Share(3.0, 1), "optimizer": Share(1.0, 1)}
-    assert replace(plain, baseline=None).on_gpu(timing).groups == {"LoRA": Share(3.0, 1), "optimizer": Share(1.0, 1)}
+    seen = Seen((gemm, step), 4.0, 0.0)
+    plain = Measured("a", 4.0, 4.0, None, 8.0, 1.0, "all recomputed", 1.0, "compiled")
+    assert plain.on_gpu(seen).groups == {"matmul": Share(3.0, 1), "optimizer": Share(1.0, 1)}
+    assert replace(plain, baseline=None).on_gpu(seen).groups == {"LoRA": Share(3.0, 1), "optimizer": Share(1.0, 1)}
 
 
 def measured(name: str, milliseconds: float, busy: float, how: Any = None) -> Measured:
-    timing = Timing(milliseconds, milliseconds, 1.0, 8.0, tuple(launches(busy)), busy)
-    plain = Measured(name, milliseconds, milliseconds, None, 8.0, timing.busy, 1.0, "1 all", 1.0, how)
-    return plain.on_gpu(timing)
+    plain = Measured(name, milliseconds, milliseconds, None, 8.0, 1.0, "1 all", 1.0, how)
+    return plain.on_gpu(Seen(tuple(launches(busy)), busy, 0.0))
 
 
 def test_a_case_is_shown_beside_both_baselines_by_the_clock_and_by_the_gpu():
@@ -161,7 +167,8 @@ def test_a_case_is_shown_beside_both_baselines_by_the_clock_and_by_the_gpu():
     assert steps.limits(results)[2] == (
         "ours: limited by launches: the GPU computes for 200 of 300 ms (matmuls 200, attention 0, memory 0)"
     )
-    assert steps.limits([replace(results[2], limit=None)]) == []
+    assert steps.limits([replace(results[2], spent=None)]) == []
+    assert json.loads(steps.as_json(results))[2]["limit"] == results[2].limit
     assert steps.kernel_rows(results[2])[0] == ["matmul", "200.0", "1", GROUPS["matmul"]]
     assert steps.kernel_rows(results[2])[4] == ["matmul", "200.0", "1", "_int8_matmul"]
     assert len(steps.kernel_rows(results[2])[0]) == len(steps.KERNEL_COLUMNS)
@@ -170,7 +177,7 @@ def test_a_case_is_shown_beside_both_baselines_by_the_clock_and_by_the_gpu():
 def test_the_bench_times_diffusers_eager_and_with_its_own_way_to_compile(monkeypatch):
     asked: list[tuple[str, Case]] = []
 
-    def time_baseline(config: Any, device: Any, num_steps: int, num_warm_up: int, case: Case, how: Any) -> Measured:
+    def time_baseline(config: Any, device: Any, *, case: Case, how: Any, **_: Any) -> Measured:
         asked.append((how, case))
         return measured(f"baseline, {how}", 10, 5, how)
 
@@ -182,6 +189,26 @@ def test_the_bench_times_diffusers_eager_and_with_its_own_way_to_compile(monkeyp
     assert steps.time_cases((), torch.device("cpu")) == []
 
 
+def test_all_cases_are_timed_before_one_is_looked_at(monkeypatch):
+    """What looks at a step stays attached to the process, and delays what is captured later."""
+    done: list[tuple[str, bool]] = []
+
+    def time_case(case: Case, *_: Any, num_steps: int, num_warm_up: int, is_watched: bool = True) -> Measured:
+        done.append((case.precision, is_watched))
+        if is_watched and case.precision == "int8-dynamic":
+            raise RuntimeError("no room any more")
+        result = measured(case.name, 10.0 if num_steps > 1 else 13.0, 9.0)
+        return result if is_watched else replace(result, busy=None, spent=None, groups=None)
+
+    monkeypatch.setattr(steps, "time_case", time_case)
+    monkeypatch.setattr(steps.torch.cuda, "empty_cache", lambda: None)
+    quanto, dynamic = steps.time_cases((Case("int8-quanto", None), Case("int8-dynamic", None)), torch.device("cuda"))
+    assert done == [("int8-quanto", False), ("int8-dynamic", False), ("int8-quanto", True), ("int8-dynamic", True)]
+    assert (quanto.milliseconds, quanto.busy) == (10.0, 9.0)
+    assert quanto.limit == "matmuls, of 9 ms on the GPU (matmuls 9, attention 0, memory 0)"
+    assert (dynamic.milliseconds, dynamic.busy, dynamic.limit) == (10.0, None, None)
+
+
 def test_the_compiled_baseline_compiles_diffusers_blocks(monkeypatch):
     from diffusers import Kandinsky5Transformer3DModel as Transformer
 
@@ -191,7 +218,7 @@ def test_the_compiled_baseline_compiles_diffusers_blocks(monkeypatch):
     monkeypatch.setattr(Transformer, "compile_repeated_blocks", lambda self: compiled.append(self))
     monkeypatch.setattr(baseline, "set_up_compiler", lambda: None)
     monkeypatch.setattr(baseline, "time_steps", lambda *args: SimpleNamespace(
-        median=1.0, fastest=1.0, first=1.0, reserved_gib=None, busy=None, launches=None))  # fmt: skip
+        median=1.0, fastest=1.0, first=1.0, reserved_gib=None))  # fmt: skip
     small, cpu = {**SMALL, "num_text_blocks": 1}, torch.device("cpu")
     assert baseline.time_baseline(small, cpu, 1, 0, how="eager").baseline == "eager"
     assert compiled == []

@@ -11,13 +11,6 @@ import typer
 from pipelines.measure import on_gpu
 from pipelines.measure.on_gpu import PARTS, Part
 
-WHOLE = """
-import os, time
-def write(folder, name):
-    with open(f"{folder}/{name}.part", "w") as file: file.write("{}")
-    os.replace(f"{folder}/{name}.part", f"{folder}/{name}.json")
-"""
-
 
 def python(statement: str, limit: float = 60) -> Part:
     return Part(limit, ("timeit", "-n", "1", "-r", "1", statement))
@@ -45,21 +38,20 @@ def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch):
     assert over["first"] == {"failed": "the time of the whole call was over"}
 
 
-def test_steps_share_a_process_and_go_on_in_another_after_one_that_hangs(tmp_path, monkeypatch):
+def test_every_step_is_timed_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        on_gpu, "PARTS", {n: Part(1 if n == "b" else 60, "eager") for n in "abcd"} | {"e": python("pass")}
+        on_gpu, "PARTS", {n: Part(1 if n == "b" else 60, "eager") for n in "abc"} | {"d": python("pass")}
     )
-    started: list[list[str]] = []
+    started: list[str] = []
 
-    def words(names, folder, is_small):
-        started.append(list(names))
-        hangs = ["time.sleep(600)"] if "b" in names else []
-        done = [f"write(r'{folder}', '{n}')" for n in names if not hangs or n == "a"]
-        return ["timeit", "-n", "1", "-r", "1", "-s", WHOLE, "; ".join([*done, *hangs]) or "pass"]
+    def words(name, path, is_small):
+        started.append(name)
+        done = f"open(r'{path}', 'w').write('{{}}')"
+        return ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)" if name == "b" else done]
 
     monkeypatch.setattr(on_gpu, "_words", words)
-    results = on_gpu.run_parts(list("abcde"), tmp_path, 600, False)
-    assert started == [list("abcd"), list("cd"), ["e"]]
+    results = on_gpu.run_parts(list("abcd"), tmp_path, 600, False)
+    assert started == list("abcd")
     assert [name for name, result in results.items() if "failed" in result] == ["b"]
 
 

@@ -14,7 +14,7 @@ from k5train.adapter import attach
 from k5train.base import random_weights
 from k5train.base.architecture import FULL_SIZE
 from k5train.bench.case import I2I, MUST_REACH, Baseline, Case, Measured, condition_for, inputs_for
-from k5train.bench.timing import flops, time_steps
+from k5train.bench.timing import flops, time_steps, watch_step
 from k5train.forward.compile import set_up_compiler
 from k5train.objective import flow
 from k5train.options.adapter import LoraConfig
@@ -25,13 +25,14 @@ from k5train.planning.plan import work_for
 
 def time_baseline(
     config: dict[str, Any], device: torch.device, num_steps: int, num_warm_up: int, case: Case = MUST_REACH[0],
-    how: Baseline = "eager",
+    how: Baseline = "eager", is_watched: bool = True,
 ) -> Measured:  # fmt: skip
     """Time a case of the bench, with gradient checkpointing.
 
     Args:
         config: the transformer's config.json. Any other than the full size is timed on a small picture.
         how: whether the blocks run eagerly or compiled.
+        is_watched: whether to look at what the GPU does in one more step.
     """
     config = case.config(config)
     if config["model_dim"] != FULL_SIZE["model_dim"]:
@@ -66,13 +67,14 @@ def time_baseline(
         optimizer.zero_grad(set_to_none=True)
 
     timing = time_steps(step, None, device, num_steps, num_warm_up)
+    seen = watch_step(step) if is_watched and device.type == "cuda" else None
     train = TrainConfig(lora=LoraConfig(rank=case.rank, targets=case.targets))
     operations = flops(architecture(config), work_for(config, train, (grid**2, case.num_text_tokens), compiled=False))
     kind = I2I if case.is_i2i else ""
     return Measured(
         f"baseline: {kind}diffusers + peft + quanto, {how}, checkpointing", timing.median, timing.fastest, None,
-        timing.reserved_gib, timing.busy, operations / timing.median / 1e9, "all recomputed", timing.first, how,
-    ).on_gpu(timing)  # fmt: skip
+        timing.reserved_gib, operations / timing.median / 1e9, "all recomputed", timing.first, how,
+    ).on_gpu(seen)  # fmt: skip
 
 
 def _use_plain_linears(transformer: nn.Module) -> None:

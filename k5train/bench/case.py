@@ -11,8 +11,8 @@ from torch import Tensor
 from k5cache.shared.console import parse_bytes
 from k5cache.shared.vram import for_torch
 from k5train.base.quantize import Precision
-from k5train.bench.kernels import Share, by_group, limit_of, longest, without_adapters_apart
-from k5train.bench.timing import Timing
+from k5train.bench.kernels import Share, by_group, limit_of, longest, spent_on, without_adapters_apart
+from k5train.bench.timing import Seen
 from k5train.forward import routing
 from k5train.forward.condition import condition_of
 from k5train.objective import tread
@@ -71,8 +71,6 @@ class Measured:
     fastest: float
     predicted_gib: float | None
     reserved_gib: float | None
-    busy: float | None
-    """Milliseconds in which the GPU computes. Near the median, the GPU is the limit; far below it, launching is."""
     tflops: float
     """A second, of the arithmetic that the step needs; recompute is not counted."""
     plan: str
@@ -80,23 +78,47 @@ class Measured:
     """With compilation."""
     baseline: Baseline | None = None
     """How diffusers ran. None: this is ours."""
-    limit: str | None = None
-    """What limits the step, in words."""
+    busy: float | None = None
+    """Milliseconds in which the GPU computes. Near the median, the GPU is the limit; far below it, launching is."""
+    waiting: float = 0.0
+    """Milliseconds in which it waits for weights that are copied."""
+    spent: dict[str, float] | None = None
+    """Milliseconds that it computes for each thing that can limit the step."""
     groups: dict[str, Share] | None = None
     """What each group of kernels takes."""
     longest: tuple[tuple[str, str, Share], ...] = ()
     """Group and name of the kernels that take longest, and what they take."""
 
-    def on_gpu(self, timing: Timing) -> Measured:
-        """The same with what the step's kernels say, if they were seen."""
-        if not timing.launches:
+    @property
+    def limit(self) -> str | None:
+        """What limits the step, in words. None: nobody looked."""
+        if self.spent is None or self.busy is None:
+            return None
+        return limit_of(self.milliseconds, self.spent, self.busy, self.waiting)
+
+    def on_gpu(self, seen: Seen | None) -> Measured:
+        """The same with what a step does on the GPU, if it was seen."""
+        if seen is None:
             return self
-        launches = without_adapters_apart(timing.launches) if self.baseline else timing.launches
+        launches = without_adapters_apart(seen.launches) if self.baseline else seen.launches
         return replace(
             self,
-            limit=limit_of(timing.median, launches, timing.busy, timing.waiting),
+            busy=seen.busy,
+            waiting=seen.waiting,
+            spent=spent_on(launches),
             groups=by_group(launches),
             longest=tuple(longest(launches, NUM_LONGEST)),
+        )
+
+    def seen_in(self, other: Measured) -> Measured:
+        """The same with what a step of ``other``, which is the same case, does on the GPU."""
+        return replace(
+            self,
+            busy=other.busy,
+            waiting=other.waiting,
+            spent=other.spent,
+            groups=other.groups,
+            longest=other.longest,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -143,29 +142,32 @@ def _covered(launches: Iterable[Launch]) -> float:
     return total
 
 
-def limit_of(milliseconds: float, launches: Sequence[Launch], busy: float | None = None, waiting: float = 0.0) -> str:
+def spent_on(launches: Sequence[Launch]) -> dict[str, float]:
+    """Milliseconds that the GPU computes for each thing that can limit a step, without copies by the driver."""
+    groups = by_group(launches)
+    spent = {
+        limit: sum(groups[group].milliseconds for group in members if group in groups)
+        for limit, members in _LIMITS.items()
+    }
+    spent["memory"] -= sum(launch.milliseconds for launch in launches if launch.is_copy)
+    return spent
+
+
+def limit_of(milliseconds: float, spent: Mapping[str, float], busy: float, waiting: float) -> str:
     """What limits a step of so many milliseconds, in words: launches, copies over PCIe, or what most of the GPU's time
     goes to.
 
     Args:
-        busy: milliseconds in which the GPU computes. None: what ``launches`` take.
+        spent: from ``spent_on``.
+        busy: milliseconds in which the GPU computes.
         waiting: milliseconds in which it computes nothing, as weights are still being copied.
     """
-    groups = by_group(launches)
-    if busy is None:
-        busy = busy_milliseconds(launches)
-    parts = {
-        limit: sum(groups[group].milliseconds for group in members if group in groups)
-        for limit, members in _LIMITS.items()
-    }
-    parts["memory"] -= sum(launch.milliseconds for launch in launches if launch.is_copy)
-    spent = ", ".join(f"{limit} {ms:.0f}" for limit, ms in parts.items())
-    if busy < _NEAR * milliseconds:
-        if waiting > (milliseconds - busy) / 2:
-            waits = f"the GPU waits for them for {waiting:.0f} of {milliseconds:.0f} ms"
-            return f"copies of streamed weights: {waits} ({spent})"
-        return f"launches: the GPU computes for {busy:.0f} of {milliseconds:.0f} ms ({spent})"
-    return f"{max(parts, key=lambda limit: parts[limit])}, of {busy:.0f} ms on the GPU ({spent})"
+    parts = ", ".join(f"{limit} {ms:.0f}" for limit, ms in spent.items())
+    if busy >= _NEAR * milliseconds:
+        return f"{max(spent, key=lambda limit: spent[limit])}, of {busy:.0f} ms on the GPU ({parts})"
+    if waiting > (milliseconds - busy) / 2:
+        return f"copies of streamed weights: the GPU waits for {waiting:.0f} of {milliseconds:.0f} ms ({parts})"
+    return f"launches: the GPU computes for {busy:.0f} of {milliseconds:.0f} ms ({parts})"
 
 
 def without_adapters_apart(launches: Iterable[Launch]) -> tuple[Launch, ...]:
@@ -178,10 +180,6 @@ def launches_of(step: Callable[[], Any]) -> list[Launch]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    # What profiles stays attached otherwise, and all that is captured later takes longer to start: 3 ms of a step of
-    # 55. CUDA before 12.6 can crash where it is detached and steps are captured.
-    if tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) >= (12, 6):
-        os.environ.setdefault("TEARDOWN_CUPTI", "1")
     # Without acc_events torch warns at the second profile of a process.
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         step()

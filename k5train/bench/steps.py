@@ -31,7 +31,7 @@ from k5train.bench.case import (
 )
 from k5train.bench.kernels import GROUPS
 from k5train.bench.one_step import OneStep, group_of, make_session
-from k5train.bench.timing import flops, time_steps
+from k5train.bench.timing import flops, time_steps, watch_step
 from k5train.forward.load import stream_weights, streamed_blocks
 from k5train.options.adapter import LoraConfig
 from k5train.options.memory import MemoryConfig
@@ -64,31 +64,52 @@ def time_cases(
     num_steps: int = 8,
     num_warm_up: int = 2,
 ) -> list[Measured]:
-    """Time every case, one after the other. A case that does not fit or fails is named and left out.
+    """Time every case, one after the other, then look at a step of each on the GPU. A case that does not fit or fails
+    is named and left out.
+
+    What looks at a step stays attached, and steps that are captured after it start some milliseconds later, so all
+    are timed before.
 
     Args:
         baseline: the case that diffusers, peft and quanto are timed with first, eager and compiled. None: they are
             not.
     """
-    measurements: list[tuple[str, Callable[[], Measured]]] = []
+    measurements: list[tuple[str, Callable[..., Measured]]] = []
     hows: tuple[Baseline, ...] = ("eager", "compiled") if baseline else ()
     for how in hows:
-        time = partial(time_baseline, config, device, num_steps, num_warm_up, baseline or MUST_REACH[0], how)
+        time = partial(time_baseline, config, device, case=baseline or MUST_REACH[0], how=how)
         measurements.append((f"baseline, {how}", time))
-    measurements += [(case.name, partial(time_case, case, device, config, num_steps, num_warm_up)) for case in cases]
-    results = [measure_or_warn(name, measure) for name, measure in measurements]
-    return [result for result in results if result is not None]
+    measurements += [(case.name, partial(time_case, case, device, config)) for case in cases]
+    results = []
+    for name, measure in measurements:
+        timed = partial(measure, num_steps=num_steps, num_warm_up=num_warm_up, is_watched=False)
+        if result := measure_or_warn(name, timed):
+            results.append((name, measure, result))
+    if device.type != "cuda":
+        return [result for _, _, result in results]
+    return [_look(name, partial(measure, num_steps=1, num_warm_up=1), result) for name, measure, result in results]
 
 
-def measure_or_warn(name: str, measure: Callable[[], Measured]) -> Measured | None:
-    """What ``measure`` returns, also reported in a line; None if it fails, with a warning that names the reason."""
+def _look(name: str, measure: Callable[[], Measured], timed: Measured) -> Measured:
+    """A timed case with what its step does on the GPU, which needs the case once more; as it is, where that fails."""
+    seen = measure_or_warn(name, measure, f"looked at the kernels of {name}")
+    return timed if seen is None else timed.seen_in(seen)
+
+
+def measure_or_warn(name: str, measure: Callable[[], Measured], said: str = "") -> Measured | None:
+    """What ``measure`` returns; None if it fails, with a warning that names the reason.
+
+    Args:
+        said: the line that reports it. By default it has the numbers.
+    """
     try:
         result = measure()
         memory = f", {result.reserved_gib:.2f} GiB reserved" if result.reserved_gib else ""
         predicted = f", {result.predicted_gib:.2f} predicted" if result.predicted_gib else ""
         busy = f", GPU busy {result.busy:.0f}" if result.busy else ""
         console.note(
-            f"{name}: {result.milliseconds:.0f} ms a step (fastest {result.fastest:.0f}{busy}){memory}{predicted}; "
+            said
+            or f"{name}: {result.milliseconds:.0f} ms a step (fastest {result.fastest:.0f}{busy}){memory}{predicted}; "
             f"{result.plan}; first step after {result.first_step_seconds:.0f} s"
         )
         return result
@@ -103,8 +124,9 @@ def measure_or_warn(name: str, measure: Callable[[], Measured]) -> Measured | No
 
 
 def time_case(
-    case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2
-) -> Measured:
+    case: Case, device: torch.device, config: dict[str, Any] = FULL_SIZE, num_steps: int = 8, num_warm_up: int = 2,
+    is_watched: bool = True,
+) -> Measured:  # fmt: skip
     """Plan a case, put random weights where the plan wants them, and time the steps."""
     train = TrainConfig(
         batch_size=case.batch_size,
@@ -114,13 +136,18 @@ def time_case(
         memory=MemoryConfig(execution=case.execution, graph=case.graph),  # type: ignore[arg-type]
         tread=tread_of(case),
     )
-    return time_recipe(train, case, device, config, num_steps, num_warm_up)
+    return time_recipe(train, case, device, config, num_steps, num_warm_up, is_watched)
 
 
 def time_recipe(
-    train: TrainConfig, case: Case, device: torch.device, config: dict[str, Any], num_steps: int, num_warm_up: int
-) -> Measured:
-    """Time the steps of any recipe that adapts, quantises and routes as ``train`` says, on the inputs of a case."""
+    train: TrainConfig, case: Case, device: torch.device, config: dict[str, Any], num_steps: int, num_warm_up: int,
+    is_watched: bool = True,
+) -> Measured:  # fmt: skip
+    """Time the steps of any recipe that adapts, quantises and routes as ``train`` says, on the inputs of a case.
+
+    Args:
+        is_watched: whether to look at what the GPU does in one more step.
+    """
     config = case.config(config)
     sizes = ((case.side // 16) ** 2, case.num_text_tokens)
     budget = int(case.cap_gib * 2**30) if case.cap_gib else vram.budget(device, None)
@@ -128,7 +155,7 @@ def time_recipe(
         limit(device, budget)
     plan = plan_for(config, train, device, sizes, budget)
     try:
-        return _time_plan(plan, case, train, device, config, num_steps, num_warm_up)
+        return _time_plan(plan, case, train, device, config, num_steps, num_warm_up, is_watched)
     except torch.OutOfMemoryError:
         leaner = leaner_budget(plan)
         if leaner is None:
@@ -138,12 +165,12 @@ def time_recipe(
     torch.cuda.empty_cache()
     console.warn(f"{case.name}: the first step needed more VRAM than the {plan.peak / 2**30:.2f} GiB planned")
     plan = plan_for(config, train, device, sizes, leaner)
-    return _time_plan(plan, case, train, device, config, num_steps, num_warm_up)
+    return _time_plan(plan, case, train, device, config, num_steps, num_warm_up, is_watched)
 
 
 def _time_plan(
     plan: Plan, case: Case, train: TrainConfig, device: torch.device, config: dict[str, Any], num_steps: int,
-    num_warm_up: int,
+    num_warm_up: int, is_watched: bool,
 ) -> Measured:  # fmt: skip
     """Time the steps of a case by one plan."""
     sizes = plan.sizes
@@ -155,8 +182,9 @@ def _time_plan(
     execution, condition = session.execution, condition_for(case, config, device).get("condition")
     group = group_of(inputs_for(case, config, device), routes_for(case, device, train.tread), condition)
     step = OneStep(session, train, group)
-    timing = time_steps(step, step.warm_up, device, num_steps, num_warm_up, step.uncaptured)
+    timing = time_steps(step, step.warm_up, device, num_steps, num_warm_up)
     is_captured = session.graphs is not None and not session.graphs.is_off
+    seen = watch_step(step, step.uncaptured) if is_watched and device.type == "cuda" else None
     session.make_room()
     operations = flops(architecture(config), work_for(config, train, sizes, compiled=True))
     blocks = [f"{plan.levels.count(level)} {level}" for level in dict.fromkeys(plan.levels)]
@@ -166,8 +194,8 @@ def _time_plan(
     on_gpu = device.type == "cuda"
     return Measured(
         case.name, timing.median, timing.fastest, plan.peak / 2**30 if on_gpu else None, timing.reserved_gib,
-        timing.busy, operations / timing.median / 1e9, ", ".join(blocks), timing.first,
-    ).on_gpu(timing)  # fmt: skip
+        operations / timing.median / 1e9, ", ".join(blocks), timing.first,
+    ).on_gpu(seen)  # fmt: skip
 
 
 def table_rows(results: list[Measured], ceiling: float | None) -> list[list[str]]:
@@ -228,4 +256,4 @@ def beside_t2i(results: list[Measured]) -> list[str]:
 
 def as_json(results: list[Measured]) -> str:
     """Results for a file."""
-    return json.dumps([asdict(r) for r in results], indent=2) + "\n"
+    return json.dumps([asdict(r) | {"limit": r.limit} for r in results], indent=2) + "\n"

@@ -22,11 +22,16 @@ class Timing:
     first: float
     """Seconds until the first timed step: compilation and warm-up."""
     reserved_gib: float | None
-    launches: tuple[Launch, ...] | None
-    """What one step launches on the GPU."""
-    busy: float | None = None
-    """Milliseconds in which the GPU computes."""
-    waiting: float = 0.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the GPU does in one step."""
+
+    launches: tuple[Launch, ...]
+    busy: float
+    """Milliseconds in which it computes."""
+    waiting: float
     """Milliseconds in which it computes nothing, as weights are still being copied."""
 
 
@@ -36,13 +41,11 @@ def time_steps(
     device: torch.device,
     num_steps: int,
     num_warm_up: int,
-    launched: Callable[[], Any] | None = None,
 ) -> Timing:
     """Time whole steps, waiting for the GPU after each.
 
     Args:
         warm_up: compiles, and changes nothing.
-        launched: the same step, launched kernel by kernel: in a replayed graph nothing says which call a kernel is of.
     """
     started = time.perf_counter()
     if warm_up:
@@ -60,13 +63,19 @@ def time_steps(
         if on_gpu:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - tick))
-    median, fastest = sorted(times)[len(times) // 2], min(times)
-    if not on_gpu:
-        return Timing(median, fastest, first, None, None)
-    reserved = torch.cuda.max_memory_reserved() / 2**30
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
+    return Timing(sorted(times)[len(times) // 2], min(times), first, reserved)
+
+
+def watch_step(step: Callable[[], Any], launched: Callable[[], Any] | None = None) -> Seen:
+    """Look at one step on a GPU. What watches stays attached, and steps that are captured later start more slowly.
+
+    Args:
+        launched: the same step, launched kernel by kernel: in a replayed graph nothing says which call a kernel is of.
+    """
     as_timed = launches_of(step)
-    launches = tuple(launches_of(launched) if launched else as_timed)
-    return Timing(median, fastest, first, reserved, launches, busy_milliseconds(as_timed), copying_alone(as_timed))
+    launches = launches_of(launched) if launched else as_timed
+    return Seen(tuple(launches), busy_milliseconds(as_timed), copying_alone(as_timed))
 
 
 def flops(arch: Architecture, work: Work) -> float:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from k5cache.shared import console, vram
+from k5cache.shared import console
 from k5cache.shared.errors import RecipeError, RunError
 from k5train.base.architecture import FULL_SIZE
 from k5train.bench.baseline import time_baseline
@@ -51,7 +51,7 @@ class Part:
 
     @property
     def is_step(self) -> bool:
-        """Whether it is timed in a process that times several, so that imports are paid for once."""
+        """Whether it is a step that is timed here."""
         return isinstance(self.what, Case | str)
 
     @property
@@ -87,7 +87,7 @@ def main(
     is_listed: Annotated[bool, typer.Option("--list", help="Print the parts and their limits.")] = False,
     is_small: Annotated[bool, typer.Option("--small", help="On a tiny model and the CPU: try the calls out.")] = False,
     is_left_over: Annotated[bool, typer.Option("--left-over", hidden=True)] = False,
-    is_worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+    is_step: Annotated[bool, typer.Option("--step", hidden=True)] = False,
 ) -> None:
     """Measure what is open of training steps, each part with a limit of its own, and write each as it ends."""
     if is_listed:
@@ -101,9 +101,8 @@ def main(
     if is_left_over:
         out.write_text(json.dumps(left_over(is_small)), encoding="utf-8")
         return
-    if is_worker:
-        for name in wanted:
-            _write(out / f"{name}.json", _step(name, is_small))
+    if is_step:
+        _write(out, _step(wanted[0], is_small))
         return
     if not out.is_dir():
         raise RunError(f"There is no folder {out}", f"Run: mkdir -p {out}")
@@ -129,76 +128,59 @@ def run_parts(wanted: Sequence[str], out: Path, seconds: float, is_small: bool) 
         console.note(f"{name}: {json.dumps(result)[:300]}")
 
     with tempfile.TemporaryDirectory(prefix="k5-on-gpu-") as folder, (out / LOG).open("w", encoding="utf-8") as log:
-        rest = list(wanted)
-        while rest:
-            together = 1
-            while PARTS[rest[0]].is_step and together < len(rest) and PARTS[rest[together]].is_step:
-                together += 1
-            count = _run(rest[:together], Path(folder), log, end, is_small, done)
-            rest = rest[count:]
+        for name in wanted:
+            done(name, _run(name, Path(folder), log, end, is_small))
     return results
 
 
-def _run(
-    names: Sequence[str], folder: Path, log: Any, end: float, is_small: bool, done: Callable[[str, Any], None]
-) -> int:
-    """Run parts that share a process until one fails or all are done; return how many have a result."""
-    if end <= time.monotonic():
-        for name in names:
-            done(name, {"failed": "the time of the whole call was over"})
-        return len(names)
-    log.write(f"== {' '.join(names)}\n")
+def _run(name: str, folder: Path, log: Any, end: float, is_small: bool) -> dict[str, Any]:
+    """Run a part in a process of its own, until it ends or has had its time.
+
+    What looks at a step on the GPU stays attached to its process, and steps that are captured there later start some
+    milliseconds later.
+    """
+    begin = time.monotonic()
+    if end <= begin:
+        return {"failed": "the time of the whole call was over"}
+    log.write(f"== {name}\n")
     log.flush()
+    part, path = PARTS[name], folder / f"{name}.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", *_words(names, folder, is_small)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-        start_new_session=os.name == "posix", env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        [sys.executable, "-m", *_words(name, path, is_small)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=os.name == "posix", env=command_line.environment(folder) | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     try:
-        return _watch(process, names, folder, end, done)
+        process.wait(min(part.limit, end - begin))
+    except subprocess.TimeoutExpired:
+        pass
     finally:
+        is_over = process.poll() is None
         _stop(process)
+    seconds = round(time.monotonic() - begin, 1)
+    result = _read(path)
+    if is_over:
+        result["failed"] = f"stopped after {seconds:g} s"
+    elif process.returncode:
+        result["failed"] = f"exit code {process.returncode}"
+    elif not result and part.has_numbers:
+        result["failed"] = "ended without a result"
+    elif not result:
+        result["result"] = "passed"
+    elif part.is_step and "failed" in result["result"]:
+        result = result["result"]
+    return result | {"seconds_of_part": seconds}
 
 
-def _watch(
-    process: subprocess.Popen[bytes], names: Sequence[str], folder: Path, end: float, done: Callable[[str, Any], None]
-) -> int:
-    """Report the result of each part as its file appears; return how many have one when the process is not needed any
-    more: it has ended, or its part took longer than it may."""
-    for number, name in enumerate(names):
-        path, begin = folder / f"{name}.json", time.monotonic()
-        last = min(begin + PARTS[name].limit, end)
-        while not (path.is_file() and PARTS[name].is_step) and process.poll() is None and time.monotonic() < last:
-            time.sleep(0.05)
-        took = {"seconds_of_part": round(time.monotonic() - begin, 1)}
-        is_over = process.poll() is None and not (path.is_file() and PARTS[name].is_step)
-        result: dict[str, Any] = _read(path)
-        if is_over:
-            result["failed"] = f"stopped after {took['seconds_of_part']:g} s"
-        elif process.poll() and (not PARTS[name].is_step or not path.is_file()):
-            result["failed"] = f"exit code {process.returncode}"
-        elif not result and PARTS[name].has_numbers:
-            result["failed"] = "ended without a result"
-        elif not result:
-            result["result"] = "passed"
-        elif PARTS[name].is_step and "failed" in result["result"]:
-            result = result["result"]
-        done(name, result | took)
-        if is_over or (process.poll() is not None and not path.is_file()):
-            return number + 1
-    return len(names)
-
-
-def _words(names: Sequence[str], folder: Path, is_small: bool) -> list[str]:
-    """What follows ``python -m``."""
-    small = ["--small"] if is_small else []
-    what = PARTS[names[0]].what
+def _words(name: str, path: Path, is_small: bool) -> list[str]:
+    """What follows ``python -m``. Numbers are written to ``path``."""
+    what = PARTS[name].what
     if isinstance(what, Case | str):
-        return ["pipelines.measure.on_gpu", "--worker", "-o", str(folder), *small, *names]
-    words = [word.format(out=folder / f"{names[0]}.json") for word in what]
+        return ["pipelines.measure.on_gpu", name, "--step", "-o", str(path), *(["--small"] if is_small else [])]
+    words = [word.format(out=path) for word in what]
     if not is_small or words[0] == "pytest":
         return words
     # Without a GPU the others only say that their options are known.
-    return [*words, "--small"] if names[0] == "memory" else [*words, "--help"]
+    return [*words, "--small"] if name == "memory" else [*words, "--help"]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -211,16 +193,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _step(name: str, is_small: bool) -> dict[str, Any]:
-    """Time a part in this process. What it raises is its result, so that the next one is timed."""
+    """Time a part in this process. What it raises is its result."""
     try:
-        return asdict(_timed(PARTS[name].what, is_small))
-    except Exception as error:  # the next part is measured whatever this one raised
+        result = _timed(PARTS[name].what, is_small)
+        return asdict(result) | {"limit": result.limit}
+    except Exception as error:  # said beside the numbers of the other parts
         return {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            vram.limit("cuda", None)
 
 
 def _timed(what: Any, is_small: bool) -> Measured:

@@ -6,7 +6,6 @@ loading and compiling. Downloads nothing; writes 18 GB to a temporary folder.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -109,7 +108,8 @@ def watch(name: str, program: list[str], root: Path, metrics: Path | None = None
         begin = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-c", *program], stdout=log, stderr=subprocess.STDOUT,
-            env=_environment(root),
+            env=command_line.environment(root)
+            | {"K5_HOME": str(root / "home"), "TORCHINDUCTOR_CACHE_DIR": str(root / "compiled")},
         )  # fmt: skip
         own = resident = 0
         first_step: float | None = None
@@ -129,15 +129,6 @@ def watch(name: str, program: list[str], root: Path, metrics: Path | None = None
     if program[0] == _LOAD:
         seconds = float(lines[-1])
     return Start(name, seconds, own, resident)
-
-
-def _environment(root: Path) -> dict[str, str]:
-    """With empty caches, and with bytecode kept where Python is told to keep none: pip leaves it with its packages, and
-    imports take three times as long without."""
-    own = {"K5_HOME": str(root / "home"), "TORCHINDUCTOR_CACHE_DIR": str(root / "compiled")}
-    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
-        own["PYTHONPYCACHEPREFIX"] = str(root / "bytecode")
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | own
 
 
 def _memory(pid: int) -> dict[str, int]:
