@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def test_of_a_large_tensor_a_changed_element_is_seen_in_a_probe_and_not_between_
         rewrite_element(model, name, probe // 2 + 1)
         before, now = fingerprint(model, "text_encoder"), before
         assert before != now
+
+
+def test_files_that_are_as_they_were_are_read_once_and_one_that_is_written_again_anew(model, monkeypatch):
+    reads: list[int] = []
+    read = fingerprints._sample
+    monkeypatch.setattr(fingerprints, "_sample", lambda tensors: [reads.append(len(tensors)), read(tensors)][1])
+    file = model / "text_encoder" / "model.safetensors"
+    before = fingerprint(model, "text_encoder")
+    assert fingerprint(model, "text_encoder") == before
+    assert len(reads) == 2, "a file written just now may be written again within one tick of the file system's clock"
+    os.utime(file, (1e9, 1e9))
+    assert fingerprint(model, "text_encoder") == fingerprint(model, "text_encoder") == before
+    assert len(reads) == 3
+    rewrite_element(model, "model.embed_tokens.weight", 0)
+    assert fingerprint(model, "text_encoder") != before
+    assert len(reads) == 4
+    edit_json(model / "text_encoder" / "config.json", hidden_act="relu")
+    os.utime(file, (1e9, 1e9))
+    assert fingerprint(model, "text_encoder") != before
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -6,11 +6,12 @@ loading and compiling. Downloads nothing; writes 18 GB to a temporary folder.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,12 +20,14 @@ from k5cache.shared import console
 from k5cache.shared.errors import RunError
 from k5train.base.architecture import FULL_SIZE
 from k5train.commands.bench import gpu_to_measure
-from pipelines.measure import command_line
+from pipelines.measure import command_line, stacks
 from pipelines.measure.random_inputs import model_folder, write_cache, write_checkpoint
 
+PLACES = ("innermost function of ours", "seconds")
 COLUMNS = ("process", "seconds", "own host memory", "with mapped files")
 
 _CLI = "from k5train.cli import main; main()"
+_WATCHED = "import sys; from pathlib import Path; from pipelines.measure.stacks import sample; sample(Path({path!r})); "
 _LOAD = """
 import sys, time, torch
 from pathlib import Path
@@ -50,6 +53,8 @@ class Start:
     """The most host memory that was the process's own (RssAnon)."""
     resident_bytes: int
     """The same with the pages of mapped files (VmHWM), which the system may take back at any time."""
+    places: tuple[tuple[str, float], ...] = ()
+    """Where in our code the time went, if somebody looked: functions, imports and calls of libraries included."""
 
 
 def main(out: command_line.Out = None) -> None:
@@ -57,6 +62,10 @@ def main(out: command_line.Out = None) -> None:
     gpu_to_measure(out)
     starts = time_starts()
     command_line.print_table("full size, random weights", COLUMNS, table_rows(starts), numbers=COLUMNS[1:])
+    for start in starts:
+        if start.places:
+            rows = [[place, f"{seconds:.2f}"] for place, seconds in start.places]
+            command_line.print_table(f"{start.name}: where the time goes", PLACES, rows, numbers=PLACES[1:])
     command_line.write_json(out, [asdict(start) for start in starts])
 
 
@@ -66,7 +75,9 @@ def time_starts(
     vram: str = "16GB",
     report: Callable[[str], None] = console.note,
 ) -> list[Start]:
-    """Quantise, start once, start again, and load the weights alone. Report each as soon as it is known.
+    """Quantise, start once and twice again, look where a start spends its time, and load the weights alone.
+
+    Each is reported as soon as it is known.
 
     Raises:
         RunError: a process failed. The message has the last lines that it printed.
@@ -88,10 +99,20 @@ def time_starts(
                "train.optim.warmup_steps=0", "--set",
                "train.loss_limit=0", "--set", f"train.memory.vram={vram}", "-o"]  # fmt: skip
         add("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root)
-        for i, label in enumerate(("first start: blocks are compiled", "second start")):
+        _write_out()
+        for i, label in enumerate(("first start: blocks are compiled", "second start", "third start")):
             add(label, [_CLI, *run, str(root / f"run{i}")], root, root / f"run{i}" / "metrics.jsonl")
+        seen, path = root / "stacks", root / "watched" / "metrics.jsonl"
+        add("another start, watched", [_WATCHED.format(path=str(seen)) + _CLI, *run, str(path.parent)], root, path)
+        starts[-1] = replace(starts[-1], places=tuple(stacks.longest(seen.read_text().splitlines(), 16)))
         add("loading the weights alone", [_LOAD, str(folder)], root)
     return starts
+
+
+def _write_out() -> None:
+    """Wait until what was written is on the disk, which would slow down whatever comes next."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def watch(name: str, program: list[str], root: Path, metrics: Path | None = None) -> Start:
