@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from dataclasses import replace
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -81,6 +83,19 @@ def test_an_error_of_ray_is_what_was_raised_in_one_line_without_a_traceback():
     versions = "Traceback\n  raise\nRuntimeError: Version mismatch: the cluster has:\n    Ray: 2.50\n    Python: 3.12\n"
     assert cluster.words_of(versions) == "Version mismatch: the cluster has: Ray: 2.50 Python: 3.12"
     assert cluster.words_of("\x1b[36mThe node died\x1b[39m\nsome details") == "The node died"
+
+
+def test_a_cluster_that_wants_a_token_is_joined_with_it_or_says_so(monkeypatch):
+    answers = iter(
+        [
+            CompletedProcess([], 0, "10.0.0.1:6379\n10.0.0.1:6379\ntoken 10.0.0.1:6379\n", "a warning"),
+            CompletedProcess([], 1, "10.0.0.1:6379\n", "Traceback\nray.exceptions.AuthenticationError: RPC error\n"),
+        ]
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: next(answers))
+    assert cluster._answering("auto") == ("10.0.0.1:6379", "token")
+    with pytest.raises(EngineError, match=r"auto, which is 10\.0\.0\.1:6379 wants a token"):
+        cluster._answering("auto")
 
 
 def test_a_process_of_ray_that_has_ended_does_not_listen(tmp_path):

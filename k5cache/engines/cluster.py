@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,21 @@ def joined(address: str | None, gpus: int | None, device: str) -> Iterator[Clust
     if device == "cuda" and not (address or keys):
         raise _no_gpu("this machine")
     variables = {name: value for name, value in _QUIET.items() if name not in os.environ} | _NO_REPORTS
-    if address is None:
+    if not address:
         if "ray" not in sys.modules:  # it reads the mode when it is imported
             variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         variables |= {variable_of(): ",".join(keys)} if keys else {}
-    with system.variables_set(variables), _signals_kept() as keep_signals:
-        where = _answering(address) if address else "local"
+    with ExitStack() as stack:
+        stack.enter_context(system.variables_set(variables))
+        keep_signals = stack.enter_context(_signals_kept())
+        where = ""
+        if address:
+            where, mode = _answering(address)
+            stack.enter_context(system.variables_set({"RAY_AUTH_MODE": mode}))
         import ray
 
         try:
-            _start(len(keys)) if address is None else _connect(address, where)
+            _connect(address, where) if address else _start(len(keys))
             keep_signals()
             _silence()
             yield _cluster_of(ray, address, gpus, device)
@@ -150,34 +155,23 @@ _OPTIONS: dict[str, Any] = {
     "logging_level": logging.CRITICAL,
 }
 _HEAD = "Start one with `ray start --head --port 6379`, run this command on a machine of it, and give --address auto"
+_TOKEN = (
+    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head; on all machines alike"
+)
 LOGS = "Ray's logs are in /tmp/ray/session_latest/logs"
 CHECK = f"Close other programs and run the same command again; {LOGS}"
 
 
-_JOIN = """
-import socket, sys
-import ray
-address = sys.argv[1]
-if address == "auto":
-    from ray._private.services import canonicalize_bootstrap_address
-    address = canonicalize_bootstrap_address(address)
-    print(address, flush=True)
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), float(sys.argv[2])).close()
-joined = ray.init(address=address, log_to_driver=False, configure_logging=False)
-print(joined.address_info["gcs_address"])
-"""
-
-
-def _answering(address: str) -> str:
-    """HOST:PORT of the cluster, which another process joins first: Ray ends one that waits in vain.
+def _answering(address: str) -> tuple[str, str]:
+    """HOST:PORT of the cluster and its ``RAY_AUTH_MODE``. Another process joins it first, which Ray may end.
 
     Raises:
         EngineError: nothing answers there, or something that is no Ray.
     """
     if address != "auto":
         _check_port(address)
-    command = [sys.executable, "-P", "-c", _JOIN, address, str(SECONDS_TO_CONNECT)]
+    program = Path(__file__).with_name("try_to_join.py")
+    command = [sys.executable, "-P", str(program), address, str(SECONDS_TO_CONNECT)]
     try:
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=SECONDS_TO_ANSWER
@@ -187,8 +181,11 @@ def _answering(address: str) -> str:
         raise EngineError(f"What listens at {where} does not answer as a Ray cluster does", _HEAD) from None
     if done.returncode:
         where = _where(address, done.stdout)
+        if _NO_TOKEN.search(done.stderr):
+            raise EngineError(f"The Ray cluster at {where} wants a token that this command does not have", _TOKEN)
         raise EngineError(f"No Ray cluster answers at {where}: {words_of(done.stderr)}", _HEAD)
-    return done.stdout.split()[-1]
+    mode, where = done.stdout.split()[-2:]
+    return where, mode
 
 
 def _where(address: str, output: str) -> str:
@@ -319,6 +316,7 @@ def words_of(text: str) -> str:
     return _NUMBER.sub("", _RAISED.sub("", said, count=1))[:300]
 
 
+_NO_TOKEN = re.compile(r"AuthenticationError|InvalidAuthToken|authentication_token_loader")  # the last ends a process
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception): ")
 _NUMBER = re.compile(r"^\[Errno \d+\] ")
