@@ -6,8 +6,6 @@ alone. What a store answers becomes one line here, and what may pass is tried ag
 
 from __future__ import annotations
 
-import errno
-import importlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,33 +13,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from k5cache.remote.failures import LOGIN, Asked, is_bucket, is_condition, is_of_store, may_pass, refusal
+from k5cache.remote.filesystems import PACKAGES, address_of, open_filesystem
+from k5cache.shared.console import note
 from k5cache.shared.credentials import without_credentials
 from k5cache.shared.errors import StoreError
 from k5cache.shared.files import new_file
 from k5cache.shared.foreign import shown
 from k5cache.shared.urls import SCHEMES, url_of
 
-WAITS = (0.5, 2.0)
-"""Seconds before each further try. s3fs itself tries five times within each."""
-_PACKAGES = {"s3": ("s3fs", "s3fs"), "gs": ("gcsfs", "gcsfs"), "hf": ("huggingface_hub", "huggingface_hub")}
-"""Scheme -> the module that fsspec needs, and what pip calls it."""
-_LIBRARIES = frozenset({"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "huggingface_hub", "httpx",
-                        "httpx2", "httpcore", "requests", "urllib3"})  # fmt: skip
-_LOGIN = {
-    "s3": "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL if it is not Amazon's",
-    "gs": "Log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "hf": "Log in with `hf auth login`, or set HF_TOKEN",
-    "memory": "Name another URL",
-}
+WAITS = (0.5, 2.0, 8.0, 20.0, 30.0)
+"""Seconds before each further try, so that a router may start again. Each try includes those that a file system makes
+by itself (``filesystems.py``)."""
+_LONG = 8.0
+"""Seconds of a wait that the user is told of."""
+PATIENCE = 60.0
+"""Seconds after which nothing is tried again: the file system has itself asked a silent store often enough."""
 _MOST_READS = 10
 _TAGS = ("ETag", "etag", "generation", "blob_id")
 _TIMES = ("LastModified", "updated", "mtime", "created", "timeCreated")
 _SINGLE = 5 << 30  # bytes of the largest object that S3 takes in one request, which alone can be conditional
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
-"""An address with its query, which may hold a signature."""
 Value = TypeVar("Value")
 
 
@@ -77,17 +71,13 @@ class Objects:
         self.scheme, _, rest = self.url.partition("://")
         _check(self.url, self.scheme, rest)
         self._path = f"/{rest}" if self.scheme == "memory" else rest
+        self._fs: Any = None
+        self._has_told = False
         with suppress(ImportError):
-            import fsspec
-
-            if self.scheme in _PACKAGES:
-                importlib.import_module(_PACKAGES[self.scheme][0])
-            self._fs: Any = self._answer("open", lambda: fsspec.filesystem(
-                self.scheme, skip_instance_cache=self.scheme != "memory", use_listings_cache=False
-            ))  # fmt: skip
+            self._fs = self._answer("open", lambda: open_filesystem(self.scheme))
             self.is_conditional = self.scheme == "s3"
             return
-        package = _PACKAGES.get(self.scheme, ("fsspec", "fsspec"))[1]
+        package = PACKAGES.get(self.scheme, ("fsspec", "fsspec"))[1]
         raise StoreError(f"{self.url} needs the package {package}", f"Install it: pip install {package}")
 
     def __reduce__(self) -> tuple[type[Objects], tuple[str]]:
@@ -171,7 +161,7 @@ class Objects:
         if self.is_conditional and len(data) < _SINGLE:
             condition = {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
             try:
-                answer = self._answer("write", lambda: self._put(name, data, **condition), name, refused=_is_condition)
+                answer = self._answer("write", lambda: self._put(name, data, **condition), name, refused=is_condition)
                 return str(answer["ETag"])
             except _Refused as error:
                 if not error.is_unknown:
@@ -232,40 +222,28 @@ class Objects:
             refused: whether an error is the answer to a condition: ``_Refused`` is raised. None if it is not; False
                 if the store does not know conditions.
         """
-        what = f"{self.url}/{name}" if name else self.url
+        began = time.monotonic()
         for wait in (*WAITS, None):
             try:
-                return ask()
+                answer = ask()
+                self._has_told = False
+                return answer
             except Exception as error:
-                if (answer := refused(error)) is not None:
-                    raise _Refused(is_unknown=not answer) from None
-                if absent and isinstance(error, FileNotFoundError) and not _is_bucket(error):
+                if (condition := refused(error)) is not None:
+                    raise _Refused(is_unknown=not condition) from None
+                if absent and isinstance(error, FileNotFoundError) and not is_bucket(error):
                     return None
-                if not _is_of_store(error):
+                if not is_of_store(error):
                     raise
-                if wait is None or not _may_pass(error):
-                    self._refuse(verb, what, error)
+                seconds = time.monotonic() - began
+                if wait is None or seconds > PATIENCE or not may_pass(error):
+                    where = address_of(self._fs, self.scheme)
+                    raise refusal(error, Asked(verb, self.url, name, *where, seconds)) from None
+                if wait >= _LONG and not self._has_told:
+                    self._has_told = True
+                    note(f"{self.url} cannot be reached. Trying again for a minute")
                 time.sleep(wait)
         raise AssertionError("unreachable")
-
-    def _refuse(self, verb: str, what: str, error: Exception) -> NoReturn:
-        words = " ".join(str(error).split()) or type(error).__name__
-        reason = without_credentials(shown(_QUERY.sub(r"\1", words), 240))
-        if isinstance(error, FileNotFoundError):
-            bucket = self.url.partition("://")[2].partition("/")[0]
-            if _is_bucket(error):
-                raise StoreError(f"Cannot {verb} {what}: there is no bucket {bucket}", "Correct its name, or make it")
-            raise StoreError(f"Cannot {verb} {what}: there is no such object", "Look at what the store holds") from None
-        if "RequestTimeTooSkewed" in repr(error.__cause__):
-            raise StoreError(f"Cannot {verb} {what}: {reason}", "Set the clock of this machine") from None
-        if isinstance(error, PermissionError):
-            may = f"They must allow to list, read and write below {self.url}, or to read it if nothing is written there"
-            raise StoreError(f"Cannot {verb} {what}: {reason}", f"{_LOGIN[self.scheme]}. {may}") from None
-        if "redentials" in type(error).__name__ + reason or _is_setting(error):
-            raise StoreError(f"Cannot {verb} {what}: {reason}", _LOGIN[self.scheme]) from None
-        raise StoreError(
-            f"Cannot {verb} {what}: {reason}", "Check the network and try again: what has arrived is kept"
-        ) from None
 
 
 class _Refused(Exception):
@@ -281,12 +259,6 @@ class _Short(OSError):
     """Fewer bytes arrived than there are."""
 
 
-def _is_setting(error: Exception) -> bool:
-    """Whether an error is about how the store is named, which no second try changes."""
-    is_invalid = isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")
-    return is_invalid or type(error).__name__ in ("ParamValidationError", "ProfileNotFound", "ConfigParseError")
-
-
 def is_clean(name: str) -> bool:
     """Whether the name of an object can be the name of a file below a folder of this machine."""
     parts = PurePosixPath(name).parts
@@ -299,7 +271,7 @@ def _check(url: str, scheme: str, rest: str) -> None:
     if re.match(r"[^/]*:[^/]*@", rest) or (scheme != "hf" and "@" in first):
         raise StoreError(
             f"A URL may hold no user and no password: {scheme}://(hidden)@{shown(first.rpartition('@')[2], 80)}",
-            f"Leave them out. {_LOGIN.get(scheme, 'Name another URL')}",
+            f"Leave them out. {LOGIN.get(scheme, 'Name another URL')}",
         )
     if scheme not in SCHEMES:
         raise StoreError(
@@ -311,43 +283,6 @@ def _check(url: str, scheme: str, rest: str) -> None:
             f"{without_credentials(shown(url.partition('?')[0], 200))} is not the URL of a folder in a bucket",
             f"Write it as {scheme}://BUCKET/FOLDER, without .. and without a query",
         )
-
-
-def _is_of_store(error: Exception) -> bool:
-    """Whether an error is the store's or the network's, and not one of this code."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return False  # this machine's disk
-    if isinstance(error, OSError) and error.errno and Path(str(error.filename)).is_absolute():
-        return False  # a file of this machine; those of stores are no paths
-    if _is_setting(error):
-        return True
-    roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError | TimeoutError | EOFError) or bool(roots & _LIBRARIES)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed."""
-    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
-        return False
-    if "redentials" in type(error).__name__ or _is_setting(error):
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    is_invalid = isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EPERM, errno.EACCES)
-    return not is_invalid and not (isinstance(status, int) and 400 <= status < 500)
-
-
-def _is_bucket(error: Exception) -> bool:
-    return "bucket does not exist" in str(error) or "NoSuchBucket" in repr(error.__cause__)
-
-
-def _is_condition(error: Exception) -> bool | None:
-    response = getattr(error.__cause__ or error, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
-        return True
-    if isinstance(error, FileNotFoundError) and code in ("NoSuchKey", "404"):  # If-Match, and it has been deleted
-        return True
-    return False if code in ("NotImplemented", "501") else None
 
 
 def _time_ns(info: dict[str, Any]) -> int:

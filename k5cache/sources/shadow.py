@@ -22,6 +22,7 @@ from typing import Any
 
 from k5cache.options import CacheConfig
 from k5cache.remote import copies
+from k5cache.remote.failures import Absent
 from k5cache.remote.objects import Entry, Objects, is_clean
 from k5cache.shared.console import note
 from k5cache.shared.errors import DatasetError, StoreError
@@ -282,10 +283,8 @@ class Shadow:
         copies.mark(self._home, _PICTURES, copy)
         try:
             sha256 = self._objects.fetch(name, path, entry.num_bytes)
-        except StoreError:
-            if self._objects.stat(name) is None:
-                raise UnreadableImage("is no longer there", has_changed=True) from None
-            raise
+        except Absent:
+            raise UnreadableImage("is no longer there", has_changed=True) from None
         copies.add(self._home, _PICTURES, copy, entry.num_bytes, sha256)
         with suppress(OSError):
             return path.read_bytes()
