@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from k5cache.shared.errors import DoesNotFit
-from k5train.forward import execute, load, stream
+from k5train.base.architecture import FULL_SIZE
+from k5train.forward import execute, load, ops, stream
 from k5train.forward.block import gather
 from k5train.forward.execute import choose_modes
 from k5train.forward.predict_velocity import predict_velocity
@@ -220,3 +221,10 @@ def test_another_adapter_on_the_same_base_finds_the_streamed_weights(toy_model):
         assert_same(outcome(transformer, execution.policies, inputs), resident, WITHIN)
         transformer.unload_lora()
         adapt(transformer)
+
+
+def test_the_kernel_gets_fused_adapters_only_where_no_tile_spans_two():
+    assert ops.parts_into_tiles(3 * FULL_SIZE["model_dim"], 3)
+    assert ops.parts_into_tiles(3 * 48, 3)
+    assert not ops.parts_into_tiles(3 * 72, 3)
+    assert ops.parts_into_tiles(72, 1)

@@ -130,7 +130,7 @@ def _int8_matmul(
             the moment of the matmul. It happens in here because the compiler would keep a transposed weight.
     """
     b = _transposed(b) if transpose_b else b
-    if a.is_cuda and kernel_works(a.device):
+    if a.is_cuda and kernel_works(a.device) and parts_into_tiles(b.shape[0], segments):
         a, b = a.contiguous(), b.contiguous()
         if hopper_works(a.device):
             from k5train.forward import hopper
@@ -141,6 +141,11 @@ def _int8_matmul(
 
         return int8_matmul(a, a_scale, b, b_scale, bias, z, up, segments, dtype)
     return exact(a, a_scale, b, b_scale, bias, z, up, segments).to(dtype)
+
+
+def parts_into_tiles(columns: int, segments: int) -> bool:
+    """Whether no tile of the kernel, which has 16 columns at least, spans two adapters. None does at published sizes."""
+    return segments == 1 or columns // segments % 16 == 0
 
 
 _library.impl("matmul", _matmul, "CompositeExplicitAutograd")
