@@ -144,7 +144,7 @@ def _int8_matmul(
 
 
 def parts_into_tiles(columns: int, segments: int) -> bool:
-    """Whether no tile of the kernel, which has 16 columns at least, spans two adapters. None does at published sizes."""
+    """Whether no tile of the kernel, of 16 columns at least, spans two adapters. None does at published sizes."""
     return segments == 1 or columns // segments % 16 == 0
 
 
