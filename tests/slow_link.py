@@ -28,13 +28,15 @@ class Link:
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(64)
         self._open: list[socket.socket] = []
+        self._unanswered: set[socket.socket] = set()
         self.address = "http://{}:{}".format(*self._listener.getsockname())
         self.requests: list[str] = []
         """Method and path of each request that began."""
         self.bytes_per_second = 0.0
         """At most so many are passed to the server on each connection; 0: any number."""
-        self.silent_after: tuple[str, int] | None = None
-        """A regular expression of a request, and the bytes of it that are passed on before all goes silent."""
+        self.silent_after: tuple[str, int | None] | None = None
+        """A regular expression of a request, and the bytes of its body that are passed on before all goes silent; None:
+        the whole request, and nothing of the answer."""
         self.is_silent = threading.Event()
         """Connections are accepted, and nothing is read."""
         if server is None:
@@ -60,12 +62,15 @@ class Link:
             while piece := connection.recv(_PIECE):
                 request = self._note(piece)
                 if request and self.silent_after and re.search(self.silent_after[0], request):
-                    left = self.silent_after[1]
+                    if self.silent_after[1] is None:
+                        self._unanswered.add(onward)
+                    else:
+                        left = piece.index(b"\r\n\r\n") + 4 + self.silent_after[1]
                 if left >= 0:
                     piece, left = piece[:left], left - len(piece)
                     if left <= 0:
-                        onward.sendall(piece)
                         self.is_silent.set()
+                        onward.sendall(piece)
                 if self.is_silent.is_set():
                     return  # and the connection stays open
                 onward.sendall(piece)
@@ -83,6 +88,8 @@ class Link:
     def _answer(self, onward: socket.socket, connection: socket.socket) -> None:
         with suppress(OSError):
             while piece := onward.recv(1 << 16):
+                if onward in self._unanswered:
+                    self.is_silent.set()
                 if self.is_silent.is_set():
                     return
                 connection.sendall(piece)
