@@ -49,7 +49,7 @@ add(
 )
 add(MAKE, encode.plan, "k5cache plan datasets/cats", "k5cache plan datasets/cats --vram 8GB")
 add(MAKE, encode.diff, "k5cache diff datasets/cats")
-add(MAKE, options.options, "k5cache options > my.toml")
+add(MAKE, options.options, "k5cache options > my.toml", "k5cache options crop")
 add(LOOK, info.info, "k5cache info cache/cats", "k5cache info cache/cats --json")
 add(LOOK, show.show, "k5cache show cache/cats", "k5cache show cache/cats --count 64 -o cats.png")
 add(LOOK, verify.verify, "k5cache verify cache/cats", "k5cache verify cache/cats --reencode 8 --source datasets/cats")

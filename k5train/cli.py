@@ -103,7 +103,7 @@ add(
     "k5train recipes",
     "k5train recipes style-16gb -o my.toml",
 )
-add(PREPARE, options.options, "k5train options > my.toml")
+add(PREPARE, options.options, "k5train options > my.toml", "k5train options rank memory")
 add(
     PREPARE,
     import_.import_,

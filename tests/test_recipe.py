@@ -141,6 +141,17 @@ def test_words_of_simpletuner_that_need_nothing_here_are_accepted_and_others_are
         assert words in caught.value.problem
 
 
+def test_options_are_found_by_their_names_or_else_by_what_is_said_of_them():
+    found = option_list.as_toml(SCHEMAS, ["RANK", "memory.graph"])
+    assert re.findall(r"^\[[\w.]+\]|^(?:# )?\w+ =", found, re.M) == [
+        "[train.lora]", "rank =", "ranks =", "[train.memory]", "graph ="
+    ]  # fmt: skip
+    assert tomllib.loads(found)["train"]["lora"]["rank"] == TrainConfig().lora.rank
+    assert re.findall(r"^\w+ =", option_list.as_toml(SCHEMAS, ["mirrored"]), re.M) == ["flip ="]
+    with pytest.raises(RecipeError, match=r"unknown option 'network_dim'; did you mean 'train\.lora\.rank'\?"):
+        option_list.as_toml(SCHEMAS, ["rank", "network_dim"])
+
+
 def test_every_option_that_another_trainers_word_names_is_one():
     text = option_list.as_toml(SCHEMAS)
     tables = {table: re.findall(r"^(?:# )?(\w+) =", part, re.M) for table, part in

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from k5cache.shared import console
+from k5cache.shared.help import Words
 
 
-def options() -> None:
-    """List every option of [model] and [cache] with its default, as a recipe to copy from."""
+def options(words: Words = None) -> None:
+    """List every option of [model] and [cache] with its default, as a recipe to copy from.
+
+    With words, list the options whose names have one of them.
+    """
     from k5cache.options import CacheConfig
     from k5cache.shared import option_list
     from k5cache.shared.model import ModelConfig
 
-    console.out.print(option_list.as_toml({"model": ModelConfig, "cache": CacheConfig}), markup=False, soft_wrap=True)
+    schemas = {"model": ModelConfig, "cache": CacheConfig}
+    console.out.print(option_list.as_toml(schemas, words or ()), markup=False, soft_wrap=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+Words = Annotated[
+    list[str] | None, typer.Argument(help="Parts of options' names, such as rank or memory. Default: all options.")
+]
+"""Which options to list."""
 MOST_EXAMPLE = 76
 """Characters of an example: with its indent it fits in 80 columns, so that no terminal breaks it."""
 _PACKAGES = ("torch", "transformers", "diffusers", "peft")

@@ -12,11 +12,13 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from k5cache.shared.errors import RecipeError
 from k5cache.shared.recipe import toml_value
+from k5cache.shared.spelling import problem_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +87,37 @@ def _helps(schema: type[Any]) -> dict[str, str]:
     return helps
 
 
-def as_toml(schemas: dict[str, type[Any]]) -> str:
-    """Every option with its default and its help, as TOML text to copy from. Options without a default are comments."""
+def as_toml(schemas: dict[str, type[Any]], words: Sequence[str] = ()) -> str:
+    """Every option with its default and its help, as TOML text to copy from. Options without a default are comments.
+
+    Args:
+        words: list only options that have one of these in their names, as ``train.lora.rank``, or, if no name has it,
+            in their help. None given: all.
+
+    Raises:
+        RecipeError: no option has one of them. Says which one another trainer's word or a misspelt one stands for.
+    """
+    chosen = {name for word in words for name in _with_word(schemas, word)}
     lines: list[str] = []
     for table in tables(schemas, listed=False):
-        lines += ["", f"# --- {table.help}", f"[{table.name}]"]
-        for option in table.options:
+        options = [option for option in table.options if not words or f"{table.name}.{option.name}" in chosen]
+        lines += ["", f"# --- {table.help}", f"[{table.name}]"] if options or not words else []
+        for option in options:
             lines += [f"# {help_line}" for help_line in textwrap.wrap(option.help, 110)]
             default = option.default
             lines.append(f"# {option.name} =" if default is None else f"{option.name} = {_written(default)}")
     return "\n".join(lines).strip()
+
+
+def _with_word(schemas: dict[str, type[Any]], word: str) -> list[str]:
+    """The names of options that have a word, or that speak of it."""
+    helps = {f"{t.name}.{option.name}": option.help for t in tables(schemas, listed=False) for option in t.options}
+    part = word.lower()
+    named = [name for name in helps if part in name]
+    if found := named or [name for name, text in helps.items() if part in text.lower()]:
+        return found
+    problem = problem_of("option", word, None, "", (), schemas) or f"no option is called {word!r}"
+    raise RecipeError(problem, "Without a word, all options are listed")
 
 
 def as_markdown(schemas: dict[str, type[Any]]) -> str:
