@@ -1,8 +1,8 @@
 """Runs of several processes on the CPU, each forked from one that has imported everything. ``python -m tests.ranks``.
 
 A line of JSON on stdin is a job: ``words``, the command line of each process; and ``at``, what happens to one of them
-in the update after a step: ``[rank, step, "kill"]``, ``"stop"``, ``"hang"`` or ``"fail"``. A line of JSON answers: the
-exit codes.
+in the update after a step: ``[rank, step, "kill"]``, ``"stop"``, ``"twice"`` (stopped by torchrun and by its cluster),
+``"hang"`` or ``"fail"``. A line of JSON answers: the exit codes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SIGNALS = {
+    "kill": [signal.SIGKILL], "stop": [signal.SIGINT], "twice": [signal.SIGTERM, signal.SIGINT],
+    "hang": [signal.SIGSTOP],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def be_rank(rank: int, size: int, port: int, words: list[str], at: list | None, 
     from k5train.training.loop import Loop
     from tests.runs import only_training
 
+    if at and at[2] == "twice":
+        os.environ["TORCHELASTIC_RUN_ID"] = "1"
     if at and at[2] == "hang":
         line.BEAT, line.SILENT = 0.1, 40
     accumulate, code = Loop.step, 1
@@ -107,7 +113,8 @@ def be_rank(rank: int, size: int, port: int, words: list[str], at: list | None, 
         if at and (rank, self.progress.step) == tuple(at[:2]):
             if at[2] == "fail":
                 raise ValueError("of a bug")
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGINT, "hang": signal.SIGSTOP}[at[2]])
+            for number in SIGNALS[at[2]]:
+                os.kill(os.getpid(), number)
         return accumulate(self, *arguments)
 
     Loop.step = step

@@ -236,6 +236,36 @@ def test_an_interrupt_that_python_drops_in_a_finalizer_comes_again():
     assert callbacks[0]() is None
 
 
+def test_all_signals_to_a_process_that_is_also_told_are_one_and_a_second_is_told():
+    def work() -> None:
+        with interrupt.installed(), interrupt.counted_once():
+            try:
+                send(signal.SIGTERM)
+                pytest.fail("the first one is answered")
+            except KeyboardInterrupt:
+                send(signal.SIGINT)  # the same word once more
+                send(signal.SIGTERM)
+                done.append("saved")
+            with interrupt.deferred():
+                interrupt.hurry()
+                done.append("waited")
+
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["saved"]
+
+
+def test_signals_that_are_counted_interrupt_nothing():
+    with interrupt.installed():
+        with interrupt.counted() as count:
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+            assert count() == 2
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
 def test_what_is_said_first_stays():
     with pytest.raises(KeyboardInterrupt, match="inner"), interrupt.saying("outer"), interrupt.saying("inner"):
         raise KeyboardInterrupt

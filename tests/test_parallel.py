@@ -6,9 +6,6 @@ gloo on the CPU stands for NCCL on GPUs; tests/gpu/test_parallel_gpu.py has thos
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +15,9 @@ import pytest
 import torch
 
 from k5cache.cli import app as encode_app
-from k5cache.shared.errors import K5Error, RunError
+from k5cache.shared.errors import RunError
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
-from k5train.parallel import launch as launching
 from k5train.parallel.ranks import ALONE, united
 from k5train.parallel.ranks import Ranks as RanksOfRun
 from k5train.parallel.world import World, gpu_of, world_of
@@ -29,7 +25,7 @@ from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state
 from k5train.training.shared_out import check_alike, shared_out
 from tests.cli import Cli
-from tests.ranks import ROOT, Ranks
+from tests.ranks import Ranks
 from tests.runs import CONFIG, lora_of, metrics_of, numbers, same, state_of
 from tests.test_masks import mask_file, white_left
 from tests.workshop import Workshop
@@ -194,6 +190,9 @@ def test_ctrl_c_at_one_process_stops_all_after_the_same_step_and_an_error_of_one
     ended = ranks(*[words(root)] * 2, at=(1, 1, "stop"))
     assert ended.codes == [130, 130]
     assert "Stopped and saved at step 2" in ended.said[0]
+    ended = ranks(*[words(tmp_path / "told")] * 2, at=(1, 1, "twice"))  # SIGTERM of a cluster, and torchrun's own
+    assert ended.codes == [130, 130]
+    assert "Stopped and saved at step 2" in ended.said[0]
     ended = ranks(*[words(root)] * 2, at=(1, 2, "fail"))  # which went on with the run
     assert ended.codes == [2, 1]
     assert "error: Rank 1 (process " in ended.said[0]
@@ -262,74 +261,6 @@ def test_items_that_were_dealt_out_come_back_in_their_order():
     items = list(range(7))
     assert list(united([items[rank::3] for rank in range(3)])) == items
     assert ALONE.unite(ALONE.share(items)) == items
-
-
-SCRIPT = """
-import os, sys, time
-rank = int(os.environ["RANK"])
-print("out", rank, flush=True)
-print("err", rank, file=sys.stderr, flush=True)
-if rank == 1:
-    os.kill(os.getpid(), 9)
-time.sleep(0.5)
-sys.exit(2)
-"""
-
-
-def test_gpus_starts_a_process_each_of_which_the_first_has_the_terminal(capfd, monkeypatch):
-    assert launching.launch([sys.executable, "-S", "-c", SCRIPT], 2) == 2
-    out, err = capfd.readouterr()
-    assert out == "out 0\n"
-    assert "err 0" in err
-    assert "rank 1: err 1" in err
-    script = SCRIPT.replace("rank == 1", "rank == 0")
-    with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
-        launching.launch([sys.executable, "-S", "-c", script], 2)
-    assert launching.launch([sys.executable, "-S", "-c", "pass"], 2) == 0
-    # One that does not end by itself, after another one failed, is ended.
-    monkeypatch.setattr(launching, "PATIENCE", 0.3)
-    monkeypatch.setattr(launching, "MORE_PATIENCE", 0.3)
-    waits = "import os, time; os.environ['RANK'] == '1' and os._exit(1); time.sleep(60)"
-    with pytest.raises(K5Error, match="Rank 0 was ended by SIGINT"):
-        launching.launch([sys.executable, "-S", "-c", waits], 2)
-    deaf = f"import signal; [signal.signal(number, signal.SIG_IGN) for number in (2, 15)]; {waits}"
-    with pytest.raises(K5Error, match="Rank 0 was ended by SIGKILL"):
-        launching.launch([sys.executable, "-S", "-c", deaf], 2)
-    # With the first one the run has ended, also if another one hangs.
-    monkeypatch.setattr(launching, "PATIENCE_WITH_THE_REST", 0.3)
-    hangs = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP); sys.exit(2)"
-    assert launching.launch([sys.executable, "-S", "-c", hangs], 2) == 2
-
-
-IGNORING = '''
-import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-from k5cache.shared import interrupt
-from k5train.parallel.launch import launch
-sleeps = """
-import os, signal, sys, time
-signal.signal(15, lambda *_: sys.exit(7))
-if os.environ["RANK"] == "1":
-    open("there", "x").close()
-while not os.path.exists("there"):
-    time.sleep(0.01)
-print(flush=True)
-time.sleep(60)
-"""
-with interrupt.installed():
-    sys.exit(launch([sys.executable, "-S", "-c", sleeps], 2))
-'''
-
-
-def test_what_a_script_started_in_the_background_stops_at_sigterm(tmp_path):
-    """A shell's ``command &`` ignores Ctrl-C, and so do the processes that it starts."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", IGNORING], stdout=subprocess.PIPE, cwd=tmp_path, env=env)
-    assert process.stdout
-    assert process.stdout.readline() == b"\n"  # both are there
-    process.terminate()
-    assert process.communicate(timeout=30)[0] == b""
-    assert process.returncode == 7
 
 
 def test_a_deterministic_sum_over_three_processes_is_in_the_order_of_their_ranks(ranks):

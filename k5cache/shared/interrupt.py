@@ -24,11 +24,21 @@ class _State:
     is_deferring = False
     is_pending = False
     has_come = False
+    is_counted_once = False
+    is_hurried = False
+    num_counted: int | None = None
+    """The signals since ``counted`` began. None outside it."""
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    _State.has_come = True
-    if not _State.is_deferring or _State.is_pending:
+    if _State.num_counted is not None:
+        _State.num_counted += 1
+        return
+    is_hurried = _State.is_hurried
+    if _State.has_come and _State.is_counted_once and not is_hurried:
+        return
+    _State.has_come, _State.is_hurried = True, False
+    if not _State.is_deferring or _State.is_pending or is_hurried:
         raise KeyboardInterrupt
     _State.is_pending = True
 
@@ -36,11 +46,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _again_if_dropped(report: Callable[[Any], object], dropped: Any) -> None:
     """Send an interrupt again that came in a finalizer, where Python drops it. Imports run thousands of them."""
     if isinstance(dropped.exc_value, KeyboardInterrupt):
-        timer = threading.Timer(0.01, system.interrupt)
+        timer = threading.Timer(0.01, _again)
         timer.daemon = True
         timer.start()
     else:
         report(dropped)
+
+
+def _again() -> None:
+    _State.has_come = False
+    system.interrupt()
 
 
 @contextmanager
@@ -68,11 +83,37 @@ def installed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def ask_once() -> None:
-    """Do what a first Ctrl-C does, from any thread. Whoever was stopped already, by whatever signal, saves in peace."""
-    if not _State.has_come:
-        _State.has_come = True
-        system.interrupt()
+@contextmanager
+def counted_once() -> Iterator[None]:
+    """Until the end of the block, take all signals for one Ctrl-C. Only ``hurry`` is a second one.
+
+    For a process that another one starts and passes its own signals on to: a cluster sends SIGTERM to both of them.
+    """
+    before, _State.is_counted_once = _State.is_counted_once, True
+    try:
+        yield
+    finally:
+        _State.is_counted_once = before
+
+
+def hurry() -> None:
+    """Do what a second Ctrl-C does, from any thread."""
+    _State.is_hurried = True
+    system.interrupt()
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+    """Until the end of the block, let signals interrupt nothing, and count them.
+
+    Yields:
+        how many have come.
+    """
+    _State.num_counted = 0
+    try:
+        yield lambda: _State.num_counted or 0
+    finally:
+        _State.num_counted = None
 
 
 @contextmanager

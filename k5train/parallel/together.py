@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -267,14 +267,15 @@ def joined(world: World, device: str) -> Iterator[Together]:
         console.err.quiet = console.out.quiet = True
     _follow_parent(world)
     ranks: Together | None = None
-    try:
-        ranks = _meet(world)
-        yield ranks
-    except BaseException as error:
-        if ranks is not None:
-            ranks.end(*_words_of(error))
-        _answer(world, error, ranks)
-    ranks.end(DONE)
+    with interrupt.counted_once() if world.is_told else nullcontext():
+        try:
+            ranks = _meet(world)
+            yield ranks
+        except BaseException as error:
+            if ranks is not None:
+                ranks.end(*_words_of(error))
+            _answer(world, error, ranks)
+        ranks.end(DONE)
 
 
 def _words_of(error: BaseException) -> tuple[str, str, str]:
@@ -362,13 +363,15 @@ def _did_not_meet(world: World, error: Exception) -> RunError:
 
 
 def _follow_parent(world: World) -> None:
-    """Stop this process if the one that started it by ``--gpus`` dies: the pipe that is its input then ends."""
+    """Hear a second Ctrl-C from the process that started this one by ``--gpus``, and stop if that dies: the pipe that
+    is this one's input then ends."""
     if not world.is_launched or sys.stdin is None:
         return
 
     def wait() -> None:
         with suppress(OSError, ValueError):
-            os.read(sys.stdin.fileno(), 1)  # not through Python's buffer, whose lock a thread must not hold at exit
+            while os.read(sys.stdin.fileno(), 99):  # not through Python's buffer, whose lock it must not hold at exit
+                interrupt.hurry()
         system.interrupt()
 
     threading.Thread(target=wait, name="k5-parent", daemon=True).start()

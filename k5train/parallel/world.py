@@ -12,6 +12,9 @@ from k5cache.shared.units import count_of
 
 LAUNCHED = "K5_LAUNCHED"
 """Set for the processes that ``launch.py`` starts."""
+HURRY = b"hurry\n"
+"""What ``launch.py`` writes to their stdin at a second Ctrl-C."""
+_OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class World:
     local_size: int
     is_launched: bool = False
     """By ``--gpus``, and not by torchrun."""
+    is_told: bool = False
+    """Another process passes its signals on to this one: torchrun, or that of ``--gpus``."""
 
 
 def world_of(env: Mapping[str, str] = os.environ) -> World | None:
@@ -38,7 +43,8 @@ def world_of(env: Mapping[str, str] = os.environ) -> World | None:
     try:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", rank))
-        world = World(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)), LAUNCHED in env)
+        world = World(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)), LAUNCHED in env,
+                      LAUNCHED in env or _OF_TORCHRUN in env)  # fmt: skip
         if not 0 <= rank < max(size, 1):
             raise ValueError(rank)
     except ValueError:

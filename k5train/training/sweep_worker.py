@@ -65,14 +65,14 @@ class Channel:
         for line in sys.stdin:
             order = json.loads(line)
             if order["do"] == "stop":
-                interrupt.ask_once()
-            elif order["do"] == "hurry":
                 system.interrupt()
+            elif order["do"] == "hurry":
+                interrupt.hurry()
             else:
                 self._orders.put(order)
                 if order["do"] == "end":
                     return
-        interrupt.ask_once()  # the parent is gone
+        system.interrupt()  # the parent is gone
 
 
 class Worker:
@@ -165,9 +165,7 @@ def main() -> None:
     progress_file.use(_Sender(channel, progress_file.SECONDS))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where nohup has it ignored: "stop" is sent as one
     try:
-        with interrupt.installed(), announced(console.note):
-            # A cluster sends it to all processes at once, and the parent passes its own on: both are one Ctrl-C.
-            signal.signal(signal.SIGTERM, lambda *_: interrupt.ask_once())
+        with interrupt.installed(), interrupt.counted_once(), announced(console.note):
             channel.listen()
             Worker(channel).work()
     except KeyboardInterrupt as stopped:
