@@ -69,7 +69,7 @@ def test_a_captured_case_and_one_with_routes_run_on_a_small_model():
         assert result.get("milliseconds", 0) > 0, result
 
 
-@pytest.mark.parametrize("name", [name for name, part in PARTS.items() if not part.is_step and name != "tests"])
+@pytest.mark.parametrize("name", [name for name, part in PARTS.items() if not part.is_step and part.has_numbers])
 def test_the_other_measurements_take_these_options(name):
     module, *words = PARTS[name].what
     app = typer.Typer()
@@ -78,5 +78,6 @@ def test_the_other_measurements_take_these_options(name):
     assert str(context.params["out"]) == "numbers.json"
 
 
-def test_the_file_of_tests_is_there():
-    assert (on_gpu.ROOT / PARTS["tests"].what[-1]).is_file()
+def test_the_files_of_tests_are_there():
+    for name in ("graph-tests", "resume-tests"):
+        assert (on_gpu.ROOT / PARTS[name].what[-1]).is_file()

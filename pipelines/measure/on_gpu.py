@@ -60,8 +60,11 @@ class Part:
         return isinstance(self.what, Case | str) or any("{out}" in word for word in self.what)
 
 
+# Most of their time is imports and compiling, in processes that share the GPU easily.
+_TESTS = ("pytest", "-q", "-rfEs", "-n", "4", "--dist", "load", "-p", "no:benchmark", "-p", "no:cacheprovider")
 PARTS: dict[str, Part] = {
-    "tests": Part(240, ("pytest", "-q", "-rfEs", "-n", "0", "tests/gpu/test_graph_gpu.py")),
+    "graph-tests": Part(240, (*_TESTS, "tests/gpu/test_graph_gpu.py")),
+    "resume-tests": Part(300, (*_TESTS, "tests/gpu/test_resume_gpu.py")),
     "eager": Part(120, "eager"),
     "compiled": Part(300, "compiled"),
     "dynamic-16": Part(120, Case("int8-dynamic", 16)),
@@ -73,7 +76,7 @@ PARTS: dict[str, Part] = {
     "dynamic-512": Part(120, Case("int8-dynamic", 16, 512)),
     "dynamic-768": Part(120, Case("int8-dynamic", 16, 768)),
     "dynamic-tread": Part(120, Case("int8-dynamic", 16, tread=0.5)),
-    "start": Part(240, ("pipelines.measure.start", "-o", "{out}")),
+    "start": Part(300, ("pipelines.measure.start", "-o", "{out}")),
     "recipes": Part(300, ("pipelines.measure.recipes", "--seconds", "240", "-o", "{out}")),
     "memory": Part(150, ("pipelines.measure.on_gpu", "--left-over", "-o", "{out}")),
 }
