@@ -12,11 +12,12 @@ from k5train.base.architecture import FULL_SIZE
 from k5train.options.adapter import LoraConfig
 from k5train.options.memory import MemoryConfig
 from k5train.options.objective import ObjectiveConfig, RolloutConfig, RouteConfig, TreadConfig
+from k5train.options.optimizer import OptimConfig
 from k5train.options.train import TrainConfig
 from k5train.planning import graph, memory
 from k5train.planning.described import describe
 from k5train.planning.graph import text_width, why_no_graph
-from k5train.planning.plan import plan_for
+from k5train.planning.plan import adapter_size, plan_for
 from k5train.planning.saved_plan import plan_of
 from k5train.training import session
 
@@ -60,6 +61,16 @@ def test_the_graph_is_counted_and_captions_have_room_for_the_longest():
     assert captured.peak <= 16 * GIB * 0.97
     assert any("captured" in how for _, how in describe(captured))
     assert not any("captured" in how for _, how in describe(plain))
+
+
+def test_what_an_update_needs_for_a_moment_is_counted_where_a_graph_holds_the_activations():
+    def of_parameters(optimizer: str, graph: str) -> int:
+        config = replace(AUTO, optim=OptimConfig(optimizer=optimizer), memory=MemoryConfig(graph=graph))  # type: ignore[arg-type]
+        return plan_for(FULL_SIZE, config, GPU, (4096, 250), 16 * GIB).parts["LoRA, gradients, optimizer"]
+
+    parameters = adapter_size(FULL_SIZE, AUTO.lora)[0]
+    assert of_parameters("schedulefree", "auto") == of_parameters("schedulefree", "off") + 4 * parameters
+    assert of_parameters("adamw", "auto") == of_parameters("adamw", "off")
 
 
 def test_a_few_blocks_are_streamed_for_a_graph_and_where_there_is_no_room_nothing_is_captured():

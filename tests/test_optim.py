@@ -10,12 +10,14 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k5cache.shared.errors import RunError
 from k5train.options.optimizer import OptimConfig
 from k5train.training.average import Ema
 from k5train.training.optimizer import EXTRAS, learning_rate, make_optimizer, set_rate, settled
 from k5train.training.optimizer_state import optimizer_state, restore_optimizer
+from k5train.training.session import Session
 
 EVERY = ["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree", "muon"]
 
@@ -62,6 +64,33 @@ def test_each_optimizer_goes_on_from_safetensors_and_json_bit_for_bit(name):
     restore_optimizer(optimizer, ["a", "b"], tensors, plain)
     descend(again, optimizer, 4, 8)
     assert all(torch.equal(a, b) for a, b in zip(again, through, strict=True))
+
+
+class _Copies(TorchDispatchMode):
+    """Notes what makes new tensors as large as the weights, and in which memory it was asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view and not func._schema.is_mutable and out.numel() >= 5120:
+            self.made.append((func._schema.name, str((kwargs or {}).get("device"))))
+        return out
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_state_is_saved_without_a_copy_on_the_gpu_where_a_captured_step_holds_the_rest(name):
+    weights, optimizer = make(name)
+    descend(weights, optimizer, 0, 2)
+    session = Session(None, dict(zip("ab", weights, strict=True)), optimizer, None, None)  # type: ignore[arg-type]
+    with _Copies() as copies:
+        session.parts()
+        with session.settled():
+            pass
+    assert set(copies.made) <= {("aten::_to_copy", "cpu")}
+    assert copies.made or name == "adafactor"  # whose averages are rows and columns
 
 
 def test_a_rate_on_the_device_is_saved_as_a_number_and_kept_there_by_what_an_earlier_version_saved():

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 _STATE_BYTES = {
     "adamw": 8, "adamw8bit": 2, "lion": 4, "muon": 4, "adafactor": 1, "prodigy": 16, "schedulefree": 8,
 }  # fmt: skip
+# Bytes for each parameter that an update needs for a moment: schedule-free AdamW makes all of its denominators at once.
+# Where steps are not captured, what they kept is free by then.
+_PASSING_BYTES = {"schedulefree": 4}
 
 
 def plan_training(
@@ -105,8 +108,12 @@ def plan_for(
     make = partial(memory.make_plan, arch, budget=budget, level=level, streaming=streaming, fixed_by=fixed_by)
     if why_no_graph(config, device.type, execution):
         return make(work)
+    per_parameter = work.bytes_per_lora_parameter + _PASSING_BYTES.get(config.optim.optimizer, 0)
+    captured = replace(
+        work, is_captured=True, num_text_tokens=text_width(sizes[1]), bytes_per_lora_parameter=per_parameter
+    )
     try:
-        return make(replace(work, is_captured=True, num_text_tokens=text_width(sizes[1])))
+        return make(captured)
     except DoesNotFit:
         return make(work)
 

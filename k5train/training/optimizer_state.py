@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of any torch optimizer: tensors by name, and the rest as JSON.
+    """The state of any torch optimizer: tensors by name, in host memory, and the rest as JSON.
+
+    Nothing is copied on the GPU, where a captured step holds all that is not the optimizer's.
 
     Args:
         names: names of the parameters, in the optimizer's order.
@@ -51,7 +53,8 @@ def _take_tensors(values: Mapping[str, Any], where: str, tensors: dict[str, Tens
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
-            tensors[f"{where}/{key}"] = value.clone()  # safetensors refuses tensors that share memory
+            # Copied also on a CPU: safetensors refuses tensors that share memory.
+            tensors[f"{where}/{key}"] = value.detach().to("cpu", copy=True)
         plain[key] = (
             None if isinstance(value, Tensor)
             else _take_tensors(value, f"{where}/{key}", tensors) if isinstance(value, dict)

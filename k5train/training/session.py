@@ -104,7 +104,7 @@ class Session:
         if not hasattr(self.optimizer, "eval"):
             yield
             return
-        before = [p.detach().clone() for p in self.parameters.values()]
+        before = [p.detach().to("cpu", copy=True) for p in self.parameters.values()]  # a captured step holds the GPU's
         try:
             with settled(self.optimizer):
                 yield
