@@ -157,7 +157,7 @@ def test_what_is_captured_has_the_bits_of_what_is_not():
     captured, given_up = train(steps, TrainConfig(), Counted()), train(steps, TrainConfig(), never)
     assert captured[0] == given_up[0]
     assert all(torch.equal(a, b) for a, b in zip(captured[1], given_up[1], strict=True))
-    assert (never.recorded, never.repeated) == (1, 0)
+    assert (never.recorded, never.repeated, never.released) == (1, 0, 1)
 
 
 def test_a_kind_is_the_shapes_and_fields_of_a_group_and_not_its_captions_lengths():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from k5cache.shared.errors import DoesNotFit
 from k5train.options.memory import MemoryConfig
 from k5train.options.objective import ObjectiveConfig, RouteConfig, TreadConfig
 from k5train.options.validation import ValidationConfig
@@ -135,6 +136,33 @@ def test_it_is_near_the_run_that_takes_each_pass_as_it_comes(tmp_path, cache, to
     assert metrics_of(tmp_path / "captured")[-1]["step"] == 5
 
 
+def test_out_of_memory_between_captured_steps_gives_their_memory_back_and_then_saves(
+    tmp_path, cache, toy_model, captures, monkeypatch
+):
+    config = replace(STEPS, validation=ValidationConfig())
+    accumulate, save_state, done, seen = loop.accumulate, loop.save_state, [], []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        done.append(captures.released)
+        if len(done) == STOP + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return accumulate(*args, **kwargs)
+
+    def noted(*args: Any) -> Any:
+        seen.append(captures.released)
+        return save_state(*args)
+
+    monkeypatch.setattr(loop, "accumulate", full)
+    monkeypatch.setattr(loop, "save_state", noted)
+    with pytest.raises(DoesNotFit, match="ran out of memory"):
+        start_run(tmp_path / "run", cache, toy_model, config)
+    assert captures.repeated > 0
+    assert seen == [done[-1] + 1]
+    saved = latest_state(Run(tmp_path / "run").state)
+    assert saved is not None
+    assert saved.progress.step == STOP
+
+
 def test_what_cublas_keeps_in_the_pool_of_graphs_goes_with_them(monkeypatch):
     """A workspace that lived on would hold the pool, and every session of a process would leave one behind."""
     order: list[str] = []
@@ -147,6 +175,56 @@ def test_what_cublas_keeps_in_the_pool_of_graphs_goes_with_them(monkeypatch):
     graphs.release()
     graphs.release()
     assert order == ["synchronize", "reset", "_cuda_clearCublasWorkspaces", "empty_cache"]
+
+
+@pytest.mark.parametrize("is_ended", [True, False], ids=["out of memory in it", "it cannot be ended"])
+def test_a_capture_that_breaks_off_leaves_the_stream_and_the_pool_as_they_were(monkeypatch, is_ended):
+    """Where it cannot be ended torch restores neither: the pool's memory would be lost to the passes that follow."""
+    order: list[object] = []
+    stream, pool = object(), (0, 1)
+
+    class Capture:
+        def __init__(self, graph: object, **options: object) -> None:
+            assert options["pool"] == pool
+
+        def __enter__(self) -> None:
+            order.append("begin")
+
+        def __exit__(self, *_: object) -> None:
+            if not is_ended:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(*_: object) -> None:
+        if is_ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        order.append("end")
+
+    fakes: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "CUDAGraph", lambda: SimpleNamespace(reset=lambda: order.append("reset"))),
+        (torch.cuda, "graph", Capture), (torch.cuda, "graph_pool_handle", lambda: pool),
+        (torch.cuda, "current_stream", lambda *_: stream), (torch.cuda, "set_stream", order.append),
+        (torch._C, "_cuda_endAllocateToPool", end),
+        (torch._C, "_cuda_releasePool", lambda *given: order.append(("release", given))),
+        (torch._C, "_cuda_clearCublasWorkspaces", lambda: None),
+    ]  # fmt: skip
+    for owner, name, fake in fakes:
+        monkeypatch.setattr(owner, name, fake, raising=False)
+    graphs = object.__new__(recorder.CudaGraphs)
+    graphs.device, graphs._pool, graphs._stream, graphs.streamer, graphs._graphs = (
+        torch.device("cuda"),
+        None,
+        1,
+        None,
+        [],
+    )
+
+    def work() -> None:
+        raise torch.OutOfMemoryError("no") if is_ended else RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError):
+        graphs.record(work)
+    given_back = [] if is_ended else ["end", ("release", (0, pool))]
+    assert order == ["begin", stream, *given_back, "reset"]
 
 
 def test_the_stand_in_does_work_again():

@@ -137,7 +137,7 @@ class GraphedPasses:
         if not self._is_off:
             console.warn(f"Steps run without a CUDA graph from now on, with the same numbers: {reason}")
         self._is_off = True
-        self._give_back()
+        self._drop()  # also the memory of a capture that broke off, which is in none of the graphs
 
     def _inputs_of(self, kind: Hashable, groups: Sequence[Group]) -> FixedInputs:
         if kind not in self._inputs:
@@ -191,8 +191,10 @@ class GraphedPasses:
                 console.warn(f"The optimizer runs without a CUDA graph: {_in_words(error)}")
 
     def _give_back(self) -> None:
-        if not self._replays and not self._update:
-            return
+        if self._replays or self._update:
+            self._drop()
+
+    def _drop(self) -> None:
         self._replays.clear()
         self._kept_alive.clear()
         self._update = None

@@ -332,7 +332,11 @@ class Loop:
         return saved
 
     def save_after_error(self, metrics: Metrics) -> Path | None:
-        """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path."""
+        """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path.
+
+        What captured steps hold is given back first, since memory has run out.
+        """
+        self.session.make_room()
         self.session.optimizer.zero_grad(set_to_none=True)
         if self.is_between_updates and self.progress.step:
             self.save_state(metrics)

@@ -50,6 +50,7 @@ class CudaGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         if self.streamer:
             self.streamer.start_over()
+        current = torch.cuda.current_stream(self.device)
         try:
             # thread_local: the loader's thread page-locks memory meanwhile, which is of no concern to the graph.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
@@ -59,8 +60,12 @@ class CudaGraphs:
                 with capture, self.streamer.joined() if self.streamer else nullcontext():
                     work()
         except BaseException:
-            with suppress(RuntimeError):  # a capture that broke off leaves the allocator in the graph's pool
+            # Of a capture that cannot even be ended torch leaves the stream the current one, the allocator in the
+            # graph's pool, and the pool in use for good. Where it was ended, the first of the two calls raises.
+            torch.cuda.set_stream(current)
+            with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+                torch._C._cuda_releasePool(self.device.index or 0, self._pool)
             with suppress(RuntimeError):
                 graph.reset()
             _clear_workspaces()
