@@ -61,6 +61,16 @@ def test_a_process_that_dies_after_the_first_one_has_finished_makes_an_error_of_
     assert "rank 1: of a library\nrank 1 ended with exit code 3\n" in capfd.readouterr().err
 
 
+def test_a_first_process_that_is_stopped_because_another_one_died_makes_an_error_of_the_whole(monkeypatch):
+    monkeypatch.setattr(launching, "PATIENCE", 0.1)
+    waits = (
+        "import os, signal, sys, time; signal.signal(2, lambda *_: sys.exit(130)); "
+        "os.environ['RANK'] == '1' and (time.sleep(0.5), os._exit(1)); time.sleep(60)"
+    )
+    with pytest.raises(K5Error, match="The run was stopped because rank 1 ended with exit code 1"):
+        launching.launch([sys.executable, "-S", "-c", waits], 2)
+
+
 SLOW_TO_STOP = '''
 import os, signal, sys
 from k5cache.shared import interrupt

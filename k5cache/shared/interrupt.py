@@ -102,6 +102,12 @@ def hurry() -> None:
     system.interrupt()
 
 
+def ignore() -> None:
+    """Let no signal end this process any more: it is ending, and the one that started it waits for its exit code."""
+    for number in system.stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def counted() -> Iterator[Callable[[], int]]:
     """Until the end of the block, let signals interrupt nothing, and count them.

@@ -192,9 +192,12 @@ def _code(children: Sequence[_Child], is_stopped: bool) -> int:
     if code < 0:
         problem = f"Rank 0 {children[0].how_it_ended}, and with it the run; its last saved state stays"
         raise RunError(problem, again)
-    failed = [child for child in children if child.has_failed and not child.was_killed]
+    failed = [child for child in children[1:] if child.has_failed and not child.was_killed]
+    ended = "; ".join(f"rank {child.rank} {child.how_it_ended}" for child in failed)
+    lost = [child for child in failed if child.process.returncode != console.STOPPED]
+    if code == console.STOPPED and lost and not is_stopped:  # asked by this process, not by a person
+        raise RunError(f"The run was stopped because {ended}", f"See what it printed above. {again}")
     if code == 0 and failed and not is_stopped:
-        ended = "; ".join(f"rank {child.rank} {child.how_it_ended}" for child in failed)
         raise RunError(
             f"Rank 0 has finished the run, whose files are whole, but {ended}",
             "See what it printed above, and the machine's log (dmesg). Nothing has to be trained again",

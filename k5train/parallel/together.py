@@ -1,11 +1,12 @@
-"""How do the processes of a run find each other, add up their gradients, and end together?
+"""How do the processes of a run add up their gradients, and end together?
 
-torch's store brings them together, ``channel.py`` carries what is said on the host, and NCCL, or gloo on CPUs, adds up
+``meeting.py`` brings them together, ``channel.py`` carries what is said on the host, and NCCL, or gloo on CPUs, adds up
 gradients. Whoever waits for the others asks the channel meanwhile, because NCCL itself waits for a dead one forever.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from k5cache.shared import console, disk_errors, interrupt, system
 from k5cache.shared.errors import K5Error, RunError
-from k5train.parallel import channel as channels
 from k5train.parallel.channel import Channel
 from k5train.parallel.line import BEAT, DONE, FAILED, STOPPED
+from k5train.parallel.meeting import QUIET, meet
 from k5train.parallel.ranks import RankLost, Ranks
 from k5train.parallel.world import World, gpu_of
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
-SECONDS_TO_COME = 120.0
 _POLL = 0.0005  # seconds; an update takes a hundred times that
 _CHUNK = 1 << 24  # elements that are gathered from all processes at once: 64 MB from each
 LATE = 1800.0
@@ -262,14 +262,16 @@ def joined(world: World, device: str) -> Iterator[Together]:
             names the rank.
         SystemExit: the first process has said why it ended. It prints it.
     """
-    os.environ.update(gpu_of(world, device))
+    os.environ.update({**QUIET, **os.environ, **gpu_of(world, device)})
     if world.rank:
         console.err.quiet = console.out.quiet = True
     _follow_parent(world)
+    if world.is_told:
+        atexit.register(interrupt.ignore)
     ranks: Together | None = None
     with interrupt.counted_once() if world.is_told else nullcontext():
         try:
-            ranks = _meet(world)
+            ranks = Together(world, *meet(world))
             yield ranks
         except BaseException as error:
             if ranks is not None:
@@ -323,43 +325,6 @@ def _two_lines(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, K5Error):
         return error.problem, error.fix
     return disk_errors.sentence(error) if isinstance(error, Exception) else None
-
-
-def _meet(world: World) -> Together:
-    from torch.distributed import DistError
-    from torch.distributed.rendezvous import rendezvous
-
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=SECONDS_TO_COME)))
-        return Together(world, _channel(world, store), store)
-    except (DistError, OSError, ValueError) as error:
-        raise _did_not_meet(world, error) from error
-
-
-def _channel(world: World, store: Store) -> Channel:
-    address = os.environ["MASTER_ADDR"]
-    if world.rank == 0:
-        is_here = world.local_size == world.size
-        host = "127.0.0.1" if is_here else ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        listener, port, word = channels.listen(host)
-        store.set("k5-channel", json.dumps([host if is_here else address, port, word]))
-        return channels.accept(listener, word, world.size, SECONDS_TO_COME)
-    host, port, word = json.loads(store.get("k5-channel"))
-    return channels.call(host, port, word, world.rank, world.size, os.getpid(), SECONDS_TO_COME)
-
-
-def _did_not_meet(world: World, error: Exception) -> RunError:
-    address, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
-    words = str(error).partition("\n")[0][:200]
-    if "EADDRINUSE" in words or "address already in use" in words.lower():
-        return RunError(
-            f"Port {port} of {address} is taken, by which the {world.size} processes were to find each other",
-            "Run it again" if world.is_launched else "Give torchrun another one: --master-port 29501",
-        )
-    return RunError(
-        f"The {world.size} processes of this run did not find each other at {address}, port {port}: {words}",
-        "Look at what the others printed; each must reach that address",
-    )
 
 
 def _follow_parent(world: World) -> None:

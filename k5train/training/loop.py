@@ -321,11 +321,14 @@ class Loop:
         """Write the state to resume from, and say so. A signal that comes meanwhile waits; one more does not.
 
         A second signal may have cut an update short. What it left is neither of its step nor of the next: then the
-        state of before stays the newest.
+        state of before stays the newest. Another process than the first saves nothing, and says nothing of it.
         """
+        if not self.ranks.is_first:
+            return ""
         if not self.is_between_updates:
             return f" in the middle of step {self.progress.step + 1}, which is not saved"
-        saved = ", and the last step that was saved stays"
+        is_saved = any(self.run.state.glob("step-*"))
+        saved = ", and the last step that was saved stays" if is_saved else ", before any step was saved"
         with suppress(KeyboardInterrupt), interrupt.deferred():
             self.save_state(metrics)
             saved = f" and saved at step {self.progress.step}"
