@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from k5cache.remote.checksums import agrees, checksum_of
 from k5cache.remote.failures import LOGIN, Asked, is_bucket, is_condition, is_of_store, may_pass, refusal
 from k5cache.remote.filesystems import PACKAGES, address_of, open_filesystem
 from k5cache.shared.console import note
@@ -54,6 +55,8 @@ class Entry:
     """Another one whenever the object was written anew: the store's ETag or generation, or else size and time."""
     mtime_ns: int
     """When it was written; 0 if the store does not say."""
+    checksum: str = ""
+    """``checksums.checksum_of``."""
 
 
 class Objects:
@@ -149,6 +152,20 @@ class Objects:
         """Copy a file to the store, where it appears whole or not at all."""
         self._answer("write", lambda: self._fs.put_file(str(path), self._at(name)), name)
 
+    def is_another(self, entry: Entry, path: Path) -> bool:
+        """Whether an object is known not to have the bytes of a file. Nothing is fetched: size and checksum tell."""
+        if entry.num_bytes != path.stat().st_size:
+            return True
+        if agrees(entry.checksum, path) is not False:
+            return False
+        return self.scheme != "s3" or not self._answer("look at", lambda: self._is_encrypted(entry.name), entry.name)
+
+    def _is_encrypted(self, name: str) -> bool:
+        """Whether an ETag is not an MD5, since a key of KMS or of the user encrypts the object."""
+        bucket, _, key = self._at(name).partition("/")
+        head = self._fs.call_s3("head_object", Bucket=bucket, Key=key)
+        return "kms" in str(head.get("ServerSideEncryption")) or "SSECustomerAlgorithm" in head
+
     def replace(self, name: str, data: bytes, expected: str | None) -> str:
         """Write an object if it is still the one with this tag, or if there still is none. Returns its new tag.
 
@@ -205,7 +222,7 @@ class Objects:
     def _entry(self, name: str, info: dict[str, Any]) -> Entry:
         num_bytes, mtime_ns = int(info.get("size") or 0), _time_ns(info)
         tag = next((str(info[key]) for key in _TAGS if info.get(key)), f"{num_bytes}-{mtime_ns}")
-        return Entry(name, num_bytes, tag, mtime_ns)
+        return Entry(name, num_bytes, tag, mtime_ns, checksum_of(self.scheme, info))
 
     def _answer(
         self,

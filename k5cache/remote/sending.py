@@ -176,7 +176,7 @@ class Sender:
         if self._is_stopped:
             return
         there = None if name in self._damaged else self._objects.stat(name)
-        if there is None or there.num_bytes != num_bytes:
+        if there is None or there.num_bytes != num_bytes or self._objects.is_another(there, self._root / name):
             self._objects.send(name, self._root / name)
         with self._changed:
             self._there.add(name)

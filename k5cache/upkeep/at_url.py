@@ -7,16 +7,18 @@ import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from k5cache.remote.mirror import behind, folder_of
-from k5cache.remote.objects import Objects
+from k5cache.remote.objects import Entry, Objects
 from k5cache.remote.sending import AT_ONCE
 from k5cache.shared.command_line import command
+from k5cache.shared.console import note
 from k5cache.shared.errors import CacheCorrupt, CacheError, OutputError, StoreError
 from k5cache.shared.files import make_folder, new_file, sync_folder
-from k5cache.shared.units import human_bytes
+from k5cache.shared.units import count_of, human_bytes
 from k5cache.shared.urls import url_of
 from k5cache.store import files
 from k5cache.store.manifest import IndexInfo, Manifest, ShardInfo, lock, read_manifest, write_manifest
@@ -55,17 +57,54 @@ def send_cache(root: Path, url: Path, advance: Advance = lambda *numbers: None) 
             f"{root} is damaged and is not sent: {problems[0]}",
             f"See all of it with {command('k5cache', 'verify', root)}, and mend it: {files.repair(root)}",
         )
-    absent = [shard for shard in manifest.shards if shard.file not in there]
+    mirror = behind(out)
+    assert mirror
+    kept = [shard for shard in manifest.shards if shard.file in there]
+    damaged = _damaged(mirror.objects, {shard.file: root / shard.file for shard in kept})
+    if damaged:
+        note(f"{count_of(len(damaged), 'shard')} at {mirror.objects.url} will be sent again: {sorted(damaged)[0]}, ...")
+    absent = [shard for shard in manifest.shards if shard.file not in there or shard.file in damaged]
     with lock(out):
+        mirror.again(damaged)
+        mirror.send_again(damaged)
         for shard in absent:
             _link(root / shard.file, out / shard.file)
-        wanted = _with_tables(root, out, manifest, theirs)
+        wanted = _with_tables(root, out, manifest, _without_damaged(theirs, root, manifest, mirror.objects))
         is_changed = wanted != theirs
-        if is_changed:
+        if is_changed or damaged:
             write_manifest(out, wanted)
     num_bytes = sum(shard.num_bytes for shard in absent)
     num_files = len(absent) + 3 * is_changed
-    return Pushed(str(out), url_of(url), False, index.num_rows, num_files, num_bytes, len(there), ())
+    return Pushed(str(out), url_of(url), False, index.num_rows, num_files, num_bytes, len(there) - len(damaged), ())
+
+
+def _damaged(objects: Objects, files_here: dict[str, Path]) -> set[str]:
+    """The names of objects that are not there, or are known not to have the bytes of these files."""
+    listing: dict[str, Entry] = {}
+    with suppress(StoreError):  # who may read may not always list
+        listing = {entry.name: entry for entry in objects.entries()}
+
+    def is_damaged(name: str) -> bool:
+        entry = listing.get(name) or objects.stat(name)
+        return entry is None or objects.is_another(entry, files_here[name])
+
+    with ThreadPoolExecutor(AT_ONCE, "k5-compare") as pool:
+        return {name for name, damaged in zip(files_here, pool.map(is_damaged, files_here), strict=True) if damaged}
+
+
+def _without_damaged(theirs: Manifest, root: Path, ours: Manifest, objects: Objects) -> Manifest:
+    """The store's manifest without tables that are the same here, and not there: they are sent under other names."""
+
+    def whole(known: IndexInfo | None, info: IndexInfo | None) -> IndexInfo | None:
+        is_same = known and info and known.sha256 == info.sha256
+        return None if is_same and known and info and _damaged(objects, {known.file: root / info.file}) else known
+
+    return replace(
+        theirs,
+        index=whole(theirs.index, ours.index),
+        locations=whole(theirs.locations, ours.locations),
+        split=whole(theirs.split, ours.split),
+    )
 
 
 def _with_tables(root: Path, out: Path, manifest: Manifest, theirs: Manifest) -> Manifest:
