@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from k5cache.shared.errors import DoesNotFit
+from k5train.forward.execute import Execution
 from k5train.options.memory import MemoryConfig
 from k5train.options.objective import ObjectiveConfig, RouteConfig, TreadConfig
 from k5train.options.validation import ValidationConfig
@@ -44,12 +45,12 @@ class Captures:
     """Which of the runs' passes are recorded. ``fails``: the first attempt runs out of memory."""
 
     def __init__(self) -> None:
-        self.recorded, self.repeated, self.released, self.fails = 0, 0, 0, False
+        self.recorded, self.repeated, self.released, self.fails, self.holds = 0, 0, 0, False, False
 
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
         if self.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        self.recorded += 1
+        self.recorded, self.holds = self.recorded + 1, True
 
         def repeat() -> None:
             self.repeated += 1
@@ -58,7 +59,7 @@ class Captures:
         return repeat
 
     def release(self) -> None:
-        self.released += 1
+        self.released, self.holds = self.released + 1, False
 
 
 @pytest.fixture
@@ -161,6 +162,24 @@ def test_out_of_memory_between_captured_steps_gives_their_memory_back_and_then_s
     saved = latest_state(Run(tmp_path / "run").state)
     assert saved is not None
     assert saved.progress.step == STOP
+
+
+def test_a_run_that_planned_for_less_gives_its_graphs_back_at_its_end(
+    tmp_path, cache, toy_model, captures, monkeypatch
+):
+    """As the next run of a sweep needs their memory."""
+    left = iter([True])
+
+    def warm_up(execution: Any, step: Callable[[], object]) -> None:
+        if next(left, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step()
+
+    monkeypatch.setattr(Execution, "warm_up", warm_up)
+    monkeypatch.setattr(loop, "plan_for_less", lambda old, config: replace(old, graphs=session._graphs(old, config)))
+    start_run(tmp_path / "run", cache, toy_model, replace(STEPS, validation=ValidationConfig()))
+    assert captures.repeated > 0
+    assert not captures.holds
 
 
 def test_what_cublas_keeps_in_the_pool_of_graphs_goes_with_them(monkeypatch):

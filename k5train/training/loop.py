@@ -105,6 +105,9 @@ class Loop:
                 told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {go_on()}")
                 told.is_told = lost.is_told
                 raise told from lost
+            finally:
+                # Before a run out of memory saves. Whoever closes the session has another one, if it planned for less.
+                self.session.make_room()
 
     def open_metrics(self) -> Metrics:
         """The run's measurements, which only the first of several processes writes."""
@@ -335,11 +338,7 @@ class Loop:
         return saved
 
     def save_after_error(self, metrics: Metrics) -> Path | None:
-        """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path.
-
-        What captured steps hold is given back first, since memory has run out.
-        """
-        self.session.make_room()
+        """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path."""
         self.session.optimizer.zero_grad(set_to_none=True)
         if self.is_between_updates and self.progress.step:
             self.save_state(metrics)
