@@ -18,6 +18,7 @@ from k5cache.shared import progress
 
 # Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints a page of frames for each try to connect
 # Nobody pulls the plug here, and a disk takes milliseconds for each of ten thousand calls. Tests of fsync replace it.
 os.fsync = lambda descriptor: None
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pipelines` is not installed: tests import it from the checkout

@@ -85,7 +85,7 @@ MACHINES: list[tuple[str, Check, str, str, tuple[str, ...]]] = [
     ("a card in use", card.judge_gpu(Torch("2.13", "12.6", None, (Card("A", 16 * GIB, 9 * GIB, (8, 6), True),)), PC),
      "look at this", "Other programs use 7.0 GiB", ("nvidia-smi",)),
     ("two cards", card.judge_gpu(Torch("2.13", "12.6", None, (ADA, ADA)), PC), "good",
-     "1 more can be chosen with --set train.device=cuda:1", ()),
+     "1 more can be chosen: CUDA_VISIBLE_DEVICES=1 before the command", ()),
     ("hidden cards", card.judge_gpu(BLIND, Machine("Linux", "RTX", "580", hidden_by="CUDA_VISIBLE_DEVICES='-1'")),
      "does not work", "hidden by CUDA_VISIBLE_DEVICES='-1'", ("unset CUDA_VISIBLE_DEVICES",)),
     ("a card that torch does not see", card.judge_gpu(BLIND, PC), "does not work", "the driver is too old", ()),

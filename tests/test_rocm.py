@@ -30,6 +30,7 @@ def amd(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_an_amd_card_is_called_cuda_and_is_named_once_as_untried(amd):
     said: list[str] = []
     amd.setattr(console, "warn", said.append)
+    amd.setattr(torch.cuda, "set_device", lambda name: None)
     assert [device.pick_device(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda", "cuda", "cuda:0", "cpu"]
     (warning,) = said
     assert warning.startswith("MI300X is an AMD card, on which nothing was tried.")

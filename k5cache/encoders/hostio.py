@@ -79,7 +79,7 @@ def fetched(results: Iterable[tuple[_Tag, torch.Tensor]]) -> Iterator[tuple[_Tag
             continue
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
-        waiting.append((tag, host, record_event()))
+        waiting.append((tag, host, record_event(tensor.device)))
         del tensor
         if len(waiting) > 1:
             yield _arrived(*waiting.popleft())
@@ -92,13 +92,13 @@ def _arrived(tag: _Tag, host: torch.Tensor, copied: Any) -> tuple[_Tag, torch.Te
     return tag, host
 
 
-def record_event() -> Any:
-    """Record a ``torch.cuda.Event`` on the current stream. Waiting for it sleeps instead of spinning."""
+def record_event(device: torch.device) -> Any:
+    """Record a ``torch.cuda.Event`` on a GPU's current stream. Waiting for it sleeps instead of spinning."""
     import torch
 
     cuda: Any = torch.cuda
     event = cuda.Event(blocking=True)
-    event.record()
+    event.record(cuda.current_stream(device))
     return event
 
 
@@ -155,7 +155,7 @@ class _Reader:
         self._fill(tensor, at, staging)
         with torch.cuda.stream(self._stream):
             target.copy_(staging, non_blocking=True)
-            copied = record_event()
+            copied = record_event(self._device)
         copied.synchronize()
 
     def _fill(self, tensor: StoredTensor, at: int, memory: torch.Tensor) -> None:

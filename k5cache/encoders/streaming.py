@@ -146,7 +146,7 @@ class _OnHost:
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             self._parts[k].copy_(states, non_blocking=True)
-            self._leaving.append(record_event())
+            self._leaving.append(record_event(self._device))
         states.record_stream(self._copies)
         # A pack that is being copied out still takes memory: at most three are queued.
         if len(self._leaving) > 3:
@@ -166,4 +166,4 @@ class _OnHost:
         import torch
 
         with torch.cuda.stream(self._copies):
-            return k, self._parts[k].to(self._device, non_blocking=True), record_event()
+            return k, self._parts[k].to(self._device, non_blocking=True), record_event(self._device)

@@ -27,6 +27,9 @@ def is_rocm() -> bool:
 def pick_device(name: str, option: str = "--device ") -> str:
     """The device that ``name`` means on this machine; ``auto`` is the GPU if there is one.
 
+    A GPU with a number becomes the one that this thread uses: streams, events and kernels that name none would be those
+    of the first GPU, and nobody would wait for the work of this one.
+
     Args:
         option: what the user set, as it begins an error.
 
@@ -45,6 +48,8 @@ def pick_device(name: str, option: str = "--device ") -> str:
         )
     if name.startswith("cuda:") and int(name[5:]) >= count:
         raise K5Error(f"{option}{name}: there are {count} GPUs, from cuda:0", "Use one of them")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
     if name != "cpu" and is_rocm():
         _warn_of_amd(torch.cuda.get_device_name(name))
     return name

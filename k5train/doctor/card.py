@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k5cache.shared.console import human_bytes
+from k5cache.shared.gpus import AMD, NVIDIA
 from k5cache.shared.units import count_of
 from k5train.doctor.check import Check, environment
 from k5train.doctor.machine import Machine
@@ -25,7 +26,8 @@ def judge_gpu(torch: Torch, machine: Machine) -> Check:
     if card.total - card.free > _MUCH_IN_USE:
         meaning = f"Other programs use {human_bytes(card.total - card.free)}. A run is planned for what is free."
         return Check("GPU", "look at this", found, meaning, () if torch.hip else ("nvidia-smi",))
-    more = f"Training uses this one; {len(others)} more can be chosen with --set train.device=cuda:1 and so on."
+    variable = AMD if torch.hip else NVIDIA
+    more = f"Training uses this one; {len(others)} more can be chosen: {variable}=1 before the command, and so on."
     return Check("GPU", "good", found, more if others else "Training uses it.")
 
 

@@ -70,7 +70,7 @@ class TrainConfig:
     loss_limit: float = 20.0
     """A loss above this stops the run before the update; a model that predicts 0 has a loss of about 2. 0: no limit."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU if there is one."""
+    """auto: the GPU if there is one. To choose among several, put CUDA_VISIBLE_DEVICES=1 before the command."""
     deterministic: bool = False
     """On a GPU, use only kernels that give the same bits every time, so that a resumed run ends with the same bits as
     an uninterrupted one; this may be slower. A CPU always gives the same bits."""
