@@ -13,7 +13,7 @@ import pytest
 
 from k5cache.shared.errors import RunError
 from k5train.parallel import meeting
-from k5train.parallel.meeting import in_thread, meet
+from k5train.parallel.meeting import NoAnswer, in_thread, meet
 from k5train.parallel.world import World
 
 FIRST, OTHER = World(0, 2, 0, 2), World(1, 2, 1, 2)
@@ -65,7 +65,7 @@ def test_who_does_not_come_is_named(monkeypatch):
     with pytest.raises(RunError, match="Of the 2 processes of this run, rank 1 did not come"):
         meet(FIRST)
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(RunError, match=r"did not find each other at 127\.0\.0\.1, port 1: "):
+    with pytest.raises(RunError, match=r"did not find each other at 127\.0\.0\.1, port 1: .*refused"):
         meet(OTHER)
 
 
@@ -86,7 +86,7 @@ def test_ctrl_c_ends_a_call_that_answers_no_signal():
 
     with pytest.raises(KeyboardInterrupt):
         in_thread(lambda: call(lambda: os.kill(os.getpid(), signal.SIGINT)), 60)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(NoAnswer):
         in_thread(lambda: call(lambda: None), 0.1)
     with pytest.raises(KeyError):
         in_thread(lambda: {}["of the call"], 60)

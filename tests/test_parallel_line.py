@@ -113,6 +113,37 @@ def test_who_has_come_hears_signs_of_life_while_the_first_process_waits_for_the_
             line.socket.close()
 
 
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([(5, 8)], r"Rank 5 \(process 7 on .*\) is one of 8, and rank 0 waits for 3 processes"),
+        ([(1, 8)], "is one of 8, and rank 0 waits for 3"),
+        ([(1, 3), (1, 3)], "has come, and so has another rank of this number, and rank 0 waits for 3"),
+    ],
+)
+def test_a_process_of_other_ones_is_refused(others, said):
+    listener, port, word = listen("127.0.0.1")
+    called = [
+        threading.Thread(
+            target=lambda rank=rank, size=size: channels.append(call("127.0.0.1", port, word, rank, size, 7, 60))
+        )
+        for rank, size in others
+    ]
+    channels: list[Channel] = []
+    for thread in called:
+        thread.start()
+    with pytest.raises(RankLost, match=said):
+        accept(listener, word, 3, 60)
+    for thread in called:
+        thread.join()
+    for channel in channels:  # they were told, and say nothing themselves
+        with pytest.raises(RankLost, match=said) as lost:
+            channel.wait_for_news(60)
+        assert lost.value.is_told
+        channel.end(DONE)
+        channel.lines[0].socket.close()
+
+
 def test_a_sum_waits_half_an_hour_in_which_the_process_was_running(pair):
     together = Together(World(0, 2, 0, 2), Channel(0, 2, {1: pair.here}, pair.pulse), None)
 

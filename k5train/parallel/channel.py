@@ -12,9 +12,10 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from k5train.parallel import line as of_line
-from k5train.parallel.line import Line, Pulse
+from k5train.parallel.line import FAILED, STOPPED, Line, Pulse
 from k5train.parallel.ranks import RankLost
 
 
@@ -99,39 +100,72 @@ def accept(listener: socket.socket, word: str, size: int, seconds: float) -> Cha
     """The channel of the first process, once all others have connected.
 
     Raises:
-        RankLost: one did not within this time.
+        RankLost: one did not within this time, or counts other processes.
     """
-    deadline = time.monotonic() + seconds
     lines: dict[int, Line] = {}
-    pulse = Pulse()
-    with listener:
-        while len(lines) < size - 1:
-            listener.settimeout(max(0.01, min(of_line.BEAT, deadline - time.monotonic())))
-            try:
-                connection, _ = listener.accept()
-                connection.settimeout(10)
-                hello = json.loads(_exactly(connection, 512))
-                if hmac.compare_digest(str(hello["word"]), word):
-                    rank = int(hello["rank"])
-                    lines[rank] = Line(connection, f"Rank {rank} (process {hello['pid']} on {hello['host']})", pulse)
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    missing = ", ".join(str(rank) for rank in range(1, size) if rank not in lines)
-                    raise not_come(missing, size, seconds) from None
-                for line in lines.values():  # those that have come wait for longer than a silent process may be
-                    line.beat()
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not one of ours
+    pulse, came = Pulse(), list[Line]()
+    try:
+        with listener:
+            _let_in(listener, word, size, seconds, lines, pulse, came)
+    except BaseException as error:
+        words = {"problem": error.problem, "fix": error.fix} if isinstance(error, RankLost) else {}
+        for line in came:
+            kind = STOPPED if isinstance(error, KeyboardInterrupt) else FAILED
+            line.end({"kind": kind, "problem": "", "fix": "", **words})
+            with suppress(RankLost):
+                line.take_in()  # to close a socket with something unread would take back what was sent
+            line.socket.close()
+        raise
     return Channel(0, size, lines, pulse)
+
+
+def _let_in(
+    listener: socket.socket, word: str, size: int, seconds: float, lines: dict[int, Line], pulse: Pulse,
+    came: list[Line],
+) -> None:  # fmt: skip
+    deadline = time.monotonic() + seconds
+    while len(lines) < size - 1:
+        listener.settimeout(max(0.01, min(of_line.BEAT, deadline - time.monotonic())))
+        try:
+            connection, _ = listener.accept()
+            connection.settimeout(10)
+            hello = json.loads(_exactly(connection, 512))
+            if hmac.compare_digest(str(hello["word"]), word):
+                rank = int(hello["rank"])
+                came.append(Line(connection, f"Rank {rank} (process {hello['pid']} on {hello['host']})", pulse))
+                _check_place(came[-1].name, int(hello["size"]), rank, size, lines)
+                lines[rank] = came[-1]
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                missing = ", ".join(str(rank) for rank in range(1, size) if rank not in lines)
+                raise not_come(missing, size, seconds) from None
+            for line in lines.values():  # those that have come wait for longer than a silent process may be
+                line.beat()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not one of ours
 
 
 def call(host: str, port: int, word: str, rank: int, size: int, pid: int, seconds: float) -> Channel:
     """The channel of another process than the first."""
     connection = socket.create_connection((host, port), timeout=seconds)
-    hello = json.dumps({"word": word, "rank": rank, "pid": pid, "host": socket.gethostname()[:200]})
+    hello = json.dumps({"word": word, "rank": rank, "size": size, "pid": pid, "host": socket.gethostname()[:200]})
     connection.sendall(hello.encode().ljust(512))
     pulse = Pulse()
     return Channel(rank, size, {0: Line(connection, f"Rank 0 (on {host})", pulse)}, pulse)
+
+
+def _check_place(name: str, its_size: int, rank: int, size: int, lines: Mapping[int, Line]) -> None:
+    """Refuse a process that was started as one of others: two commands with one address and port, say."""
+    if its_size != size or not 0 < rank < size:
+        found = f"is one of {its_size}"
+    elif rank in lines:
+        found = "has come, and so has another rank of this number"
+    else:
+        return
+    raise RankLost(
+        f"{name} {found}, and rank 0 waits for {size} processes",
+        "Give every process the same WORLD_SIZE and a RANK of its own, and every run a MASTER_PORT of its own",
+    )
 
 
 def not_come(missing: str, size: int, seconds: float) -> RankLost:

@@ -1,7 +1,7 @@
-"""How do the processes of a run find each other? By torch's store, which only the first one knows to be another's port.
+"""How do the processes of a run find each other? By torch's store, which the first one has on a port that all know.
 
-torch's calls wait in C++, where no signal is answered and a port of another program may hold them for ever. So each of
-them waits in a thread of its own, and this process for that: Ctrl-C ends it at once, and so does the time.
+torch's calls wait in C++, where no signal is answered, and for ever if another program has the port and says nothing.
+So this process itself waits until somebody listens, and calls torch in a thread that it can leave.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -26,10 +25,17 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
+
+
+class NoAnswer(Exception):
+    """Whoever listens says nothing."""
+
+
 SECONDS_TO_COME = 120.0
 SECONDS_TO_ANSWER = 10.0
-"""For which torch tries to connect, before it is asked why that does not succeed."""
+"""For which torch tries to connect to whoever listens."""
 _POLL = 0.05
+_KEY = "k5-channel"
 _USES_AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 """torch prints a page for each time that it cannot connect. The variable is read when torch is imported."""
@@ -50,7 +56,7 @@ def meet(world: World) -> tuple[Channel, Store]:
     try:
         store = _store(world, address, port)
         return _channel(world, store, address), store
-    except (DistError, OSError, TimeoutError) as error:
+    except (DistError, OSError, NoAnswer) as error:
         raise did_not_meet(world, address, port, error) from error
 
 
@@ -58,7 +64,7 @@ def in_thread(call: Callable[[], T], seconds: float) -> T:
     """The result of a call that no signal interrupts, while this process can be interrupted.
 
     Raises:
-        TimeoutError: it has not returned after so many seconds. It is left to wait.
+        NoAnswer: it has not returned after so many seconds. It is left to wait.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -75,7 +81,7 @@ def in_thread(call: Callable[[], T], seconds: float) -> T:
     while thread.is_alive():
         thread.join(_POLL)
         if time.monotonic() > deadline and thread.is_alive():
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
+            raise NoAnswer(f"no answer within {seconds:.0f} s")
     if errors:
         raise errors[0]
     return results[0]
@@ -101,25 +107,27 @@ def _store(world: World, address: str, port: int, env: Mapping[str, str] = os.en
     deadline = time.monotonic() + SECONDS_TO_COME
     connect = partial(TCPStore, address, port, world.size, is_ours, timedelta(seconds=SECONDS_TO_ANSWER), False)
     while True:
+        if not is_ours:
+            _wait_for_listener(address, port, deadline)
         try:
-            # Ten seconds more than it should take. It waits for ever for a program that accepts and says nothing.
-            store = in_thread(connect, 2 * SECONDS_TO_ANSWER)
+            store = in_thread(connect, 2 * SECONDS_TO_ANSWER)  # ten seconds more than it should take
             store.set_timeout(timedelta(seconds=SECONDS_TO_COME))
             return store
         except DistError as error:
             # The first one may come later. What answers in other words does not become the first one.
             if is_ours or "Ping failed" in str(error) or time.monotonic() > deadline:
                 raise
-        except TimeoutError:
-            if is_ours or _is_heard(address, port) or time.monotonic() > deadline:
+
+
+def _wait_for_listener(address: str, port: int, deadline: float) -> None:
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
                 raise
-
-
-def _is_heard(address: str, port: int) -> bool:
-    """Whether somebody listens there."""
-    with suppress(OSError), socket.create_connection((address, port), timeout=5):
-        return True
-    return False
+        time.sleep(5 * _POLL)
 
 
 def _channel(world: World, store: Store, address: str) -> Channel:
@@ -127,9 +135,14 @@ def _channel(world: World, store: Store, address: str) -> Channel:
         is_here = world.local_size == world.size
         host = "127.0.0.1" if is_here else ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         listener, port, word = channels.listen(host)
-        store.set("k5-channel", json.dumps([host if is_here else address, port, word]))
+        store.set(_KEY, json.dumps([host if is_here else address, port, word]))
         return channels.accept(listener, word, world.size, SECONDS_TO_COME)
-    host, port, word = json.loads(in_thread(lambda: store.get("k5-channel"), SECONDS_TO_COME + SECONDS_TO_ANSWER))
+    deadline = time.monotonic() + SECONDS_TO_COME
+    while not store.check([_KEY]):
+        if time.monotonic() > deadline:
+            raise channels.not_come("0", world.size, SECONDS_TO_COME)
+        time.sleep(_POLL)
+    host, port, word = json.loads(store.get(_KEY))
     return channels.call(host, port, word, world.rank, world.size, os.getpid(), SECONDS_TO_COME)
 
 
@@ -137,8 +150,7 @@ def did_not_meet(world: World, address: str, port: int, error: Exception) -> Run
     """The error for what torch's store or a socket said."""
     words = str(error).partition("\n")[0][:200]
     is_taken = "EADDRINUSE" in words or "address already in use" in words.lower()
-    is_anothers = "Ping failed" in words or (isinstance(error, TimeoutError) and _is_heard(address, port))
-    if is_taken or is_anothers:
+    if is_taken or isinstance(error, NoAnswer) or "Ping failed" in words:
         belongs = "is taken" if is_taken else "answers, but not as the first process would: another program has it"
         return RunError(
             f"Port {port} of {address} {belongs}. The {world.size} processes were to find each other there",
