@@ -25,6 +25,10 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 _KEPT = "run the same command again: what was finished is kept"
 
 
+class NotAStore(Exception):
+    """What has answered is not an object store. Says what it answered."""
+
+
 class Absent(StoreError):
     """There is no such object or bucket."""
 
@@ -71,6 +75,12 @@ def refusal(error: Exception, asked: Asked) -> StoreError:
             bucket = asked.url.partition("://")[2].partition("/")[0]
             return Absent(f"{asked.problem}: there is no bucket {bucket}", "Correct its name, or make it")
         return Absent(f"{asked.problem}: there is no such object", "Look at what the store holds")
+    if isinstance(error, NotAStore):
+        setting = f"Correct {asked.origin}" if asked.origin else "Correct the address"
+        return StoreError(
+            f"{asked.problem}: {asked.store} does not answer as an object store does ({reason})",
+            f"{setting}, or log in if a proxy wants that, and {_KEPT}",
+        )
     if is_silence(error):
         return StoreError(
             f"{asked.problem}: {asked.store} did not answer within {max(1, round(asked.seconds))} s",
@@ -78,6 +88,11 @@ def refusal(error: Exception, asked: Asked) -> StoreError:
         )
     if "RequestTimeTooSkewed" in repr(error.__cause__):
         return StoreError(f"{asked.problem}: {reason}", "Set the clock of this machine")
+    if "expired" in reason.lower() and isinstance(error, PermissionError):
+        return StoreError(f"{asked.problem}: {reason}", f"Renew it ({LOGIN[asked.scheme]}), and {_KEPT}")
+    if isinstance(error, OSError) and error.errno == errno.EINVAL and asked.scheme == "s3":
+        may = "A token that has expired is answered so too, and a region that is not the bucket's"
+        return StoreError(f"{asked.problem}: {reason}", f"{LOGIN['s3']}. {may}")
     if isinstance(error, PermissionError):
         may = f"They must allow to list, read and write below {asked.url}, or to read it if nothing is written there"
         return StoreError(f"{asked.problem}: {reason}", f"{LOGIN[asked.scheme]}. {may}")
@@ -98,7 +113,7 @@ def is_of_store(error: Exception) -> bool:
         return False  # this machine's disk
     if isinstance(error, OSError) and error.errno and Path(str(error.filename)).is_absolute():
         return False  # a file of this machine; those of stores are no paths
-    if is_setting(error):
+    if is_setting(error) or isinstance(error, NotAStore):
         return True
     roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError | TimeoutError | EOFError) or bool(roots & _LIBRARIES)
@@ -108,7 +123,7 @@ def may_pass(error: Exception) -> bool:
     """Whether another try may succeed."""
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
         return False
-    if "redentials" in type(error).__name__ or is_setting(error):
+    if "redentials" in type(error).__name__ or is_setting(error) or isinstance(error, NotAStore):
         return False
     status = getattr(getattr(error, "response", None), "status_code", None)
     is_invalid = isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EPERM, errno.EACCES)

@@ -15,6 +15,8 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from k5cache.remote.failures import NotAStore
+
 CONNECT = 10.0
 """Seconds in which a connection must come about."""
 SILENT = 25.0
@@ -23,6 +25,8 @@ TRIES = 3
 """How often one request is sent to S3, unless ``AWS_MAX_ATTEMPTS`` or ``AWS_RETRY_MODE`` say otherwise."""
 PACKAGES = {"s3": ("s3fs", "s3fs"), "gs": ("gcsfs", "gcsfs"), "hf": ("huggingface_hub", "huggingface_hub")}
 """Scheme -> the module that fsspec needs, and what pip calls it."""
+_WITH_ETAG = ("HeadObject", "GetObject", "PutObject", "UploadPart")
+"""Answers of S3 that always have an ETag."""
 _UNSENT = 128 << 10
 """Bytes that the system holds for a connection and has not sent. By default it holds megabytes, for which a slow link
 takes longer than ``SILENT``, and that time runs from when the last byte was handed to the system."""
@@ -47,12 +51,33 @@ def open_filesystem(scheme: str) -> Any:
         if fs.session is None:
             fs.session = AioSession(**fs.kwargs)
         fs.session.register("before-call.s3", _send_at_once)
+        fs.session.register("after-call.s3", _check_answer)
     return fs
 
 
 def _send_at_once(params: dict[str, Any], **rest: Any) -> None:
     """Do not wait for the store to say that a body may come: aiohttp would wait for that word without an end."""
     params["headers"].pop("Expect", None)
+
+
+def _check_answer(http_response: Any, parsed: dict[str, Any], model: Any, **rest: Any) -> None:
+    """Refuse what no store says: s3fs would take a login page for a written object, or for an empty listing.
+
+    Raises:
+        NotAStore: a web server, or a proxy, has answered.
+    """
+    status, is_head = http_response.status_code, model.http.get("method") == "HEAD"
+    is_page = "text/html" in str(http_response.headers.get("content-type"))
+    code = str(parsed.get("Error", {}).get("Code") or "")
+    if status < 300 and model.name in _WITH_ETAG:
+        is_stores = bool(http_response.headers.get("etag"))
+    elif status < 300:
+        is_stores = not is_page or status != 200  # a store answers 204 where it has deleted
+    else:  # a gateway before a store says with a page that the store is busy, and an answer to HEAD has no words
+        has_code = bool(code) and not code.isdigit()
+        is_stores = not is_page or has_code or is_head or (status >= 500 and status != 501)
+    if not is_stores:
+        raise NotAStore(f"status {status}{', a web page' if is_page else ''}")
 
 
 def _s3_config(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from k5cache.remote.checksums import agrees, checksum_of
-from k5cache.remote.failures import LOGIN, Asked, is_bucket, is_condition, is_of_store, may_pass, refusal
+from k5cache.remote.failures import LOGIN, Asked, NotAStore, is_bucket, is_condition, is_of_store, may_pass, refusal
 from k5cache.remote.filesystems import PACKAGES, address_of, open_filesystem
 from k5cache.shared.console import note
 from k5cache.shared.credentials import without_credentials
@@ -105,12 +105,19 @@ class Objects:
             raw = self._answer("read", lambda: self._fs.cat_file(self._at(name)), name, absent=True)
             after = self.stat(name)
             if raw is not None and after and after.tag == entry.tag and len(raw) == entry.num_bytes:
+                self._refuse_page(name, bytes(raw))
                 return bytes(raw), entry.tag
         raise StoreError(
             f"Cannot read {self.url}/{name}: it has changed each of the {_MOST_READS} times that it was read, or the "
             "store says another size than it sends",
             "Try again when nobody writes it",
         )
+
+    def _refuse_page(self, name: str, raw: bytes) -> None:
+        """A server may give its page for every address, as applications of one page do."""
+        if raw.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+            asked = Asked("read", self.url, name, *address_of(self._fs, self.scheme))
+            raise refusal(NotAStore("a web page"), asked)
 
     def entries(self) -> list[Entry]:
         """All objects below the URL, by name. A store may list an object late: look for one by ``stat``.

@@ -6,6 +6,7 @@ there: a folder may be shared, but then root or this user must own what is in it
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -39,6 +40,12 @@ def make_home(name: str, mode: int = 0o755) -> Path:
             check_trusted(made)
     except PermissionError:
         raise _not_writable(folder) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise OutputError(
+            f"{folder} cannot be made: {error.strerror}", "Set K5_HOME to a folder that can be written"
+        ) from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise _not_writable(folder)
     info = folder.stat()
