@@ -97,6 +97,22 @@ def test_files_that_are_as_they_were_are_read_once_and_one_that_is_written_again
     assert fingerprint(model, "text_encoder") != before
 
 
+def test_a_file_that_is_written_over_in_place_with_its_old_time_is_read_anew(model):
+    """As `cp -p` and `rsync --inplace -t` write."""
+    file = model / "text_encoder" / "model.safetensors"
+    states = []
+    for _ in range(2):
+        rewrite_element(model, "model.embed_tokens.weight", 0)
+        states.append(file.read_bytes())
+    os.utime(file, (1e9, 1e9))
+    before = fingerprint(model, "text_encoder")
+    with file.open("r+b") as opened:
+        opened.write(states[0])
+    os.utime(file, (1e9, 1e9))
+    assert len(states[0]) == len(states[1])
+    assert fingerprint(model, "text_encoder") != before
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_sharding_does_not_matter_but_names_shapes_and_dtypes_do(model, monkeypatch, whole):
     monkeypatch.setattr(fingerprints, "WHOLE_BELOW", 2**40 if whole else 0)

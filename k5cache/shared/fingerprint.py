@@ -37,6 +37,8 @@ class _State(NamedTuple):
     size: int
     modified: int
     """Nanoseconds, of which a file system counts some millions as one."""
+    changed: int
+    """The same, which a copy that keeps the time of modification does not keep; on Windows that of its creation."""
 
 
 _known: dict[tuple[bytes, tuple[StoredTensor, ...], tuple[_State, ...]], str] = {}
@@ -93,7 +95,7 @@ def _fingerprint(folder: Path, part: str, tensors: list[StoredTensor]) -> str:
 
 def _state(path: Path) -> _State:
     found = path.stat()
-    return _State(str(path), found.st_ino, found.st_size, found.st_mtime_ns)
+    return _State(str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _feed(digest: Any, *fields: bytes) -> None:
