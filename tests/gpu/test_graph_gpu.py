@@ -169,6 +169,18 @@ def test_pictures_between_updates_and_a_saved_state_change_no_bit():
         assert torch.equal(weights_of(first), weights_of(whole))
 
 
+def test_a_state_is_read_without_memory_of_the_gpu_while_graphs_hold_theirs():
+    session = new_session(CONFIG)
+    train(session, CONFIG, GROUPS["two sizes, all lengths"], 0, 6)
+    assert session.graphs is not None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    parts, _ = session.parts()
+    assert session.graphs.num_graphs == 2
+    assert {tensor.device.type for tensor in parts["optimizer"].values()} == {"cpu"}
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+
+
 @pytest.mark.parametrize("streaming", [Streaming(4), Streaming(6, slots=1, prefetch=False), Streaming(6)], ids=str)
 def test_streamed_weights_are_copied_within_the_graph(streaming):
     group_of = GROUPS["two sizes, all lengths"]
