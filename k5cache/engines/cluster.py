@@ -132,8 +132,10 @@ def _start(num_gpus: int) -> None:
                 ray.init(address="local", num_gpus=num_gpus, **_OPTIONS)
         except Exception as error:
             ray.shutdown()
-            if is_last:
-                raise EngineError(f"Ray does not start on this machine: {_words(error)}", CHECK) from error
+            is_of_disk = isinstance(error, OSError) and error.filename  # a time limit has no file
+            if is_last or is_of_disk:
+                fix = _FOLDER if is_of_disk else CHECK
+                raise EngineError(f"Ray does not start on this machine: {_words(error)}", fix) from error
         else:
             return
 
@@ -158,6 +160,7 @@ _HEAD = "Start one with `ray start --head --port 6379`, run this command on a ma
 _TOKEN = (
     "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head; on all machines alike"
 )
+_FOLDER = "Correct this, or give Ray another folder with a short name: RAY_TMPDIR=/var/tmp/ray k5cache ..."
 LOGS = "Ray's logs are in /tmp/ray/session_latest/logs"
 CHECK = f"Close other programs and run the same command again; {LOGS}"
 
