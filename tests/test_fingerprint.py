@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -82,22 +83,26 @@ def test_files_that_are_as_they_were_are_read_once_and_one_that_is_written_again
     reads: list[int] = []
     read = fingerprints._sample
     monkeypatch.setattr(fingerprints, "_sample", lambda tensors: [reads.append(len(tensors)), read(tensors)][1])
-    file = model / "text_encoder" / "model.safetensors"
     before = fingerprint(model, "text_encoder")
     assert fingerprint(model, "text_encoder") == before
     assert len(reads) == 2, "a file written just now may be written again within one tick of the file system's clock"
-    os.utime(file, (1e9, 1e9))
+    an_hour_later(monkeypatch)
     assert fingerprint(model, "text_encoder") == fingerprint(model, "text_encoder") == before
     assert len(reads) == 3
     rewrite_element(model, "model.embed_tokens.weight", 0)
     assert fingerprint(model, "text_encoder") != before
     assert len(reads) == 4
+    now = fingerprint(model, "text_encoder")
     edit_json(model / "text_encoder" / "config.json", hidden_act="relu")
-    os.utime(file, (1e9, 1e9))
-    assert fingerprint(model, "text_encoder") != before
+    assert fingerprint(model, "text_encoder") != now
 
 
-def test_a_file_that_is_written_over_in_place_with_its_old_time_is_read_anew(model):
+def an_hour_later(monkeypatch) -> None:
+    now = time.time_ns
+    monkeypatch.setattr(fingerprints.time, "time_ns", lambda: now() + 3600 * 10**9)
+
+
+def test_a_file_that_is_written_over_in_place_with_its_old_time_is_read_anew(model, monkeypatch):
     """As `cp -p` and `rsync --inplace -t` write."""
     file = model / "text_encoder" / "model.safetensors"
     states = []
@@ -105,7 +110,9 @@ def test_a_file_that_is_written_over_in_place_with_its_old_time_is_read_anew(mod
         rewrite_element(model, "model.embed_tokens.weight", 0)
         states.append(file.read_bytes())
     os.utime(file, (1e9, 1e9))
+    an_hour_later(monkeypatch)
     before = fingerprint(model, "text_encoder")
+    time.sleep(0.05)  # longer than a tick of the file system's clock
     with file.open("r+b") as opened:
         opened.write(states[0])
     os.utime(file, (1e9, 1e9))

@@ -40,7 +40,8 @@ except KeyboardInterrupt:
 """
 HANGS = """
 import signal, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+for number in (signal.SIGINT, signal.SIGTERM):  # who ignores Ctrl-C is sent the other one
+    signal.signal(number, signal.SIG_IGN)
 print("ready", flush=True)
 time.sleep(60)
 """

@@ -166,7 +166,7 @@ LEVELS = {"keep everything": "all", "keep all matmuls": "matmuls", "selective": 
 @pytest.mark.parametrize(
     ("heading", "lora", "num_text_tokens"),
     [
-        ("The setting of the first table", LoraConfig(rank=16, targets=("qkv",)), 256),
+        ("The setting of [training steps]", LoraConfig(rank=16, targets=("qkv",)), 256),
         ("The defaults,", LoraConfig(), 512),
     ],
 )

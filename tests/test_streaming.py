@@ -182,7 +182,7 @@ def test_a_pack_parked_in_host_memory_is_put_away_before_it_is_brought_again(dee
 
     empty, order = torch.empty, []
     monkeypatch.setattr(streaming, "new_stream", lambda _: Stream())
-    monkeypatch.setattr(streaming, "record_event", Event)
+    monkeypatch.setattr(streaming, "record_event", lambda device: Event())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))

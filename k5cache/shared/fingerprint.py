@@ -88,7 +88,7 @@ def _fingerprint(folder: Path, part: str, tensors: list[StoredTensor]) -> str:
             _feed(digest, path.name.encode(), read_plain(path, _MOST_VOCABULARY_BYTES))
     for tensor, sampled in zip(tensors, _sample(tensors), strict=True):
         _feed(digest, json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode(), sampled)
-    if states and all(time.time_ns() - state.modified > _SETTLED for state in states):
+    if states and all(time.time_ns() - max(state.modified, state.changed) > _SETTLED for state in states):
         _known[key] = digest.hexdigest()[:32]
     return digest.hexdigest()[:32]
 
