@@ -161,7 +161,7 @@ _TOKEN = (
     "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head; on all machines alike"
 )
 _FOLDER = "Correct this, or give Ray another folder with a short name: RAY_TMPDIR=/var/tmp/ray k5cache ..."
-LOGS = "Ray's logs are in /tmp/ray/session_latest/logs"
+LOGS = f"Ray's logs are in {os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
 CHECK = f"Close other programs and run the same command again; {LOGS}"
 
 

@@ -68,7 +68,8 @@ class TrainConfig:
     """How many of these LoRAs are kept: the newest ones, and the best in addition. None: all. Those that somebody asked
     for with "save now" stay. The last two states to resume from are kept."""
     loss_limit: float = 20.0
-    """A loss above this stops the run before the update; a model that predicts 0 has a loss of about 2. 0: no limit."""
+    """A pass whose mean loss is above this stops the run before the update; a model that predicts 0 has a loss of about
+    2. 0: no limit."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one. To choose among several, put CUDA_VISIBLE_DEVICES=1 before the command."""
     deterministic: bool = False
