@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import shlex
@@ -212,18 +211,3 @@ def test_the_first_large_library_is_named_as_its_import_begins(tmp_path, monkeyp
             import large_one  # noqa: F401
             import large_two  # noqa: F401
     assert said == ["Loading large_one ..."]
-
-
-def test_the_metadata_of_packages_is_read_once_while_libraries_are_imported(tmp_path, monkeypatch):
-    asks = "import importlib.metadata\nfound = importlib.metadata.packages_distributions()\n"
-    for name in ("asking_one", "asking_two"):
-        (tmp_path / f"{name}.py").write_text(asks)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = importlib.metadata.packages_distributions
-    monkeypatch.setattr(loading, "SLOW", ("asking_one", "asking_two"))
-    with loading.announced(lambda line: None):
-        import asking_one
-        import asking_two
-    assert asking_one.found is asking_two.found
-    assert "pytest" in asking_one.found
-    assert importlib.metadata.packages_distributions is before

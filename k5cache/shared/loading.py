@@ -1,11 +1,10 @@
-"""What happens while large libraries are imported? The first is announced; what several of them read is read once."""
+"""What does a user read while a large library is imported? Its name, before the seconds that it takes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -19,7 +18,6 @@ class _Announcer(MetaPathFinder):
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self.say, self.is_silent = say, any(name in sys.modules for name in SLOW)
-        self.reads: list[_ReadOnce] = []
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -34,29 +32,10 @@ class _Announcer(MetaPathFinder):
             if not self.is_silent:
                 self.is_silent = True
                 self.say(f"Loading {name} ...")
-                self.reads.append(_ReadOnce())
             run(module)
 
         spec.loader.exec_module = announce_and_run  # type: ignore[method-assign]
         return spec
-
-
-class _ReadOnce:
-    """Has Python answer once which distribution each installed package is of, until ``end``.
-
-    transformers and diffusers both ask as they are imported, and each answer reads the metadata of every distribution:
-    0.9 s where 230 are installed.
-    """
-
-    def __init__(self) -> None:
-        import importlib.metadata as metadata  # only now, as it takes 20 ms
-
-        self._metadata, self._ask = metadata, metadata.packages_distributions
-        metadata.packages_distributions = cache(self._ask)
-
-    def end(self) -> None:
-        """Ask anew from now on."""
-        self._metadata.packages_distributions = self._ask
 
 
 @contextmanager
@@ -68,5 +47,3 @@ def announced(say: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(announcer)
-        for read in announcer.reads:
-            read.end()
