@@ -8,13 +8,17 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
 
 from k5cache.shared import progress
+
+if TYPE_CHECKING:
+    from tests.workshop import Workshop
 
 # Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -103,3 +107,28 @@ def toy_cache(toy_model: Path, once: Once) -> Callable[[str], Path]:
         return root / "cache" / "pictures"
 
     return cache_of
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of an object store in this process, one for each file of tests."""
+    from tests.object_store import s3_server
+
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def store(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which commands reach an empty bucket of that store."""
+    from tests.object_store import make_store
+
+    return make_store(server, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def shop(tmp_path: Path, once: Once, toy_model: Path) -> Workshop:
+    """Six pictures and their cache, in ``shop/cache``."""
+    from tests.object_store import shop_of_six
+
+    return shop_of_six(tmp_path, once, toy_model)

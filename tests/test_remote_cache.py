@@ -21,25 +21,8 @@ from k5cache.upkeep.gc import collect
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state
 from tests.cli import Cli
-from tests.object_store import another_machine, files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
+from tests.object_store import another_machine, files_of, in_store, put, rows_of
 from tests.runs import CONFIG, go_on, start_run
-from tests.workshop import Workshop
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch):
-    return make_store(server, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def shop(tmp_path, once, toy_model) -> Workshop:
-    return shop_of_six(tmp_path, once, toy_model)
 
 
 def fail_from(number: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[str]:

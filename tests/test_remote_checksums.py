@@ -10,24 +10,7 @@ from k5cache.cli import app
 from k5cache.remote import checksums
 from k5cache.remote.objects import Objects
 from tests.cli import Cli
-from tests.object_store import another_machine, files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
-from tests.workshop import Workshop
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch):
-    return make_store(server, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def shop(tmp_path, once, toy_model) -> Workshop:
-    return shop_of_six(tmp_path, once, toy_model)
+from tests.object_store import another_machine, files_of, in_store, put, rows_of
 
 
 def flipped(raw: bytes) -> bytes:

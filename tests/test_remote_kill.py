@@ -10,9 +10,8 @@ from k5cache.remote.mirror import folder_of
 from k5cache.shared.errors import CacheError
 from k5cache.upkeep.verify import verify_cache
 from tests.crash_trials import in_child
-from tests.object_store import another_machine, files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
+from tests.object_store import another_machine, files_of, in_store, put, rows_of
 from tests.slow_link import link_to
-from tests.workshop import Workshop
 
 SHARD, MANIFEST = r"^PUT .*/(latents|text)/", r"^PUT .*/manifest\.json"
 POINTS = {
@@ -21,22 +20,6 @@ POINTS = {
     "in the middle of the manifest": (MANIFEST, 600),
     "before the store says that the manifest is written": (MANIFEST, None),
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch):
-    return make_store(server, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def shop(tmp_path, once, toy_model) -> Workshop:
-    return shop_of_six(tmp_path, once, toy_model)
 
 
 @pytest.mark.slow

@@ -11,25 +11,8 @@ from k5cache.remote import filesystems
 from k5cache.remote.objects import Objects
 from k5cache.shared.errors import StoreError
 from tests.cli import Cli
-from tests.object_store import another_machine, files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
+from tests.object_store import another_machine, files_of, in_store, put, rows_of
 from tests.slow_link import link_to
-from tests.workshop import Workshop
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch):
-    return make_store(server, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def shop(tmp_path, once, toy_model) -> Workshop:
-    return shop_of_six(tmp_path, once, toy_model)
 
 
 def be_impatient(patch: pytest.MonkeyPatch, seconds: float = 0.2) -> None:

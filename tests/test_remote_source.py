@@ -19,14 +19,8 @@ from k5cache.sources import find
 from k5cache.sources.items import UnreadableImage
 from k5cache.sources.shadow import Shadow
 from tests.cli import Cli
-from tests.object_store import another_machine, point_at, put, s3_server
+from tests.object_store import another_machine, point_at, put
 from tests.workshop import Workshop
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
 
 
 @pytest.fixture

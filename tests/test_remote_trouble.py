@@ -14,24 +14,7 @@ from k5cache.shared.errors import StoreError
 from k5cache.store.reader import open_cache
 from k5cache.upkeep.verify import verify_cache
 from tests.cli import Cli
-from tests.object_store import files_of, in_store, make_store, put, rows_of, s3_server, shop_of_six
-from tests.workshop import Workshop
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch):
-    return make_store(server, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def shop(tmp_path, once, toy_model) -> Workshop:
-    return shop_of_six(tmp_path, once, toy_model)
+from tests.object_store import files_of, in_store, put, rows_of
 
 
 def test_repair_looks_at_the_store_and_sends_a_damaged_shard_again_under_its_own_name(store, shop):

@@ -13,27 +13,10 @@ from k5cache.cli import app
 from k5cache.remote.objects import Objects
 from k5cache.shared.errors import StoreError
 from tests.cli import Cli
-from tests.object_store import another_machine, files_of, make_store, put, rows_of, s3_server, shop_of_six
-from tests.workshop import Workshop
+from tests.object_store import another_machine, files_of, put, rows_of
 
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body></body></html>"
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch):
-    return make_store(server, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def shop(tmp_path, once, toy_model) -> Workshop:
-    return shop_of_six(tmp_path, once, toy_model)
 
 
 @contextmanager
