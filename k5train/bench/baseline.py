@@ -32,7 +32,7 @@ def time_baseline(
     Args:
         config: the transformer's config.json. Any other than the full size is timed on a small picture.
         how: whether the blocks run eagerly or compiled.
-        is_watched: whether to look at what the GPU does in one more step.
+        is_watched: whether to profile one more step.
     """
     config = case.config(config)
     if config["model_dim"] != FULL_SIZE["model_dim"]:

@@ -64,11 +64,11 @@ def time_cases(
     num_steps: int = 8,
     num_warm_up: int = 2,
 ) -> list[Measured]:
-    """Time every case, one after the other, then look at a step of each on the GPU. A case that does not fit or fails
+    """Time every case, one after the other, then profile a step of each on the GPU. A case that does not fit or fails
     is named and left out.
 
-    What looks at a step stays attached, and steps that are captured after it start some milliseconds later, so all
-    are timed before.
+    torch's profiler stays attached to the process, and steps that are captured later take some milliseconds longer. So
+    all cases are timed before one is profiled.
 
     Args:
         baseline: the case that diffusers, peft and quanto are timed with first, eager and compiled. None: they are
@@ -92,7 +92,7 @@ def time_cases(
 
 def _look(name: str, measure: Callable[[], Measured], timed: Measured) -> Measured:
     """A timed case with what its step does on the GPU, which needs the case once more; as it is, where that fails."""
-    seen = measure_or_warn(name, measure, f"looked at the kernels of {name}")
+    seen = measure_or_warn(name, measure, f"{name}: profiled a step")
     return timed if seen is None else timed.seen_in(seen)
 
 
@@ -146,7 +146,7 @@ def time_recipe(
     """Time the steps of any recipe that adapts, quantises and routes as ``train`` says, on the inputs of a case.
 
     Args:
-        is_watched: whether to look at what the GPU does in one more step.
+        is_watched: whether to profile one more step.
     """
     config = case.config(config)
     sizes = ((case.side // 16) ** 2, case.num_text_tokens)

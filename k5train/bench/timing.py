@@ -68,7 +68,7 @@ def time_steps(
 
 
 def watch_step(step: Callable[[], Any], launched: Callable[[], Any] | None = None) -> Seen:
-    """Look at one step on a GPU. What watches stays attached, and steps that are captured later start more slowly.
+    """Profile one step on a GPU. The profiler stays attached to the process: steps captured later take a little longer.
 
     Args:
         launched: the same step, launched kernel by kernel: in a replayed graph nothing says which call a kernel is of.

@@ -139,8 +139,8 @@ def run_parts(wanted: Sequence[str], out: Path, seconds: float, is_small: bool) 
 def _run(name: str, folder: Path, log: Any, end: float, is_small: bool) -> dict[str, Any]:
     """Run a part in a process of its own, until it ends or has had its time.
 
-    What looks at a step on the GPU stays attached to its process, and steps that are captured there later start some
-    milliseconds later.
+    torch's profiler stays attached to its process, and steps that are captured there later take some milliseconds
+    longer.
     """
     begin = time.monotonic()
     if end <= begin:
