@@ -10,11 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
-
 from k5cache.encode.job import Job
 from k5cache.engines.wire import Report
-from k5cache.engines.workers import Shards, TextWorker, VaeWorker
+from k5cache.engines.workers import Order, Shards, TextWorker, VaeWorker
 
 HIDDEN = 8
 
@@ -22,7 +20,7 @@ HIDDEN = 8
 class DiesOnce(VaeWorker):
     """Is killed after it has written the shards of an order, before it can report them; only the first time."""
 
-    def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
+    def encode(self, job: Job, sink: Shards, order: Order) -> Report:
         report = super().encode(job, sink, order)
         if _is_first(job):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -32,7 +30,7 @@ class DiesOnce(VaeWorker):
 class DiesAlways(VaeWorker):
     """Is killed by every order, as one whose images take all memory."""
 
-    def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
+    def encode(self, job: Job, sink: Shards, order: Order) -> Report:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("still alive")
 
@@ -44,7 +42,7 @@ class SmallText(TextWorker):
         super().__init__(*arguments)
         use_small_encoders()
 
-    def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
+    def encode(self, job: Job, sink: Shards, order: Order) -> Report:
         report = super().encode(job, sink, order)
         if _is_first(job):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -136,7 +136,7 @@ def test_a_worker_that_fails_reports_the_shards_that_it_has_finished(tmp_path, m
     from k5cache.engines import workers
 
     class Fails(workers._Worker):
-        def encode(self, job: Job, sink: workers.Shards, order: pa.Table) -> wire.Report:
+        def encode(self, job: Job, sink: workers.Shards, order: workers.Order) -> wire.Report:
             sink.add([SHARD])
             raise OSError(28, "No space left on device", "/cache")
 
@@ -144,7 +144,7 @@ def test_a_worker_that_fails_reports_the_shards_that_it_has_finished(tmp_path, m
     monkeypatch.setattr(workers, "job_of", lambda *_: job)
     monkeypatch.setattr(workers, "_note", lambda *_: None)
     ledger = SimpleNamespace(begin=None, tell=None)
-    (answer,) = Fails(None, None, ledger)(pa.table({"order": [4, 4], "job": ["", ""]}))
+    (answer,) = Fails(None, None, ledger)(pa.table({"order": [4], "jobs": [["", ""]]}))
     report = wire.report_of(answer["report"][0].as_py())
     assert (report.order, report.shards, report.error.errno) == (4, (SHARD,), 28)
 

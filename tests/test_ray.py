@@ -7,7 +7,7 @@ import importlib.util
 import socket
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,11 +113,15 @@ def on_ray(test):
 
 @pytest.fixture(scope="module")
 def two_workers():
-    """One Ray for this file. Every encode below runs on two processes."""
+    """One Ray for this file. Every encode below runs on two processes. Ray believes that there are two GPUs."""
     needs_ray()
     from k5cache.engines.ray_engine import RayEngine
 
-    with cluster.joined(None, None, "cpu"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_start", lambda _, start=cluster._start: start(2))
+        stack = ExitStack()
+        stack.enter_context(cluster.joined(None, None, "cpu"))
+    with stack:
         from ray._private import auto_init_hook
 
         assert not auto_init_hook.enable_auto_connect, "a thread that ends late would start a second Ray"
@@ -194,7 +198,8 @@ def passes_of(engine: RayEngine | None, shop: Workshop) -> Iterator[tuple[Any, J
                 sink,
             )
         else:
-            with engine.opened(shop.source, shop.root, shop.model, "cpu", job.bars) as passes:
+            device = "auto" if engine.gpus else "cpu"
+            with engine.opened(shop.source, shop.root, shop.model, device, job.bars) as passes:
                 yield passes, job, sink
 
 
@@ -216,7 +221,16 @@ def test_workers_write_the_captions_of_one_process_though_one_is_killed(two_work
 
 
 @on_ray
-def test_workers_write_the_latents_of_one_process_without_an_image_that_has_changed(two_workers, small, tmp_path):
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_workers_write_the_latents_of_one_process_without_an_image_that_has_changed(
+    two_workers, small, tmp_path, on_gpus, monkeypatch
+):
+    from k5cache.engines.ray_engine import RayEngine, RayPasses
+
+    engine = two_workers
+    if on_gpus:  # Ray gives each worker a GPU that is not there, and it computes on the processor
+        engine = RayEngine(gpus=2)
+        monkeypatch.setattr(RayPasses, "device", "cpu")
     files = [small.put(f"{i:02}.png", seed=i, size=(100, 80)) for i in range(26)]
     images = [
         LatentJob(f"{i:032x}", file.name, cover(100, 80, Bucket(128 if i % 3 else 64, 64)), hash_content(file))
@@ -226,7 +240,7 @@ def test_workers_write_the_latents_of_one_process_without_an_image_that_has_chan
     with passes_of(None, small) as (passes, job, sink):
         failed = passes.encode_latents(job, sink, images)
     by_one, small.root = small.root, tmp_path / "by_two"
-    with passes_of(two_workers, small) as (passes, job, sink):
+    with passes_of(engine, small) as (passes, job, sink):
         passes.announce(job, [], images)
         failed_too = passes.encode_latents(job, sink, images)
     rows = rows_of(small.root)

@@ -178,7 +178,7 @@ class RayPasses:
         for number, part in enumerate(parts):
             sizes.append(len(part))
             names.append(part[0].path if isinstance(part[0], LatentJob) else repr(part[0].caption[:40]))
-            tables.append(pa.table({"order": [number] * len(part), "job": [json_of(each) for each in part]}))
+            tables.append(pa.table({"order": [number], "jobs": [[json_of(each) for each in part]]}))
         readers = self._sent(job)
         ledger = _beside_this_process(ray.remote(workers.Ledger))
         dataset = self._dataset(job, tables, readers, ledger, worker, arguments)
@@ -233,9 +233,9 @@ class RayPasses:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.target_max_block_size = None  # an order is one block, which is one shard
+        context.target_max_block_size = None  # what becomes of an order is one block
         setup, num_workers = self._setup(job), min(self.num_workers, len(tables))
-        shape = {"batch_size": None, "batch_format": "pyarrow"}
+        shape = {"batch_size": 1, "batch_format": "pyarrow"}  # an order is a row
         dataset = ray.data.from_arrow(tables)
         if worker is workers.VaeWorker:
             # A quarter of a machine's processors an order: others are decoded meanwhile, and few wait in memory.

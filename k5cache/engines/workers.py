@@ -1,7 +1,7 @@
 """What does a process of Ray do for an encode? It decodes images, or holds an encoder and writes shards.
 
-Everything here runs in Ray's processes, on any machine of the cluster. Each order of jobs comes as one Arrow table and
-leaves as one row: its report.
+Everything here runs in Ray's processes, on any machine of the cluster. An order of jobs is one row of an Arrow table,
+since Ray Data hands workers on GPUs a number of rows that must be said. Its report is one too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from k5cache.encoders.clip import Clip
     from k5cache.encoders.qwen import Qwen
 
+Order = dict[str, pa.Scalar]
+"""Its number, its jobs, and what ``Decoder`` adds, by the names of the columns."""
 _SECONDS_TO_TELL = 0.5
 _POOLED_BYTES = 2**26  # CLIP's vectors of an order in memory
 
@@ -150,25 +152,28 @@ class Decoder:
         self.setup, self.readers, self.ledger, self.num_threads = setup, readers, ledger, num_threads
 
     def __call__(self, orders: pa.Table) -> pa.Table:
-        """The orders, with the pixels of each image or the reason why there are none."""
-        for number in dict.fromkeys(orders["order"].to_pylist()):
-            _note(self.ledger.decode, number)
+        """The order, with the pixels of each image or the reason why there are none."""
+        (number,), (texts,) = orders["order"].to_pylist(), orders["jobs"].to_pylist()
+        _note(self.ledger.decode, number)
         problem = ""
         pixels: list[bytes | None] = []
         failures: list[str] = []
         try:
             job = job_of(self.setup, self.readers)
-            jobs = [wire.latent_job(text) for text in orders["job"].to_pylist()]
+            jobs = [wire.latent_job(text) for text in texts]
             with when_memory_ends("cpu", "Decoding images", 0):
                 for loaded in load_pixels(job, jobs, self.num_threads):
                     pixels.append(None if isinstance(loaded, UnreadableImage) else loaded.numpy().tobytes())
                     failures.append(wire.json_of_failure(loaded) if isinstance(loaded, UnreadableImage) else "")
         except (K5Error, OSError) as error:
-            problem = wire.json_of_report(Report(orders["order"][0].as_py(), error=error))
-            pixels, failures = [None] * len(orders), [""] * len(orders)
-        columns = {"pixels": pa.array(pixels, pa.large_binary()), "failure": failures}
-        columns["problem"] = pa.array([problem] * len(orders), pa.string())
-        return pa.table({name: orders[name] for name in orders.column_names} | columns)
+            problem = wire.json_of_report(Report(number, error=error))
+            pixels, failures = [], []
+        decoded = {
+            "pixels": pa.array([pixels], pa.large_list(pa.large_binary())),
+            "failures": pa.array([failures], pa.list_(pa.string())),
+            "problem": [problem],
+        }
+        return pa.table({name: orders[name] for name in orders.column_names} | decoded)
 
 
 def _note(begin: Any, order: int) -> None:
@@ -241,13 +246,12 @@ class _Worker:
 
     def __call__(self, orders: pa.Table) -> Iterator[pa.Table]:
         """Encode the orders of a table. Yields a report of each."""
-        numbers = orders["order"].to_pylist()
-        starts = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1]]
-        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
-            report = self._report(numbers[start], orders.slice(start, end - start))
+        for i in range(len(orders)):
+            order = {name: orders[name][i] for name in orders.column_names}
+            report = self._report(order["order"].as_py(), order)
             yield pa.table({"report": [wire.json_of_report(report)]})
 
-    def _report(self, number: int, order: pa.Table) -> Report:
+    def _report(self, number: int, order: Order) -> Report:
         _note(self.ledger.begin, number)
         written: list[ShardInfo] = []
         try:
@@ -262,7 +266,7 @@ class _Worker:
         notes, self.notes[:] = tuple(self.notes), []
         return replace(report, order=number, shards=tuple(written), notes=notes)
 
-    def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
+    def encode(self, job: Job, sink: Shards, order: Order) -> Report:
         """The rows of an order, into the sink."""
         raise NotImplementedError
 
@@ -278,13 +282,13 @@ class VaeWorker(_Worker):
         self._planned_for = [wire.latent_job(text) for text in latent_jobs]
         self._vae: Vae | None = None
 
-    def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
+    def encode(self, job: Job, sink: Shards, order: Order) -> Report:
         """The latents of an order, which is of one bucket."""
-        if problem := order["problem"][0].as_py():
+        if problem := order["problem"].as_py():
             return wire.report_of(problem)
         if self._vae is None:
             self._vae = Vae(job, self._planned_for)
-        latent_jobs = [wire.latent_job(text) for text in order["job"].to_pylist()]
+        latent_jobs = [wire.latent_job(text) for text in order["jobs"].as_py()]
         failed: dict[str, UnreadableImage] = {}
         bucket = latent_jobs[0].geometry.bucket
         encode_bucket(job, sink, bucket, latent_jobs, self._vae, failed, _no_bar, _loaded(order, bucket))
@@ -294,11 +298,11 @@ class VaeWorker(_Worker):
 def _no_bar(count: int, description: str | None = None) -> None: ...
 
 
-def _loaded(order: pa.Table, bucket: Bucket) -> Iterator[torch.Tensor | UnreadableImage]:
+def _loaded(order: Order, bucket: Bucket) -> Iterator[torch.Tensor | UnreadableImage]:
     import numpy as np
     import torch
 
-    for pixels, failure in zip(order["pixels"], order["failure"], strict=True):
+    for pixels, failure in zip(order["pixels"].values, order["failures"].values, strict=True):
         if failure.as_py():
             yield wire.failure_of(failure.as_py())
         else:
@@ -320,7 +324,7 @@ class TextWorker(_Worker):
         self._sources: Sources | None = None
         self._plan: memory_plan.TextPlan | None = None
 
-    def encode(self, job: Job, sink: Shards, order: pa.Table) -> Report:
+    def encode(self, job: Job, sink: Shards, order: Order) -> Report:
         """The texts of an order."""
         if self._clip is None:
             self._clip = load_clip(job)
@@ -328,7 +332,7 @@ class TextWorker(_Worker):
         if self._has_sources and self._sources is None:
             self._sources = sources_of(job)
             self._sources.is_kept = plan.mode == "resident"
-        text_jobs = [wire.text_job(text) for text in order["job"].to_pylist()]
+        text_jobs = [wire.text_job(text) for text in order["jobs"].as_py()]
         failed: dict[str, UnreadableImage] = {}
 
         def load(first_chunk: FirstChunk) -> Qwen:
