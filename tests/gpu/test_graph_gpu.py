@@ -223,6 +223,7 @@ def test_the_predicted_peak_counts_the_graph(level, precision):
         base_model_precision=precision, mixed_precision="bf16", lora=LoraConfig(rank=16, targets=("qkv",)),
         memory=MemoryConfig(activations=level, graph="auto"),
     )  # fmt: skip
+    of_others = torch.cuda.memory_reserved() / 2**30  # tests in this process
     result = steps.time_recipe(config, case, GPU, WIDE, 2, 2)
     assert result.plan.endswith("captured")
-    assert result.predicted_gib == pytest.approx(result.reserved_gib, rel=0.10)
+    assert result.predicted_gib == pytest.approx(result.reserved_gib - of_others, rel=0.10), f"{of_others:.2f} before"
