@@ -95,6 +95,9 @@ REFUSED = [
         ("runs/r/x", "runs/r/x is inside the run "),
         ("photos/../stuff [bold]", "holds index-000001.parquet"),
     )),
+    # Only a cache may be at a URL. Before, a folder called s3: was made here
+    *((name, "s3://bucket/x", "s3://bucket/x cannot be written: only a cache may be at a URL")
+      for name in ("run", "sweep")),
     # Ours, but of another kind
     ("encode", "runs/r", "runs/r is a run, not a cache"),
     ("encode", "sweeps/s", "sweeps/s is a sweep, not a cache"),
@@ -134,6 +137,7 @@ def test_a_folder_that_is_not_the_commands_own_is_refused_and_left_alone(place, 
         ("notes.txt/x.png", "notes.txt is a file"),
         ("dangling/x.png", "dangling is a link to nowhere, which does not exist"),
         ("/dev/null", "does not end in .png"),
+        ("s3://bucket/x.png", "s3://bucket/x.png cannot be written: only a cache may be at a URL"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(place, command, out, words):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k5cache.commands.arguments import CachePaths, Json, NewCache, suggest_training
+from k5cache.commands.arguments import CachePaths, Json, NewCache, Wait, suggest_training
 from k5cache.commands.listing import print_some
 from k5cache.shared import console
 
@@ -25,6 +25,7 @@ def merge(
             help="Merge although parts are missing, or were encoded before others changed. More can be merged later.",
         ),
     ] = False,
+    wait: Wait = 0,
     as_json: Json = False,
 ) -> None:
     """Merge caches into one, for example the parts of `k5cache encode --part` from several GPUs or machines."""
@@ -32,7 +33,7 @@ def merge(
     from k5cache.upkeep.merge import merge_caches
 
     with console.working(f"merging {len(caches)} caches"):
-        merged = merge_caches(caches, out, incomplete)
+        merged = merge_caches(caches, out, incomplete, wait)
     if as_json:
         console.print_json(merged)
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from k5cache.shared.errors import OutputError
+from k5cache.shared.urls import is_url
 
 Kind = Literal["cache", "run", "sweep", "merged checkpoint"]
 """What a command makes in a folder."""
@@ -154,8 +155,14 @@ def _real_path(path: Path) -> Path:
     """``path`` with links followed.
 
     Raises:
-        OutputError: a link in it leads nowhere, a folder in it is a file, or the system does not allow such a name.
+        OutputError: it is a URL, a link in it leads nowhere, a folder in it is a file, or the system does not allow
+            such a name.
     """
+    if is_url(path):  # that of a cache is a folder of this machine by now (k5cache/remote/mirror.py)
+        raise OutputError(
+            f"{path} cannot be written: only a cache may be at a URL, and only where `--help` says so",
+            "Name a file or folder of this machine",
+        )
     try:
         for part in (path, *path.parents):
             if part.is_symlink() and not part.exists():

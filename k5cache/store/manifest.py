@@ -196,10 +196,13 @@ def _tables_named_before(root: Path) -> set[str]:
 
 
 @contextmanager
-def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
+def lock(root: Path, wait_seconds: float | None = None) -> Iterator[list[str]]:
     """Let no other process write the cache at ``root`` until the end of the block. Readers need no lock.
 
     Makes the folder if there is none. Deletes temporary files that a killed writer left, and yields their names.
+
+    Args:
+        wait_seconds: for another process that has the lock, of the command's ``--wait``; None if it has no such option.
 
     Raises:
         OutputError: the folder holds files that are not of a cache, or a link leads out of it; nothing is written.
@@ -211,11 +214,12 @@ def lock(root: Path, wait_seconds: float = 0) -> Iterator[list[str]]:
     with ExitStack() as stack:
         try:
             make_folder(root)
-            stack.enter_context(lock_file(root / LOCK, wait_seconds))
+            stack.enter_context(lock_file(root / LOCK, wait_seconds or 0))
         except Locked as error:
             raise CacheLocked(
                 f"{root} is being written by {error.owner}",
-                "Wait until it ends, or let this command wait with --wait SECONDS",
+                "Wait until it ends"
+                + (", or let this command wait with --wait SECONDS" if wait_seconds is not None else ""),
             ) from None
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -17,7 +17,7 @@ from pathlib import Path
 from k5cache.remote.behind import mirror_of
 from k5cache.shared import outputs
 from k5cache.shared.command_line import command
-from k5cache.shared.urls import is_url, url_of
+from k5cache.shared.urls import copy_of, is_url, url_of
 from k5cache.store import files, skipped
 from k5cache.store.footer import footer_of
 
@@ -66,8 +66,9 @@ def check_root(root: Path, reads: Iterable[Path] = ()) -> None:
     outputs.check_folder(root, "cache", is_unfinished, reads)
     if mirror := mirror_of(root):
         for path in reads:
-            if is_url(path):
-                mirror.check_apart(url_of(path))
+            copy = copy_of(str(path))
+            if copy or is_url(path):
+                mirror.check_apart(copy[0] if copy else url_of(path))
 
 
 def is_unfinished(root: Path) -> bool:

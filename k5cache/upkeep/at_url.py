@@ -36,7 +36,7 @@ def send_cache(root: Path, url: Path, advance: Advance = lambda *numbers: None) 
 
     Raises:
         CacheCorrupt: a byte of the cache is not the byte that was written.
-        CacheError: it is not finished, or another cache is at the URL.
+        CacheError: it is not finished, changed meanwhile, or another cache is at the URL.
         StoreError: the store refuses.
     """
     if behind(root):
@@ -68,7 +68,7 @@ def send_cache(root: Path, url: Path, advance: Advance = lambda *numbers: None) 
         mirror.again(damaged)
         mirror.send_again(damaged)
         for shard in absent:
-            _link(root / shard.file, out / shard.file)
+            _link(root, out, shard.file, shard.file)
         wanted = _with_tables(root, out, manifest, _without_damaged(theirs, root, manifest, mirror.objects))
         is_changed = wanted != theirs
         if is_changed or damaged:
@@ -115,7 +115,7 @@ def _with_tables(root: Path, out: Path, manifest: Manifest, theirs: Manifest) ->
         if info is None or (known and known.sha256 == info.sha256):
             return info and known
         name = f"{kind}-{generation:06d}.parquet"
-        _link(root / info.file, out / name)
+        _link(root, out, info.file, name)
         return replace(info, file=name)
 
     return replace(
@@ -126,14 +126,21 @@ def _with_tables(root: Path, out: Path, manifest: Manifest, theirs: Manifest) ->
     )
 
 
-def _link(old: Path, new: Path) -> None:
-    """The same file in another folder, or a copy of it."""
+def _link(root: Path, out: Path, old_name: str, new_name: str) -> None:
+    """The same file in another folder, or a copy of it.
+
+    Raises:
+        CacheError: a writer has replaced it since the manifest was read.
+    """
+    old, new = root / old_name, out / new_name
     make_folder(new.parent)
     if new.exists():
         return
     try:
         os.link(old.resolve(), new)
         sync_folder(new.parent)
+    except FileNotFoundError:
+        raise CacheError(f"{root} changed while it was pushed: {old} is gone", "Push it again") from None
     except OSError:  # another disk, or one without hard links
         with new_file(new) as copy, old.open("rb") as file:
             shutil.copyfileobj(file, copy, 1 << 20)

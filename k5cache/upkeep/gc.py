@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k5cache.remote.mirror import behind
+from k5cache.shared.errors import CacheCorrupt
 from k5cache.shared.files import sync_folder
 from k5cache.store import files
 from k5cache.store.index import IndexRows, index_rows, read_index, with_index
 from k5cache.store.manifest import Manifest, ShardInfo, lock, read_manifest, require_files, write_manifest
 from k5cache.store.ours import unnamed_files
 from k5cache.store.shards import Shard, ShardWriter
+from k5cache.upkeep.meanwhile import was_replaced
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ def collect(root: Path, dry_run: bool = False, wait_seconds: float = 0) -> Colle
         CacheLocked: another process is writing this cache.
     """
     manifest = read_manifest(root)  # before the lock, which would create the folder of a mistyped name
-    if dry_run:
-        return _look(root, manifest, _needed_keys(manifest, _read_rows(root, manifest)))
+    while dry_run:
+        try:
+            return _look(root, manifest, _needed_keys(manifest, _read_rows(root, manifest)))
+        except (CacheCorrupt, FileNotFoundError):  # perhaps a writer replaced the index after we read the manifest
+            if not was_replaced(root, manifest):
+                raise
+            manifest = read_manifest(root)
     mirror = behind(root)
     with lock(root, wait_seconds) as temporary_files:
         manifest = read_manifest(root)

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k5cache.shared.errors import CacheError
+from k5cache.remote.behind import mirror_of
+from k5cache.shared.errors import CacheCorrupt, CacheError
 from k5cache.shared.files import make_folder, new_file, sync_folder
 from k5cache.shared.outputs import check_writable
 from k5cache.store import files
@@ -26,6 +27,7 @@ from k5cache.store.shards import verify_shard
 from k5cache.store.skipped import read_skipped, write_skipped
 from k5cache.store.split import write_split
 from k5cache.upkeep.finished import finished_index
+from k5cache.upkeep.meanwhile import was_replaced
 from k5cache.upkeep.parts import require_one_recipe, require_rows, require_whole
 from k5cache.upkeep.united import merge_left_out, merge_recipe, merge_source, merge_versions
 
@@ -45,40 +47,56 @@ class Merged:
     """False if parts of one source saw the same images, but other captions or masks, or other times of the files."""
 
 
-def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) -> Merged:
+def merge_caches(
+    parts: Sequence[Path], out: Path, is_incomplete: bool = False, wait_seconds: float | None = None
+) -> Merged:
     """Merge caches into a new one.
 
-    The parts stay as they are. Shards on the same disk are linked, not copied.
+    The parts stay as they are, and may be written meanwhile. Shards on the same disk are linked, not copied.
 
     Args:
         parts: two or more finished caches with the same recipe.
         out: a folder that is not there yet, or one that an interrupted merge left.
         is_incomplete: of the parts of a source some may be missing, and some may be of an earlier state of it.
+        wait_seconds: for another process that writes ``out``.
 
     Raises:
         CacheStale: two recipes differ, or parts of a source are missing or doubled; the message names them.
         CacheCorrupt: a shard is damaged; it is named before anything is linked to it.
         CacheError: a path stands for different images in two caches, or ``out`` is a cache already.
+        CacheLocked: another process writes ``out``.
         OutputError: ``out`` is one of the parts, holds something other than a cache, or cannot be written.
     """
     check_root(out, reads=parts)
-    if (out / "manifest.json").exists():
-        raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
+    _check_is_new(out)
     check_writable(out)
-    manifests = [_read_finished(root) for root in parts]
+    while True:
+        manifests = [read_manifest(root) for root in parts]
+        try:
+            return _merge(parts, manifests, out, is_incomplete, wait_seconds)
+        except CacheCorrupt:
+            if not any(map(was_replaced, parts, manifests)):
+                raise
+
+
+def _merge(
+    parts: Sequence[Path], manifests: Sequence[Manifest], out: Path, is_incomplete: bool, wait_seconds: float | None
+) -> Merged:
+    for root, manifest in zip(parts, manifests, strict=True):
+        finished_index(root, manifest)
+        require_files(root, manifest)
     if len(parts) < 2 and manifests[0].part != Part((1,), 1):
         raise CacheError("There is one cache to merge", "Name two or more: k5cache merge A B -o C")
     require_one_recipe(parts, manifests)
     whole = require_whole(parts, manifests, is_incomplete)
-    with lock(out):
-        if (out / "manifest.json").exists():  # another process has made it while the parts were read
-            raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
+    with lock(out, wait_seconds):
+        _check_is_new(out)  # another process may have made it while the parts were read
         rows, duplicates = merge_rows(parts, manifests)
         require_rows(len(rows), parts)
         order = whole.order(rows.column("path"))
         rows = rows if order is None else rows.take(order)
         shards: dict[str, ShardInfo] = {}
-        is_linked = True
+        is_linked = not mirror_of(out)  # what is sent to a store is a second copy
         for root, manifest in zip(parts, manifests, strict=True):
             for shard in manifest.shards:
                 if shard.file not in shards:
@@ -106,11 +124,9 @@ def merge_caches(parts: Sequence[Path], out: Path, is_incomplete: bool = False) 
     return Merged(len(rows), len(shards), num_bytes, duplicates, is_linked, len(listings) < 2)
 
 
-def _read_finished(root: Path) -> Manifest:
-    manifest = read_manifest(root)
-    finished_index(root, manifest)
-    require_files(root, manifest)
-    return manifest
+def _check_is_new(out: Path) -> None:
+    if (out / "manifest.json").exists():
+        raise CacheError(f"{out} is a cache already", "Merge into a new folder with -o OTHER")
 
 
 def _skipped(root: Path, manifest: Manifest) -> Iterable[tuple[str, str]]:

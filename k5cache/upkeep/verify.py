@@ -6,7 +6,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from k5cache.store.shards import Shard, StoredRow, verify_shard
 from k5cache.store.split import read_split
 from k5cache.upkeep.columns import column_problems
 from k5cache.upkeep.index_problems import problems_of_rows
+from k5cache.upkeep.meanwhile import was_replaced
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,8 @@ class Verified:
 def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> Verified:
     """Check everything that can be checked without a model.
 
+    A cache that is written meanwhile is looked at again.
+
     Bytes: the manifest, the tables and every shard by sha256, every row by its own checksum. Numbers: row counts match,
     what the index names is there and has its size, every column that a trainer needs is there in the shape of its
     bucket, no NaN, no infinity, no negative standard deviation, norms like those of the other rows.
@@ -68,21 +71,28 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         CacheError: there is no cache at ``root`` at all.
     """
     started = time.monotonic()
-    mirror = behind(root)
-    if mirror:
+    if mirror := behind(root):
         mirror.forget()  # what the store holds is verified, and not the copies of it
     if not (root / "manifest.json").exists():
         read_manifest(root)  # raises, saying what is there instead
-    try:
-        manifest = read_manifest(root)
-    except CacheError as error:
-        return Verified(root, (error.problem,))
+    while True:
+        try:
+            manifest = read_manifest(root)
+        except CacheError as error:
+            return Verified(root, (error.problem,))
+        verified = _verify(root, manifest, advance)
+        if not verified.problems or not was_replaced(root, manifest):
+            return replace(verified, seconds=time.monotonic() - started)
+
+
+def _verify(root: Path, manifest: Manifest, advance: Callable[[int], None]) -> Verified:
     problems = list(_check_tables(root, manifest))
     norms = _Norms(manifest.recipe.get("latents", {}).get("posterior") != "mean")
     for shard in manifest.shards:
         problems += verify_shard(root, shard, partial(norms.visit, shard))
         advance(shard.num_bytes)
     problems += norms.out_of_line(root)
+    mirror = behind(root)
     foreign = mirror.bring_unnamed(manifest.named) if mirror else ()
     unnamed = unnamed_files(root, manifest.named)
     return Verified(
@@ -93,7 +103,6 @@ def verify_cache(root: Path, advance: Callable[[int], None] = lambda num_bytes: 
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         unnamed=unnamed.ours,
         foreign=tuple(sorted({*unnamed.foreign, *foreign})),
-        seconds=time.monotonic() - started,
     )
 
 
