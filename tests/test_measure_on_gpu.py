@@ -74,10 +74,13 @@ def test_the_other_measurements_take_these_options(name):
     module, *words = PARTS[name].what
     app = typer.Typer()
     app.command()(importlib.import_module(module).main)
-    context = typer.main.get_command(app).make_context(name, [word.format(out="numbers.json") for word in words])
+    context = typer.main.get_command(app).make_context(
+        name, [word.format(out="numbers.json", folder="inputs") for word in words]
+    )
     assert str(context.params["out"]) == "numbers.json"
 
 
 def test_the_files_of_tests_are_there():
-    for name in ("graph-tests", "resume-tests"):
-        assert (on_gpu.ROOT / PARTS[name].what[-1]).is_file()
+    files = [word for part in PARTS.values() if not part.is_step for word in part.what if word.endswith(".py")]
+    assert len(files) == 4
+    assert all((on_gpu.ROOT / name).is_file() for name in files)

@@ -1,4 +1,4 @@
-"""All that is still to be measured of training steps on one GPU, in one call. Whatever ends is written at once.
+"""All that is to be measured of training steps on a GPU or two, in one call. Whatever ends is written at once.
 
 python -m pipelines.measure.on_gpu -o FOLDER              # all parts, in the order of --list
 python -m pipelines.measure.on_gpu -o FOLDER compiled start
@@ -47,7 +47,8 @@ class Part:
     limit: float
     """Seconds after which it is stopped; the others go on."""
     what: Case | Baseline | Sequence[str]
-    """A step of ours, diffusers' step, or the words after ``python -m``, in which ``{out}`` is a file for JSON."""
+    """A step of ours, diffusers' step, or the words after ``python -m``, in which ``{out}`` is a file for JSON, and
+    ``{folder}`` one for large inputs, the same for all parts."""
 
     @property
     def is_step(self) -> bool:
@@ -61,7 +62,16 @@ class Part:
 
 
 # Most of their time is imports and compiling, in processes that share the GPU easily.
-_TESTS = ("pytest", "-q", "-rfEs", "-n", "4", "--dist", "load", "-p", "no:benchmark", "-p", "no:cacheprovider")
+_TESTS = (
+    "pytest",
+    "-q",
+    "-rfEs",
+    "-n",
+    "4",
+    "--dist",
+    "load",
+    *(f"-pno:{p}" for p in ("benchmark", "cacheprovider", "logging")),
+)
 PARTS: dict[str, Part] = {
     "graph-tests": Part(240, (*_TESTS, "tests/gpu/test_graph_gpu.py")),
     "resume-tests": Part(300, (*_TESTS, "tests/gpu/test_resume_gpu.py")),
@@ -76,11 +86,16 @@ PARTS: dict[str, Part] = {
     "dynamic-512": Part(120, Case("int8-dynamic", 16, 512)),
     "dynamic-768": Part(120, Case("int8-dynamic", 16, 768)),
     "dynamic-tread": Part(120, Case("int8-dynamic", 16, tread=0.5)),
-    "start": Part(300, ("pipelines.measure.start", "-o", "{out}")),
+    "start": Part(300, ("pipelines.measure.start", "--folder", "{folder}", "-o", "{out}")),
     "recipes": Part(300, ("pipelines.measure.recipes", "--seconds", "240", "-o", "{out}")),
     "memory": Part(150, ("pipelines.measure.on_gpu", "--left-over", "-o", "{out}")),
+    "two-tests": Part(300, (*_TESTS, "tests/gpu/test_parallel_gpu.py", "tests/gpu/test_sweep_gpu.py")),
+    "two-ray": Part(300, ("pipelines.measure.engines", "-o", "{out}")),
+    "two-sweep": Part(
+        580, ("pipelines.measure.sweep_gpus", "--gpus", "1", "--gpus", "2", "--folder", "{folder}", "-o", "{out}")
+    ),
 }
-"""By the names that the command line takes."""
+"""By the names that the command line takes. Those that begin with "two" need two GPUs, and run only if named."""
 
 
 def main(
@@ -96,7 +111,7 @@ def main(
     if is_listed:
         command_line.print_table("parts", ("part", "seconds"), [[n, f"{p.limit:g}"] for n, p in PARTS.items()], ())
         return
-    wanted = list(names or PARTS)
+    wanted = list(names or (name for name in PARTS if not name.startswith("two")))
     if unknown := [name for name in wanted if name not in PARTS]:
         raise RecipeError(f"There is no part {', '.join(unknown)}", f"Use one of {', '.join(PARTS)}")
     if out is None:
@@ -179,7 +194,7 @@ def _words(name: str, path: Path, is_small: bool) -> list[str]:
     what = PARTS[name].what
     if isinstance(what, Case | str):
         return ["pipelines.measure.on_gpu", name, "--step", "-o", str(path), *(["--small"] if is_small else [])]
-    words = [word.format(out=path) for word in what]
+    words = [word.format(out=path, folder=path.parent / "inputs") for word in what]
     if not is_small or words[0] == "pytest":
         return words
     # Without a GPU the others only say that their options are known.

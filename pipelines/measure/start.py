@@ -1,20 +1,24 @@
 """How long does a run take to its first step? A full-size checkpoint of random weights, started twice as a user would.
 
 Each start is a process of its own that is watched from outside, so the figures include Python, imports, quantising,
-loading and compiling. Downloads nothing; writes 18 GB to a temporary folder.
+loading and compiling. Downloads nothing; writes 18 GB to a temporary folder, or to --folder, where they are used again.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from k5cache.shared import console
 from k5cache.shared.errors import RunError
@@ -57,56 +61,74 @@ class Start:
     """Where in our code the time went, if somebody looked: functions, imports and calls of libraries included."""
 
 
-def main(out: command_line.Out = None) -> None:
+def main(
+    folder: Annotated[Path | None, typer.Option("--folder", help="Keep checkpoint and cache here.")] = None,
+    out: command_line.Out = None,
+) -> None:
     """Time a run's first and second start, and measure their host memory. Needs a GPU and 18 GB of disk."""
     gpu_to_measure(out)
-    starts = time_starts()
+    starts: list[Start] = []
+
+    def done(start: Start) -> None:
+        starts.append(start)
+        console.note("  ".join(table_rows(starts)[-1]))
+        command_line.write_json(out, [asdict(each) for each in starts])
+
+    with ExitStack() as stack:
+        time_starts(folder or Path(stack.enter_context(TemporaryDirectory(prefix="k5-start-"))), done)
     command_line.print_table("full size, random weights", COLUMNS, table_rows(starts), numbers=COLUMNS[1:])
     for start in starts:
         if start.places:
             rows = [[place, f"{seconds:.2f}"] for place, seconds in start.places]
             command_line.print_table(f"{start.name}: where the time goes", PLACES, rows, numbers=PLACES[1:])
-    command_line.write_json(out, [asdict(start) for start in starts])
 
 
 def time_starts(
+    root: Path,
+    done: Callable[[Start], object],
     model: Mapping[str, Any] = FULL_SIZE,
     side: int = 1024,
     vram: str = "16GB",
-    report: Callable[[str], None] = console.note,
-) -> list[Start]:
+) -> None:
     """Quantise, start once and twice again, look where a start spends its time, and load the weights alone.
 
-    Each is reported as soon as it is known.
+    Args:
+        root: what is there of an earlier call is used again, so the base may be quantised already.
+        done: called with each as soon as it is known.
 
     Raises:
         RunError: a process failed. The message has the last lines that it printed.
     """
-    starts: list[Start] = []
+    folder = write_inputs(root, model, side)
+    run = ["run", str(root / f"cache-{side}"), "--model", str(folder), "--set", "train.steps=3", "--set",
+           "train.optim.warmup_steps=0", "--set",
+           "train.loss_limit=0", "--set", f"train.memory.vram={vram}", "-o"]  # fmt: skip
+    if not (root / "home" / "base").is_dir():
+        done(watch("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root))
+    _write_out()
+    for number, label in enumerate(("first start: blocks are compiled", "second start", "third start")):
+        out = root / f"run{number}"
+        shutil.rmtree(out, ignore_errors=True)
+        done(watch(label, [_CLI, *run, str(out)], root, out / "metrics.jsonl"))
+    seen, out = root / "stacks", root / "watched"
+    shutil.rmtree(out, ignore_errors=True)
+    program = [_WATCHED.format(path=str(seen)) + _CLI, *run, str(out)]
+    watched = watch("another start, watched", program, root, out / "metrics.jsonl")
+    done(replace(watched, places=tuple(stacks.longest(seen.read_text().splitlines(), 16))))
+    done(watch("loading the weights alone", [_LOAD, str(folder)], root))
 
-    def add(*process: Any) -> None:
-        starts.append(watch(*process))
-        report("  ".join(table_rows(starts)[-1]))
 
-    with TemporaryDirectory(prefix="k5-start-") as name:
-        root = Path(name)
-        folder = model_folder(root / "model", model)
-        begin = time.monotonic()
-        write_checkpoint(folder)
-        write_cache(root / "cache", model, side)
-        report(f"wrote a random checkpoint and a cache in {time.monotonic() - begin:.0f} s")
-        run = ["run", str(root / "cache"), "--model", str(folder), "--set", "train.steps=3", "--set",
-               "train.optim.warmup_steps=0", "--set",
-               "train.loss_limit=0", "--set", f"train.memory.vram={vram}", "-o"]  # fmt: skip
-        add("quantise the base, once", [_CLI, "base", "prepare", "--model", str(folder)], root)
-        _write_out()
-        for i, label in enumerate(("first start: blocks are compiled", "second start", "third start")):
-            add(label, [_CLI, *run, str(root / f"run{i}")], root, root / f"run{i}" / "metrics.jsonl")
-        seen, path = root / "stacks", root / "watched" / "metrics.jsonl"
-        add("another start, watched", [_WATCHED.format(path=str(seen)) + _CLI, *run, str(path.parent)], root, path)
-        starts[-1] = replace(starts[-1], places=tuple(stacks.longest(seen.read_text().splitlines(), 16)))
-        add("loading the weights alone", [_LOAD, str(folder)], root)
-    return starts
+def write_inputs(root: Path, model: Mapping[str, Any], side: int) -> Path:
+    """Write a random checkpoint and a cache, unless they are there; returns the checkpoint's folder."""
+    folder, cache = root / "model", root / f"cache-{side}"
+    begin = time.monotonic()
+    root.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        write_checkpoint(model_folder(folder, model))
+    if not cache.is_dir():
+        write_cache(cache, model, side)
+    console.note(f"Wrote a random checkpoint and a cache in {time.monotonic() - begin:.0f} s")
+    return folder
 
 
 def _write_out() -> None:

@@ -1,6 +1,6 @@
 """How much faster is a sweep on several GPUs than on one? The same runs over random weights of full size, on each.
 
-    python -m pipelines.measure.sweep_gpus --gpus 2 --steps 600
+    python -m pipelines.measure.sweep_gpus --gpus 1 --gpus 2 --steps 600
 
 Each sweep is a command as a user would type it, timed from its beginning to its end, with the base prepared and the
 blocks compiled before, as of a second sweep. Downloads nothing; writes 18 GB to a temporary folder, or to --folder,
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from k5cache.shared.gpus import choose_slots
 from k5cache.shared.sealed import unseal
 from k5train.base.architecture import FULL_SIZE
 from pipelines.measure import command_line
-from pipelines.measure.random_inputs import model_folder, write_cache, write_checkpoint
+from pipelines.measure.start import write_inputs
 
 COLUMNS = ("GPUs", "seconds", "faster", "seconds a run", "faster, without the start")
 RATES = ("1e-4", "2e-4", "3e-4", "4e-4")
@@ -47,46 +47,49 @@ class Timed:
 
 
 def main(
-    gpus: Annotated[int, typer.Option("--gpus")] = 2,
+    gpus: Annotated[list[int], typer.Option("--gpus", help="How many. May be repeated; the first is compared with.")],
     steps: Annotated[int, typer.Option("--steps", help="Of each of the four runs.")] = 600,
     side: Annotated[int, typer.Option("--side", help="Of the pictures, in pixels.")] = 512,
     folder: Annotated[Path | None, typer.Option("--folder", help="Keep checkpoint and cache here.")] = None,
     out: command_line.Out = None,
 ) -> None:
-    """Time a sweep of four runs on one GPU and on several. Needs the GPUs and 18 GB of disk."""
-    choose_slots(gpus)
+    """Time a sweep of four runs on each number of GPUs. Needs the GPUs and 18 GB of disk."""
+    choose_slots(max(gpus))
+    timed: list[Timed] = []
+
+    def done(sweep: Timed) -> None:
+        timed.append(sweep)
+        console.note("  ".join(table_rows(timed)[-1]))
+        command_line.write_json(out, [asdict(each) for each in timed])
+
     with ExitStack() as stack:
-        root = folder or Path(stack.enter_context(TemporaryDirectory(prefix="k5-sweep-")))
-        timed = time_sweeps(root, sorted({1, gpus}), steps, side)
+        time_sweeps(
+            folder or Path(stack.enter_context(TemporaryDirectory(prefix="k5-sweep-"))), gpus, steps, side, done
+        )
     setting = f"sweep of {len(RATES)} runs, {steps} steps at {side}x{side}, random weights"
     command_line.print_table(setting, COLUMNS, table_rows(timed), numbers=COLUMNS)
-    command_line.write_json(out, [asdict(sweep) for sweep in timed])
 
 
-def time_sweeps(root: Path, counts: Sequence[int], steps: int, side: int) -> list[Timed]:
+def time_sweeps(root: Path, counts: Sequence[int], steps: int, side: int, done: Callable[[Timed], object]) -> None:
     """Prepare the base, compile in a short run, then time a sweep for each number of GPUs.
+
+    Args:
+        done: called with each as soon as it is known.
 
     Raises:
         RunError: a command failed. The message has the last lines that it printed.
     """
-    model, cache = root / "model", root / f"cache-{side}"
-    if not model.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(model_folder(model, FULL_SIZE))
-    if not cache.is_dir():
-        write_cache(cache, FULL_SIZE, side)
-    common = [str(cache), "--model", str(model), "--set", "train.optim.warmup_steps=0", "--set", "train.loss_limit=0"]
+    model = write_inputs(root, FULL_SIZE, side)
+    common = [str(root / f"cache-{side}"), "--model", str(model), "--set", "train.optim.warmup_steps=0", "--set",
+              "train.loss_limit=0"]  # fmt: skip
     grid = ["--grid", f"train.optim.lr={','.join(RATES)}", "--set", f"train.steps={steps}"]
     shutil.rmtree(root / "warm", ignore_errors=True)
     run(root, "run", *common, "--set", "train.steps=3", "-o", str(root / "warm"))
-    timed = []
     for count in counts:
         target = root / f"sweep-on-{count}"
         shutil.rmtree(target, ignore_errors=True)
         seconds = run(root, "sweep", *common, *grid, "--gpus", str(count), "-o", str(target))
-        timed.append(Timed(count, seconds, tuple(seconds_of(path) for path in sorted(target.glob("*/result.json")))))
-        console.note("  ".join(table_rows(timed)[-1]))
-    return timed
+        done(Timed(count, seconds, tuple(seconds_of(path) for path in sorted(target.glob("*/result.json")))))
 
 
 def run(root: Path, *arguments: str) -> float:
