@@ -2,7 +2,8 @@
 
 A line of JSON on stdin is a job: ``words``, the command line of each process; and ``at``, what happens to one of them
 in the update after a step: ``[rank, step, "kill"]``, ``"stop"``, ``"twice"`` (stopped by torchrun and by its cluster),
-``"hang"`` or ``"fail"``. A line of JSON answers: the exit codes.
+``"hang"`` or ``"fail"``. Step -1 is when they have met, before torch connects them, and -2 before each sum over all.
+A line of JSON answers: the exit codes.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def be_rank(rank: int, size: int, port: int, words: list[str], at: list | None, 
         os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in world.items()}})
     from k5train.cli import main
     from k5train.parallel import line
+    from k5train.parallel.together import Together
     from k5train.training.loop import Loop
     from tests.runs import only_training
 
@@ -109,15 +111,27 @@ def be_rank(rank: int, size: int, port: int, words: list[str], at: list | None, 
         line.BEAT, line.SILENT = 0.1, 40
     accumulate, code = Loop.step, 1
 
-    def step(self, *arguments):
-        if at and (rank, self.progress.step) == tuple(at[:2]):
+    def strike(step):
+        if at and (rank, step) == tuple(at[:2]):
             if at[2] == "fail":
                 raise ValueError("of a bug")
             for number in SIGNALS[at[2]]:
                 os.kill(os.getpid(), number)
+
+    def step(self, *arguments):
+        strike(self.progress.step)
         return accumulate(self, *arguments)
 
-    Loop.step = step
+    def connecting(self, *arguments, **options):
+        strike(-1)
+        return connect(self, *arguments, **options)
+
+    def adding(self, values):
+        strike(-2)
+        return add(self, values)
+
+    connect, add = Together.connect, Together.add_up
+    Loop.step, Together.connect, Together.add_up = step, connecting, adding
     sys.argv = ["k5train", *words]
     try:
         with only_training():

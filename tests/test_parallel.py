@@ -207,6 +207,25 @@ def test_ctrl_c_at_one_process_stops_all_after_the_same_step_and_an_error_of_one
     assert "saved" not in ended.said[1]
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_before_the_first_sum_is_named_and_the_same_command_begins_again(
+    tmp_path, two, ranks, words
+):
+    root = tmp_path / "two"
+    line = words(root, "deterministic=true")
+    for step in (-1, -2):
+        ended = ranks(line, line, at=(1, step, "kill"))
+        assert ended.codes == [2, -9]
+        assert ended.said[0].count("error: Rank 1 (process ") == 1
+        assert "ended without a word, as a process does that was killed" in ended.said[0]
+        assert not root.exists()  # nothing was trained
+    ended = ranks(line, line, at=(0, -2, "kill"))
+    assert ended.codes == [-9, 2]
+    assert "error: Rank 1: Rank 0 (on 127.0.0.1) ended without a word" in ended.said[1]
+    assert ranks(line, line).codes == [0, 0]
+    assert same(lora_of(root), lora_of(two))
+
+
 def test_processes_that_were_given_other_recipes_or_see_another_run_are_refused_before_any_work(
     tmp_path, two, ranks, words
 ):

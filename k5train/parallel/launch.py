@@ -63,6 +63,8 @@ class _Child:
     def how_it_ended(self) -> str:
         """In words."""
         code = self.process.returncode
+        if self.was_killed:
+            return "did not end when it was asked to, and was killed"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def speak(self) -> None:
@@ -190,7 +192,7 @@ def _code(children: Sequence[_Child], is_stopped: bool) -> int:
     if code < 0 and is_stopped:
         raise KeyboardInterrupt(f"Stopped at once. A state that was saved before stays. {again}")
     if code < 0:
-        problem = f"Rank 0 {children[0].how_it_ended}, and with it the run; its last saved state stays"
+        problem = f"Rank 0 {children[0].how_it_ended}, and with it the run. A state that was saved before stays"
         raise RunError(problem, again)
     failed = [child for child in children[1:] if child.has_failed and not child.was_killed]
     ended = "; ".join(f"rank {child.rank} {child.how_it_ended}" for child in failed)
