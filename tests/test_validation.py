@@ -300,6 +300,14 @@ def test_the_curve_is_drawn_after_the_first_step_and_at_the_end_but_not_after_ea
     assert nums_rows == [1, 4]
 
 
+def test_a_step_in_which_nothing_is_saved_does_not_read_the_recipe(tmp_path, cache, toy_model, monkeypatch):
+    names = []
+    monkeypatch.setattr("k5train.runs.folder._earlier_names", lambda root: names.append(root.name) or ())
+    for steps in (2, 6):
+        start_run(tmp_path / f"{steps}", cache, toy_model, replace(CONFIG, steps=steps, checkpoint_every=0))
+    assert names.count("6") == names.count("2")
+
+
 def test_a_curve_that_takes_long_is_drawn_less_often(tmp_path, monkeypatch):
     validation = Validation.__new__(Validation)
     validation.run, validation._objective = Run(tmp_path), ""

@@ -248,8 +248,7 @@ class Loop:
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
         """Draw pictures and measure the held-out loss if they are due."""
-        save_best = partial(self.save_lora, self.run.best)
-        self.validation.run_due(self.session, self.predict, self.progress, is_last, metrics, bars, save_best)
+        self.validation.run_due(self.session, self.predict, self.progress, is_last, metrics, bars, self.save_best)
 
     def draw_what_is_asked(self, bars: Bars, metrics: Metrics) -> set[requests.Request]:
         """Draw if somebody asked for it meanwhile. The next step is the same with it.
@@ -288,6 +287,10 @@ class Loop:
         facts = metadata(self.data, self.config, self.run_identity, self.run, self.progress.step)
         with self.session.settled(), recorded(self.run.root, path) as record:
             files.save_lora(path, self.transformer, facts, record=record)
+
+    def save_best(self) -> None:
+        """Write the LoRA with the lowest held-out loss so far. Its name takes a look at the run's files."""
+        self.save_lora(self.run.best)
 
     def save_finished(self) -> None:
         """Write the finished LoRA, and its average if the recipe has one."""
