@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,9 +17,11 @@ from filelock import lock_descriptor
 
 from k5cache.shared import system
 from k5cache.shared.disk_errors import named
+from k5cache.shared.errors import OutputError
 
 _OWNER_AT = 1  # Windows locks byte 0, and lets nobody else read it
 _MOST_OWNER_BYTES = 4096
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class Locked(Exception):
@@ -38,15 +41,11 @@ def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
 
     Raises:
         Locked: another process had the lock for all of ``wait_seconds``.
+        OutputError: the file system has no locks.
         OSError: the file cannot be opened or written; a symbolic link is not followed.
     """
-    fd = system.open_bytes(path, os.O_RDWR | os.O_CREAT, is_followed=False)
+    fd = _locked(path, time.monotonic() + wait_seconds)
     try:
-        deadline = time.monotonic() + wait_seconds
-        while not lock_descriptor(fd, blocking=False):
-            if time.monotonic() >= deadline:
-                raise Locked(_owner(fd))
-            time.sleep(0.05)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         with named(path):
@@ -57,6 +56,54 @@ def lock_file(path: Path, wait_seconds: float = 0) -> Iterator[None]:
         os.ftruncate(fd, 0)
     finally:
         os.close(fd)  # which frees the lock
+
+
+def _locked(path: Path, deadline: float) -> int:
+    """The locked file, open. One that was deleted before it was locked locks nothing: another is made in its place."""
+    while True:
+        fd = system.open_bytes(path, os.O_RDWR | os.O_CREAT, is_followed=False)
+        try:
+            while not _try(path, fd):
+                if time.monotonic() >= deadline:
+                    raise Locked(_owner(fd))
+                time.sleep(0.05)
+            if _is_at(path, fd):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _try(path: Path, fd: int) -> bool:
+    try:
+        with named(path):
+            return lock_descriptor(fd, blocking=False)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise OutputError(
+            f"{path} cannot be locked: {error.strerror}",
+            "Mount its file system with locks that all machines share (NFS: its lock service must run), or use another",
+        ) from None
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock of ours: empty when it is free, otherwise JSON that says who has it."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_OWNER_BYTES:
+        return False
+    text = path.read_bytes()
+    try:
+        return not text or {"pid", "host", "since"} <= set(json.loads(text))
+    except (ValueError, TypeError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ and its content agrees: the id in a shard's name is how its sha256 begins, and P
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from k5cache.remote.behind import mirror_of
 from k5cache.shared import outputs
 from k5cache.shared.command_line import command
+from k5cache.shared.lock import is_lock
 from k5cache.shared.urls import copy_of, is_url, url_of
 from k5cache.store import files, skipped
 from k5cache.store.footer import footer_of
@@ -73,7 +73,7 @@ def check_root(root: Path, reads: Iterable[Path] = ()) -> None:
 
 def is_unfinished(root: Path) -> bool:
     """Whether the folder holds only what a writer of ours leaves if it is killed before its first manifest."""
-    if not _is_our_lock(root / LOCK):
+    if not is_lock(root / LOCK):
         return False
     return not unnamed_files(root, set()).foreign and not (root / FILE).exists()
 
@@ -130,14 +130,3 @@ def _metadata(path: Path) -> dict[bytes, bytes]:
             return footer_of(file).metadata
     except (OSError, ValueError):  # it is gone by now, or it is none that we would write
         return {}
-
-
-def _is_our_lock(path: Path) -> bool:
-    """Whether a file is a lock of ours: empty when it is free, otherwise JSON that says who has it."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 4096:
-        return False
-    text = path.read_bytes()
-    try:
-        return not text or {"pid", "host", "since"} <= set(json.loads(text))
-    except (ValueError, TypeError):
-        return False

@@ -15,7 +15,7 @@ from k5cache.shared import console, files, outputs
 from k5cache.shared.errors import K5Error, OutputError, RunError
 from k5cache.shared.files import make_folder
 from k5cache.shared.inside import MOST_NAME_BYTES, check_inside
-from k5cache.shared.lock import Locked, lock_file
+from k5cache.shared.lock import Locked, is_lock, lock_file
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.plain import read_json
 from k5cache.shared.recipe import parse
@@ -24,8 +24,9 @@ from k5train.runs.recipe import FACTS, cache_of, read_facts, read_recipe, write_
 
 # A folder is a run once it has recipe.toml, which is written last. If it has only these, a kill came before that. A
 # recipe.toml of the user, alone in a folder, is not among them.
-_BEFORE_RECIPE = re.compile(r"run\.json|checkpoints|samples|\.\d+-(recipe\.toml|run\.json)")
+_BEFORE_RECIPE = re.compile(r"run\.json|checkpoints|samples|\.lock|\.\d+-(recipe\.toml|run\.json)")
 
+LOCK = ".lock"
 REQUESTS = {"save": "save.request", "sample": "sample.request"}
 """Files by which a run is asked for something between two steps (``requests.py``)."""
 
@@ -162,18 +163,26 @@ def _is_unfinished(root: Path) -> bool:
     if any(any(entry.iterdir()) for entry in entries if entry.name in ("checkpoints", "samples") and entry.is_dir()):
         return False
     try:
-        return all(set(read_json(e)) >= {*FACTS} for e in entries if e.name == "run.json")
+        are_facts = all(set(read_json(e)) >= {*FACTS} for e in entries if e.name == "run.json")
+        return are_facts and all(is_lock(e) for e in entries if e.name == LOCK)
     except (OSError, ValueError, TypeError):
         return False
 
 
 def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Run:
-    """Make the folder of a new run and write its recipe with every option in it. Raises as ``check_new``."""
+    """Make the folder of a new run and write its recipe with every option in it.
+
+    Raises:
+        RunError, OutputError: as ``check_new``, or another process is making a run there.
+    """
     check_new(root)
-    for folder in (root, root / "checkpoints", root / "samples"):
-        make_folder(folder)
-    names = ("kandinsky5-lora", "torch", "diffusers", "peft", "optimum-quanto")
-    write_new(root, cache, {name: version(name) for name in names}, model, config)
+    make_folder(root)
+    with lock_run(Run(root)):
+        check_new(root)  # another process, perhaps of another machine, may have made it meanwhile
+        for name in ("checkpoints", "samples"):
+            make_folder(root / name)
+        names = ("kandinsky5-lora", "torch", "diffusers", "peft", "optimum-quanto")
+        write_new(root, cache, {name: version(name) for name in names}, model, config)
     return Run(root)
 
 
@@ -189,17 +198,38 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
     try:
         yield run
     except K5Error:
-        folders = [root / name for name in ("checkpoints", "samples")]
-        ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", ".lock", *REQUESTS.values()))}
-        ours = {path for path in ours if path in folders or not path.is_dir()}  # nobody asks with a folder
-        others = [path for path in root.iterdir() if path not in ours and not outputs.HARMLESS.fullmatch(path.name)]
-        is_bare = not others and not any(any(folder.iterdir()) for folder in folders)
-        if is_bare and not is_locked(run):  # another process may train it by now
-            for path in ours:
-                path.rmdir() if path in folders else path.unlink(missing_ok=True)
-            if not was_there and not any(root.iterdir()):
-                root.rmdir()
+        with suppress(Locked):  # another process trains it by now
+            _undo(root)
+        if not was_there and not any(root.iterdir()):
+            root.rmdir()
         raise
+
+
+def _undo(root: Path) -> None:
+    """Remove what ``create_run`` wrote, if there is nothing else.
+
+    Raises:
+        Locked: another process has the run.
+    """
+    with lock_file(root / LOCK):
+        is_undone = _remove_new(root)
+        if is_undone and os.name != "nt":  # so that nobody begins in the folder in between
+            (root / LOCK).unlink(missing_ok=True)
+    if is_undone and os.name == "nt":  # which deletes no file that is open
+        (root / LOCK).unlink(missing_ok=True)
+
+
+def _remove_new(root: Path) -> bool:
+    """Remove what ``create_run`` wrote but the lock. Returns False, and removes nothing, if there is anything else."""
+    folders = [root / name for name in ("checkpoints", "samples")]
+    ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", LOCK, *REQUESTS.values()))}
+    ours = {path for path in ours if path in folders or not path.is_dir()}  # nobody asks with a folder
+    others = [path for path in root.iterdir() if path not in ours and not outputs.HARMLESS.fullmatch(path.name)]
+    if others or any(any(folder.iterdir()) for folder in folders):
+        return False
+    for path in sorted(ours - {root / LOCK}):
+        path.rmdir() if path in folders else path.unlink(missing_ok=True)
+    return True
 
 
 def remove_leftovers(run: Run) -> None:
@@ -220,7 +250,7 @@ def lock_run(run: Run) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(lock_file(run.root / ".lock"))
+            stack.enter_context(lock_file(run.root / LOCK))
         except Locked as error:
             raise RunError(
                 f"{run.root} is being trained by {error.owner}", "Wait for it, or start another run with -o"
@@ -231,7 +261,7 @@ def lock_run(run: Run) -> Iterator[None]:
 def is_locked(run: Run) -> bool:
     """Whether a process trains this run right now."""
     try:
-        with lock_file(run.root / ".lock"):
+        with lock_file(run.root / LOCK):
             return False
     except Locked:
         return True
