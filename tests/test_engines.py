@@ -49,6 +49,16 @@ def test_orders_have_every_job_once_one_bucket_each_and_become_small_at_the_end(
     assert max(len(order) for order in pixels if order[0].geometry.bucket.width == 64) == 5
 
 
+def test_the_pixels_of_all_orders_take_a_quarter_of_the_memory_of_ray_and_have_a_bound():
+    for num_workers, num_machines in ((1, 1), (2, 1), (8, 1), (16, 4)):
+        of_an_order = orders.pixel_bytes(num_workers, num_machines, 7 * 2**30)
+        allowed = orders.bytes_to_allow(of_an_order, num_workers, num_machines)
+        assert 7 * 2**29 - 1000 <= allowed <= 7 * 2**29, "of which Ray Data gives half to those that decode"
+    assert orders.pixel_bytes(2, 1, 75 * 2**30) == 2**29
+    assert orders.bytes_to_allow(2**29, 2, 1) == 8 * 2**30, "and not 37 GiB"
+    assert orders.bytes_to_allow(0, 2, 1) == 0
+
+
 def test_orders_of_texts_keep_those_of_a_source_together():
     jobs = [text_job(i, source=i // 3) for i in range(60)]
     found = list(orders.text_orders(jobs, num_workers=2, most_rows=10))

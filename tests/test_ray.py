@@ -225,12 +225,15 @@ def test_workers_write_the_captions_of_one_process_though_one_is_killed(two_work
 def test_workers_write_the_latents_of_one_process_without_an_image_that_has_changed(
     two_workers, small, tmp_path, on_gpus, monkeypatch
 ):
+    from k5cache.engines import workers
     from k5cache.engines.ray_engine import RayEngine, RayPasses
+    from tests.ray_workers import FirstIsLate
 
     engine = two_workers
     if on_gpus:  # Ray gives each worker a GPU that is not there, and it computes on the processor
         engine = RayEngine(gpus=2)
         monkeypatch.setattr(RayPasses, "device", "cpu")
+        monkeypatch.setattr(workers, "Decoder", FirstIsLate)
     files = [small.put(f"{i:02}.png", seed=i, size=(100, 80)) for i in range(26)]
     images = [
         LatentJob(f"{i:032x}", file.name, cover(100, 80, Bucket(128 if i % 3 else 64, 64)), hash_content(file))
@@ -249,6 +252,9 @@ def test_workers_write_the_latents_of_one_process_without_an_image_that_has_chan
     assert [(key, error.reason, error.is_lasting) for key, error in failed_too.items()] == [
         (images[7].key, failed[images[7].key].reason, False)
     ]
+    begun = (tmp_path / "begun").read_text().split()
+    assert "0" in begun[:2], "a large order that is decoded late is not left for the end"
+    assert sorted(begun) == ["0", "1", "2", "3", "4"]
     assert not list(small.root.glob("*/.tmp-*"))
 
 

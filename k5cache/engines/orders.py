@@ -18,6 +18,28 @@ LEAST_ROWS = 8
 """Smaller orders would wait for their start and their shard longer than they compute."""
 
 
+def pixel_bytes(num_workers: int, num_machines: int, object_bytes: int) -> int:
+    """The most that an order's pixels may take: so much that all orders at once take a quarter of Ray's memory.
+
+    Args:
+        object_bytes: of memory that Ray's processes share, on all machines.
+    """
+    return min(PIXEL_BYTES, object_bytes // (4 * _at_once(num_workers, num_machines)))
+
+
+def bytes_to_allow(pixel_bytes: int, num_workers: int, num_machines: int) -> int:
+    """How much of its memory Ray Data may use. Without a limit it would decode ahead until half of it is full.
+
+    It gives half of that to the step that decodes, and half to the step that makes reports.
+    """
+    return 2 * pixel_bytes * _at_once(num_workers, num_machines)
+
+
+def _at_once(num_workers: int, num_machines: int) -> int:
+    """How many orders may have pixels: a worker has one and the next, and a machine decodes four."""
+    return 2 * num_workers + 4 * num_machines
+
+
 def latent_orders(
     latent_jobs: Sequence[LatentJob], num_workers: int, most_rows: int, pixel_bytes: int = PIXEL_BYTES
 ) -> Iterator[list[LatentJob]]:

@@ -7,6 +7,7 @@ orders. An order whose worker dies is encoded again by another. What is committe
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import time
@@ -148,11 +149,16 @@ class RayPasses:
         if not latent_jobs:
             return {}
         most_rows = _at_risk(self._seconds.get("image"))
-        pixel_bytes = min(orders.PIXEL_BYTES, self._cluster.object_bytes // (8 * self.num_workers))
+        num_machines = len(self._cluster.nodes)
+        pixel_bytes = orders.pixel_bytes(self.num_workers, num_machines, num_machines * self._cluster.object_bytes)
         parts = orders.latent_orders(latent_jobs, self.num_workers, most_rows, pixel_bytes)
         arguments = ([json_of(each) for each in orders.extremes(latent_jobs)],)
         failed: dict[str, UnreadableImage] = {}
-        self._run(job, sink, "VAE", "image", parts, workers.VaeWorker, arguments, lambda r: failed.update(r.failed))
+
+        def take(report: Report) -> None:
+            failed.update(report.failed)
+
+        self._run(job, sink, "VAE", "image", parts, workers.VaeWorker, arguments, take, pixel_bytes)
         return failed
 
     def _run(
@@ -165,26 +171,32 @@ class RayPasses:
         worker: type,
         arguments: tuple[Any, ...],
         take: Callable[[Report], object],
+        pixel_bytes: int = 0,
     ) -> None:
-        """Have workers encode the orders, commit their shards, and hand each report to ``take``."""
-        import pyarrow as pa
+        """Have workers encode the orders, commit their shards, and hand each report to ``take``.
+
+        Args:
+            pixel_bytes: the most that an order's images take, which other processes decode. 0: it has none.
+        """
         import ray
 
         from k5cache.engines import workers
 
         sizes: list[int] = []
         names: list[str] = []
-        tables: list[pa.Table] = []
+        rows: list[dict[str, Any]] = []
         for number, part in enumerate(parts):
             sizes.append(len(part))
             names.append(part[0].path if isinstance(part[0], LatentJob) else repr(part[0].caption[:40]))
-            tables.append(pa.table({"order": [number], "jobs": [[json_of(each) for each in part]]}))
+            rows.append({"order": number, "jobs": [json_of(each) for each in part]})
         readers = self._sent(job)
         ledger = _beside_this_process(ray.remote(workers.Ledger))
-        dataset = self._dataset(job, tables, readers, ledger, worker, arguments)
+        num_workers = min(self.num_workers, len(rows))
+        dataset = self._dataset(job, rows, readers, ledger, worker, arguments, num_workers, pixel_bytes)
+        rows.clear()  # they are in Ray's memory now
         commits = _Commits(sink)
         seen: set[str] = set()
-        with job.progress_bar(f"{name}: starting {count_of(self.num_workers, 'worker')}", sum(sizes), unit) as advance:
+        with job.progress_bar(f"{name}: starting {count_of(num_workers, 'worker')}", sum(sizes), unit) as advance:
             work = Pass(sizes, names, unit, functools.partial(advance, description=name))
             with Running(dataset, ledger, work, commits.look) as running:
                 try:
@@ -224,7 +236,15 @@ class RayPasses:
         return self._readers
 
     def _dataset(
-        self, job: Job, tables: list[Any], readers: Any, ledger: Any, worker: type, arguments: tuple[Any, ...]
+        self,
+        job: Job,
+        rows: list[dict[str, Any]],
+        readers: Any,
+        ledger: Any,
+        worker: type,
+        arguments: tuple[Any, ...],
+        num_workers: int,
+        pixel_bytes: int,
     ) -> Any:
         """The orders, and what is done with each. Nothing runs yet."""
         import ray.data
@@ -234,10 +254,17 @@ class RayPasses:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = None  # what becomes of an order is one block
-        setup, num_workers = self._setup(job), min(self.num_workers, len(tables))
+        # Large orders are decoded longer than small ones. If each was encoded as soon as it is decoded, a large one
+        # would be the last, while other workers have nothing to do.
+        options = context.execution_options
+        options.preserve_order = bool(pixel_bytes)
+        most_bytes = orders.bytes_to_allow(pixel_bytes, self.num_workers, len(self._cluster.nodes)) or math.inf
+        options.resource_limits = options.resource_limits.copy(object_store_memory=most_bytes)
+        setup = self._setup(job)
         shape = {"batch_size": 1, "batch_format": "pyarrow"}  # an order is a row
-        dataset = ray.data.from_arrow(tables)
-        if worker is workers.VaeWorker:
+        # Not from_arrow: it has tasks measure the tables, which waits for a process that imports Ray Data.
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        if pixel_bytes:
             # A quarter of a machine's processors an order: others are decoded meanwhile, and few wait in memory.
             num_cpus = min(8.0, self._cluster.num_cpus / 4)
             decoder = workers.Decoder(setup, readers, ledger, max(1, round(num_cpus)))

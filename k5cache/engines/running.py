@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
+from threading import enumerate as threads
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ _SECONDS_A_TICK = 0.5
 _SECONDS_TO_SEE_RAY = 2.0
 """Ray ends this process, without a word, 10 s after its process on this machine has died."""
 _SECONDS_A_LOOK = 15.0
+_SECONDS_TO_STOP = 10.0
 AGAIN = "What was finished is kept. To go on, run the same command"
 
 
@@ -98,15 +100,23 @@ class Running:
         self._asked: Any = None
         self._looked = self._saw_ray = time.monotonic()
         self._machines = _alive()
+        self._thread = Thread(target=self._execute, daemon=True, name="k5-ray-data")
+        self._executors = _executors()
 
     def __enter__(self) -> Self:
-        Thread(target=self._execute, daemon=True, name="k5-ray-data").start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_stopped.set()
+        if error is None or cluster.missing():
+            return
+        # Ray is shut down next. A thread of Ray Data's that asks it for something then would end this process.
+        for executor in _executors() - self._executors:
+            executor.shutdown(force=True)
+        self._thread.join(_SECONDS_TO_STOP)
 
     def __iter__(self) -> Iterator[Report]:
         from ray.exceptions import RayError
@@ -211,6 +221,11 @@ def _alive() -> dict[str, str]:
     import ray
 
     return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
+
+def _executors() -> set[Any]:
+    """The threads of Ray Data that each execute a dataset. A dataset itself names its own only after a first result."""
+    return {thread for thread in threads() if type(thread).__name__ == "StreamingExecutor"}
 
 
 def _understood(error: BaseException) -> BaseException:
