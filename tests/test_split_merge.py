@@ -18,7 +18,7 @@ from k5cache.store.reader import no_items, open_cache
 from k5cache.store.split import read_split, write_split
 from k5cache.upkeep.merge import merge_caches
 from k5train.data.mixture import Mixture, Source
-from k5train.training.cautions import of_parts
+from k5train.training.cautions import of_doubled, of_parts
 from tests.cli import Cli
 from tests.conftest import Once
 from tests.split_parts import Seven, changed, paths_of, seven_in_parts
@@ -126,6 +126,16 @@ def test_what_a_part_lacks_is_said_where_it_is_shown_or_trained_on(seven, tmp_pa
         f"{seven.parts[0]} holds only part 1 of 3", f"{seven.parts[1]} holds only part 2 of 3",
     ]  # fmt: skip
     assert of_parts(Mixture(opened)) == of_parts(Mixture([Source(open_cache(seven.whole))])) == []
+
+
+def test_a_run_says_which_cache_is_named_several_times_also_by_a_link(seven, tmp_path):
+    (tmp_path / "link").symlink_to(seven.whole)
+    opened = [Source(open_cache(root)) for root in (seven.whole, seven.parts[0], tmp_path / "link")]
+    assert of_doubled(Mixture(opened)) == [
+        f"{seven.whole} is named 2 times, so each of its images is in an epoch 2 times as often. Name it once, or with"
+        " `repeats` if that is wanted"
+    ]
+    assert of_doubled(Mixture(opened[:2])) == []
 
 
 def test_a_cache_of_an_earlier_version_is_told_from_one_of_another_model(seven, tmp_path):

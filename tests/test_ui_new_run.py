@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 
 from k5cache.shared import system
 from k5cache.shared.model import ModelConfig
+from k5train.options.data import DataConfig
 from k5train.options.train import TrainConfig
 from k5train.recipes.listed import PACKAGED
 from k5train.runs.folder import Run, create_run
@@ -401,6 +402,23 @@ def test_an_earlier_run_is_begun_again_from_its_recipe_and_tells_how_long_its_st
         "1 min 30 s for 90 steps",
         "90 steps, which go 2.2 times through 40 images",
     )
+
+
+def test_a_run_on_caches_at_urls_is_shown_with_them_as_they_are_written(project, page, monkeypatch):
+    monkeypatch.chdir(project.root)
+    create_run(project.root / "runs/one", Path("s3://bucket/cats"), ModelConfig(), TrainConfig(name="one"))
+    data = (DataConfig(cache="s3://bucket/cats"), DataConfig(cache="cache/cats"))
+    create_run(project.root / "runs/two", Path("s3://bucket/cats"), ModelConfig(), TrainConfig(name="two", data=data))
+    for name in ("one", "two"):
+        shown = page.get(f"/runs/{id_of(f'runs/{name}')}").text
+        assert "Its cache, s3://bucket/cats, is not in this project." in shown
+        assert "s3:/b" not in shown
+    started = page.get(f"/new?run={id_of('runs/one')}").text
+    problem = (
+        "runs/one was trained on s3://bucket/cats, which is not under cache/: choose another one, or get it here: "
+    )
+    assert f"{problem}k5cache pull s3://bucket/cats" in started
+    assert "s3:/b" not in page.get(f"/new?run={id_of('runs/two')}").text
 
 
 def test_a_plan_says_what_fits_and_what_a_run_would_warn_of(toy_cache, toy_model, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from k5cache.shared.checkpoint import folder_without_weights
 from k5cache.shared.model import ModelConfig
 from k5train.data.batch_sizes import batch_warnings
@@ -32,7 +34,7 @@ def cautions(config: TrainConfig, data: Mixture, model: ModelConfig, num_ranks: 
     if config.epochs is not None:
         micro_batches = num_micro_batches(data, config.batch_size, config.epochs)
         lines += never_reached(config, -(-micro_batches // (config.gradient_accumulation_steps * num_ranks)))
-    notes = [*_of_folders(data), *of_parts(data), *class_warnings(data, config)]
+    notes = [*_of_folders(data), *of_parts(data), *of_doubled(data), *class_warnings(data, config)]
     lines += [*batch_warnings(data, config, num_ranks), *notes]
     return lines + (_of_lokr(config.lora, model) if config.lora.algo == "lokr" else [])
 
@@ -56,6 +58,21 @@ def of_parts(data: Mixture) -> list[str]:
         f"{root} holds only {part.name} of its source. To train on all images, merge the parts with k5cache merge"
         for root, part in parts
         if len(held[part.of]) < part.of
+    ]
+
+
+def of_doubled(data: Mixture) -> list[str]:
+    """Which caches are named several times, as a pattern such as cache/* and a name beside it do.
+
+    Entries with a weight are meant so.
+    """
+    roots = [source.cache.root for source in data.sources if source.weight is None]
+    counts, first = Counter(root.resolve() for root in roots), {root.resolve(): root for root in reversed(roots)}
+    return [
+        f"{first[real]} is named {count} times, so each of its images is in an epoch {count} times as often. Name it"
+        " once, or with `repeats` if that is wanted"
+        for real, count in counts.items()
+        if count > 1
     ]
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k5cache.shared.command_line import command
 from k5cache.shared.errors import K5Error
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.option_list import Table, tables
 from k5cache.shared.plain import read_text
 from k5cache.shared.recipe import TABLES
+from k5cache.shared.urls import is_url, url_of
 from k5train.options.train import TrainConfig
 from k5train.recipes.listed import PACKAGED, row_of
 from k5train.ui.ids import id_of
@@ -168,10 +170,12 @@ def of_run(project: Project, run: Entry) -> Start:
     chosen: list[str] = []
     notes: list[str] = []
     if not (isinstance(train, dict) and train.get("data")):
-        cache = local(project, str(project.root / cache_of(run.path, read_facts(run.path))))
+        recorded = cache_of(run.path, read_facts(run.path))
+        cache = url_of(recorded) if is_url(recorded) else local(project, str(project.root / recorded))
         chosen = [entry.id for entry in caches(project) if entry.relative == cache]
         if not chosen:
-            notes.append(f"{run.relative} was trained on {cache}, which is not under cache/: choose another one")
+            pull = f", or get it here: {command('k5cache', 'pull', cache)}" if is_url(recorded) else ""
+            notes.append(f"{run.relative} was trained on {cache}, which is not under cache/: choose another one{pull}")
     return Start(as_text(document, f"The recipe of {run.relative}."), f"as {run.relative}", None, tuple(chosen),
                  notes=tuple(notes))  # fmt: skip
 

@@ -14,6 +14,7 @@ from k5cache.shared.inside import is_inside
 from k5cache.shared.model import ModelConfig
 from k5cache.shared.recipe import to_dict
 from k5cache.shared.units import count_of, human_seconds
+from k5cache.shared.urls import with_urls
 from k5train.options.extremes import extreme_values
 from k5train.options.rate import rate_warnings
 from k5train.options.train import TrainConfig
@@ -184,7 +185,7 @@ def _opened(root: Path, *stamps: Stamp) -> _Opened:
         text = (root / "recipe.toml").read_text(encoding="utf-8", errors="replace")
     said = (*options_without_effect(config), *rate_warnings(config), *extreme_values(config))
     told = tuple(line.replace("Use --set ", "Use ") for line in said)  # on a page there is no command line
-    return _Opened(config, settings, text, facts.cache if not config.data else str(cache), told)
+    return _Opened(config, settings, text, facts.cache if not config.data else with_urls(str(cache)), told)
 
 
 @lru_cache(1)
