@@ -15,7 +15,7 @@ from k5train.options.data import DataConfig
 from k5train.options.objective import ObjectiveConfig, RolloutConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import ValidationConfig
-from k5train.training import loop
+from k5train.training import fields
 from tests.runs import CONFIG, metrics_of, start_run
 from tests.test_readme import ROOT, table_under
 
@@ -96,16 +96,16 @@ def test_the_fields_of_a_step_have_the_values_that_the_page_says(runs):
 def test_of_a_gpu_the_page_lists_what_is_written(monkeypatch):
     stats = {"reserved_bytes.all.peak": 3 * 2**30, "allocated_bytes.all.peak": 2**30}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    written = loop._memory(torch.device("cuda"), 5 * 2**29)
+    written = fields.memory_of(torch.device("cuda"), 5 * 2**29)
     assert written == {"peak_reserved_gib": 3.0, "peak_allocated_gib": 1.0, "planned_gib": 2.5}
     assert {name for name, row in fields_under("A step").items() if row[3] == "on a GPU"} == set(written)
 
 
 def test_a_run_by_epochs_writes_how_many_steps_these_are():
-    assert loop._steps_of(replace(CONFIG, steps=120, epochs=3)) == {"steps": 120}
-    assert loop._steps_of(CONFIG) == {}
+    assert fields.steps_of(replace(CONFIG, steps=120, epochs=3)) == {"steps": 120}
+    assert fields.steps_of(CONFIG) == {}
 
 
 def test_a_long_list_of_rows_is_left_out():
-    assert loop._rows(range(65), 2.0) == {"num_rows": 65, "images_per_second": 32.5}
-    assert loop._rows((3, 1), 2.0) == {"num_rows": 2, "rows": [3, 1], "images_per_second": 1.0}
+    assert fields.rows_of(range(65), 2.0) == {"num_rows": 65, "images_per_second": 32.5}
+    assert fields.rows_of((3, 1), 2.0) == {"num_rows": 2, "rows": [3, 1], "images_per_second": 1.0}

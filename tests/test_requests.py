@@ -133,13 +133,13 @@ def test_what_is_asked_where_a_run_saves_or_ends_is_done_once_and_remembered(tmp
             requests.ask(root, "save")
         return accumulate(*args, **kwargs)
 
-    def noting(path, *args, save_lora=loop.files.save_lora, **kwargs):
+    def noting(path, *args, write_lora=loop.files.write_lora, **kwargs):
         saved.append(path.name)
         requests.ask(root, "sample")
-        return save_lora(path, *args, **kwargs)
+        return write_lora(path, *args, **kwargs)
 
     monkeypatch.setattr(loop, "accumulate", asking)
-    monkeypatch.setattr(loop.files, "save_lora", noting)
+    monkeypatch.setattr(loop.files, "write_lora", noting)
     with pytest.raises(KeyboardInterrupt):
         start_run(root, cache, toy_model, config)
     assert not list(root.glob("*.request"))

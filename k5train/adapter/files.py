@@ -27,7 +27,8 @@ PREFIX = "transformer."  # without it diffusers loads nothing and gives no error
 
 
 def lora_state_dict(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The adapter as it is saved: ``transformer.<module>.lora_{A,B}.weight``, alpha / rank folded into B, on the CPU.
+    """A copy of the adapter as it is saved: ``transformer.<module>.lora_{A,B}.weight``, alpha / rank folded into B, on
+    the CPU.
 
     diffusers and ComfyUI then take alpha = rank, and agree; a separate ``.alpha`` makes diffusers raise an error. DoRA
     adds ``lora_magnitude_vector``. LoKr has ``lokr_w1`` and ``lokr_w2``, or their halves ``_a`` and ``_b``; its scale
@@ -40,7 +41,7 @@ def lora_state_dict(transformer: nn.Module, dtype: torch.dtype = torch.float32) 
             if part == "lora_B":
                 tensor = tensor.float() * layer.scaling[ADAPTER]
             ending = ".weight" if part in ("lora_A", "lora_B") else ""
-            state[f"{PREFIX}{name}.{part}{ending}"] = tensor.to("cpu", dtype)
+            state[f"{PREFIX}{name}.{part}{ending}"] = tensor.to("cpu", dtype, copy=True)
     return {key: tensor.contiguous() for key, tensor in state.items()}
 
 
@@ -61,11 +62,21 @@ def save_lora(
         metadata: strings for the file's header.
         record: called with the finished file before it gets its name.
     """
+    write_lora(path, lora_state_dict(transformer, dtype), metadata, record)
+
+
+def write_lora(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    record: Callable[[Path], object] = lambda path: None,
+) -> None:
+    """Write what ``lora_state_dict`` has copied, as ``save_lora`` does."""
     header = {"format": "pt", **(metadata or {})}
     make_folder(path.parent)
 
     def write(temporary: Path) -> None:
-        save_file(lora_state_dict(transformer, dtype), temporary, metadata=header)
+        save_file(tensors, temporary, metadata=header)
         record(temporary)
 
     write_whole(path, write)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,9 @@ from k5train.runs.metrics import Metrics, Unwritten
 from k5train.runs.resume_state import Progress, latest_state, save_state
 from k5train.runs.trackers import open_trackers
 from k5train.runs.written import recorded
+from k5train.training.beside import Beside
+from k5train.training.clock import Clock
+from k5train.training.fields import memory_of, prodigy_of, rows_of, steps_of
 from k5train.training.graph import MOST_KINDS
 from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate, set_rate
@@ -40,11 +44,9 @@ from k5train.training.step import accumulate, by_sigma, loss_function, preservat
 from k5train.training.validation import Validation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from k5train.data.batch import Batch, Group
-
-MOST_ROWS = 64  # row numbers in a line of metrics.jsonl
 
 
 class Loop:
@@ -78,6 +80,7 @@ class Loop:
         """The adapter and the optimizer are those of ``progress.step``."""
         self.ready = time.monotonic()
         """When the first step could begin."""
+        self.beside = Beside(self.device.type == "cuda")
 
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
@@ -105,6 +108,9 @@ class Loop:
                 told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {go_on()}")
                 told.is_told = lost.is_told
                 raise told from lost
+            except Exception:
+                self.beside.finish()
+                raise
             finally:
                 # Before a run out of memory saves. Whoever closes the session has another one, if it planned for less.
                 self.session.make_room()
@@ -177,10 +183,12 @@ class Loop:
                 reason = reason or self.reason_to_end()
                 # Before the first step there is nothing to save, and no LoRA to draw with.
                 asked = self.draw_what_is_asked(bars, metrics) if progress.step else set()
-                is_due = bool(progress.step) and _is_multiple(progress.step, config.checkpoint_every)
-                if reason or is_due or "save" in asked:
+                if reason or "save" in asked:
                     self.save_state(metrics)  # first: where there is a LoRA and no state, somebody removed the state
                     self.save_checkpoint()
+                elif progress.step and _is_multiple(progress.step, config.checkpoint_every):
+                    self.save_beside(metrics)
+                self.beside.check()
                 for request in sorted(asked):
                     console.note(f"Did what was asked for at step {progress.step}: {request}")
                 if reason:
@@ -222,10 +230,10 @@ class Loop:
             metrics.write(step=progress.step, loss=losses.mean,
                           **({} if losses.preservation is None else {"preservation_loss": losses.preservation}),
                           loss_by_sigma=by_sigma(losses.errors, config.validation.held_out_sigmas),
-                          grad_norm=losses.norm, lr=rate, **_prodigy(optimizer), **_rows(losses.rows, seconds),
+                          grad_norm=losses.norm, lr=rate, **prodigy_of(optimizer), **rows_of(losses.rows, seconds),
                           seconds=seconds, loader_seconds=waited,
-                          **cost, **_memory(self.device, self.session.base.plan.peak),
-                          **_steps_of(config))  # fmt: skip
+                          **cost, **memory_of(self.device, self.session.base.plan.peak),
+                          **steps_of(config))  # fmt: skip
         return losses.mean
 
     def seed_dropout(self, number: int) -> None:
@@ -281,12 +289,22 @@ class Loop:
 
     def save_lora(self, path: Path) -> None:
         """Write the adapter as a LoRA for use. Of several processes the first one does."""
-        if not self.ranks.is_first:
-            return
+        if self.ranks.is_first:
+            self.beside.wait()
+            self.copy_lora(path)()
+
+    def copy_lora(self, path: Path) -> Callable[[], object]:
+        """Copy the adapter to host memory; the function that is returned writes it."""
         self.run.check_there()
         facts = metadata(self.data, self.config, self.run_identity, self.run, self.progress.step)
-        with self.session.settled(), recorded(self.run.root, path) as record:
-            files.save_lora(path, self.transformer, facts, record=record)
+        with self.session.settled():
+            tensors = files.lora_state_dict(self.transformer)
+
+        def write() -> None:
+            with recorded(self.run.root, path) as record:
+                files.write_lora(path, tensors, facts, record)
+
+        return write
 
     def save_best(self) -> None:
         """Write the LoRA with the lowest held-out loss so far. Its name takes a look at the run's files."""
@@ -299,29 +317,48 @@ class Loop:
             with self.session.ema.swapped():
                 self.save_lora(self.run.ema)
 
+    def save_beside(self, metrics: Metrics) -> None:
+        """Save the state and the LoRA of this step, if a GPU computes beside the steps that follow."""
+        if self.ranks.is_first:
+            writes = self.copy_state(metrics), self.copy_checkpoint()
+            self.beside.begin(lambda: [write() for write in writes])
+
     def save_checkpoint(self) -> Path | None:
         """Write the LoRA under its step's name and remove the oldest ones beyond the limit, but those asked for."""
         if not self.progress.step or not self.ranks.is_first:
             return None
-        path = self.run.checkpoint(self.progress.step)
-        self.save_lora(path)
-        limit = self.config.checkpoints_total_limit
-        own = [path for step, path in self.run.checkpoints().items() if step not in self.progress.asked]
-        for old in own[: -limit if limit else 0]:
-            old.unlink()
-        return path
+        self.beside.wait()
+        self.copy_checkpoint()()
+        return self.run.checkpoint(self.progress.step)
+
+    def copy_checkpoint(self) -> Callable[[], object]:
+        """Copy the adapter to host memory; the function that is returned does what ``save_checkpoint`` does."""
+        write_lora = self.copy_lora(self.run.checkpoint(self.progress.step))
+        limit, asked = self.config.checkpoints_total_limit, set(self.progress.asked)
+
+        def write() -> None:
+            write_lora()
+            own = [path for step, path in self.run.checkpoints().items() if step not in asked]
+            for old in own[: -limit if limit else 0]:
+                old.unlink()
+
+        return write
 
     def save_state(self, metrics: Metrics) -> None:
         """Write all that is needed to resume from this step. Of several processes the first one does."""
-        if not self.ranks.is_first:
-            return
+        if self.ranks.is_first:
+            self.beside.wait()
+            self.copy_state(metrics)()
+
+    def copy_state(self, metrics: Metrics) -> Callable[[], object]:
+        """Copy all that is needed to resume from this step to host memory; the function that is returned writes it."""
         self.run.check_there()
         self.progress.seconds = self.clock.seconds()
         self.progress.metrics = metrics.written()
         parts, plain = self.session.parts()
         plan = plan_facts(self.session.base.plan, self.config.deterministic)
         facts = {**plain, **plan, **self.facts, "identity": self.run_identity}
-        save_state(self.run.state, self.progress, parts, facts)
+        return partial(save_state, self.run.state, deepcopy(self.progress), parts, facts)
 
     def save_stopped(self, metrics: Metrics) -> str:
         """Write the state to resume from, and say so. A signal that comes meanwhile waits; one more does not.
@@ -352,44 +389,8 @@ class Loop:
         return read_saved_plan(latest_state(self.run.state), self.config.deterministic)
 
 
-class Clock:
-    """Seconds that a run has taken, earlier attempts included."""
-
-    def __init__(self, spent: float) -> None:
-        self._start = time.monotonic() - spent
-
-    def seconds(self) -> float:
-        """The total until now."""
-        return time.monotonic() - self._start
-
-
-def _rows(rows: Sequence[int], seconds: float) -> dict[str, Any]:
-    """Which rows an update trained on. A long list is left out: the file would be as large as the LoRA."""
-    named = {"rows": list(rows)} if len(rows) <= MOST_ROWS else {}
-    return {"num_rows": len(rows), **named, "images_per_second": float(f"{len(rows) / seconds:.4g}")}
-
-
-def _prodigy(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The factor that Prodigy has found for the learning rate."""
-    return {"prodigy_d": float(group["d"])} if "d" in (group := optimizer.param_groups[0]) else {}
-
-
-def _memory(device: torch.device, planned_bytes: int) -> dict[str, Any]:
-    """What the update took, and beside it what the plan predicted."""
-    if device.type != "cuda":
-        return {}
-    stats = torch.cuda.memory_stats(device)
-    peaks = {"peak_reserved_gib": "reserved_bytes.all.peak", "peak_allocated_gib": "allocated_bytes.all.peak"}
-    return {**{name: stats[key] / 2**30 for name, key in peaks.items()}, "planned_gib": planned_bytes / 2**30}
-
-
 def _is_multiple(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _steps_of(config: TrainConfig) -> dict[str, Any]:
-    """How many updates the epochs of a recipe came to, which its files do not say otherwise."""
-    return {} if config.epochs is None else {"steps": config.steps}
 
 
 def _tail_mean(losses: list[float], count: int = 20) -> float:

@@ -114,10 +114,12 @@ class Session:
                     parameter.copy_(tensor)
 
     def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        """What ``save_state`` writes: the tensors of each part, and the optimizer's values that are not tensors."""
+        """What ``save_state`` writes, copied to host memory: the tensors of each part, and the optimizer's values that
+        are not tensors.
+        """
         tensors, plain = optimizer_state(self.optimizer, list(self.parameters))
-        parts: dict[str, Mapping[str, Tensor]] = {"adapter": self.parameters, "optimizer": tensors}
-        return parts | ({"ema": self.ema.state_dict()} if self.ema else {}), {"optimizer": plain}
+        parts: dict[str, Mapping[str, Tensor]] = {"adapter": _copied(self.parameters), "optimizer": tensors}
+        return parts | ({"ema": _copied(self.ema.state_dict())} if self.ema else {}), {"optimizer": plain}
 
     def restore(self, saved: SavedState) -> None:
         """Restore what ``parts`` returned.
@@ -149,6 +151,10 @@ class Session:
         """Remove the adapter: the base is as it was."""
         self.make_room()
         self.base.transformer.unload_lora()
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ranks = ALONE) -> Session:

@@ -1,0 +1,57 @@
+"""What is written while the next steps are computed? One piece of work at a time, in a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+
+_SECONDS_A_LOOK = 0.5  # a wait without an end cannot be interrupted on Windows
+
+
+class Beside:
+    """Does work beside this thread. What the work raises is raised here, at the next call.
+
+    Args:
+        is_on: whether this thread leaves the processor to others. If not, work is done as it comes.
+    """
+
+    def __init__(self, is_on: bool) -> None:
+        self._is_on = is_on
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
+
+    def begin(self, work: Callable[[], object]) -> None:
+        """Have this done. Earlier work is waited for, so that files appear in their order."""
+        self.wait()
+        if not self._is_on:
+            work()
+            return
+        # A daemon: whoever does not wait, after a second Ctrl-C, leaves what a kill would leave.
+        self._thread = Thread(target=self._do, args=(work,), name="k5-beside", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what ended work has raised. Waits for nothing."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being done, and raise what it has raised."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_SECONDS_A_LOOK)
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def finish(self) -> None:
+        """Wait after an error of this thread, which is the one that is told."""
+        with suppress(Exception):
+            self.wait()
+
+    def _do(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._error = error

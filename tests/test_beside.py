@@ -1,0 +1,171 @@
+"""States and LoRAs that are written while steps go on, as on a GPU: they are of their own step, and errors are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Event, current_thread, main_thread
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from k5train.options.optimizer import OptimConfig
+from k5train.runs.folder import Run
+from k5train.runs.resume_state import latest_state, save_state
+from k5train.runs.written import check_recorded
+from k5train.training import loop
+from k5train.training.beside import Beside
+from tests.runs import CONFIG, go_on, lora_of, metrics_of, numbers, same, start_run, state_of
+
+STEPS = replace(CONFIG, steps=6, checkpoint_every=2)
+FREE = replace(
+    STEPS,
+    lora=replace(CONFIG.lora, dropout=0.0),
+    optim=OptimConfig(optimizer="schedulefree", lr=1e-2, warmup_steps=0, lr_scheduler="constant"),
+)
+
+
+@pytest.fixture
+def beside(monkeypatch) -> None:
+    """Runs write beside their steps, also on a CPU."""
+    monkeypatch.setattr(loop, "Beside", lambda is_on: Beside(True))
+
+
+def files_of(root: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the LoRAs, which are as the run recorded them, and of the states."""
+    files = sorted(root.rglob("*.safetensors"))
+    assert all(check_recorded(path) for path in files if "state" not in path.parts)
+    return {f"{path.relative_to(root)}/{key}": t for path in files for key, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("config", [STEPS, FREE], ids=["average", "schedule-free"])
+def test_what_is_written_beside_later_steps_is_of_its_own_step(tmp_path, toy_cache, toy_model, monkeypatch, config):
+    config = replace(config, steps=4)  # both states stay
+    start_run(tmp_path / "a" / "run", toy_cache("fp32"), toy_model, config)
+    went_on, accumulate, threads = Event(), loop.accumulate, []
+
+    def trained(*args: Any, **kwargs: Any) -> Any:
+        losses = accumulate(*args, **kwargs)
+        if len(metrics_of(tmp_path / "b" / "run")) == 3:  # two steps after the state of step 2 was due
+            went_on.set()
+        return losses
+
+    def late(*args: Any) -> Path:
+        threads.append(current_thread())
+        assert len(threads) > 1 or went_on.wait(60)
+        return save_state(*args)
+
+    monkeypatch.setattr(loop, "Beside", lambda is_on: Beside(True))
+    monkeypatch.setattr(loop, "accumulate", trained)
+    monkeypatch.setattr(loop, "save_state", late)
+    start_run(tmp_path / "b" / "run", toy_cache("fp32"), toy_model, config)
+    assert [thread is main_thread() for thread in threads] == [False, True]
+    assert same(files_of(tmp_path / "b" / "run"), files_of(tmp_path / "a" / "run"))
+    assert numbers(metrics_of(tmp_path / "b" / "run")) == numbers(metrics_of(tmp_path / "a" / "run"))
+
+
+def test_a_full_disk_ends_the_run_a_step_later_and_the_state_before_it_stays(
+    tmp_path, toy_cache, toy_model, monkeypatch, beside
+):
+    root, calls = tmp_path / "run", []
+
+    def full(*args: Any) -> Path:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", "state")
+        return save_state(*args)
+
+    monkeypatch.setattr(loop, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        start_run(root, toy_cache("fp32"), toy_model, STEPS)
+    saved = latest_state(Run(root).state)
+    assert saved is not None
+    assert saved.progress.step == 2
+    assert not (root / "result.json").exists()
+    monkeypatch.undo()
+    go_on(root)
+    start_run(tmp_path / "whole" / "run", toy_cache("fp32"), toy_model, STEPS)
+    assert same(lora_of(root), lora_of(tmp_path / "whole" / "run"))
+
+
+def test_an_error_of_a_step_lets_the_state_that_is_being_written_be_finished(
+    tmp_path, toy_cache, toy_model, monkeypatch, beside
+):
+    began, accumulate = Event(), loop.accumulate
+
+    def slow(*args: Any) -> Path:
+        began.set()
+        time.sleep(0.3)
+        return save_state(*args)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if began.is_set():
+            raise RuntimeError("not finite")
+        return accumulate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "save_state", slow)
+    monkeypatch.setattr(loop, "accumulate", failing)
+    with pytest.raises(RuntimeError, match="not finite"):
+        start_run(tmp_path / "run", toy_cache("fp32"), toy_model, STEPS)
+    assert (Run(tmp_path / "run").state / "step-000002" / "step.json").is_file()
+    assert load_file(Run(tmp_path / "run").checkpoint(2))
+
+
+def test_ctrl_c_waits_for_the_state_that_is_being_written_and_the_run_goes_on_bit_for_bit(
+    tmp_path, toy_cache, toy_model, monkeypatch, beside
+):
+    began, accumulate = Event(), loop.accumulate
+
+    def slow(*args: Any) -> Path:
+        if current_thread() is not main_thread():
+            began.set()
+            time.sleep(0.3)
+        return save_state(*args)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if began.is_set():
+            raise KeyboardInterrupt
+        return accumulate(*args, **kwargs)
+
+    root = tmp_path / "run"
+    monkeypatch.setattr(loop, "save_state", slow)
+    monkeypatch.setattr(loop, "accumulate", stopping)
+    with pytest.raises(KeyboardInterrupt, match="saved at step"):
+        start_run(root, toy_cache("fp32"), toy_model, STEPS)
+    assert (Run(root).state / "step-000002" / "step.json").is_file()
+    monkeypatch.undo()
+    go_on(root)
+    start_run(tmp_path / "whole" / "run", toy_cache("fp32"), toy_model, STEPS)
+    assert same(state_of(root), state_of(tmp_path / "whole" / "run"))
+    assert numbers(metrics_of(root)) == numbers(metrics_of(tmp_path / "whole" / "run"))
+
+
+def test_a_process_that_ends_does_not_wait_for_work_that_nobody_waits_for():
+    program = (
+        "import threading; from k5train.training.beside import Beside;"
+        "Beside(True).begin(threading.Event().wait); raise KeyboardInterrupt"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(loop.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, capture_output=True, env=env)
+    assert b"KeyboardInterrupt" in done.stderr
+
+
+def test_work_is_done_in_its_order_and_its_error_raised_once():
+    done: list[int] = []
+    beside = Beside(True)
+    for number in range(5):
+        beside.begin(partial(done.append, number))
+    beside.wait()
+    assert done == list(range(5))
+    beside.begin(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        beside.begin(partial(done.append, 9))
+    beside.check()
+    assert done == list(range(5))
