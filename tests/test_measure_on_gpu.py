@@ -44,7 +44,7 @@ def test_every_step_is_timed_in_a_process_of_its_own(tmp_path, monkeypatch):
     )
     started: list[str] = []
 
-    def words(name, path, is_small):
+    def words(name, path, is_small, inputs):
         started.append(name)
         done = f"open(r'{path}', 'w').write('{{}}')"
         return ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)" if name == "b" else done]

@@ -102,6 +102,7 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help="Which parts; all of them if none is named.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write to.")] = None,
     seconds: Annotated[float, typer.Option(help="Begin no part after this time, and end the last one then.")] = 570,
+    inputs: Annotated[Path | None, typer.Option("--inputs", help="Keep checkpoint and cache here.")] = None,
     is_listed: Annotated[bool, typer.Option("--list", help="Print the parts and their limits.")] = False,
     is_small: Annotated[bool, typer.Option("--small", help="On a tiny model and the CPU: try the calls out.")] = False,
     is_left_over: Annotated[bool, typer.Option("--left-over", hidden=True)] = False,
@@ -126,13 +127,18 @@ def main(
         raise RunError(f"There is no folder {out}", f"Run: mkdir -p {out}")
     if not is_small:
         gpu_to_measure(None)
-    results = run_parts(wanted, out, seconds, is_small)
+    results = run_parts(wanted, out, seconds, is_small, inputs)
     if failed := [name for name, result in results.items() if "failed" in result]:
         raise RunError(f"Not measured: {', '.join(failed)}", f"See {out / RESULTS} and {out / LOG}")
 
 
-def run_parts(wanted: Sequence[str], out: Path, seconds: float, is_small: bool) -> dict[str, Any]:
+def run_parts(
+    wanted: Sequence[str], out: Path, seconds: float, is_small: bool, inputs: Path | None = None
+) -> dict[str, Any]:
     """Run parts one after another; ``RESULTS`` in ``out`` has each as soon as it ends.
+
+    Args:
+        inputs: where large inputs are kept for another call. None: they are removed at the end.
 
     Returns:
         By the part's name: its numbers, or ``{"failed": why}``.
@@ -147,11 +153,11 @@ def run_parts(wanted: Sequence[str], out: Path, seconds: float, is_small: bool) 
 
     with tempfile.TemporaryDirectory(prefix="k5-on-gpu-") as folder, (out / LOG).open("w", encoding="utf-8") as log:
         for name in wanted:
-            done(name, _run(name, Path(folder), log, end, is_small))
+            done(name, _run(name, Path(folder), log, end, is_small, inputs))
     return results
 
 
-def _run(name: str, folder: Path, log: Any, end: float, is_small: bool) -> dict[str, Any]:
+def _run(name: str, folder: Path, log: Any, end: float, is_small: bool, inputs: Path | None) -> dict[str, Any]:
     """Run a part in a process of its own, until it ends or has had its time.
 
     torch's profiler stays attached to its process, and steps that are captured there later take some milliseconds
@@ -164,7 +170,7 @@ def _run(name: str, folder: Path, log: Any, end: float, is_small: bool) -> dict[
     log.flush()
     part, path = PARTS[name], folder / f"{name}.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", *_words(name, path, is_small)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", *_words(name, path, is_small, inputs)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
         start_new_session=os.name == "posix", env=command_line.environment(folder) | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     try:
@@ -189,12 +195,12 @@ def _run(name: str, folder: Path, log: Any, end: float, is_small: bool) -> dict[
     return result | {"seconds_of_part": seconds}
 
 
-def _words(name: str, path: Path, is_small: bool) -> list[str]:
-    """What follows ``python -m``. Numbers are written to ``path``."""
+def _words(name: str, path: Path, is_small: bool, inputs: Path | None) -> list[str]:
+    """What follows ``python -m``. Numbers are written to ``path``, large inputs beside it or to ``inputs``."""
     what = PARTS[name].what
     if isinstance(what, Case | str):
         return ["pipelines.measure.on_gpu", name, "--step", "-o", str(path), *(["--small"] if is_small else [])]
-    words = [word.format(out=path, folder=path.parent / "inputs") for word in what]
+    words = [word.format(out=path, folder=inputs or path.parent / "inputs") for word in what]
     if not is_small or words[0] == "pytest":
         return words
     # Without a GPU the others only say that their options are known.
