@@ -22,6 +22,8 @@ from k5cache.options import CacheConfig
 from k5cache.shared.errors import DatasetError
 from k5cache.sources.find import find
 from k5cache.sources.items import UnreadableImage
+from k5cache.sources.table_cells import Cell, cells_of
+from k5cache.sources.tables import load_files
 from tests.table_files import IMAGES, captions, contents, parquet, png, skipped, tar
 
 SPECIAL = "a [1] *{x}?::b%20#c"
@@ -457,3 +459,12 @@ def test_no_local_table_imports_datasets_unless_a_folder_or_a_slice_needs_it(tmp
     names = ["t.csv", "t.jsonl", "t.parquet", "t.arrow", "t.tar", "tars/x*.tar", "saved"]
     command = [sys.executable, "-c", code, str(tmp_path / "set"), *names]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_list_of_rows_that_every_process_of_ray_loads_has_few_objects_a_row(tmp_path):
+    parquet(tmp_path / "t.parquet", [png(i) for i in range(3)], ["a", "b", "c"])
+    table = load_files("t.parquet", [tmp_path / "t.parquet"], CacheConfig())
+    cells = [cell for cell, _ in cells_of(table, "image")]
+    assert [cell.read() for cell in cells if isinstance(cell, Cell)] == [png(i) for i in range(3)]
+    assert not any(hasattr(cell, "__dict__") for cell in cells)
+    assert len({id(cell.read.func) for cell in cells}) == 1

@@ -14,16 +14,15 @@ from typing import Any
 
 from k5cache.sources.captions import Unusable
 from k5cache.sources.items import Content, UnreadableImage, stat_numbers
-from k5cache.sources.rows import FileRows
 from k5cache.sources.tables import Piece, Table
 from k5cache.sources.tars import Tar
 
 _BASE64 = re.compile(r"data:image/|[A-Za-z0-9+/\s]{200}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
-    """Where a picture is: a file, or bytes with a way to read them."""
+    """Where a picture is: a file, or bytes with a way to read them. There may be millions, in each process of Ray."""
 
     stat: tuple[int, int, int]
     read: Callable[[], Content]
@@ -39,14 +38,15 @@ def cells_of(table: Table, column: str) -> list[tuple[Cell | str | None, str]]:
             cells += [(None, "")] * len(piece.used)
             continue
         names, has_bytes = rows.image_names(column), rows.has_bytes(column)
+        read = rows.read  # one bound method for all rows: each would be an object of its own, here and in a pickle
         for row in piece.used:
-            cell = _embedded(piece, rows, column, row) if has_bytes[row] else _named_by(piece, names[row])
+            cell = _embedded(piece, read, column, row) if has_bytes[row] else _named_by(piece, names[row])
             cells.append((cell, names[row]))
     return cells
 
 
-def _embedded(piece: Piece, rows: FileRows, column: str, row: int) -> Cell:
-    return Cell(row_stat(piece, f"{column} {row}"), functools.partial(rows.read, column, row))
+def _embedded(piece: Piece, read: Callable[[str, int], Content], column: str, row: int) -> Cell:
+    return Cell(row_stat(piece, f"{column} {row}"), functools.partial(read, column, row))
 
 
 def _named_by(piece: Piece, name: str) -> Cell | str | None:
