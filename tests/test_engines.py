@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import threading
 from dataclasses import replace
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from PIL import Image
 
 from k5cache.buckets import Bucket, Geometry
 from k5cache.encode.job import Job, LatentJob, SourceView, TextJob
-from k5cache.engines import cluster, orders, wire
+from k5cache.engines import cluster, orders, running, wire
 from k5cache.engines.running import Pass
 from k5cache.options import CacheConfig
 from k5cache.shared import system
@@ -140,6 +141,43 @@ def test_what_is_reported_is_committed_in_time_though_no_other_report_comes(monk
     assert named == [SHARD]
     commits.look()
     assert named == [SHARD]
+
+
+@pytest.mark.parametrize(
+    ("error", "missing", "is_stopped"),
+    [(None, "", False), (KeyboardInterrupt(), "", True), (EngineError("a", "b"), "the head", False)],
+)
+def test_ray_data_is_stopped_before_ray_unless_it_has_ended_or_ray_has(error, missing, is_stopped, monkeypatch):
+    is_shut_down = threading.Event()
+
+    class StreamingExecutor(threading.Thread):
+        """As Ray Data has one for each dataset that it executes."""
+
+        def shutdown(self, force: bool) -> None:
+            assert force
+            is_shut_down.set()
+
+        def run(self) -> None:
+            is_shut_down.wait(60)
+
+    def batches(**_):
+        StreamingExecutor(daemon=True).start()
+        is_begun.set()
+        is_shut_down.wait(60)
+        yield from ()
+
+    is_begun = threading.Event()
+    of_another = StreamingExecutor(daemon=True)
+    of_another.shutdown = lambda force: pytest.fail("it is of another dataset")
+    of_another.start()
+    monkeypatch.setattr(running, "_alive", dict)
+    monkeypatch.setattr(cluster, "missing", lambda: missing)
+    work = Pass([1], ["a.png"], "image", lambda count: None)
+    entered = running.Running(SimpleNamespace(iter_batches=batches), None, work).__enter__()
+    assert is_begun.wait(60)
+    entered.__exit__(type(error) if error else None, error, None)
+    assert is_shut_down.is_set() == is_stopped
+    is_shut_down.set()
 
 
 def test_a_worker_that_fails_reports_the_shards_that_it_has_finished(tmp_path, monkeypatch):
