@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from k5cache.cli import app as cache_app
 from k5cache.shared import outputs
-from k5cache.shared.errors import OutputError, RunError
+from k5cache.shared.errors import CacheError, OutputError, RunError
 from k5cache.shared.files import write_json
 from k5cache.shared.lock import lock_file
 from k5cache.shared.model import ModelConfig
-from k5cache.store import ours
+from k5cache.store import manifest, ours
 from k5cache.store.index import with_index
 from k5cache.store.manifest import lock, read_manifest, write_manifest
 from k5cache.store.shards import ShardWriter
@@ -153,6 +155,25 @@ def test_a_place_without_permission_is_refused_before_any_work(place, command, m
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
     refused(Cli(place)(*command, "-o", "locked/new.png"), "there is no permission to write in ")
     assert list((place / "locked").iterdir()) == []
+
+
+def test_a_file_system_that_is_mounted_read_only_is_named_as_that(place, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    for command in (MERGE, RUN):
+        done = Cli(place)(*command, "-o", "new")
+        refused(done, f"new cannot be written: the file system of {place} is read-only")
+        refused(done, "fix: Choose another place with -o\n")
+    monkeypatch.undo()
+
+    def read_only(path: Path, wait_seconds: float) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(manifest, "lock_file", read_only)
+    with pytest.raises(CacheError, match="cache/a cannot be written: Read-only file system") as caught:
+        collect(place / "cache/a")
+    assert caught.value.fix == "Copy it to a disk that can be written"
 
 
 def test_a_folder_that_its_user_calls_empty_may_be_used_and_what_is_in_it_stays(tmp_path):

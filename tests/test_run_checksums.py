@@ -165,7 +165,7 @@ def test_a_step_that_was_edited_is_refused_also_with_a_right_checksum(run):
 @pytest.mark.parametrize("name", ["adapter.safetensors", "step.json"])
 def test_a_missing_file_of_a_state_is_named(run, name):
     (run / "state" / "step-000006" / name).unlink()
-    with pytest.raises(RunError, match=f"step-000006/{name} cannot be used"):
+    with pytest.raises(RunError, match=f"step-000006/{name} cannot be used: it is missing"):
         use_state(run)
 
 

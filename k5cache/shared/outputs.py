@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from k5cache.shared import system
 from k5cache.shared.errors import OutputError
 from k5cache.shared.urls import is_url
 
@@ -138,13 +139,17 @@ def check_writable(path: Path) -> None:
     """Refuse a path that this user may not write, or create.
 
     Raises:
-        OutputError: names the folder without permission.
+        OutputError: names the folder without permission, or on a read-only file system.
     """
     real = _real_path(path)
     there = next(part for part in (real, *real.parents) if part.exists())
     folders = {there} if there.is_dir() else {there, there.parent}
     for part in folders:
         if not os.access(part, os.W_OK | (os.X_OK if part.is_dir() else 0)):
+            if system.is_read_only(part):
+                raise OutputError(
+                    f"{path} cannot be written: the file system of {part} is read-only", "Choose another place with -o"
+                )
             raise OutputError(
                 f"{path} cannot be written: there is no permission to write {'in ' if part.is_dir() else ''}{part}",
                 "Choose another place with -o, or change the permissions",

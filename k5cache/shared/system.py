@@ -53,6 +53,14 @@ def _flag(name: str) -> int:
     return int(getattr(os, name, 0))
 
 
+def is_read_only(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is on a file system that is mounted read-only, where no permission helps."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except (AttributeError, OSError):  # Windows has no such call
+        return False
+
+
 def read_at(fd: int, num_bytes: int, at: int) -> bytes:
     """Up to ``num_bytes`` of an open file from ``at`` on; several threads may read one file."""
     if hasattr(os, "pread"):

@@ -226,7 +226,9 @@ def lock(root: Path, wait_seconds: float | None = None) -> Iterator[list[str]]:
                 raise
             raise CacheError(
                 f"{root} cannot be written: {error.strerror}",
-                "Change its permissions, or choose another folder",
+                "Copy it to a disk that can be written"
+                if error.errno == errno.EROFS
+                else "Change its permissions, or choose another folder",
             ) from None
         leftovers = files.remove_leftovers(root)
         if mirror := mirror_of(root):

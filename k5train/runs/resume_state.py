@@ -252,7 +252,8 @@ def broken(path: Path, problem: Exception | str) -> RunError:
     else:
         command = console.command("k5train", "run", *caches_of(run), recipe=run / RECIPE, out=f"{run}-2")
         fix = f"To train again from the start: {command}"
-    return RunError(f"{path} cannot be used: {str(problem).splitlines()[0][:200]}", fix)
+    words = "it is missing" if isinstance(problem, FileNotFoundError) else str(problem).splitlines()[0][:200]
+    return RunError(f"{path} cannot be used: {words}", fix)
 
 
 def _is_whole(state: Path) -> bool:
