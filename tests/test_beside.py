@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from k5cache.shared import console
 from k5train.options.optimizer import OptimConfig
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import latest_state, save_state
@@ -147,14 +148,61 @@ def test_ctrl_c_waits_for_the_state_that_is_being_written_and_the_run_goes_on_bi
     assert numbers(metrics_of(root)) == numbers(metrics_of(tmp_path / "whole" / "run"))
 
 
-def test_a_process_that_ends_does_not_wait_for_work_that_nobody_waits_for():
-    program = (
-        "import threading; from k5train.training.beside import Beside;"
-        "Beside(True).begin(threading.Event().wait); raise KeyboardInterrupt"
-    )
+@pytest.mark.parametrize("work", ["threading.Event().wait", "write"])
+def test_a_process_that_ends_does_not_wait_for_work_that_nobody_waits_for(tmp_path, work):
+    program = f"""if True:
+        import threading, time, torch
+        from safetensors.torch import save_file
+        from k5train.training.beside import Beside
+        def write():
+            while True:
+                save_file({{"a": torch.zeros(1 << 20)}}, {str(tmp_path / "file")!r})
+        Beside(True).begin({work})
+        time.sleep(0.2)
+        print("said")
+        raise KeyboardInterrupt
+    """
     env = {**os.environ, "PYTHONPATH": str(Path(loop.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, capture_output=True, env=env)
+    assert (done.returncode, done.stdout.split()) == (console.STOPPED, [b"said"])
     assert b"KeyboardInterrupt" in done.stderr
+    assert b"FATAL" not in done.stderr
+
+
+def test_a_run_that_is_moved_while_its_state_is_written_gets_no_second_folder(
+    tmp_path, toy_cache, toy_model, monkeypatch, beside
+):
+    root, moved = tmp_path / "run", tmp_path / "moved"
+
+    def moving(*args: Any) -> Path:
+        state = save_state(*args)
+        root.rename(moved)
+        return state
+
+    monkeypatch.setattr(loop, "save_state", moving)
+    with pytest.raises(FileNotFoundError, match=r"run\.json"):
+        start_run(root, toy_cache("fp32"), toy_model, STEPS)
+    assert not root.exists()
+    assert (moved / "state" / "step-000002" / "step.json").is_file()
+
+
+def test_nothing_is_copied_before_the_earlier_copy_is_written(tmp_path, toy_cache, toy_model, monkeypatch, beside):
+    done, copy_state = Event(), loop.Loop.copy_state
+
+    def slow(*args: Any) -> Path:
+        time.sleep(0.3)
+        state = save_state(*args)
+        done.set()
+        return state
+
+    def copying(self: loop.Loop, *args: Any) -> Any:
+        assert self.progress.step == 1 or done.is_set()
+        done.clear()
+        return copy_state(self, *args)
+
+    monkeypatch.setattr(loop, "save_state", slow)
+    monkeypatch.setattr(loop.Loop, "copy_state", copying)
+    start_run(tmp_path / "run", toy_cache("fp32"), toy_model, replace(STEPS, steps=3, checkpoint_every=1))
 
 
 def test_work_is_done_in_its_order_and_its_error_raised_once():

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
 
+from k5cache.shared import console
+
+_NAME = "k5-beside"
 _SECONDS_A_LOOK = 0.5  # a wait without an end cannot be interrupted on Windows
 
 
@@ -28,7 +35,7 @@ class Beside:
             work()
             return
         # A daemon: whoever does not wait, after a second Ctrl-C, leaves what a kill would leave.
-        self._thread = Thread(target=self._do, args=(work,), name="k5-beside", daemon=True)
+        self._thread = Thread(target=self._do, args=(work,), name=_NAME, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -55,3 +62,17 @@ class Beside:
             work()
         except Exception as error:
             self._error = error
+
+
+@atexit.register
+def _leave() -> None:
+    """End the process at once if work is still being done, which nobody waits for after one more Ctrl-C.
+
+    Else Python ends the thread where a call into a library returns, which aborts the process: "FATAL: exception not
+    rethrown", exit code 134.
+    """
+    if any(thread.name == _NAME for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or none
+                stream.flush()
+        os._exit(console.STOPPED)

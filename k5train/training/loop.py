@@ -320,7 +320,9 @@ class Loop:
     def save_beside(self, metrics: Metrics) -> None:
         """Save the state and the LoRA of this step, if a GPU computes beside the steps that follow."""
         if self.ranks.is_first:
-            writes = self.copy_state(metrics), self.copy_checkpoint()
+            self.beside.wait()  # or host memory would have both copies
+            check = self.run.check_there  # again before each: it may be moved while steps go on
+            writes = check, self.copy_state(metrics), check, self.copy_checkpoint()
             self.beside.begin(lambda: [write() for write in writes])
 
     def save_checkpoint(self) -> Path | None:
