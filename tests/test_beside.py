@@ -205,6 +205,24 @@ def test_nothing_is_copied_before_the_earlier_copy_is_written(tmp_path, toy_cach
     start_run(tmp_path / "run", toy_cache("fp32"), toy_model, replace(STEPS, steps=3, checkpoint_every=1))
 
 
+@pytest.mark.parametrize(("times", "is_main"), [(10, True), (11, False)])
+def test_steps_wait_where_host_memory_has_no_room_for_two_copies_of_all(
+    tmp_path, toy_cache, toy_model, monkeypatch, beside, times, is_main
+):
+    threads: list[bool] = []
+
+    def noted(*args: Any) -> Path:
+        threads.append(current_thread() is main_thread())
+        return save_state(*args)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop, "save_state", noted)
+    monkeypatch.setattr("k5train.training.beside.free_ram", lambda: times * 49_152)
+    start_run(run, toy_cache("fp32"), toy_model, replace(STEPS, steps=3))
+    assert sum(t.nbytes for t in lora_of(run).values()) == 49_152
+    assert threads == [is_main, True]
+
+
 def test_work_is_done_in_its_order_and_its_error_raised_once():
     done: list[int] = []
     beside = Beside(True)

@@ -11,7 +11,10 @@ from contextlib import suppress
 from threading import Thread
 
 from k5cache.shared import console
+from k5cache.shared.host_memory import free_ram
 
+MOST_COPIES = 5
+"""What a state and its LoRA take, in adapters in float32: the adapter, two moments, the average and the LoRA."""
 _NAME = "k5-beside"
 _SECONDS_A_LOOK = 0.5  # a wait without an end cannot be interrupted on Windows
 
@@ -20,7 +23,7 @@ class Beside:
     """Does work beside this thread. What the work raises is raised here, at the next call.
 
     Args:
-        is_on: whether this thread leaves the processor to others. If not, work is done as it comes.
+        is_on: whether this thread leaves the processor to others.
     """
 
     def __init__(self, is_on: bool) -> None:
@@ -28,12 +31,17 @@ class Beside:
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether work can be done beside this thread, with so much more host memory until it is done.
+
+        Earlier work is waited for, whose memory is free then.
+        """
+        self.wait()
+        return self._is_on and free_ram() > 2 * num_bytes
+
     def begin(self, work: Callable[[], object]) -> None:
         """Have this done. Earlier work is waited for, so that files appear in their order."""
         self.wait()
-        if not self._is_on:
-            work()
-            return
         # A daemon: whoever does not wait, after a second Ctrl-C, leaves what a kill would leave.
         self._thread = Thread(target=self._do, args=(work,), name=_NAME, daemon=True)
         self._thread.start()

@@ -32,7 +32,7 @@ from k5train.runs.metrics import Metrics, Unwritten
 from k5train.runs.resume_state import Progress, latest_state, save_state
 from k5train.runs.trackers import open_trackers
 from k5train.runs.written import recorded
-from k5train.training.beside import Beside
+from k5train.training.beside import MOST_COPIES, Beside
 from k5train.training.clock import Clock
 from k5train.training.fields import memory_of, prodigy_of, rows_of, steps_of
 from k5train.training.graph import MOST_KINDS
@@ -318,11 +318,12 @@ class Loop:
                 self.save_lora(self.run.ema)
 
     def save_beside(self, metrics: Metrics) -> None:
-        """Save the state and the LoRA of this step, if a GPU computes beside the steps that follow."""
-        if self.ranks.is_first:
-            self.beside.wait()  # or host memory would have both copies
-            check = self.run.check_there  # again before each: it may be moved while steps go on
-            writes = check, self.copy_state(metrics), check, self.copy_checkpoint()
+        """Save the state and the LoRA of this step, where that can be done beside the steps that follow."""
+        if not self.beside.has_room(MOST_COPIES * sum(p.nbytes for p in self.session.parameters.values())):
+            self.save_state(metrics)
+            self.save_checkpoint()
+        elif self.ranks.is_first:  # each looks whether the run is there: it may be moved while steps go on
+            writes = self.run.check_there, self.copy_state(metrics), self.run.check_there, self.copy_checkpoint()
             self.beside.begin(lambda: [write() for write in writes])
 
     def save_checkpoint(self) -> Path | None:
