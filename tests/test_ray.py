@@ -221,7 +221,7 @@ def test_workers_write_the_captions_of_one_process_though_one_is_killed(two_work
 
 
 @on_ray
-@pytest.mark.parametrize("on_gpus", [False, True])
+@pytest.mark.parametrize("on_gpus", [pytest.param(False, marks=pytest.mark.long), True])
 def test_workers_write_the_latents_of_one_process_without_an_image_that_has_changed(
     two_workers, small, tmp_path, on_gpus, monkeypatch
 ):
