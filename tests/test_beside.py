@@ -96,6 +96,31 @@ def test_a_full_disk_ends_the_run_a_step_later_and_the_state_before_it_stays(
     assert same(lora_of(root), lora_of(tmp_path / "whole" / "run"))
 
 
+def test_a_state_that_could_not_be_written_does_not_keep_ctrl_c_from_saving_a_later_one(
+    tmp_path, toy_cache, toy_model, monkeypatch, beside
+):
+    stopped, failed, accumulate = Event(), Event(), loop.accumulate
+
+    def full_until_then(*args: Any) -> Path:
+        if current_thread() is not main_thread():
+            assert stopped.wait(60)
+            failed.set()
+            raise OSError(28, "No space left on device", "state")
+        return save_state(*args)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if len(metrics_of(tmp_path / "run")) == 3:
+            stopped.set()
+            raise KeyboardInterrupt
+        return accumulate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "save_state", full_until_then)
+    monkeypatch.setattr(loop, "accumulate", stopping)
+    with pytest.raises(KeyboardInterrupt, match="saved at step 3"):
+        start_run(tmp_path / "run", toy_cache("fp32"), toy_model, STEPS)
+    assert failed.is_set()
+
+
 def test_an_error_of_a_step_lets_the_state_that_is_being_written_be_finished(
     tmp_path, toy_cache, toy_model, monkeypatch, beside
 ):

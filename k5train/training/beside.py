@@ -61,7 +61,7 @@ class Beside:
             raise error
 
     def finish(self) -> None:
-        """Wait after an error of this thread, which is the one that is told."""
+        """Wait, and forget what earlier work has raised: this thread was stopped, or has an error to tell."""
         with suppress(Exception):
             self.wait()
 

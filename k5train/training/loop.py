@@ -198,8 +198,7 @@ class Loop:
                     self.losses.append(self.step(batches, metrics))
                 if ranks.is_stopping:
                     raise KeyboardInterrupt
-                mean = _tail_mean(self.losses)
-                bars.update(task, advance=1, note=f"loss {mean:.4f}")
+                bars.update(task, advance=1, note=f"loss {_tail_mean(self.losses):.4f}")
         finally:
             batches.close()
 
@@ -376,6 +375,7 @@ class Loop:
         is_saved = any(self.run.state.glob("step-*"))
         saved = ", and the last step that was saved stays" if is_saved else ", before any step was saved"
         with suppress(KeyboardInterrupt), interrupt.deferred():
+            self.beside.finish()
             self.save_state(metrics)
             saved = f" and saved at step {self.progress.step}"
         return saved
