@@ -63,6 +63,21 @@ def test_a_block_is_compiled_at_the_plans_sizes_whatever_size_comes_first(toy_mo
         assert compiled_at == [sizes_of_graph | (ranks if any_rank else set()) for sizes_of_graph in expected]
 
 
+def test_blocks_of_every_level_share_one_compilation_where_nothing_is_kept(toy_model, monkeypatch):
+    monkeypatch.setattr(execute.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    transformer = model(toy_model)
+    plan = Plan(("nothing", "selective", "all"), None, {}, None, 0, (64, 20))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    execution = Execution(transformer, plan, PLAIN, compiled=True, device=CPU)
+    inputs = batch(transformer)
+    with torch.no_grad():  # a picture, or a held-out loss
+        drawn = predict_velocity(transformer, *inputs, block_policies=execution.policies)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    plain = outcome(transformer, None, inputs)
+    torch.testing.assert_close(drawn, plain["velocity"], rtol=0, atol=1e-3)
+
+
 def test_compiling_in_mid_run_is_said_once_and_in_the_warm_up_not(toy_model, monkeypatch, capsys):
     monkeypatch.setattr(execute.torch, "compile", functools.partial(torch.compile, backend="eager"))
     transformer = model(toy_model)

@@ -147,7 +147,9 @@ class Execution:
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()  # so that the first block is compiled with the others
             weights, ranks = (gathered.bare, ()) if is_without_adapter() else (gathered.block, gathered.ranks)
-            args = (modulations(modulation, time), weights, self.modes, level)
+            # Without gradients no level keeps anything, so that one compilation serves blocks of all levels.
+            kept: LevelName = level if torch.is_grad_enabled() else "all"
+            args = (modulations(modulation, time), weights, self.modes, kept)
             if text is None or not self.is_compiled:
                 return run_at_level(x, text, rope, lengths, *args)
             return self._run_visual(SizedInputs(x, text, rope, lengths), args, ranks, block.training)
