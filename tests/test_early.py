@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import shlex
@@ -16,6 +17,7 @@ from PIL import Image
 
 from k5cache.cli import app as cache_app
 from k5cache.shared import loading
+from k5cache.shared.device import pick_device
 from k5cache.shared.model import ModelConfig
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
@@ -211,3 +213,24 @@ def test_the_first_large_library_is_named_as_its_import_begins(tmp_path, monkeyp
             import large_one  # noqa: F401
             import large_two  # noqa: F401
     assert said == ["Loading large_one ..."]
+
+
+def test_garbage_is_collected_seldom_from_the_first_large_library_until_work_begins(tmp_path, monkeypatch):
+    (tmp_path / "large_three.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(loading, "SLOW", ("large_three",))
+    monkeypatch.setattr(loading, "_collector", loading._Collector())
+    usual, kept = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        with loading.announced(lambda line: None):
+            import large_three  # noqa: F401
+        assert gc.get_threshold() == (1_000_000, 10, 10)
+        pick_device("cpu")
+        assert gc.get_threshold() == usual
+        assert (frozen := gc.get_freeze_count()) > kept
+        more = [[] for _ in range(1000)]
+        pick_device("cpu")  # a second run of a sweep: what is there now may hold a GPU's memory
+        assert gc.get_freeze_count() <= frozen
+        assert len(more) == 1000
+    finally:
+        gc.set_threshold(*usual)

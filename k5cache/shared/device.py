@@ -7,6 +7,7 @@ import re
 
 from k5cache.shared import console
 from k5cache.shared.errors import K5Error
+from k5cache.shared.loading import begin_to_collect
 
 
 def check_name(name: str, option: str = "--device ") -> str:
@@ -38,6 +39,7 @@ def pick_device(name: str, option: str = "--device ") -> str:
     """
     import torch
 
+    begin_to_collect()  # what follows may take GPU memory, which garbage would hold on to
     if check_name(name, option) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
