@@ -8,12 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_outcomes: dict[str, bool] = {}
+
+
+def outcomes() -> dict[str, bool]:
+    """Which kernels of ours were compared so far, on whichever GPU, and whether each is used."""
+    return dict(_outcomes)
+
 
 def triton_works(device: torch.device, agrees: Callable[[torch.device], bool]) -> bool:
     """Whether Triton is there and ``agrees``; if only direct launches fail, they are turned off for all kernels."""
     if str(device) == "cuda":  # tensors name the number of their GPU
         device = torch.device("cuda", torch.cuda.current_device())
-    return _works(device, agrees)
+    works = _works(device, agrees)
+    _outcomes[f"{agrees.__module__.rpartition('.')[2]}.{agrees.__name__.strip('_')}"] = works
+    return works
 
 
 @functools.cache

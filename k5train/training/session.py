@@ -26,6 +26,7 @@ from k5train.planning.plan import announce, how_to_run, leaner_budget, plan_for
 from k5train.runs.resume_state import SavedState, broken
 from k5train.training.average import Ema
 from k5train.training.base import Base
+from k5train.training.computed_by import KEY, check_computed_by, computed_by
 from k5train.training.graph import GraphedPasses
 from k5train.training.optimizer import make_optimizer, settled
 from k5train.training.optimizer_state import optimizer_state, restore_optimizer
@@ -114,12 +115,13 @@ class Session:
                     parameter.copy_(tensor)
 
     def parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        """What ``save_state`` writes, copied to host memory: the tensors of each part, and the optimizer's values that
-        are not tensors.
+        """What ``save_state`` writes, copied to host memory: the tensors of each part, and as JSON what else the
+        optimizer has and what computed them.
         """
         tensors, plain = optimizer_state(self.optimizer, list(self.parameters))
         parts: dict[str, Mapping[str, Tensor]] = {"adapter": _copied(self.parameters), "optimizer": tensors}
-        return parts | ({"ema": _copied(self.ema.state_dict())} if self.ema else {}), {"optimizer": plain}
+        plain = {"optimizer": plain, KEY: computed_by(self.base.device, self.execution)}
+        return parts | ({"ema": _copied(self.ema.state_dict())} if self.ema else {}), plain
 
     def restore(self, saved: SavedState) -> None:
         """Restore what ``parts`` returned.
@@ -165,7 +167,8 @@ def attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ran
 
     Raises:
         RecipeError: a target matches nothing.
-        RunError: the saved state cannot be read or does not fit. The base is left without an adapter.
+        RunError: the saved state cannot be read or does not fit, or other kernels computed it and the run is
+            deterministic. The base is left without an adapter.
     """
     try:
         return _attach(base, config, saved, ranks)
@@ -182,6 +185,8 @@ def _attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ra
     ranks.copy_from_first(p for p in base.transformer.parameters() if p.requires_grad)
     session = session_of(base, config, ranks)
     if saved:
+        if config.deterministic and ranks.is_first:  # the others may have other cards
+            check_computed_by(saved, computed_by(base.device, session.execution))
         session.restore(saved)
     return session
 
