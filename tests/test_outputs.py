@@ -34,6 +34,7 @@ from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
 from k5train.runs import resume_state
 from k5train.runs.folder import Run, create_run, lock_run, new_run
+from k5train.runs.outcomes import write_outcomes
 from tests.cli import Cli, Done
 from tests.store_samples import LATENTS, index_row, latents_row, make_cache
 
@@ -362,6 +363,20 @@ def test_files_of_others_outlive_the_state_and_the_temporary_folder_that_they_li
     write_json(tmp_path / "x.json", {})
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == [f".{dead + 1}-x.json", f".{dead + 2}-x.json", "state", "x.json"]
+
+
+def test_another_programs_sweep_json_makes_no_sweep_of_the_folder_that_it_is_in(tmp_path):
+    others = put(tmp_path / "sweep.json", '{"method": "grid", "parameters": {"lr": {"values": [0.1, 0.2]}}}')
+    assert outputs.kind_of(tmp_path) is None
+    outputs.check_folder(tmp_path / "cache" / "a", "cache")
+    others.unlink()
+    write_outcomes(tmp_path, [])
+    with pytest.raises(OutputError, match="is inside the sweep"):
+        outputs.check_folder(tmp_path / "cache" / "a", "cache")
+    put(tmp_path / "sweep.json", "damaged")
+    assert outputs.kind_of(tmp_path) is None
+    put(tmp_path / ".lock")
+    assert outputs.kind_of(tmp_path) == "sweep"
 
 
 def test_a_sweep_checks_the_folders_of_all_its_runs_before_the_first_begins(tmp_path, toy_model):

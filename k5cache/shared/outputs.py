@@ -27,7 +27,7 @@ HARMLESS = re.compile(
 )
 """Names that systems and tools leave in folders that their user calls empty. They stay."""
 
-_CACHE_BEGINS = re.compile(rb'\{\n "sha256": "[0-9a-f]{64}"')  # FORMAT.md: readers rely on this beginning
+_SEALED_BEGINS = re.compile(rb'\{\n "sha256": "[0-9a-f]{64}"')  # FORMAT.md: readers rely on this beginning
 _SHOWN = 3
 
 
@@ -37,14 +37,27 @@ def kind_of(folder: Path) -> Kind | None:
         return None
     if (folder / "manifest.json").is_file():
         with (folder / "manifest.json").open("rb") as file:
-            is_ours = bool(_CACHE_BEGINS.match(file.read(100)))
+            is_ours = bool(_SEALED_BEGINS.match(file.read(100)))
         # With a lock beside it, a manifest that begins otherwise is a damaged one, which its reader says better.
         return "cache" if is_ours or (folder / ".lock").is_file() else None
     if (folder / "run.json").is_file() and (folder / "recipe.toml").is_file():
         return "run"
     if (folder / MERGED_FILE).is_file():
         return MERGED
-    return "sweep" if (folder / "sweep.json").is_file() else None
+    return "sweep" if _is_sweep(folder) else None
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Whether ``sweep.json`` there is that of a sweep: other programs have files of that name, also in a project's root.
+
+    Earlier versions wrote a list. With a lock beside it, it is a damaged one.
+    """
+    path = folder / "sweep.json"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begins = file.read(100)
+    return bool(_SEALED_BEGINS.match(begins)) or begins.lstrip()[:1] == b"[" or (folder / ".lock").is_file()
 
 
 def check_folder(
