@@ -48,7 +48,7 @@ def kind_of(folder: Path) -> Kind | None:
 
 
 def _is_sweep(folder: Path) -> bool:
-    """Whether ``sweep.json`` there is that of a sweep: other programs have files of that name, also in a project's root.
+    """Whether ``sweep.json`` there is that of a sweep. Other programs, too, have files of that name in a project.
 
     Earlier versions wrote a list. With a lock beside it, it is a damaged one.
     """
