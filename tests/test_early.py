@@ -12,16 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
 
 from k5cache.cli import app as cache_app
 from k5cache.shared import loading
 from k5cache.shared.device import pick_device
+from k5cache.shared.errors import RunError
 from k5cache.shared.model import ModelConfig
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
 from k5train.runs.folder import create_run
+from tests.cli import Cli
 
 # Runs the command lines on stdin, each as a user would, in one process. An import of a large library ends a command.
 RUNNER = """
@@ -234,3 +238,39 @@ def test_garbage_is_collected_seldom_from_the_first_large_library_until_work_beg
         assert len(more) == 1000
     finally:
         gc.set_threshold(*usual)
+
+
+@pytest.fixture
+def resting(monkeypatch):
+    """As in a command that has just imported torch. Returns the usual thresholds of the collector."""
+    usual = gc.get_threshold()
+    collector = loading._Collector()
+    monkeypatch.setattr(loading, "_collector", collector)
+    collector.rest()
+    assert gc.get_threshold() != usual
+    yield usual
+    gc.set_threshold(*usual)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["bench"], ["base", "prepare"], ["check-lora", "a.safetensors"], ["export", "a.safetensors"],
+     ["merge", "a.safetensors", "-o", "b.safetensors"]],
+)  # fmt: skip
+def test_work_without_a_training_device_collects_garbage_as_usual(words, tmp_path, resting, toy_model, monkeypatch):
+    thresholds = []
+
+    def work(*arguments, **options):
+        thresholds.append(gc.get_threshold())
+        raise RunError("It got to work", "Look no further")
+
+    for name in ("bench.timing.matmul_ceiling", "base.prepared.prepare", "adapter.export.architecture",
+                 "adapter.export.export", "adapter.export.merge"):  # fmt: skip
+        monkeypatch.setattr(f"k5train.{name}", work)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: words == ["bench"])
+    monkeypatch.setattr("k5train.planning.vram.budget", lambda *arguments: 2**34)
+    save_file({"transformer.visual_transformer_blocks.0.x.lora_A.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    model = [] if words == ["bench"] else ["--model", str(toy_model)]
+    done = Cli(tmp_path)(train_app, *words, *model)
+    assert "It got to work" in done.err, done.err
+    assert thresholds == [resting]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +56,24 @@ def test_auto_is_int8_dynamic_on_a_gpu_that_runs_the_kernel_and_any_other_precis
         assert precision_of(config) == given
         assert not is_open(config)
     assert precision_of(AUTO) == QUANTO  # where nobody asked
+
+
+def test_what_a_failed_check_of_the_kernel_left_in_a_cycle_is_freed_before_collections_leave_it_out(gpu):
+    held = []
+
+    def fails(device):
+        error = RuntimeError("of ptxas")
+        error.tensor, error.itself = torch.zeros(3), error
+        held.append(weakref.ref(error.tensor))
+        return False
+
+    gpu.setattr(ops, "kernel_works", fails)
+    gc.disable()
+    try:
+        assert precision.chosen([AUTO]) == QUANTO
+    finally:
+        gc.enable()
+    assert held[0]() is None
 
 
 @pytest.mark.parametrize(

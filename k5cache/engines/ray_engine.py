@@ -30,6 +30,7 @@ from k5cache.engines.wire import Report, json_of
 from k5cache.shared import console, interrupt
 from k5cache.shared.checkpoint import read_config
 from k5cache.shared.errors import EngineError
+from k5cache.shared.loading import begin_to_collect
 from k5cache.shared.units import count_of
 from k5cache.sources.items import UnreadableImage
 from k5cache.store import files
@@ -286,6 +287,8 @@ class RayPasses:
         import torch
 
         from k5cache.engines.workers import Setup
+
+        begin_to_collect()  # this process waits for workers, perhaps for days
 
         return Setup(self._place, job.config, self.device, job.vram, torch.get_num_threads())
 

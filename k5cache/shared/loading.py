@@ -77,8 +77,9 @@ _collector = _Collector()
 def begin_to_collect() -> None:
     """Collect garbage as usual from now on, but never look again at what a first call in the process finds.
 
-    These are modules and functions. A collection with them takes 0.3 s, also in the middle of training. The first call
-    must come before anything is on a GPU: what is in a cycle then is never given back.
+    Whatever works long or with much memory calls it once all is imported; ``pick_device`` does so for most commands.
+    What is there then is modules and functions. A collection with them takes 0.3 s, also in the middle of training. The
+    first call must come before tensors are made that stay: what is in a cycle then is never given back.
     """
     _collector.begin()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from k5cache.shared.errors import K5Error
+from k5cache.shared.loading import begin_to_collect
 from k5train.adapter import attach
 from k5train.base.random_weights import random_transformer
 from k5train.bench.one_step import OneStep, group_of, make_session
@@ -45,6 +46,7 @@ def estimate(
     """
     if device.type != "cuda" or not torch.cuda.is_available() or config.mixed_precision != "bf16":
         return None
+    begin_to_collect()
     try:
         return probe(transformer_config, config, plan, sizes, device)
     except (K5Error, RuntimeError):  # out of memory among them: another program has the GPU

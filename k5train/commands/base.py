@@ -20,6 +20,7 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
     model_config, config = read_recipe(recipe, model, options)
 
     from k5cache.shared.checkpoint import model_folder
+    from k5cache.shared.loading import begin_to_collect
     from k5cache.shared.model import ModelConfig
 
     folder = model_folder(model_config or ModelConfig(), ("transformer",))
@@ -28,6 +29,7 @@ def prepare(recipe: Recipe = None, model: Model = None, options: Set = None) -> 
     from k5train.base.architecture import DTYPES
     from k5train.base.prepared import prepare
 
+    begin_to_collect()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.working("quantising the transformer"):
         path = prepare(folder, DTYPES[config.mixed_precision], device)

@@ -11,6 +11,7 @@ import typer
 from k5cache.shared import console
 from k5cache.shared.drawn import check_replaceable
 from k5cache.shared.errors import RunError
+from k5cache.shared.loading import begin_to_collect
 from k5cache.shared.outputs import check_file
 
 if TYPE_CHECKING:
@@ -102,4 +103,5 @@ def gpu_to_measure(out: Path | None) -> torch.device:
 
     if not torch.cuda.is_available():
         raise RunError(f"torch {torch.__version__} sees no GPU", "Run this on the machine where you mean to train")
+    begin_to_collect()
     return torch.device("cuda")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from k5cache.shared import console
 from k5cache.shared.foreign import shown
+from k5cache.shared.loading import begin_to_collect
 from k5cache.shared.units import count_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def export(
     model = model or _model_of_run(file)
     from k5train.adapter.export import export as export_lora  # torch is imported here, which takes seconds
 
+    begin_to_collect()
     written = export_lora(file, target, form, number, model)
     console.out.print(f"Wrote {target}: {count_of(written.num_modules, 'module')}, {form} keys, {number}", markup=False)
     _say_what_is_missing(written)
@@ -113,6 +115,7 @@ def merge(
     model = model or next(filter(None, map(_model_of_run, files)), None)
     from k5train.adapter.export import merge as merge_loras  # torch is imported here, which takes seconds
 
+    begin_to_collect()
     written = merge_loras(files, weights, out, form or "diffusers", number or "fp32", model)
     console.out.print(
         f"Wrote {out}: {count_of(written.num_modules, 'module')} from {count_of(len(files), 'file')}", markup=False
@@ -146,6 +149,7 @@ def _merge_into_base(
     from k5train.adapter.export import DTYPES  # torch is imported here, which takes seconds
     from k5train.adapter.into_base import merge_into_base
 
+    begin_to_collect()
     again = "Stopped. What is written stays: run the same command again to go on"
     with console.progress() as bars, interrupt.saying(again):
         task = bars.add_task(f"merging into {out.name}", total=None, unit="tensor", note="")
@@ -198,6 +202,7 @@ def check_lora(file: LoraPath, model: Folder = None) -> None:
     from k5train.adapter.export import architecture  # torch is imported here, which takes seconds
     from k5train.adapter.who_loads import check_lora as check
 
+    begin_to_collect()
     report = check(file, architecture(model, file))
     print_report(report, model)
     if is_compared:

@@ -5,6 +5,7 @@ torch is imported when the GPU is asked, so that whatever can be refused without
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -51,6 +52,8 @@ def kernel_is_fast(device: torch.device) -> bool:
     if is_rocm() or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     works = ops.kernel_works(device)
+    if not works:  # an error may hold tensors in a cycle, and no collection looks at them after `begin_to_collect`
+        gc.collect()
     torch.cuda.empty_cache()  # a plan that follows looks at what is free
     return works
 
