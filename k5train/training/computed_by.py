@@ -32,7 +32,7 @@ def computed_by(device: torch.device, execution: Execution | None) -> dict[str, 
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kernels = {**execution.modes._asdict(), **checks.outcomes()} if execution else {}
-    return {"device": name, "torch": torch.__version__, "kernels": kernels}
+    return {"device": name, "torch": str(torch.__version__), "kernels": kernels}
 
 
 def check_computed_by(saved: SavedState, now: Mapping[str, Any]) -> None:
