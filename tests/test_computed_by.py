@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from k5cache.shared.errors import RunError
 from k5cache.shared.sealed import unseal
 from k5train.cli import app
-from k5train.forward import checks
+from k5train.forward import checks, execute
+from k5train.options.memory import MemoryConfig
 from k5train.options.optimizer import OptimConfig
+from k5train.parallel.ranks import ALONE
+from k5train.runs.folder import Run
+from k5train.runs.resume_state import Progress, SavedState
 from k5train.training import session
+from k5train.training.computed_by import KEY, OTHERS, check_computed_by
 from tests.cli import Cli
 from tests.runs import CONFIG, lora_of, same, start_run, state_of
 
@@ -41,7 +50,7 @@ def test_a_deterministic_run_refuses_what_has_other_last_bits(
     root, cli = tmp_path / "run", Cli(tmp_path)
     monkeypatch.setattr(session, "computed_by", with_kernel)
     start_run(root, cache, toy_model, CONSTANT)
-    states, loras = state_of(root), lora_of(root)
+    states, loras, result = state_of(root), lora_of(root), (root / "result.json").read_bytes()
     assert unseal((root / STATE).read_bytes())["computed_by"] == {
         "device": "cpu", "torch": torch.__version__, "kernels": {"rotary.agrees": True},
     }  # fmt: skip
@@ -49,8 +58,10 @@ def test_a_deterministic_run_refuses_what_has_other_last_bits(
     refused = cli(app, "resume", "run", "--step", "3")
     assert refused.code == 2
     what = f'torch: "{torch.__version__}", now "2.99.0"' if torch_version else "kernels.rotary.agrees: true, now false"
-    assert f"run is deterministic, and what computes here has other last bits: {what}" in refused.err
-    assert "go on with other rounding: k5train resume run --set train.deterministic=false" in refused.err
+    assert f"run is deterministic, and its last bits would change here: {what}" in refused.err
+    again = "k5train resume run --step 3 --set train.deterministic=false"
+    assert f"Resume it where this is as it was, or without the same bits: {again}" in refused.err
+    assert (root / "result.json").read_bytes() == result
     assert same(state_of(root), states)
     assert same(lora_of(root), loras)
     monkeypatch.setattr(session, "computed_by", with_kernel)  # with what it was begun with it goes on
@@ -58,6 +69,72 @@ def test_a_deterministic_run_refuses_what_has_other_last_bits(
     assert done.code == 0, done.err
     assert same(state_of(root), states)
     assert same(lora_of(root), loras)
+    monkeypatch.setattr(session, "computed_by", another)
+    inexact = cli(app, *shlex.split(again)[1:])
+    assert inexact.code == 0, inexact.err
+
+
+def test_a_lora_that_was_deleted_is_written_again_by_whatever_computes_here(tmp_path, cache, toy_model, monkeypatch):
+    original = session.computed_by
+    start_run(tmp_path / "run", cache, toy_model, CONSTANT)
+    loras = lora_of(tmp_path / "run")
+    Run(tmp_path / "run").lora.unlink()
+    monkeypatch.setattr(session, "computed_by", lambda *a: {**original(*a), "torch": "2.99.0"})
+    done = Cli(tmp_path)(app, "resume", "run")  # no step is left
+    assert done.code == 0, done.err
+    assert same(lora_of(tmp_path / "run"), loras)
+
+
+def test_blocks_that_were_compiled_are_not_gone_on_with_eagerly(tmp_path, cache, toy_model, monkeypatch):
+    compiles = torch.compile
+    monkeypatch.setattr(execute.torch, "compile", partial(compiles, backend="eager"))
+    compiled = replace(CONSTANT, mixed_precision="bf16", memory=MemoryConfig(execution="compiled"))
+    start_run(tmp_path / "run", cache, toy_model, compiled)
+    assert unseal((tmp_path / "run" / STATE).read_bytes())["computed_by"]["kernels"]["compiled"] is True
+
+    def no_room(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(execute.torch, "compile", partial(compiles, backend=no_room))
+    torch._dynamo.reset()
+    refused = Cli(tmp_path)(app, "resume", "run", "--step", "3")
+    assert refused.code == 2
+    assert "its last bits would change here: kernels.compiled: true, now false" in refused.err
+    monkeypatch.setattr(execute.torch, "compile", partial(compiles, backend="eager"))
+    torch._dynamo.reset()
+    done = Cli(tmp_path)(app, "resume", "run")
+    assert done.code == 0, done.err
+
+
+NOW = {"device": "cpu", "torch": "2.13.0", "kernels": {"compiled": True, "flash": True}}
+
+
+def different(was: object, others: object = None, is_tried: bool = False) -> str | None:
+    """What the error says that differs."""
+    saved = SavedState(Path("run/state/step-000003"), Progress(step=3), {KEY: was, OTHERS: others}, None)
+    try:
+        check_computed_by(saved, NOW, CONSTANT, ALONE, is_tried=is_tried)
+    except RunError as error:
+        return error.problem.partition(" here: ")[2]
+    return None
+
+
+def test_what_the_first_pass_decides_is_compared_after_it():
+    eager = {**NOW, "kernels": {"compiled": False, "flash": True}}
+    assert different(NOW, is_tried=True) is None
+    assert different(eager) is None
+    assert different(eager, is_tried=True) == "kernels.compiled: false, now true"
+    assert different({**NOW, "kernels": {"flash": False, "of another version": 1}}) == "kernels.flash: false, now true"
+
+
+@pytest.mark.parametrize("was", [None, 1, "x", [], [NOW], {}, {"kernels": []}, {"later": 1, "kernels": {"x": [{}]}}])
+def test_a_state_that_says_nothing_that_can_be_compared_goes_on(was):
+    assert different(was, is_tried=True) is None
+    assert different(NOW, was, is_tried=True) is None
+
+
+def test_a_field_of_another_type_differs():
+    assert different({"device": ["cpu"], "torch": None}) == 'device: ["cpu"], now "cpu"; torch: not set, now "2.13.0"'
 
 
 def test_a_run_that_is_not_deterministic_goes_on(tmp_path, cache, toy_model, monkeypatch):

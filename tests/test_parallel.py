@@ -16,6 +16,7 @@ import torch
 
 from k5cache.cli import app as encode_app
 from k5cache.shared.errors import RunError
+from k5cache.shared.sealed import seal, unseal
 from k5train.cli import app as train_app
 from k5train.options.train import TrainConfig
 from k5train.parallel.ranks import ALONE, united
@@ -116,6 +117,25 @@ def test_two_processes_train_bit_for_bit_what_one_does_that_accumulates_two_batc
     assert any("rollout_passes" in row for row in metrics_of(two))
     assert len(pictures_of(two)) == 6  # three prompts, and the average's
     assert pictures_of(two) == pictures_of(one)
+
+
+@pytest.mark.slow
+def test_a_deterministic_run_is_not_gone_on_with_if_any_process_computes_otherwise(tmp_path, ranks, words):
+    root = tmp_path / "run"
+    ended = ranks(*[words(root, "deterministic=true", "checkpoint_every=2")] * 2)
+    assert ended.codes == [0, 0], ended.said
+    path = root / "state" / "step-000002" / "step.json"
+    document = unseal(path.read_bytes())
+    assert document["computed_by_others"] == [document["computed_by"]]
+    document["computed_by_others"][0]["torch"] = "1.13.0"
+    path.write_bytes(seal(document))
+    result = (root / "result.json").read_bytes()
+    ended = ranks(*[["resume", str(root), "--step", "2"]] * 2)
+    assert ended.codes == [2, 2], ended.said
+    assert f'its last bits would change here: rank 1: torch: "1.13.0", now "{torch.__version__}"' in ended.said[0]
+    assert ended.said[1] == ""
+    assert (root / "result.json").read_bytes() == result
+    assert latest_state(root / "state").progress.step == 4
 
 
 # What the recipe above leaves out, or cannot have beside it.

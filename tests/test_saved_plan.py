@@ -146,8 +146,8 @@ def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_ine
     assert "Free VRAM, or resume with a new plan" in refused.err
     assert (tmp_path / "run" / "result.json").read_bytes() == result  # it is still finished
     command = refused.err.split(": k5train ")[1].split()  # the advice works
-    assert command == ["resume", "run", "--set", "train.deterministic=false"]
-    done = Cli(tmp_path)(app, *command, "--set", "train.steps=4")
+    assert command == ["resume", "run", "--set", "train.steps=4", "--set", "train.deterministic=false"]
+    done = Cli(tmp_path)(app, *command)
     assert done.code == 0, done.err
     assert [plan.levels for plan in plans] == [IN_SOME]
     assert "plan" not in document_of(tmp_path / "run")

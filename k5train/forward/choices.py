@@ -6,6 +6,7 @@ then mostly empty, and every program has threads without work.
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -62,11 +63,17 @@ def leave_rows() -> bool:
     """Have code generated with the compiler's own choices again. Returns whether this changes anything."""
     import torch._inductor.config as inductor
 
-    if getattr(inductor, "inductor_choices_class", None) is not row_choices:
+    if not are_ours():
         return False
     inductor.inductor_choices_class = None
     _ask_again()
     return True
+
+
+def are_ours() -> bool:
+    """Whether code is generated with our choices."""
+    inductor = sys.modules.get("torch._inductor.config")  # not imported for this: that takes a while
+    return getattr(inductor, "inductor_choices_class", None) is row_choices
 
 
 def _ask_again() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from k5cache.shared import console
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5train.planning.memory import LEVELS, Plan, Streaming
-from k5train.runs.resume_state import MANIFEST, SavedState, broken
+from k5train.runs.resume_state import MANIFEST, SavedState, broken, inexactly
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class SavedPlan:
     @property
     def advice(self) -> str:
         """What to do if there is no room for the plan."""
-        inexactly = console.command("k5train", "resume", self.run, set="train.deterministic=false")
-        return f"Free VRAM, or resume with a new plan, which changes the last bits: {inexactly}"
+        return f"Free VRAM, or resume with a new plan, which changes the last bits: {inexactly(self.run)}"
 
     def within(self, budget: int | None) -> Plan:
         """The plan, with ``budget`` bytes of VRAM as its budget. None: no limit.
@@ -71,10 +70,9 @@ def read_saved_plan(saved: SavedState | None, deterministic: bool) -> SavedPlan 
     try:
         unknown = set(saved.facts["plan"]["levels"]) - set(LEVELS)
         if unknown:
-            inexactly = console.command("k5train", "resume", run, set="train.deterministic=false")
             raise RunError(
                 f"{run} has a memory plan of another version: levels {', '.join(sorted(unknown))}",
-                f"Use that version, or resume with a new plan, which changes the last bits: {inexactly}",
+                f"Use that version, or resume with a new plan, which changes the last bits: {inexactly(run)}",
             )
         return SavedPlan(run, plan_of(saved.facts["plan"]))
     except (KeyError, TypeError, ValueError) as error:

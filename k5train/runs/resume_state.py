@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -254,6 +255,18 @@ def broken(path: Path, problem: Exception | str) -> RunError:
         fix = f"To train again from the start: {command}"
     words = "it is missing" if isinstance(problem, FileNotFoundError) else str(problem).splitlines()[0][:200]
     return RunError(f"{path} cannot be used: {words}", fix)
+
+
+def inexactly(run: Path, gpus: int | None = None) -> str:
+    """The command that goes on with a deterministic run without the same bits: the one that is running, if it resumes.
+
+    Args:
+        gpus: what ``--gpus`` was.
+    """
+    option = "train.deterministic=false"
+    if sys.argv[1:2] == ["resume"]:  # with its --step, its --set and what else it has
+        return console.command("k5train", *sys.argv[1:], set=option)
+    return console.command("k5train", "resume", run, gpus=gpus, set=option)
 
 
 def _is_whole(state: Path) -> bool:

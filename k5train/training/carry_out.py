@@ -75,7 +75,7 @@ def carry_out(
             if saved and ranks.is_first:
                 remove_after(run.state, progress.step)
                 console.note(f"Going on from step {progress.step}")
-            loop = Loop(data, config, run, session, loader, validation, progress, run_identity, ranks,
+            loop = Loop(data, config, run, session, loader, validation, progress, run_identity, saved, ranks,
                         facts_of(ranks, saved))  # fmt: skip
             with named(run.root):
                 ended_by = loop.run_to_end()

@@ -12,6 +12,11 @@ from k5train.options.train import TrainConfig
 MOST_ROWS = 64  # row numbers in a line of metrics.jsonl
 
 
+def tail_mean(losses: Sequence[float], count: int = 20) -> float:
+    """The mean of the last losses, which a progress bar shows."""
+    return sum(losses[-count:]) / len(losses[-count:])
+
+
 def rows_of(rows: Sequence[int], seconds: float) -> dict[str, Any]:
     """Which rows an update trained on. A long list is left out: the file would be as large as the LoRA."""
     named = {"rows": list(rows)} if len(rows) <= MOST_ROWS else {}

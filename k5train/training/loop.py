@@ -29,12 +29,13 @@ from k5train.planning.saved_plan import SavedPlan, plan_facts, read_saved_plan
 from k5train.runs import requests
 from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics, Unwritten
-from k5train.runs.resume_state import Progress, latest_state, save_state
+from k5train.runs.resume_state import Progress, SavedState, latest_state, save_state
 from k5train.runs.trackers import open_trackers
 from k5train.runs.written import recorded
 from k5train.training.beside import MOST_COPIES, Beside
 from k5train.training.clock import Clock
-from k5train.training.fields import memory_of, prodigy_of, rows_of, steps_of
+from k5train.training.computed_by import check_computed_by
+from k5train.training.fields import memory_of, prodigy_of, rows_of, steps_of, tail_mean
 from k5train.training.graph import MOST_KINDS
 from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate, set_rate
@@ -55,18 +56,19 @@ class Loop:
     Args:
         progress: how far the run is. The loop updates it.
         run_identity: what must be the same for the run to go on, saved with its state.
+        saved: where the run goes on. None: it begins.
         ranks: the processes that train together.
         facts: what else is saved with the state.
     """
 
     def __init__(
         self, data: Mixture, config: TrainConfig, run: Run, session: Session, loader: Loader, validation: Validation,
-        progress: Progress, run_identity: dict[str, Any], ranks: Ranks = ALONE,
+        progress: Progress, run_identity: dict[str, Any], saved: SavedState | None, ranks: Ranks = ALONE,
         facts: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.data, self.config, self.run, self.session = data, config, run, session
         self.loader, self.validation, self.progress, self.run_identity = loader, validation, progress, run_identity
-        self.ranks, self.facts = ranks, facts or {}
+        self.saved, self.ranks, self.facts = saved, ranks, dict(facts or {})
         self.transformer, self.device = session.base.transformer, session.base.device
         self.predict = partial(predict_velocity, self.transformer)
         self.cost = Cost()
@@ -96,6 +98,8 @@ class Loop:
             try:
                 with console.doing(bars, "preparing the first step"):
                     self.warm_up()
+                own = self.session.computed_by
+                self.facts |= check_computed_by(self.saved, own, self.config, self.ranks, is_tried=True)
                 self.ready = time.monotonic()
                 return self.steps(bars, metrics)
             except KeyboardInterrupt as stopped:
@@ -198,7 +202,7 @@ class Loop:
                     self.losses.append(self.step(batches, metrics))
                 if ranks.is_stopping:
                     raise KeyboardInterrupt
-                bars.update(task, advance=1, note=f"loss {_tail_mean(self.losses):.4f}")
+                bars.update(task, advance=1, note=f"loss {tail_mean(self.losses):.4f}")
         finally:
             batches.close()
 
@@ -394,7 +398,3 @@ class Loop:
 
 def _is_multiple(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _tail_mean(losses: list[float], count: int = 20) -> float:
-    return sum(losses[-count:]) / len(losses[-count:])

@@ -56,6 +56,11 @@ class Session:
     """Of a run of several processes. None: each parameter's gradient is a tensor of its own."""
     ranks: Ranks = ALONE
 
+    @property
+    def computed_by(self) -> dict[str, Any]:
+        """What computes it in this process, as JSON."""
+        return computed_by(self.base.device, self.execution)
+
     def begin(self) -> None:
         """Prepare for the passes of an update."""
         if self.gradients:
@@ -120,7 +125,7 @@ class Session:
         """
         tensors, plain = optimizer_state(self.optimizer, list(self.parameters))
         parts: dict[str, Mapping[str, Tensor]] = {"adapter": _copied(self.parameters), "optimizer": tensors}
-        plain = {"optimizer": plain, KEY: computed_by(self.base.device, self.execution)}
+        plain = {"optimizer": plain, KEY: self.computed_by}
         return parts | ({"ema": _copied(self.ema.state_dict())} if self.ema else {}), plain
 
     def restore(self, saved: SavedState) -> None:
@@ -167,8 +172,8 @@ def attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ran
 
     Raises:
         RecipeError: a target matches nothing.
-        RunError: the saved state cannot be read or does not fit, or other kernels computed it and the run is
-            deterministic. The base is left without an adapter.
+        RunError: the saved state cannot be read or does not fit, or something else computed it and
+            the run is deterministic. The base is left without an adapter.
     """
     try:
         return _attach(base, config, saved, ranks)
@@ -185,8 +190,7 @@ def _attach(base: Base, config: TrainConfig, saved: SavedState | None, ranks: Ra
     ranks.copy_from_first(p for p in base.transformer.parameters() if p.requires_grad)
     session = session_of(base, config, ranks)
     if saved:
-        if config.deterministic and ranks.is_first:  # the others may have other cards
-            check_computed_by(saved, computed_by(base.device, session.execution))
+        check_computed_by(saved, session.computed_by, config, ranks, is_tried=False)
         session.restore(saved)
     return session
 

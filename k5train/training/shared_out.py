@@ -19,6 +19,7 @@ from k5train.options.train import TrainConfig
 from k5train.parallel.ranks import Ranks
 from k5train.planning.host_memory import check_host_memory
 from k5train.runs.differences import differences
+from k5train.runs.resume_state import inexactly
 
 if TYPE_CHECKING:
     from k5train.runs.folder import Run
@@ -51,11 +52,10 @@ def shared_out(config: TrainConfig, run: Run, saved: SavedState | None, num_rank
         return config
     before = int(saved.facts.get(RANKS, 1))
     if config.deterministic and before != num_ranks:
-        inexactly = console.command("k5train", "resume", run.root, set="train.deterministic=false")
         raise RunError(
             f"{run.root} is deterministic and was trained on {count_of(before, 'GPU')}: gradients that"
             f" {num_ranks} add up are rounded differently",
-            f"Resume with --gpus {before}, or without the same bits: {inexactly}",
+            f"Resume with --gpus {before}, or without the same bits: {inexactly(run.root)}",
         )
     of_update = int(saved.facts["identity"]["train"]["gradient_accumulation_steps"])
     if of_update % num_ranks:
