@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,15 @@ import torch
 from k5cache.shared.errors import RunError
 from k5cache.shared.sealed import unseal
 from k5train.cli import app
-from k5train.forward import checks, execute
+from k5train.forward import checks, choices, execute
+from k5train.forward.block import Modes
 from k5train.options.memory import MemoryConfig
 from k5train.options.optimizer import OptimConfig
 from k5train.parallel.ranks import ALONE
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import Progress, SavedState
 from k5train.training import session
-from k5train.training.computed_by import KEY, OTHERS, check_computed_by
+from k5train.training.computed_by import KEY, OTHERS, check_computed_by, computed_by
 from tests.cli import Cli
 from tests.runs import CONFIG, lora_of, same, start_run, state_of
 
@@ -125,6 +127,16 @@ def test_what_the_first_pass_decides_is_compared_after_it():
     assert different(eager) is None
     assert different(eager, is_tried=True) == "kernels.compiled: false, now true"
     assert different({**NOW, "kernels": {"flash": False, "of another version": 1}}) == "kernels.flash: false, now true"
+
+
+def test_how_code_is_generated_is_said_of_compiled_blocks_only(monkeypatch):
+    monkeypatch.setattr(choices, "are_ours", lambda: True)  # since another run of the sweep
+
+    def kernels(is_compiled: bool) -> dict[str, bool]:
+        execution = SimpleNamespace(is_compiled=is_compiled, modes=Modes(int8_dynamic=False, cudnn=False))
+        return computed_by(torch.device("cpu"), execution)["kernels"]
+
+    assert (kernels(True)["row_steps"], kernels(False)["row_steps"]) == (True, False)
 
 
 @pytest.mark.parametrize("was", [None, 1, "x", [], [NOW], {}, {"kernels": []}, {"later": 1, "kernels": {"x": [{}]}}])

@@ -35,7 +35,8 @@ def computed_by(device: torch.device, execution: Execution | None) -> dict[str, 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kernels: dict[str, bool] = {}
     if execution:
-        of_the_first_pass = {"compiled": execution.is_compiled, "row_steps": choices.are_ours()}
+        is_compiled = execution.is_compiled
+        of_the_first_pass = {"compiled": is_compiled, "row_steps": is_compiled and choices.are_ours()}
         kernels = {**execution.modes._asdict(), **of_the_first_pass, **checks.outcomes()}
     return {"device": name, "torch": str(torch.__version__), "kernels": kernels}
 
