@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from k5cache.shared.errors import RunError
+from k5cache.shared.model import ModelConfig
 from k5cache.shared.sealed import unseal
 from k5train.cli import app
 from k5train.forward import checks, choices, execute
@@ -24,8 +25,11 @@ from k5train.runs.folder import Run
 from k5train.runs.resume_state import Progress, SavedState
 from k5train.training import session
 from k5train.training.computed_by import KEY, OTHERS, check_computed_by, computed_by
+from k5train.training.loop import Loop
+from k5train.training.sweep import sweep
+from k5train.training.sweep_runs import SweepRun
 from tests.cli import Cli
-from tests.runs import CONFIG, lora_of, same, start_run, state_of
+from tests.runs import CONFIG, lora_of, only_training, same, start_run, state_of
 
 STATE = "state/step-000003/step.json"
 CONSTANT = replace(CONFIG, steps=6, deterministic=True, optim=OptimConfig(lr=1e-2, lr_scheduler="constant"))
@@ -106,6 +110,38 @@ def test_blocks_that_were_compiled_are_not_gone_on_with_eagerly(tmp_path, cache,
     torch._dynamo.reset()
     done = Cli(tmp_path)(app, "resume", "run")
     assert done.code == 0, done.err
+
+
+def test_a_sweep_trains_its_other_runs_and_goes_on_when_the_advice_was_followed(
+    tmp_path, cache, toy_model, monkeypatch, capsys
+):
+    runs = [SweepRun(f"rank={rank}", replace(CONSTANT, lora=replace(CONSTANT.lora, rank=rank))) for rank in (2, 4)]
+    out, original, step = tmp_path / "out", session.computed_by, Loop.step
+    again = partial(sweep, cache, out, ModelConfig(path=str(toy_model)), runs)
+
+    def stopped(loop, *arguments):
+        if loop.progress.step == 4:
+            raise KeyboardInterrupt
+        return step(loop, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "step", stopped)
+        with pytest.raises(KeyboardInterrupt), only_training():
+            again()
+    monkeypatch.setattr(session, "computed_by", lambda *a: {**original(*a), "torch": "2.99.0"})
+    with only_training():
+        refused, trained = again().outcomes
+    assert "its last bits would change here: torch: " in refused.problem
+    assert (trained.problem, trained.steps) == (None, 6)
+    advice = "k5train resume out/rank=2 --set train.deterministic=false"
+    assert advice in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+    inexact = Cli(tmp_path)(app, *shlex.split(advice)[1:])
+    assert inexact.code == 0, inexact.err
+    with only_training():
+        assert [(outcome.problem, outcome.steps) for outcome in again().outcomes] == [(None, 6), (None, 6)]
+    said = capsys.readouterr().err
+    assert "out/rank=2 was trained with train.deterministic=false: its last bits are not this sweep's" in said
+    assert "rank=4 was trained with" not in said
 
 
 NOW = {"device": "cpu", "torch": "2.13.0", "kernels": {"compiled": True, "flash": True}}

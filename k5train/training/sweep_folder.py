@@ -75,7 +75,9 @@ def check_out(out: Path, cache: Path, model: ModelConfig, sweep_runs: Sequence[S
             raise RecipeError(f"A run of a sweep cannot be called {sweep_run.label}", "Give it another name")
         root = out / sweep_run.label
         if kind_of(root) == "run":
-            open_same(root, cache, model, sweep_run.config)
+            run = open_same(root, cache, model, sweep_run.config)
+            if sweep_run.config.deterministic and not open_run(run.root)[2].deterministic:
+                console.warn(f"{root} was trained with train.deterministic=false: its last bits are not this sweep's")
         else:
             check_new(root)
     for root in runs_in(out):
@@ -98,14 +100,15 @@ def precision_in(out: Path) -> BaseModelPrecision | None:
 
 
 def open_same(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Run:
-    """A run that the same options started.
+    """A run that the same options started. It may since have gone on without being deterministic.
 
     Raises:
         RunError: others did; names them.
     """
     run, its_model, its_config, its_cache = open_run(root)
     before, now = comparable(its_model, its_config), comparable(model, config)
-    different = differences(before, now, ["train.name"]) + _cache_differs(its_cache, cache, config)
+    free = ["train.name", *(["train.deterministic"] if config.deterministic else [])]
+    different = differences(before, now, free) + _cache_differs(its_cache, cache, config)
     if different:
         raise RunError(
             f"{root} has a run that was started differently: {'; '.join(different)}",
