@@ -228,8 +228,10 @@ def test_garbage_is_collected_seldom_from_the_first_large_library_until_work_beg
     try:
         with loading.announced(lambda line: None):
             import large_three  # noqa: F401
-        assert gc.get_threshold() == (1_000_000, 10, 10)
-        pick_device("cpu")
+
+            assert gc.get_threshold() == (1_000_000, 10, 10)
+            pick_device("cpu")
+            assert gc.get_threshold() == usual
         assert gc.get_threshold() == usual
         assert (frozen := gc.get_freeze_count()) > kept
         more = [[] for _ in range(1000)]
@@ -238,6 +240,19 @@ def test_garbage_is_collected_seldom_from_the_first_large_library_until_work_beg
         assert len(more) == 1000
     finally:
         gc.set_threshold(*usual)
+
+
+def test_garbage_is_collected_as_usual_after_a_command_that_only_imported(tmp_path, monkeypatch):
+    (tmp_path / "large_four.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(loading, "SLOW", ("large_four",))
+    monkeypatch.setattr(loading, "_collector", loading._Collector())
+    usual = gc.get_threshold()
+    with loading.announced(lambda line: None):
+        import large_four  # noqa: F401
+
+        assert gc.get_threshold() != usual
+    assert gc.get_threshold() == usual
 
 
 @pytest.fixture

@@ -60,11 +60,15 @@ class _Collector:
             self.usual = gc.get_threshold()
             gc.set_threshold(*self.SELDOM)
 
-    def begin(self) -> None:
-        """Collect as usual again, without the objects that exist now if this is the first call."""
+    def wake(self) -> None:
+        """Collect as usual again."""
         if self.usual is not None:
             gc.set_threshold(*self.usual)
             self.usual = None
+
+    def begin(self) -> None:
+        """Collect as usual again, without the objects that exist now if this is the first call."""
+        self.wake()
         if not self.is_kept:
             self.is_kept = True
             gc.freeze()
@@ -92,3 +96,4 @@ def announced(say: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(announcer)
+        _collector.wake()  # the process may go on, if it is not the command's own
