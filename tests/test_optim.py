@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +86,8 @@ class _Copies(TorchDispatchMode):
 def test_a_state_is_saved_without_a_copy_on_the_gpu_where_a_captured_step_holds_the_rest(name):
     weights, optimizer = make(name)
     descend(weights, optimizer, 0, 2)
-    session = Session(None, dict(zip("ab", weights, strict=True)), optimizer, None, None)  # type: ignore[arg-type]
+    base: Any = SimpleNamespace(device=torch.device("cpu"))
+    session = Session(base, dict(zip("ab", weights, strict=True)), optimizer, None, None)
     with _Copies() as copies:
         session.parts()
         with session.settled():
