@@ -65,7 +65,7 @@ def test_a_deterministic_run_refuses_what_has_other_last_bits(
     assert refused.code == 2
     what = f'torch: "{torch.__version__}", now "2.99.0"' if torch_version else "kernels.rotary.agrees: true, now false"
     assert f"run is deterministic, and its last bits would change here: {what}" in refused.err
-    again = "k5train resume run --step 3 --set train.deterministic=false"
+    again = "command resume run --step 3 --set train.deterministic=false"
     assert f"Resume it where this is as it was, or without the same bits: {again}" in refused.err
     assert (root / "result.json").read_bytes() == result
     assert same(state_of(root), states)

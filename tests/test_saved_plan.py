@@ -145,7 +145,7 @@ def test_it_is_refused_before_loading_where_its_plan_has_no_room_and_goes_on_ine
     assert "there is 4.0 MiB for torch" in refused.err
     assert "Free VRAM, or resume with a new plan" in refused.err
     assert (tmp_path / "run" / "result.json").read_bytes() == result  # it is still finished
-    command = refused.err.split(": k5train ")[1].split()  # the advice works
+    command = refused.err.split(": command ")[1].split()  # the advice works
     assert command == ["resume", "run", "--set", "train.steps=4", "--set", "train.deterministic=false"]
     done = Cli(tmp_path)(app, *command)
     assert done.code == 0, done.err

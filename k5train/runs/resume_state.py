@@ -265,7 +265,7 @@ def inexactly(run: Path, gpus: int | None = None) -> str:
     """
     option = "train.deterministic=false"
     if sys.argv[1:2] == ["resume"]:  # with its --step, its --set and what else it has
-        return console.command("k5train", *sys.argv[1:], set=option)
+        return console.this_command(set=option)
     return console.command("k5train", "resume", run, gpus=gpus, set=option)
 
 
