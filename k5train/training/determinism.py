@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from k5cache.shared import console
 
 
 @contextmanager
@@ -28,11 +31,16 @@ def determinism(is_on: bool, compiled_for: object = None) -> Iterator[None]:
 
     # torch requires this setting; cuBLAS reads it at the first matmul.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.cuda.is_available() and not hasattr(inductor, "deterministic"):
+        console.warn(
+            f"torch {torch.__version__} chooses some compiled kernels by timing them, so the last bits of this run can"
+            " change when it is resumed. torch 2.10 does not, and nor does --set train.memory.execution=eager"
+        )
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    settings = [(inductor, "deterministic", True), (compiler, "cache_key_tag", repr(compiled_for))]
-    settings = [setting for setting in settings if hasattr(*setting[:2])]  # inductor's exists from about torch 2.10
+    settings = [*_not_by_timing(inductor), (compiler, "cache_key_tag", repr(compiled_for))]
+    settings = [setting for setting in settings if hasattr(*setting[:2])]
     before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    torch.use_deterministic_algorithms(True)  # sets some of these itself
     for module, name, value in settings:
         setattr(module, name, value)
     try:
@@ -41,3 +49,16 @@ def determinism(is_on: bool, compiled_for: object = None) -> Iterator[None]:
         torch.use_deterministic_algorithms(was_deterministic)
         for module, name, value in before:
             setattr(module, name, value)
+
+
+def _not_by_timing(inductor: Any) -> list[tuple[Any, str, bool]]:
+    """The settings of the compiler with which it times no kernel: an object, the name of a field, and its value.
+
+    ``deterministic`` is there from about torch 2.10, and is for sums. For kernels without a sum torch still times two
+    sizes of a block in every process, and the bits depend on the size: with one number a thread, a product in the
+    gradient of gelu is added without rounding it before; with two it is rounded (seen in Triton 3.6's code for sm_90).
+    """
+    wanted = [(inductor, "deterministic", True), (inductor.triton, "autotune_pointwise", False)]
+    # Off by default; a user may have turned them on in the environment.
+    names = ("max_autotune", "max_autotune_pointwise", "max_autotune_gemm", "coordinate_descent_tuning")
+    return [*wanted, *((inductor, name, False) for name in names)]
