@@ -12,11 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from k5cache.shared.errors import RunError
+from k5train.adapter.attach import add_lora
 from k5train.adapter.comfyui import OTHER_MODEL
 from k5train.adapter.export import architecture, side_by_side
+from k5train.adapter.files import lora_state_dict
 from k5train.adapter.pairs import read_pairs
 from k5train.adapter.targets import linear_sizes
-from k5train.adapter.who_loads import check_lora, load_by_diffusers
+from k5train.adapter.who_loads import BY_PIPELINE, check_lora, compare_saved, load_by_diffusers
 from k5train.base.quantize import empty_transformer, load_transformer
 from k5train.cli import app
 from k5train.commands.lora import _model_of_run
@@ -288,3 +290,17 @@ def test_every_kind_of_adapter_is_loaded_back_as_its_result_says_and_compared(
     monkeypatch.setattr(files, "save_file", changed)
     with pytest.raises(RunError, match=r"diffusers does not load .* as it was trained: 1 of \d+ tensors differ"):
         start_run(tmp_path / "bad", toy_cache("fp32"), toy_model, config, is_whole=True)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_tensor_that_a_file_lacks_is_noticed(tmp_path, toy_model, empty, part):
+    """diffusers then leaves it out without a word: on the meta device, where nothing is compared as equal."""
+    trained = empty_transformer(toy_model).to_empty(device="cpu")
+    add_lora(trained, LoraConfig(rank=2, targets=("qkv",)), 0)
+    state = lora_state_dict(trained)
+    save_file(state, tmp_path / "whole.safetensors", metadata={"format": "pt"})
+    compare_saved(tmp_path / "whole.safetensors", trained, empty, BY_PIPELINE)
+    dropped = [key for key in state if part in key][3]
+    save_file({k: t for k, t in state.items() if k != dropped}, tmp_path / "less.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"diffusers does not load .*less.* as it was trained: 1 of 48 tensors differ"):
+        compare_saved(tmp_path / "less.safetensors", trained, empty, BY_PIPELINE)

@@ -81,6 +81,8 @@ for line in sys.stdin:
     elif label.startswith("bad"):
         say("ended", label=label, problem="the loss is not finite", fix="Lower train.optim.lr")
     else:
+        if label.startswith("threads"):
+            print("has", os.environ.get("OMP_NUM_THREADS"), "threads", file=sys.stderr, flush=True)
         time.sleep(0.4 if gpu == "GPU-0" else 0.02)
         say("ended", label=label, problem=None, fix=None)
 """
@@ -119,6 +121,25 @@ def test_a_fast_gpu_trains_more_runs(crew_of, capsys):
     told = capsys.readouterr().err
     assert told.count("on GPU 1: ") > 2 * told.count("on GPU 0: ") > 0
     assert told.count("Loading torch ...") == 1
+
+
+def test_a_gpu_has_its_next_run_while_the_states_of_the_last_one_are_removed(crew_of):
+    crew, ended = crew_of(*"abc")
+    trained = []
+    crew.ended = lambda label, error: (trained.append((label, list(crew.training.values()))), ended(label, error))
+    crew.run(TWO[:1])
+    assert trained == [("a", ["b"]), ("b", ["c"]), ("c", [])]
+
+
+def test_workers_share_the_cores_out(crew_of, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert [system.shared_threads(n, {})["OMP_NUM_THREADS"] for n in (1, 2, 3, 16)] == ["8", "4", "2", "1"]
+    assert system.shared_threads(2, {"OMP_NUM_THREADS": "7"}) == {}
+    crew, _ = crew_of("threads-1", "threads-2")
+    crew.run(TWO)
+    told = capsys.readouterr().err
+    assert told.count("has 4 threads") == 2
 
 
 def test_a_run_that_fails_and_a_worker_that_is_killed_cost_only_themselves(crew_of, capsys):

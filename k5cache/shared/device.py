@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from k5cache.shared import console
 from k5cache.shared.errors import K5Error
@@ -23,6 +25,23 @@ def is_rocm() -> bool:
     import torch
 
     return getattr(torch.version, "hip", None) is not None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch use one thread of the processor, for thousands of small operations.
+
+    Each of them ends when its last thread does, and threads wait for each other by turning in circles. Where two
+    processes do that at once, as in a sweep on two GPUs, a thread often waits for one that has no core.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(name: str, option: str = "--device ") -> str:

@@ -345,6 +345,15 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def shared_threads(count: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variable by which torch shares the cores out among so many processes; none if the user has set it.
+
+    Without it each has a thread on every core, and they wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {} if "OMP_NUM_THREADS" in env else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+
+
 @contextmanager
 def on_one_core() -> Iterator[None]:
     """Run on one core until the end of the block, where a process can choose. What it was is restored."""

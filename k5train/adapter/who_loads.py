@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from k5cache.shared.device import one_thread
 from k5cache.shared.errors import RunError
 from k5train.adapter.comfyui import OTHER_MODEL, Program, by_comfyui
 from k5train.adapter.files import PREFIX, lora_state_dict
@@ -164,33 +165,35 @@ class _Loaded(NamedTuple):
 
 
 def load_by_diffusers(
-    path: Path, transformer: Kandinsky5Transformer3DModel, call: str = BY_PIPELINE
+    path: Path, transformer: Kandinsky5Transformer3DModel, call: str = BY_PIPELINE, *, only_from_file: bool = False
 ) -> tuple[dict[str, Tensor], str | None]:
     """What diffusers would load into a transformer.
 
     Args:
         call: ``BY_PIPELINE`` or ``BY_TRANSFORMER``.
+        only_from_file: what the file does not have stays on the meta device and is not drawn first, which takes most of
+            the time. ``load_lora_weights`` does so unless it is told otherwise; ``load_lora_adapter`` does not.
 
     Returns:
         ``<module>.lora_{A,B}.weight``, ``<module>.lora_magnitude_vector``, ``<module>.lokr_w1`` and so on, with the
         strength folded into ``lora_B`` or ``lokr_w1``; and the error that diffusers raises, or None.
     """
-    tensors, _, error = _load(path, transformer, call)
+    tensors, _, error = _load(path, transformer, call, only_from_file)
     return tensors, error
 
 
-def _load(path: Path, transformer: Kandinsky5Transformer3DModel, call: str) -> _Loaded:
+def _load(path: Path, transformer: Kandinsky5Transformer3DModel, call: str, only_from_file: bool = False) -> _Loaded:
     from diffusers.utils import logging
 
     _move_off_meta(transformer)
-    load: Callable[[Path, Kandinsky5Transformer3DModel], None] = (
+    load: Callable[[Path, Kandinsky5Transformer3DModel, bool], None] = (
         _load_as_pipeline if call == BY_PIPELINE else _load_as_transformer
     )
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the report says what it would warn of
     try:
         with warnings.catch_warnings(action="ignore"):
-            load(path, transformer)
+            load(path, transformer, only_from_file)
         return _Loaded(_loaded_tensors(transformer), _strengths(transformer), None)
     except Exception as error:  # whatever it is, a user of the file would get it too
         if "size mismatch" in str(error):
@@ -202,18 +205,22 @@ def _load(path: Path, transformer: Kandinsky5Transformer3DModel, call: str) -> _
         transformer.unload_lora()
 
 
-def _load_as_pipeline(path: Path, transformer: Kandinsky5Transformer3DModel) -> None:
+def _load_as_pipeline(path: Path, transformer: Kandinsky5Transformer3DModel, only_from_file: bool) -> None:
     """Do what ``load_lora_weights`` of ``Kandinsky5T2IPipeline`` does, without a pipeline and its encoders."""
     from diffusers.loaders import KandinskyLoraLoaderMixin as Mixin
 
     state, metadata = Mixin.lora_state_dict(str(path), return_lora_metadata=True)
     if not all("lora" in key for key in state):
         raise ValueError("Invalid LoRA checkpoint. Make sure all LoRA param names contain `'lora'` substring.")
-    Mixin.load_lora_into_transformer(state, transformer, adapter_name=_CHECKED, metadata=metadata)
+    Mixin.load_lora_into_transformer(
+        state, transformer, adapter_name=_CHECKED, metadata=metadata, low_cpu_mem_usage=only_from_file
+    )
 
 
-def _load_as_transformer(path: Path, transformer: Kandinsky5Transformer3DModel) -> None:
-    transformer.load_lora_adapter(str(path), prefix="transformer", adapter_name=_CHECKED)
+def _load_as_transformer(path: Path, transformer: Kandinsky5Transformer3DModel, only_from_file: bool) -> None:
+    transformer.load_lora_adapter(
+        str(path), prefix="transformer", adapter_name=_CHECKED, low_cpu_mem_usage=only_from_file
+    )
 
 
 def _loaded_tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
@@ -266,12 +273,17 @@ def compare_saved(
     Raises:
         RunError: diffusers would load other numbers, or fewer.
     """
-    expected = {key.removeprefix(PREFIX): tensor for key, tensor in lora_state_dict(transformer).items()}
-    loaded, error = load_by_diffusers(path, empty, call)
-    different = [key for key in expected if key not in loaded or not torch.equal(loaded[key].float(), expected[key])]
+    with one_thread():
+        expected = {key.removeprefix(PREFIX): tensor for key, tensor in lora_state_dict(transformer).items()}
+        loaded, error = load_by_diffusers(path, empty, call, only_from_file=call == BY_PIPELINE)
+        different = [key for key, tensor in expected.items() if not _is(loaded.get(key), tensor)]
     if error or different or len(loaded) != len(expected):
         reason = error or f"{len(different) or len(loaded) - len(expected)} of {len(expected)} tensors differ"
         raise RunError(
             f"diffusers does not load {path} as it was trained: {reason}",
             "Keep the file and report this; `k5train check-lora` shows what is loaded",
         )
+
+
+def _is(loaded: Tensor | None, expected: Tensor) -> bool:
+    return loaded is not None and not loaded.is_meta and torch.equal(loaded.float(), expected)

@@ -37,13 +37,28 @@ class GpuProcess:
     Args:
         command: what to start.
         hear: called with every event, from two threads.
+        env: further variables.
     """
 
-    def __init__(self, command: Sequence[str], gpu: Slot, name: str, hear: Callable[[Event], object]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        gpu: Slot,
+        name: str,
+        hear: Callable[[Event], object],
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.gpu, self.name, self._hear = gpu, name, hear
         self.last_lines: list[str] = []
         pipe = subprocess.PIPE
-        env = {**system.environment(), **gpu.env, "COLUMNS": COLUMNS, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        env = {
+            **system.environment(),
+            **gpu.env,
+            **(env or {}),
+            "COLUMNS": COLUMNS,
+            "PYTHONUNBUFFERED": "1",
+            "NO_COLOR": "1",
+        }
         self._process = system.start_apart(command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, cwd=Path.cwd())
         stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
         assert stdin is not None

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import TaskID
 
-from k5cache.shared import console
+from k5cache.shared import console, system
 from k5cache.shared.errors import K5Error, RunError
 from k5cache.shared.gpus import Slot
 from k5cache.shared.host_memory import free_ram
@@ -65,6 +65,7 @@ class Crew:
         self._all: list[Worker] = []
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._said: set[str] = set()
+        self._threads: Mapping[str, str] = {}
         self._tasks: dict[tuple[Worker, str], TaskID] = {}
 
     def run(self, gpus: Sequence[Slot]) -> None:
@@ -75,6 +76,7 @@ class Crew:
             K5Error: no worker could begin.
             KeyboardInterrupt: stopped, by Ctrl-C or because a worker was. Says what is saved.
         """
+        self._threads = system.shared_threads(len(gpus))
         with console.progress() as self.bars:
             self.total = self.bars.add_task("sweep", total=len(self.labels), unit="run", note="")
             try:
@@ -95,7 +97,7 @@ class Crew:
 
     def start(self, gpu: Slot, name: str) -> None:
         """Start a worker."""
-        worker = GpuProcess(WORKER, gpu, name, self._events.put)
+        worker = GpuProcess(WORKER, gpu, name, self._events.put, self._threads)
         self._all.append(worker)
         self.states[worker] = "starting"
         worker.order("begin", job=self.job.to_json())
@@ -151,9 +153,11 @@ class Crew:
         """A run has ended."""
         self.deaths[worker.gpu.key] = 0
         error = RunError(facts["problem"], facts["fix"]) if facts["problem"] else None
-        self._note_end(worker, error)
+        label = self._taken_from(worker, error)
         if worker in self.states:
             self.states[worker] = "ended"
+            self.go_on()  # first: what follows removes saved states, which takes seconds on a slow disk
+        self._note_end(label, error)
 
     def on_refused(self, worker: Worker, facts: Mapping[str, Any]) -> None:
         """A worker cannot begin: there is no room, say. The others go on without it; without any, that is the error."""
@@ -186,7 +190,8 @@ class Crew:
         self.deaths[worker.gpu.key] += 1
         if label:
             fix = "The same command goes on with it, from the last state that it saved"
-            self._note_end(worker, RunError(f"it was not finished on {worker.name}: {worker.how_it_ended}", fix))
+            error = RunError(f"it was not finished on {worker.name}: {worker.how_it_ended}", fix)
+            self._note_end(self._taken_from(worker, error), error)
         else:
             console.warn(f"{worker.name} was lost before it could train: {worker.how_it_ended}")
         if self.left and self.deaths[worker.gpu.key] < MOST_DEATHS:
@@ -277,10 +282,14 @@ class Crew:
     def _warn_of(self, name: str, error: K5Error) -> None:
         console.warn(f"{name} is not used: {error.problem}. {error.fix}")
 
-    def _note_end(self, worker: Worker, error: K5Error | None) -> None:
+    def _taken_from(self, worker: Worker, error: K5Error | None) -> str:
+        """The run that a worker trained until now. Says what ended it, if that is an error."""
         label = self.training.pop(worker)
         if error is not None:
             console.warn(f"{label}: {error.problem}. {error.fix}")
+        return label
+
+    def _note_end(self, label: str, error: K5Error | None) -> None:
         self.ended(label, error)
         self.bars.advance(self.total)
 

@@ -71,7 +71,9 @@ def main(
 
 
 def time_sweeps(root: Path, counts: Sequence[int], steps: int, side: int, done: Callable[[Timed], object]) -> None:
-    """Prepare the base, compile in a short run, then time a sweep for each number of GPUs.
+    """Prepare the base, compile in a short sweep, then time a sweep for each number of GPUs.
+
+    A sweep of one run, and not a run: it also measures losses, which is compiled apart.
 
     Args:
         done: called with each as soon as it is known.
@@ -84,7 +86,8 @@ def time_sweeps(root: Path, counts: Sequence[int], steps: int, side: int, done: 
               "train.loss_limit=0"]  # fmt: skip
     grid = ["--grid", f"train.optim.lr={','.join(RATES)}", "--set", f"train.steps={steps}"]
     shutil.rmtree(root / "warm", ignore_errors=True)
-    run(root, "run", *common, "--set", "train.steps=3", "-o", str(root / "warm"))
+    warm = ["--grid", f"train.optim.lr={RATES[0]}", "--set", "train.steps=3", "--gpus", "1"]
+    run(root, "sweep", *common, *warm, "-o", str(root / "warm"))
     for count in counts:
         target = root / f"sweep-on-{count}"
         shutil.rmtree(target, ignore_errors=True)
