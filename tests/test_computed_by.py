@@ -91,6 +91,11 @@ def test_a_lora_that_was_deleted_is_written_again_by_whatever_computes_here(tmp_
     assert same(lora_of(tmp_path / "run"), loras)
 
 
+def files_of(root: Path) -> dict[Path, bytes]:
+    """Every file of a run but its lock."""
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def test_blocks_that_were_compiled_are_not_gone_on_with_eagerly(tmp_path, cache, toy_model, monkeypatch):
     compiles = torch.compile
     monkeypatch.setattr(execute.torch, "compile", partial(compiles, backend="eager"))
@@ -103,13 +108,36 @@ def test_blocks_that_were_compiled_are_not_gone_on_with_eagerly(tmp_path, cache,
 
     monkeypatch.setattr(execute.torch, "compile", partial(compiles, backend=no_room))
     torch._dynamo.reset()
+    before = files_of(tmp_path / "run")
     refused = Cli(tmp_path)(app, "resume", "run", "--step", "3")
     assert refused.code == 2
     assert "its last bits would change here: kernels.compiled: true, now false" in refused.err
+    assert files_of(tmp_path / "run") == before  # the states and lines after step 3 too, and the result
     monkeypatch.setattr(execute.torch, "compile", partial(compiles, backend="eager"))
     torch._dynamo.reset()
-    done = Cli(tmp_path)(app, "resume", "run")
+    done = Cli(tmp_path)(app, "resume", "run", "--step", "3")
     assert done.code == 0, done.err
+
+
+def test_ctrl_c_before_the_first_step_leaves_all_as_it_is_and_says_how_to_go_on(
+    tmp_path, cache, toy_model, monkeypatch
+):
+    def pressed(loop):
+        raise KeyboardInterrupt
+
+    start_run(tmp_path / "run", cache, toy_model, CONSTANT)
+    before, cli = files_of(tmp_path / "run"), Cli(tmp_path)
+    monkeypatch.setattr(Loop, "warm_up", pressed)
+    stopped = cli(app, "resume", "run", "--step", "3")
+    assert stopped.code == 130
+    assert "Stopped before step 4. Go on with: k5train resume run --step 3" in stopped.err
+    assert files_of(tmp_path / "run") == before
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped before step 1\. Go on with: k5train resume \S*new$"):
+        start_run(tmp_path / "new", cache, toy_model, CONSTANT)
+    monkeypatch.undo()
+    assert cli(app, "resume", "run", "--step", "3").code == 0
+    assert cli(app, "resume", "new").code == 0
+    assert same(lora_of(tmp_path / "new"), lora_of(tmp_path / "run"))
 
 
 def test_a_sweep_trains_its_other_runs_and_goes_on_when_the_advice_was_followed(

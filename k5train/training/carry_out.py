@@ -66,17 +66,21 @@ def carry_out(
         base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
         with closing(attach(base, config, saved, ranks)) as session:
             ranks.gather("ready")  # all have read the state, which the first one may now remove
-            # Whatever is refused before this line leaves a finished run as it is.
-            if ranks.is_first:
+            progress = replace(saved.progress) if saved else Progress()
+
+            def begin() -> None:
+                """Change the run: whatever is refused before leaves a finished one as it is."""
+                if not ranks.is_first:
+                    return
                 run.result.unlink(missing_ok=True)
                 if accepted:
                     accepted()
-            progress = replace(saved.progress) if saved else Progress()
-            if saved and ranks.is_first:
-                remove_after(run.state, progress.step)
-                console.note(f"Going on from step {progress.step}")
+                if saved:
+                    remove_after(run.state, progress.step)
+                    console.note(f"Going on from step {progress.step}")
+
             loop = Loop(data, config, run, session, loader, validation, progress, run_identity, saved, ranks,
-                        facts_of(ranks, saved))  # fmt: skip
+                        facts_of(ranks, saved), begin)  # fmt: skip
             with named(run.root):
                 ended_by = loop.run_to_end()
                 if not ranks.is_first:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from k5train.objective.rollout import Cost
 from k5train.options.train import TrainConfig
+from k5train.parallel.ranks import Ranks
 
 MOST_ROWS = 64  # row numbers in a line of metrics.jsonl
 
@@ -26,6 +28,16 @@ def rows_of(rows: Sequence[int], seconds: float) -> dict[str, Any]:
 def prodigy_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The factor that Prodigy has found for the learning rate."""
     return {"prodigy_d": float(group["d"])} if "d" in (group := optimizer.param_groups[0]) else {}
+
+
+def cost_of_rollouts(cost: Cost, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
+    """What rollouts cost in this update: the passes of all processes, and the seconds of the slowest one."""
+    own = cost.take()
+    if ranks.size == 1 or not config.rollout.probability:
+        return own
+    costs = [cost for cost in ranks.gather(own) if cost]
+    passes, seconds = ([cost[name] for cost in costs] for name in ("rollout_passes", "rollout_seconds"))
+    return {"rollout_passes": sum(passes), "rollout_seconds": max(seconds)} if costs else {}
 
 
 def memory_of(device: torch.device, planned_bytes: int) -> dict[str, Any]:

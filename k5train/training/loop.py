@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -35,13 +35,13 @@ from k5train.runs.written import recorded
 from k5train.training.beside import MOST_COPIES, Beside
 from k5train.training.clock import Clock
 from k5train.training.computed_by import check_computed_by
-from k5train.training.fields import memory_of, prodigy_of, rows_of, steps_of, tail_mean
+from k5train.training.fields import cost_of_rollouts, memory_of, prodigy_of, rows_of, steps_of, tail_mean
 from k5train.training.graph import MOST_KINDS
 from k5train.training.metadata import metadata
 from k5train.training.optimizer import learning_rate, set_rate
 from k5train.training.out_of_memory import when_memory_ends
 from k5train.training.session import Session, plan_for_less
-from k5train.training.step import accumulate, by_sigma, loss_function, preservation_loss, train_step
+from k5train.training.step import accumulate, by_sigma, loss_function, preservation_loss, seed_dropout, train_step
 from k5train.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -59,13 +59,15 @@ class Loop:
         saved: where the run goes on. None: it begins.
         ranks: the processes that train together.
         facts: what else is saved with the state.
+        accepted: called when nothing more can be refused, before anything of the run is changed.
     """
 
     def __init__(
         self, data: Mixture, config: TrainConfig, run: Run, session: Session, loader: Loader, validation: Validation,
         progress: Progress, run_identity: dict[str, Any], saved: SavedState | None, ranks: Ranks = ALONE,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None, accepted: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
+        self.accepted = accepted
         self.data, self.config, self.run, self.session = data, config, run, session
         self.loader, self.validation, self.progress, self.run_identity = loader, validation, progress, run_identity
         self.saved, self.ranks, self.facts = saved, ranks, dict(facts or {})
@@ -87,12 +89,13 @@ class Loop:
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
         go_on = partial(console.command, "k5train", "resume", self.run.root, gpus=self.ranks.gpus)
+        metrics: Metrics | None = None  # until nothing more can be refused: opening it cuts off what follows a state
         with (
             interrupt.installed(),
             console.progress() as bars,
-            self.open_metrics() as metrics,
+            ExitStack() as opened,
             when_memory_ends(
-                lambda: self.session.base.plan, partial(self.save_after_error, metrics), go_on, self.saved_plan
+                lambda: self.session.base.plan, lambda: self.save_after_error(metrics), go_on, self.saved_plan
             ),
         ):
             try:
@@ -100,16 +103,19 @@ class Loop:
                     self.warm_up()
                 own = self.session.computed_by
                 self.facts |= check_computed_by(self.saved, own, self.config, self.ranks, is_tried=True)
+                self.accepted()
+                metrics = opened.enter_context(self.open_metrics())
                 self.ready = time.monotonic()
                 return self.steps(bars, metrics)
             except KeyboardInterrupt as stopped:
                 saved = self.save_stopped(metrics)
-                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on()}") from stopped
+                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on(**self.same_step())}") from stopped
             except RankLost as lost:
                 if not self.ranks.is_first:
                     raise  # it is the first process that saves, and says so
                 saved = self.save_stopped(metrics)
-                told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {go_on()}")
+                again = go_on(**self.same_step())
+                told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {again}")
                 told.is_told = lost.is_told
                 raise told from lost
             except Exception:
@@ -118,6 +124,11 @@ class Loop:
             finally:
                 # Before a run out of memory saves. Whoever closes the session has another one, if it planned for less.
                 self.session.make_room()
+
+    def same_step(self) -> dict[str, int]:
+        """The option that goes on from this state, if a later one is still there: nothing was begun then."""
+        latest = latest_state(self.run.state) if self.saved else None
+        return {"step": self.progress.step} if latest and latest.progress.step > self.progress.step else {}
 
     def open_metrics(self) -> Metrics:
         """The run's measurements, which only the first of several processes writes."""
@@ -218,12 +229,14 @@ class Loop:
         asked = time.monotonic()
         step_batches = list(islice(batches, config.gradient_accumulation_steps))
         waited = time.monotonic() - asked
+        first = progress.step * self.loader.per_update + self.ranks.rank
         losses = accumulate(self.predict, step_batches, self.data, self.device, config.loss_limit, self.loss_of,
                             self.preserve, self.session.graphs,
                             partial(self.session.clip, config.optim.max_grad_norm), self.ranks,
-                            self.seed_dropout if config.lora.dropout else None)  # fmt: skip
+                            partial(seed_dropout, config.seed, first, self.ranks.size) if config.lora.dropout else None,
+                            )  # fmt: skip
         assert losses.norm is not None
-        cost = self.cost_of_rollouts()
+        cost = cost_of_rollouts(self.cost, config, self.ranks)
         with interrupt.deferred():
             self.is_between_updates = False
             self.session.update(losses.rows, self.data, losses.norm)
@@ -238,24 +251,6 @@ class Loop:
                           **cost, **memory_of(self.device, self.session.base.plan.peak),
                           **steps_of(config))  # fmt: skip
         return losses.mean
-
-    def seed_dropout(self, number: int) -> None:
-        """Make what the adapter's dropout draws in a batch a function of the seed and the micro-batch, like every draw.
-
-        Args:
-            number: of the batch among those of this process in the update.
-        """
-        micro = self.progress.step * self.loader.per_update + number * self.ranks.size + self.ranks.rank
-        torch.manual_seed(self.config.seed * 1_000_003 + micro)
-
-    def cost_of_rollouts(self) -> dict[str, float]:
-        """What rollouts cost in this update: the passes of all processes, and the seconds of the slowest one."""
-        own = self.cost.take()
-        if self.ranks.size == 1 or not self.config.rollout.probability:
-            return own
-        costs = [cost for cost in self.ranks.gather(own) if cost]
-        passes, seconds = ([cost[name] for cost in costs] for name in ("rollout_passes", "rollout_seconds"))
-        return {"rollout_passes": sum(passes), "rollout_seconds": max(seconds)} if costs else {}
 
     def validate(self, bars: Bars, metrics: Metrics, is_last: bool) -> None:
         """Draw pictures and measure the held-out loss if they are due."""
@@ -366,7 +361,7 @@ class Loop:
         facts = {**plain, **plan, **self.facts, "identity": self.run_identity}
         return partial(save_state, self.run.state, deepcopy(self.progress), parts, facts)
 
-    def save_stopped(self, metrics: Metrics) -> str:
+    def save_stopped(self, metrics: Metrics | None) -> str:
         """Write the state to resume from, and say so. A signal that comes meanwhile waits; one more does not.
 
         A second signal may have cut an update short. What it left is neither of its step nor of the next: then the
@@ -374,6 +369,8 @@ class Loop:
         """
         if not self.ranks.is_first:
             return ""
+        if metrics is None:
+            return f" before step {self.progress.step + 1}"
         if not self.is_between_updates:
             return f" in the middle of step {self.progress.step + 1}, which is not saved"
         is_saved = any(self.run.state.glob("step-*"))
@@ -384,8 +381,10 @@ class Loop:
             saved = f" and saved at step {self.progress.step}"
         return saved
 
-    def save_after_error(self, metrics: Metrics) -> Path | None:
+    def save_after_error(self, metrics: Metrics | None) -> Path | None:
         """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path."""
+        if metrics is None:
+            return None
         self.session.optimizer.zero_grad(set_to_none=True)
         if self.is_between_updates and self.progress.step:
             self.save_state(metrics)

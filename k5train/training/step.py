@@ -207,6 +207,17 @@ def accumulate(
     return replace(_losses(measured, num_rows, loss_limit, cache), norm=values[-1] if clip else None)
 
 
+def seed_dropout(seed: int, first: int, every: int, number: int) -> None:
+    """Make what the adapter's dropout draws in a batch a function of the seed and the micro-batch, like every draw.
+
+    Args:
+        first: the micro-batch of this process's first batch in the update, counted from the beginning of the run.
+        every: how many processes share the update out.
+        number: of the batch among those of this process in the update.
+    """
+    torch.manual_seed(seed * 1_000_003 + first + number * every)
+
+
 def _passes(batch: Batch, graphs: GraphedPasses | None) -> list[tuple[Group, ...]]:
     """The groups of each pass: one, or on fixed buffers all of them, where the lengths of captions are data."""
     return [(group,) for group in batch.groups] if graphs is None else [batch.groups]
