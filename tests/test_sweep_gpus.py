@@ -52,6 +52,7 @@ for line in sys.stdin:
             os.kill(os.getpid(), signal.SIGSTOP)
         break
     elif order["do"] == "stop":
+        time.sleep(float(os.environ.get("SAVES_FOR", 0)))
         say("stopped", said="Stopped and saved at step 7. Go on with: k5train resume x")
         sys.exit(130)
     elif order["do"] == "begin":
@@ -169,9 +170,9 @@ def test_ctrl_c_stops_all_and_says_what_each_has_saved(crew_of):
     ended.stop_after = "a"
     with pytest.raises(KeyboardInterrupt, match=r"^Stopped; long: saved at step 7$"):
         crew.run(TWO)
-    assert [worker.how_it_ended for worker in crew._all if worker.gpu.key == "GPU-0"] == [
-        "its process ended with exit code 130: Loading torch ..."
-    ]
+    # Of "a" there is nothing to stop: its worker was sent away.
+    said = "its process ended with exit code {}: Loading torch ..."
+    assert {worker.how_it_ended for worker in crew._all} == {said.format(130), said.format(0)}
 
 
 def test_a_worker_that_hangs_is_named_and_a_second_ctrl_c_ends_it(crew_of, monkeypatch, capsys):
@@ -209,6 +210,27 @@ def test_an_error_of_the_sweep_itself_lets_the_runs_that_are_trained_save(crew_o
     with pytest.raises(ZeroDivisionError):
         crew.run(TWO)
     assert crew.stopped == {"long": "saved at step 7"}
+
+
+def test_an_end_that_cannot_be_noted_while_all_stop_leaves_the_others_their_time_to_save(crew_of, monkeypatch, capsys):
+    monkeypatch.setenv("SAVES_FOR", "1")  # "b" ends meanwhile
+    crew, _ = crew_of("long", "a", "b", "c")
+    crew.ended = lambda label, error: raises(OSError(errno.ENOSPC, f"No space left for {label}"))
+    with pytest.raises(OSError, match="No space left for a"):
+        crew.run(TWO)
+    assert crew.stopped["long"] == "saved at step 7"
+    assert "b: how it ended is not noted: [Errno 28] No space left for b" in capsys.readouterr().err
+
+
+def test_a_run_that_has_ended_is_noted_also_if_ctrl_c_meets_the_next_order(crew_of, monkeypatch):
+    crew, ended = crew_of("a", "b")
+    give = crew.give_next
+    monkeypatch.setattr(
+        crew, "give_next", lambda worker: give(worker) if "a" in crew.left else raises(KeyboardInterrupt())
+    )
+    with pytest.raises(KeyboardInterrupt, match=r"^Stopped$"):
+        crew.run(TWO[:1])
+    assert ended.problems == {"a": None}
 
 
 def test_a_worker_that_somebody_stops_stops_the_sweep(crew_of, capsys):

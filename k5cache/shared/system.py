@@ -346,7 +346,7 @@ def resident_bytes() -> int:
 
 
 def shared_threads(count: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variable by which torch shares the cores out among so many processes; none if the user has set it.
+    """The environment variable that gives each of so many processes its share of the cores. None if the user set it.
 
     Without it each has a thread on every core, and they wait for each other.
     """

@@ -154,10 +154,12 @@ class Crew:
         self.deaths[worker.gpu.key] = 0
         error = RunError(facts["problem"], facts["fix"]) if facts["problem"] else None
         label = self._taken_from(worker, error)
-        if worker in self.states:
-            self.states[worker] = "ended"
-            self.go_on()  # first: what follows removes saved states, which takes seconds on a slow disk
-        self._note_end(label, error)
+        try:
+            if worker in self.states:
+                self.states[worker] = "ended"
+                self.go_on()  # first: what follows removes saved states, which takes seconds on a slow disk
+        finally:
+            self._note_end(label, error)
 
     def on_refused(self, worker: Worker, facts: Mapping[str, Any]) -> None:
         """A worker cannot begin: there is no room, say. The others go on without it; without any, that is the error."""
@@ -290,7 +292,12 @@ class Crew:
         return label
 
     def _note_end(self, label: str, error: K5Error | None) -> None:
-        self.ended(label, error)
+        try:
+            self.ended(label, error)
+        except Exception as problem:
+            if not self.is_stopping:
+                raise
+            console.warn(f"{label}: how it ended is not noted: {problem}")  # the others still save
         self.bars.advance(self.total)
 
     def _order(self, worker: Worker, what: str, **facts: object) -> None:
