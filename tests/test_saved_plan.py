@@ -206,9 +206,9 @@ def test_the_sizes_that_blocks_are_compiled_at_are_the_saved_ones_too(tmp_path, 
     path.write_bytes(seal(document))
     kernels_for, determinism = [], carry_out.determinism
 
-    def noting(is_on, compiled_for):
+    def noting(is_on, compiled_for, **facts):
         kernels_for.append(compiled_for)
-        return determinism(is_on, compiled_for)
+        return determinism(is_on, compiled_for, **facts)
 
     monkeypatch.setattr(carry_out, "determinism", noting)
     go_on(tmp_path / "run", steps=4)

@@ -23,6 +23,7 @@ from k5train.options.train import TrainConfig
 from k5train.parallel.ranks import ALONE, Ranks
 from k5train.pictures.drawings import draws_any
 from k5train.pictures.sample import inference_sigmas
+from k5train.planning.plan import how_to_run
 from k5train.runs.folder import Run
 from k5train.runs.metrics import read_metrics
 from k5train.runs.resume_state import Progress, SavedState, remove_after
@@ -62,7 +63,8 @@ def carry_out(
     plan = decide_plan(data, folder, config, device, saved, base.plan if base else None, ranks)
     if ranks.size > 1:
         check_room(ranks, plan.host_bytes)
-    with determinism(config.deterministic, (plan.sizes, config.lora)):
+    is_compiled = device.type == "cuda" and how_to_run(config, device) == "compiled"
+    with determinism(config.deterministic, (plan.sizes, config.lora), is_compiled=is_compiled):
         base = replace(base, plan=plan) if base else load_base(folder, config, device, plan)
         with closing(attach(base, config, saved, ranks)) as session:
             ranks.gather("ready")  # all have read the state, which the first one may now remove
