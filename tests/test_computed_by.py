@@ -23,7 +23,7 @@ from k5train.options.optimizer import OptimConfig
 from k5train.parallel.ranks import ALONE
 from k5train.runs.folder import Run
 from k5train.runs.resume_state import Progress, SavedState
-from k5train.training import session
+from k5train.training import loop, session
 from k5train.training.computed_by import KEY, OTHERS, check_computed_by, computed_by
 from k5train.training.loop import Loop
 from k5train.training.sweep import sweep
@@ -130,14 +130,31 @@ def test_ctrl_c_before_the_first_step_leaves_all_as_it_is_and_says_how_to_go_on(
     monkeypatch.setattr(Loop, "warm_up", pressed)
     stopped = cli(app, "resume", "run", "--step", "3")
     assert stopped.code == 130
-    assert "Stopped before step 4. Go on with: k5train resume run --step 3" in stopped.err
+    assert "Stopped before step 4. Go on with: command resume run --step 3" in stopped.err
+    longer = ("resume", "run", "--set", "train.steps=8")  # which its recipe does not say yet
+    assert f"Stopped before step 7. Go on with: command {' '.join(longer)}" in cli(app, *longer).err
     assert files_of(tmp_path / "run") == before
+    newest = tmp_path / "run/state/step-000006/step.json"
+    newest.write_bytes(b"damaged, so it was resumed from the one before")
+    assert "Go on with: command resume run --step 3" in cli(app, "resume", "run", "--step", "3").err
+    newest.write_bytes(before[newest])
     with pytest.raises(KeyboardInterrupt, match=r"Stopped before step 1\. Go on with: k5train resume \S*new$"):
         start_run(tmp_path / "new", cache, toy_model, CONSTANT)
     monkeypatch.undo()
     assert cli(app, "resume", "run", "--step", "3").code == 0
     assert cli(app, "resume", "new").code == 0
     assert same(lora_of(tmp_path / "new"), lora_of(tmp_path / "run"))
+
+
+def test_a_tracker_that_refuses_does_so_before_anything_of_a_run_changes(tmp_path, cache, toy_model, monkeypatch):
+    def refuse(*arguments):
+        raise RunError("wandb does not start: no key", "Run: wandb login")
+
+    start_run(tmp_path / "run", cache, toy_model, CONSTANT)
+    before = files_of(tmp_path / "run")
+    monkeypatch.setattr(loop, "open_trackers", refuse)
+    assert "wandb does not start" in Cli(tmp_path)(app, "resume", "run", "--step", "3").err
+    assert files_of(tmp_path / "run") == before
 
 
 def test_a_sweep_trains_its_other_runs_and_goes_on_when_the_advice_was_followed(

@@ -384,7 +384,7 @@ def test_running_out_of_memory_saves_and_names_the_setting(tmp_path):
         ),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
-    assert ended.value.fix == "Free VRAM, or plan for less: k5train resume 'runs/a b' --set train.memory.vram=14.9GB"
+    assert ended.value.fix == "Free VRAM, or plan for less: k5train resume 'runs/a b' --vram 14.9GB"
 
 
 def test_there_is_no_leaner_plan_than_all_weights_streamed():

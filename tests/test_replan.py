@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from k5cache.shared.errors import DoesNotFit
+from k5train.cli import app
 from k5train.forward.execute import Execution
 from k5train.options.memory import MemoryConfig
 from k5train.planning import memory
-from k5train.runs.folder import Run
+from k5train.runs.folder import Run, open_run
 from k5train.runs.resume_state import latest_state
 from k5train.training import loop, session
+from tests.cli import Cli
 from tests.runs import CONFIG, go_on, lora_of, note_plans, same, start_run, state_of
 
 SHORT = replace(
@@ -75,6 +77,36 @@ def test_a_plan_that_the_recipe_fixes_is_not_changed(tmp_path, toy_cache, toy_mo
     assert len(plans) == 1
 
 
+def test_a_run_that_runs_out_before_its_first_step_stays_for_the_command_that_the_message_names(
+    tmp_path, toy_cache, toy_model, monkeypatch
+):
+    def ends(loop):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+
+    cli, options = Cli(tmp_path), ["train.steps=4", "train.device=cpu", "train.base_model_precision=no_change"]
+    options += ["train.lora.targets=['qkv']", "train.checkpoint_every=2", "train.optim.lr_scheduler=constant"]
+    begins = ["run", str(toy_cache("fp32")), "-o", "run", "--model", str(toy_model)]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Loop, "warm_up", ends)
+        refused = cli(app, *begins, *(word for option in options for word in ("--set", option)))
+    assert refused.code == 2
+    command = refused.err.split("plan for less: k5train ")[1].split()
+    assert command[:3] == ["resume", "run", "--vram"]
+    done = cli(app, *command)
+    assert done.code == 0, done.err
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.name != ".lock"}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Loop, "warm_up", ends)
+        refused = cli(app, "resume", "run", "--step", "2", "--vram", "3GB", "--set", "train.max_hours=2")
+    command = refused.err.split("plan for less: command ")[1].split()  # --set and --step are nowhere else yet
+    assert command[:-2] == ["resume", "run", "--step", "2", "--vram", "3GB", "--set", "train.max_hours=2"]
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.name != ".lock"} == before
+    done = cli(app, *command)
+    assert done.code == 0, done.err
+    config = open_run(tmp_path / "run")[2]
+    assert (config.memory.vram, config.max_hours) == (command[-1], 2)
+
+
 FOUR = replace(CONFIG, steps=4, checkpoint_every=2)
 
 
@@ -103,7 +135,7 @@ def test_memory_that_ends_in_mid_run_leaves_a_state_to_go_on_from(
         patched.setattr(owner, name, failing)
         with pytest.raises(DoesNotFit, match=r"the LoRA so far is in .*step-000003") as ended:
             start_run(tmp_path / "cut", toy_cache("fp32"), toy_model, FOUR)
-    assert f"k5train resume {tmp_path / 'cut'} --set train.memory.vram=" in ended.value.fix
+    assert f"k5train resume {tmp_path / 'cut'} --vram " in ended.value.fix
     saved = latest_state(Run(tmp_path / "cut").state)
     assert saved is not None
     # An interrupted update may have changed only some weights, so the state before it is the last good one.

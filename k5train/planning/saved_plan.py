@@ -6,15 +6,16 @@ on the VRAM that is free at the start. A run that must end with the same bits th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from k5cache.shared import console
 from k5cache.shared.errors import DoesNotFit, RunError
 from k5train.planning.memory import LEVELS, Plan, Streaming
-from k5train.runs.resume_state import MANIFEST, SavedState, broken, inexactly
+from k5train.runs.resume_state import INEXACT, MANIFEST, SavedState, broken, inexactly, same_command
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,14 @@ class SavedPlan:
     """The run's folder."""
     plan: Plan
 
-    @property
-    def advice(self) -> str:
-        """What to do if there is no room for the plan."""
-        return f"Free VRAM, or resume with a new plan, which changes the last bits: {inexactly(self.run)}"
+    def advice(self, retry: Callable[..., str] | None = None) -> str:
+        """What to do if there is no room for the plan.
+
+        Args:
+            retry: the command that goes on, given an option. None: nothing of the run is changed yet.
+        """
+        command = (retry or partial(same_command, self.run))(set=INEXACT)
+        return f"Free VRAM, or resume with a new plan, which changes the last bits: {command}"
 
     def within(self, budget: int | None) -> Plan:
         """The plan, with ``budget`` bytes of VRAM as its budget. None: no limit.
@@ -41,7 +46,7 @@ class SavedPlan:
             raise DoesNotFit(
                 f"{self.run} is deterministic and must go on with its saved memory plan, which needs "
                 f"{console.human_bytes(self.plan.peak)} of VRAM, there is {console.human_bytes(budget)} for torch",
-                self.advice,
+                self.advice(),
             )
         return replace(self.plan, budget=budget)
 

@@ -95,6 +95,11 @@ class Run:
         """Whether the run has ended."""
         return self.result.is_file()
 
+    def keep(self) -> None:
+        """Let ``new_run`` not remove it though it has done nothing yet: a message names it in a command."""
+        if not self.state.exists():
+            self.metrics.touch()
+
     def check_there(self) -> None:
         """Refuse to begin a second folder in the place of one that was moved while it was trained.
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 _MOST_MANIFEST_BYTES = 64 << 20
 MANIFEST = "step.json"
+INEXACT = "train.deterministic=false"
 UNSEALED = "state.json"
 """What versions wrote instead that did not save checksums. Their states are still read."""
 _STATE = re.compile(r"step-\d{6,}", re.ASCII)
@@ -257,16 +258,23 @@ def broken(path: Path, problem: Exception | str) -> RunError:
     return RunError(f"{path} cannot be used: {words}", fix)
 
 
-def inexactly(run: Path, gpus: int | None = None) -> str:
-    """The command that goes on with a deterministic run without the same bits: the one that is running, if it resumes.
+def same_command(run: Path, gpus: int | None = None, **options: object) -> str:
+    """The command that goes on with a run of which nothing is changed yet: the one that is running, if it resumes.
+
+    Its --set and --cache are not in the run's recipe before the first step, and the states after --step still there.
 
     Args:
         gpus: what ``--gpus`` was.
+        options: more of them.
     """
-    option = "train.deterministic=false"
-    if sys.argv[1:2] == ["resume"]:  # with its --step, its --set and what else it has
-        return console.this_command(set=option)
-    return console.command("k5train", "resume", run, gpus=gpus, set=option)
+    if sys.argv[1:2] == ["resume"]:
+        return console.this_command(**options)
+    return console.command("k5train", "resume", run, gpus=gpus, **options)
+
+
+def inexactly(run: Path, gpus: int | None = None) -> str:
+    """``same_command``, for a deterministic run without the same bits."""
+    return same_command(run, gpus, set=INEXACT)
 
 
 def _is_whole(state: Path) -> bool:

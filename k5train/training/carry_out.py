@@ -72,8 +72,6 @@ def carry_out(
 
             def begin() -> None:
                 """Change the run: whatever is refused before leaves a finished one as it is."""
-                if not ranks.is_first:
-                    return
                 run.result.unlink(missing_ok=True)
                 if accepted:
                     accepted()

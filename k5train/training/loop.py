@@ -29,7 +29,7 @@ from k5train.planning.saved_plan import SavedPlan, plan_facts, read_saved_plan
 from k5train.runs import requests
 from k5train.runs.folder import Run
 from k5train.runs.metrics import Metrics, Unwritten
-from k5train.runs.resume_state import Progress, SavedState, latest_state, save_state
+from k5train.runs.resume_state import Progress, SavedState, latest_state, same_command, save_state
 from k5train.runs.trackers import open_trackers
 from k5train.runs.written import recorded
 from k5train.training.beside import MOST_COPIES, Beside
@@ -59,7 +59,7 @@ class Loop:
         saved: where the run goes on. None: it begins.
         ranks: the processes that train together.
         facts: what else is saved with the state.
-        accepted: called when nothing more can be refused, before anything of the run is changed.
+        accepted: called on the first process when nothing more can be refused, before anything of the run is changed.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Loop:
         self.layers = adapter_layers(self.transformer) if weight else []
         self.clock = Clock(progress.seconds)
         self.losses: list[float] = []
+        self.metrics: Metrics | None = None  # until nothing more can be refused: it cuts off what follows a state
         self.is_between_updates = True
         """The adapter and the optimizer are those of ``progress.step``."""
         self.ready = time.monotonic()
@@ -88,14 +89,12 @@ class Loop:
 
     def run_to_end(self) -> str:
         """Train until there is a reason to end, and return it."""
-        go_on = partial(console.command, "k5train", "resume", self.run.root, gpus=self.ranks.gpus)
-        metrics: Metrics | None = None  # until nothing more can be refused: opening it cuts off what follows a state
         with (
             interrupt.installed(),
             console.progress() as bars,
             ExitStack() as opened,
             when_memory_ends(
-                lambda: self.session.base.plan, lambda: self.save_after_error(metrics), go_on, self.saved_plan
+                lambda: self.session.base.plan, lambda: self.save_after_error(self.metrics), self.go_on, self.saved_plan
             ),
         ):
             try:
@@ -103,19 +102,17 @@ class Loop:
                     self.warm_up()
                 own = self.session.computed_by
                 self.facts |= check_computed_by(self.saved, own, self.config, self.ranks, is_tried=True)
-                self.accepted()
-                metrics = opened.enter_context(self.open_metrics())
+                self.metrics = opened.enter_context(self.open_metrics())
                 self.ready = time.monotonic()
-                return self.steps(bars, metrics)
+                return self.steps(bars, self.metrics)
             except KeyboardInterrupt as stopped:
-                saved = self.save_stopped(metrics)
-                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {go_on(**self.same_step())}") from stopped
+                saved = self.save_stopped(self.metrics)
+                raise KeyboardInterrupt(f"Stopped{saved}. Go on with: {self.go_on()}") from stopped
             except RankLost as lost:
                 if not self.ranks.is_first:
                     raise  # it is the first process that saves, and says so
-                saved = self.save_stopped(metrics)
-                again = go_on(**self.same_step())
-                told = RankLost(f"{lost.problem}. The run has ended{saved}", f"{lost.fix}. Go on with: {again}")
+                ended = f"{lost.problem}. The run has ended{self.save_stopped(self.metrics)}"
+                told = RankLost(ended, f"{lost.fix}. Go on with: {self.go_on()}")
                 told.is_told = lost.is_told
                 raise told from lost
             except Exception:
@@ -125,17 +122,18 @@ class Loop:
                 # Before a run out of memory saves. Whoever closes the session has another one, if it planned for less.
                 self.session.make_room()
 
-    def same_step(self) -> dict[str, int]:
-        """The option that goes on from this state, if a later one is still there: nothing was begun then."""
-        latest = latest_state(self.run.state) if self.saved else None
-        return {"step": self.progress.step} if latest and latest.progress.step > self.progress.step else {}
+    def go_on(self, **options: object) -> str:
+        """The command that goes on with the run."""
+        command = partial(console.command, "k5train", "resume") if self.metrics else same_command
+        return command(self.run.root, gpus=self.ranks.gpus, **options)
 
     def open_metrics(self) -> Metrics:
-        """The run's measurements, which only the first of several processes writes."""
+        """Begin to change the run. Its measurements, as all of it, are written by the first of several processes."""
         if not self.ranks.is_first:
             return Unwritten()
         progress, run = self.progress, self.run
-        trackers = open_trackers(self.config.trackers, run, self.run_identity["train"], progress.step)
+        trackers = open_trackers(self.config.trackers, run, self.run_identity["train"], progress.step)  # may refuse
+        self.accepted()
         return Metrics(run.metrics, progress.step, trackers, progress.metrics)
 
     def warm_up(self) -> None:
@@ -370,6 +368,7 @@ class Loop:
         if not self.ranks.is_first:
             return ""
         if metrics is None:
+            self.run.keep()
             return f" before step {self.progress.step + 1}"
         if not self.is_between_updates:
             return f" in the middle of step {self.progress.step + 1}, which is not saved"
@@ -384,6 +383,7 @@ class Loop:
     def save_after_error(self, metrics: Metrics | None) -> Path | None:
         """Write the LoRA and, unless an update was cut short, the state to resume from; return the LoRA's path."""
         if metrics is None:
+            self.save_stopped(metrics)
             return None
         self.session.optimizer.zero_grad(set_to_none=True)
         if self.is_between_updates and self.progress.step:
@@ -391,8 +391,9 @@ class Loop:
         return self.save_checkpoint()
 
     def saved_plan(self) -> SavedPlan | None:
-        """The plan that the run must go on with, according to the state on disk."""
-        return read_saved_plan(latest_state(self.run.state), self.config.deterministic)
+        """The plan that the run must go on with, according to the state that it goes on from or has saved since."""
+        saved = latest_state(self.run.state) if self.metrics else self.saved
+        return read_saved_plan(saved, self.config.deterministic)
 
 
 def _is_multiple(step: int, every: int) -> bool:

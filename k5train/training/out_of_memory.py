@@ -29,7 +29,8 @@ def when_memory_ends(
         planned: returns the plan that the run has by then.
         save: saves the adapter and the state to resume from, and returns the path of the LoRA; None if there is nothing
             to save yet.
-        retry: the command that tries again, given the option that ``--set`` changes.
+        retry: the command that tries again, given ``vram`` or what ``--set`` changes. ``--vram`` is obeyed even if the
+            command that is running has another one.
         saved_plan: returns the plan that the run must go on with, if there is one. The advice is then not to plan for
             less.
 
@@ -43,7 +44,7 @@ def when_memory_ends(
         ending = f"; the LoRA so far is in {lora}" if lora else ""
         return DoesNotFit(
             f"The GPU ran out of memory, {console.human_bytes(plan.peak)} were planned: {words}{ending}",
-            fixed_plan.advice if fixed_plan else _plan_for_less(plan, retry),
+            fixed_plan.advice(retry) if fixed_plan else _plan_for_less(plan, retry),
         )
 
     return vram.when_memory_ends(refuse, (torch.OutOfMemoryError,))
@@ -55,4 +56,4 @@ def _plan_for_less(plan: Plan, retry: Callable[..., str]) -> str:
     card = (num_bytes * 11 // 12 + vram.CONTEXT_BYTES) / 2**30
     if plan.streaming and plan.streaming.num_blocks == len(plan.levels):
         return "Free VRAM, or use a lower resolution, batch size or rank: nothing leaner can be planned"
-    return f"Free VRAM, or plan for less: {retry(set=f'train.memory.vram={card:.1f}GB')}"
+    return f"Free VRAM, or plan for less: {retry(vram=f'{card:.1f}GB')}"
