@@ -451,8 +451,8 @@ import json, os, sys, time
 from k5cache.shared.lock import lock_file
 from pathlib import Path
 with lock_file(Path(sys.argv[2])):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)  # from here on it may be stopped
         time.sleep(60)
     except KeyboardInterrupt:
         print("saved", flush=True)

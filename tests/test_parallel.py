@@ -170,7 +170,8 @@ def test_every_other_option_trains_on_two_processes_what_it_trains_on_one(tmp_pa
     # pairs. Adam divides a gradient near zero by itself: of 256 weights one differed by 9e-5, and the next by 6e-6.
     torch.testing.assert_close(lora_of(two), lora_of(one), rtol=0, atol=1e-3)
     losses = [[row[name] for row in numbers_of(root) for name in row if name.endswith("loss")] for root in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # What is preserved is the square of a small difference: of 5.3e-5, 1.3e-9 differed on one kind of CPU.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-8)
     # A LoRA begins as zeros, which change nothing that could be preserved.
     assert [row["preservation_loss"] > 0 for row in metrics_of(two) if "loss" in row] == [False, True]
 
