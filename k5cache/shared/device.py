@@ -31,8 +31,8 @@ def is_rocm() -> bool:
 def one_thread() -> Iterator[None]:
     """Have torch use one thread of the processor, for thousands of small operations.
 
-    Each of them ends when its last thread does, and threads wait for each other by turning in circles. Where two
-    processes do that at once, as in a sweep on two GPUs, a thread often waits for one that has no core.
+    An operation ends when its last thread does, and threads that wait keep their cores busy. If two processes do this
+    at once, as in a sweep on two GPUs, threads often wait for one that has no core.
     """
     import torch
 
