@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Toy tensors: threads that wait for each other cost ten times what they save. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as k5train does: a plan relies on it
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints a page of frames for each try to connect
 # Nobody pulls the plug here, and a disk takes milliseconds for each of ten thousand calls. Tests of fsync replace it.
 os.fsync = lambda descriptor: None
