@@ -16,7 +16,13 @@ from torch._dynamo.backends.common import aot_autograd
 
 from k5train.training.determinism import determinism
 
-BY_THE_USER = ("max_autotune", "max_autotune_pointwise", "coordinate_descent_tuning", "benchmark_fusion")
+BY_THE_USER = {
+    "max_autotune": True,
+    "max_autotune_pointwise": True,
+    "coordinate_descent_tuning": True,
+    "benchmark_fusion": True,
+    "triton.multi_kernel": 1,
+}
 BY_TIMING = ("autotune_pointwise", "max_autotune", "max_autotune_pointwise", "coordinate_descent_tuning")
 
 
@@ -29,10 +35,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     return {name: facts.get(name, False) for name in ("deterministic", *BY_TIMING)}
 
 
+@inductor.patch(BY_THE_USER)  # as TORCHINDUCTOR_MAX_AUTOTUNE=1 and the like do
 def test_no_kernel_is_chosen_by_timing_even_if_the_user_asks_torch_for_it(monkeypatch):
-    for name in BY_THE_USER:  # TORCHINDUCTOR_MAX_AUTOTUNE=1
-        monkeypatch.setattr(inductor, name, True)
-    monkeypatch.setattr(inductor.triton, "multi_kernel", 1)
     before = told(monkeypatch)
     assert before == {"deterministic": False, **dict.fromkeys(BY_TIMING, True)}
     with determinism(True):

@@ -107,12 +107,12 @@ def test_the_compiler_walks_along_a_row_in_steps_that_divide_it(tiling, config):
     assert chosen == {"other": 1} | ({"fixed_config": FixedTritonConfig(config)} if config else {})
 
 
-def test_another_s_choices_are_left_alone(monkeypatch):
+def test_another_s_choices_are_left_alone():
     import torch._inductor.config as inductor
 
     for before, after in ((None, choices.row_choices), (object, object)):
-        monkeypatch.setattr(inductor, "inductor_choices_class", before)
-        choices.choose_rows()
-        assert inductor.inductor_choices_class is after
-        assert choices.leave_rows() == (before is None)
-        assert inductor.inductor_choices_class is before
+        with inductor.patch(inductor_choices_class=before):  # monkeypatch would take the setting away afterwards
+            choices.choose_rows()
+            assert inductor.inductor_choices_class is after
+            assert choices.leave_rows() == (before is None)
+            assert inductor.inductor_choices_class is before
