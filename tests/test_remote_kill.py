@@ -25,7 +25,11 @@ POINTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "is_new", "is_elsewhere"),
-    [*((point, is_new, False) for point in POINTS for is_new in (True, False)), (list(POINTS)[1], False, True)],
+    [
+        *((point, number % 2 == 0, False) for number, point in enumerate(POINTS)),
+        *(pytest.param(point, number % 2 == 1, False, marks=pytest.mark.long) for number, point in enumerate(POINTS)),
+        (list(POINTS)[1], False, True),
+    ],
 )
 def test_a_killed_encode_leaves_what_was_committed_and_a_second_one_completes_it(
     server, store, shop, monkeypatch, point, is_new, is_elsewhere

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from k5train.ui.jobs.job import Job, Progress, Task
 from k5train.ui.project import Project
 from k5train.ui.runs import metrics as run_metrics
 from k5train.ui.runs.metrics import Follower, last_lines
-from k5train.ui.runs.state import read_state
+from k5train.ui.runs.state import RunState, read_state
 from k5train.ui.runs.view import read_run
 from tests.test_compare import make
 
@@ -103,6 +104,29 @@ def test_a_run_is_running_while_its_lock_is_held_and_damaged_without_its_facts(p
     assert read_state(root).word == "damaged"
 
 
+def test_a_run_that_had_ended_and_is_resumed_is_said_to_be_prepared_until_its_result_is_gone(page, project):
+    root, address = project / "runs" / "cats", f"/runs/{id_of('runs/cats')}"
+    assert "Preparing" not in page.get(address).text
+    with lock_file(root / ".lock"):
+        at = (root / "result.json").stat().st_mtime_ns
+        text = page.get(address).text
+        assert "Preparing to go on after step 4" in text
+        assert "Steps done" not in text  # the bar
+        os.utime(root / ".lock", ns=(at - 10**9, at - 10**9))  # it ends now: its result is newer than its lock
+        assert "Step 4 of 4" in page.get(address).text
+        (root / "result.json").unlink()
+        assert "Step 4 of 4" in page.get(address).text
+    job = Job("0123456789ab", project, "resume cats", (), "resume", "runs/cats", "running", 0, since=at / 1e9 - 1)
+    write(root / "result.json", {})
+    assert not read_state(root, job).begins_again
+    later = replace(job, since=at / 1e9 + 99)
+    assert read_state(root, later).begins_again
+    job.log.write_text("error: Too little VRAM\n  fix: Use less\n", encoding="utf-8")
+    failed = replace(later, state="failed", exit_code=2)
+    assert read_state(root, failed) == RunState("finished", ("Too little VRAM", "Use less"))
+    assert read_state(root, replace(failed, since=job.since)).error is None  # it ended since
+
+
 def test_the_view_says_how_the_held_out_loss_goes_and_what_each_lora_has(project):
     run = read_run(project / "runs" / "cats")
     assert (run.headline, run.steps) == ("Finished after 4 steps in 9.0 s", 4)
@@ -171,10 +195,12 @@ def test_buttons_are_those_that_the_state_allows(page, project):
 
 def test_what_a_run_does_besides_its_steps_is_shown_too(page, project, monkeypatch):
     tasks = Task("training cats", 0, 40), Task("sampling at step 0", 3, 75)
-    job = Job("0123456789ab", project, "run cats", (), "run", "runs/cats", 0, None, "running")
-    monkeypatch.setattr(run_pages.queue, "jobs", lambda project: [job])
+    job = Job("0123456789ab", project, "run cats", (), "run", "runs/cats", "running", 0)
+    jobs = [replace(job, state="finished")]
+    monkeypatch.setattr(run_pages.queue, "jobs", lambda project: jobs)
     monkeypatch.setattr(run_pages, "progress", lambda job: Progress(tasks))
     assert "sampling at step 0" not in page.get(f"/runs/{id_of('runs/cats')}").text  # it has finished
+    jobs[0] = job
     with lock_file(project / "runs" / "cats" / ".lock"):
         text = page.get(f"/runs/{id_of('runs/cats')}").text
     assert "sampling at step 0" in text

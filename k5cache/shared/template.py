@@ -38,6 +38,7 @@ def installed_template(kind: str) -> Template | None:
         return None
 
 
+@functools.lru_cache(4)
 def read_template(source: str, pipeline: str) -> Template | None:
     """``self.prompt_template`` and its crop, as constants assigned in ``pipeline.__init__``."""
     constants = {

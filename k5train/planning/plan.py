@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,8 +221,14 @@ def as_modules(transformer_config: Mapping[str, Any], config: LoraConfig, elemen
 
 
 def _without_weights(transformer_config: Mapping[str, Any]) -> Kandinsky5Transformer3DModel:
+    """The transformer on the meta device, to be looked at: a plan asks four times for the same one."""
+    return _made_without_weights(json.dumps(dict(transformer_config), sort_keys=True))
+
+
+@lru_cache(2)
+def _made_without_weights(transformer_config: str) -> Kandinsky5Transformer3DModel:
     with init_empty_weights():
-        return Kandinsky5Transformer3DModel.from_config(dict(transformer_config))
+        return Kandinsky5Transformer3DModel.from_config(json.loads(transformer_config))
 
 
 def streaming_of(config: MemoryConfig, arch: Architecture) -> Streaming | None:

@@ -25,9 +25,11 @@ class RunState:
 
     word: Word
     error: tuple[str, str] | None = None
-    """Of a run that failed: the two lines of its job."""
+    """The two lines of its job, of a run that failed, or that had finished and could not be resumed."""
     elsewhere: str = ""
     """The machine that trains it, if it is another one: it cannot be stopped from here."""
+    begins_again: bool = False
+    """It had ended, and is resumed, but nothing of it has changed yet."""
 
 
 def read_state(root: Path, job: Job | None = None) -> RunState:
@@ -39,13 +41,34 @@ def read_state(root: Path, job: Job | None = None) -> RunState:
     run = Run(root)
     if held := holder(root / ".lock"):
         is_elsewhere = not held.is_here and held.host != socket.gethostname()
-        return RunState("running", elsewhere=held.host if is_elsewhere else "")
+        return RunState(
+            "running", elsewhere=held.host if is_elsewhere else "", begins_again=_ended_before(run, _locked_at(run))
+        )
     if not (root / "run.json").is_file():
         return RunState("damaged")
     if job and job.state == "running" and job.kind in ("run", "resume"):
-        return RunState("running")
+        return RunState("running", begins_again=_ended_before(run, job.since))
     if job and job.state == "waiting":
         return RunState("waiting")
-    if job and job.state == "failed" and job.kind in ("run", "resume") and not run.is_finished:
-        return RunState("failed", error_of(job))
+    if job and job.state == "failed" and job.kind in ("run", "resume"):
+        if not run.is_finished:
+            return RunState("failed", error_of(job))
+        if _ended_before(run, job.since):
+            return RunState("finished", error_of(job))
     return RunState("finished" if run.is_finished else "stopped")
+
+
+def _locked_at(run: Run) -> float | None:
+    """When its lock was taken: who takes it writes into it."""
+    try:
+        return (run.root / ".lock").stat().st_mtime
+    except OSError:
+        return None
+
+
+def _ended_before(run: Run, since: float | None) -> bool:
+    """Whether a run has a result from before this time, in seconds since 1970."""
+    try:
+        return since is not None and run.result.stat().st_mtime < since
+    except OSError:
+        return False

@@ -210,6 +210,8 @@ def _headline(state: RunState, record: Record, steps: int | None, lines: Lines) 
     if state.word == "running":
         if not record.steps:
             return "Preparing the first step"
+        if state.begins_again:
+            return f"Preparing to go on after step {record.steps:,}"
         left = f", about {human_seconds(left)} left" if (left := seconds_left(record.steps, steps, lines)) else ""
         return f"Step {record.steps:,}{of}{left}"
     if state.word == "finished":
