@@ -189,17 +189,33 @@ def test_a_folder_that_is_called_as_a_request_hides_no_reason_why_a_run_is_refus
     assert (tmp_path / "run" / "save.request").is_dir()
 
 
-def test_a_run_that_is_refused_at_its_start_leaves_nothing_although_it_was_asked(tmp_path, cache):
+@pytest.mark.parametrize(
+    "end", [RunError("refused", "do it otherwise"), KeyboardInterrupt()], ids=["refused", "Ctrl-C"]
+)
+def test_a_run_that_is_refused_or_stopped_at_its_start_leaves_nothing_although_it_was_asked(tmp_path, cache, end):
     from k5cache.shared.model import ModelConfig
 
     root = tmp_path / "run"
 
-    def refused() -> None:
+    def ended() -> None:
         with new_run(root, cache, ModelConfig(), CONFIG) as run:
             with lock_run(run):
                 requests.ask(root, "save")
-            raise RunError("refused", "do it otherwise")
+            raise end
 
-    with pytest.raises(RunError, match="refused"):
-        refused()
+    with pytest.raises(type(end)):
+        ended()
     assert not root.exists()
+
+
+def test_a_run_that_is_stopped_when_a_message_names_it_stays(tmp_path, cache):
+    from k5cache.shared.model import ModelConfig
+
+    def stopped() -> None:
+        with new_run(tmp_path / "run", cache, ModelConfig(), CONFIG) as run:
+            run.keep()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert (tmp_path / "run" / "recipe.toml").is_file()

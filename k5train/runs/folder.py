@@ -193,16 +193,16 @@ def create_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig)
 
 @contextmanager
 def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) -> Iterator[Run]:
-    """``create_run``, undone if the run is refused at its start: ``with new_run(...) as run:``.
+    """``create_run``, undone if the run is refused or stopped at its start: ``with new_run(...) as run:``.
 
-    The corrected command can then use the same name. Only what ``create_run`` and ``lock_run`` wrote is removed, and
-    the folder only if it was not there before.
+    The corrected command, or the same one, can then use the same name. Only what ``create_run`` and ``lock_run`` wrote
+    is removed, and the folder only if it was not there before.
     """
     was_there = root.exists()
     run = create_run(root, cache, model, config)
     try:
         yield run
-    except K5Error:
+    except (K5Error, KeyboardInterrupt):
         with suppress(Locked):  # another process trains it by now
             _undo(root)
         if not was_there and not any(root.iterdir()):
