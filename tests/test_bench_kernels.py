@@ -29,6 +29,7 @@ from k5train.bench.kernels import (
     spent_on,
 )
 from k5train.bench.timing import Seen
+from k5train.commands import bench as bench_command
 
 IN_FORWARD = ("k5::matmul", "## Call CompiledFxGraph f3 ##", "CompiledFunction")
 IN_BACKWARD = ("k5::int8_matmul", "CompiledFunctionBackward", "autograd::engine::evaluate_function")
@@ -172,6 +173,20 @@ def test_a_case_is_shown_beside_both_baselines_by_the_clock_and_by_the_gpu():
     assert steps.kernel_rows(results[2])[0] == ["matmul", "200.0", "1", GROUPS["matmul"]]
     assert steps.kernel_rows(results[2])[4] == ["matmul", "200.0", "1", "_int8_matmul"]
     assert len(steps.kernel_rows(results[2])[0]) == len(steps.KERNEL_COLUMNS)
+
+
+def test_a_table_has_no_columns_without_a_value_and_parts_groups_from_kernels():
+    rows = steps.table_rows([measured("ours", 300, 200)], None)
+    table = bench_command._table("a card", steps.COLUMNS, rows, steps.COLUMNS[1:5])
+    assert [column.header for column in table.columns] == [
+        "case", "ms/step", "GPU busy (wall over it)", "reserved GiB", "TFLOP/s (of ceiling)", "blocks",
+    ]  # fmt: skip
+    result = measured("ours", 300, 200)
+    kernels = bench_command._table(
+        "ours", steps.KERNEL_COLUMNS, steps.kernel_rows(result), (), len(result.groups or ())
+    )
+    names = list(kernels.columns[0].cells)
+    assert names.index("") == len(result.groups or ())
 
 
 def test_the_bench_times_diffusers_eager_and_with_its_own_way_to_compile(monkeypatch):

@@ -16,6 +16,7 @@ from k5cache.shared.outputs import check_file
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 MARK = b'"milliseconds": '
 """In each of the first lines of the JSON that this command writes."""
@@ -73,19 +74,27 @@ def bench(
             cases, device, baseline=(EDITS[1] if i2i else MUST_REACH[0]) if baseline else None, num_steps=steps
         )
     title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {ceiling:.0f} TFLOP/s bf16 matmul"
-    table = console.table(title, *COLUMNS, numbers=COLUMNS[1:5])
-    for row in table_rows(results, ceiling):
-        table.add_row(*row)
-    console.out.print(table)
+    console.out.print(_table(title, COLUMNS, table_rows(results, ceiling), numbers=COLUMNS[1:5]))
     for line in (*limits(results), *beside_t2i(results)):
         console.out.print(line, markup=False)
     for result in results if profile else ():
-        kernels = console.table(result.name, *KERNEL_COLUMNS, numbers=KERNEL_COLUMNS[1:3])
-        for row in kernel_rows(result):
-            kernels.add_row(*row)
-        console.out.print(kernels)
+        kernels = kernel_rows(result)
+        console.out.print(_table(result.name, KERNEL_COLUMNS, kernels, KERNEL_COLUMNS[1:3], len(result.groups or ())))
     if out is not None:
         out.write_text(as_json(results), encoding="utf-8")
+
+
+def _table(
+    title: str, columns: tuple[str, ...], rows: list[list[str]], numbers: tuple[str, ...], first_part: int = 0
+) -> Table:
+    """Rows under their columns, without those in which nothing stands; a free line after the first part."""
+    told = [number for number, texts in enumerate(zip(*rows, strict=True)) if any(texts)]
+    table = console.table(title, *(columns[number] for number in told), numbers=numbers)
+    for count, row in enumerate(rows, 1):
+        table.add_row(*(row[number] for number in told))
+        if count == first_part:
+            table.add_row()
+    return table
 
 
 def gpu_to_measure(out: Path | None) -> torch.device:
