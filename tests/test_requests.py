@@ -10,11 +10,13 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file
 
+from k5cache.shared import interrupt, system
 from k5cache.shared.errors import RunError
 from k5cache.shared.lock import lock_file
 from k5cache.shared.sealed import unseal
 from k5train.options.optimizer import OptimConfig
 from k5train.options.validation import ValidationConfig
+from k5train.runs import folder as run_folder
 from k5train.runs import requests
 from k5train.runs.folder import Run, lock_run, new_run
 from k5train.runs.resume_state import MANIFEST
@@ -219,3 +221,26 @@ def test_a_run_that_is_stopped_when_a_message_names_it_stays(tmp_path, cache):
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert (tmp_path / "run" / "recipe.toml").is_file()
+
+
+def test_a_ctrl_c_while_a_run_is_made_or_a_second_one_while_it_is_undone_leaves_no_folder(tmp_path, cache, monkeypatch):
+    from k5cache.shared.model import ModelConfig
+
+    def then_stopped(function):
+        def call(*args):
+            result = function(*args)
+            system.interrupt()
+            return result
+
+        return call
+
+    def stopped() -> None:
+        with interrupt.installed(), new_run(tmp_path / "run", cache, ModelConfig(), CONFIG):
+            system.interrupt()
+
+    for name in ("write_new", "lock_file", "_remove_new"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, name, then_stopped(getattr(run_folder, name)))
+            with pytest.raises(KeyboardInterrupt):
+                stopped()
+        assert not (tmp_path / "run").exists(), name

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePath
 
-from k5cache.shared import console, files, outputs
+from k5cache.shared import console, files, interrupt, outputs
 from k5cache.shared.errors import K5Error, OutputError, RunError
 from k5cache.shared.files import make_folder
 from k5cache.shared.inside import MOST_NAME_BYTES, check_inside
@@ -198,15 +198,18 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
     The corrected command, or the same one, can then use the same name. Only what ``create_run`` and ``lock_run`` wrote
     is removed, and the folder only if it was not there before.
     """
-    was_there = root.exists()
-    run = create_run(root, cache, model, config)
+    was_there, run = root.exists(), None
     try:
+        with interrupt.deferred():  # a Ctrl-C meanwhile would leave the folder of a run that nobody undoes
+            run = create_run(root, cache, model, config)
         yield run
     except (K5Error, KeyboardInterrupt):
-        with suppress(Locked):  # another process trains it by now
-            _undo(root)
-        if not was_there and not any(root.iterdir()):
-            root.rmdir()
+        if run:
+            # Another process may train it by now, and a second Ctrl-C waits.
+            with suppress(Locked, KeyboardInterrupt), interrupt.deferred():
+                _undo(root)
+                if not was_there and not any(root.iterdir()):
+                    root.rmdir()
         raise
 
 
