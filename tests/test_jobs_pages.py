@@ -12,7 +12,7 @@ import pytest
 from k5cache.shared.lock import lock_file
 from k5train.ui.ids import id_of
 from k5train.ui.jobs import folder as job_files
-from k5train.ui.jobs import queue, slots, waits
+from k5train.ui.jobs import queue, slots, view, waits
 from k5train.ui.jobs.job import Job
 from k5train.ui.project import Project
 from tests import fake_jobs
@@ -207,3 +207,10 @@ def test_a_run_is_resumed_saved_and_drawn_from_its_page(client, project):
         assert post(client, f"{url}/stop").status_code == 400  # by this process, which is none of ours
     assert {path.name for path in root.iterdir()} == {"run.json", ".lock", "save.request", "sample.request"}
     assert post(client, f"/runs/{id_of('runs/other')}/resume").status_code == 404
+
+
+def test_a_job_that_was_stopped_says_that_something_was_saved_only_where_its_run_is(client, project):
+    job = ended(project, "run cats", about="runs/cats", exit_code=130)
+    assert view.job_view(project, job.id).ended == "It was stopped"
+    run_of(project, "cats")
+    assert view.job_view(project, job.id).ended == "It was stopped, and what it had was saved"

@@ -124,7 +124,7 @@ def job_view(project: Project, id: str) -> JobView:
     waited = waits.waits_for(project, jobs) if job.state == "waiting" else {}
     about, follower = link_to(project, job.about), following(job, jobs) if job.is_over else None
     return JobView(
-        job, about, waited.get(job.id), error_of(job), _how_it_ended(job), _next(job, about, follower),
+        job, about, waited.get(job.id), error_of(job), _how_it_ended(job, about), _next(job, about, follower),
         follower is not None, progress(job), readable(tail(job, MOST_LOG_BYTES)),
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def _in_sweeps(project: Project) -> Sequence[listing.Entry]:
     return [run for sweep in listing.sweeps(project) for run in listing.runs_of(project, sweep)]
 
 
-def _how_it_ended(job: Job) -> str:
+def _how_it_ended(job: Job, about: Link | None) -> str:
     if job.state == "waiting" or job.state == "running":
         return ""
     if job.problem:
@@ -164,9 +164,8 @@ def _how_it_ended(job: Job) -> str:
         out_of_memory = ", as the system does when memory runs out" if job.state == "failed" and job.signal == 9 else ""
         return by + out_of_memory
     if job.state == "stopped":
-        return (
-            "It was stopped, and what it had was saved" if job.kind in ("run", "resume", "sweep") else "It was stopped"
-        )
+        is_kept = about and job.kind in ("run", "resume", "sweep")  # a run that had not begun to train leaves no folder
+        return "It was stopped, and what it had was saved" if is_kept else "It was stopped"
     return f"Exit code {job.exit_code}"
 
 
