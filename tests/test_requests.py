@@ -244,3 +244,18 @@ def test_a_ctrl_c_while_a_run_is_made_or_a_second_one_while_it_is_undone_leaves_
             with pytest.raises(KeyboardInterrupt):
                 stopped()
         assert not (tmp_path / "run").exists(), name
+
+
+def test_a_run_that_is_stopped_stays_if_its_user_has_written_into_its_recipe_meanwhile(tmp_path, cache):
+    from k5cache.shared.model import ModelConfig
+
+    recipe = tmp_path / "run" / "recipe.toml"
+
+    def stopped() -> None:
+        with new_run(recipe.parent, cache, ModelConfig(), CONFIG):
+            recipe.write_text(f"{recipe.read_text()}# cats\n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert recipe.read_text().endswith("# cats\n")

@@ -198,42 +198,49 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
     The corrected command, or the same one, can then use the same name. Only what ``create_run`` and ``lock_run`` wrote
     is removed, and the folder only if it was not there before.
     """
-    was_there, run = root.exists(), None
+    was_there, recipe = root.exists(), None
     try:
         with interrupt.deferred():  # a Ctrl-C meanwhile would leave the folder of a run that nobody undoes
             run = create_run(root, cache, model, config)
+            recipe = (root / "recipe.toml").read_bytes()
         yield run
     except (K5Error, KeyboardInterrupt):
-        if run:
+        if recipe is not None:
             # Another process may train it by now, and a second Ctrl-C waits.
             with suppress(Locked, KeyboardInterrupt), interrupt.deferred():
-                _undo(root)
+                _undo(root, recipe)
                 if not was_there and not any(root.iterdir()):
                     root.rmdir()
         raise
 
 
-def _undo(root: Path) -> None:
+def _undo(root: Path, recipe: bytes) -> None:
     """Remove what ``create_run`` wrote, if there is nothing else.
 
     Raises:
         Locked: another process has the run.
     """
     with lock_file(root / LOCK):
-        is_undone = _remove_new(root)
+        is_undone = _remove_new(root, recipe)
         if is_undone and os.name != "nt":  # so that nobody begins in the folder in between
             (root / LOCK).unlink(missing_ok=True)
     if is_undone and os.name == "nt":  # which deletes no file that is open
         (root / LOCK).unlink(missing_ok=True)
 
 
-def _remove_new(root: Path) -> bool:
-    """Remove what ``create_run`` wrote but the lock. Returns False, and removes nothing, if there is anything else."""
+def _remove_new(root: Path, recipe: bytes) -> bool:
+    """Remove what ``create_run`` wrote but the lock. Returns False, and removes nothing, if there is anything else.
+
+    Args:
+        recipe: what it wrote into ``recipe.toml``, into which its user may have written since.
+    """
     folders = [root / name for name in ("checkpoints", "samples")]
     ours = {*folders, *(root / name for name in ("recipe.toml", "run.json", LOCK, *REQUESTS.values()))}
     ours = {path for path in ours if path in folders or not path.is_dir()}  # nobody asks with a folder
     others = [path for path in root.iterdir() if path not in ours and not outputs.HARMLESS.fullmatch(path.name)]
     if others or any(any(folder.iterdir()) for folder in folders):
+        return False
+    if (root / "recipe.toml").is_file() and (root / "recipe.toml").read_bytes() != recipe:
         return False
     for path in sorted(ours - {root / LOCK}):
         path.rmdir() if path in folders else path.unlink(missing_ok=True)
