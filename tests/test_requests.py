@@ -259,3 +259,18 @@ def test_a_run_that_is_stopped_stays_if_its_user_has_written_into_its_recipe_mea
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert recipe.read_text().endswith("# cats\n")
+
+
+@pytest.mark.parametrize("end", [RunError("refused", "do it otherwise"), KeyboardInterrupt()])
+def test_a_folder_that_was_moved_before_its_run_is_refused_or_stopped_hides_no_reason(tmp_path, cache, end):
+    from k5cache.shared.model import ModelConfig
+
+    def ended() -> None:
+        with new_run(tmp_path / "run", cache, ModelConfig(), CONFIG):
+            (tmp_path / "run").rename(tmp_path / "moved")
+            raise end
+
+    with pytest.raises(type(end)):
+        ended()
+    assert (tmp_path / "moved" / "recipe.toml").is_file()
+    assert not (tmp_path / "run").exists()

@@ -206,8 +206,8 @@ def new_run(root: Path, cache: Path, model: ModelConfig, config: TrainConfig) ->
         yield run
     except (K5Error, KeyboardInterrupt):
         if recipe is not None:
-            # Another process may train it by now, and a second Ctrl-C waits.
-            with suppress(Locked, KeyboardInterrupt), interrupt.deferred():
+            # Another process may train it by now, its folder may be gone, and a second Ctrl-C waits.
+            with suppress(Locked, OSError, KeyboardInterrupt), interrupt.deferred():
                 _undo(root, recipe)
                 if not was_there and not any(root.iterdir()):
                     root.rmdir()
