@@ -13,6 +13,7 @@ import typer
 
 from k5cache.cli import app as cache_app
 from k5cache.shared import console
+from k5cache.shared.command_line import this_command_alone
 from k5train.cli import app as train_app
 from tests.cli import Cli, Done
 from tests.workshop import Workshop
@@ -147,3 +148,20 @@ def test_a_program_is_named_as_its_user_knows_it(monkeypatch):
     for program, name in (("/usr/bin/k5cache", "k5cache"), ("/src/k5train/cli.py", "k5train")):
         monkeypatch.setattr("sys.argv", [program, "run", "my cache"])
         assert console.this_command(set="train.steps=1") == f"{name} run 'my cache' --set train.steps=1"
+
+
+@pytest.mark.parametrize(
+    ("here", "all_of_them", "line"),
+    [
+        ("2", "2", "torchrun --nproc-per-node 2 -m k5train run cats --model m"),
+        ("2", "4", "torchrun ... -m k5train run cats --model m"),  # it does not tell where its machines meet
+    ],
+)
+def test_under_torchrun_the_same_command_is_torchruns(monkeypatch, here, all_of_them, line):
+    monkeypatch.setattr("sys.argv", ["/site-packages/k5train/__main__.py", "run", "cats"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("WORLD_SIZE", all_of_them)
+    assert console.this_command() == "k5train run cats"  # a cluster sets such variables too, as --gpus does
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert console.this_command(model="m") == line
+    assert this_command_alone(gpus=2) == "k5train run cats --gpus 2"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 
-from k5cache.shared.command_line import this_command
+from k5cache.shared.command_line import this_command_alone
 from k5cache.shared.errors import K5Error
 
 
@@ -34,5 +34,5 @@ def refuse_torchrun(
     instead = {"gpus": env.get("LOCAL_WORLD_SIZE", size)} if command in on_gpus else {}
     raise K5Error(
         f"{program} {command} is one process, and torchrun has started {size} of it",
-        f"Run it without torchrun: {this_command(**instead)}",
+        f"Run it without torchrun: {this_command_alone(**instead)}",
     )
